@@ -1,0 +1,1 @@
+"""The HTTP side: thin routes, the way of a body in and of an error out."""

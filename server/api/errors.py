@@ -1,0 +1,124 @@
+"""The one way out for errors: the OpenAI error object, whoever raised it."""
+
+import json
+import logging
+from collections.abc import MutableMapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import SaccadeError, error_body
+from server.media import payloads
+
+log = logging.getLogger("saccade.api")
+
+# An error's body is a few hundred bytes; a longer one is not ours to rewrite.
+_MAX_ERROR_BYTES = 64 * 1024
+_CODES = {
+    400: "invalid_request",
+    401: "invalid_api_key",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "request_timeout",
+    413: "request_too_large",
+    415: "unsupported_media_type",
+    422: "unprocessable_request",
+    429: "rate_limit_exceeded",
+    500: "internal_error",
+    501: "not_implemented",
+    503: "server_busy",
+}
+
+
+def add_error_handler(app: FastAPI) -> None:
+    """Answer our own errors; vLLM's are answered by its handlers and shaped by the middleware."""
+    app.add_exception_handler(SaccadeError, _answer)
+
+
+async def _answer(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, SaccadeError)
+    return respond(error)
+
+
+def respond(error: SaccadeError) -> JSONResponse:
+    """The response for `error`, naming the part of the request it is about."""
+    param = payloads.path_of(error.part) if error.part else None
+    if error.status >= 500:
+        log.warning("%s: %s", error.code, error.message)
+    headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s else None
+    body = error_body(error.message, error.type, error.code, param)
+    return JSONResponse(body, status_code=error.status, headers=headers)
+
+
+class OpenAIErrors:
+    """Gives every JSON error of any route OpenAI's shape: a known type and a text code.
+
+    vLLM's own errors carry the HTTP status as their code and its phrase as their type, some of its
+    middleware a bare text. Streams and successes pass untouched.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        held: Message | None = None
+        body = b""
+
+        async def rewrite(message: Message) -> None:
+            nonlocal held, body
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                held = message
+                return
+            if held is None:
+                await send(message)
+                return
+            body += message.get("body", b"")
+            if message.get("more_body") and len(body) <= _MAX_ERROR_BYTES:
+                return
+            start, held = held, None
+            complete = not message.get("more_body")
+            shaped = _shape(body, start["status"]) if complete else None
+            if shaped is not None:
+                body = shaped
+                start["headers"] = _with_length(start, len(body))
+            await send(start)
+            await send({**message, "body": body})
+
+        await self._app(scope, receive, rewrite)
+
+
+def _shape(body: bytes, status: int) -> bytes | None:
+    """`body` in OpenAI's shape; None if it is none of the shapes that errors have here."""
+    try:
+        parsed = json.loads(body)
+    except ValueError:
+        return None
+    error = parsed.get("error", parsed.get("detail")) if isinstance(parsed, dict) else None
+    if isinstance(error, str):
+        error = {"message": error}
+    if not isinstance(error, dict) or "message" not in error:
+        return None
+    code = error.get("code")
+    if not isinstance(code, str):
+        code = _CODES.get(status, f"http_{status}")
+    known = error.get("type") in ("invalid_request_error", "server_error")
+    if known:
+        kind = error["type"]
+    elif status == 401:
+        kind = "authentication_error"
+    else:
+        kind = "invalid_request_error" if status < 500 else "server_error"
+    shaped = error_body(error["message"], kind, code, error.get("param"))
+    extra = {name: value for name, value in parsed.items() if name not in ("error", "detail")}
+    return json.dumps(shaped | extra).encode()
+
+
+def _with_length(start: MutableMapping[str, Any], length: int) -> list[tuple[bytes, bytes]]:
+    kept = [(name, value) for name, value in start["headers"] if name.lower() != b"content-length"]
+    return [*kept, (b"content-length", str(length).encode())]

@@ -1,0 +1,178 @@
+"""The only wiring: engine, image pool, app and HTTP server, from start to shutdown.
+
+arguments -> engine plan -> worker preload | engine start -> pool -> app -> uvicorn
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from argparse import Namespace
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import uvicorn
+from fastapi import FastAPI
+
+from server.api import body, chat, errors, health
+from server.config import Settings
+from server.engine import launch, serving
+from server.images.memory import keep_freed_memory
+from server.images.pool import ImagePool
+
+log = logging.getLogger("saccade")
+
+# Request bodies of a few photos: heap that is worth keeping between requests.
+_KEPT_HEAP_BYTES = 128 << 20
+_ENGINE_CHECK_INTERVAL_S = 1.0
+
+Report = Callable[[str], None]
+
+
+async def run(args: Namespace, settings: Settings, report: Report) -> int:
+    """Serve until a signal or the engine's death; returns the exit status."""
+    keep_freed_memory(_KEPT_HEAP_BYTES)
+    address, sock = serving.setup_server(args, reuse_port=False)
+    with sock:
+        async with _running(args, settings, report) as (engine, pool):
+            app = await build_app(args, settings, engine, pool)
+            server = _Server(_uvicorn_config(app, args, settings))
+            app.state.server = server
+            server.on_started = lambda: report(_invitation(args, address, sock))
+            return await _serve(server, sock, engine, app)
+
+
+@contextlib.asynccontextmanager
+async def _running(
+    args: Namespace, settings: Settings, report: Report
+) -> AsyncIterator[tuple[serving.AsyncLLM, ImagePool | None]]:
+    """Engine and image pool, started side by side and stopped in reverse."""
+    report(f"reading the model {args.served_model_name or args.model}")
+    plan = launch.plan(args, settings)
+    async with contextlib.AsyncExitStack() as stack:
+        pool = ImagePool(plan.workers, settings.images) if plan.workers else None
+        if pool is not None:
+            stack.callback(pool.stop_preload)
+            pool.preload()
+        report(f"starting the engine on {plan.config.device_config.device_type}")
+        engine = await stack.enter_async_context(launch.running(plan))
+        if pool is not None:
+            report(f"starting {settings.images.image_workers} image workers")
+            await stack.enter_async_context(pool)
+        if not await launch.connect(engine, settings, pool) and pool is not None:
+            report("this model keeps vLLM's own image processing")
+            await pool.stop()
+            pool = None
+        yield engine, pool
+
+
+async def build_app(
+    args: Namespace, settings: Settings, engine: serving.AsyncLLM, pool: ImagePool | None
+) -> FastAPI:
+    """The FastAPI app: our routes first, then vLLM's, then what every request passes.
+
+    Middleware that is added later lies further out: a request meets the error shape, vLLM's
+    middleware (keys, CORS), the body reader, and then its route.
+    """
+    docs = not args.disable_fastapi_docs
+    app = FastAPI(
+        title="Saccade",
+        lifespan=serving.lifespan,
+        openapi_url="/openapi.json" if docs else None,
+    )
+    app.root_path = args.root_path
+    app.state.args = args
+    app.state.image_pool = pool
+    app.state.draining = False
+    app.include_router(health.router)
+    app.include_router(chat.router)
+    ours = {route.path for router in (health.router, chat.router) for route in router.routes}  # type: ignore[attr-defined]
+    mine = list(app.router.routes)
+    await serving.add_vllm_routes(app, args, engine)
+    app.router.routes[:] = [
+        route
+        for route in app.router.routes
+        if route in mine or getattr(route, "path", None) not in ours
+    ]
+    errors.add_error_handler(app)
+    keeps_responses = os.environ.get("VLLM_ENABLE_RESPONSES_API_STORE", "0") not in ("", "0")
+    app.add_middleware(body.BodyReader, settings=settings.http, keeps_responses=keeps_responses)
+    await serving.add_vllm_middleware(app, args, engine)
+    app.add_middleware(errors.OpenAIErrors)
+    return app
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own signal handlers, which would end the process under our feet."""
+
+    on_started: Callable[[], None] = staticmethod(lambda: None)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.on_started()
+
+
+def _uvicorn_config(app: FastAPI, args: Namespace, settings: Settings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        loop="none",
+        log_config=serving.get_uvicorn_log_config(args) or uvicorn.config.LOGGING_CONFIG,
+        log_level=args.uvicorn_log_level,
+        access_log=not args.disable_uvicorn_access_log,
+        timeout_keep_alive=int(os.environ.get("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "5")),
+        timeout_graceful_shutdown=settings.http.drain_timeout_s,
+        ssl_keyfile=args.ssl_keyfile,
+        ssl_certfile=args.ssl_certfile,
+        ssl_ca_certs=args.ssl_ca_certs,
+        ssl_cert_reqs=args.ssl_cert_reqs,
+        ssl_ciphers=args.ssl_ciphers or "TLSv1",
+    )
+
+
+async def _serve(
+    server: _Server, sock: socket.socket, engine: serving.AsyncLLM, app: FastAPI
+) -> int:
+    """Serve until a signal; the first one drains, a second one does not wait."""
+
+    def stop() -> None:
+        if app.state.draining:
+            server.force_exit = True
+        app.state.draining = True
+        server.should_exit = True
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    watch = asyncio.create_task(_watch(server, engine))
+    try:
+        await server.serve(sockets=[sock])
+    finally:
+        watch.cancel()
+    return 1 if engine.errored else 0
+
+
+async def _watch(server: _Server, engine: serving.AsyncLLM) -> None:
+    """A dead engine cannot come back: stop, so that whoever supervises us starts us anew."""
+    while not engine.errored:  # noqa: ASYNC110 - the engine offers nothing to wait for
+        await asyncio.sleep(_ENGINE_CHECK_INTERVAL_S)
+    log.error("the engine has died; stopping")
+    server.should_exit = True
+
+
+def _invitation(args: Namespace, address: str, sock: socket.socket) -> str:
+    if not args.uds:
+        scheme, _, rest = address.partition("://")
+        host = rest.rpartition(":")[0]
+        reachable = "127.0.0.1" if host in ("0.0.0.0", "[::]") else host  # noqa: S104
+        address = f"{scheme}://{reachable}:{sock.getsockname()[1]}"
+    name = (args.served_model_name or [args.model])[0]
+    return (
+        f"ready: {name} on {address} - try: curl {address}/v1/chat/completions "
+        "-H 'Content-Type: application/json' "
+        f'-d \'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}\''
+    )

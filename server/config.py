@@ -1,0 +1,154 @@
+"""The settings: one declaration each, from which its flag, its variable and its help come.
+
+A setting `fetch_timeout_s` is the flag `--fetch-timeout-s` and the environment variable
+`SACCADE_FETCH_TIMEOUT_S`. Flags win over variables, variables over defaults. A variable with the
+prefix that names no setting stops the start, since a misspelt limit is no limit.
+"""
+
+import argparse
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+PREFIX = "SACCADE_"
+
+MIB = 1 << 20
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+class ImageSettings(_Group):
+    """Decoding and preprocessing."""
+
+    image_workers: int = Field(
+        default_factory=_usable_cores,
+        ge=1,
+        le=1024,
+        description="Image worker processes (default: the cores this process may use).",
+    )
+    image_decode: Literal["fast", "exact"] = Field(
+        "fast",
+        description="fast: decode JPEG at reduced scale where the model's processor shrinks the "
+        "picture anyway. exact: decode in full, features equal plain vLLM's bit for bit.",
+    )
+    image_queue: int = Field(
+        1024, ge=1, description="Images that may wait for a worker before requests get a 503."
+    )
+    image_timeout_s: float = Field(
+        30.0, gt=0, description="Longest time one image may take in a worker, in seconds."
+    )
+    max_image_bytes: int = Field(50 * MIB, ge=1, description="Largest encoded image, in bytes.")
+    max_image_pixels: int = Field(
+        100_000_000, ge=1, description="Largest image by width x height, read from its header."
+    )
+
+
+class HttpSettings(_Group):
+    """Requests, fetches and shutdown."""
+
+    max_request_bytes: int = Field(256 * MIB, ge=1, description="Largest request body, in bytes.")
+    request_read_timeout_s: float = Field(
+        60.0, gt=0, description="Longest silence while a request body is sent, in seconds."
+    )
+    fetch_timeout_s: float = Field(
+        10.0, gt=0, description="Deadline for fetching one http(s) image, in seconds."
+    )
+    drain_timeout_s: int = Field(
+        30, ge=0, description="Time running requests get to finish at shutdown, in seconds."
+    )
+
+
+class _LeafEnvironment(PydanticBaseSettingsSource):
+    """Reads `SACCADE_<SETTING>` for each setting, whatever group it stands in."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        raise NotImplementedError  # the whole tree is read at once below
+
+    def __call__(self) -> dict[str, Any]:
+        names = {name for _, name, _ in leaves()}
+        given = {
+            variable.removeprefix(PREFIX).lower(): value
+            for variable, value in os.environ.items()
+            if variable.startswith(PREFIX)
+        }
+        if unknown := sorted(given.keys() - names):
+            listed = ", ".join(PREFIX + name.upper() for name in unknown)
+            raise ValueError(f"unknown environment variable: {listed}")
+        return nest(given)
+
+
+class Settings(BaseSettings):
+    """All of Saccade's own settings. The engine's are vLLM's flags."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid")
+
+    images: ImageSettings = ImageSettings()
+    http: HttpSettings = HttpSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, _LeafEnvironment(settings_cls)
+
+
+def leaves() -> Iterator[tuple[str, str, FieldInfo]]:
+    """Each setting as (group, name, field), in the order of declaration."""
+    for group, group_field in Settings.model_fields.items():
+        model = group_field.annotation
+        assert isinstance(model, type)
+        assert issubclass(model, BaseModel)
+        for name, field in model.model_fields.items():
+            yield group, name, field
+
+
+def nest(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """{setting: value} as the tree that `Settings` takes."""
+    tree: dict[str, dict[str, Any]] = {}
+    for group, name, _ in leaves():
+        if name in values:
+            tree.setdefault(group, {})[name] = values[name]
+    return tree
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add one flag a setting to `parser`; values stay text until `from_flags` validates them."""
+    group = parser.add_argument_group("Saccade", "Saccade's own settings.")
+    for _, name, field in leaves():
+        default = "" if field.default_factory else f" (default: {field.default})"
+        group.add_argument(
+            "--" + name.replace("_", "-"),
+            default=argparse.SUPPRESS,
+            metavar=name.rsplit("_", 1)[-1].upper(),
+            help=f"{field.description}{default}".replace("%", "%%"),
+        )
+
+
+def from_flags(args: argparse.Namespace) -> Settings:
+    """Settings from parsed flags and the environment.
+
+    Raises:
+        ValueError: a value does not fit its setting, or a variable names no setting; the message
+            names it.
+    """
+    given = {name: getattr(args, name) for _, name, _ in leaves() if hasattr(args, name)}
+    try:
+        return Settings(**nest(given))  # type: ignore[arg-type]
+    except ValidationError as error:
+        problems = [f"{e['loc'][-1]}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
+        raise ValueError("; ".join(problems)) from None

@@ -1,0 +1,110 @@
+"""The command line of `saccade serve`: vLLM's own parser and a group of ours."""
+
+import os
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from server.engine import torchvision_ops
+
+torchvision_ops.register()  # vLLM imports torchvision while its parser is made
+
+from vllm.entrypoints.launchers.cli_args import (  # noqa: E402
+    make_arg_parser,
+    validate_parsed_serve_args,
+)
+from vllm.entrypoints.serve.utils.api_utils import cli_env_setup  # noqa: E402
+from vllm.logger import configure_logging_from_args  # noqa: E402
+from vllm.platforms import current_platform  # noqa: E402
+from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
+
+from server import config  # noqa: E402
+from server.config import Settings  # noqa: E402
+
+DEMO_MODEL = Path(__file__).parents[1] / "demo"
+DEMO_NAME = "saccade-tiny"
+
+# What a CPU can bear, where the user has not said otherwise: {flag: (attribute, value)}.
+_CPU_DEFAULTS: dict[str, tuple[str, object]] = {
+    "--enforce-eager": ("enforce_eager", True),
+    "--dtype": ("dtype", "float32"),
+    "--max-num-seqs": ("max_num_seqs", 32),
+    "--mm-processor-cache-gb": ("mm_processor_cache_gb", 1.0),
+}
+_CPU_KV_CACHE_GIB = "1"
+_CPU_MAX_MODEL_LEN = 8192
+# Several of vLLM's API processes, or none, are another kind of server than this one.
+_UNSUPPORTED = {
+    "headless": "--headless",
+    "grpc": "--grpc",
+    "data_parallel_multi_port_external_lb": "--data-parallel-multi-port-external-lb",
+}
+
+
+def parse(argv: Sequence[str]) -> tuple[Namespace, Settings]:
+    """vLLM's arguments and our settings; ends the process with status 2 if they are wrong."""
+    parser = FlexibleArgumentParser(  # type: ignore[no-untyped-call]
+        prog="saccade serve",
+        usage="saccade serve [MODEL] [flags]",
+        description="Serve MODEL (default: the embedded demo model) over the OpenAI API. Takes "
+        "every flag of `vllm serve`; list them with --help=all, or a section with "
+        "--help=ModelConfig.",
+    )
+    make_arg_parser(parser)
+    parser.set_defaults(model=None)
+    config.add_flags(parser)
+    args = parser.parse_args(list(argv))
+    try:
+        settings = config.from_flags(args)
+    except ValueError as error:
+        parser.error(str(error))
+    for attribute, flag in _UNSUPPORTED.items():
+        if getattr(args, attribute, None):
+            parser.error(f"{flag} is not supported: Saccade is one server around one engine")
+    if (args.api_server_count or 1) > 1:
+        parser.error("--api-server-count: image work is scaled with --image-workers instead")
+    cli_env_setup()  # type: ignore[no-untyped-call]
+    configure_logging_from_args(args)
+    _choose_model(args)
+    if current_platform.is_cpu():
+        _fit_to_cpu(args, _flags_in(argv))
+    try:
+        validate_parsed_serve_args(args)
+    except (ValueError, TypeError) as error:
+        parser.error(str(error))
+    return args, settings
+
+
+def _choose_model(args: Namespace) -> None:
+    args.model = args.model_tag or args.model
+    if args.model is None:
+        args.model = str(DEMO_MODEL)
+        args.served_model_name = args.served_model_name or [DEMO_NAME]
+    args.api_server_count = 1
+
+
+def _fit_to_cpu(args: Namespace, given: set[str]) -> None:
+    """Start small and without compilation; each choice only where the user made none."""
+    for flag, (attribute, value) in _CPU_DEFAULTS.items():
+        if flag not in given:
+            setattr(args, attribute, value)
+    if "--kv-cache-memory-bytes" not in given:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", _CPU_KV_CACHE_GIB)
+    if "--max-model-len" not in given:
+        args.max_model_len = _short_enough(args)
+
+
+def _short_enough(args: Namespace) -> int:
+    """The model's own length, at most what fits the small KV cache."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    model = AsyncEngineArgs.from_cli_args(args).create_model_config()
+    return min(int(model.max_model_len), _CPU_MAX_MODEL_LEN)
+
+
+def _flags_in(argv: Sequence[str]) -> set[str]:
+    """The long flags a command line names, in the form with dashes; `--no-x` counts as `--x`."""
+    flags = {word.partition("=")[0].replace("_", "-") for word in argv if word.startswith("--")}
+    if "--config" in flags:  # a file may set anything: leave all of it to the user
+        flags |= set(_CPU_DEFAULTS) | {"--max-model-len"}
+    return flags | {flag.replace("--no-", "--", 1) for flag in flags}

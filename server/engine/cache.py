@@ -1,0 +1,184 @@
+"""Keeps the two halves of vLLM's processor cache in one order.
+
+vLLM remembers processed images twice: the front end (P0) remembers which keys the engine (P1)
+holds, the engine holds the features. An image that P0 knows is sent without its features, so both
+halves must see the same keys in the same order. vLLM updates P0 while a request is rendered; what
+is refused or cancelled between then and its sending leaves P0 knowing an image that never reached
+the engine, and the next request with that image fails.
+
+Here P0 is only read while a request is rendered, and updated in the moment of sending, by
+`send`: there is no await between the update and the message, and if the message is not sent, the
+update is taken back.
+"""
+
+import functools
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from vllm.exceptions import RetryableRequestError
+from vllm.multimodal.cache import BaseMultiModalProcessorCache
+from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem
+from vllm.multimodal.processing.processor import ResolvedPromptUpdate
+from vllm.utils.cache import CacheInfo
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.async_llm import AsyncLLM
+
+Updates = Sequence[ResolvedPromptUpdate]
+SendRequest = Callable[[EngineCoreRequest], Awaitable[None]]
+
+_MIN_REMEMBERED = 4096
+
+
+class PooledItem(MultiModalKwargsItem):
+    """One image's features on their way to the engine.
+
+    Empty when the engine was known to hold them; `refill` computes them all the same, for the
+    case that the engine's cache has dropped them by the time the request is sent.
+    """
+
+    refill: Callable[[], Awaitable[MultiModalKwargsItem]] | None = None
+
+
+class DeferredCache(BaseMultiModalProcessorCache):
+    """Stands in for vLLM's P0 cache: reads it at once, updates it when a request is sent."""
+
+    def __init__(self, cache: BaseMultiModalProcessorCache) -> None:
+        self._cache = cache
+        # Prompt updates of images that were processed; also of some that P0 no longer knows.
+        self._updates: dict[str, Updates] = {}
+        self._prune_at = _MIN_REMEMBERED
+
+    # ------------------------------------------------------------------ while rendering
+
+    def is_cached_item(self, mm_hash: str) -> bool:
+        return mm_hash in self._updates and self._cache.is_cached_item(mm_hash)
+
+    def updates(self, mm_hash: str) -> Updates:
+        """The prompt updates of an image that is cached."""
+        return self._updates[mm_hash]
+
+    def remember(self, mm_hash: str, updates: Updates) -> None:
+        """Keep the prompt updates of an image for when it is found cached."""
+        self._updates[mm_hash] = updates
+        if len(self._updates) > self._prune_at:
+            kept = {h: u for h, u in self._updates.items() if self._cache.is_cached_item(h)}
+            self._updates = kept
+            self._prune_at = max(_MIN_REMEMBERED, 2 * len(kept))
+
+    def get_and_update_item(self, mm_item: Any, mm_hash: str) -> Any:
+        """vLLM's own path comes by here; the real update waits for `settle`."""
+        if mm_item is None:
+            return None, self._updates[mm_hash]
+        self.remember(mm_hash, mm_item[1])
+        return mm_item
+
+    def touch_sender_cache_item(self, mm_hash: str) -> None:
+        """Order changes only in `settle`."""
+
+    # ------------------------------------------------------------------ when sending
+
+    def settle(
+        self, features: Sequence[MultiModalFeatureSpec]
+    ) -> tuple[list[MultiModalFeatureSpec], list[str]]:
+        """Update P0 for `features` as the engine will update P1 when it receives them.
+
+        Returns the features to send, without the data that the engine holds, and the keys that
+        are new to P0.
+        """
+        for feature in features:
+            self._cache.touch_sender_cache_item(_key(feature))
+        settled, fresh = [], []
+        try:
+            for feature in features:
+                key = _key(feature)
+                known = self._cache.is_cached_item(key)
+                item = (feature.data, self._updates.get(key, ())) if feature.data else None
+                data, _ = self._cache.get_and_update_item(item, key)
+                settled.append(replace(feature, data=data))
+                if not known:
+                    fresh.append(key)
+        except BaseException:
+            self.take_back(fresh)
+            raise
+        finally:
+            self._cache.release_sender_touches()
+        return settled, fresh
+
+    def take_back(self, keys: Sequence[str]) -> None:
+        """Forget `keys`, which the engine may not have received."""
+        for key in keys:
+            self._cache.invalidate(key)
+
+    def lacks(self, feature: MultiModalFeatureSpec) -> bool:
+        """Whether `feature` has no data and the engine is not known to hold any."""
+        return not feature.data and not self._cache.is_cached_item(_key(feature))
+
+    # ------------------------------------------------------------------ the rest
+
+    def clear_cache(self) -> None:
+        self._updates.clear()
+        self._cache.clear_cache()
+
+    def invalidate(self, mm_hash: str) -> None:
+        self._cache.invalidate(mm_hash)
+
+    def make_stats(self, *, delta: bool = False) -> CacheInfo:
+        return self._cache.make_stats(delta=delta)
+
+    def close(self) -> None:
+        self._cache.close()
+
+
+def _key(feature: MultiModalFeatureSpec) -> str:
+    return feature.mm_hash or feature.identifier
+
+
+def settle_on_send(engine: AsyncLLM, cache: DeferredCache) -> None:
+    """Make every request of `engine` pass through `send` on its way to the engine core."""
+    core = engine.engine_core
+    core.add_request_async = functools.partial(send, cache, core.add_request_async)
+
+
+async def send(cache: DeferredCache, send_to_core: SendRequest, request: EngineCoreRequest) -> None:
+    """Settle the cache for `request` and send it, in one go.
+
+    Raises:
+        RetryableRequestError: an image was dropped from the cache while the request was rendered,
+            and only the client can send it again.
+    """
+    features = request.mm_features
+    if not features:
+        await send_to_core(request)
+        return
+    while missing := [feature for feature in features if cache.lacks(feature)]:
+        await _refill(missing)
+    try:
+        settled, fresh = cache.settle(features)
+    except AssertionError:  # its own new images push out one that it took for cached
+        await _refill([feature for feature in features if not feature.data])
+        settled, fresh = cache.settle(features)
+    request.mm_features = settled
+    try:
+        await send_to_core(request)
+    except BaseException:
+        cache.take_back(fresh)
+        raise
+    _let_go(features, cache)
+
+
+async def _refill(features: Sequence[MultiModalFeatureSpec]) -> None:
+    for feature in features:
+        item = feature.data
+        if not isinstance(item, PooledItem) or item.refill is None:
+            raise RetryableRequestError("an image left the cache meanwhile; send it again")
+        if not item:
+            item.update(await item.refill())
+
+
+def _let_go(features: Sequence[MultiModalFeatureSpec], cache: DeferredCache) -> None:
+    """Free what a sent request would hold until its answer is complete: features and bytes."""
+    for feature in features:
+        if isinstance(feature.data, PooledItem) and cache.is_cached_item(_key(feature)):
+            feature.data.clear()
+            feature.data.refill = None

@@ -1,0 +1,282 @@
+"""Decoding and preprocessing for one model, as it runs inside an image worker.
+
+The Hugging Face processor that vLLM would call decides what the features are. For the
+native-resolution families (Qwen2-VL and its kin) resize and patchify are also done here in one
+go; that way is taken only where it has been checked, at the start of the worker, to give the
+processor's own bits.
+"""
+
+import functools
+import json
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import cloudpickle
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from server.engine import torchvision_ops
+from server.errors import InvalidImage
+from server.images import sizing
+from server.images.decode import Decoded, DecodeOptions, decode
+from server.images.worker import Array, Extractor, Feature, WorkerSpec
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+    from vllm.multimodal.processing import BaseMultiModalProcessor
+
+log = logging.getLogger("saccade.images")
+
+# Sizes on which the fused way must equal the processor: above, inside and below the usual range.
+_CHECK_SIZES = ((640, 480), (2000, 1500), (97, 33), (31, 300))
+
+
+def worker_spec(model_config: "ModelConfig", *, fast: bool, max_pixels: int) -> WorkerSpec:
+    """What workers need to build an `ImageExtractor` of this model."""
+    payload = cloudpickle.dumps((model_config, fast, max_pixels))
+    return WorkerSpec("server.engine.extractor:load", payload)
+
+
+def load(payload: bytes) -> Extractor:
+    """Build the extractor; called once, before workers are forked. `payload` is our own."""
+    torchvision_ops.register()
+    torch.set_num_threads(1)  # one picture a process; also, threads do not survive the fork
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()  # type: ignore[no-untyped-call]
+    model_config, fast, max_pixels = cloudpickle.loads(payload)
+    processor = MULTIMODAL_REGISTRY.create_processor(model_config)
+    return ImageExtractor(processor, fast=fast, max_pixels=max_pixels)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How pictures are processed under one set of options.
+
+    `rule` tells how far JPEG decoding may shrink; None: not at all. `patches` is the fused way.
+    """
+
+    rule: sizing.ResizeRule | None
+    patches: "_NativePatches | None"
+
+
+class ImageExtractor:
+    """Implements `images.worker.Extractor` with a vLLM multimodal processor."""
+
+    def __init__(
+        self, processor: "BaseMultiModalProcessor[Any]", *, fast: bool, max_pixels: int
+    ) -> None:
+        self._processor = processor
+        self._fast = fast
+        self._max_pixels = max_pixels
+        self._plans = functools.lru_cache(maxsize=64)(self._make_plan)
+        self._plan({})  # checked once here, before the fork, rather than in each worker
+
+    def decode(self, data: bytes, options: Mapping[str, Any]) -> Decoded:
+        """Decode under `options["io"]`: `image_mode` and `rgba_background_color` as in vLLM."""
+        io = options["io"]
+        background = tuple(io.get("rgba_background_color", (255, 255, 255)))
+        decode_options = DecodeOptions(io.get("image_mode", "RGB"), background, self._max_pixels)
+        plan = self._plan(options["processor"])
+        if not self._fast or plan.rule is None:
+            return decode(data, decode_options)
+        return decode(data, decode_options, functools.partial(_reducible, plan.rule))
+
+    def features(self, decoded: Decoded, options: Mapping[str, Any]) -> dict[str, Feature]:
+        """The fields the model wants, as vLLM's processor would give them for one picture."""
+        plan = self._plan(options["processor"])
+        image = decoded.image
+        if plan.patches is not None and image.mode == "RGB":
+            patches = plan.patches.features(image, decoded.size)
+            if patches is not None:
+                return patches
+        return self._processed(image, options["processor"])
+
+    def _processed(self, image: Image.Image, kwargs: Mapping[str, Any]) -> dict[str, Feature]:
+        outputs, fields = self._run_processor(image, kwargs)
+        return {name: _export(outputs[name]) for name in fields if outputs.get(name) is not None}
+
+    def _run_processor(self, image: Image.Image, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+        items = self._processor.info.parse_mm_data({"image": [image]})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecations of the processor's, once a picture
+            outputs = self._processor._apply_hf_processor_main(items, kwargs)
+        return outputs, self._processor._get_mm_fields_config(outputs, kwargs)
+
+    # ------------------------------------------------------------------ plans
+
+    def _plan(self, kwargs: Mapping[str, Any]) -> _Plan:
+        return self._plans(json.dumps(kwargs, sort_keys=True))
+
+    def _make_plan(self, kwargs_json: str) -> _Plan:
+        kwargs = json.loads(kwargs_json)
+        image_processor = getattr(self._processor.info.get_hf_processor(), "image_processor", None)
+        if image_processor is None:
+            return _Plan(None, None)
+        merged = _flat(self._processor.info.ctx.get_merged_mm_kwargs(kwargs))
+        rule = _rule(image_processor, merged)
+        if isinstance(rule, sizing.NativeResolution):
+            patches = _NativePatches.of(image_processor, rule)
+            if patches is not None and self._equals_processor(patches, kwargs):
+                return _Plan(rule, patches)
+            return _Plan(None, None)  # what cannot be checked is left to the processor
+        return _Plan(rule, None)
+
+    def _equals_processor(self, patches: "_NativePatches", kwargs: Mapping[str, Any]) -> bool:
+        random = np.random.default_rng(0)
+        for width, height in _CHECK_SIZES:
+            noise = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            image = Image.fromarray(noise)
+            ours = patches.features(image, image.size)
+            if ours is None or not _same(ours, self._processed(image, kwargs)):
+                log.info("the fused preprocessing does not fit this model; using its processor")
+                return False
+        return True
+
+
+@dataclass(frozen=True)
+class _NativePatches:
+    """Resize and patchify of the Qwen2-VL image processor, without what is around it.
+
+    The pixels stay uint8; vLLM normalises them on the device. A row of `pixel_values` is one
+    patch: channels x temporal patch x patch height x patch width, rows ordered so that the
+    `merge` x `merge` patches that become one token are neighbours.
+    """
+
+    rule: sizing.NativeResolution
+    patch: int
+    merge: int
+    temporal: int
+
+    @classmethod
+    def of(cls, image_processor: Any, rule: sizing.NativeResolution) -> "_NativePatches | None":
+        if getattr(image_processor, "resample", None) != Image.Resampling.BICUBIC:
+            return None
+        return cls(
+            rule,
+            image_processor.patch_size,
+            image_processor.merge_size,
+            image_processor.temporal_patch_size,
+        )
+
+    def features(self, image: Image.Image, size: sizing.Size) -> dict[str, Feature] | None:
+        """`pixel_values` uint8 (patches, patch bytes) and `image_grid_thw` int64 (1, 3).
+
+        `size` is the full size, by which the processor would have chosen the grid.
+        """
+        target = self.rule.target(*size)
+        if target is None:
+            return None
+        width, height = target
+        pixels = _resize(np.asarray(image), height, width)
+        rows, columns = height // self.patch, width // self.patch
+        merge, patch = self.merge, self.patch
+        source = pixels.reshape(
+            3, rows // merge, merge, patch, columns // merge, merge, patch
+        ).transpose(1, 4, 2, 5, 0, 3, 6)
+        out = np.empty(
+            (rows // merge, columns // merge, merge, merge, 3, self.temporal, patch, patch),
+            np.uint8,
+        )
+        for frame in range(self.temporal):
+            out[:, :, :, :, :, frame] = source
+        grid = np.array([[1, rows, columns]], np.int64)
+        return {
+            "pixel_values": Array("uint8", out.reshape(rows * columns, -1)),
+            "image_grid_thw": Array("int64", grid),
+        }
+
+
+def _resize(pixels: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:
+    """Bicubic with antialiasing, as the processor's backend does it; returns channels first."""
+    import torchvision.transforms.v2.functional as tv
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's buffer is read-only, and it is only read
+        planes = torch.from_numpy(pixels).permute(2, 0, 1)
+    if planes.shape[1:] != (height, width):
+        planes = tv.resize(
+            planes, [height, width], interpolation=tv.InterpolationMode.BICUBIC, antialias=True
+        )
+    resized: npt.NDArray[np.uint8] = planes.contiguous().numpy()
+    return resized
+
+
+def _reducible(rule: sizing.ResizeRule, width: int, height: int) -> sizing.Size | None:
+    """`rule`'s target, unless shrinking to it would change what the processor does."""
+    target = rule.target(width, height)
+    scale = sizing.jpeg_scale((width, height), target)
+    reduced = (-(-width // scale), -(-height // scale))
+    return target if sizing.covers(rule, (width, height), reduced) else None
+
+
+def _rule(image_processor: Any, kwargs: Mapping[str, Any]) -> sizing.ResizeRule | None:
+    """The resize rule of an image processor, read from its attributes; None if unknown."""
+    size = dict(getattr(image_processor, "size", None) or {})
+    size = {name: value for name, value in size.items() if value is not None}
+    override = kwargs.get("size")
+    if not getattr(image_processor, "do_resize", True) or kwargs.get("do_resize") is False:
+        return None
+    if hasattr(image_processor, "merge_size") and hasattr(image_processor, "temporal_patch_size"):
+        size |= override or {}
+        least = kwargs.get("min_pixels") or size.get("shortest_edge")
+        most = kwargs.get("max_pixels") or size.get("longest_edge")
+        if not least or not most:
+            return None
+        factor = image_processor.patch_size * image_processor.merge_size
+        return sizing.NativeResolution(factor, least, most)
+    if kwargs:  # an override we do not know may change the rule
+        return None
+    if pinpoints := getattr(image_processor, "image_grid_pinpoints", None):
+        return sizing.BestGrid(sizing.grids(pinpoints))
+    if getattr(image_processor, "do_image_splitting", False) and "longest_edge" in size:
+        return sizing.LongestEdge(size["longest_edge"])
+    tiled = ("crop_to_patches", "do_pan_and_scan", "max_patches", "do_image_splitting")
+    if any(getattr(image_processor, name, None) for name in tiled):
+        return None
+    if set(size) == {"height", "width"}:
+        return sizing.FixedSize(size["width"], size["height"])
+    if set(size) == {"shortest_edge"}:
+        return sizing.ShortestEdge(size["shortest_edge"])
+    return None
+
+
+def _flat(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Processor options without the `images_kwargs` scope."""
+    flat = {name: value for name, value in kwargs.items() if not name.endswith("_kwargs")}
+    return flat | dict(kwargs.get("images_kwargs") or {})
+
+
+def _export(value: Any) -> Feature:
+    """Tensors as arrays over the same memory; nested lists stay nested."""
+    if isinstance(value, torch.Tensor):
+        tensor = value.detach().contiguous()
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if tensor.dtype == torch.bfloat16:
+            tensor = tensor.view(torch.uint16)
+        return Array(dtype, tensor.numpy())
+    if isinstance(value, np.ndarray):
+        return Array(value.dtype.name, np.ascontiguousarray(value))
+    if isinstance(value, list | tuple):
+        return [_export(item) for item in value]
+    if isinstance(value, int | float | str | None):
+        return value
+    raise InvalidImage(f"the image processor returned {type(value).__name__}")
+
+
+def _same(ours: Mapping[str, Feature], theirs: Mapping[str, Feature]) -> bool:
+    if ours.keys() != theirs.keys():
+        return False
+    for name, value in ours.items():
+        other = theirs[name]
+        if not isinstance(value, Array) or not isinstance(other, Array):
+            return False
+        if value.dtype != other.dtype or not np.array_equal(value.data, other.data):
+            return False
+    return True

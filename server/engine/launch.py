@@ -1,0 +1,135 @@
+"""Starts vLLM inside this process, with our renderer, media connector and cache order."""
+
+import io
+import os
+from argparse import Namespace
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
+from vllm.logger import init_logger
+from vllm.multimodal.inputs import nested_tensors_equal
+from vllm.renderers.registry import RENDERER_REGISTRY
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from server.config import Settings
+from server.engine import connector
+from server.engine.cache import settle_on_send
+from server.engine.extractor import worker_spec
+from server.engine.renderer import PooledRenderer, is_image_by_image
+from server.images.pool import ImagePool
+from server.images.worker import WorkerSpec
+from server.media.payloads import encoded
+
+logger = init_logger(__name__)
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """What is known before the engine starts. `workers` is None for models without images."""
+
+    config: VllmConfig
+    engine_args: AsyncEngineArgs
+    workers: WorkerSpec | None
+
+
+def plan(args: Namespace, settings: Settings) -> EnginePlan:
+    """Read the model's configuration and put our parts in the place of vLLM's."""
+    os.environ["VLLM_MEDIA_CONNECTOR"] = connector.NAME
+    RENDERER_REGISTRY.renderers["hf"] = ("server.engine.renderer", "PooledRenderer")
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    propagate_flash_late_interaction(args, engine_args)
+    config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    model = config.model_config
+    workers = None
+    if model.supports_multimodal_inputs:
+        workers = worker_spec(
+            model,
+            fast=settings.images.image_decode == "fast",
+            max_pixels=settings.images.max_image_pixels,
+        )
+    return EnginePlan(config, engine_args, workers)
+
+
+@asynccontextmanager
+async def running(plan: EnginePlan) -> AsyncIterator[AsyncLLM]:
+    """The engine from start to shutdown. Starting blocks the event loop, as vLLM does it."""
+    torch.set_num_threads(1)  # this process only moves data; cores belong to workers and engine
+    engine = AsyncLLM.from_vllm_config(
+        vllm_config=plan.config,
+        usage_context=UsageContext.OPENAI_API_SERVER,
+        enable_log_requests=plan.engine_args.enable_log_requests,
+        aggregate_engine_logging=plan.engine_args.aggregate_engine_logging,
+        disable_log_stats=plan.engine_args.disable_log_stats,
+    )
+    try:
+        await engine.reset_mm_cache()  # drop what the warm-up left
+        yield engine
+    finally:
+        engine.shutdown(timeout=0)
+
+
+async def connect(engine: AsyncLLM, settings: Settings, pool: ImagePool | None) -> bool:
+    """Lead the images of `engine` through `pool`; returns whether the pool is used.
+
+    A model whose processor looks at the prompt as a whole, or for which the pool's result differs
+    from vLLM's on a test picture, keeps vLLM's own preprocessing.
+    """
+    renderer: Any = engine.renderer  # vLLM types it as its base class
+    if not isinstance(renderer, PooledRenderer):
+        return False
+    if renderer.deferred_cache is not None:
+        settle_on_send(engine, renderer.deferred_cache)
+    if renderer.mm_processor is None:
+        return False
+    fits = pool is not None and is_image_by_image(renderer.mm_processor)
+    renderer.attach(settings, pool if fits else None)
+    connector.EncodedImageConnector.configure(settings)
+    if fits and not await _agrees(renderer):
+        logger.warning("the image pool does not fit this model; using vLLM's own preprocessing")
+        renderer.attach(settings, None)
+        fits = False
+    return fits
+
+
+async def _agrees(renderer: PooledRenderer) -> bool:
+    """Whether pool and vLLM make the same of one picture: tokens, placeholders, features."""
+    processor = renderer.get_mm_processor()
+    text = processor.dummy_inputs.get_dummy_text({"image": 1})
+    prompt = renderer.get_tokenizer().encode(text, add_special_tokens=False)
+    noise = np.random.default_rng(0).integers(0, 256, (222, 333, 3), dtype=np.uint8)
+    picture, file = Image.fromarray(noise), io.BytesIO()
+    picture.save(file, "PNG")
+    data = encoded(file.getvalue(), len(file.getvalue()), "")
+    try:
+        ours = await renderer._process_images(prompt, {"image": [data]}, None, None)
+        theirs = renderer._process_multimodal(prompt, {"image": [picture]}, None, None)
+    except Exception:
+        logger.exception("the image pool failed on the test picture")
+        return False
+    finally:
+        renderer.clear_mm_cache()
+    if ours["prompt_token_ids"] != theirs["prompt_token_ids"]:
+        return False
+    pairs = zip(ours["mm_kwargs"]["image"], theirs["mm_kwargs"]["image"], strict=True)
+    return all(
+        mine is not None
+        and other is not None
+        and mine.keys() == other.keys()
+        and all(_equal(mine[name].data, other[name].data) for name in mine)
+        for mine, other in pairs
+    )
+
+
+def _equal(ours: object, theirs: object) -> bool:
+    if isinstance(ours, int | float | np.number):
+        return bool(ours == theirs)
+    return nested_tensors_equal(ours, theirs)  # type: ignore[arg-type]

@@ -1,0 +1,68 @@
+"""vLLM's HTTP side: its routes, its serving classes, its middleware, for our own app."""
+
+from argparse import Namespace
+
+from fastapi import FastAPI
+from vllm import __version__ as vllm_version
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.api_server.routers import register_api_routers
+from vllm.entrypoints.launchers.launcher import setup_server
+from vllm.entrypoints.launchers.utils.server_utils import (
+    get_uvicorn_log_config,
+    lifespan,
+)
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    ChatCompletionRequest,
+    ChatCompletionResponse,
+)
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
+from vllm.entrypoints.serve.utils.api_utils import (
+    load_aware_call,
+    validate_json_request,
+    with_cancellation,
+)
+from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
+from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
+from vllm.plugins.endpoint_plugins.interface import attach_endpoint_plugins
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+__all__ = [
+    "AsyncLLM",
+    "ChatCompletionRequest",
+    "ChatCompletionResponse",
+    "EngineClient",
+    "EngineDeadError",
+    "ErrorResponse",
+    "OpenAIServingChat",
+    "add_vllm_middleware",
+    "add_vllm_routes",
+    "get_uvicorn_log_config",
+    "init_app_state",
+    "lifespan",
+    "load_aware_call",
+    "metrics_header",
+    "setup_server",
+    "validate_json_request",
+    "vllm_version",
+    "with_cancellation",
+    "with_sse_keep_alive",
+]
+
+
+async def add_vllm_routes(app: FastAPI, args: Namespace, engine: AsyncLLM) -> None:
+    """Mount vLLM's routes behind those that `app` already has, and build what they serve with."""
+    tasks = await engine.get_supported_tasks()
+    register_api_routers(args, app, tasks, engine.model_config)
+    attach_endpoint_plugins(app, tasks)
+    init_exception_handler(app)
+    await init_app_state(engine, app.state, args, tasks)
+
+
+async def add_vllm_middleware(app: FastAPI, args: Namespace, engine: AsyncLLM) -> None:
+    """API keys, CORS, request ids and the user's own `--middleware`, as vLLM adds them."""
+    init_entrypoints_middleware(args, app, await engine.get_supported_tasks())

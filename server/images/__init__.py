@@ -1,0 +1,1 @@
+"""From encoded bytes to model features, in supervised child processes."""
