@@ -1,0 +1,166 @@
+"""Fixtures: the real server with the embedded model, clients for it, a real image origin."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from openai import AsyncOpenAI, OpenAI
+
+# Before anything imports vLLM or transformers.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from server.engine import torchvision_ops  # noqa: E402
+
+torchvision_ops.register()  # before a test imports transformers
+
+START_TIMEOUT_S = 240
+STOP_TIMEOUT_S = 30
+
+
+@dataclass
+class Server:
+    """`saccade serve` as a process of its own."""
+
+    process: subprocess.Popen[str]
+    log: list[str]
+    url: str = ""
+    model: str = "saccade-tiny"
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def image_workers(self) -> list[psutil.Process]:
+        return [child for child in self.children() if "ImageWorker" in " ".join(child.cmdline())]
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal; returns the exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(STOP_TIMEOUT_S)
+
+
+@contextlib.contextmanager
+def serving(*flags: str, **environment: str) -> Iterator[Server]:
+    """Start `saccade serve FLAGS` on a free port; end it, whatever happens."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "server", "serve", "--host", "127.0.0.1", "--port", "0", *flags],
+        env={**os.environ, "SACCADE_IMAGE_WORKERS": "2", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    server = Server(process, [])
+    reader = threading.Thread(target=_read, args=(server,), daemon=True)
+    reader.start()
+    try:
+        _await_ready(server)
+        yield server
+    finally:
+        left = server.children() if process.poll() is None else []
+        process.terminate()
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        for child in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        reader.join(STOP_TIMEOUT_S)
+
+
+def _read(server: Server) -> None:
+    assert server.process.stdout is not None
+    for line in server.process.stdout:
+        server.log.append(line)
+
+
+def _await_ready(server: Server) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        for line in server.log:
+            if match := re.search(r"ready: .* on (https?://\S+)", line):
+                server.url = match[1]
+                return
+        if server.process.poll() is not None:
+            break
+        time.sleep(0.1)
+    raise RuntimeError("the server did not come up:\n" + "".join(server.log[-60:]))
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """One server with the embedded model for the whole session."""
+    with serving("--max-model-len", "4096") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def client(server: Server) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as openai:
+        yield openai
+
+
+@pytest.fixture
+def async_client(server: Server) -> AsyncOpenAI:
+    return AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="session")
+def http(server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        yield client
+
+
+@dataclass
+class Origin:
+    """A web server with images: `files` by path; `requests` are the paths asked for."""
+
+    url: str = ""
+    files: dict[str, bytes] = field(default_factory=dict)
+    requests: list[str] = field(default_factory=list)
+    delay_s: dict[str, float] = field(default_factory=dict)
+
+
+@pytest.fixture
+def origin() -> Iterator[Origin]:
+    origin = Origin()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            origin.requests.append(self.path)
+            time.sleep(origin.delay_s.get(self.path, 0))
+            data = origin.files.get(self.path)
+            with contextlib.suppress(ConnectionError):
+                self.send_response(404 if data is None else 200)
+                self.send_header("Content-Length", str(len(data or b"")))
+                self.end_headers()
+                self.wfile.write(data or b"")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        origin.url = f"http://127.0.0.1:{server.server_address[1]}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield origin
+        server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return Path(__file__).parents[1]
