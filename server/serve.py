@@ -4,11 +4,14 @@ import os
 import signal
 import sys
 import time
-from argparse import Namespace
+import warnings
 from types import FrameType
 
 from server import __version__
-from server.config import Settings
+
+
+_REPEAT_S = 0.2
+_ZMQ_POLL = os.path.join("zmq", "sugar", "poll.py")
 
 
 class Progress:
@@ -26,15 +29,9 @@ def serve(argv: list[str]) -> None:
     """Serve until a signal; ends the process with status 2 on wrong arguments."""
     progress = Progress()
     _interruptible()
-    # vLLM's own log is for those who ask for it; the stages are told below.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    if not {"-h", "--help"} & set(argv):
-        progress(f"Saccade {__version__}: loading vLLM")
-    from server.engine.arguments import parse
-
-    args, settings = parse(argv)
+    _quiet_libraries()
     try:
-        status = _run(args, settings, progress)
+        status = _run(argv, progress)
     except KeyboardInterrupt:
         progress("stopped during start-up")
         status = 130
@@ -46,19 +43,46 @@ def serve(argv: list[str]) -> None:
     raise SystemExit(status)
 
 
-def _run(args: Namespace, settings: Settings, progress: Progress) -> int:
+def _quiet_libraries() -> None:
+    """The stages of the start are told here; the libraries' own logs are for who asks for them."""
+    # On a CPU vLLM warns of every default it changes there, in each of its processes.
+    level = "WARNING" if os.path.exists("/proc/driver/nvidia/version") else "ERROR"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", level)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if level == "ERROR":
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+def _run(argv: list[str], progress: Progress) -> int:
+    if not any(word.startswith(("-h", "--help")) for word in argv):
+        progress(f"Saccade {__version__}: loading vLLM")
     import uvloop
 
+    from server.engine.arguments import parse
+
+    args, settings = parse(argv)
     from server.app import run
 
     return uvloop.run(run(args, settings, progress))
 
 
 def _interruptible() -> None:
-    """Until the server handles signals itself, SIGTERM interrupts the start like Ctrl-C."""
+    """Until the server handles signals itself, SIGTERM interrupts the start like Ctrl-C.
+
+    The start mostly waits for the engine in pyzmq's `poll`, which may swallow what a signal
+    handler raises. So the interruption is repeated for as long as it finds itself there.
+    """
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
+        signal.setitimer(signal.ITIMER_REAL, _REPEAT_S)
         raise KeyboardInterrupt
+
+    def repeat(number: int, frame: FrameType | None) -> None:
+        if frame is not None and frame.f_code.co_filename.endswith(_ZMQ_POLL):
+            interrupt(number, frame)
 
     signal.signal(signal.SIGTERM, interrupt)
     signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGALRM, repeat)

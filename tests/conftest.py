@@ -24,7 +24,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from server.engine import torchvision_ops  # noqa: E402
+from server.engine import torchvision_ops
 
 torchvision_ops.register()  # before a test imports transformers
 
@@ -105,7 +105,8 @@ def _await_ready(server: Server) -> None:
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     """One server with the embedded model for the whole session."""
-    with serving("--max-model-len", "4096") as running:
+    tools = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+    with serving("--max-model-len", "4096", *tools) as running:
         yield running
 
 

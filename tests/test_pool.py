@@ -191,8 +191,7 @@ def test_a_full_queue_refuses_at_once() -> None:
         async with running(image_workers=1, image_queue=2) as pool:
             busy = [asyncio.create_task(pool.process("k0", b"sleep 1", OPTIONS))]
             await asyncio.sleep(0.05)
-            for i in (1, 2):
-                busy.append(asyncio.create_task(pool.process(f"k{i}", b"", OPTIONS)))
+            busy += [asyncio.create_task(pool.process(f"k{i}", b"", OPTIONS)) for i in (1, 2)]
             await until(lambda: pool.queued == 2)
             with pytest.raises(ServerBusy, match="the limit is 2"):
                 await pool.process("k3", b"", OPTIONS)

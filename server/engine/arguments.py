@@ -80,6 +80,9 @@ def _choose_model(args: Namespace) -> None:
     if args.model is None:
         args.model = str(DEMO_MODEL)
         args.served_model_name = args.served_model_name or [DEMO_NAME]
+        # Left the choice, so small a model writes blanks between the tokens of JSON for ever.
+        args.structured_outputs_config.backend = "xgrammar"
+        args.structured_outputs_config.disable_any_whitespace = True
     args.api_server_count = 1
 
 

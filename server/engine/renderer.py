@@ -75,6 +75,7 @@ class PooledRenderer(HfRenderer):
             self._mm_processor_cache = DeferredCache(self._mm_processor_cache)
         self._pool: ImagePool | None = None
         self._fingerprint = b""
+        self._max_pixels = 0
         self._digest_of_uuid: LRUCache[str, str] = LRUCache(_REMEMBERED_UUIDS)
         self._decode_threads = ThreadPoolExecutor(2, "image-decode")
         self._resources.callback(self._decode_threads.shutdown, wait=False, cancel_futures=True)
@@ -115,8 +116,8 @@ class PooledRenderer(HfRenderer):
         skip_mm_cache: bool = False,
     ) -> MultiModalInput:
         images = mm_data.get("image") or []
-        if not any(isinstance(image, EncodedImage) for image in images) and not (
-            self._pool and set(mm_data) == {"image"} and all(image is None for image in images)
+        if not images or not all(
+            image is None or isinstance(image, EncodedImage) for image in images
         ):
             return await self._vllm_process_multimodal(
                 prompt, mm_data, mm_uuids, mm_processor_kwargs, media_io_kwargs,

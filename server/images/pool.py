@@ -126,7 +126,7 @@ class ImagePool:
                 await self._health.started.wait()
         except TimeoutError:
             await self.__aexit__(None, None, None)
-            raise RuntimeError("no image worker came up; see the log above") from None
+            raise RuntimeError("the image workers did not come up; see the log above") from None
         if not self.ready:
             await self.__aexit__(None, None, None)
             raise RuntimeError("the image workers die at their start; see the log above")
@@ -258,7 +258,8 @@ class ImagePool:
 
     def _on_reply(self, seat: _Seat, reply: messages.FromWorker, features: Features | None) -> None:
         if isinstance(reply, messages.Ready):
-            self._health.started.set()
+            if len(self.worker_pids) == len(self._seats):
+                self._health.started.set()
             self._dispatch()
             return
         task = self._vacate(seat)
@@ -292,7 +293,7 @@ class ImagePool:
             else:
                 self._queue.appendleft(task)
         if self._health.deaths_in_a_row >= _HOPELESS_DEATHS:
-            self._health.started.set()  # a start that waits for the first worker gives up
+            self._health.started.set()  # a start that waits for the workers gives up
         self._spawn(self._occupy(seat, link))
         self._dispatch()
 

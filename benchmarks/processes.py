@@ -1,0 +1,174 @@
+"""Servers as groups of processes: starting and ending them, their CPU time and their memory.
+
+A server is started in a session of its own, so that all its processes can be found in /proc, also
+those whose parent has died. Every wait is bounded, and `stop` leaves no process behind.
+"""
+
+import contextlib
+import http.client
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_ENGINE_TITLES = ("VLLM::EngineCore", "VLLM::Worker")
+_TICK = 1 / os.sysconf("SC_CLK_TCK")
+_ROOT = Path(__file__).resolve().parent.parent
+_START_LIMIT = 600.0
+_STOP_LIMIT = 20.0
+
+
+class ServerFailed(RuntimeError):
+    """A server did not start, or not in time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cpu:
+    """CPU seconds since the server started, children that have ended included."""
+
+    front_end: float  # all processes but those of the engine
+    engine: float
+
+    @property
+    def total(self) -> float:
+        return self.front_end + self.engine
+
+    def __sub__(self, other: "Cpu") -> "Cpu":
+        return Cpu(self.front_end - other.front_end, self.engine - other.engine)
+
+
+@dataclass(frozen=True, slots=True)
+class _Process:
+    pid: int
+    parent: int
+    session: int
+    cpu: float
+
+
+class Server:
+    """One running server; `stop` must be called in the end."""
+
+    def __init__(
+        self, name: str, command: list[str], port: int, ready: str, env: dict[str, str], log: Path
+    ) -> None:
+        self.name = name
+        self.port = port
+        self._log = log
+        self._ready = ready
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=_ROOT,
+                env=env,
+                start_new_session=True,
+            )
+
+    def wait_ready(self) -> None:
+        """Return when the server is ready for requests; raise `ServerFailed` if it never is."""
+        deadline = time.monotonic() + _START_LIMIT
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise self._failed(f"ended with status {self._process.returncode}")
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                if self.get(self._ready)[0] == http.HTTPStatus.OK:
+                    return
+            time.sleep(0.5)
+        raise self._failed(f"was not ready after {_START_LIMIT:.0f} s")
+
+    def get(self, path: str) -> tuple[int, bytes]:
+        """Return status and body of a GET request."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        try:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
+
+    def stop(self) -> None:
+        """End all processes of the server: first politely, then by force."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            deadline = time.monotonic() + _STOP_LIMIT
+            # The server ends its own children; those left over are told one by one.
+            for pid in [self._process.pid] if number == signal.SIGTERM else self.pids():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            while self.pids() and time.monotonic() < deadline:
+                self._process.poll()  # collects the process once it has ended
+                time.sleep(0.1)
+
+    def cpu(self) -> Cpu:
+        """Return the CPU time used so far."""
+        front_end = engine = 0.0
+        engines: set[int] = set()
+        for process in self._processes():  # parents come before their children
+            if process.parent in engines or _title(process.pid).startswith(_ENGINE_TITLES):
+                engines.add(process.pid)
+                engine += process.cpu
+            else:
+                front_end += process.cpu
+        return Cpu(front_end, engine)
+
+    def pids(self) -> list[int]:
+        """Return the ids of all processes of the server."""
+        return [process.pid for process in self._processes()]
+
+    def engine_pids(self) -> list[int]:
+        """Return the ids of the processes that run the model."""
+        return [pid for pid in self.pids() if _title(pid).startswith(_ENGINE_TITLES)]
+
+    def _failed(self, what: str) -> ServerFailed:
+        lines = self._log.read_text(errors="replace").splitlines()
+        return ServerFailed("\n".join([f"{self.name} {what}; its last words:", *lines[-40:]]))
+
+    def _processes(self) -> list[_Process]:
+        found: dict[int, _Process] = {}
+        for process in _all_processes():
+            if process.session == self._process.pid or process.parent in found:
+                found[process.pid] = process
+        return list(found.values())
+
+
+def resident(pids: list[int]) -> int:
+    """Return the sum of the processes' resident memory in bytes; shared pages count repeatedly."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    return sum(int((_read(pid, "statm") or "0 0").split()[1]) * page for pid in pids)
+
+
+def proportional(pids: list[int]) -> int:
+    """Return the processes' memory in bytes (PSS); a page that n processes share counts 1/n."""
+    total = 0
+    for pid in pids:
+        for line in _read(pid, "smaps_rollup").splitlines():
+            if line.startswith("Pss:"):
+                total += int(line.split()[1]) * 1024
+    return total
+
+
+def _all_processes() -> Iterator[_Process]:
+    """Yield the processes of the machine by rising id; those that are gone meanwhile are left out.
+
+    The CPU time includes that of children that have ended and were waited for.
+    """
+    for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
+        if stat := _read(pid, "stat"):
+            fields = stat.rpartition(")")[2].split()  # the name before it may hold anything
+            cpu = sum(int(ticks) for ticks in fields[11:15]) * _TICK
+            yield _Process(pid, int(fields[1]), int(fields[3]), cpu)
+
+
+def _title(pid: int) -> str:
+    return _read(pid, "cmdline")
+
+
+def _read(pid: int, name: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return ""

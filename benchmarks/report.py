@@ -1,0 +1,153 @@
+"""What is made of the measurements: ratios with their spread, a table, a file of results."""
+
+import dataclasses
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.load import Answer
+from benchmarks.measure import Measurement
+from benchmarks.workloads import Workload
+
+# name in Measurement, what the table calls it, factor to the unit shown
+_METRICS = (
+    ("requests_per_second", "requests/s", 1.0),
+    ("ttft_p50", "TTFT p50, ms", 1e3),
+    ("ttft_p95", "TTFT p95, ms", 1e3),
+    ("front_end_cpu_per_image", "front-end CPU, ms per image", 1e3),
+    ("total_cpu_per_image", "total CPU, ms per image", 1e3),
+    ("peak_memory", "peak memory, MiB", 2**-20),
+    ("health_p50", "/health p50, ms", 1e3),
+    ("health_p99", "/health p99, ms", 1e3),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """The same requests, put to both servers one after the other."""
+
+    first: str  # the server that was driven first
+    ours: Measurement
+    plain: Measurement
+    equal_answers: float  # share of the requests that both servers answered with the same text
+
+    @property
+    def disturbance(self) -> float:
+        """The share of the machine that other processes and the hypervisor took, at most."""
+        return max(
+            side.machine_others_share + side.machine_steal_share for side in (self.ours, self.plain)
+        )
+
+    @classmethod
+    def of(
+        cls,
+        first: str,
+        ours: tuple[Measurement, list[Answer]],
+        plain: tuple[Measurement, list[Answer]],
+    ) -> "Round":
+        pairs = list(zip(ours[1], plain[1], strict=True))
+        equal = sum(one.text == other.text for one, other in pairs) / len(pairs)
+        return cls(first, ours[0], plain[0], equal)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The rounds of one workload that count."""
+
+    workload: Workload
+    rounds: list[Round]
+    dropped: int  # rounds that were more disturbed than these
+
+    def measurements(self) -> list[Measurement]:
+        return [side for each in self.rounds for side in (each.ours, each.plain)]
+
+    def problems(self) -> list[str]:
+        """Return what makes the comparison doubtful; nothing in a sound run."""
+        found = []
+        for side in ("ours", "plain"):
+            if failures := _total(self.rounds, side, "failures"):
+                sides: list[Measurement] = [getattr(each, side) for each in self.rounds]
+                error = next(one.first_error for one in sides if one.failures)
+                found.append(f"{side}: {failures} requests failed, the first with: {error}")
+            if failures := _total(self.rounds, side, "health_failures"):
+                found.append(f"{side}: /health failed {failures} times")
+        complete = [each for each in self.rounds if not each.ours.failures + each.plain.failures]
+        for name in ("prompt_tokens", "completion_tokens"):
+            if any(getattr(each.ours, name) != getattr(each.plain, name) for each in complete):
+                found += [f"the servers counted different {name.replace('_', ' ')}"]
+        return found
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            **dataclasses.asdict(self),
+            "ratios": {name: _ratio(self.rounds, name) for name, _, _ in _METRICS},
+            "problems": self.problems(),
+        }
+
+
+def table(outcome: Outcome) -> str:
+    """Return the outcome as text: medians over the rounds, and the spread of their ratios."""
+    workload, rounds = outcome.workload, outcome.rounds
+    lines = [
+        f"{workload.name}: {workload.description}; "
+        f"{rounds[0].ours.requests} requests, {len(rounds)} rounds ({outcome.dropped} dropped)",
+        f"  {'':28}{'ours':>10}{'plain':>10}   {'ours/plain':>10}  (min .. max)",
+    ]
+    for name, title, factor in _METRICS:
+        ours, plain = (_median(rounds, side, name) * factor for side in ("ours", "plain"))
+        ratio = _ratio(rounds, name)
+        lines.append(
+            f"  {title:28}{_number(ours):>10}{_number(plain):>10}   {ratio['median']:>10.2f}"
+            f"  ({ratio['min']:.2f} .. {ratio['max']:.2f})"
+        )
+    for name in ("failures", "reconnects"):
+        ours, plain = (_total(rounds, side, name) for side in ("ours", "plain"))
+        lines.append(f"  {name:28}{ours:>10}{plain:>10}")
+    lines.append(f"  {_conditions(outcome)}")
+    lines.extend(f"  PROBLEM: {problem}" for problem in outcome.problems())
+    return "\n".join(lines)
+
+
+def save(
+    path: Path, options: dict[str, Any], environment: dict[str, Any], outcomes: list[Outcome]
+) -> None:
+    """Write everything that was measured, each round included."""
+    content = {
+        "options": options,
+        **environment,
+        "workloads": {outcome.workload.name: outcome.as_json() for outcome in outcomes},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _conditions(outcome: Outcome) -> str:
+    def most(name: str) -> str:
+        return f"{max(getattr(one, name) for one in outcome.measurements()):.1%}"
+
+    equal = statistics.fmean(each.equal_answers for each in outcome.rounds)
+    return (
+        f"same answers {equal:.0%}; at most: load generator {most('generator_cpu_share')} and "
+        f"idle server {most('idle_server_cpu_share')} of a core, other processes "
+        f"{most('machine_others_share')} and steal {most('machine_steal_share')} of the machine"
+    )
+
+
+def _median(rounds: list[Round], side: str, name: str) -> float:
+    values: list[float] = [getattr(getattr(each, side), name) for each in rounds]
+    return statistics.median(values)
+
+
+def _total(rounds: list[Round], side: str, name: str) -> int:
+    return sum(getattr(getattr(each, side), name) for each in rounds)
+
+
+def _ratio(rounds: list[Round], name: str) -> dict[str, float]:
+    ratios: list[float] = [getattr(each.ours, name) / getattr(each.plain, name) for each in rounds]
+    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,0 +1,50 @@
+"""A vLLM plugin that replaces the vision encoder of the Qwen-VL families by a stub.
+
+On a CPU the encoder takes most of the time of a request, so a benchmark there would show little
+else. With the stub, each server's front end is seen as it would be seen in front of a GPU that
+encodes at no cost. Answers are meaningless, token counts and tensor shapes are the true ones.
+
+This folder need not be installed: with it on PYTHONPATH, vLLM finds the plugin through the
+entry point in the `dist-info` folder beside this file, in each of its processes.
+"""
+
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REPORT_VARIABLE = "STUB_ENCODER_REPORT"
+"""Names a folder in which every process that used the stub leaves a file named by its id."""
+
+_ENCODERS = {
+    "vllm.model_executor.models.qwen2_vl": "Qwen2VisionTransformer",
+    "vllm.model_executor.models.qwen2_5_vl": "Qwen2_5_VisionTransformer",
+    "vllm.model_executor.models.qwen3_vl": "Qwen3_VisionTransformer",
+}
+
+
+def register() -> None:
+    """Patch the encoders; called by vLLM, possibly more than once in a process."""
+    for module, encoder in _ENCODERS.items():
+        getattr(importlib.import_module(module), encoder).forward = _forward
+
+
+def _forward(
+    encoder: Any, pixels: torch.Tensor, grid_thw: object = None, **_: object
+) -> torch.Tensor:
+    """Return one constant row per merged patch, as wide as the encoder's own result.
+
+    `out_hidden_size` counts, where there are deepstack levels, their columns as well.
+    """
+    _report()
+    rows = pixels.shape[0] // encoder.spatial_merge_size**2
+    size = (rows, encoder.out_hidden_size)
+    return torch.full(size, 0.01, dtype=encoder.dtype, device=encoder.device)
+
+
+def _report() -> None:
+    folder = os.environ.get(REPORT_VARIABLE)
+    if folder:
+        Path(folder, str(os.getpid())).touch()

@@ -1,0 +1,173 @@
+"""The workloads: what is asked, how often, and the request bodies, built before any clock starts.
+
+Every request is a file that holds the complete HTTP body, base64 included. Both servers get the
+same files; within a run a server gets each of them once. Pictures are distinct by content, as
+`photos.stamp` makes them, and so is the text of every question, so that no cache of either server
+hits, except in `12mp_repeat`, whose purpose it is.
+"""
+
+import base64
+import itertools
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+from benchmarks import photos
+
+MAX_TOKENS = 8
+_SEED = 20240607
+_HOT_PICTURES = 6
+_WARM_UPS = 6
+_Ask = tuple[list[bytes], str]  # pictures and the media type they have
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One kind of request, or a mixture of kinds."""
+
+    name: str
+    description: str
+    requests: int  # in one round: 5 to 15 s on two cores
+    kinds: tuple[str, ...] = ()  # of a mixture; drawn in these proportions
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The requests of one round."""
+
+    bodies: list[Path]
+    images: int
+
+    def delete(self) -> None:
+        """Remove the files, which are large."""
+        for body in self.bodies:
+            body.unlink()
+
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload("text", "no picture", 400),
+        Workload("small", "one JPEG of 224x224", 400),
+        Workload("fullhd", "one JPEG of 1920x1080", 120),
+        Workload("12mp", "one JPEG of 4000x3000", 60),
+        Workload("12mp_repeat", "one JPEG of 4000x3000; 80% are from a hot set of six", 100),
+        Workload("documents", "four PNG pages of 1275x1650", 48),
+        Workload(
+            "mixed",
+            "text, small, fullhd, 12mp and 12mp_repeat 20% each, but documents 1 in 20",
+            100,
+            ("text", "small", "fullhd", "12mp", "12mp_repeat") * 4 + ("documents",),
+        ),
+    )
+}
+
+
+class Bodies:
+    """Writes the bodies of one run; it never writes a distinct picture or a question twice."""
+
+    def __init__(self, folder: Path, model: str) -> None:
+        self._folder = folder
+        self._model = model
+        self._serial = itertools.count()
+        self._random = random.Random(_SEED)
+        self._bases = _Bases()
+        self._ask: dict[str, Callable[[], _Ask]] = {
+            "text": lambda: ([], ""),
+            "small": partial(self._photos, 224, 224, 12),
+            "fullhd": partial(self._photos, 1920, 1080, 6),
+            "12mp": partial(self._photos, 4000, 3000, 4),
+            "12mp_repeat": self._repeated_photo,
+            "documents": self._pages,
+        }
+
+    def warm_up(self, workload: Workload) -> Batch:
+        """Return a few requests of each kind, and among them every hot picture once."""
+        kinds = sorted(set(workload.kinds or (workload.name,)))
+        asks = [self._ask[kind]() for kind in kinds for _ in range(_WARM_UPS)]
+        if "12mp_repeat" in kinds:
+            asks += [([picture], "image/jpeg") for picture in self._hot]
+        return self._write(asks)
+
+    def round(self, workload: Workload, requests: int) -> Batch:
+        """Return a round of new requests; a mixture has its proportions in every round."""
+        kinds = workload.kinds or (workload.name,)
+        order = [kinds[index % len(kinds)] for index in range(requests)]
+        self._random.shuffle(order)
+        return self._write([self._ask[kind]() for kind in order])
+
+    def _write(self, asks: list[_Ask]) -> Batch:
+        paths = []
+        for pictures, media_type in asks:
+            serial = next(self._serial)
+            paths.append(self._folder / f"{serial:06}.json")
+            question = self._question(serial, words=12 if pictures else 80)
+            paths[-1].write_bytes(_body(self._model, question, pictures, media_type))
+        return Batch(paths, sum(len(pictures) for pictures, _ in asks))
+
+    def _question(self, serial: int, words: int) -> str:
+        return f"Request {serial}: {' '.join(self._random.choices(photos.WORDS, k=words))}?"
+
+    def _photos(self, width: int, height: int, bases: int) -> _Ask:
+        base = self._bases.photo(width, height, self._random.randrange(bases))
+        return [photos.stamp(base, self._mark())], "image/jpeg"
+
+    def _pages(self) -> _Ask:
+        pages = [self._bases.page(seed) for seed in self._random.sample(range(12), 4)]
+        return [photos.stamp(page, self._mark()) for page in pages], "image/png"
+
+    def _repeated_photo(self) -> _Ask:
+        if self._random.random() < 0.8:
+            return [self._random.choice(self._hot)], "image/jpeg"
+        return self._photos(4000, 3000, 4)
+
+    @cached_property
+    def _hot(self) -> list[bytes]:
+        return [self._photos(4000, 3000, 4)[0][0] for _ in range(_HOT_PICTURES)]
+
+    def _mark(self) -> str:
+        return f"benchmark picture {self._random.getrandbits(64):016x}"
+
+
+class _Bases:
+    """The base pictures, each drawn when first wanted."""
+
+    def __init__(self) -> None:
+        self._drawn: dict[tuple[int, ...], bytes] = {}
+
+    def photo(self, width: int, height: int, seed: int) -> bytes:
+        key = (width, height, seed)
+        if key not in self._drawn:
+            self._drawn[key] = photos.photo(width, height, seed, quality=88 + seed % 3)
+        return self._drawn[key]
+
+    def page(self, seed: int) -> bytes:
+        if (seed,) not in self._drawn:
+            self._drawn[seed,] = photos.page(1275, 1650, seed)
+        return self._drawn[seed,]
+
+
+def _body(model: str, question: str, pictures: list[bytes], media_type: str) -> bytes:
+    """Return the JSON of a streamed request; `ignore_eos` makes all answers of equal length."""
+    content: list[dict[str, object]] = [
+        {"type": "image_url", "image_url": {"url": _data_url(picture, media_type)}}
+        for picture in pictures
+    ]
+    content.append({"type": "text", "text": question})
+    request = {
+        "model": model,
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": MAX_TOKENS,
+        "ignore_eos": True,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    return json.dumps(request).encode()
+
+
+def _data_url(picture: bytes, media_type: str) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(picture).decode()}"

@@ -1,0 +1,42 @@
+#!/bin/sh
+# Installs Saccade and what it needs into a virtual environment: deploy/install.sh [DIR [EXTRAS]]
+# EXTRAS (default: dev) are installed besides `gpu`, where an NVIDIA driver is present, or `cpu`.
+set -eu
+
+venv=${1:-.venv}
+extras=${2-dev}
+python=${PYTHON:-python3}
+torch_cpu='torch==2.13.0+cpu'
+torch_cpu_index='https://download.pytorch.org/whl/cpu'
+
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "Saccade needs Python 3.11 or later; $python is $("$python" --version 2>&1)." >&2
+    echo "Name another one with PYTHON=..." >&2
+    exit 1
+}
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+
+if [ -e /proc/driver/nvidia/version ]; then
+    pip install --quiet --editable ".[gpu${extras:+,$extras}]"
+    exit 0
+fi
+
+# PyTorch's CPU build is not on the package index that pip uses by default. Its own index is asked
+# only where pip does not find the build without it.
+index=
+if ! pip install --quiet --dry-run --no-deps "$torch_cpu" >/dev/null 2>&1; then
+    index="--extra-index-url $torch_cpu_index"
+fi
+# shellcheck disable=SC2086 # an empty $index must vanish
+pip install --quiet $index "$torch_cpu"
+# shellcheck disable=SC2086
+pip install --quiet $index --editable ".[cpu${extras:+,$extras}]"
+
+# vLLM's audio and video decoders may come as CUDA builds, which cannot be loaded beside a CPU torch
+# and break `import vllm`. Serving images needs neither.
+for package in torchaudio torchcodec; do
+    if ! "$venv/bin/python" -c "import $package" >/dev/null 2>&1; then
+        pip uninstall --quiet --yes "$package" 2>/dev/null || true
+    fi
+done

@@ -1,0 +1,183 @@
+"""Chat completions about real pictures, through the door."""
+
+import concurrent.futures
+import random
+import threading
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests import pictures
+from tests.conftest import Origin, Server
+from tests.pictures import image_part, shape, text_part, user
+
+WHAT = text_part("What is in the image?")
+COLORS = ("red", "green", "blue", "yellow")
+KINDS = ("circle", "square")
+
+
+def ask(http: httpx.Client, *parts: dict[str, Any], **more: Any) -> httpx.Response:
+    request = {"model": "saccade-tiny", "messages": user(*parts), "temperature": 0}
+    return http.post("/v1/chat/completions", json={"max_tokens": 16, **request, **more})
+
+
+def answer(response: httpx.Response) -> str:
+    assert response.status_code == 200, response.text
+    content: str = response.json()["choices"][0]["message"]["content"]
+    return content
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("color", COLORS)
+def test_the_answer_follows_the_picture(http: httpx.Client, color: str, kind: str) -> None:
+    picture = pictures.encode(shape(color, kind))
+    assert answer(ask(http, image_part(picture), WHAT)) == f"a {color} {kind}"
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
+def test_formats(http: httpx.Client, kind: str) -> None:
+    assert (
+        answer(ask(http, image_part(pictures.encode(shape("red"), kind)), WHAT)) == "a red circle"
+    )
+
+
+def test_a_large_jpeg_is_reduced_and_still_seen(http: httpx.Client) -> None:
+    picture = pictures.encode(shape("blue", "square", (4000, 3000)), "JPEG", quality=95)
+    assert answer(ask(http, image_part(picture), WHAT)) == "a blue square"
+
+
+def test_pictures_are_seen_in_order(http: httpx.Client) -> None:
+    red, blue = (image_part(pictures.encode(shape(color))) for color in ("red", "blue"))
+    second = text_part("What is in the second image?")
+    assert answer(ask(http, red, blue, second)) == "a blue circle"
+    assert answer(ask(http, blue, red, second)) == "a red circle"
+
+
+def test_one_picture_twice_in_a_prompt(http: httpx.Client) -> None:
+    part = image_part(pictures.encode(shape("green", "circle", (200, 216))))
+    first = ask(http, part, part, WHAT).json()
+    again = ask(http, part, part, WHAT).json()
+    assert first["choices"] == again["choices"]
+    single = ask(http, part, WHAT).json()
+    extra = first["usage"]["prompt_tokens"] - single["usage"]["prompt_tokens"]
+    assert extra > 50  # the second picture has its own placeholders
+
+
+def test_text_only(http: httpx.Client) -> None:
+    assert ask(http, text_part("hello")).status_code == 200
+
+
+def test_many_pictures_at_once_are_never_mixed_up(http: httpx.Client) -> None:
+    scenes = [
+        (color, kind, pictures.encode(shape(color, kind, (224 + 4 * i, 224))))
+        for color in COLORS
+        for kind in KINDS
+        for i in range(3)
+    ]
+    asked = scenes * 3
+    random.Random(0).shuffle(asked)
+    with concurrent.futures.ThreadPoolExecutor(12) as threads:
+        answers = threads.map(lambda scene: answer(ask(http, image_part(scene[2]), WHAT)), asked)
+        for (color, kind, _), text in zip(asked, answers, strict=True):
+            assert text == f"a {color} {kind}"
+
+
+def test_pictures_from_a_web_server(http: httpx.Client, origin: Origin) -> None:
+    origin.files["/red.png"] = pictures.encode(shape("red"))
+    part = {"type": "image_url", "image_url": {"url": f"{origin.url}/red.png"}}
+    assert answer(ask(http, part, WHAT)) == "a red circle"
+    assert origin.requests == ["/red.png"]
+
+
+def test_a_picture_and_its_name(http: httpx.Client) -> None:
+    picture = pictures.encode(shape("yellow", "square", (232, 224)))
+    named = {"type": "image_url", "image_url": None, "uuid": "my-yellow-square"}
+    refused = ask(http, named, WHAT)
+    assert refused.status_code == 400
+    error = refused.json()["error"]
+    assert (error["code"], error["param"]) == ("unknown_image", "messages[0].content[0].uuid")
+    assert (
+        answer(ask(http, image_part(picture, uuid="my-yellow-square"), WHAT)) == "a yellow square"
+    )
+    assert answer(ask(http, named, WHAT)) == "a yellow square"
+
+
+def test_a_name_cannot_stand_for_another_picture(http: httpx.Client) -> None:
+    red, blue = (pictures.encode(shape(color, "circle", (240, 224))) for color in ("red", "blue"))
+    assert answer(ask(http, image_part(red, uuid="one-name"), WHAT)) == "a red circle"
+    assert answer(ask(http, image_part(blue, uuid="one-name"), WHAT)) == "a blue circle"
+    assert answer(ask(http, image_part(red), WHAT)) == "a red circle"
+
+
+BAD = {
+    "no image": (b"not an image", 400, "invalid_image"),
+    "truncated": (pictures.encode(shape("red"), "JPEG")[:1500], 400, "invalid_image"),
+    "html": (b"<html><body>404</body></html>", 400, "invalid_image"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_pictures_are_named(http: httpx.Client, name: str) -> None:
+    data, status, code = BAD[name]
+    good = image_part(pictures.encode(shape("red")))
+    response = ask(http, good, image_part(data), WHAT)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (status, code)
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == "messages[0].content[1].image_url"
+    assert answer(ask(http, good, WHAT)) == "a red circle"
+
+
+@pytest.mark.parametrize(
+    ("url", "code"),
+    [
+        ("data:image/png;base64,@@@", "invalid_image"),
+        ("data:image/png,plain", "invalid_image"),
+        ("ftp://127.0.0.1/x.png", "image_fetch_failed"),
+        ("file:///etc/passwd", "image_fetch_failed"),
+        ("no url", "image_fetch_failed"),
+    ],
+)
+def test_bad_urls_are_named(http: httpx.Client, url: str, code: str) -> None:
+    response = ask(http, {"type": "image_url", "image_url": {"url": url}}, WHAT)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (400, code)
+    assert error["param"] == "messages[0].content[0].image_url"
+    assert "passwd" not in error["message"]
+
+
+def test_a_missing_picture_is_the_clients_error(http: httpx.Client, origin: Origin) -> None:
+    response = ask(
+        http, {"type": "image_url", "image_url": {"url": f"{origin.url}/none.png"}}, WHAT
+    )
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "image_fetch_failed"
+
+
+def test_killed_workers_lose_no_request(server: Server, http: httpx.Client) -> None:
+    stop = threading.Event()
+
+    def kill() -> None:
+        for _ in range(4):
+            for worker in server.image_workers()[:1]:
+                worker.kill()
+            if stop.wait(0.5):
+                return
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as threads:
+            sizes = [(400 + i, 300) for i in range(40)]
+            files = [pictures.encode(shape("red", "circle", size)) for size in sizes]
+            results = list(threads.map(lambda data: ask(http, image_part(data), WHAT), files))
+    finally:
+        stop.set()
+        killer.join()
+    # A picture may meet two killings in a row; then it says so, and nothing else is lost.
+    assert all(r.status_code == 200 or "image_worker_died" in r.text for r in results)
+    assert sum(r.status_code == 200 for r in results) >= 38
+    assert http.get("/ready").status_code == 200
+    assert all(psutil.pid_exists(worker.pid) for worker in server.image_workers())

@@ -1,0 +1,211 @@
+"""Start and stop: flags as in vLLM, clear refusals, and no process left behind."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests import pictures
+from tests.conftest import STOP_TIMEOUT_S, Server, serving
+from tests.pictures import image_part, shape, text_part, user
+
+ASK = user(image_part(pictures.encode(shape("red"))), text_part("What is in the image?"))
+REQUEST = {"model": "my-model", "messages": ASK, "temperature": 0}
+KEY = {"Authorization": "Bearer secret"}
+MAX_BODY = 200_000
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A self-signed certificate for 127.0.0.1, with its key in one file."""
+    folder = tmp_path_factory.mktemp("tls")
+    key, cert = folder / "key.pem", folder / "cert.pem"
+    subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    kind = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    subprocess.run(
+        ["openssl", "req", *kind, "-keyout", key, "-out", cert, "-days", "2", *subject],
+        check=True,
+        capture_output=True,
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def secured(certificate: Path) -> Iterator[Server]:
+    """A server with vLLM's flags for keys, CORS, TLS and root path, in `exact` mode."""
+    with serving(
+        *("--api-key", "secret", "--root-path", "/vlm", "--served-model-name", "my-model"),
+        *("--allowed-origins", '["https://example.org"]', "--image-decode", "exact"),
+        *("--ssl-keyfile", str(certificate / "key.pem")),
+        *("--ssl-certfile", str(certificate / "cert.pem")),
+        *("--limit-mm-per-prompt", '{"image": 2}', "--enable-request-id-headers"),
+        SACCADE_MAX_REQUEST_BYTES=str(MAX_BODY),
+    ) as server:
+        yield server
+
+
+@pytest.fixture
+def web(secured: Server, certificate: Path) -> Iterator[httpx.Client]:
+    verify = str(certificate / "cert.pem")
+    with httpx.Client(base_url=secured.url, verify=verify, timeout=60) as client:
+        yield client
+
+
+def test_tls_and_keys(secured: Server, web: httpx.Client) -> None:
+    assert secured.url.startswith("https://")
+    refused = web.post("/v1/chat/completions", json=REQUEST)
+    assert refused.status_code == 401
+    assert refused.json()["error"]["code"] == "invalid_api_key"
+    answer = web.post("/v1/chat/completions", json=REQUEST, headers=KEY)
+    assert answer.json()["choices"][0]["message"]["content"] == "a red circle"
+    assert answer.headers["X-Request-Id"]
+    assert web.get("/health").status_code == 200
+
+
+def test_an_unauthorised_body_is_not_read(secured: Server, web: httpx.Client) -> None:
+    refused = web.post("/v1/chat/completions", content=b"x" * (2 * MAX_BODY))
+    assert refused.status_code == 401
+
+
+def test_bodies_are_limited(web: httpx.Client) -> None:
+    def endless() -> Iterator[bytes]:
+        for _ in range(1000):
+            yield b" " * 65536
+
+    headers = {**KEY, "Content-Type": "application/json"}
+    for content in (b" " * (MAX_BODY + 1), endless()):
+        with contextlib.suppress(httpx.WriteError, httpx.RemoteProtocolError):
+            response = web.post("/v1/chat/completions", content=content, headers=headers)
+            assert response.status_code == 413
+            assert response.json()["error"]["code"] == "request_too_large"
+    assert web.get("/ready").status_code == 200
+
+
+def test_cors_root_path_and_limits(web: httpx.Client) -> None:
+    asking = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
+    preflight = web.options("/v1/chat/completions", headers=asking)
+    assert preflight.headers["access-control-allow-origin"] == "https://example.org"
+    servers = web.get("/openapi.json", headers=KEY).json()["servers"]
+    assert servers == [{"url": "/vlm"}]
+    part = ASK[0]["content"][0]
+    many = {"model": "my-model", "messages": user(part, part, part)}
+    response = web.post("/v1/chat/completions", json=many, headers=KEY)
+    assert response.status_code == 400
+    assert "At most 2 image" in response.json()["error"]["message"]
+
+
+def assert_nothing_is_left(children: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(children, timeout=STOP_TIMEOUT_S)
+    assert [child.cmdline() for child in alive] == []
+
+
+def test_sigterm_lets_running_requests_finish_and_leaves_nothing(secured: Server) -> None:
+    """The last test with this server: it ends it."""
+    children = secured.children()
+    assert len(secured.image_workers()) == 2
+    assert any("VLLM::EngineCore" in " ".join(child.cmdline()) for child in children)
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        long = {**REQUEST, "max_tokens": 400, "ignore_eos": True}
+        with httpx.Client(base_url=secured.url, verify=False, timeout=60) as client:
+            answers.append(client.post("/v1/chat/completions", json=long, headers=KEY))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    time.sleep(0.5)
+    assert secured.stop(signal.SIGTERM) == 0
+    asking.join()
+    assert answers[0].status_code == 200
+    assert answers[0].json()["usage"]["completion_tokens"] == 400
+    assert_nothing_is_left(children)
+
+
+def test_ctrl_c_ends_everything() -> None:
+    """A terminal sends SIGINT to the whole group of processes."""
+    with serving("--max-model-len", "1024") as server:
+        children = server.children()
+        assert len(children) >= 5
+        os.killpg(server.process.pid, signal.SIGINT)
+        assert server.process.wait(STOP_TIMEOUT_S) == 0
+        assert_nothing_is_left(children)
+
+
+@pytest.mark.parametrize("seconds", [2, 12])
+def test_a_signal_during_the_start_leaves_nothing(seconds: float) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "server", "serve", "--port", "0"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    time.sleep(seconds)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=STOP_TIMEOUT_S)
+    assert "stopped during start-up" in errors
+    assert "Traceback" not in errors
+    assert process.returncode == 130
+    assert_nothing_is_left(children)
+
+
+def start(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "server", *flags],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "message"),
+    [
+        (["serve", "--no-such-flag"], {}, "--no-such-flag"),
+        (["serve", "--image-workers", "none"], {}, "image_workers"),
+        (["serve"], {"SACCADE_IMAGE_WORKRES": "2"}, "SACCADE_IMAGE_WORKRES"),
+        (["serve", "--headless"], {}, "--headless is not supported"),
+        (["serve", "--api-server-count", "4"], {}, "--image-workers"),
+        (["sevre"], {}, "unknown command 'sevre'"),
+    ],
+)
+def test_wrong_calls_are_refused(
+    flags: list[str], environment: dict[str, str], message: str
+) -> None:
+    done = start(*flags, **environment)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_and_version() -> None:
+    assert "saccade serve" in start("--help").stdout
+    assert re.fullmatch(r"saccade \d+\.\d+\.\d+\n", start("--version").stdout)
+    listed = start("serve", "--help=Saccade").stdout
+    assert "--image-workers" in listed
+    assert "--fetch-timeout-s" in listed
+
+
+def test_a_taken_port_is_said() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = start("serve", "--host", "127.0.0.1", "--port", port)
+    assert done.returncode == 1
+    assert "cannot start" in done.stderr
+    assert "Address already in use" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,270 @@
+"""Parity with OpenAI's API, through the official package; and the routes beside chat."""
+
+import asyncio
+import json
+from typing import Any
+
+import anthropic
+import httpx
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+
+from tests import pictures
+from tests.conftest import Server
+from tests.pictures import data_url, image_part, shape, text_part, user
+
+MODEL = "saccade-tiny"
+RED = pictures.encode(shape("red"))
+# Above the size from which payloads are taken out of bodies.
+LARGE_BLUE = pictures.encode(pictures.photo((600, 400)), "PNG")
+ASK: Any = user(image_part(RED), text_part("What is in the image?"))
+TOOL: Any = {
+    "type": "function",
+    "function": {
+        "name": "report",
+        "parameters": {
+            "type": "object",
+            "properties": {"color": {"type": "string", "enum": ["red", "green", "blue"]}},
+            "required": ["color"],
+            "additionalProperties": False,
+        },
+    },
+}
+SCHEMA = TOOL["function"]["parameters"]
+
+
+def test_sync(client: OpenAI) -> None:
+    answer = client.chat.completions.create(model=MODEL, messages=ASK, temperature=0)
+    assert answer.choices[0].message.content == "a red circle"
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == 81
+
+
+def test_async_and_concurrent(async_client: AsyncOpenAI) -> None:
+    async def ask(color: str) -> str | None:
+        messages: Any = user(image_part(pictures.encode(shape(color))), ASK[0]["content"][1])
+        answer = await async_client.chat.completions.create(
+            model=MODEL, messages=messages, temperature=0
+        )
+        return answer.choices[0].message.content
+
+    async def all_of_them() -> list[str | None]:
+        async with async_client:
+            return await asyncio.gather(*map(ask, ("red", "green", "blue")))
+
+    assert asyncio.run(all_of_them()) == ["a red circle", "a green circle", "a blue circle"]
+
+
+def test_streaming_with_usage(client: OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model=MODEL,
+        messages=ASK,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == "a red circle"
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 4
+
+
+def test_several_choices(client: OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL, messages=ASK, n=3, temperature=1.5, seed=1, max_tokens=8
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+
+
+def test_logprobs(client: OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL, messages=ASK, temperature=0, logprobs=True, top_logprobs=3
+    )
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    assert [len(token.top_logprobs) for token in logprobs.content] == [3] * len(logprobs.content)
+    assert all(token.logprob <= 0 for token in logprobs.content)
+
+
+def test_json_schema(client: OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=ASK,
+        temperature=0,
+        max_completion_tokens=64,
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "shape", "schema": SCHEMA, "strict": True},
+        },
+    )
+    assert json.loads(answer.choices[0].message.content or "") == {"color": "red"}
+
+
+def test_named_tool(client: OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=ASK,
+        temperature=0,
+        tools=[TOOL],
+        tool_choice={"type": "function", "function": {"name": "report"}},
+        max_completion_tokens=64,
+    )
+    calls = answer.choices[0].message.tool_calls
+    assert calls is not None
+    (call,) = calls
+    assert call.type == "function"
+    assert call.function.name == "report"
+    assert json.loads(call.function.arguments)["color"] in ("red", "green", "blue")
+
+
+def test_auto_tool(client: OpenAI) -> None:
+    """The tiny model knows no tools: it answers, and the parser lets the answer through."""
+    answer = client.chat.completions.create(
+        model=MODEL, messages=ASK, temperature=0, tools=[TOOL], tool_choice="auto", max_tokens=16
+    )
+    assert answer.choices[0].message.content
+    assert not answer.choices[0].message.tool_calls
+
+
+def test_stop_and_token_limits(client: OpenAI) -> None:
+    stopped = client.chat.completions.create(
+        model=MODEL, messages=ASK, temperature=0, stop=[" circle"]
+    )
+    assert stopped.choices[0].message.content == "a red"
+    for limit in ({"max_tokens": 2}, {"max_completion_tokens": 2}):
+        cut = client.chat.completions.create(model=MODEL, messages=ASK, temperature=0, **limit)
+        assert cut.choices[0].finish_reason == "length"
+        assert cut.usage is not None
+        assert cut.usage.completion_tokens == 2
+
+
+def test_seed(client: OpenAI) -> None:
+    def sample(seed: int) -> str | None:
+        answer = client.chat.completions.create(
+            model=MODEL, messages=ASK, temperature=2, seed=seed, max_tokens=12
+        )
+        return answer.choices[0].message.content
+
+    assert sample(7) == sample(7)
+    assert len({sample(seed) for seed in range(5)}) > 1
+
+
+def test_responses(client: OpenAI) -> None:
+    question: Any = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "input_image", "image_url": data_url(RED), "detail": "auto"},
+                {"type": "input_text", "text": "What is in the image?"},
+            ],
+        }
+    ]
+    answer = client.responses.create(
+        model=MODEL, input=question, temperature=0, max_output_tokens=16
+    )
+    assert answer.output_text == "a red circle"
+
+
+def test_responses_with_a_large_picture(client: OpenAI) -> None:
+    part = {"type": "input_image", "image_url": data_url(LARGE_BLUE), "detail": "auto"}
+    question: Any = [{"role": "user", "content": [part]}]
+    answer = client.responses.create(model=MODEL, input=question, max_output_tokens=4)
+    assert answer.usage is not None
+    assert answer.usage.input_tokens > 200
+
+
+@pytest.mark.parametrize(("picture", "least_tokens"), [(RED, 60), (LARGE_BLUE, 200)])
+def test_messages(server: Server, picture: bytes, least_tokens: int) -> None:
+    with anthropic.Anthropic(base_url=server.url, api_key="none") as client:
+        source: Any = {
+            "type": "base64",
+            "media_type": "image/png",
+            "data": data_url(picture).partition(",")[2],
+        }
+        content: Any = [
+            {"type": "image", "source": source},
+            {"type": "text", "text": "What is in the image?"},
+        ]
+        answer = client.messages.create(
+            model=MODEL,
+            max_tokens=16,
+            messages=[{"role": "user", "content": content}],
+            extra_body={"temperature": 0},
+        )
+    assert answer.usage.input_tokens > least_tokens
+    if picture is RED:
+        assert answer.content[0].text == "a red circle"  # type: ignore[union-attr]
+
+
+def test_tokenize_counts_image_tokens_and_computes_once(http: httpx.Client) -> None:
+    request = {"model": MODEL, "messages": ASK}
+    first, again = (http.post("/tokenize", json=request).json() for _ in range(2))
+    assert first["count"] == again["count"] == 81
+
+
+def test_completions_and_models(client: OpenAI, http: httpx.Client) -> None:
+    completion = client.completions.create(model=MODEL, prompt="hello", max_tokens=3)
+    assert completion.usage is not None
+    assert completion.usage.completion_tokens == 3
+    assert [model.id for model in client.models.list()] == [MODEL]
+    metrics = http.get("/metrics").text
+    assert "vllm:num_requests_running" in metrics
+    assert "saccade_image_decode_seconds_count" in metrics
+
+
+def test_health_ready_version(http: httpx.Client) -> None:
+    assert http.get("/health").status_code == 200
+    assert http.get("/ready").status_code == 200
+    version = http.get("/version").json()
+    assert version["version"].startswith("0.32.0")
+    assert version["saccade"]
+
+
+def test_chat_has_one_route(http: httpx.Client) -> None:
+    paths = http.get("/openapi.json").json()["paths"]
+    assert "/v1/chat/completions" in paths
+    assert "/v1/responses" in paths
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "error"),
+    [
+        ({"model": "no-such-model"}, None, openai.NotFoundError),
+        ({"temperature": "hot"}, "body.temperature", openai.BadRequestError),
+        ({"logit_bias": {"999999": 1}}, "logit_bias", openai.BadRequestError),
+        ({"messages": "hello"}, None, openai.BadRequestError),
+        ({"max_tokens": 10_000_000}, "max_tokens", openai.BadRequestError),
+    ],
+)
+def test_errors_have_openais_shape(
+    client: OpenAI, change: Any, param: str | None, error: type[openai.APIStatusError]
+) -> None:
+    request: Any = {"model": MODEL, "messages": ASK, **change}
+    with pytest.raises(error) as caught:
+        client.chat.completions.create(**request)
+    body: Any = caught.value.body
+    assert set(body) == {"message", "type", "param", "code"}
+    assert body["type"] == "invalid_request_error"
+    assert isinstance(body["code"], str)
+    if param is not None:
+        assert body["param"] == param
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"messages": 1}'])
+def test_broken_bodies(http: httpx.Client, content: bytes) -> None:
+    headers = {"Content-Type": "application/json"}
+    response = http.post("/v1/chat/completions", content=content, headers=headers)
+    assert response.status_code == 400
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_unknown_routes_and_types(http: httpx.Client) -> None:
+    assert http.get("/nowhere").status_code == 404
+    assert http.get("/nowhere").json()["error"]["code"] == "not_found"
+    response = http.post("/v1/chat/completions", content=b"x", headers={"Content-Type": "x/y"})
+    assert response.status_code == 415 or response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request_error"

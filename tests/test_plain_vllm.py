@@ -1,0 +1,94 @@
+"""The same answers as plain vLLM, asked over HTTP: tokens, log-probabilities, counts."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from server.engine.arguments import DEMO_MODEL
+from tests import pictures
+from tests.conftest import START_TIMEOUT_S, STOP_TIMEOUT_S
+from tests.pictures import image_part, shape, text_part, user
+
+RED, BLUE = (pictures.encode(shape(color)) for color in ("red", "blue"))
+PHOTO = pictures.encode(pictures.photo((900, 700)), "PNG")
+WHAT = text_part("Describe the image.")
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[httpx.Client]:
+    """Plain vLLM with the flags that ours has by itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+            *("--model", str(DEMO_MODEL), "--served-model-name", "saccade-tiny"),
+            *("--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--dtype", "float32"),
+            *("--max-model-len", "4096", "--max-num-seqs", "32", "--mm-processor-cache-gb", "1"),
+        ],
+        env=os.environ,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            deadline = time.monotonic() + START_TIMEOUT_S
+            while not _up(client):
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+            yield client
+    finally:
+        process.terminate()
+        process.wait(STOP_TIMEOUT_S)
+
+
+def _up(client: httpx.Client) -> bool:
+    try:
+        return client.get("/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        user(image_part(RED), WHAT),
+        user(image_part(PHOTO), WHAT),
+        user(image_part(RED), text_part("and"), image_part(BLUE), WHAT),
+        user(image_part(PHOTO), image_part(PHOTO), WHAT),
+        user(image_part(RED, uuid="a"), WHAT),
+        user(text_part("hello")),
+        [{"role": "system", "content": "be brief"}, *user(WHAT, image_part(BLUE))],
+    ],
+)
+def test_same_answer(http: httpx.Client, plain: httpx.Client, messages: Any) -> None:
+    request = {
+        "model": "saccade-tiny",
+        "messages": messages,
+        "temperature": 0,
+        "max_tokens": 16,
+        "logprobs": True,
+        "top_logprobs": 2,
+    }
+    ours, theirs = (
+        client.post("/v1/chat/completions", json=request).raise_for_status().json()
+        for client in (http, plain)
+    )
+    assert ours["choices"] == theirs["choices"]
+    assert ours["usage"] == theirs["usage"]
+    assert ours.keys() == theirs.keys()
+
+
+def test_same_routes(http: httpx.Client, plain: httpx.Client) -> None:
+    ours, theirs = (set(client.get("/openapi.json").json()["paths"]) for client in (http, plain))
+    assert theirs - ours == set()
