@@ -9,7 +9,6 @@ from types import FrameType
 
 from server import __version__
 
-
 _REPEAT_S = 0.2
 _ZMQ_POLL = os.path.join("zmq", "sugar", "poll.py")
 
@@ -38,8 +37,8 @@ def serve(argv: list[str]) -> None:
     except OSError as error:  # the port is taken, a file is missing
         progress(f"cannot start: {error}")
         status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
     raise SystemExit(status)
 
 

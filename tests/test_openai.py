@@ -9,7 +9,9 @@ import httpx
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
+from tokenizers import Tokenizer
 
+from server.engine.arguments import DEMO_MODEL
 from tests import pictures
 from tests.conftest import Server
 from tests.pictures import data_url, image_part, shape, text_part, user
@@ -23,6 +25,7 @@ TOOL: Any = {
     "type": "function",
     "function": {
         "name": "report",
+        "strict": True,
         "parameters": {
             "type": "object",
             "properties": {"color": {"type": "string", "enum": ["red", "green", "blue"]}},
@@ -105,10 +108,14 @@ def test_json_schema(client: OpenAI) -> None:
 
 
 def test_named_tool(client: OpenAI) -> None:
+    """Between the tokens of JSON any blanks may stand, and this model would write only those."""
+    tokenizer = Tokenizer.from_file(str(DEMO_MODEL / "tokenizer.json"))
+    blank = [i for i in range(tokenizer.get_vocab_size()) if not tokenizer.decode([i]).strip()]
     answer = client.chat.completions.create(
         model=MODEL,
         messages=ASK,
         temperature=0,
+        logit_bias={str(token): -100 for token in blank},
         tools=[TOOL],
         tool_choice={"type": "function", "function": {"name": "report"}},
         max_completion_tokens=64,
