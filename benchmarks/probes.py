@@ -75,18 +75,26 @@ class HealthProbe(_Probe):
 class MemoryProbe(_Probe):
     """Finds the peak of a server's memory (PSS, summed over its processes).
 
-    The kernel walks all pages to tell the PSS, for some 40 ms of CPU. So it is asked only when
-    the resident memory, which costs nothing to read, has grown by 1% since it was asked last.
+    To tell the PSS the kernel walks all pages of a process, which meanwhile cannot get new ones:
+    asked under load, it would stall what is measured. So under load only the resident memory is
+    read, which costs nothing, and the PSS once the load is over; the peak is that, and what the
+    resident memory was above its end.
     """
 
     def __init__(self, server: Server) -> None:
         super().__init__(server, _MEMORY_INTERVAL)
-        self._resident = 0
+        self._most_resident = 0
         self.peak = 0
-        self.look()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        pids = self._server.pids()
+        self.peak = proportional(pids) + max(0, self._most_resident - resident(pids))
 
     def look(self) -> None:
-        pids = self._server.pids()
-        if (size := resident(pids)) > self._resident * 1.01:
-            self._resident = size
-            self.peak = max(self.peak, proportional(pids))
+        self._most_resident = max(self._most_resident, resident(self._server.pids()))

@@ -5,7 +5,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from server.engine import torchvision_ops
+from server.engine import cpu_waits, torchvision_ops
 
 torchvision_ops.register()  # vLLM imports torchvision while its parser is made
 
@@ -88,6 +88,7 @@ def _choose_model(args: Namespace) -> None:
 
 def _fit_to_cpu(args: Namespace, given: set[str]) -> None:
     """Start small and without compilation; each choice only where the user made none."""
+    cpu_waits.ask()
     for flag, (attribute, value) in _CPU_DEFAULTS.items():
         if flag not in given:
             setattr(args, attribute, value)
