@@ -35,18 +35,26 @@ async def run(args: Namespace, settings: Settings, report: Report) -> int:
     keep_freed_memory(_KEPT_HEAP_BYTES)
     address, sock = serving.setup_server(args, reuse_port=False)
     with sock:
-        async with _running(args, settings, report) as (engine, pool):
-            app = await build_app(args, settings, engine, pool)
-            server = _Server(_uvicorn_config(app, args, settings))
+        async with _running(args, settings, report) as (engine, pool, path):
+            app = await build_app(args, settings, engine, pool, path)
+            config = _uvicorn_config(app, args, settings)
+            server = _Server(config)
             app.state.server = server
+            refresher = None
+            if args.enable_ssl_refresh:
+                refresher = serving.refresh_certificates(config, args)
             server.on_started = lambda: report(_invitation(args, address, sock))
-            return await _serve(server, sock, engine, app)
+            try:
+                return await _serve(server, sock, engine, app)
+            finally:
+                if refresher is not None:
+                    refresher.stop()
 
 
 @contextlib.asynccontextmanager
 async def _running(
     args: Namespace, settings: Settings, report: Report
-) -> AsyncIterator[tuple[serving.AsyncLLM, ImagePool | None]]:
+) -> AsyncIterator[tuple[serving.AsyncLLM, ImagePool | None, launch.ImagePath]]:
     """Engine and image pool, started side by side and stopped in reverse."""
     report(f"reading the model {args.served_model_name or args.model}")
     plan = launch.plan(args, settings)
@@ -60,15 +68,20 @@ async def _running(
         if pool is not None:
             report(f"starting {settings.images.image_workers} image workers")
             await stack.enter_async_context(pool)
-        if not await launch.connect(engine, settings, pool) and pool is not None:
+        path = await launch.connect(engine, settings, pool)
+        if pool is not None and not path.pooled:
             report("this model keeps vLLM's own image processing")
             await pool.stop()
             pool = None
-        yield engine, pool
+        yield engine, pool, path
 
 
 async def build_app(
-    args: Namespace, settings: Settings, engine: serving.AsyncLLM, pool: ImagePool | None
+    args: Namespace,
+    settings: Settings,
+    engine: serving.AsyncLLM,
+    pool: ImagePool | None,
+    path: launch.ImagePath,
 ) -> FastAPI:
     """The FastAPI app: our routes first, then vLLM's, then what every request passes.
 
@@ -80,6 +93,8 @@ async def build_app(
         title="Saccade",
         lifespan=serving.lifespan,
         openapi_url="/openapi.json" if docs else None,
+        docs_url=None if args.enable_offline_docs else "/docs",
+        redoc_url=None if args.enable_offline_docs else "/redoc",
     )
     app.root_path = args.root_path
     app.state.args = args
@@ -96,8 +111,8 @@ async def build_app(
         if route in mine or getattr(route, "path", None) not in ours
     ]
     errors.add_error_handler(app)
-    keeps_responses = os.environ.get("VLLM_ENABLE_RESPONSES_API_STORE", "0") not in ("", "0")
-    app.add_middleware(body.BodyReader, settings=settings.http, keeps_responses=keeps_responses)
+    untouched = serving.paths_that_keep_bodies() if path.encoded else None
+    app.add_middleware(body.BodyReader, settings=settings.http, untouched=untouched)
     await serving.add_vllm_middleware(app, args, engine)
     app.add_middleware(errors.OpenAIErrors)
     return app
@@ -125,7 +140,8 @@ def _uvicorn_config(app: FastAPI, args: Namespace, settings: Settings) -> uvicor
         log_level=args.uvicorn_log_level,
         access_log=not args.disable_uvicorn_access_log,
         timeout_keep_alive=int(os.environ.get("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "5")),
-        timeout_graceful_shutdown=settings.http.drain_timeout_s,
+        timeout_graceful_shutdown=args.shutdown_timeout or settings.http.drain_timeout_s,
+        h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
         ssl_keyfile=args.ssl_keyfile,
         ssl_certfile=args.ssl_certfile,
         ssl_ca_certs=args.ssl_ca_certs,
@@ -158,6 +174,8 @@ async def _serve(
 
 async def _watch(server: _Server, engine: serving.AsyncLLM) -> None:
     """A dead engine cannot come back: stop, so that whoever supervises us starts us anew."""
+    if serving.stays_up_without_engine():
+        return
     while not engine.errored:  # noqa: ASYNC110 - the engine offers nothing to wait for
         await asyncio.sleep(_ENGINE_CHECK_INTERVAL_S)
     log.error("the engine has died; stopping")

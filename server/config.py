@@ -152,3 +152,29 @@ def from_flags(args: argparse.Namespace) -> Settings:
     except ValidationError as error:
         problems = [f"{e['loc'][-1]}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
         raise ValueError("; ".join(problems)) from None
+
+
+def as_markdown() -> str:
+    """The table of all settings, as `docs/settings.md` has it."""
+    lines = [
+        "# Settings",
+        "",
+        "Saccade's own settings. Each is a flag of `saccade serve` and an environment variable;",
+        "flags win. A variable `SACCADE_...` that is not listed here stops the start. Everything",
+        "else is a flag of vLLM's: `saccade serve --help=all`.",
+    ]
+    group_before = ""
+    for group, name, field in leaves():
+        if group != group_before:
+            group_before = group
+            model: Any = Settings.model_fields[group].annotation
+            lines += ["", f"## {model.__doc__}", ""]
+            lines += ["| Flag | Variable | Default | |", "| --- | --- | --- | --- |"]
+        default = "one a core" if field.default_factory else f"`{field.default}`"
+        flag, variable = "--" + name.replace("_", "-"), PREFIX + name.upper()
+        lines.append(f"| `{flag}` | `{variable}` | {default} | {field.description} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(as_markdown(), end="")

@@ -114,6 +114,7 @@ def test_a_name_cannot_stand_for_another_picture(http: httpx.Client) -> None:
 BAD = {
     "no image": (b"not an image", 400, "invalid_image"),
     "truncated": (pictures.encode(shape("red"), "JPEG")[:1500], 400, "invalid_image"),
+    "thin": (pictures.encode(pictures.photo((2010, 10)), "JPEG"), 400, "invalid_image"),
     "html": (b"<html><body>404</body></html>", 400, "invalid_image"),
 }
 

@@ -1,6 +1,7 @@
 """Settings: one declaration, seen as a flag, a variable and a default."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 
@@ -49,3 +50,7 @@ def test_every_setting_has_help_and_a_name_of_its_own() -> None:
     names = [name for _, name, _ in config.leaves()]
     assert len(names) == len(set(names))
     assert all(field.description for _, _, field in config.leaves())
+
+
+def test_the_documented_settings_are_these(repository: Path) -> None:
+    assert (repository / "docs" / "settings.md").read_text() == config.as_markdown()

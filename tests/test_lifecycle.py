@@ -49,6 +49,7 @@ def secured(certificate: Path) -> Iterator[Server]:
         *("--allowed-origins", '["https://example.org"]', "--image-decode", "exact"),
         *("--ssl-keyfile", str(certificate / "key.pem")),
         *("--ssl-certfile", str(certificate / "cert.pem")),
+        "--enable-ssl-refresh",
         *("--limit-mm-per-prompt", '{"image": 2}', "--enable-request-id-headers"),
         SACCADE_MAX_REQUEST_BYTES=str(MAX_BODY),
     ) as server:
@@ -139,6 +140,16 @@ def test_ctrl_c_ends_everything() -> None:
         assert len(children) >= 5
         os.killpg(server.process.pid, signal.SIGINT)
         assert server.process.wait(STOP_TIMEOUT_S) == 0
+        assert_nothing_is_left(children)
+
+
+def test_a_dead_engine_ends_the_server() -> None:
+    """It cannot come back, so whoever supervises the server shall start it anew."""
+    with serving("--max-model-len", "1024") as server:
+        children = server.children()
+        (core,) = (child for child in children if "EngineCore" in " ".join(child.cmdline()))
+        core.kill()
+        assert server.process.wait(STOP_TIMEOUT_S) == 1
         assert_nothing_is_left(children)
 
 

@@ -82,7 +82,7 @@ async def rig(model: Path, decode: str = "exact") -> AsyncIterator[Rig]:
 
 def assert_same(ours: Any, theirs: Any) -> None:
     """Equal token ids, placeholders and, where both carry them, features bit for bit."""
-    from server.engine.launch import _equal
+    from server.engine.launch import same_data
 
     assert ours["prompt_token_ids"] == theirs["prompt_token_ids"]
     assert ours["type"] == theirs["type"]
@@ -95,7 +95,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
             continue
         assert mine.keys() == other.keys()
         for name in mine:
-            assert _equal(mine[name].data, other[name].data), name
+            assert same_data(mine[name].data, other[name].data), name
             assert mine[name].field == other[name].field
 
 

@@ -24,7 +24,7 @@ def chat(*parts: Any) -> dict[str, Any]:
 
 
 def split(request: Any, **dump: Any) -> payloads.Payloads:
-    return payloads.take_out(bytearray(json.dumps(request, **dump).encode()))
+    return payloads.take_out(json.dumps(request, **dump).encode())
 
 
 def url_of(request: Any) -> str:
@@ -84,13 +84,13 @@ def test_images_and_lookalikes_in_one_request() -> None:
 
 def test_escaped_slashes_stay_for_the_json_parser() -> None:
     body = json.dumps(chat({"type": "image_url", "image_url": {"url": URL}})).replace("/", "\\/")
-    taken = payloads.take_out(bytearray(body.encode()))
+    taken = payloads.take_out(body.encode())
     assert url_of(json.loads(taken.body)) == URL
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b'{"a": "data:image/png;base64,', b"\xff\xfe" * 9000])
 def test_broken_bodies_pass_as_they_are(body: bytes) -> None:
-    assert payloads.take_out(bytearray(body)).body == body
+    assert payloads.take_out(body).body == body
 
 
 KEYS = st.sampled_from(["image_url", "url", "data", "source", "type", "text"])
@@ -133,6 +133,20 @@ def test_a_token_means_nothing_in_another_request() -> None:
 def test_bad_data_urls_are_refused(url: str) -> None:
     with pytest.raises(InvalidImage):
         payloads.load_data_url(url, LIMIT)
+
+
+def test_many_misplaced_payloads_are_put_back_in_one_go() -> None:
+    request = chat(*[{"type": "text", "text": URL}] * 500)
+    assert (json.loads(split(request).body) == request) is True
+
+
+def test_a_guessed_token_is_only_a_text() -> None:
+    taken = split(chat({"type": "image_url", "image_url": {"url": URL}}))
+    (token,) = taken.taken
+    again = split(chat({"type": "text", "text": URL}, {"type": "text", "text": token}))
+    texts = [part["text"] for part in json.loads(again.body)["messages"][0]["content"]]
+    assert texts[1] == token
+    assert (texts[0] == URL) is True
 
 
 def test_a_payload_over_the_limit_is_not_decoded() -> None:

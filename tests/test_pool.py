@@ -15,6 +15,7 @@ import pytest
 
 from server.config import ImageSettings
 from server.errors import (
+    ClientError,
     ImageProcessingTimeout,
     ImageWorkerDied,
     InvalidImage,
@@ -22,6 +23,7 @@ from server.errors import (
     ServerBusy,
 )
 from server.images.features import Features
+from server.images.memory import Segment
 from server.images.pool import ImagePool
 from server.images.worker import WorkerSpec
 
@@ -126,6 +128,44 @@ def test_waiting_work_whose_callers_left_is_never_started(tmp_path: Path) -> Non
             await asyncio.gather(busy, shared)
             assert counter.read_text() == "x"
             assert pool.queued == 0
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "options", [{"much": "x" * 300_000}, {"big": 1 << 80}, {"lone": "\ud800"}, {"odd": object()}]
+)
+def test_options_that_no_message_can_carry(options: dict[str, Any]) -> None:
+    async def test() -> None:
+        async with running() as pool:
+            pids = sorted(pool.worker_pids)
+            with pytest.raises(ClientError, match="options"):
+                await pool.process("k", b"x", options)
+            await pool.process("k", b"x", OPTIONS)
+            assert sorted(pool.worker_pids) == pids
+
+    run(test)
+
+
+def test_a_picture_that_cannot_be_handed_over_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Shared memory may run out for a moment; the picture and the pool survive it."""
+    create, failures = Segment.create, [OSError("no space")]
+
+    def scarce(nbytes: int) -> Segment:
+        if failures:
+            raise failures.pop()
+        return create(nbytes)
+
+    async def test() -> None:
+        async with running() as pool:
+            monkeypatch.setattr(Segment, "create", scarce)
+            data = os.urandom(500_000)
+            made = arrays(await pool.process("k", data, OPTIONS))
+            assert made["bytes"].tobytes() == data
+            assert not failures
+            await until(lambda: len(pool.worker_pids) == 2)
 
     run(test)
 

@@ -10,22 +10,24 @@ from server.errors import RequestTimeout, RequestTooLarge, SaccadeError
 from server.media import payloads
 from server.media.payloads import MIN_PAYLOAD_BYTES, Payloads
 
-# vLLM's responses store keeps the request for later turns, when the payloads are gone.
-_KEPT_WHOLE = ("/v1/responses",)
-
 
 class _Disconnected(Exception):
     """The client left before its request was complete."""
 
 
 class BodyReader:
-    """Reads JSON bodies whole, up to a limit, and takes image payloads out of them."""
+    """Reads bodies whole, up to a limit, and takes image payloads out of JSON.
 
-    def __init__(self, app: ASGIApp, settings: HttpSettings, keeps_responses: bool) -> None:
+    `untouched` are the paths whose bodies keep their payloads; None stands for all paths.
+    """
+
+    def __init__(
+        self, app: ASGIApp, settings: HttpSettings, untouched: frozenset[str] | None
+    ) -> None:
         self._app = app
         self._max_bytes = settings.max_request_bytes
         self._timeout_s = settings.request_read_timeout_s
-        self._whole = _KEPT_WHOLE if keeps_responses else ()
+        self._untouched = untouched
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
@@ -33,33 +35,38 @@ class BodyReader:
             return
         headers = dict(scope["headers"])
         try:
-            body = await self._read(headers, receive)
+            small = await self._small_body(scope, headers, receive)
         except SaccadeError as error:
             await respond(error)(scope, receive, send)
             return
         except _Disconnected:
             return
-        if headers.get(b"content-type", b"").lower().startswith(b"application/json"):
-            taken = await self._take_out(scope["path"], body)
-            payloads.enter(taken)
-            small = taken.body
-        else:
-            small = bytes(body)
-        if len(small) != len(body):
-            scope = dict(scope) | {"headers": _with_length(scope, len(small))}
+        scope = dict(scope) | {"headers": _with_length(scope, len(small))}
         await self._app(scope, _replay(small, receive), send)
 
-    async def _take_out(self, path: str, body: bytearray) -> Payloads:
-        if len(body) < MIN_PAYLOAD_BYTES or path in self._whole:
-            return Payloads(bytes(body))
-        return await asyncio.to_thread(payloads.take_out, body)
+    async def _small_body(
+        self, scope: Scope, headers: dict[bytes, bytes], receive: Receive
+    ) -> bytes:
+        """The body without its payloads, which the current task can load from now on."""
+        chunks = await self._read(headers, receive)
+        is_json = headers.get(b"content-type", b"").lower().startswith(b"application/json")
+        if not is_json or sum(map(len, chunks)) < MIN_PAYLOAD_BYTES:
+            body = b"".join(chunks)
+            payloads.enter(Payloads(body if is_json else b""))
+            return body
+        if self._untouched is None or scope["path"] in self._untouched:
+            taken = Payloads(await asyncio.to_thread(b"".join, chunks))
+        else:
+            taken = await asyncio.to_thread(_take_out, chunks)
+        payloads.enter(taken)
+        return taken.body
 
-    async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytearray:
-        """The whole body, in memory that is allocated once where its length is announced."""
+    async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> list[bytes]:
+        """The whole body, as it comes: memory grows with what arrives, not what is announced."""
         announced = headers.get(b"content-length", b"")
-        expected = int(announced) if announced.isdigit() else 0
-        self._check(expected)
-        body, received = bytearray(expected), 0
+        self._check(int(announced) if announced.isdigit() else 0)
+        chunks: list[bytes] = []
+        received = 0
         while True:
             try:
                 async with asyncio.timeout(self._timeout_s):
@@ -71,18 +78,23 @@ class BodyReader:
             if message["type"] == "http.disconnect":
                 raise _Disconnected
             chunk = message.get("body", b"")
-            self._check(received + len(chunk))
-            body[received : received + len(chunk)] = chunk
             received += len(chunk)
+            self._check(received)
+            chunks.append(chunk)
             if not message.get("more_body"):
-                del body[received:]
-                return body
+                return chunks
 
     def _check(self, nbytes: int) -> None:
         if nbytes > self._max_bytes:
             raise RequestTooLarge(
                 f"the request body has more than {self._max_bytes} bytes, which is the limit"
             )
+
+
+def _take_out(chunks: list[bytes]) -> Payloads:
+    body = b"".join(chunks)
+    chunks.clear()
+    return payloads.take_out(body)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

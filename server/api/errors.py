@@ -34,12 +34,15 @@ _CODES = {
 
 
 def add_error_handler(app: FastAPI) -> None:
-    """Answer our own errors; vLLM's are answered by its handlers and shaped by the middleware."""
+    """Answer our own errors and the unforeseen; vLLM's are answered by its handlers and shaped by
+    the middleware."""
     app.add_exception_handler(SaccadeError, _answer)
+    app.add_exception_handler(Exception, _answer)
 
 
 async def _answer(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, SaccadeError)
+    if not isinstance(error, SaccadeError):  # the traceback is logged further out
+        error = SaccadeError("internal error")
     return respond(error)
 
 

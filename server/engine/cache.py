@@ -16,8 +16,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from vllm.exceptions import RetryableRequestError
-from vllm.multimodal.cache import BaseMultiModalProcessorCache
+from vllm.multimodal.cache import BaseMultiModalProcessorCache, MultiModalProcessorOnlyCache
 from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem
 from vllm.multimodal.processing.processor import ResolvedPromptUpdate
 from vllm.utils.cache import CacheInfo
@@ -45,6 +46,8 @@ class DeferredCache(BaseMultiModalProcessorCache):
 
     def __init__(self, cache: BaseMultiModalProcessorCache) -> None:
         self._cache = cache
+        # Without a P1 half (several engines) the cache itself holds the features.
+        self._keeps_data = isinstance(cache, MultiModalProcessorOnlyCache)
         # Prompt updates of images that were processed; also of some that P0 no longer knows.
         self._updates: dict[str, Updates] = {}
         self._prune_at = _MIN_REMEMBERED
@@ -62,7 +65,8 @@ class DeferredCache(BaseMultiModalProcessorCache):
         """Keep the prompt updates of an image for when it is found cached."""
         self._updates[mm_hash] = updates
         if len(self._updates) > self._prune_at:
-            kept = {h: u for h, u in self._updates.items() if self._cache.is_cached_item(h)}
+            known = list(self._updates.items())  # vLLM's own thread may add to it meanwhile
+            kept = {h: u for h, u in known if self._cache.is_cached_item(h)}
             self._updates = kept
             self._prune_at = max(_MIN_REMEMBERED, 2 * len(kept))
 
@@ -93,7 +97,8 @@ class DeferredCache(BaseMultiModalProcessorCache):
             for feature in features:
                 key = _key(feature)
                 known = self._cache.is_cached_item(key)
-                item = (feature.data, self._updates.get(key, ())) if feature.data else None
+                kept = self._to_keep(feature) if feature.data else None
+                item = None if kept is None else (kept, self._updates.get(key, ()))
                 data, _ = self._cache.get_and_update_item(item, key)
                 settled.append(replace(feature, data=data))
                 if not known:
@@ -104,6 +109,13 @@ class DeferredCache(BaseMultiModalProcessorCache):
         finally:
             self._cache.release_sender_touches()
         return settled, fresh
+
+    def _to_keep(self, feature: MultiModalFeatureSpec) -> MultiModalKwargsItem:
+        """What the cache may keep of a feature: never memory that is lent for one request."""
+        assert feature.data is not None
+        if self._keeps_data and isinstance(feature.data, PooledItem):
+            return own(feature.data)
+        return feature.data
 
     def take_back(self, keys: Sequence[str]) -> None:
         """Forget `keys`, which the engine may not have received."""
@@ -128,6 +140,19 @@ class DeferredCache(BaseMultiModalProcessorCache):
 
     def close(self) -> None:
         self._cache.close()
+
+
+def own(item: MultiModalKwargsItem) -> MultiModalKwargsItem:
+    """A copy of `item` in memory of its own."""
+    return MultiModalKwargsItem(
+        {name: replace(elem, data=_copy(elem.data)) for name, elem in item.items()}
+    )
+
+
+def _copy(data: Any) -> Any:
+    if isinstance(data, torch.Tensor):
+        return data.clone()
+    return [_copy(item) for item in data] if isinstance(data, list | tuple) else data
 
 
 def _key(feature: MultiModalFeatureSpec) -> str:

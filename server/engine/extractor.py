@@ -34,6 +34,11 @@ log = logging.getLogger("saccade.images")
 
 # Sizes on which the fused way must equal the processor: above, inside and below the usual range.
 _CHECK_SIZES = ((640, 480), (2000, 1500), (97, 33), (31, 300))
+# The picture on which a resize rule is checked: cells of random colour, in pixels.
+_LARGE_SIZE, _CELL = (2400, 1800), 2
+# Arrays this small hold sizes and counts, not pixels.
+_FEW = 64
+_LIKENESS = 0.5
 
 
 def worker_spec(model_config: "ModelConfig", *, fast: bool, max_pixels: int) -> WorkerSpec:
@@ -126,7 +131,27 @@ class ImageExtractor:
             if patches is not None and self._equals_processor(patches, kwargs):
                 return _Plan(rule, patches)
             return _Plan(None, None)  # what cannot be checked is left to the processor
+        if rule is not None and not self._bears_reduction(rule, kwargs):
+            rule = None
         return _Plan(rule, None)
+
+    def _bears_reduction(self, rule: sizing.ResizeRule, kwargs: Mapping[str, Any]) -> bool:
+        """Whether the processor makes nearly the same of a large picture and of a reduced one.
+
+        Attributes of an image processor may mislead: where tiles are cut elsewhere, they tell the
+        size of one tile, and detail that the tiles would have shown would be lost.
+        """
+        width, height = _LARGE_SIZE
+        cells = np.random.default_rng(0).integers(
+            0, 256, (height // _CELL, width // _CELL, 3), dtype=np.uint8
+        )
+        image = Image.fromarray(cells.repeat(_CELL, axis=0).repeat(_CELL, axis=1))
+        scale = sizing.jpeg_scale(_LARGE_SIZE, _reducible(rule, width, height))
+        if scale == 1:
+            return True
+        whole = self._processed(image, kwargs)
+        reduced = self._processed(image.reduce(scale), kwargs)
+        return all(_near(reduced.get(name), value) for name, value in whole.items())
 
     def _equals_processor(self, patches: "_NativePatches", kwargs: Mapping[str, Any]) -> bool:
         random = np.random.default_rng(0)
@@ -268,6 +293,18 @@ def _export(value: Any) -> Feature:
     if isinstance(value, int | float | str | None):
         return value
     raise InvalidImage(f"the image processor returned {type(value).__name__}")
+
+
+def _near(ours: Feature, theirs: Feature) -> bool:
+    """Whether two arrays have one shape and differ by little of their spread."""
+    if not isinstance(ours, Array) or not isinstance(theirs, Array):
+        return ours == theirs
+    if ours.dtype != theirs.dtype or ours.data.shape != theirs.data.shape:
+        return False
+    if theirs.data.dtype.kind != "f" or theirs.data.size < _FEW:
+        return True
+    difference = np.abs(ours.data.astype(np.float32) - theirs.data.astype(np.float32)).mean()
+    return bool(difference < _LIKENESS * theirs.data.astype(np.float32).std())
 
 
 def _same(ours: Mapping[str, Feature], theirs: Mapping[str, Feature]) -> bool:

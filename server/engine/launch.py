@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
@@ -54,9 +55,15 @@ def plan(args: Namespace, settings: Settings) -> EnginePlan:
         workers = worker_spec(
             model,
             fast=settings.images.image_decode == "fast",
-            max_pixels=settings.images.max_image_pixels,
+            max_pixels=max_pixels(settings),
         )
     return EnginePlan(config, engine_args, workers)
+
+
+def max_pixels(settings: Settings) -> int:
+    """The stricter of our limit and vLLM's, in pixels of an image."""
+    limits = (settings.images.max_image_pixels, envs.VLLM_MAX_IMAGE_PIXELS)
+    return min(limit for limit in limits if limit > 0)
 
 
 @asynccontextmanager
@@ -74,30 +81,40 @@ async def running(plan: EnginePlan) -> AsyncIterator[AsyncLLM]:
         await engine.reset_mm_cache()  # drop what the warm-up left
         yield engine
     finally:
-        engine.shutdown(timeout=0)
+        engine.shutdown(timeout=plan.config.shutdown_timeout)
 
 
-async def connect(engine: AsyncLLM, settings: Settings, pool: ImagePool | None) -> bool:
-    """Lead the images of `engine` through `pool`; returns whether the pool is used.
+@dataclass(frozen=True)
+class ImagePath:
+    """How far images go our way. `encoded`: they stay encoded until the renderer has them.
+    `pooled`: the worker pool preprocesses them."""
+
+    encoded: bool
+    pooled: bool
+
+
+async def connect(engine: AsyncLLM, settings: Settings, pool: ImagePool | None) -> ImagePath:
+    """Lead the images of `engine` through `pool`, as far as the model allows it.
 
     A model whose processor looks at the prompt as a whole, or for which the pool's result differs
-    from vLLM's on a test picture, keeps vLLM's own preprocessing.
+    from vLLM's on a test picture, keeps vLLM's own preprocessing. One with a renderer of its own,
+    or with one modality for images and videos, keeps vLLM's way from the start.
     """
     renderer: Any = engine.renderer  # vLLM types it as its base class
     if not isinstance(renderer, PooledRenderer):
-        return False
+        return ImagePath(encoded=False, pooled=False)
     if renderer.deferred_cache is not None:
         settle_on_send(engine, renderer.deferred_cache)
-    if renderer.mm_processor is None:
-        return False
+    if renderer.mm_processor is None or renderer.use_unified_vision_chunk:
+        return ImagePath(encoded=False, pooled=False)
     fits = pool is not None and is_image_by_image(renderer.mm_processor)
-    renderer.attach(settings, pool if fits else None)
+    renderer.attach(settings, pool if fits else None, max_pixels(settings))
     connector.EncodedImageConnector.configure(settings)
     if fits and not await _agrees(renderer):
         logger.warning("the image pool does not fit this model; using vLLM's own preprocessing")
-        renderer.attach(settings, None)
+        renderer.attach(settings, None, max_pixels(settings))
         fits = False
-    return fits
+    return ImagePath(encoded=True, pooled=fits)
 
 
 async def _agrees(renderer: PooledRenderer) -> bool:
@@ -124,12 +141,13 @@ async def _agrees(renderer: PooledRenderer) -> bool:
         mine is not None
         and other is not None
         and mine.keys() == other.keys()
-        and all(_equal(mine[name].data, other[name].data) for name in mine)
+        and all(same_data(mine[name].data, other[name].data) for name in mine)
         for mine, other in pairs
     )
 
 
-def _equal(ours: object, theirs: object) -> bool:
+def same_data(ours: object, theirs: object) -> bool:
+    """Whether two fields of an item hold the same numbers."""
     if isinstance(ours, int | float | np.number):
         return bool(ours == theirs)
     return nested_tensors_equal(ours, theirs)  # type: ignore[arg-type]

@@ -11,7 +11,6 @@ recognised by what their class overrides.
 """
 
 import asyncio
-import dataclasses
 import functools
 import itertools
 import json
@@ -37,7 +36,7 @@ from vllm.renderers.hf import HfRenderer
 
 from server import metrics
 from server.config import Settings
-from server.engine.cache import DeferredCache, PooledItem, Updates
+from server.engine.cache import DeferredCache, PooledItem, Updates, own
 from server.errors import ImageTooLarge, InvalidImage, SaccadeError, UnknownImage
 from server.images.decode import DecodeOptions, decode
 from server.images.features import Features
@@ -75,6 +74,7 @@ class PooledRenderer(HfRenderer):
             self._mm_processor_cache = DeferredCache(self._mm_processor_cache)
         self._pool: ImagePool | None = None
         self._fingerprint = b""
+        self._attached = False
         self._max_pixels = 0
         self._digest_of_uuid: LRUCache[str, str] = LRUCache(_REMEMBERED_UUIDS)
         self._decode_threads = ThreadPoolExecutor(2, "image-decode")
@@ -87,10 +87,11 @@ class PooledRenderer(HfRenderer):
         cache = self._mm_processor_cache
         return cache if isinstance(cache, DeferredCache) else None
 
-    def attach(self, settings: Settings, pool: ImagePool | None) -> None:
-        """Give images to `pool`; with None, to vLLM's own processor."""
+    def attach(self, settings: Settings, pool: ImagePool | None, max_pixels: int) -> None:
+        """Take encoded images, and give them to `pool`; with None, to vLLM's own processor."""
+        self._attached = True
         self._pool = pool
-        self._max_pixels = settings.images.max_image_pixels
+        self._max_pixels = max_pixels
         model = self.model_config
         parts = (
             "features-1",
@@ -115,9 +116,12 @@ class PooledRenderer(HfRenderer):
         *,
         skip_mm_cache: bool = False,
     ) -> MultiModalInput:
-        images = mm_data.get("image") or []
-        if not images or not all(
-            image is None or isinstance(image, EncodedImage) for image in images
+        images = mm_data.get("image")  # a list, or a tensor of embeddings
+        if (
+            not isinstance(images, list)
+            or not images
+            or not self._attached
+            or not all(image is None or isinstance(image, EncodedImage) for image in images)
         ):
             return await self._vllm_process_multimodal(
                 prompt, mm_data, mm_uuids, mm_processor_kwargs, media_io_kwargs,
@@ -195,8 +199,7 @@ class PooledRenderer(HfRenderer):
             raise UnknownImage("an image named by its uuid is no longer cached; send it again")
         item, updates = await self._process(image, key, options)
         if cache is not None:
-            own = MultiModalKwargsItem({name: _own(elem) for name, elem in item.items()})
-            cache.get_and_update_item((own, updates), key)
+            cache.get_and_update_item((own(item), updates), key)
         return item, updates
 
     async def _features_of(self, image: EncodedImage, key: str, options: Any) -> Any:
@@ -209,9 +212,8 @@ class PooledRenderer(HfRenderer):
         assert self._pool is not None
         try:
             features = await self._pool.process(key, image.data, options)
-        except SaccadeError as error:
-            error.part = image.url
-            raise
+        except SaccadeError as error:  # all who wait for this picture get the same one
+            raise type(error)(error.message, part=image.url) from None
         return self._to_item(features, options["processor"])
 
     # ------------------------------------------------------------------ vLLM's shapes
@@ -317,14 +319,3 @@ def _sized(size: tuple[int, int]) -> Image.Image:
     image._size = size
     image._mode = "RGB"
     return image
-
-
-def _own(elem: Any) -> Any:
-    """A field of an item with memory of its own, for keeping it longer than the request."""
-    return dataclasses.replace(elem, data=_clone(elem.data))
-
-
-def _clone(data: Any) -> Any:
-    if isinstance(data, torch.Tensor):
-        return data.clone()
-    return [_clone(item) for item in data] if isinstance(data, list | tuple) else data

@@ -2,8 +2,10 @@
 
 from argparse import Namespace
 
+import uvicorn
 from fastapi import FastAPI
 from vllm import __version__ as vllm_version
+from vllm import envs
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.api_server.routers import register_api_routers
@@ -12,6 +14,7 @@ from vllm.entrypoints.launchers.utils.server_utils import (
     get_uvicorn_log_config,
     lifespan,
 )
+from vllm.entrypoints.launchers.utils.ssl import SSLCertRefresher
 from vllm.entrypoints.openai.chat_completion.protocol import (
     ChatCompletionRequest,
     ChatCompletionResponse,
@@ -46,12 +49,37 @@ __all__ = [
     "lifespan",
     "load_aware_call",
     "metrics_header",
+    "paths_that_keep_bodies",
+    "refresh_certificates",
     "setup_server",
+    "stays_up_without_engine",
     "validate_json_request",
     "vllm_version",
     "with_cancellation",
     "with_sse_keep_alive",
 ]
+
+
+def refresh_certificates(config: uvicorn.Config, args: Namespace) -> SSLCertRefresher:
+    """Load the TLS files of `config`, and again whenever they change, until it is stopped."""
+    config.load()
+    assert config.ssl is not None
+    return SSLCertRefresher(
+        ssl_context=config.ssl,
+        key_path=args.ssl_keyfile,
+        cert_path=args.ssl_certfile,
+        ca_path=args.ssl_ca_certs,
+    )
+
+
+def paths_that_keep_bodies() -> frozenset[str]:
+    """Routes that keep a request for later turns, when its payloads would be gone."""
+    return frozenset({"/v1/responses"} if envs.VLLM_ENABLE_RESPONSES_API_STORE else ())
+
+
+def stays_up_without_engine() -> bool:
+    """Whether vLLM's setting asks a server to outlive its engine."""
+    return bool(envs.VLLM_KEEP_ALIVE_ON_ENGINE_DEATH)
 
 
 async def add_vllm_routes(app: FastAPI, args: Namespace, engine: AsyncLLM) -> None:

@@ -9,9 +9,10 @@ import socket
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
-from typing import Any
+
+import msgspec
 
 from server.images import messages
 from server.images.features import Features
@@ -21,7 +22,7 @@ _JOIN_TIMEOUT_S = 5.0
 
 
 class WorkerLink:
-    """Sends jobs to one worker and hears its answers.
+    """Sends jobs to one worker and hears its answers. `options` is a map in msgpack.
 
     Callbacks run on the event loop. `on_death` is called once, when the worker has gone without
     having been closed.
@@ -54,11 +55,11 @@ class WorkerLink:
     def pid(self) -> int:
         return self._process.pid or -1
 
-    def send_inline(self, number: int, data: bytes, options: Mapping[str, Any]) -> None:
+    def send_inline(self, number: int, data: bytes, options: bytes) -> None:
         """Send a small picture inside the message; does not block."""
         self._send_job(number, options, inline=data, length=len(data), fd=None)
 
-    def send(self, number: int, data: bytes, options: Mapping[str, Any]) -> None:
+    def send(self, number: int, data: bytes, options: bytes) -> None:
         """Copy a large picture into shared memory and tell the worker; call it in a thread."""
         with self._sending:
             if self._closed:
@@ -75,19 +76,20 @@ class WorkerLink:
     def _send_job(
         self,
         number: int,
-        options: Mapping[str, Any],
+        options: bytes,
         *,
         inline: bytes | None,
         length: int,
         fd: int | None,
     ) -> None:
         released = [self._released.popleft() for _ in range(len(self._released))]
-        job = messages.Job(number, dict(options), inline, length, fd is not None, released)
+        raw = msgspec.Raw(options)
+        job = messages.Job(number, raw, inline, length, fd is not None, released)
         ancillary = []
         if fd is not None:
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
         # A worker has one job at a time, so its socket has room; a dead one is found by the reader.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(ConnectionError):
             self._connection.sendmsg([messages.encoder.encode(job)], ancillary)
 
     def _readable(self) -> None:
@@ -131,6 +133,11 @@ class WorkerLink:
         """End the worker at once, whatever it does; its death is reported as any other."""
         with contextlib.suppress(ProcessLookupError, AttributeError):
             self._process.kill()
+
+    def kill_unless_ready(self) -> None:
+        """End a worker that has not come up."""
+        if not self.ready:
+            self.kill()
 
     def close(self) -> None:
         """Stop listening; the worker ends itself when it notices, at the latest in `join`."""

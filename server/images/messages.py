@@ -13,6 +13,7 @@ import msgspec
 MAX_MESSAGE_BYTES = 160 * 1024
 # Encoded pictures up to this size travel inside the job's message.
 INLINE_BYTES = 64 * 1024
+MAX_OPTIONS_BYTES = 32 * 1024
 
 
 class ArraySpec(msgspec.Struct, frozen=True, tag="array"):
@@ -45,12 +46,13 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 class Job(msgspec.Struct, frozen=True, tag="job"):
     """One picture: `inline`, or the first `length` bytes of the input segment.
 
-    `input_grown`: the message carries a new input segment as a file descriptor.
+    `options` is a map in msgpack. `input_grown`: the message carries a new input segment as a
+    file descriptor.
     `released`: result segments of this worker that nobody reads any more.
     """
 
     id: int
-    options: dict[str, Any]
+    options: msgspec.Raw
     inline: bytes | None
     length: int
     input_grown: bool
@@ -87,5 +89,6 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 FromWorker: TypeAlias = Ready | Done | Failed
 
 encoder = msgspec.msgpack.Encoder()
+options_decoder: msgspec.msgpack.Decoder[dict[str, Any]] = msgspec.msgpack.Decoder(dict[str, Any])
 job_decoder = msgspec.msgpack.Decoder(Job)
 reply_decoder: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)

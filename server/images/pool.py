@@ -10,17 +10,20 @@ does not grow with the picture.
 
 import asyncio
 import contextlib
+import functools
 import logging
 import multiprocessing
 import os
 import signal
 import socket
 import tempfile
+import time
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,6 +34,7 @@ from server import metrics
 from server.config import ImageSettings
 from server.errors import (
     WORKER_ERRORS,
+    ClientError,
     ImageProcessingTimeout,
     ImageWorkerDied,
     SaccadeError,
@@ -45,8 +49,10 @@ log = logging.getLogger("saccade.images")
 
 # One picture may take down this many workers before it is given up.
 _ATTEMPTS = 2
-# This many deaths in a row without one finished picture make the pool unready.
+# This many deaths in a row without one finished picture make the pool unready, until one is
+# finished or no worker has died for a while.
 _HOPELESS_DEATHS = 5
+_CALM_S = 15.0
 _RESTART_DELAYS_S = (0.0, 0.1, 0.5, 2.0, 5.0)
 _START_TIMEOUT_S = 120.0
 
@@ -57,7 +63,7 @@ class _Task:
 
     key: str
     data: bytes
-    options: Mapping[str, Any]
+    options: bytes
     result: asyncio.Future[Features]
     waiters: int = 0
     attempts: int = 0
@@ -80,8 +86,15 @@ class _Seat:
 
 @dataclass
 class _Health:
-    deaths_in_a_row: int = 0
+    """Deaths since the last finished picture; a calm time makes up for one."""
+
+    died_at: list[float] = field(default_factory=list)
     started: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def deaths(self) -> int:
+        if self.died_at and time.monotonic() - self.died_at[-1] > _CALM_S:
+            self.died_at.clear()
+        return len(self.died_at)
 
 
 class ImagePool:
@@ -172,8 +185,11 @@ class ImagePool:
     @property
     def ready(self) -> bool:
         """Whether some worker can take pictures and they do not die one after the other."""
-        alive = any(seat.link is not None and seat.link.ready for seat in self._seats)
-        return alive and self._health.deaths_in_a_row < _HOPELESS_DEATHS and not self._closing
+        return bool(self.worker_pids) and not self._hopeless and not self._closing
+
+    @property
+    def _hopeless(self) -> bool:
+        return self._health.deaths() >= _HOPELESS_DEATHS
 
     @property
     def queued(self) -> int:
@@ -189,12 +205,13 @@ class ImagePool:
         """The features of the encoded picture `data`; `key` must name data and options.
 
         Raises:
+            ClientError: the options are more than a worker takes.
             ServerBusy: the queue is full, or the server is shutting down.
             InvalidImage, ImageTooLarge: the worker refused the picture.
             ImageProcessingTimeout: it took longer than `image_timeout_s`.
             ImageWorkerDied: it took its worker down, twice.
         """
-        task = self._tasks.get(key) or self._enqueue(key, data, options)
+        task = self._tasks.get(key) or self._enqueue(key, data, _encode(options))
         task.waiters += 1
         try:
             return await asyncio.shield(task.result)
@@ -205,9 +222,11 @@ class ImagePool:
 
     # ------------------------------------------------------------------ the queue
 
-    def _enqueue(self, key: str, data: bytes, options: Mapping[str, Any]) -> _Task:
+    def _enqueue(self, key: str, data: bytes, options: bytes) -> _Task:
         if self._closing:
             raise ServerBusy("the server is shutting down")
+        if self._hopeless and not self.worker_pids:
+            raise ServerBusy("no image worker can take work")
         if len(self._queue) >= self._settings.image_queue:
             raise ServerBusy(
                 f"{len(self._queue)} images wait to be processed, the limit is "
@@ -246,8 +265,10 @@ class ImagePool:
         if len(task.data) <= messages.INLINE_BYTES:
             seat.link.send_inline(self._next_id, task.data, task.options)
         else:  # the copy into shared memory grows with the picture: not on the event loop
-            link, number = seat.link, self._next_id
-            loop.run_in_executor(self._threads, link.send, number, task.data, task.options)
+            link = seat.link
+            args = (self._next_id, task.data, task.options)
+            sending = loop.run_in_executor(self._threads, link.send, *args)
+            sending.add_done_callback(functools.partial(_kill_if_unsent, link))
 
     def _time_out(self, seat: _Seat) -> None:
         seat.timed_out = True
@@ -263,7 +284,7 @@ class ImagePool:
             self._dispatch()
             return
         task = self._vacate(seat)
-        self._health.deaths_in_a_row = 0
+        self._health.died_at.clear()
         if task is not None:
             if isinstance(reply, messages.Failed):
                 self._fail(task, WORKER_ERRORS.get(reply.code, SaccadeError)(reply.message))
@@ -279,7 +300,7 @@ class ImagePool:
             return
         link, seat.link = seat.link, None
         task, timed_out = self._vacate(seat), seat.timed_out
-        self._health.deaths_in_a_row += 1
+        self._health.died_at.append(time.monotonic())
         metrics.image_worker_deaths.inc()
         log.warning(
             "image worker %d %s", link.pid if link else -1, "timed out" if timed_out else "died"
@@ -292,8 +313,12 @@ class ImagePool:
                 self._fail(task, ImageWorkerDied("the image could not be processed"))
             else:
                 self._queue.appendleft(task)
-        if self._health.deaths_in_a_row >= _HOPELESS_DEATHS:
+        if self._hopeless:
             self._health.started.set()  # a start that waits for the workers gives up
+            if not self.worker_pids:
+                for waiting in list(self._queue):
+                    self._fail(waiting, ServerBusy("no image worker can take work"))
+                self._queue.clear()
         self._spawn(self._occupy(seat, link))
         self._dispatch()
 
@@ -326,27 +351,55 @@ class ImagePool:
 
     async def _occupy(self, seat: _Seat, predecessor: WorkerLink | None = None) -> None:
         """Put a new worker into `seat`, after a pause that grows with the deaths in a row."""
-        deaths = min(self._health.deaths_in_a_row, len(_RESTART_DELAYS_S) - 1)
+        deaths = min(self._health.deaths(), len(_RESTART_DELAYS_S) - 1)
         await asyncio.sleep(_RESTART_DELAYS_S[deaths])
         loop = asyncio.get_running_loop()
         if predecessor is not None:
             await loop.run_in_executor(self._threads, predecessor.join)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        process = self._context.Process(
-            target=main, args=(theirs,), name=f"saccade-image-{seat.number}", daemon=True
-        )
         try:
-            await loop.run_in_executor(self._threads, process.start)
+            process, connection = await loop.run_in_executor(self._threads, self._start, seat)
         except (OSError, EOFError) as error:  # the forking process died: the next start renews it
             log.warning("no image worker could be started: %s", error)
-            ours.close()
-            theirs.close()
             self._on_death(seat)
             return
-        theirs.close()
-        seat.link = WorkerLink(
+        link = seat.link = WorkerLink(
             process,
-            ours,
+            connection,
             on_reply=lambda reply, features: self._on_reply(seat, reply, features),
             on_death=lambda: self._on_death(seat),
         )
+        loop.call_later(_START_TIMEOUT_S, link.kill_unless_ready)
+
+    def _start(self, seat: _Seat) -> tuple[BaseProcess, socket.socket]:
+        """Start a process for `seat`; returns it with our end of its socket. Blocks."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            process = self._context.Process(
+                target=main, args=(theirs,), name=f"saccade-image-{seat.number}", daemon=True
+            )
+            try:
+                process.start()
+            except BaseException:
+                ours.close()
+                raise
+        return process, ours
+
+
+def _encode(options: Mapping[str, Any]) -> bytes:
+    try:
+        encoded = messages.encoder.encode(dict(options))
+    except (TypeError, ValueError, OverflowError):
+        raise ClientError("the image processor options are not valid") from None
+    if len(encoded) > messages.MAX_OPTIONS_BYTES:
+        raise ClientError(
+            f"the image processor options take {len(encoded)} bytes, "
+            f"the limit is {messages.MAX_OPTIONS_BYTES}"
+        )
+    return encoded
+
+
+def _kill_if_unsent(link: WorkerLink, sending: asyncio.Future[None]) -> None:
+    """A worker that never got its picture is replaced; its death brings the picture back."""
+    if not sending.cancelled() and (error := sending.exception()) is not None:
+        log.warning("an image could not be handed to its worker: %s", error)
+        link.kill()

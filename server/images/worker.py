@@ -139,12 +139,13 @@ class Worker:
 
     def _answer(self, job: messages.Job, data: bytes) -> None:
         started = time.perf_counter()
-        decoded = self._extractor.decode(data, job.options)
+        options = messages.options_decoder.decode(job.options)
+        decoded = self._extractor.decode(data, options)
         decoded_at = time.perf_counter()
         writer = ArrayWriter()
         features = {
             name: _describe(value, writer)
-            for name, value in self._extractor.features(decoded, job.options).items()
+            for name, value in self._extractor.features(decoded, options).items()
         }
         number, segment, is_new = self._segments.take(writer.nbytes)
         writer.write(segment.map)

@@ -22,7 +22,7 @@ from server.errors import ImageTooLarge, InvalidImage
 # Shorter payloads stay where they are: parsing them costs less than taking them out.
 MIN_PAYLOAD_BYTES = 16 * 1024
 
-_TOKEN_PREFIX = f"saccade-payload-{secrets.token_hex(8)}-"
+_TOKEN_PREFIX = "saccade-payload-"  # noqa: S105
 # Where a payload may begin: after the header of a data URL, or as Anthropic's `source.data`.
 _START = re.compile(rb'"data:image/[\w.+-]{1,40};base64,|"data"\s{0,8}:\s{0,8}"', re.IGNORECASE)
 
@@ -34,10 +34,6 @@ class EncodedImage:
     data: bytes = field(repr=False)
     digest: str
     url: str = field(repr=False)
-
-    @property
-    def size(self) -> tuple[int, int]:  # what generic code asks of an image; never known here
-        raise AttributeError("an encoded image has no size before it is decoded")
 
 
 @dataclass
@@ -62,27 +58,41 @@ def current_body() -> bytes:
     return payloads.body if payloads is not None else b""
 
 
-def take_out(body: bytearray) -> Payloads:
+def take_out(body: bytes) -> Payloads:
     """Split `body` into a small body with tokens and the payloads that the tokens stand for.
 
     A payload is only taken out of where an image's data belongs; a text that happens to look like
-    one stays as it is. `body` must not be changed afterwards, since the payloads are views of it.
+    one stays as it is. The payloads are views of `body`.
     """
-    pieces: list[bytes | memoryview] = []
-    taken: dict[str, memoryview] = {}
+    spans = list(_payload_spans(body))
+    if not spans:
+        return Payloads(body)
+    secret = secrets.token_hex(16)  # so that no client can know a token before it is made
+    names = [f"{_TOKEN_PREFIX}{secret}-{number}." for number in range(len(spans))]
+    small = _replace(body, dict(zip(names, spans, strict=True)))
+    try:
+        rightly = {_token_of(text) for _, text in image_parts(json.loads(small))}
+    except (ValueError, RecursionError):
+        return Payloads(small)  # the route will refuse it
+    kept = {name: span for name, span in zip(names, spans, strict=True) if name in rightly}
+    if len(kept) < len(spans):
+        small = _replace(body, kept)
+    view = memoryview(body)
+    return Payloads(small, {name: view[start:end] for name, (start, end) in kept.items()})
+
+
+def _replace(body: bytes, spans: dict[str, tuple[int, int]]) -> bytes:
+    """`body` with each span, in order, replaced by its name."""
     view, done = memoryview(body), 0
-    for start, end in _payload_spans(body):
-        token = f"{_TOKEN_PREFIX}{len(taken)}."  # the end keeps 1 from being the start of 10
-        pieces += [view[done:start], token.encode()]
-        taken[token], done = view[start:end], end
-    if not taken:
-        return Payloads(bytes(body))
+    pieces: list[bytes | memoryview] = []
+    for name, (start, end) in spans.items():
+        pieces += [view[done:start], name.encode()]
+        done = end
     pieces.append(view[done:])
-    small = b"".join(pieces)
-    return Payloads(_put_back_misplaced(small, taken), taken)
+    return b"".join(pieces)
 
 
-def _payload_spans(body: bytearray) -> Iterator[tuple[int, int]]:
+def _payload_spans(body: bytes) -> Iterator[tuple[int, int]]:
     """(start, end) of each base64 text that is long enough, in order."""
     position = 0
     while match := _START.search(body, position):
@@ -95,18 +105,6 @@ def _payload_spans(body: bytearray) -> Iterator[tuple[int, int]]:
         long_enough = end - start >= MIN_PAYLOAD_BYTES
         if long_enough and not escaped and body.find(b"\\", start, end) < 0:
             yield start, end
-
-
-def _put_back_misplaced(small: bytes, taken: dict[str, memoryview]) -> bytes:
-    """Return to `small` the payloads of `taken` that do not stand where an image's data does."""
-    try:
-        request = json.loads(small)
-    except ValueError:
-        return small  # the route will refuse it
-    rightly = {_token_of(text) for text in _image_texts(request)}
-    for token in taken.keys() - rightly:
-        small = small.replace(token.encode(), bytes(taken.pop(token)))
-    return small
 
 
 def image_parts(request: Any) -> Iterator[tuple[str, str]]:
@@ -137,11 +135,6 @@ def _walk(node: Any, path: str) -> Iterator[tuple[str, str]]:
         else:
             for key, value in node.items():
                 yield from _walk(value, f"{prefix}{key}")
-
-
-def _image_texts(request: Any) -> Iterator[str]:
-    for _, text in image_parts(request):
-        yield text
 
 
 def _token_of(text: str) -> str:
@@ -179,7 +172,8 @@ def load_data_url(url: str, max_bytes: int) -> EncodedImage:
     payload: str | memoryview = text
     if text.startswith(_TOKEN_PREFIX):
         payloads = _current.get()
-        taken = payloads.taken.get(text) if payloads is not None else None
+        # Loaded once: the body is freed as soon as all its payloads are.
+        taken = payloads.taken.pop(text, None) if payloads is not None else None
         if taken is None:
             raise InvalidImage("the data URL is not valid base64", part=url)
         payload = taken
