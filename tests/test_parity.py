@@ -77,7 +77,7 @@ async def rig(model: Path, decode: str = "exact") -> AsyncIterator[Rig]:
         from vllm.renderers.hf import HfRenderer
 
         theirs = HfRenderer(plan.config, engine.renderer.tokenizer)
-        yield Rig(engine, theirs, pool if used else None)
+        yield Rig(engine, theirs, pool if used.pooled else None)
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
@@ -136,5 +136,6 @@ def test_family_equals_plain_vllm(
 ) -> None:
     stubs = families.import_stubs(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(stubs))
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")  # engines start in half the time
     monkeypatch.syspath_prepend(str(stubs))
     asyncio.run(check_family(family, tmp_path))
