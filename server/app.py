@@ -17,7 +17,7 @@ from fastapi import FastAPI
 
 from server.api import body, chat, errors, health
 from server.config import Settings
-from server.engine import launch, serving
+from server.engine import cpu_waits, launch, serving
 from server.images.memory import keep_freed_memory
 from server.images.pool import ImagePool
 
@@ -59,8 +59,9 @@ async def _running(
     report(f"reading the model {args.served_model_name or args.model}")
     plan = launch.plan(args, settings)
     async with contextlib.AsyncExitStack() as stack:
-        pool = ImagePool(plan.workers, settings.images) if plan.workers else None
-        if pool is not None:
+        pool = None
+        if plan.workers is not None:
+            pool = ImagePool(plan.workers, settings.images, cpu_waits.set_busy)
             stack.callback(pool.stop_preload)
             pool.preload()
         report(f"starting the engine on {plan.config.device_config.device_type}")

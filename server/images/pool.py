@@ -19,7 +19,7 @@ import socket
 import tempfile
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
@@ -100,9 +100,16 @@ class _Health:
 class ImagePool:
     """`async with` starts and stops the workers; `process` is all there is to call."""
 
-    def __init__(self, spec: WorkerSpec, settings: ImageSettings) -> None:
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        settings: ImageSettings,
+        on_busy: Callable[[int], None] = lambda workers: None,
+    ) -> None:
+        """`on_busy` is told how many workers are at work whenever that changes."""
         self._spec = spec
         self._settings = settings
+        self._on_busy = on_busy
         self._context = multiprocessing.get_context("forkserver")
         self._queue: deque[_Task] = deque()
         self._tasks: dict[str, _Task] = {}
@@ -260,6 +267,7 @@ class ImagePool:
         task.attempts += 1
         self._next_id += 1
         seat.task, seat.timed_out = task, False
+        self._tell_busy()
         loop = asyncio.get_running_loop()
         seat.timer = loop.call_later(self._settings.image_timeout_s, self._time_out, seat)
         if len(task.data) <= messages.INLINE_BYTES:
@@ -324,10 +332,14 @@ class ImagePool:
 
     def _vacate(self, seat: _Seat) -> _Task | None:
         task, seat.task = seat.task, None
+        self._tell_busy()
         if seat.timer is not None:
             seat.timer.cancel()
             seat.timer = None
         return task
+
+    def _tell_busy(self) -> None:
+        self._on_busy(sum(seat.task is not None for seat in self._seats))
 
     def _finish(self, task: _Task, features: Features) -> None:
         if self._tasks.get(task.key) is task:
