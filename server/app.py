@@ -61,7 +61,7 @@ async def _running(
     async with contextlib.AsyncExitStack() as stack:
         pool = None
         if plan.workers is not None:
-            pool = ImagePool(plan.workers, settings.images, cpu_waits.set_busy)
+            pool = ImagePool(plan.workers, settings.images, cpu_waits.note_work)
             stack.callback(pool.stop_preload)
             pool.preload()
         report(f"starting the engine on {plan.config.device_config.device_type}")

@@ -1,16 +1,17 @@
-"""Makes vLLM's processes sleep while they wait for each other and image workers want the cores.
+"""Makes vLLM's processes sleep while they wait for each other and images want the cores.
 
 On a CPU vLLM runs its scheduler and its model in two processes that talk through shared memory.
 Each waits by calling `sched_yield` in a loop for up to a second after the last message, which is
 right where every process has a core of its own. On a CPU the cores are those that the image
 workers need: on two of them, half of the scheduler's time and a third of the model's went into
-this loop. So while image workers are busy, the loops sleep a tenth of a millisecond at each turn;
-while none is, they spin as before, since sleeping then only adds the time it takes to wake up.
+this loop. So while there is image work, the loops sleep a tenth of a millisecond at each turn;
+a second after the last of it they spin as before, since sleeping then only adds the time it takes
+to wake up.
 
 (vLLM's own blocking wait, which it takes after that second, is no way out: it may miss a message
 that comes at the wrong moment, and then sleeps until its next check.)
 
-The front end tells in one shared byte whether image workers are busy. vLLM calls `register` in
+The front end notes in shared memory when there was image work last. vLLM calls `register` in
 each of its processes (entry point `vllm.general_plugins`); it does nothing unless this server has
 asked for it, so that a plain vLLM in the same environment stays what it is.
 """
@@ -22,27 +23,29 @@ import tempfile
 import time
 from pathlib import Path
 
-_VARIABLE = "_SACCADE_WORKERS_BUSY"
+_VARIABLE = "_SACCADE_IMAGE_WORK"
 _SLEEP_S = 1e-4
+_RECENT_S = 1.0
 
-_busy: mmap.mmap | None = None
+# When an image worker last got an image, on the system's monotonic clock.
+_last_work: memoryview | None = None
 
 
 def ask() -> None:
     """Ask for it in the vLLM processes that this process starts."""
-    global _busy
-    fd, path = tempfile.mkstemp(prefix="saccade-busy-")
+    global _last_work
+    fd, path = tempfile.mkstemp(prefix="saccade-work-")
     os.ftruncate(fd, mmap.PAGESIZE)
-    _busy = mmap.mmap(fd, mmap.PAGESIZE)
+    _last_work = memoryview(mmap.mmap(fd, mmap.PAGESIZE)).cast("d")
     os.close(fd)
     os.environ[_VARIABLE] = path
     atexit.register(Path(path).unlink, missing_ok=True)
 
 
-def set_busy(workers: int) -> None:
-    """Tell the engine's processes how many image workers are at work."""
-    if _busy is not None:
-        _busy[0] = min(workers, 255)
+def note_work() -> None:
+    """Tell the engine's processes that an image worker is at work."""
+    if _last_work is not None:
+        _last_work[0] = time.monotonic()
 
 
 def register() -> None:
@@ -53,10 +56,11 @@ def register() -> None:
     from vllm.distributed.device_communicators import shm_broadcast
 
     with open(path, "rb") as file:
-        busy = mmap.mmap(file.fileno(), mmap.PAGESIZE, prot=mmap.PROT_READ)
+        shared = mmap.mmap(file.fileno(), mmap.PAGESIZE, prot=mmap.PROT_READ)
+    last_work = memoryview(shared).cast("d")
 
     def look_again() -> None:
-        if busy[0]:
+        if time.monotonic() - last_work[0] < _RECENT_S:
             time.sleep(_SLEEP_S)
         else:
             os.sched_yield()

@@ -104,12 +104,12 @@ class ImagePool:
         self,
         spec: WorkerSpec,
         settings: ImageSettings,
-        on_busy: Callable[[int], None] = lambda workers: None,
+        on_work: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_busy` is told how many workers are at work whenever that changes."""
+        """`on_work` is called whenever a worker gets an image."""
         self._spec = spec
         self._settings = settings
-        self._on_busy = on_busy
+        self._on_work = on_work
         self._context = multiprocessing.get_context("forkserver")
         self._queue: deque[_Task] = deque()
         self._tasks: dict[str, _Task] = {}
@@ -267,7 +267,7 @@ class ImagePool:
         task.attempts += 1
         self._next_id += 1
         seat.task, seat.timed_out = task, False
-        self._tell_busy()
+        self._on_work()
         loop = asyncio.get_running_loop()
         seat.timer = loop.call_later(self._settings.image_timeout_s, self._time_out, seat)
         if len(task.data) <= messages.INLINE_BYTES:
@@ -332,14 +332,10 @@ class ImagePool:
 
     def _vacate(self, seat: _Seat) -> _Task | None:
         task, seat.task = seat.task, None
-        self._tell_busy()
         if seat.timer is not None:
             seat.timer.cancel()
             seat.timer = None
         return task
-
-    def _tell_busy(self) -> None:
-        self._on_busy(sum(seat.task is not None for seat in self._seats))
 
     def _finish(self, task: _Task, features: Features) -> None:
         if self._tasks.get(task.key) is task:
