@@ -22,13 +22,14 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 _VARIABLE = "_SACCADE_IMAGE_WORK"
 _SLEEP_S = 1e-4
 _RECENT_S = 1.0
 
 # When an image worker last got an image, on the system's monotonic clock.
-_last_work: memoryview | None = None
+_last_work: Any = None  # a memoryview of doubles
 
 
 def ask() -> None:
@@ -57,7 +58,7 @@ def register() -> None:
 
     with open(path, "rb") as file:
         shared = mmap.mmap(file.fileno(), mmap.PAGESIZE, prot=mmap.PROT_READ)
-    last_work = memoryview(shared).cast("d")
+    last_work: Any = memoryview(shared).cast("d")
 
     def look_again() -> None:
         if time.monotonic() - last_work[0] < _RECENT_S:

@@ -12,7 +12,7 @@ import msgspec
 
 from server.images.worker import Extractor, WorkerSpec, die_with_parent
 
-SPEC_VARIABLE = "SACCADE_WORKER_SPEC"
+SPEC_VARIABLE = "_SACCADE_WORKER_SPEC"
 
 
 @functools.cache
