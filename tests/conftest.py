@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
+import hypothesis
 import psutil
 import pytest
 from openai import AsyncOpenAI, OpenAI
@@ -27,6 +28,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from server.engine import torchvision_ops
 
 torchvision_ops.register()  # before a test imports transformers
+
+hypothesis.settings.register_profile("unhurried", deadline=None)  # machines are noisy
+hypothesis.settings.load_profile("unhurried")
 
 START_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 30
