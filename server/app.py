@@ -56,7 +56,7 @@ async def _running(
     args: Namespace, settings: Settings, report: Report
 ) -> AsyncIterator[tuple[serving.AsyncLLM, ImagePool | None, launch.ImagePath]]:
     """Engine and image pool, started side by side and stopped in reverse."""
-    report(f"reading the model {args.served_model_name or args.model}")
+    report(f"reading the model {_model_name(args)}")
     plan = launch.plan(args, settings)
     async with contextlib.AsyncExitStack() as stack:
         pool = None
@@ -189,9 +189,15 @@ def _invitation(args: Namespace, address: str, sock: socket.socket) -> str:
         host = rest.rpartition(":")[0]
         reachable = "127.0.0.1" if host in ("0.0.0.0", "[::]") else host  # noqa: S104
         address = f"{scheme}://{reachable}:{sock.getsockname()[1]}"
-    name = (args.served_model_name or [args.model])[0]
+    name = _model_name(args)
     return (
         f"ready: {name} on {address} - try: curl {address}/v1/chat/completions "
         "-H 'Content-Type: application/json' "
         f'-d \'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}\''
     )
+
+
+def _model_name(args: Namespace) -> str:
+    """The first name under which clients know the model."""
+    names: list[str] = args.served_model_name or [args.model]
+    return names[0]
