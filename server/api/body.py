@@ -4,7 +4,7 @@ import asyncio
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.errors import respond
+from server.api.errors import respond, with_length
 from server.config import HttpSettings
 from server.errors import RequestTimeout, RequestTooLarge, SaccadeError
 from server.media import payloads
@@ -41,7 +41,7 @@ class BodyReader:
             return
         except _Disconnected:
             return
-        scope = dict(scope) | {"headers": _with_length(scope, len(small))}
+        scope = dict(scope) | {"headers": with_length(scope, len(small))}
         await self._app(scope, _replay(small, receive), send)
 
     async def _small_body(
@@ -109,8 +109,3 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
-
-
-def _with_length(scope: Scope, length: int) -> list[tuple[bytes, bytes]]:
-    kept = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
-    return [*kept, (b"content-length", str(length).encode())]

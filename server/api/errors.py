@@ -89,7 +89,7 @@ class OpenAIErrors:
             shaped = _shape(body, start["status"]) if complete else None
             if shaped is not None:
                 body = shaped
-                start["headers"] = _with_length(start, len(body))
+                start["headers"] = with_length(start, len(body))
             await send(start)
             await send({**message, "body": body})
 
@@ -122,6 +122,7 @@ def _shape(body: bytes, status: int) -> bytes | None:
     return json.dumps(shaped | extra).encode()
 
 
-def _with_length(start: MutableMapping[str, Any], length: int) -> list[tuple[bytes, bytes]]:
-    kept = [(name, value) for name, value in start["headers"] if name.lower() != b"content-length"]
+def with_length(holder: MutableMapping[str, Any], length: int) -> list[tuple[bytes, bytes]]:
+    """The headers of a scope or a response, for a body of `length` bytes."""
+    kept = [(name, value) for name, value in holder["headers"] if name.lower() != b"content-length"]
     return [*kept, (b"content-length", str(length).encode())]

@@ -199,7 +199,8 @@ class PooledRenderer(HfRenderer):
             raise UnknownImage("an image named by its uuid is no longer cached; send it again")
         item, updates = await self._process(image, key, options)
         if cache is not None:
-            cache.get_and_update_item((own(item), updates), key)
+            kept = await asyncio.to_thread(own, item)  # the copy grows with the image
+            cache.get_and_update_item((kept, updates), key)
         return item, updates
 
     async def _features_of(self, image: EncodedImage, key: str, options: Any) -> Any:

@@ -6,7 +6,6 @@ import uvicorn
 from fastapi import FastAPI
 from vllm import __version__ as vllm_version
 from vllm import envs
-from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.api_server.routers import register_api_routers
 from vllm.entrypoints.launchers.launcher import setup_server
@@ -38,7 +37,6 @@ __all__ = [
     "AsyncLLM",
     "ChatCompletionRequest",
     "ChatCompletionResponse",
-    "EngineClient",
     "EngineDeadError",
     "ErrorResponse",
     "OpenAIServingChat",
