@@ -1,27 +1,17 @@
 """Every error that a client can see, and the one shape in which it sees it.
 
-    SaccadeError                 500 internal_error
-    +- ClientError               400 invalid_request
-    |  +- InvalidImage           400 invalid_image
-    |  +- ImageTooLarge          413 image_too_large
-    |  +- ImageProcessingTimeout 400 image_processing_timeout
-    |  +- ImageFetchFailed       400 image_fetch_failed
-    |  +- ImageFetchTimeout      400 image_fetch_timeout
-    |  +- UnknownImage           400 unknown_image
-    |  +- RequestTooLarge        413 request_too_large
-    |  +- RequestTimeout         408 request_timeout
-    +- ServerBusy                503 server_busy          (Retry-After)
-    +- ImageWorkerDied           500 image_worker_died
-
 Stages raise these; `api.errors` turns them into a response. A stage that calls a library
 translates the library's exceptions itself, so that no text of the library's reaches a client.
+The docstring of a class says when it is raised; `python -m server.errors` makes the table of
+`docs/errors.md` from them.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 
 class SaccadeError(Exception):
-    """An error with an HTTP status, a stable machine-readable code and a public message."""
+    """Something failed that the request is not to blame for."""
 
     status = 500
     code = "internal_error"
@@ -36,61 +26,144 @@ class SaccadeError(Exception):
 
 
 class ClientError(SaccadeError):
-    """The request is at fault; sending it again as it is will fail again."""
+    """The request is not what the API takes; sending it again as it is will fail again."""
 
     status = 400
     code = "invalid_request"
     type = "invalid_request_error"
 
 
+class InvalidImageUrl(ClientError):
+    """The URL of an image cannot be used: not base64, an unknown scheme, no host."""
+
+    code = "invalid_image_url"
+
+
 class InvalidImage(ClientError):
+    """The image is empty, truncated or damaged, or not what its header says."""
+
     code = "invalid_image"
 
 
+class UnsupportedImageFormat(ClientError):
+    """The data is none of the image formats that are opened."""
+
+    code = "unsupported_image_format"
+
+
 class ImageTooLarge(ClientError):
+    """The image has more bytes, pixels or a longer side than the limits allow."""
+
     status = 413
     code = "image_too_large"
 
 
+class ImageAspectRatio(ClientError):
+    """The image is too long for its width, or too wide for its height."""
+
+    code = "image_aspect_ratio"
+
+
+class ImageFrameMissing(ClientError):
+    """A frame or page was asked for that the file does not have."""
+
+    code = "image_frame_missing"
+
+
 class ImageProcessingTimeout(ClientError):
+    """Decoding and preprocessing the image took too long."""
+
     code = "image_processing_timeout"
 
 
+class ImageProcessingFailed(ClientError):
+    """The image worker died on the image, on two attempts."""
+
+    code = "image_processing_failed"
+
+
+class ImageTokenCap(ClientError):
+    """The model cannot show the image, or the images, in as few tokens as the cap allows."""
+
+    code = "image_token_cap"
+
+
+class ImageUrlBlocked(ClientError):
+    """The URL leads to an address, a host or a file that this server does not fetch from."""
+
+    code = "image_url_blocked"
+
+
 class ImageFetchFailed(ClientError):
+    """The image's server could not be reached, or did not answer with an image."""
+
     code = "image_fetch_failed"
 
 
 class ImageFetchTimeout(ClientError):
+    """The image was not fetched before the deadline."""
+
     code = "image_fetch_timeout"
 
 
 class UnknownImage(ClientError):
+    """The part has only a uuid, under which no image is cached."""
+
     code = "unknown_image"
 
 
+class TooManyImages(ClientError):
+    """The request has more images, or a file more pages, than the limit allows."""
+
+    code = "too_many_images"
+
+
+class InvalidFile(ClientError):
+    """A file part is not a PDF, or is one that is damaged or encrypted."""
+
+    code = "invalid_file"
+
+
 class RequestTooLarge(ClientError):
+    """The body of the request has more bytes than the limit allows."""
+
     status = 413
     code = "request_too_large"
 
 
 class RequestTimeout(ClientError):
+    """The body of the request stopped coming."""
+
     status = 408
     code = "request_timeout"
 
 
 class ServerBusy(SaccadeError):
+    """Too many images wait, or the server is shutting down; try again after `Retry-After`."""
+
     status = 503
     code = "server_busy"
     retry_after_s = 1
 
 
-class ImageWorkerDied(SaccadeError):
-    code = "image_worker_died"
+def error_classes(root: type[SaccadeError] = SaccadeError) -> Iterator[type[SaccadeError]]:
+    """Every class of error, a class before those derived from it."""
+    yield root
+    for derived in root.__subclasses__():
+        yield from error_classes(derived)
 
 
 # The errors that an image worker may report by their code.
 WORKER_ERRORS: dict[str, type[SaccadeError]] = {
-    error.code: error for error in (SaccadeError, InvalidImage, ImageTooLarge)
+    error.code: error
+    for error in (
+        SaccadeError,
+        InvalidImage,
+        UnsupportedImageFormat,
+        ImageTooLarge,
+        ImageFrameMissing,
+        InvalidFile,
+    )
 }
 
 

@@ -178,7 +178,7 @@ def test_killed_workers_lose_no_request(server: Server, http: httpx.Client) -> N
         stop.set()
         killer.join()
     # A picture may meet two killings in a row; then it says so, and nothing else is lost.
-    assert all(r.status_code == 200 or "image_worker_died" in r.text for r in results)
+    assert all(r.status_code == 200 or "image_processing_failed" in r.text for r in results)
     assert sum(r.status_code == 200 for r in results) >= 38
     assert http.get("/ready").status_code == 200
     assert all(psutil.pid_exists(worker.pid) for worker in server.image_workers())

@@ -17,7 +17,7 @@ from server.config import ImageSettings
 from server.errors import (
     ClientError,
     ImageProcessingTimeout,
-    ImageWorkerDied,
+    ImageProcessingFailed,
     InvalidImage,
     SaccadeError,
     ServerBusy,
@@ -205,7 +205,7 @@ def test_a_killed_worker_costs_nobody_an_answer(tmp_path: Path) -> None:
 def test_a_picture_that_kills_every_worker_is_given_up() -> None:
     async def test() -> None:
         async with running() as pool:
-            with pytest.raises(ImageWorkerDied):
+            with pytest.raises(ImageProcessingFailed):
                 await pool.process("v", b"die", OPTIONS)
             made = arrays(await pool.process("k", b"fine", OPTIONS))
             assert made["bytes"].tobytes() == b"fine"
@@ -244,7 +244,7 @@ def test_workers_dying_in_a_row_make_the_pool_unready_until_one_works() -> None:
     async def test() -> None:
         async with running(image_workers=1) as pool:
             for i in range(3):
-                with pytest.raises((ImageWorkerDied, ServerBusy)):
+                with pytest.raises((ImageProcessingFailed, ServerBusy)):
                     await pool.process(f"k{i}", b"die", OPTIONS)
             await until(lambda: bool(pool.worker_pids))
             assert not pool.ready

@@ -36,7 +36,7 @@ from server.errors import (
     WORKER_ERRORS,
     ClientError,
     ImageProcessingTimeout,
-    ImageWorkerDied,
+    ImageProcessingFailed,
     SaccadeError,
     ServerBusy,
 )
@@ -216,7 +216,7 @@ class ImagePool:
             ServerBusy: the queue is full, or the server is shutting down.
             InvalidImage, ImageTooLarge: the worker refused the picture.
             ImageProcessingTimeout: it took longer than `image_timeout_s`.
-            ImageWorkerDied: it took its worker down, twice.
+            ImageProcessingFailed: it took its worker down, twice.
         """
         task = self._tasks.get(key) or self._enqueue(key, data, _encode(options))
         task.waiters += 1
@@ -318,7 +318,7 @@ class ImagePool:
                 limit = self._settings.image_timeout_s
                 self._fail(task, ImageProcessingTimeout(f"the image took longer than {limit:g} s"))
             elif task.attempts >= _ATTEMPTS:
-                self._fail(task, ImageWorkerDied("the image could not be processed"))
+                self._fail(task, ImageProcessingFailed("the image could not be processed"))
             else:
                 self._queue.appendleft(task)
         if self._hopeless:
