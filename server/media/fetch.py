@@ -1,0 +1,296 @@
+"""Fetches http(s) images: one deadline, one limit of bytes, and the guard on every hop."""
+
+import asyncio
+import contextlib
+import io
+import ssl
+import zlib
+from collections.abc import AsyncIterator
+from contextvars import Context
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import h11
+import httpx
+
+from server import __version__
+from server.errors import (
+    ImageFetchFailed,
+    ImageFetchTimeout,
+    ImageTooLarge,
+    ImageUrlBlocked,
+    InvalidImageUrl,
+    SaccadeError,
+    ServerBusy,
+)
+from server.media.connection import Connection, IdleConnections, Origin
+from server.media.dial import Dialler, Resolver, SystemResolver
+from server.media.guard import Policy, canonical, check_host, check_url
+
+# Parsing takes as long for a piece of one byte as for one of thousands, and is done on the loop.
+MIN_PIECE_BYTES = 256
+FREE_PIECES = 1024
+PIECES_A_TURN = 64
+
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_COMPRESSED = frozenset({"gzip", "x-gzip", "deflate"})
+_FAILURES = (OSError, h11.RemoteProtocolError)
+
+
+@dataclass(frozen=True)
+class FetchSettings:
+    """Limits of a fetch, and where it may lead.
+
+    Attributes:
+        timeout_s: the deadline of a whole fetch, from its place in the queue to the last byte.
+        max_bytes: the largest image as it was encoded, in bytes.
+        max_redirects: how often one image may be somewhere else.
+        max_connections: fetches at a time; as many idle connections are kept besides.
+        max_connections_per_host: fetches at a time from one host.
+        allow_private, allowed, only_hosts: as in `guard.Policy.of`.
+    """
+
+    timeout_s: float = 10.0
+    max_bytes: int = 50 << 20
+    max_redirects: int = 3
+    max_connections: int = 128
+    max_connections_per_host: int = 16
+    allow_private: bool = False
+    allowed: tuple[str, ...] = ()
+    only_hosts: tuple[str, ...] = ()
+
+
+@dataclass
+class _Flight:
+    """A fetch that all who ask for the same image at the same time wait for."""
+
+    task: asyncio.Task[bytes]
+    waiters: int = 0
+
+
+class Fetcher:
+    """Fetches images while its `async with` lasts."""
+
+    def __init__(self, settings: FetchSettings, *, resolve: Resolver | None = None) -> None:
+        """Raises ValueError if an entry of `allowed` or `only_hosts` is of no use."""
+        self._settings = settings
+        self._policy = Policy.of(settings.allow_private, settings.allowed, settings.only_hosts)
+        self._system_resolver = SystemResolver()
+        self._dialler = Dialler(self._policy, resolve or self._system_resolver)
+        self._tls = ssl.create_default_context()
+        self._tls.set_alpn_protocols(["http/1.1"])
+        self._slots = _Slots(settings.max_connections, settings.max_connections_per_host)
+        self._idle = IdleConnections(settings.max_connections)
+        self._flights: dict[tuple[str, int], _Flight] = {}
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        tasks = [flight.task for flight in self._flights.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._idle.close()
+        self._system_resolver.close()
+
+    async def fetch(self, url: str, max_bytes: int | None = None) -> bytes:
+        """The file at `url`, of at most `max_bytes` (default: that of the settings).
+
+        Who asks for what is being fetched already waits for that fetch, under its deadline.
+
+        Raises:
+            InvalidImageUrl, ImageUrlBlocked, ImageFetchFailed, ImageFetchTimeout, ImageTooLarge
+            ServerBusy: the fetcher was closed meanwhile.
+        """
+        key = (url, self._settings.max_bytes if max_bytes is None else max_bytes)
+        flight = self._flights.get(key) or self._start(key)
+        flight.waiters += 1
+        try:
+            await asyncio.wait([flight.task])
+        finally:
+            flight.waiters -= 1
+            if not flight.waiters and not flight.task.done():
+                flight.task.cancel()
+                self._forget(key, flight)
+        if flight.task.cancelled():
+            raise ServerBusy("the server is shutting down", part=url)
+        try:
+            return flight.task.result()
+        except SaccadeError as error:  # one for each waiter: they go different ways
+            raise type(error)(error.message, part=url) from None
+
+    def _start(self, key: tuple[str, int]) -> _Flight:
+        # In a context of its own: the first request's data must not stay as long as the flight.
+        task = asyncio.get_running_loop().create_task(self._load(*key), context=Context())
+        flight = self._flights[key] = _Flight(task)
+        task.add_done_callback(lambda _: self._forget(key, flight))
+        return flight
+
+    def _forget(self, key: tuple[str, int], flight: _Flight) -> None:
+        if self._flights.get(key) is flight:
+            del self._flights[key]
+        if flight.task.done() and not flight.task.cancelled():
+            flight.task.exception()  # or the loop would report it if no waiter is left
+
+    async def _load(self, url: str, max_bytes: int) -> bytes:
+        timeout_s = self._settings.timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._follow(check_url(url), max_bytes)
+        except TimeoutError:
+            message = f"the image was not fetched within {timeout_s:g} s"
+            raise ImageFetchTimeout(message) from None
+
+    async def _follow(self, url: httpx.URL, max_bytes: int) -> bytes:
+        redirects = self._settings.max_redirects
+        for _ in range(redirects + 1):
+            found = await self._hop(url, max_bytes)
+            if isinstance(found, bytes):
+                return found
+            url = found
+        raise ImageFetchFailed(f"the image's server redirected more than {redirects} times")
+
+    async def _hop(self, url: httpx.URL, max_bytes: int) -> bytes | httpx.URL:
+        """The body at `url`, or where it is instead."""
+        host = url.raw_host.decode("ascii")
+        check_host(host, self._policy)
+        origin = (url.scheme, host, url.port or (443 if url.scheme == "https" else 80))
+        async with self._slots.take(canonical(host)):
+            connection, response = await self._ask(origin, url)
+            try:
+                if response.status_code in _REDIRECTS and _header(response, b"location"):
+                    return _redirected(url, response)
+                compressed = _check(response, max_bytes)
+                body = await _body(connection, max_bytes)
+            finally:
+                self._idle.put(origin, connection)
+        return await asyncio.to_thread(_inflated, body, max_bytes) if compressed else body
+
+    async def _ask(self, origin: Origin, url: httpx.URL) -> tuple[Connection, h11.Response]:
+        """Send the request; once more, by a new connection, if the server has said nothing."""
+        scheme, host, port = origin
+        tls = self._tls if scheme == "https" else None
+        for is_last in (False, True):
+            connection = None if is_last else self._idle.take(origin)
+            try:
+                connection = connection or await self._dialler.connect(host, port, tls)
+                return connection, await connection.get(url.raw_path, _headers(url))
+            except ssl.SSLError:
+                message = "no secure connection to the image's server could be made"
+                raise ImageFetchFailed(message) from None
+            except _FAILURES:
+                if connection is not None and connection.heard:
+                    raise ImageFetchFailed("the image's server did not answer in HTTP") from None
+                if is_last:
+                    break
+        raise ImageFetchFailed("the image's server could not be reached")
+
+
+def _headers(url: httpx.URL) -> list[tuple[bytes, bytes]]:
+    return [
+        (b"Host", url.netloc),
+        (b"User-Agent", f"saccade/{__version__}".encode()),
+        (b"Accept", b"*/*"),
+        (b"Accept-Encoding", b"identity"),
+    ]
+
+
+def _header(response: h11.Response, name: bytes) -> str:
+    return next((value for key, value in response.headers if key == name), b"").decode("latin-1")
+
+
+def _redirected(url: httpx.URL, response: h11.Response) -> httpx.URL:
+    try:
+        target = url.join(_header(response, b"location").encode("latin-1").decode())
+        if target.scheme not in ("http", "https"):
+            raise ImageUrlBlocked(
+                "the image's server redirected to a URL that is not http or https"
+            )
+        return check_url(str(target))
+    except (httpx.InvalidURL, ValueError, InvalidImageUrl):
+        raise ImageFetchFailed("the image's server redirected to an invalid URL") from None
+
+
+def _check(response: h11.Response, max_bytes: int) -> bool:
+    """Whether the body is compressed. Raises if it is not worth reading."""
+    if response.status_code != 200:
+        raise ImageFetchFailed(f"the image's server answered with status {response.status_code}")
+    length = int(_header(response, b"content-length") or 0)
+    if length > max_bytes:
+        raise ImageTooLarge(f"the image has {length} bytes, the limit is {max_bytes} bytes")
+    encoding = _header(response, b"content-encoding").lower()
+    if encoding not in _COMPRESSED | {"", "identity"}:
+        raise ImageFetchFailed("the image's server compressed it, which it was not asked to")
+    return encoding in _COMPRESSED
+
+
+async def _body(connection: Connection, max_bytes: int) -> bytes:
+    # Grows in place and gives its bytes out uncopied; joining pieces would copy them on the loop.
+    body, size, pieces = io.BytesIO(), 0, 0
+    try:
+        async with contextlib.aclosing(connection.body()) as stream:
+            async for piece in stream:
+                size, pieces = size + len(piece), pieces + 1
+                if size > max_bytes:
+                    raise _too_large(max_bytes)
+                if pieces > FREE_PIECES + size // MIN_PIECE_BYTES:
+                    raise ImageFetchFailed("the image's server sent it in too many small pieces")
+                if pieces % PIECES_A_TURN == 0:
+                    await asyncio.sleep(0)
+                body.write(piece)
+    except _FAILURES:
+        raise ImageFetchFailed("the image's server broke off in the middle of the image") from None
+    return body.getvalue()
+
+
+def _inflated(data: bytes, max_bytes: int) -> bytes:
+    """`data` without gzip or zlib. Some stores serve what was uploaded so to everyone."""
+    inflater = zlib.decompressobj(zlib.MAX_WBITS | 32)
+    try:
+        plain = inflater.decompress(data, max_bytes + 1)
+    except zlib.error:
+        plain = b""
+    if len(plain) > max_bytes:
+        raise _too_large(max_bytes)
+    if not inflater.eof:
+        raise ImageFetchFailed("the image's server compressed it wrongly")
+    return plain
+
+
+def _too_large(max_bytes: int) -> ImageTooLarge:
+    return ImageTooLarge(f"the image has more than {max_bytes} bytes, which is the limit")
+
+
+@dataclass
+class _Host:
+    slots: asyncio.Semaphore
+    users: int = 0
+
+
+class _Slots:
+    """Lets so many fetches go on at a time, and so many from one host."""
+
+    def __init__(self, total: int, per_host: int) -> None:
+        self._total = asyncio.Semaphore(total)
+        self._per_host = per_host
+        self._hosts: dict[str, _Host] = {}
+
+    @contextlib.asynccontextmanager
+    async def take(self, host: str) -> AsyncIterator[None]:
+        """Waits. Who waits for a busy host takes no slot from the others."""
+        entry = self._hosts.setdefault(host, _Host(asyncio.Semaphore(self._per_host)))
+        entry.users += 1
+        try:
+            async with entry.slots, self._total:
+                yield
+        finally:
+            entry.users -= 1
+            if not entry.users:
+                del self._hosts[host]

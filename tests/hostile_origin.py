@@ -1,0 +1,353 @@
+"""A web server that behaves badly, on loopback, for tests of whatever fetches.
+
+    with HostileOrigin() as origin:
+        fetch(origin.url("/drip"))
+        assert origin.open == 0
+
+`BEHAVIOURS` has what it does at which path; `origin.routes` takes more.
+"""
+
+import asyncio
+import contextlib
+import functools
+import gzip
+import ssl
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+from urllib.parse import parse_qs, urlsplit
+
+WAIT_S = 30.0
+CHUNK = b"x" * 65536
+
+
+@dataclass
+class Visit:
+    """One request, and the connection it came on."""
+
+    head: str
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    @property
+    def path(self) -> str:
+        return urlsplit(self.head.split()[1]).path
+
+    def query(self, name: str, default: str = "") -> str:
+        return parse_qs(urlsplit(self.head.split()[1]).query).get(name, [default])[0]
+
+    def header(self, name: str) -> str:
+        for line in self.head.split("\r\n")[1:]:
+            key, _, value = line.partition(": ")
+            if key.lower() == name.lower():
+                return value
+        return ""
+
+    async def send(self, *pieces: bytes) -> None:
+        for piece in pieces:
+            self.writer.write(piece)
+            await self.writer.drain()
+
+    async def respond(self, status: str = "200 OK", body: bytes = b"", *headers: str) -> None:
+        """A whole, honest response; the connection stays open."""
+        lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *headers, "", ""]
+        await self.send("\r\n".join(lines).encode(), body)
+
+    async def begin(self, *headers: str) -> None:
+        """The head of a chunked response."""
+        lines = ["HTTP/1.1 200 OK", "Transfer-Encoding: chunked", *headers, "", ""]
+        await self.send("\r\n".join(lines).encode())
+
+    async def chunk(self, data: bytes) -> None:
+        await self.send(b"%x\r\n%b\r\n" % (len(data), data))
+
+    def reset(self) -> None:
+        self.writer.transport.abort()
+
+
+Behaviour = Callable[[Visit], Awaitable[None]]
+
+
+async def ok(visit: Visit) -> None:
+    """`?size=` bytes, after `?delay=` seconds."""
+    await asyncio.sleep(float(visit.query("delay", "0")))
+    await visit.respond("200 OK", b"x" * int(visit.query("size", "1000")))
+
+
+async def chunked(visit: Visit) -> None:
+    """`?size=` bytes in chunks of `?piece=` bytes."""
+    size, piece = int(visit.query("size", "1000")), int(visit.query("piece", "100"))
+    await visit.begin()
+    frame = b"%x\r\n%b\r\n" % (piece, b"x" * piece)
+    await visit.send(frame * (size // piece), b"0\r\n\r\n")
+
+
+async def status(visit: Visit) -> None:
+    await visit.respond(f"{visit.query('code')} Whatever", b"a secret")
+
+
+async def html(visit: Visit) -> None:
+    await visit.respond("200 OK", b"<html>not here</html>", "Content-Type: text/html")
+
+
+async def redirect(visit: Visit) -> None:
+    """To `?to=`; the body it has besides never ends."""
+    to = f"Location: {visit.query('to')}"
+    await visit.send(f"HTTP/1.1 302 Found\r\n{to}\r\nContent-Length: 10\r\n\r\n".encode())
+
+
+async def redirect_onwards(visit: Visit) -> None:
+    """`?times=` times, then to /ok."""
+    times = int(visit.query("times"))
+    to = f"?times={times - 1}" if times > 1 else "ok"
+    await visit.respond("307 Temporary Redirect", b"", f"Location: {to}")
+
+
+async def redirect_loop(visit: Visit) -> None:
+    await visit.respond("301 Moved Permanently", b"", "Location: /redirect-loop")
+
+
+async def redirect_nowhere(visit: Visit) -> None:
+    await visit.respond("302 Found")
+
+
+async def drip(visit: Visit) -> None:
+    """A byte now and then, of a body that would take weeks."""
+    await visit.send(b"HTTP/1.1 200 OK\r\nContent-Length: 40000000\r\n\r\n")
+    while True:
+        await visit.send(b"x")
+        await asyncio.sleep(0.05)
+
+
+async def drip_head(visit: Visit) -> None:
+    await visit.send(b"HTTP/1.1 200 OK\r\nX: ")
+    while True:
+        await visit.send(b"x")
+        await asyncio.sleep(0.05)
+
+
+async def endless(visit: Visit) -> None:
+    await visit.begin()
+    while True:
+        await visit.chunk(CHUNK)
+
+
+async def endless_without_framing(visit: Visit) -> None:
+    await visit.send(b"HTTP/1.0 200 OK\r\n\r\n")
+    while True:
+        await visit.send(CHUNK)
+
+
+async def crumbs(visit: Visit) -> None:
+    """Without end, a byte a chunk: a lot of work for whoever parses it."""
+    await visit.begin()
+    while True:
+        await visit.send(b"1\r\nx\r\n" * 10_000)
+
+
+async def announces_too_much(visit: Visit) -> None:
+    """A length that is never sent: `?size=` is announced, and then nothing comes."""
+    size = visit.query("size")
+    await visit.send(f"HTTP/1.1 200 OK\r\nContent-Length: {size}\r\n\r\n".encode())
+    await visit.reader.read()
+
+
+async def shorter_than_announced(visit: Visit) -> None:
+    await visit.send(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n", b"x" * 400)
+    visit.writer.close()
+
+
+async def longer_than_announced(visit: Visit) -> None:
+    """What follows the body looks like the answer to a question that was not asked yet."""
+    forged = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nforged"
+    await visit.send(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nbody" + forged)
+
+
+async def two_lengths(visit: Visit) -> None:
+    await visit.send(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\nContent-Length: 5\r\n\r\nbody!")
+
+
+async def huge_length(visit: Visit) -> None:
+    await visit.send(b"HTTP/1.1 200 OK\r\nContent-Length: %b\r\n\r\n" % (b"9" * 5000))
+
+
+@functools.cache
+def bomb() -> bytes:
+    """50 MB of zeros in 50 kB."""
+    return gzip.compress(bytes(50_000_000))
+
+
+async def gzip_bomb(visit: Visit) -> None:
+    await visit.respond("200 OK", bomb(), "Content-Encoding: gzip")
+
+
+async def compressed(visit: Visit) -> None:
+    """`?size=` bytes, said to be compressed with `?as=`, and cut by `?cut=` bytes."""
+    data = gzip.compress(b"x" * int(visit.query("size", "1000")))
+    data = data[: len(data) - int(visit.query("cut", "0"))]
+    await visit.respond("200 OK", data, f"Content-Encoding: {visit.query('as', 'gzip')}")
+
+
+async def reset_in_body(visit: Visit) -> None:
+    await visit.send(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n", b"x" * 400)
+    await asyncio.sleep(0.05)
+    visit.reset()
+
+
+async def reset(visit: Visit) -> None:
+    visit.reset()
+
+
+async def silent(visit: Visit) -> None:
+    """Never answers; notices when the client goes."""
+    await visit.reader.read()
+
+
+async def many_headers(visit: Visit) -> None:
+    await visit.send(b"HTTP/1.1 200 OK\r\n")
+    while True:
+        await visit.send(b"X-Header: x\r\n" * 1000)
+
+
+async def interim_flood(visit: Visit) -> None:
+    while True:
+        await visit.send(b"HTTP/1.1 100 Continue\r\n\r\n" * 1000)
+
+
+async def garbage(visit: Visit) -> None:
+    await visit.send(b"220 mail.example ESMTP\r\n\r\n")
+    await visit.reader.read()
+
+
+async def sets_cookie(visit: Visit) -> None:
+    await visit.respond("200 OK", visit.head.encode(), "Set-Cookie: who=you")
+
+
+BEHAVIOURS: dict[str, Behaviour] = {
+    "/ok": ok,
+    "/chunked": chunked,
+    "/status": status,
+    "/html": html,
+    "/redirect": redirect,
+    "/redirect-onwards": redirect_onwards,
+    "/redirect-loop": redirect_loop,
+    "/redirect-nowhere": redirect_nowhere,
+    "/drip": drip,
+    "/drip-head": drip_head,
+    "/endless": endless,
+    "/endless-without-framing": endless_without_framing,
+    "/crumbs": crumbs,
+    "/announces-too-much": announces_too_much,
+    "/shorter-than-announced": shorter_than_announced,
+    "/longer-than-announced": longer_than_announced,
+    "/two-lengths": two_lengths,
+    "/huge-length": huge_length,
+    "/gzip-bomb": gzip_bomb,
+    "/compressed": compressed,
+    "/reset-in-body": reset_in_body,
+    "/reset": reset,
+    "/silent": silent,
+    "/many-headers": many_headers,
+    "/interim-flood": interim_flood,
+    "/garbage": garbage,
+    "/sets-cookie": sets_cookie,
+}
+
+
+class HostileOrigin:
+    """The server, in a thread of its own while its `with` lasts.
+
+    Attributes:
+        connections: how many were accepted.
+        open: how many of these stand.
+        heads: the heads of the requests, in order.
+        busy, busiest: requests that are being answered, and the most that ever were at a time.
+        resets_first: as many connections are reset as soon as they are accepted.
+    """
+
+    def __init__(
+        self, host: str = "127.0.0.1", port: int = 0, tls: ssl.SSLContext | None = None
+    ) -> None:
+        self.host = host
+        self.port = port
+        self.routes = dict(BEHAVIOURS)
+        self.connections = self.open = self.busy = self.busiest = self.resets_first = 0
+        self.heads: list[str] = []
+        self._tls = tls
+        self._loop = asyncio.new_event_loop()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+
+    def url(self, path: str, host: str | None = None) -> str:
+        name = host or (f"[{self.host}]" if ":" in self.host else self.host)
+        return f"{'https' if self._tls else 'http'}://{name}:{self.port}{path}"
+
+    def wait(self, condition: Callable[[Self], bool]) -> None:
+        """Return when `condition` holds; fails the test if it does not in good time."""
+        end = time.monotonic() + WAIT_S
+        while not condition(self):
+            assert time.monotonic() < end, "the origin never came to that"
+            time.sleep(0.01)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self._run(self._listen())
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._run(self._stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(WAIT_S)
+        self._loop.close()
+
+    def _run(self, work: Awaitable[None]) -> None:
+        async def run() -> None:
+            await work
+
+        asyncio.run_coroutine_threadsafe(run(), self._loop).result(WAIT_S)
+
+    async def _listen(self) -> None:
+        self._server = await asyncio.start_server(self._accept, self.host, self.port, ssl=self._tls)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def _stop(self) -> None:
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = self._loop.create_task(self._serve(reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        self.open += 1
+        try:
+            if self.connections <= self.resets_first:
+                writer.transport.abort()
+            with contextlib.suppress(asyncio.IncompleteReadError, OSError, ssl.SSLError):
+                while not writer.is_closing():
+                    head = await reader.readuntil(b"\r\n\r\n")
+                    await self._answer(Visit(head.decode(), reader, writer))
+        finally:
+            self.open -= 1
+            writer.transport.abort()
+
+    async def _answer(self, visit: Visit) -> None:
+        self.heads.append(visit.head)
+        self.busy += 1
+        self.busiest = max(self.busiest, self.busy)
+        try:
+            await self.routes[visit.path](visit)
+        finally:
+            self.busy -= 1
