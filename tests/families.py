@@ -74,7 +74,7 @@ def build(family: str, directory: Path) -> Path:
     target = directory / family
     if (target / "config.json").exists():
         return target
-    make = FAMILIES[family]
+    make = {**FAMILIES, **PREPROCESSED}[family]
     directory.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{family}-", dir=directory))
     try:
@@ -713,3 +713,133 @@ FAMILIES: dict[str, Callable[[Path], None]] = {
     "gemma3": _gemma3,
 }
 """Each family's maker, which writes a checkpoint into an existing, empty folder."""
+
+
+# --- families for preprocessing only ------------------------------------------------------------
+
+
+def _pixtral(directory: Path) -> None:
+    """Any size in steps of 16 pixels, the longer edge up to 256."""
+    _pixtral_like(
+        directory,
+        "llava",
+        patch=16,
+        merge=1,
+        longest_edge=256,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+
+
+def _mistral3(directory: Path) -> None:
+    """Any size in steps of 28 pixels, the longer edge up to 400: no whole number of steps."""
+    _pixtral_like(directory, "mistral3", patch=14, merge=2, longest_edge=400, spatial_merge_size=2)
+
+
+def _pixtral_like(
+    directory: Path, model_type: str, *, patch: int, merge: int, longest_edge: int, **settings: Any
+) -> None:
+    markers = ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+    vocabulary = _save_tokenizer(directory, image="[IMG]", special=markers)
+    vision = _vision_tower(longest_edge, patch, model_type="pixtral", head_dim=32)
+    _save_config(
+        directory,
+        model_type,
+        text_config=_language_model(vocabulary, model_type="mistral"),
+        vision_config=vision,
+        image_token_index=vocabulary["[IMG]"],
+        **settings,
+    )
+    _save_image_processor(
+        directory,
+        "PixtralImageProcessorFast",
+        "PixtralProcessor",
+        size={"longest_edge": longest_edge},
+        patch_size={"height": patch, "width": patch},
+        resample=_BICUBIC,
+        image_mean=_CLIP_MEAN,
+        image_std=_CLIP_STD,
+    )
+    _save_json(
+        directory / "processor_config.json",
+        processor_class="PixtralProcessor",
+        patch_size=patch,
+        spatial_merge_size=merge,
+        image_token="[IMG]",
+        image_break_token="[IMG_BREAK]",
+        image_end_token="[IMG_END]",
+    )
+
+
+def _blip2(directory: Path) -> None:
+    """Every picture in eight learned queries, before the prompt."""
+    size = 112
+    vocabulary = _save_tokenizer(directory, image="", special=["<image>"])
+    _save_config(
+        directory,
+        "blip-2",
+        text_config=_language_model(vocabulary, model_type="opt"),
+        vision_config=_vision_tower(size),
+        qformer_config={"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2},
+        num_query_tokens=8,
+        image_token_index=vocabulary["<image>"],
+    )
+    _save_image_processor(
+        directory,
+        "BlipImageProcessor",
+        "Blip2Processor",
+        size={"height": size, "width": size},
+        resample=_BICUBIC,
+        image_mean=_CLIP_MEAN,
+        image_std=_CLIP_STD,
+    )
+    _save_json(
+        directory / "processor_config.json", processor_class="Blip2Processor", num_query_tokens=8
+    )
+
+
+def _internvl_chat(directory: Path) -> None:
+    """InternVL as its authors publish it: its configuration is code (`trust_remote_code`), and
+    vLLM has a processor of its own for it."""
+    names = ["<img>", "</img>", "<IMG_CONTEXT>", "<image>"]
+    vocabulary = _save_tokenizer(directory, image="<image>\n", special=names)
+    (directory / "configuration_internvl_chat.py").write_text(
+        "from transformers import PretrainedConfig, Qwen2Config\n"
+        "class InternVLChatConfig(PretrainedConfig):\n"
+        "    model_type = 'internvl_chat'\n"
+        "    def __init__(self, vision_config=None, llm_config=None, **kwargs):\n"
+        "        self.vision_config = PretrainedConfig(**(vision_config or {}))\n"
+        "        self.llm_config = Qwen2Config(**(llm_config or {}))\n"
+        "        super().__init__(**kwargs)\n"
+        "    def get_text_config(self, *_, **__):\n"
+        "        return self.llm_config\n"
+    )
+    _save_json(
+        directory / "config.json",
+        model_type="internvl_chat",
+        architectures=["InternVLChatModel"],
+        auto_map={"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"},
+        vision_config=_vision_tower(112),
+        llm_config={**_language_model(vocabulary), "architectures": ["Qwen2ForCausalLM"]},
+        downsample_ratio=0.5,
+        dynamic_image_size=True,
+        use_thumbnail=True,
+        min_dynamic_patch=1,
+        max_dynamic_patch=12,
+    )
+
+
+def _save_config(directory: Path, model_type: str, **settings: Any) -> None:
+    """Write config.json for a checkpoint without weights."""
+    config = AutoConfig.for_model(model_type, dtype="float32", **settings)
+    config.architectures = [type(AutoModelForImageTextToText.from_config(config)).__name__]
+    config.save_pretrained(directory)
+
+
+PREPROCESSED: dict[str, Callable[[Path], None]] = {
+    "pixtral": _pixtral,
+    "mistral3": _mistral3,
+    "blip2": _blip2,
+    "internvl_chat": _internvl_chat,
+}
+"""Families whose checkpoints have no weights: their processors can be run, but not they."""

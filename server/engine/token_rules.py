@@ -1,0 +1,318 @@
+"""The token rule of a model, from its multimodal processor in vLLM.
+
+Which rule fits is told by vLLM's class for the family; its numbers are those of the processor
+under the server's own options and those of the request. A rule is handed out only after it has
+agreed with the processor on a few pictures.
+"""
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+from transformers.feature_extraction_utils import BatchFeature
+from vllm.multimodal.inputs import MultiModalKwargsItems
+from vllm.multimodal.processing import cached_encode
+
+from server.errors import ImageAspectRatio, InvalidImage
+from server.images import sizing
+from server.images.tokens.anyres import AnyResTokens
+from server.images.tokens.fixed import FixedTokens
+from server.images.tokens.gemma import GemmaTokens, PanAndScan
+from server.images.tokens.idefics import IdeficsTokens
+from server.images.tokens.internvl import InternVLTokens
+from server.images.tokens.measured import Count, MeasuredTokens
+from server.images.tokens.pixtral import PixtralTokens
+from server.images.tokens.plan import TokenRule
+from server.images.tokens.qwen import QwenTokens
+
+if TYPE_CHECKING:
+    from vllm.multimodal.processing import BaseMultiModalProcessor
+
+log = logging.getLogger("saccade.images")
+
+Options = Mapping[str, Any]
+# Pictures on which a rule must agree with the processor: none of a size that a rule might like.
+_CHECK_SIZES = ((347, 251), (130, 411), (61, 59), (790, 160))
+
+
+def token_rule(processor: "BaseMultiModalProcessor[Any]", options: Options) -> TokenRule | None:
+    """The rule for requests with `options` (`mm_processor_kwargs`); None if the family is unknown
+    or the processor does otherwise than its family. Runs the processor some ten times."""
+    builder = _BUILDERS.get((type(processor.info).__name__, type(processor).__name__))
+    if builder is None:
+        return None
+    try:
+        rule = builder(processor, options)
+        if rule is not None and _agrees(rule, processor, options):
+            return rule
+    except Exception:  # a configuration that its family's rule does not foresee
+        log.exception("the image tokens of %s cannot be predicted", type(processor).__name__)
+        return None
+    log.warning("%s counts image tokens in an unknown way", type(processor).__name__)
+    return None
+
+
+def measured_rule(processor: "BaseMultiModalProcessor[Any]", options: Options) -> MeasuredTokens:
+    """For families that have no rule: the tokens of each size of picture are measured."""
+
+    def measured(width: int, height: int) -> Count:
+        try:
+            return count(processor, width, height, options)
+        except ValueError as error:
+            raise InvalidImage(
+                f"the model does not take an image of {width} x {height} pixels"
+            ) from error
+
+    return MeasuredTokens(measured)
+
+
+def count(
+    processor: "BaseMultiModalProcessor[Any]", width: int, height: int, options: Options
+) -> Count:
+    """Run the processor on a blank picture, and count as the engine will."""
+    items = processor.info.parse_mm_data({"image": [Image.new("RGB", (width, height))]})
+    outputs = BatchFeature(dict(processor._apply_hf_processor_main(items, options)))
+    fields = processor._get_mm_fields_config(outputs, options)
+    features = MultiModalKwargsItems.from_hf_inputs(outputs, fields)
+    content = processor._get_mm_prompt_updates(items, options, features)["image"][0][0].content
+    length = len(content.full)
+    tokens = length if content.is_embed is None else int(content.is_embed(content.full).sum())
+    return Count(tokens, length)
+
+
+def _agrees(rule: TokenRule, processor: "BaseMultiModalProcessor[Any]", options: Options) -> bool:
+    for width, height in _CHECK_SIZES:
+        try:
+            plan = rule.plan(width, height)
+            fewest = rule.fewest(width, height)
+            capped = rule.plan(width, height, (plan.tokens + fewest) // 2)
+        except ImageAspectRatio:
+            continue
+        for planned in (plan, capped):
+            size = planned.resize or (width, height)
+            counted = count(processor, *size, {**options, **planned.options})
+            if counted != (planned.tokens, planned.prompt_tokens):
+                return False
+    return True
+
+
+# ---------------------------------------------------------------------- one builder a family
+
+
+def _qwen(processor: Any, options: Options) -> TokenRule:
+    info = processor.info
+    merged = info._merge_and_resolve_mm_processor_kwargs(options).get("images_kwargs", {})
+    image_processor = info.get_image_processor()
+    size = info._get_vision_size(merged, default_size=dict(image_processor.size))
+    factor = image_processor.patch_size * image_processor.merge_size
+    return QwenTokens(sizing.NativeResolution(factor, size["shortest_edge"], size["longest_edge"]))
+
+
+def _pixtral(processor: Any, options: Options) -> TokenRule:
+    encoder = processor.info.get_vision_encoder_info()
+    return PixtralTokens(encoder.get_patch_size(), encoder.get_image_size())
+
+
+def _mistral3(processor: Any, options: Options) -> TokenRule:
+    encoder = processor.info.get_vision_encoder_info(options)
+    return PixtralTokens(encoder.get_patch_size(), encoder.get_image_size())
+
+
+def _fixed(processor: Any, options: Options) -> TokenRule | None:
+    settings = _Settings(processor, options)
+    size, edge = settings.size("size"), None
+    if set(size) == {"shortest_edge"} and settings["do_center_crop"]:
+        size, edge = settings.size("crop_size"), size["shortest_edge"]
+    if "height" not in size:
+        return None
+    view = _view(size)
+    family = processor.info.get_hf_config().model_type
+    return FixedTokens(family, *count(processor, *view, options), view, edge)
+
+
+def _llava_next(processor: Any, options: Options) -> TokenRule | None:
+    return _anyres("llava_next", processor, options, shrinks=False)
+
+
+def _llava_onevision(processor: Any, options: Options) -> TokenRule | None:
+    return _anyres("llava_onevision", processor, options, shrinks=True)
+
+
+def _anyres(family: str, processor: Any, options: Options, *, shrinks: bool) -> TokenRule | None:
+    from vllm.model_executor.models.vision import get_num_selected_vision_tokens
+
+    config, encoder = processor.info.get_hf_config(), processor.info.get_vision_encoder_info()
+    grids = sizing.grids(config.image_grid_pinpoints)
+    if sizing.grids(_Settings(processor, options)["image_grid_pinpoints"]) != grids:
+        return None  # the model would pack the features for another grid
+    tile = encoder.get_image_size()
+    base = get_num_selected_vision_tokens(
+        encoder.get_num_image_tokens(image_width=tile, image_height=tile),
+        config.vision_feature_select_strategy,
+    )
+    rule = sizing.BestGrid(grids)
+    return AnyResTokens(family, rule, tile, encoder.get_patch_grid_length(), base, shrinks)
+
+
+def _internvl(processor: Any, options: Options) -> TokenRule:
+    """InternVL in the Hugging Face format."""
+    settings = _Settings(processor, options)
+    if not settings["crop_to_patches"]:
+        return _one_view("internvl", processor, options, settings.size("size"))
+    return InternVLTokens(
+        tile=_view(settings.size("size")),
+        tokens_per_tile=processor.info.get_hf_processor().image_seq_length,
+        least_tiles=settings["min_patches"],
+        most_tiles=settings["max_patches"],
+        thumbnail=True,
+        option="max_patches",
+    )
+
+
+def _internvl_chat(processor: Any, options: Options) -> TokenRule | None:
+    """InternVL in the format of its authors, with vLLM's own processor."""
+    hf_processor = processor.info.get_hf_processor(**options)
+    images = hf_processor.image_processor
+    if not images.dynamic_image_size:
+        side = images.image_size
+        return _one_view("internvl", processor, options, {"width": side, "height": side})
+    if images.min_dynamic_patch != 1:
+        return None  # among equally near grids, vLLM takes one in no particular order
+    return InternVLTokens(
+        tile=(images.image_size, images.image_size),
+        tokens_per_tile=hf_processor.image_seq_length,
+        least_tiles=1,
+        most_tiles=images.max_dynamic_patch,
+        thumbnail=images.use_thumbnail,
+        option="max_dynamic_patch",
+    )
+
+
+def _idefics(processor: Any, options: Options) -> TokenRule | None:
+    info = processor.info
+    settings = _Settings(processor, options)
+    tile = settings.size("max_image_size")["longest_edge"]
+    edge = settings.size("size")["longest_edge"]
+    if not settings["do_image_splitting"]:
+        return _one_view("idefics3", processor, options, {"width": tile, "height": tile})
+    if tile % 2:
+        return None  # rounding to even sides, vLLM may count a row that is not there
+    hf_processor = info.get_hf_processor(**options)
+
+    @functools.cache
+    def prompt_tokens(rows: int, columns: int) -> int:
+        """Of a picture that has just this grid: on its shorter side, the last tile is half full."""
+        width, height = max(columns, 1) * tile, max(rows, 1) * tile
+        longest = max(width, height)
+        text = info.get_image_repl(
+            image_width=width - tile // 2 if width < height else width,
+            image_height=height - tile // 2 if height <= width else height,
+            processor=hf_processor,
+            mm_kwargs={**options, "size": {"longest_edge": longest}},
+        )
+        return len(cached_encode(info.get_tokenizer(), text, add_special_tokens=False))
+
+    return IdeficsTokens(tile, edge, hf_processor.image_seq_len, prompt_tokens)
+
+
+def _gemma3(processor: Any, options: Options) -> TokenRule:
+    info = processor.info
+    size = _Settings(processor, options).size("size")
+    scan = _pan_and_scan(info, options)
+    if scan is None:
+        return _one_view("gemma3", processor, options, size)
+    hf_processor = info.get_hf_processor(**options)
+
+    @functools.cache
+    def prompt_tokens(crops: int) -> int:
+        """Of a picture so wide that it has all the crops it may have."""
+        most = {"pan_and_scan_max_num_crops": crops} if crops else {"do_pan_and_scan": False}
+        height = max(1, math.ceil(scan.min_crop))
+        width = math.ceil(height * max(scan.min_ratio, 2) * max(crops, 1))
+        update = info.get_image_repl(
+            image_width=width,
+            image_height=height,
+            processor=hf_processor,
+            mm_kwargs={**options, **most},
+        )
+        return len(update.full)
+
+    return GemmaTokens(_view(size), hf_processor.image_seq_length, prompt_tokens, scan)
+
+
+def _pan_and_scan(info: Any, options: Options) -> PanAndScan | None:
+    from transformers.models.gemma3.processing_gemma3 import Gemma3ProcessorKwargs
+
+    hf_processor = info.get_hf_processor()
+    merged = hf_processor._merge_kwargs(
+        Gemma3ProcessorKwargs,
+        tokenizer_init_kwargs=hf_processor.tokenizer.init_kwargs,
+        **info.ctx.get_merged_mm_kwargs(options),
+    )["images_kwargs"]
+
+    def setting(name: str) -> Any:
+        return merged.get(name, getattr(hf_processor.image_processor, name))
+
+    if not setting("do_pan_and_scan"):
+        return None
+    return PanAndScan(
+        setting("pan_and_scan_min_crop_size"),
+        setting("pan_and_scan_max_num_crops"),
+        setting("pan_and_scan_min_ratio_to_activate"),
+    )
+
+
+def _one_view(
+    family: str, processor: Any, options: Options, size: Mapping[str, int]
+) -> FixedTokens:
+    view = _view(size)
+    return FixedTokens(family, *count(processor, *view, options), view)
+
+
+def _view(size: Mapping[str, int]) -> sizing.Size:
+    return size["width"], size["height"]
+
+
+class _Settings:
+    """What the image processor goes by: its attributes, and the options over them."""
+
+    def __init__(self, processor: Any, options: Options) -> None:
+        self._images = processor.info.get_hf_processor().image_processor
+        merged = processor.info.ctx.get_merged_mm_kwargs(options)
+        self._options = {**merged, **(merged.get("images_kwargs") or {})}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._options.get(name, getattr(self._images, name, None))
+
+    def size(self, name: str) -> dict[str, int]:
+        """One of the sizes, of which options may replace parts."""
+        return {**dict(getattr(self._images, name)), **(self._options.get(name) or {})}
+
+
+_Builder = Callable[[Any, Options], TokenRule | None]
+_QWEN2, _QWEN3 = "Qwen2VLMultiModalProcessor", "Qwen3VLMultiModalProcessor"
+
+# By the names of vLLM's classes, not the classes: to import them all would load every family.
+_BUILDERS: dict[tuple[str, str], _Builder] = {
+    ("Qwen2VLProcessingInfo", _QWEN2): _qwen,
+    ("Qwen2_5_VLProcessingInfo", "Qwen2_5_VLMultiModalProcessor"): _qwen,
+    ("Qwen3VLProcessingInfo", _QWEN3): _qwen,
+    ("Qwen3VLMoeProcessingInfo", _QWEN3): _qwen,
+    ("Qwen3_5ProcessingInfo", _QWEN3): _qwen,
+    ("Qwen3_5MoeProcessingInfo", _QWEN3): _qwen,
+    ("PixtralHFProcessingInfo", "PixtralHFMultiModalProcessor"): _pixtral,
+    ("Mistral3ProcessingInfo", "Mistral3MultiModalProcessor"): _mistral3,
+    ("LlavaProcessingInfo", "LlavaMultiModalProcessor"): _fixed,
+    ("PaliGemmaProcessingInfo", "PaliGemmaMultiModalProcessor"): _fixed,
+    ("Blip2ProcessingInfo", "Blip2MultiModalProcessor"): _fixed,
+    ("LlavaNextProcessingInfo", "LlavaNextMultiModalProcessor"): _llava_next,
+    ("LlavaOnevisionProcessingInfo", "LlavaOnevisionMultiModalProcessor"): _llava_onevision,
+    ("InternS1ProcessingInfo", "InternS1MultiModalProcessor"): _internvl,
+    ("InternVLProcessingInfo", "InternVLMultiModalProcessor"): _internvl_chat,
+    ("Idefics3ProcessingInfo", "Idefics3MultiModalProcessor"): _idefics,
+    ("SmolVLMProcessingInfo", "Idefics3MultiModalProcessor"): _idefics,
+    ("Gemma3ProcessingInfo", "Gemma3MultiModalProcessor"): _gemma3,
+}
