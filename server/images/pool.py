@@ -12,38 +12,32 @@ import asyncio
 import contextlib
 import functools
 import logging
-import multiprocessing
-import os
-import signal
-import socket
-import tempfile
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
-from multiprocessing.process import BaseProcess
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import msgspec
+import numpy as np
 
 from server import metrics
 from server.config import ImageSettings
 from server.errors import (
     WORKER_ERRORS,
     ClientError,
-    ImageProcessingTimeout,
     ImageProcessingFailed,
+    ImageProcessingTimeout,
     SaccadeError,
     ServerBusy,
 )
-from server.images import messages, preload
+from server.images import messages
 from server.images.features import Features
 from server.images.link import WorkerLink
-from server.images.worker import WorkerSpec, main
+from server.images.nursery import Nursery
+from server.images.worker import WorkerSpec
 
 log = logging.getLogger("saccade.images")
 
@@ -107,10 +101,9 @@ class ImagePool:
         on_work: Callable[[], None] = lambda: None,
     ) -> None:
         """`on_work` is called whenever a worker gets an image."""
-        self._spec = spec
+        self._nursery = Nursery(spec)
         self._settings = settings
         self._on_work = on_work
-        self._context = multiprocessing.get_context("forkserver")
         self._queue: deque[_Task] = deque()
         self._tasks: dict[str, _Task] = {}
         self._seats = [_Seat(number) for number in range(settings.image_workers)]
@@ -118,27 +111,16 @@ class ImagePool:
         self._threads = ThreadPoolExecutor(2, "image-pool")
         self._background: set[asyncio.Task[None]] = set()
         self._closing = False
-        self._spec_file: Path | None = None
         self._next_id = 0
 
     # ------------------------------------------------------------------ start and stop
 
     def preload(self) -> None:
-        """Start the process that workers are forked from; it loads the extractor meanwhile.
-
-        Call it from a thread that lives as long as the server, since that process ends with it.
-        """
-        fd, name = tempfile.mkstemp(prefix="saccade-worker-")
-        with os.fdopen(fd, "wb") as file:
-            file.write(msgspec.msgpack.encode(self._spec))
-        self._spec_file = Path(name)
-        os.environ[preload.SPEC_VARIABLE] = name
-        self._context.set_forkserver_preload(["server.images.preload"])
-        forkserver.ensure_running()
+        """Load ahead what workers need; see `Nursery.preload`."""
+        self._nursery.preload()
 
     async def __aenter__(self) -> "ImagePool":
-        if self._spec_file is None:
-            self.preload()
+        self.preload()
         for seat in self._seats:
             self._spawn(self._occupy(seat))
         try:
@@ -176,16 +158,7 @@ class ImagePool:
 
     def stop_preload(self) -> None:
         """End the process that workers are forked from, and with it any worker left."""
-        server: Any = forkserver._forkserver
-        if (pid := server._forkserver_pid) is not None:
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-            with contextlib.suppress(OSError):
-                server._stop()
-        if self._spec_file is not None:
-            self._spec_file.unlink(missing_ok=True)
-            self._spec_file = None
-            os.environ.pop(preload.SPEC_VARIABLE, None)
+        self._nursery.close()
 
     # ------------------------------------------------------------------ what callers use
 
@@ -226,6 +199,19 @@ class ImagePool:
             task.waiters -= 1
             if task.waiters == 0 and not task.result.done():
                 self._abandon(task)
+
+    async def inspect(
+        self, data: bytes, kind: str, most: int
+    ) -> tuple[list[tuple[float, float]], int]:
+        """The sizes of the first `most` pages of a PDF (`kind` "pdf"), as (width, height) in
+        points, and the number of all; or (`kind` "frames") the number of an image's frames.
+
+        Raises: as `process` does.
+        """
+        key = f"inspect-{kind}-{most}-{id(data)}"
+        features = await self.process(key, data, {"inspect": kind, "most": most})
+        found = features.arrays(_numbers)
+        return [(width, height) for width, height in found.get("sizes", ())], found["count"]
 
     # ------------------------------------------------------------------ the queue
 
@@ -298,8 +284,9 @@ class ImagePool:
                 self._fail(task, WORKER_ERRORS.get(reply.code, SaccadeError)(reply.message))
             else:
                 assert features is not None
-                metrics.image_decode.observe(features.decode_s)
-                metrics.image_preprocess.observe(features.preprocess_s)
+                if reply.size != (0, 0):  # else the file was only inspected
+                    metrics.image_decode.observe(features.decode_s)
+                    metrics.image_preprocess.observe(features.preprocess_s)
                 self._finish(task, features)
         self._dispatch()
 
@@ -365,7 +352,10 @@ class ImagePool:
         if predecessor is not None:
             await loop.run_in_executor(self._threads, predecessor.join)
         try:
-            process, connection = await loop.run_in_executor(self._threads, self._start, seat)
+            name = f"saccade-image-{seat.number}"
+            process, connection = await loop.run_in_executor(
+                self._threads, self._nursery.start, name
+            )
         except (OSError, EOFError) as error:  # the forking process died: the next start renews it
             log.warning("no image worker could be started: %s", error)
             self._on_death(seat)
@@ -378,19 +368,10 @@ class ImagePool:
         )
         loop.call_later(_START_TIMEOUT_S, link.kill_unless_ready)
 
-    def _start(self, seat: _Seat) -> tuple[BaseProcess, socket.socket]:
-        """Start a process for `seat`; returns it with our end of its socket. Blocks."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            process = self._context.Process(
-                target=main, args=(theirs,), name=f"saccade-image-{seat.number}", daemon=True
-            )
-            try:
-                process.start()
-            except BaseException:
-                ours.close()
-                raise
-        return process, ours
+
+def _numbers(dtype: str, shape: tuple[int, ...], buffer: Any, offset: int) -> Any:
+    count = math.prod(shape)
+    return np.frombuffer(buffer, dtype, count, offset).reshape(shape).tolist()
 
 
 def _encode(options: Mapping[str, Any]) -> bytes:
