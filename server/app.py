@@ -11,15 +11,19 @@ import signal
 import socket
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
 
 import uvicorn
 from fastapi import FastAPI
 
-from server.api import body, chat, errors, health
+from server.api import body, chat, errors, health, images, usage
 from server.config import Settings
 from server.engine import cpu_waits, launch, serving
 from server.images.memory import keep_freed_memory
 from server.images.pool import ImagePool
+from server.media.fetch import Fetcher, FetchSettings
+from server.media.load import ImageLoader
+from server.media.prepare import RequestPreparer
 
 log = logging.getLogger("saccade")
 
@@ -35,8 +39,8 @@ async def run(args: Namespace, settings: Settings, report: Report) -> int:
     keep_freed_memory(_KEPT_HEAP_BYTES)
     address, sock = serving.setup_server(args, reuse_port=False)
     with sock:
-        async with _running(args, settings, report) as (engine, pool, path):
-            app = await build_app(args, settings, engine, pool, path)
+        async with _running(args, settings, report) as parts:
+            app = await build_app(args, settings, parts)
             config = _uvicorn_config(app, args, settings)
             server = _Server(config)
             app.state.server = server
@@ -45,17 +49,24 @@ async def run(args: Namespace, settings: Settings, report: Report) -> int:
                 refresher = serving.refresh_certificates(config, args)
             server.on_started = lambda: report(_invitation(args, address, sock))
             try:
-                return await _serve(server, sock, engine, app)
+                return await _serve(server, sock, parts.engine, app)
             finally:
                 if refresher is not None:
                     refresher.stop()
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """What runs behind the app. `preparer` is None where images stay vLLM's own affair."""
+
+    engine: serving.AsyncLLM
+    pool: ImagePool | None
+    preparer: RequestPreparer | None
+
+
 @contextlib.asynccontextmanager
-async def _running(
-    args: Namespace, settings: Settings, report: Report
-) -> AsyncIterator[tuple[serving.AsyncLLM, ImagePool | None, launch.ImagePath]]:
-    """Engine and image pool, started side by side and stopped in reverse."""
+async def _running(args: Namespace, settings: Settings, report: Report) -> AsyncIterator[_Parts]:
+    """Engine, image pool and fetcher, started side by side and stopped in reverse."""
     report(f"reading the model {_model_name(args)}")
     plan = launch.plan(args, settings)
     async with contextlib.AsyncExitStack() as stack:
@@ -69,26 +80,42 @@ async def _running(
         if pool is not None:
             report(f"starting {settings.images.image_workers} image workers")
             await stack.enter_async_context(pool)
-        path = await launch.connect(engine, settings, pool)
-        if pool is not None and not path.pooled:
-            report("this model keeps vLLM's own image processing")
+        if pool is None:
+            yield _Parts(engine, None, None)
+            return
+        fetcher = await stack.enter_async_context(Fetcher(_fetch_settings(args, settings)))
+        loader = ImageLoader(fetcher, launch.limits(settings), args.allowed_local_media_path)
+        path = await launch.connect(engine, settings, pool, loader)
+        if not path.encoded:
+            report("this model keeps vLLM's own way of images")
             await pool.stop()
-            pool = None
-        yield engine, pool, path
+            yield _Parts(engine, None, None)
+            return
+        bounds = launch.bounds(engine, settings)
+        yield _Parts(engine, pool, RequestPreparer(loader, pool.inspect, bounds))
 
 
-async def build_app(
-    args: Namespace,
-    settings: Settings,
-    engine: serving.AsyncLLM,
-    pool: ImagePool | None,
-    path: launch.ImagePath,
-) -> FastAPI:
+def _fetch_settings(args: Namespace, settings: Settings) -> FetchSettings:
+    http = settings.http
+    return FetchSettings(
+        timeout_s=http.fetch_timeout_s,
+        max_bytes=settings.images.max_image_bytes,
+        max_redirects=http.fetch_max_redirects,
+        max_connections=http.fetch_connections,
+        max_connections_per_host=http.fetch_connections_per_host,
+        allow_private=http.allow_private_media,
+        allowed=http.allowed_private_media,
+        only_hosts=tuple(args.allowed_media_domains or ()),
+    )
+
+
+async def build_app(args: Namespace, settings: Settings, parts: _Parts) -> FastAPI:
     """The FastAPI app: our routes first, then vLLM's, then what every request passes.
 
     Middleware that is added later lies further out: a request meets the error shape, vLLM's
-    middleware (keys, CORS), the body reader, and then its route.
+    middleware (keys, CORS), the body reader, and then its route, whose answer meets the usage.
     """
+    engine = parts.engine
     docs = not args.disable_fastapi_docs
     app = FastAPI(
         title="Saccade",
@@ -99,11 +126,15 @@ async def build_app(
     )
     app.root_path = args.root_path
     app.state.args = args
-    app.state.image_pool = pool
+    app.state.image_pool = parts.pool
+    app.state.preparer = parts.preparer
     app.state.draining = False
-    app.include_router(health.router)
-    app.include_router(chat.router)
-    ours = {route.path for router in (health.router, chat.router) for route in router.routes}  # type: ignore[attr-defined]
+    routers = [health.router, chat.router]
+    if parts.preparer is not None:
+        routers.append(images.router)
+    for router in routers:
+        app.include_router(router)
+    ours = {route.path for router in routers for route in router.routes}  # type: ignore[attr-defined]
     mine = list(app.router.routes)
     await serving.add_vllm_routes(app, args, engine)
     app.router.routes[:] = [
@@ -112,8 +143,11 @@ async def build_app(
         if route in mine or getattr(route, "path", None) not in ours
     ]
     errors.add_error_handler(app)
-    untouched = serving.paths_that_keep_bodies() if path.encoded else None
-    app.add_middleware(body.BodyReader, settings=settings.http, untouched=untouched)
+    app.add_middleware(usage.ImageUsage)
+    stored = serving.paths_that_keep_bodies()
+    app.add_middleware(
+        body.BodyReader, settings=settings.http, preparer=parts.preparer, stored=stored
+    )
     await serving.add_vllm_middleware(app, args, engine)
     app.add_middleware(errors.OpenAIErrors)
     return app

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -47,14 +47,42 @@ class ImageSettings(_Group):
     image_timeout_s: float = Field(
         30.0, gt=0, description="Longest time one image may take in a worker, in seconds."
     )
-    max_image_bytes: int = Field(50 * MIB, ge=1, description="Largest encoded image, in bytes.")
+    max_image_bytes: int = Field(
+        50 * MIB, ge=1, description="Largest encoded image or file, in bytes."
+    )
     max_image_pixels: int = Field(
         100_000_000, ge=1, description="Largest image by width x height, read from its header."
+    )
+    max_image_side: int = Field(
+        32_768, ge=1, description="Longest side of an image in pixels, read from its header."
+    )
+    max_image_aspect_ratio: float = Field(
+        200.0, ge=1, description="Longest side of an image divided by its shortest."
+    )
+    max_request_images: int = Field(
+        128, ge=1, description="Images of one request, with frames and pages."
+    )
+    max_image_frames: int = Field(
+        32, ge=1, description="Frames of one animation that a request may choose."
+    )
+    pdf_max_pages: int = Field(32, ge=1, description="Pages of one PDF that a request may show.")
+    pdf_dpi: float = Field(
+        144.0, gt=0, le=1200, description="Resolution of PDF pages, where no token cap lowers it."
+    )
+    max_image_tokens: int | None = Field(
+        None, ge=1, description="Most tokens that one image may have; requests can lower it."
     )
 
 
 class HttpSettings(_Group):
     """Requests, fetches and shutdown."""
+
+    @field_validator("allowed_private_media", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        return tuple(item.strip() for item in value.split(",") if item.strip())
 
     max_request_bytes: int = Field(256 * MIB, ge=1, description="Largest request body, in bytes.")
     request_read_timeout_s: float = Field(
@@ -62,6 +90,21 @@ class HttpSettings(_Group):
     )
     fetch_timeout_s: float = Field(
         10.0, gt=0, description="Deadline for fetching one http(s) image, in seconds."
+    )
+    fetch_max_redirects: int = Field(
+        3, ge=0, description="Redirects that the fetch of an image follows."
+    )
+    fetch_connections: int = Field(100, ge=1, description="Open connections of all fetches.")
+    fetch_connections_per_host: int = Field(
+        16, ge=1, description="Fetches from one host at a time; more wait, within their deadline."
+    )
+    allow_private_media: bool = Field(
+        False, description="Fetch images also from private, loopback and other internal addresses."
+    )
+    allowed_private_media: tuple[str, ...] = Field(
+        (),
+        description="Hosts (img.example.com, *.example.com) and networks (10.1.0.0/16) that images "
+        "are fetched from although their addresses are private; separated by commas.",
     )
     drain_timeout_s: int = Field(
         30, ge=0, description="Time running requests get to finish at shutdown, in seconds."
@@ -130,12 +173,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add one flag a setting to `parser`; values stay text until `from_flags` validates them."""
     group = parser.add_argument_group("Saccade", "Saccade's own settings.")
     for _, name, field in leaves():
-        default = "" if field.default_factory else f" (default: {field.default})"
+        unset = field.default_factory or field.default in (None, (), False)
+        default = "" if unset else f" (default: {field.default})"
+        if field.annotation is bool:
+            form: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        else:
+            form = {"metavar": name.rsplit("_", 1)[-1].upper()}
         group.add_argument(
             "--" + name.replace("_", "-"),
             default=argparse.SUPPRESS,
-            metavar=name.rsplit("_", 1)[-1].upper(),
             help=f"{field.description}{default}".replace("%", "%%"),
+            **form,
         )
 
 
@@ -170,10 +218,16 @@ def as_markdown() -> str:
             model: Any = Settings.model_fields[group].annotation
             lines += ["", f"## {model.__doc__}", ""]
             lines += ["| Flag | Variable | Default | |", "| --- | --- | --- | --- |"]
-        default = "one a core" if field.default_factory else f"`{field.default}`"
+        default = "one a core" if field.default_factory else _shown(field.default)
         flag, variable = "--" + name.replace("_", "-"), PREFIX + name.upper()
         lines.append(f"| `{flag}` | `{variable}` | {default} | {field.description} |")
     return "\n".join(lines) + "\n"
+
+
+def _shown(default: object) -> str:
+    if default is None or default == ():
+        return "none"
+    return f"`{str(default).lower() if isinstance(default, bool) else default}`"
 
 
 if __name__ == "__main__":

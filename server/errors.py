@@ -2,7 +2,7 @@
 
 Stages raise these; `api.errors` turns them into a response. A stage that calls a library
 translates the library's exceptions itself, so that no text of the library's reaches a client.
-The docstring of a class says when it is raised; `python -m server.errors` makes the table of
+The docstring of a class says when it is raised; `python -m server.api.errors` makes the table of
 `docs/errors.md` from them.
 """
 
@@ -18,11 +18,13 @@ class SaccadeError(Exception):
     type = "server_error"
     retry_after_s: int | None = None
 
-    def __init__(self, message: str, *, part: str | None = None) -> None:
-        """`part` names the image the error is about as the request does: its URL or its uuid."""
+    def __init__(self, message: str, *, part: str | None = None, param: str | None = None) -> None:
+        """`part` names the image the error is about as the request does, by its URL or its uuid;
+        `param` is the path to what is wrong, where it is known."""
         super().__init__(message)
         self.message = message
         self.part = part
+        self.param = param
 
 
 class ClientError(SaccadeError):

@@ -85,6 +85,8 @@ def serving(*flags: str, **environment: str) -> Iterator[Server]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
         reader.join(STOP_TIMEOUT_S)
+        assert process.stdout is not None
+        process.stdout.close()
 
 
 def _read(server: Server) -> None:
@@ -110,7 +112,7 @@ def _await_ready(server: Server) -> None:
 def server() -> Iterator[Server]:
     """One server with the embedded model for the whole session."""
     tools = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
-    with serving("--max-model-len", "4096", *tools) as running:
+    with serving("--max-model-len", "4096", "--allow-private-media", *tools) as running:
         yield running
 
 

@@ -112,10 +112,10 @@ def test_a_name_cannot_stand_for_another_picture(http: httpx.Client) -> None:
 
 
 BAD = {
-    "no image": (b"not an image", 400, "invalid_image"),
+    "no image": (b"not an image", 400, "unsupported_image_format"),
     "truncated": (pictures.encode(shape("red"), "JPEG")[:1500], 400, "invalid_image"),
-    "thin": (pictures.encode(pictures.photo((2010, 10)), "JPEG"), 400, "invalid_image"),
-    "html": (b"<html><body>404</body></html>", 400, "invalid_image"),
+    "thin": (pictures.encode(pictures.photo((2010, 10)), "JPEG"), 400, "image_aspect_ratio"),
+    "html": (b"<html><body>404</body></html>", 400, "unsupported_image_format"),
 }
 
 
@@ -134,11 +134,11 @@ def test_bad_pictures_are_named(http: httpx.Client, name: str) -> None:
 @pytest.mark.parametrize(
     ("url", "code"),
     [
-        ("data:image/png;base64,@@@", "invalid_image"),
-        ("data:image/png,plain", "invalid_image"),
-        ("ftp://127.0.0.1/x.png", "image_fetch_failed"),
-        ("file:///etc/passwd", "image_fetch_failed"),
-        ("no url", "image_fetch_failed"),
+        ("data:image/png;base64,@@@", "invalid_image_url"),
+        ("data:image/png,plain", "invalid_image_url"),
+        ("ftp://127.0.0.1/x.png", "invalid_image_url"),
+        ("file:///etc/passwd", "image_url_blocked"),
+        ("no url", "invalid_image_url"),
     ],
 )
 def test_bad_urls_are_named(http: httpx.Client, url: str, code: str) -> None:

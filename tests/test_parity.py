@@ -28,7 +28,7 @@ class Rig:
 
     engine: Any
     theirs: Any
-    pool: ImagePool | None
+    pooled: bool
 
     async def render(self, renderer: Any, messages: list[dict[str, Any]], **options: Any) -> Any:
         from vllm.renderers import ChatParams
@@ -62,6 +62,8 @@ class Rig:
 async def rig(model: Path, decode: str = "exact") -> AsyncIterator[Rig]:
     from server.engine import launch
     from server.engine.arguments import parse
+    from server.media.fetch import Fetcher, FetchSettings
+    from server.media.load import ImageLoader
 
     flags = ["--image-workers", "2", "--image-decode", decode, "--max-model-len", "4096"]
     args, settings = parse([str(model), *flags, "--mm-processor-cache-gb", "0.1"])
@@ -73,11 +75,13 @@ async def rig(model: Path, decode: str = "exact") -> AsyncIterator[Rig]:
         pool.preload()
         engine = await stack.enter_async_context(launch.running(plan))
         await stack.enter_async_context(pool)
-        used = await launch.connect(engine, settings, pool)
+        loader = ImageLoader(Fetcher(FetchSettings()), launch.limits(settings), None)
+        used = await launch.connect(engine, settings, pool, loader)
         from vllm.renderers.hf import HfRenderer
 
         theirs = HfRenderer(plan.config, engine.renderer.tokenizer)
-        yield Rig(engine, theirs, pool if used.pooled else None)
+        assert used.encoded
+        yield Rig(engine, theirs, used.pooled)
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
@@ -118,7 +122,7 @@ async def check_family(family: str, directory: Path) -> None:
         conversations["swapped"] = pictures.user(*reversed(two))
         conversations["twice"] = pictures.user(*[pictures.image_part(wide)] * 2, TEXT)
     async with rig(model) as both:
-        assert (both.pool is None) == (family in FALLBACK)
+        assert both.pooled == (family not in FALLBACK)
         for name, messages in conversations.items():
             ours, theirs = await both.ours(messages), await both.plain(messages)
             assert_same(ours, theirs)

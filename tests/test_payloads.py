@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.errors import ImageTooLarge, InvalidImage
-from server.media import payloads
+from server.errors import ImageTooLarge, InvalidImageUrl
+from server.media import payloads, request
+from server.media.parts import parts_of
 from server.media.payloads import MIN_PAYLOAD_BYTES
+from server.media.request import ImageRequest
 
 DATA = os.urandom(MIN_PAYLOAD_BYTES)
 URL = "data:image/png;base64," + base64.b64encode(DATA).decode()
@@ -23,8 +25,13 @@ def chat(*parts: Any) -> dict[str, Any]:
     return {"model": "m", "messages": [{"role": "user", "content": list(parts)}]}
 
 
-def split(request: Any, **dump: Any) -> payloads.Payloads:
-    return payloads.take_out(json.dumps(request, **dump).encode())
+def split(document: Any, **dump: Any) -> payloads.TakenOut:
+    return payloads.take_out(json.dumps(document, **dump).encode())
+
+
+def enter(taken: payloads.TakenOut) -> None:
+    parts = [(part.path, part.name) for part in parts_of(taken.document)]
+    request.enter(ImageRequest(taken.body, taken.payloads, parts))
 
 
 def url_of(request: Any) -> str:
@@ -38,22 +45,21 @@ def url_of(request: Any) -> str:
 def test_a_long_payload_is_taken_out_and_found_again(part: Any, dump: Any) -> None:
     taken = split(chat({"type": "image_url", **part}), **dump)
     assert len(taken.body) < 1000
-    payloads.enter(taken)
+    enter(taken)
     url = url_of(json.loads(taken.body))
-    image = payloads.load_data_url(url, LIMIT)
-    assert image.data == DATA
-    assert payloads.path_of(url) == "messages[0].content[0].image_url"
+    assert payloads.load_data_url(url, LIMIT) == DATA
+    assert request.current().path_of(url) == "messages[0].content[0].image_url"
 
 
 def test_anthropic_sources_are_taken_out() -> None:
     source = {"type": "base64", "media_type": "image/png", "data": URL.partition(",")[2]}
     taken = split(chat({"type": "image", "source": source}))
     assert len(taken.body) < 1000
-    payloads.enter(taken)
+    enter(taken)
     (part,) = json.loads(taken.body)["messages"][0]["content"]
     url = f"data:image/png;base64,{part['source']['data']}"
-    assert payloads.load_data_url(url, LIMIT).data == DATA
-    assert payloads.path_of(url) == "messages[0].content[0].source"
+    assert payloads.load_data_url(url, LIMIT) == DATA
+    assert request.current().path_of(url) == "messages[0].content[0].source"
 
 
 @pytest.mark.parametrize(
@@ -78,8 +84,8 @@ def test_images_and_lookalikes_in_one_request() -> None:
     taken = split(request)
     text, image = json.loads(taken.body)["messages"][0]["content"]
     assert text["text"] == URL
-    payloads.enter(taken)
-    assert payloads.load_data_url(image["image_url"]["url"], LIMIT).data == DATA
+    enter(taken)
+    assert payloads.load_data_url(image["image_url"]["url"], LIMIT) == DATA
 
 
 def test_escaped_slashes_stay_for_the_json_parser() -> None:
@@ -102,7 +108,7 @@ def test_any_request_survives(shape: Any) -> None:
     request = json.loads(json.dumps(shape).replace("<url>", URL))
     taken = split(request)
     small = taken.body.decode()
-    for token, payload in taken.taken.items():
+    for token, payload in taken.payloads.items():
         small = small.replace(token, bytes(payload).decode())
     assert (json.loads(small) == request) is True  # without a diff of megabytes
 
@@ -112,8 +118,8 @@ def test_a_token_means_nothing_in_another_request() -> None:
     url = url_of(json.loads(taken.body))
 
     async def other_request() -> None:
-        payloads.enter(payloads.Payloads())
-        with pytest.raises(InvalidImage, match="not valid base64"):
+        request.enter(ImageRequest())
+        with pytest.raises(InvalidImageUrl, match="not valid base64"):
             payloads.load_data_url(url, LIMIT)
 
     asyncio.run(other_request())
@@ -126,12 +132,11 @@ def test_a_token_means_nothing_in_another_request() -> None:
         "data:image/png;base64,iVBOR",
         "data:image/png,plain",
         "data:,",
-        "data:image/png;base64,",
         "data:image/png;base64,aGVs bG8=",
     ],
 )
 def test_bad_data_urls_are_refused(url: str) -> None:
-    with pytest.raises(InvalidImage):
+    with pytest.raises(InvalidImageUrl):
         payloads.load_data_url(url, LIMIT)
 
 
@@ -142,7 +147,7 @@ def test_many_misplaced_payloads_are_put_back_in_one_go() -> None:
 
 def test_a_guessed_token_is_only_a_text() -> None:
     taken = split(chat({"type": "image_url", "image_url": {"url": URL}}))
-    (token,) = taken.taken
+    (token,) = taken.payloads
     again = split(chat({"type": "text", "text": URL}, {"type": "text", "text": token}))
     texts = [part["text"] for part in json.loads(again.body)["messages"][0]["content"]]
     assert texts[1] == token

@@ -16,8 +16,8 @@ import pytest
 from server.config import ImageSettings
 from server.errors import (
     ClientError,
-    ImageProcessingTimeout,
     ImageProcessingFailed,
+    ImageProcessingTimeout,
     InvalidImage,
     SaccadeError,
     ServerBusy,

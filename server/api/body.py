@@ -7,8 +7,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api.errors import respond, with_length
 from server.config import HttpSettings
 from server.errors import RequestTimeout, RequestTooLarge, SaccadeError
-from server.media import payloads
-from server.media.payloads import MIN_PAYLOAD_BYTES, Payloads
+from server.media import payloads, request
+from server.media.load import in_thread
+from server.media.payloads import MIN_PAYLOAD_BYTES
+from server.media.prepare import ReadRequest, RequestPreparer
+from server.media.request import ImageRequest
+
+# A JSON body without any of these has no image, no file and no option of ours.
+_MARKS = (b"image", b'file"', b"document")
 
 
 class _Disconnected(Exception):
@@ -16,50 +22,68 @@ class _Disconnected(Exception):
 
 
 class BodyReader:
-    """Reads bodies whole, up to a limit, and takes image payloads out of JSON.
+    """Reads bodies whole, up to a limit, takes image payloads out of JSON, and has what remains
+    prepared: options read, files turned into images.
 
-    `untouched` are the paths whose bodies keep their payloads; None stands for all paths.
+    On the paths in `stored` bodies keep their payloads, since the server keeps the request. With
+    `preparer` None, all bodies pass as they are.
     """
 
     def __init__(
-        self, app: ASGIApp, settings: HttpSettings, untouched: frozenset[str] | None
+        self,
+        app: ASGIApp,
+        settings: HttpSettings,
+        preparer: RequestPreparer | None,
+        stored: frozenset[str],
     ) -> None:
         self._app = app
         self._max_bytes = settings.max_request_bytes
         self._timeout_s = settings.request_read_timeout_s
-        self._untouched = untouched
+        self._preparer = preparer
+        self._stored = stored
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
             await self._app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
         try:
-            small = await self._small_body(scope, headers, receive)
+            chunks = await self._read(dict(scope["headers"]), receive)
+            body = await self._prepared(scope, chunks)
         except SaccadeError as error:
             await respond(error)(scope, receive, send)
             return
         except _Disconnected:
             return
-        scope = dict(scope) | {"headers": with_length(scope, len(small))}
-        await self._app(scope, _replay(small, receive), send)
+        scope = dict(scope) | {"headers": with_length(scope, len(body))}
+        await self._app(scope, _replay(body, receive), send)
 
-    async def _small_body(
-        self, scope: Scope, headers: dict[bytes, bytes], receive: Receive
-    ) -> bytes:
-        """The body without its payloads, which the current task can load from now on."""
-        chunks = await self._read(headers, receive)
-        is_json = headers.get(b"content-type", b"").lower().startswith(b"application/json")
-        if not is_json or sum(map(len, chunks)) < MIN_PAYLOAD_BYTES:
-            body = b"".join(chunks)
-            payloads.enter(Payloads(body if is_json else b""))
+    async def _prepared(self, scope: Scope, chunks: list[bytes]) -> bytes:
+        """The body for the route; the current task can load its images from now on."""
+        is_json = _content_type(scope).startswith(b"application/json")
+        large = sum(map(len, chunks)) >= MIN_PAYLOAD_BYTES
+        body = b"" if large else b"".join(chunks)
+        if self._preparer is None or not is_json:
+            request.enter(ImageRequest())
+            return await asyncio.to_thread(b"".join, chunks) if large else body
+        if not large and not any(mark in body for mark in _MARKS):
+            request.enter(ImageRequest(body))
             return body
-        if self._untouched is None or scope["path"] in self._untouched:
-            taken = Payloads(await asyncio.to_thread(b"".join, chunks))
+        stored = scope["path"] in self._stored
+        request.enter(ImageRequest(body))  # for the errors of what follows
+        if large:
+            read = await in_thread(self._take_out_and_read, chunks, stored)
         else:
-            taken = await asyncio.to_thread(_take_out, chunks)
-        payloads.enter(taken)
-        return taken.body
+            read = self._preparer.read(payloads.parsed(body))
+        request.enter(read.request)
+        request.enter(await self._preparer.complete(read, stored=stored))
+        return read.request.body
+
+    def _take_out_and_read(self, chunks: list[bytes], stored: bool) -> ReadRequest:
+        assert self._preparer is not None
+        body = b"".join(chunks)
+        chunks.clear()
+        taken = payloads.parsed(body) if stored else payloads.take_out(body)
+        return self._preparer.read(taken)
 
     async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> list[bytes]:
         """The whole body, as it comes: memory grows with what arrives, not what is announced."""
@@ -91,10 +115,8 @@ class BodyReader:
             )
 
 
-def _take_out(chunks: list[bytes]) -> Payloads:
-    body = b"".join(chunks)
-    chunks.clear()
-    return payloads.take_out(body)
+def _content_type(scope: Scope) -> bytes:
+    return dict(scope["headers"]).get(b"content-type", b"").lower()  # type: ignore[no-any-return]
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

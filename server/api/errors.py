@@ -1,21 +1,24 @@
 """The one way out for errors: the OpenAI error object, whoever raised it."""
 
+import inspect
 import json
 import logging
 from collections.abc import MutableMapping
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import SaccadeError, error_body
-from server.media import payloads
+from server.errors import SaccadeError, error_body, error_classes
+from server.media import request as requests
 
 log = logging.getLogger("saccade.api")
 
 # An error's body is a few hundred bytes; a longer one is not ours to rewrite.
 _MAX_ERROR_BYTES = 64 * 1024
+# Codes of errors that vLLM and the framework raise, by their status.
 _CODES = {
     400: "invalid_request",
     401: "invalid_api_key",
@@ -48,7 +51,9 @@ async def _answer(request: Request, error: Exception) -> JSONResponse:
 
 def respond(error: SaccadeError) -> JSONResponse:
     """The response for `error`, naming the part of the request it is about."""
-    param = payloads.path_of(error.part) if error.part else None
+    param = error.param
+    if param is None and error.part:
+        param = requests.current().path_of(error.part)
     if error.status >= 500:
         log.warning("%s: %s", error.code, error.message)
     headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s else None
@@ -126,3 +131,28 @@ def with_length(holder: MutableMapping[str, Any], length: int) -> list[tuple[byt
     """The headers of a scope or a response, for a body of `length` bytes."""
     kept = [(name, value) for name, value in holder["headers"] if name.lower() != b"content-length"]
     return [*kept, (b"content-length", str(length).encode())]
+
+
+def as_markdown() -> str:
+    """The table of all codes, as `docs/errors.md` has it."""
+    rows = {error.code: (error.status, inspect.getdoc(error) or "") for error in error_classes()}
+    for status, code in _CODES.items():
+        rows.setdefault(code, (status, f"{HTTPStatus(status).phrase}, as the route says."))
+    lines = [
+        "# Errors",
+        "",
+        'Every error has OpenAI\'s shape: `{"error": {message, type, param, code}}`. `code` is one',
+        "of these and does not change; `param` is the path of what is at fault in the request.",
+        "`type` is `invalid_request_error` below 500, when sending the same request again is of no",
+        "use, `authentication_error` for 401, and `server_error` from 500.",
+        "",
+        "| Code | Status | |",
+        "| --- | --- | --- |",
+    ]
+    ordered = sorted(rows.items(), key=lambda row: (row[1][0], row[0]))
+    lines += [f"| `{code}` | {status} | {text} |" for code, (status, text) in ordered]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(as_markdown(), end="")

@@ -84,6 +84,7 @@ def _choose_model(args: Namespace) -> None:
         args.structured_outputs_config.backend = "xgrammar"
         args.structured_outputs_config.disable_any_whitespace = True
     args.api_server_count = 1
+    args.enable_prompt_tokens_details = True  # cached tokens, beside which image tokens are shown
 
 
 def _fit_to_cpu(args: Namespace, given: set[str]) -> None:

@@ -22,8 +22,9 @@ from PIL import Image
 
 from server.engine import torchvision_ops
 from server.errors import InvalidImage
-from server.images import sizing
-from server.images.decode import Decoded, DecodeOptions, decode
+from server.images import pdf, sizing
+from server.images.decode import Decoded, DecodeOptions, Planner, decode
+from server.images.tokens import TokenRule
 from server.images.worker import Array, Extractor, Feature, WorkerSpec
 
 if TYPE_CHECKING:
@@ -64,11 +65,13 @@ def load(payload: bytes) -> Extractor:
 class _Plan:
     """How pictures are processed under one set of options.
 
-    `rule` tells how far JPEG decoding may shrink; None: not at all. `patches` is the fused way.
+    `rule` tells how far decoding may shrink; None: not at all. `tokens` counts what comes out,
+    which must not change by it. `patches` is the fused way.
     """
 
     rule: sizing.ResizeRule | None
-    patches: "_NativePatches | None"
+    tokens: TokenRule | None = None
+    patches: "_NativePatches | None" = None
 
 
 class ImageExtractor:
@@ -81,27 +84,65 @@ class ImageExtractor:
         self._fast = fast
         self._max_pixels = max_pixels
         self._plans = functools.lru_cache(maxsize=64)(self._make_plan)
-        self._plan({})  # checked once here, before the fork, rather than in each worker
+        # Checked once here, before the fork, rather than in each worker.
+        if isinstance(rule := self._plan({}).rule, sizing.NativeResolution):
+            self._plan({"min_pixels": rule.factor**2, "max_pixels": rule.max_pixels})
 
     def decode(self, data: bytes, options: Mapping[str, Any]) -> Decoded:
-        """Decode under `options["io"]`: `image_mode` and `rgba_background_color` as in vLLM."""
+        """Decode under `options`: `io` with `image_mode` and `rgba_background_color` as in vLLM,
+        the `format` and upright `size` that the header told, the `frame` or page, and `resize`,
+        the size that the picture will be brought to, if to any.
+
+        Raises:
+            InvalidImage: damaged, or not of that size.
+        """
+        resize, size = _size(options.get("resize")), _size(options.get("size"))
+        if options.get("format") == "PDF":
+            resize = resize or size or (1, 1)
+            decoded = Decoded(pdf.render(data, options["frame"], resize), resize)
+        else:
+            decoded = decode(data, self._decode_options(options), self._planner(resize, options))
+            if size is not None and decoded.size != size:
+                raise InvalidImage("the image is not of the size that its header tells")
+        if resize is None:
+            return decoded
+        if self._fused(decoded.image, options) is not None:
+            return Decoded(decoded.image, resize)  # resized with the rest, in one go
+        return Decoded(_resized(decoded.image, resize), resize)
+
+    def _decode_options(self, options: Mapping[str, Any]) -> DecodeOptions:
         io = options["io"]
-        background = tuple(io.get("rgba_background_color", (255, 255, 255)))
-        decode_options = DecodeOptions(io.get("image_mode", "RGB"), background, self._max_pixels)
+        return DecodeOptions(
+            mode=io.get("image_mode", "RGB"),
+            background=tuple(io.get("rgba_background_color", (255, 255, 255))),
+            max_pixels=self._max_pixels,
+            frame=options.get("frame", 0),
+        )
+
+    def _planner(self, resize: sizing.Size | None, options: Mapping[str, Any]) -> Planner | None:
+        """How far decoding may shrink; None: not at all."""
+        if not self._fast:
+            return None
+        if resize is not None:
+            return lambda width, height: resize
         plan = self._plan(options["processor"])
-        if not self._fast or plan.rule is None:
-            return decode(data, decode_options)
-        return decode(data, decode_options, functools.partial(_reducible, plan.rule))
+        if plan.rule is None or options.get("pixels"):
+            return None
+        return functools.partial(_reducible, plan.rule, plan.tokens)
 
     def features(self, decoded: Decoded, options: Mapping[str, Any]) -> dict[str, Feature]:
-        """The fields the model wants, as vLLM's processor would give them for one picture."""
-        plan = self._plan(options["processor"])
-        image = decoded.image
-        if plan.patches is not None and image.mode == "RGB":
-            patches = plan.patches.features(image, decoded.size)
-            if patches is not None:
-                return patches
-        return self._processed(image, options["processor"])
+        """The fields the model wants, as vLLM's processor would give them for one picture; or,
+        with `pixels` in `options`, the picture itself: uint8 (height, width, channels)."""
+        if options.get("pixels"):
+            return {"pixels": Array("uint8", np.asarray(decoded.image))}
+        patches = self._fused(decoded.image, options)
+        features = patches.features(decoded.image, decoded.size) if patches is not None else None
+        return features or self._processed(decoded.image, options["processor"])
+
+    def _fused(self, image: Image.Image, options: Mapping[str, Any]) -> "_NativePatches | None":
+        if options.get("pixels") or image.mode != "RGB":
+            return None
+        return self._plan(options["processor"]).patches
 
     def _processed(self, image: Image.Image, kwargs: Mapping[str, Any]) -> dict[str, Feature]:
         outputs, fields = self._run_processor(image, kwargs)
@@ -123,19 +164,24 @@ class ImageExtractor:
         kwargs = json.loads(kwargs_json)
         image_processor = getattr(self._processor.info.get_hf_processor(), "image_processor", None)
         if image_processor is None:
-            return _Plan(None, None)
+            return _Plan(None)
         merged = _flat(self._processor.info.ctx.get_merged_mm_kwargs(kwargs))
         rule = _rule(image_processor, merged)
         if isinstance(rule, sizing.NativeResolution):
             patches = _NativePatches.of(image_processor, rule)
             if patches is not None and self._equals_processor(patches, kwargs):
-                return _Plan(rule, patches)
-            return _Plan(None, None)  # what cannot be checked is left to the processor
-        if rule is not None and not self._bears_reduction(rule, kwargs):
-            rule = None
-        return _Plan(rule, None)
+                return _Plan(rule, patches=patches)
+            return _Plan(None)  # what cannot be checked is left to the processor
+        if rule is None:
+            return _Plan(None)
+        from server.engine.token_rules import token_rule  # imports vLLM: see `load`
 
-    def _bears_reduction(self, rule: sizing.ResizeRule, kwargs: Mapping[str, Any]) -> bool:
+        tokens = token_rule(self._processor, kwargs)
+        return _Plan(rule if self._bears_reduction(rule, tokens, kwargs) else None, tokens)
+
+    def _bears_reduction(
+        self, rule: sizing.ResizeRule, tokens: TokenRule | None, kwargs: Mapping[str, Any]
+    ) -> bool:
         """Whether the processor makes nearly the same of a large picture and of a reduced one.
 
         Attributes of an image processor may mislead: where tiles are cut elsewhere, they tell the
@@ -146,7 +192,7 @@ class ImageExtractor:
             0, 256, (height // _CELL, width // _CELL, 3), dtype=np.uint8
         )
         image = Image.fromarray(cells.repeat(_CELL, axis=0).repeat(_CELL, axis=1))
-        scale = sizing.jpeg_scale(_LARGE_SIZE, _reducible(rule, width, height))
+        scale = sizing.jpeg_scale(_LARGE_SIZE, _reducible(rule, tokens, width, height))
         if scale == 1:
             return True
         whole = self._processed(image, kwargs)
@@ -233,12 +279,32 @@ def _resize(pixels: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArr
     return resized
 
 
-def _reducible(rule: sizing.ResizeRule, width: int, height: int) -> sizing.Size | None:
+def _size(value: Any) -> sizing.Size | None:
+    return (value[0], value[1]) if value else None
+
+
+def _resized(image: Image.Image, size: sizing.Size | None) -> Image.Image:
+    if size is None or image.size == size:
+        return image
+    if image.mode != "RGB":
+        return image.resize(size, Image.Resampling.BICUBIC)
+    planes = _resize(np.asarray(image), size[1], size[0])
+    return Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0)))
+
+
+def _reducible(
+    rule: sizing.ResizeRule, tokens: TokenRule | None, width: int, height: int
+) -> sizing.Size | None:
     """`rule`'s target, unless shrinking to it would change what the processor does."""
     target = rule.target(width, height)
     scale = sizing.jpeg_scale((width, height), target)
     reduced = (-(-width // scale), -(-height // scale))
-    return target if sizing.covers(rule, (width, height), reduced) else None
+    if tokens is None:
+        same = sizing.covers(rule, (width, height), reduced)
+    else:
+        whole, less = tokens.plan(width, height), tokens.plan(*reduced)
+        same = (whole.tokens, whole.prompt_tokens) == (less.tokens, less.prompt_tokens)
+    return target if same else None
 
 
 def _rule(image_processor: Any, kwargs: Mapping[str, Any]) -> sizing.ResizeRule | None:
@@ -248,15 +314,15 @@ def _rule(image_processor: Any, kwargs: Mapping[str, Any]) -> sizing.ResizeRule 
     override = kwargs.get("size")
     if not getattr(image_processor, "do_resize", True) or kwargs.get("do_resize") is False:
         return None
+    size |= override or {}
     if hasattr(image_processor, "merge_size") and hasattr(image_processor, "temporal_patch_size"):
-        size |= override or {}
         least = kwargs.get("min_pixels") or size.get("shortest_edge")
         most = kwargs.get("max_pixels") or size.get("longest_edge")
         if not least or not most:
             return None
         factor = image_processor.patch_size * image_processor.merge_size
         return sizing.NativeResolution(factor, least, most)
-    if kwargs:  # an override we do not know may change the rule
+    if set(kwargs) - {"size"}:  # an override we do not know may change the rule
         return None
     if pinpoints := getattr(image_processor, "image_grid_pinpoints", None):
         return sizing.BestGrid(sizing.grids(pinpoints))

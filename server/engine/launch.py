@@ -3,7 +3,7 @@
 import io
 import os
 from argparse import Namespace
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +25,17 @@ from server.config import Settings
 from server.engine import connector
 from server.engine.cache import settle_on_send
 from server.engine.extractor import worker_spec
+from server.engine.planning import ImagePlanner
 from server.engine.renderer import PooledRenderer, is_image_by_image
+from server.engine.token_rules import measured_rule, token_rule
+from server.errors import ImageTokenCap
+from server.images.limits import Limits
 from server.images.pool import ImagePool
+from server.images.tokens import TokenRule
 from server.images.worker import WorkerSpec
-from server.media.payloads import encoded
+from server.media.encoded import encoded
+from server.media.load import ImageLoader
+from server.media.prepare import Bounds
 
 logger = init_logger(__name__)
 
@@ -55,15 +62,35 @@ def plan(args: Namespace, settings: Settings) -> EnginePlan:
         workers = worker_spec(
             model,
             fast=settings.images.image_decode == "fast",
-            max_pixels=max_pixels(settings),
+            max_pixels=limits(settings).max_pixels,
         )
     return EnginePlan(config, engine_args, workers)
 
 
-def max_pixels(settings: Settings) -> int:
-    """The stricter of our limit and vLLM's, in pixels of an image."""
-    limits = (settings.images.max_image_pixels, envs.VLLM_MAX_IMAGE_PIXELS)
-    return min(limit for limit in limits if limit > 0)
+def limits(settings: Settings) -> Limits:
+    """What an image may be; of our limit and vLLM's for its pixels, the stricter."""
+    images = settings.images
+    pixels = [limit for limit in (images.max_image_pixels, envs.VLLM_MAX_IMAGE_PIXELS) if limit > 0]
+    return Limits(
+        max_bytes=images.max_image_bytes,
+        max_pixels=min(pixels),
+        max_side=images.max_image_side,
+        max_aspect_ratio=images.max_image_aspect_ratio,
+    )
+
+
+def bounds(engine: AsyncLLM, settings: Settings) -> Bounds:
+    """How many images a request may have; of our limit and that of the model, the stricter."""
+    processor = engine.renderer.get_mm_processor()
+    allowed = processor.info.allowed_mm_limits.get("image", 0)
+    images = settings.images
+    return Bounds(
+        max_images=min(images.max_request_images, allowed),
+        max_frames=images.max_image_frames,
+        max_pages=images.pdf_max_pages,
+        pdf_dpi=images.pdf_dpi,
+        limits=limits(settings),
+    )
 
 
 @asynccontextmanager
@@ -86,19 +113,24 @@ async def running(plan: EnginePlan) -> AsyncIterator[AsyncLLM]:
 
 @dataclass(frozen=True)
 class ImagePath:
-    """How far images go our way. `encoded`: they stay encoded until the renderer has them.
-    `pooled`: the worker pool preprocesses them."""
+    """How far images go our way. `encoded`: they stay encoded until the renderer has them, and the
+    pool decodes them. `pooled`: it preprocesses them as well."""
 
     encoded: bool
     pooled: bool
 
 
-async def connect(engine: AsyncLLM, settings: Settings, pool: ImagePool | None) -> ImagePath:
-    """Lead the images of `engine` through `pool`, as far as the model allows it.
+async def connect(
+    engine: AsyncLLM, settings: Settings, pool: ImagePool, loader: ImageLoader
+) -> ImagePath:
+    """Lead the images of `engine` through `loader` and `pool`, as far as the model allows it.
 
     A model whose processor looks at the prompt as a whole, or for which the pool's result differs
     from vLLM's on a test picture, keeps vLLM's own preprocessing. One with a renderer of its own,
     or with one modality for images and videos, keeps vLLM's way from the start.
+
+    Raises:
+        ValueError: the model cannot keep images below `max_image_tokens`.
     """
     renderer: Any = engine.renderer  # vLLM types it as its base class
     if not isinstance(renderer, PooledRenderer):
@@ -107,14 +139,34 @@ async def connect(engine: AsyncLLM, settings: Settings, pool: ImagePool | None) 
         settle_on_send(engine, renderer.deferred_cache)
     if renderer.mm_processor is None or renderer.use_unified_vision_chunk:
         return ImagePath(encoded=False, pooled=False)
-    fits = pool is not None and is_image_by_image(renderer.mm_processor)
-    renderer.attach(settings, pool if fits else None, max_pixels(settings))
-    connector.EncodedImageConnector.configure(settings)
+    planner = _planner(renderer, settings)
+    fits = is_image_by_image(renderer.mm_processor)
+    renderer.attach(settings, pool, planner, pooled=fits)
+    connector.EncodedImageConnector.configure(loader)
     if fits and not await _agrees(renderer):
         logger.warning("the image pool does not fit this model; using vLLM's own preprocessing")
-        renderer.attach(settings, None, max_pixels(settings))
+        renderer.attach(settings, pool, planner, pooled=False)
         fits = False
     return ImagePath(encoded=True, pooled=fits)
+
+
+# A picture that every model must be able to show within the server's cap, (width, height).
+_USUAL_SIZE = (640, 480)
+
+
+def _planner(renderer: PooledRenderer, settings: Settings) -> ImagePlanner:
+    """Raises ValueError if the model cannot keep the server's cap."""
+    processor, cap = renderer.get_mm_processor(), settings.images.max_image_tokens
+
+    def make_rule(options: Mapping[str, Any]) -> TokenRule:
+        return token_rule(processor, options) or measured_rule(processor, options)
+
+    planner = ImagePlanner(make_rule, cap)
+    try:
+        planner.rule({}).plan(*_USUAL_SIZE, cap)
+    except ImageTokenCap as error:
+        raise ValueError(f"--max-image-tokens {cap}: {error.message}") from None
+    return planner
 
 
 async def _agrees(renderer: PooledRenderer) -> bool:
@@ -125,7 +177,7 @@ async def _agrees(renderer: PooledRenderer) -> bool:
     noise = np.random.default_rng(0).integers(0, 256, (222, 333, 3), dtype=np.uint8)
     picture, file = Image.fromarray(noise), io.BytesIO()
     picture.save(file, "PNG")
-    data = encoded(file.getvalue(), len(file.getvalue()), "")
+    data = encoded(file.getvalue(), Limits(1 << 20, 1 << 20, 1 << 10, 10))
     try:
         ours = await renderer._process_images(prompt, {"image": [data]}, None, None)
         theirs = renderer._process_multimodal(prompt, {"image": [picture]}, None, None)

@@ -12,11 +12,11 @@ recognised by what their class overrides.
 
 import asyncio
 import functools
-import itertools
 import json
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +29,6 @@ from vllm import __version__ as vllm_version
 from vllm.config import VllmConfig
 from vllm.inputs import MultiModalInput, mm_input
 from vllm.multimodal.inputs import MultiModalKwargsItem, MultiModalKwargsItems
-from vllm.multimodal.media.image import ImageMediaIO
 from vllm.multimodal.processing import BaseMultiModalProcessor, EncDecMultiModalProcessor
 from vllm.multimodal.processing.processor import MultiModalProcessingResult
 from vllm.renderers.hf import HfRenderer
@@ -37,11 +36,17 @@ from vllm.renderers.hf import HfRenderer
 from server import metrics
 from server.config import Settings
 from server.engine.cache import DeferredCache, PooledItem, Updates, own
-from server.errors import ImageTooLarge, InvalidImage, SaccadeError, UnknownImage
-from server.images.decode import DecodeOptions, decode
+from server.engine.planning import ImagePlanner
+from server.errors import ImageTokenCap, SaccadeError, UnknownImage
 from server.images.features import Features
 from server.images.pool import ImagePool
-from server.media.payloads import EncodedImage
+from server.images.tokens import ImagePlan
+from server.media import request as requests
+from server.media.encoded import EncodedImage, ImageOptions
+from server.media.parts import split_options
+from server.media.request import ShownImage
+
+log = logging.getLogger("saccade.engine")
 
 # A processor that overrides one of these does more than look at one image at a time.
 _WHOLE_PROMPT_METHODS = (
@@ -52,6 +57,16 @@ _WHOLE_PROMPT_METHODS = (
     "_maybe_apply_prompt_updates",
 )
 _REMEMBERED_UUIDS = 100_000
+
+
+@dataclass(frozen=True)
+class ImageJob:
+    """One image of a prompt: its plan, the key of what comes out, and a worker's options."""
+
+    image: EncodedImage
+    plan: ImagePlan | None
+    key: str
+    options: Mapping[str, Any]
 
 
 def is_image_by_image(processor: BaseMultiModalProcessor[Any] | None) -> bool:
@@ -73,12 +88,10 @@ class PooledRenderer(HfRenderer):
         if self._mm_processor_cache is not None:
             self._mm_processor_cache = DeferredCache(self._mm_processor_cache)
         self._pool: ImagePool | None = None
+        self._pooled = False
+        self.planner: Any = None
         self._fingerprint = b""
-        self._attached = False
-        self._max_pixels = 0
-        self._digest_of_uuid: LRUCache[str, str] = LRUCache(_REMEMBERED_UUIDS)
-        self._decode_threads = ThreadPoolExecutor(2, "image-decode")
-        self._resources.callback(self._decode_threads.shutdown, wait=False, cancel_futures=True)
+        self._sent_as: LRUCache[str, EncodedImage] = LRUCache(_REMEMBERED_UUIDS)
         self._vllm_process_multimodal = self._process_multimodal_async
         self._process_multimodal_async = self._process_images
 
@@ -87,14 +100,17 @@ class PooledRenderer(HfRenderer):
         cache = self._mm_processor_cache
         return cache if isinstance(cache, DeferredCache) else None
 
-    def attach(self, settings: Settings, pool: ImagePool | None, max_pixels: int) -> None:
-        """Take encoded images, and give them to `pool`; with None, to vLLM's own processor."""
-        self._attached = True
+    def attach(
+        self, settings: Settings, pool: ImagePool, planner: ImagePlanner, *, pooled: bool
+    ) -> None:
+        """Take encoded images. `pooled`: `pool` makes features of them; else it only decodes, for
+        vLLM's own processor."""
         self._pool = pool
-        self._max_pixels = max_pixels
+        self._pooled = pooled
+        self.planner = planner
         model = self.model_config
         parts = (
-            "features-1",
+            "features-2",
             vllm_version,
             model.model,
             model.revision,
@@ -120,102 +136,154 @@ class PooledRenderer(HfRenderer):
         if (
             not isinstance(images, list)
             or not images
-            or not self._attached
+            or self._pool is None
             or not all(image is None or isinstance(image, EncodedImage) for image in images)
         ):
             return await self._vllm_process_multimodal(
                 prompt, mm_data, mm_uuids, mm_processor_kwargs, media_io_kwargs,
                 skip_mm_cache=skip_mm_cache,
             )  # fmt: skip
+        kwargs = dict(mm_processor_kwargs or {})
+        io = dict((media_io_kwargs or {}).get("image") or {})
+        uuids = (mm_uuids or {}).get("image") or [None] * len(images)
+        named = [self._named(image, uuid) for image, uuid in zip(images, uuids, strict=True)]
+        plans = await self.planner.plan(named, requests.current().max_image_tokens, kwargs)
+        if self._pooled and set(mm_data) == {"image"}:
+            jobs = [self._job(*pair, kwargs, io) for pair in zip(named, plans, strict=True)]
+            process = self._process_here if skip_mm_cache else self._process_image
+            items = await _all_or_none(map(process, jobs))
+            rendered = self._merge(prompt, [job.key for job in jobs], items)
+            cached = [not item and not skip_mm_cache for item, _ in items]
+        else:
+            kwargs = _common_options(plans, kwargs)
+            jobs = [self._job(*pair, kwargs, io) for pair in zip(named, plans, strict=True)]
+            decoded = await _all_or_none(map(self._decode, jobs))
+            rendered = await self._vllm_process_multimodal(
+                prompt,
+                {**mm_data, "image": decoded},
+                {**(mm_uuids or {}), "image": [job.key for job in jobs]},
+                kwargs or None,
+                media_io_kwargs,
+                skip_mm_cache=skip_mm_cache,
+            )
+            cached = [False] * len(jobs)
+        placeholders = _placeholders(rendered)
+        if len(placeholders) == len(jobs):
+            requests.current().shown = self._shown(jobs, placeholders, cached)
+        return rendered
+
+    def _named(self, image: EncodedImage | None, uuid: str | None) -> EncodedImage:
+        """`image`, or else what was sent before under `uuid`, without its data. A client's uuid is
+        a name for bytes it has sent, never a key."""
+        name, options = split_options(uuid) if uuid is not None else (None, ImageOptions())
+        if image is not None:
+            if name is not None:
+                self._sent_as[name] = replace(image, data=b"")
+            return image
+        if name is None or name not in self._sent_as:
+            raise UnknownImage(
+                "the part has no image data, and its uuid names none that was sent before",
+                part=uuid,
+            )
+        assert uuid is not None
+        return self._sent_as[name].named(uuid, options)
+
+    def _job(
+        self,
+        image: EncodedImage,
+        plan: ImagePlan | None,
+        kwargs: Mapping[str, Any],
+        io: Mapping[str, Any],
+    ) -> ImageJob:
+        """What a worker has to do for `image`. Its key is the hash of the image's bytes, of what
+        is done with them, and of the model."""
         options = {
-            "processor": dict(mm_processor_kwargs or {}),
-            "io": dict((media_io_kwargs or {}).get("image") or {}),
+            "processor": {**kwargs, **(plan.options if plan else {})},
+            "io": io,
+            "format": image.header.format,
+            "size": image.size,
+            "frame": image.options.frame,
+            "resize": plan.resize if plan else None,
         }
-        uuids = list((mm_uuids or {}).get("image") or [None] * len(images))
-        keys = self._keys(images, uuids, options)
-        if self._pool is None or set(mm_data) != {"image"}:
-            decoded = await self._decode(images, options["io"])
-            return await self._vllm_process_multimodal(
-                prompt, {**mm_data, "image": decoded}, {**(mm_uuids or {}), "image": keys},
-                mm_processor_kwargs, media_io_kwargs, skip_mm_cache=skip_mm_cache,
-            )  # fmt: skip
-        process = self._process_here if skip_mm_cache else self._process_image
-        items = await _all_or_none(map(process, images, keys, itertools.repeat(options)))
-        return self._merge(prompt, keys, items)
+        hasher = blake3(self._fingerprint)
+        hasher.update(json.dumps(options, sort_keys=True, default=str).encode())
+        hasher.update(image.digest.encode())
+        return ImageJob(image, plan, hasher.hexdigest(), options)
 
-    def _keys(
-        self, images: Sequence[EncodedImage | None], uuids: Sequence[str | None], options: Any
-    ) -> list[str]:
-        """The cache key of each image: its bytes, the options and the model, in a namespace of
-        their own. A client's uuid is a name for bytes it has sent, never a key."""
-        encoded_options = json.dumps(options, sort_keys=True, default=str).encode()
-        keys = []
-        for image, uuid in zip(images, uuids, strict=True):
-            if image is not None:
-                digest = image.digest
-                if uuid is not None:
-                    self._digest_of_uuid[uuid] = digest
-            elif uuid is not None and uuid in self._digest_of_uuid:
-                digest = self._digest_of_uuid[uuid]
-            else:
-                raise UnknownImage(
-                    "the part has no image data, and its uuid names none that was sent before",
-                    part=uuid,
-                )
-            hasher = blake3(self._fingerprint)
-            hasher.update(encoded_options)
-            hasher.update(digest.encode())
-            keys.append(hasher.hexdigest())
-        return keys
-
-    async def _process_image(
-        self, image: EncodedImage | None, key: str, options: Any
-    ) -> tuple[MultiModalKwargsItem, Updates]:
+    async def _process_image(self, job: ImageJob) -> tuple[MultiModalKwargsItem, Updates]:
         cache = self.deferred_cache
         item = PooledItem()
-        if image is not None:
-            item.refill = functools.partial(self._features_of, image, key, options)
-        if cache is not None and cache.is_cached_item(key):
+        if job.image.data:
+            item.refill = functools.partial(self._features_of, job)
+        if cache is not None and cache.is_cached_item(job.key):
             metrics.image_lookups.labels("hit").inc()
-            return item, cache.updates(key)
-        if image is None:
-            raise UnknownImage("an image named by its uuid is no longer cached; send it again")
+            return item, cache.updates(job.key)
         metrics.image_lookups.labels("miss").inc()
-        features, updates = await self._process(image, key, options)
+        features, updates = await self._process(job)
         item.update(features)
         if cache is not None:
-            cache.remember(key, updates)
+            cache.remember(job.key, updates)
         return item, updates
 
-    async def _process_here(
-        self, image: EncodedImage | None, key: str, options: Any
-    ) -> tuple[MultiModalKwargsItem, Updates]:
+    async def _process_here(self, job: ImageJob) -> tuple[MultiModalKwargsItem, Updates]:
         """For requests that only count tokens: the features stay here."""
         cache = self._mm_processor_only_cache
-        if cache is not None and cache.is_cached_item(key):
-            item, updates = cache.get_and_update_item(None, key)
+        if cache is not None and cache.is_cached_item(job.key):
+            item, updates = cache.get_and_update_item(None, job.key)
             return item, updates  # type: ignore[return-value]
-        if image is None:
-            raise UnknownImage("an image named by its uuid is no longer cached; send it again")
-        item, updates = await self._process(image, key, options)
+        item, updates = await self._process(job)
         if cache is not None:
             kept = await asyncio.to_thread(own, item)  # the copy grows with the image
-            cache.get_and_update_item((kept, updates), key)
+            cache.get_and_update_item((kept, updates), job.key)
         return item, updates
 
-    async def _features_of(self, image: EncodedImage, key: str, options: Any) -> Any:
-        item, _ = await self._process(image, key, options)
+    async def _features_of(self, job: ImageJob) -> Any:
+        item, _ = await self._process(job)
         return item
 
-    async def _process(
-        self, image: EncodedImage, key: str, options: Any
-    ) -> tuple[MultiModalKwargsItem, Updates]:
+    async def _process(self, job: ImageJob) -> tuple[MultiModalKwargsItem, Updates]:
+        features = await self._in_pool(job.key, job)
+        return self._to_item(features, job.options["processor"])
+
+    async def _in_pool(self, key: str, job: ImageJob, **more: Any) -> Features:
         assert self._pool is not None
+        if not job.image.data:
+            raise UnknownImage(
+                "an image named by its uuid is no longer cached; send it again",
+                part=job.image.url,
+            )
         try:
-            features = await self._pool.process(key, image.data, options)
+            return await self._pool.process(key, job.image.data, {**job.options, **more})
         except SaccadeError as error:  # all who wait for this picture get the same one
-            raise type(error)(error.message, part=image.url) from None
-        return self._to_item(features, options["processor"])
+            raise type(error)(error.message, part=job.image.url) from None
+
+    def _shown(
+        self, jobs: Sequence[ImageJob], placeholders: Sequence[Any], cached: Sequence[bool]
+    ) -> list[ShownImage]:
+        """What the prompt holds of each image.
+
+        Raises:
+            ImageTokenCap: more tokens than the image was planned to have. It would break the
+                promise of a cap.
+        """
+        shown = []
+        for job, placeholder, was_cached in zip(jobs, placeholders, cached, strict=True):
+            plan, tokens = job.plan, placeholder.get_num_embeds()
+            if plan is not None and tokens != plan.tokens:
+                log.error("an image has %d tokens instead of %d", tokens, plan.tokens)
+                if tokens > plan.tokens:
+                    raise ImageTokenCap("the model takes more tokens", part=job.image.url)
+            shown.append(
+                ShownImage(
+                    size=job.image.size,
+                    tokens=tokens,
+                    processed=plan.processed if plan else None,
+                    region=plan.region if plan else None,
+                    frame=job.image.options.frame,
+                    cached=was_cached,
+                )
+            )
+        return shown
 
     # ------------------------------------------------------------------ vLLM's shapes
 
@@ -260,25 +328,31 @@ class PooledRenderer(HfRenderer):
 
     # ------------------------------------------------------------------ vLLM's own way
 
-    async def _decode(self, images: Sequence[EncodedImage | None], io: Any) -> list[Any]:
-        loop = asyncio.get_running_loop()
-        return await asyncio.gather(
-            *(
-                loop.run_in_executor(self._decode_threads, self._decode_one, image, io)
-                for image in images
-            )
-        )
-
-    def _decode_one(self, image: EncodedImage | None, io: Any) -> Any:
-        if image is None:
+    async def _decode(self, job: ImageJob) -> Image.Image | None:
+        """The picture for vLLM's own processor; None if the client has not sent it this time."""
+        if not job.image.data:
             return None
-        loader = ImageMediaIO(**{"image_mode": "RGB", **io})
-        options = DecodeOptions(loader.image_mode, loader.rgba_background_color, self._max_pixels)
-        try:
-            return decode(image.data, options).image
-        except (InvalidImage, ImageTooLarge) as error:
-            error.part = image.url
-            raise
+        features = await self._in_pool(f"pixels-{job.key}", job, pixels=True)
+        pixels = features.arrays(_tensor)["pixels"]
+        return await asyncio.to_thread(lambda: Image.fromarray(pixels.numpy().copy()))
+
+
+def _placeholders(rendered: Any) -> Sequence[Any]:
+    """Where the images are in a prompt; nowhere, if they went into an encoder of its own."""
+    ranges: Sequence[Any] = rendered.get("mm_placeholders", {}).get("image", ())
+    return ranges
+
+
+def _common_options(plans: Sequence[ImagePlan | None], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Processor options for a prompt whose images are processed together.
+
+    Raises:
+        ImageTokenCap: the images would need different ones.
+    """
+    wanted = [dict(plan.options) if plan else {} for plan in plans]
+    if any(options != wanted[0] for options in wanted):
+        raise ImageTokenCap("this model takes one token cap for all images of a request")
+    return {**kwargs, **wanted[0]}
 
 
 async def _all_or_none(work: Iterable[Any]) -> list[Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from server.errors import ImageTooLarge, InvalidImage
+from server.errors import ImageFrameMissing, ImageTooLarge, InvalidImage
 from server.images import sizing
 
 # Readers that decode in this process. Left out: those that call an external program (EPS), that
@@ -31,6 +31,7 @@ class DecodeOptions:
     mode: str | None = "RGB"
     background: tuple[int, int, int] = (255, 255, 255)
     max_pixels: int = 100_000_000
+    frame: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ def decode(data: bytes, options: DecodeOptions, planner: Planner | None = None) 
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         size = _check_size(image, options.max_pixels)
+        if options.frame:
+            _seek(image, options.frame)
         if planner is not None and image.format == "JPEG":
             size = _reduce(image, planner)
             return Decoded(_load(image, options), size)
@@ -61,6 +64,26 @@ def decode(data: bytes, options: DecodeOptions, planner: Planner | None = None) 
         return Decoded(image, image.size)
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError) as error:
         raise InvalidImage(_explain(error)) from error
+
+
+def frame_count(data: bytes) -> int:
+    """How many frames or pages the file has; counting stops at a thousand.
+
+    Raises:
+        InvalidImage: the bytes are no picture of a known format, or are damaged.
+    """
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        return min(getattr(image, "n_frames", 1), 1000)
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError) as error:
+        raise InvalidImage(_explain(error)) from error
+
+
+def _seek(image: Image.Image, frame: int) -> None:
+    try:
+        image.seek(frame)
+    except EOFError as error:
+        raise ImageFrameMissing(f"the image has no frame {frame}") from error
 
 
 def _check_size(image: Image.Image, max_pixels: int) -> sizing.Size:

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import msgspec
+import numpy as np
 import numpy.typing as npt
 import setproctitle
 from PIL import Image
 
 from server.errors import WORKER_ERRORS, SaccadeError
-from server.images import messages
-from server.images.decode import Decoded
+from server.images import messages, pdf
+from server.images.decode import Decoded, frame_count
 from server.images.memory import ArrayWriter, Segment, keep_freed_memory
 
 # Heap that a worker keeps between pictures: the 36 MB of a 12-megapixel picture several times.
@@ -138,15 +139,17 @@ class Worker:
         return self._input.map[: job.length]
 
     def _answer(self, job: messages.Job, data: bytes) -> None:
-        started = time.perf_counter()
+        started = decoded_at = time.perf_counter()
         options = messages.options_decoder.decode(job.options)
-        decoded = self._extractor.decode(data, options)
-        decoded_at = time.perf_counter()
+        size = (0, 0)
+        if "inspect" in options:
+            outputs = inspect(data, options)
+        else:
+            decoded = self._extractor.decode(data, options)
+            decoded_at, size = time.perf_counter(), decoded.image.size
+            outputs = self._extractor.features(decoded, options)
         writer = ArrayWriter()
-        features = {
-            name: _describe(value, writer)
-            for name, value in self._extractor.features(decoded, options).items()
-        }
+        features = {name: _describe(value, writer) for name, value in outputs.items()}
         number, segment, is_new = self._segments.take(writer.nbytes)
         writer.write(segment.map)
         reply = messages.Done(
@@ -156,7 +159,7 @@ class Worker:
             is_new=is_new,
             dropped=self._segments.shrink(),
             features=features,
-            size=decoded.image.size,
+            size=size,
             decode_s=decoded_at - started,
             preprocess_s=time.perf_counter() - decoded_at,
         )
@@ -171,6 +174,15 @@ class Worker:
         if fd is not None:
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
         self._connection.sendmsg([data], ancillary)
+
+
+def inspect(data: bytes, options: Mapping[str, Any]) -> dict[str, Feature]:
+    """What is in a file, without its pictures: `count` of frames or pages and, of a PDF, the
+    `sizes` of the first `most`: float64 (pages, 2), width and height in points."""
+    if options["inspect"] == "pdf":
+        sizes, count = pdf.page_sizes(data, options["most"])
+        return {"sizes": Array("float64", np.array(sizes, np.float64)), "count": count}
+    return {"count": frame_count(data)}
 
 
 def _describe(value: Feature, writer: ArrayWriter) -> messages.FeatureSpec:

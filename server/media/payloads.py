@@ -10,75 +10,73 @@ import json
 import re
 import secrets
 from collections.abc import Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import pybase64
-from blake3 import blake3
 
-from server.errors import ImageTooLarge, InvalidImage
+from server.errors import ImageTooLarge, InvalidImageUrl
+from server.media import request
+from server.media.parts import parts_of
 
 # Shorter payloads stay where they are: parsing them costs less than taking them out.
 MIN_PAYLOAD_BYTES = 16 * 1024
 
 _TOKEN_PREFIX = "saccade-payload-"  # noqa: S105
-# Where a payload may begin: after the header of a data URL, or as Anthropic's `source.data`.
-_START = re.compile(rb'"data:image/[\w.+-]{1,40};base64,|"data"\s{0,8}:\s{0,8}"', re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class EncodedImage:
-    """An image file and the hash of its bytes. `url` is how the request named it."""
-
-    data: bytes = field(repr=False)
-    digest: str
-    url: str = field(repr=False)
+# Where a payload may begin: after the header of a data URL, as Anthropic's `source.data`, or as
+# OpenAI's `file_data`.
+_START = re.compile(
+    rb'"data:[\w.+-]{1,40}/[\w.+-]{1,80};base64,|"(?:file_)?data"\s{0,8}:\s{0,8}"', re.IGNORECASE
+)
+_MAX_HEADER_BYTES = 200
 
 
 @dataclass
-class Payloads:
-    """The payloads of one request and the small body they were taken from."""
+class TakenOut:
+    """A body without its `payloads`, which are views of the original; `document` is the small
+    body parsed, or None if it is not JSON."""
 
-    body: bytes = b""
-    taken: dict[str, memoryview] = field(default_factory=dict)
-
-
-_current: ContextVar[Payloads | None] = ContextVar("saccade_payloads", default=None)
-
-
-def enter(payloads: Payloads) -> None:
-    """Make `payloads` those of the request that the current task serves."""
-    _current.set(payloads)
+    body: bytes
+    payloads: dict[str, memoryview] = field(default_factory=dict)
+    document: Any = None
 
 
-def current_body() -> bytes:
-    """The small body of the current request; empty outside of one."""
-    payloads = _current.get()
-    return payloads.body if payloads is not None else b""
+def parsed(body: bytes) -> TakenOut:
+    """`body` with its payloads left where they are."""
+    return TakenOut(body, {}, _parse(body))
 
 
-def take_out(body: bytes) -> Payloads:
+def take_out(body: bytes) -> TakenOut:
     """Split `body` into a small body with tokens and the payloads that the tokens stand for.
 
-    A payload is only taken out of where an image's data belongs; a text that happens to look like
-    one stays as it is. The payloads are views of `body`.
+    A payload is only taken out of where an image's or a file's data belongs; a text that happens
+    to look like one stays as it is.
     """
     spans = list(_payload_spans(body))
     if not spans:
-        return Payloads(body)
+        return parsed(body)
     secret = secrets.token_hex(16)  # so that no client can know a token before it is made
     names = [f"{_TOKEN_PREFIX}{secret}-{number}." for number in range(len(spans))]
-    small = _replace(body, dict(zip(names, spans, strict=True)))
-    try:
-        rightly = {_token_of(text) for _, text in image_parts(json.loads(small))}
-    except (ValueError, RecursionError):
-        return Payloads(small)  # the route will refuse it
-    kept = {name: span for name, span in zip(names, spans, strict=True) if name in rightly}
+    named = dict(zip(names, spans, strict=True))
+    small = _replace(body, named)
+    document = _parse(small)
+    if document is None:  # the route will refuse it
+        return TakenOut(small)
+    rightly = {_token_of(part.name) for part in parts_of(document)}
+    kept = {name: span for name, span in named.items() if name in rightly}
     if len(kept) < len(spans):
         small = _replace(body, kept)
+        document = _parse(small)
     view = memoryview(body)
-    return Payloads(small, {name: view[start:end] for name, (start, end) in kept.items()})
+    payloads = {name: view[start:end] for name, (start, end) in kept.items()}
+    return TakenOut(small, payloads, document)
+
+
+def _parse(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _replace(body: bytes, spans: dict[str, tuple[int, int]]) -> bytes:
@@ -107,51 +105,8 @@ def _payload_spans(body: bytes) -> Iterator[tuple[int, int]]:
             yield start, end
 
 
-def image_parts(request: Any) -> Iterator[tuple[str, str]]:
-    """(path, URL or else uuid) of each image part of a parsed request, in order.
-
-    Knows the parts of chat completions (`image_url`), responses (`input_image`) and messages
-    (`image` with a `source`). The path is the dotted one that errors carry.
-    """
-    yield from _walk(request, "")
-
-
-def _walk(node: Any, path: str) -> Iterator[tuple[str, str]]:
-    if isinstance(node, list):
-        for index, item in enumerate(node):
-            yield from _walk(item, f"{path}[{index}]")
-    elif isinstance(node, dict):
-        url = node.get("image_url")
-        if isinstance(url, dict):
-            url = url.get("url")
-        source = node.get("source")
-        prefix = f"{path}." if path else ""
-        if isinstance(url, str):
-            yield f"{prefix}image_url", url
-        elif node.get("type") == "image_url" and isinstance(node.get("uuid"), str):
-            yield f"{prefix}uuid", node["uuid"]
-        elif node.get("type") == "image" and isinstance(source, dict):
-            yield f"{prefix}source", str(source.get("data") or source.get("url") or "")
-        else:
-            for key, value in node.items():
-                yield from _walk(value, f"{prefix}{key}")
-
-
 def _token_of(text: str) -> str:
     return text[text.find(_TOKEN_PREFIX) :] if _TOKEN_PREFIX in text else ""
-
-
-def path_of(part: str) -> str | None:
-    """Where the current request has the image named `part`, by its URL or else its uuid:
-    "messages[0].content[1].image_url"."""
-    try:
-        request = json.loads(current_body())
-    except ValueError:
-        return None
-    for path, name in image_parts(request):
-        if name and part.endswith(name):
-            return path
-    return None
 
 
 def is_small(url: str) -> bool:
@@ -159,41 +114,38 @@ def is_small(url: str) -> bool:
     return _TOKEN_PREFIX not in url and len(url) < 4 * MIN_PAYLOAD_BYTES
 
 
-def load_data_url(url: str, max_bytes: int) -> EncodedImage:
+def load_data_url(url: str, max_bytes: int) -> bytes:
     """Decode a `data:` URL strictly, also one whose payload was taken out of this request.
 
     Raises:
-        InvalidImage: not base64, or damaged.
+        InvalidImageUrl: not base64, or damaged.
         ImageTooLarge: more than `max_bytes` once decoded.
     """
-    header, comma, text = url[5:].partition(",")
-    if not comma or not header.lower().endswith(";base64"):
-        raise InvalidImage("the data URL is not of the form data:<type>;base64,<data>", part=url)
-    payload: str | memoryview = text
-    if text.startswith(_TOKEN_PREFIX):
-        payloads = _current.get()
+    payload: str | memoryview = _after_header(url)
+    if isinstance(payload, str) and payload.startswith(_TOKEN_PREFIX):
         # Loaded once: the body is freed as soon as all its payloads are.
-        taken = payloads.taken.pop(text, None) if payloads is not None else None
+        taken = request.current().payloads.pop(payload, None)
         if taken is None:
-            raise InvalidImage("the data URL is not valid base64", part=url)
+            raise _not_base64()
         payload = taken
-    if len(payload) // 4 * 3 > max_bytes + 2:
-        raise too_large(len(payload) // 4 * 3, max_bytes, url)
+        start = bytes(taken[:_MAX_HEADER_BYTES])
+        if start[:5].lower() == b"data:":
+            payload = taken[len(start) - len(_after_header(start.decode("latin-1"))) :]
+    nbytes = len(payload) // 4 * 3
+    if nbytes > max_bytes + 2:
+        raise ImageTooLarge(f"the image has {nbytes} bytes, the limit is {max_bytes} bytes")
     try:
-        data = pybase64.b64decode(payload, validate=True)
+        return pybase64.b64decode(payload, validate=True)
     except ValueError:
-        raise InvalidImage("the data URL is not valid base64", part=url) from None
-    return encoded(data, max_bytes, url)
+        raise _not_base64() from None
 
 
-def encoded(data: bytes, max_bytes: int, url: str) -> EncodedImage:
-    """Hash `data`. Raises ImageTooLarge or, when there is none, InvalidImage."""
-    if len(data) > max_bytes:
-        raise too_large(len(data), max_bytes, url)
-    if not data:
-        raise InvalidImage("the image is empty", part=url)
-    return EncodedImage(data, blake3(data).hexdigest(), url)
+def _after_header(url: str) -> str:
+    header, comma, rest = url[5:].partition(",")
+    if not comma or not header.lower().endswith(";base64"):
+        raise InvalidImageUrl("the data URL is not of the form data:<type>;base64,<data>")
+    return rest
 
 
-def too_large(nbytes: int, max_bytes: int, url: str) -> ImageTooLarge:
-    return ImageTooLarge(f"the image has {nbytes} bytes, the limit is {max_bytes} bytes", part=url)
+def _not_base64() -> InvalidImageUrl:
+    return InvalidImageUrl("the data URL is not valid base64")

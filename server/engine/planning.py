@@ -1,0 +1,102 @@
+"""How many tokens each image of a request gets: the server's cap, the request's, the model's rule.
+
+size from the header + options -> cap of the image -> share of the request's budget -> plan
+"""
+
+import asyncio
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from server.errors import ImageAspectRatio, ImageTokenCap
+from server.images.sizing import Size
+from server.images.tokens import (
+    ImagePlan,
+    MeasuredTokens,
+    TokenRule,
+    detail_cap,
+    plan_together,
+)
+from server.media.encoded import EncodedImage, ImageOptions
+
+# Options of a request's own make a rule of their own; few clients send any.
+_RULES = 64
+
+# Sharing out a budget tries many plans for each image.
+_FEW_IMAGES = 4
+
+# Makes the model's rule under some processor options. Slow: it runs the processor.
+MakeRule = Callable[[Mapping[str, Any]], TokenRule]
+Sized = Sequence[tuple[Size, ImageOptions]]
+
+
+class ImagePlanner:
+    """Plans the images of a request under caps and budget.
+
+    A model of no known family has its images measured, which takes a run of the processor for
+    each size; that is done only where a cap asks for it.
+    """
+
+    def __init__(self, make_rule: MakeRule, cap: int | None) -> None:
+        """`cap`: the most tokens of any image, by the server's settings."""
+        self._cap = cap
+        self._rule_of = functools.lru_cache(_RULES)(lambda text: make_rule(json.loads(text)))
+
+    def rule(self, options: Mapping[str, Any]) -> TokenRule:
+        """The model's rule under the processor options of a request. May block."""
+        return self._rule_of(json.dumps(dict(options), sort_keys=True))
+
+    async def _rule(self, options: Mapping[str, Any]) -> TokenRule:
+        return self.rule(options) if not options else await asyncio.to_thread(self.rule, options)
+
+    async def plan(
+        self, images: Sequence[EncodedImage], budget: int | None, options: Mapping[str, Any]
+    ) -> list[ImagePlan | None]:
+        """A plan for each image; None where nothing limits an image that would be measured.
+
+        Raises:
+            ImageTokenCap: an image, or all together, cannot be shown in so few tokens.
+            ImageAspectRatio: the model's processor takes no image of this shape.
+        """
+        rule = await self._rule(options)
+        sized = [(image.size, image.options) for image in images]
+        limited = self._cap or budget or any(_limited(image.options) for image in images)
+        if isinstance(rule, MeasuredTokens) and not limited:
+            return [None] * len(images)
+        try:
+            return list(await self._planned(rule, sized, budget))
+        except (ImageTokenCap, ImageAspectRatio) as error:
+            error.part = self._culprit(rule, images)
+            error.param = None if error.part else "max_image_tokens"
+            raise
+
+    async def costs(self, sized: Sized, budget: int | None) -> list[ImagePlan]:
+        """A plan for each picture of a known size. Raises as `plan` does."""
+        return await self._planned(self.rule({}), sized, budget)
+
+    async def _planned(self, rule: TokenRule, sized: Sized, budget: int | None) -> list[ImagePlan]:
+        if isinstance(rule, MeasuredTokens) or (budget and len(sized) > _FEW_IMAGES):
+            return await asyncio.to_thread(self._plans, rule, sized, budget)
+        return self._plans(rule, sized, budget)
+
+    def _plans(self, rule: TokenRule, sized: Sized, budget: int | None) -> list[ImagePlan]:
+        caps = [self._cap_of(rule, size, options) for size, options in sized]
+        return plan_together(rule, [size for size, _ in sized], budget, caps)
+
+    def _cap_of(self, rule: TokenRule, size: Size, options: ImageOptions) -> int | None:
+        caps = (self._cap, options.max_tokens, detail_cap(rule, options.detail, *size))
+        return min((cap for cap in caps if cap is not None), default=None)
+
+    def _culprit(self, rule: TokenRule, images: Sequence[EncodedImage]) -> str | None:
+        """The first image that cannot be planned by itself."""
+        for image in images:
+            try:
+                self._plans(rule, [(image.size, image.options)], None)
+            except (ImageTokenCap, ImageAspectRatio):
+                return image.url
+        return None
+
+
+def _limited(options: ImageOptions) -> bool:
+    return options.detail != "auto" or options.max_tokens is not None
