@@ -27,14 +27,25 @@ _TEXT = (
 WORDS = _TEXT.split()
 
 
-def photo(width: int, height: int, seed: int, quality: int = 88) -> bytes:
-    """Return a JPEG file (4:2:0) with the statistics of a camera's picture."""
+# Room for the stamp of a WebP file, whose chunks have no place for a comment.
+_UNSTAMPED = "benchmark picture " + 16 * "0"
+
+
+def photo(width: int, height: int, seed: int, quality: int = 88, kind: str = "JPEG") -> bytes:
+    """Return a file with the statistics of a camera's picture: JPEG (4:2:0), WebP or PNG."""
     rng = np.random.default_rng(seed)
     luma = _luma(width, height, rng)
     red, blue = (_fractal(width, height, rng, 1.4) * 8 for _ in range(2))
     planes = [luma + red, luma - 0.4 * red - 0.3 * blue, luma + blue]
     pixels = np.stack([_exposed(plane, rng) for plane in planes], axis=-1)
-    return _jpeg(Image.fromarray(pixels), quality)
+    image, file = Image.fromarray(pixels), io.BytesIO()
+    options: dict[str, dict[str, object]] = {
+        "JPEG": {"quality": quality, "subsampling": "4:2:0"},
+        "WEBP": {"quality": quality, "xmp": _UNSTAMPED.encode()},
+        "PNG": {},
+    }
+    image.save(file, kind, **options[kind])
+    return file.getvalue()
 
 
 def page(width: int, height: int, seed: int) -> bytes:
@@ -50,7 +61,13 @@ def page(width: int, height: int, seed: int) -> bytes:
 
 
 def stamp(picture: bytes, mark: str) -> bytes:
-    """Return the same picture as another file: `mark` is put in as a comment after its header."""
+    """Return the same picture as another file: `mark` is put in as a comment after its header.
+
+    In a WebP file the mark takes the place of one as long, which `photo` leaves there.
+    """
+    if picture.startswith(b"RIFF"):
+        assert len(mark) == len(_UNSTAMPED)
+        return picture.replace(_UNSTAMPED.encode(), mark.encode("ascii"))
     if picture.startswith(b"\xff\xd8"):
         comment = b"\xff\xfe" + struct.pack(">H", len(mark) + 2) + mark.encode("ascii")
         return picture[:2] + comment + picture[2:]
@@ -145,12 +162,6 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     font = ImageFont.load_default(size)
     assert isinstance(font, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
     return font
-
-
-def _jpeg(image: Image.Image, quality: int) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=quality, subsampling="4:2:0")
-    return file.getvalue()
 
 
 def _png(image: Image.Image) -> bytes:

@@ -54,6 +54,8 @@ WORKLOADS = {
         Workload("small", "one JPEG of 224x224", 400),
         Workload("fullhd", "one JPEG of 1920x1080", 120),
         Workload("12mp", "one JPEG of 4000x3000", 60),
+        Workload("12mp_png", "one PNG of 4000x3000", 24),
+        Workload("12mp_webp", "one WebP of 4000x3000", 40),
         Workload("12mp_repeat", "one JPEG of 4000x3000; 80% are from a hot set of six", 100),
         Workload("documents", "four PNG pages of 1275x1650", 48),
         Workload(
@@ -80,6 +82,8 @@ class Bodies:
             "small": partial(self._photos, 224, 224, 12),
             "fullhd": partial(self._photos, 1920, 1080, 6),
             "12mp": partial(self._photos, 4000, 3000, 4),
+            "12mp_png": partial(self._photos, 4000, 3000, 2, "PNG"),
+            "12mp_webp": partial(self._photos, 4000, 3000, 3, "WEBP"),
             "12mp_repeat": self._repeated_photo,
             "documents": self._pages,
         }
@@ -111,9 +115,9 @@ class Bodies:
     def _question(self, serial: int, words: int) -> str:
         return f"Request {serial}: {' '.join(self._random.choices(photos.WORDS, k=words))}?"
 
-    def _photos(self, width: int, height: int, bases: int) -> _Ask:
-        base = self._bases.photo(width, height, self._random.randrange(bases))
-        return [photos.stamp(base, self._mark())], "image/jpeg"
+    def _photos(self, width: int, height: int, bases: int, kind: str = "JPEG") -> _Ask:
+        base = self._bases.photo(width, height, self._random.randrange(bases), kind)
+        return [photos.stamp(base, self._mark())], f"image/{kind.lower()}"
 
     def _pages(self) -> _Ask:
         pages = [self._bases.page(seed) for seed in self._random.sample(range(12), 4)]
@@ -136,12 +140,12 @@ class _Bases:
     """The base pictures, each drawn when first wanted."""
 
     def __init__(self) -> None:
-        self._drawn: dict[tuple[int, ...], bytes] = {}
+        self._drawn: dict[tuple[int | str, ...], bytes] = {}
 
-    def photo(self, width: int, height: int, seed: int) -> bytes:
-        key = (width, height, seed)
+    def photo(self, width: int, height: int, seed: int, kind: str) -> bytes:
+        key = (width, height, seed, kind)
         if key not in self._drawn:
-            self._drawn[key] = photos.photo(width, height, seed, quality=88 + seed % 3)
+            self._drawn[key] = photos.photo(width, height, seed, 88 + seed % 3, kind)
         return self._drawn[key]
 
     def page(self, seed: int) -> bytes:
