@@ -1,32 +1,83 @@
-"""From encoded bytes to an upright picture in the wanted mode, at the smallest useful scale."""
+"""From encoded bytes to an upright picture in the wanted mode, at the smallest useful scale.
 
-import contextlib
-import io
+    magic bytes -> decoder -> size checked -> decoded, maybe smaller -> colours -> upright
+
+Only the formats of `_OPENERS` can be reached, whatever the bytes claim inside.
+"""
+
+import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from server.errors import ImageFrameMissing, ImageTooLarge, InvalidImage
-from server.images import sizing
+from server.errors import ImageTooLarge, InvalidImage, SaccadeError, UnsupportedImageFormat
+from server.images import colour, sizing
+from server.images.codecs import pillow, webp
+from server.images.codecs.base import SIDEWAYS, Source, reduced
+from server.images.codecs.heif import HeifSource
+from server.images.codecs.jpeg import JpegSource
+from server.images.codecs.pillow import AvifSource, BmpSource, GifSource, TiffSource
+from server.images.codecs.png import open_png
+from server.images.upright import upright
 
-# Readers that decode in this process. Left out: those that call an external program (EPS), that
-# are stubs (WMF, BUFR, GRIB, HDF5), and those with a history of memory faults that no model user
-# sends (JPEG 2000, FITS, PSD and the game and icon formats).
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
-
-# Pillow checks its own limit while it opens a file, without a word on the size. Ours replaces it.
-Image.MAX_IMAGE_PIXELS = None
-
-# EXIF orientations that swap width and height.
-_SIDEWAYS = range(5, 9)
-
+# (upright width, height) -> the size wanted, or None for the whole picture.
 Planner = Callable[[int, int], sizing.Size | None]
+
+_OPENERS: dict[str, Callable[[bytes, int], Source]] = {
+    "JPEG": JpegSource,
+    "PNG": open_png,
+    "WEBP": webp.open_webp,
+    "GIF": GifSource,
+    "BMP": BmpSource,
+    "TIFF": TiffSource,
+    "AVIF": AvifSource,
+    "HEIF": HeifSource,
+}
+FORMATS = tuple(_OPENERS)
+_WITH_FRAMES = frozenset(("GIF", "PNG", "TIFF", "AVIF"))
+
+_MAGIC = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"GIF87a", "GIF"),
+    (b"GIF89a", "GIF"),
+    (b"II\x2a\0", "TIFF"),
+    (b"MM\0\x2a", "TIFF"),
+    (b"II\x2b\0", "TIFF"),
+    (b"MM\0\x2b", "TIFF"),
+    (b"BM", "BMP"),
+)
+_AVIF_BRANDS = frozenset((b"avif", b"avis"))
+_HEIF_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"))
+_EITHER_BRANDS = frozenset((b"mif1", b"msf1"))
+_MAX_BRANDS_BYTES = 256
+
+# In pixels: a quarter of one still leaves 40 dB.
+_MAX_DRIFT = 0.25
+
+# What libraries raise on damaged files; TypeError is Pillow's for a TIFF file without a width.
+_DAMAGE = (
+    TypeError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    OverflowError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
 
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """`mode` is Pillow's (None keeps the picture's own); `background` lies under transparency."""
+    """`mode` is Pillow's (None keeps the picture's own); `background` lies under transparency.
+
+    `frame` counts frames of an animation, or pages, from 0.
+    """
 
     mode: str | None = "RGB"
     background: tuple[int, int, int] = (255, 255, 255)
@@ -43,101 +94,114 @@ class Decoded:
 
 
 def decode(data: bytes, options: DecodeOptions, planner: Planner | None = None) -> Decoded:
-    """Decode `data`; with a `planner`, JPEG at the smallest DCT scale that covers its answer.
+    """Decode `data`; with a `planner`, at the smallest scale that covers its answer.
 
     `planner(width, height)` gets the upright size and answers the size wanted, or None for the
-    whole picture. Without a planner, or with the answer None, the pixels equal vLLM's own loader.
+    whole picture. Without a planner, or with the answer None, the pixels of a picture in sRGB with
+    eight bits equal those of vLLM's own loader; other pictures get the colours that they mean.
+
+    Both sides may be divided by a whole number, and rounded up: in JPEG by 2, 4 or 8, in WebP and
+    large PNG and TIFF files by any up to 32.
 
     Raises:
-        InvalidImage: the bytes are no picture of a known format, or are damaged.
-        ImageTooLarge: the header announces more than `options.max_pixels`.
+        UnsupportedImageFormat: the bytes begin like none of `FORMATS`, or hold what is not opened.
+        InvalidImage: truncated or damaged.
+        ImageTooLarge: more than `options.max_pixels`, or too many to reach the frame.
+        ImageFrameMissing: there is no such frame.
     """
     try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-        size = _check_size(image, options.max_pixels)
-        if options.frame:
-            _seek(image, options.frame)
-        if planner is not None and image.format == "JPEG":
-            size = _reduce(image, planner)
-            return Decoded(_load(image, options), size)
-        image = _load(image, options)
-        return Decoded(image, image.size)
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError) as error:
+        source = _OPENERS[_format(data)](data, options.frame)
+        size = _upright_size(source)
+        _check_size(size, options.max_pixels)
+        picture = source.load(_factor(source, size, planner))
+        image = colour.to_mode(picture, source.profile, options.mode, options.background)
+        return Decoded(upright(image, source.orientation), size)
+    except SaccadeError:
+        raise
+    except _DAMAGE as error:
         raise InvalidImage(_explain(error)) from error
 
 
 def frame_count(data: bytes) -> int:
-    """How many frames or pages the file has; counting stops at a thousand.
+    """How many frames or pages the file has; counting stops at `MAX_FRAMES`.
 
     Raises:
-        InvalidImage: the bytes are no picture of a known format, or are damaged.
+        UnsupportedImageFormat: the bytes begin like none of `FORMATS`.
+        InvalidImage: truncated or damaged.
     """
     try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-        return min(getattr(image, "n_frames", 1), 1000)
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError) as error:
+        format_ = _format(data)
+        if format_ == "WEBP" and webp.is_animated(data):
+            return webp.count_frames(data)
+        return pillow.count_frames(data, format_) if format_ in _WITH_FRAMES else 1
+    except SaccadeError:
+        raise
+    except _DAMAGE as error:
         raise InvalidImage(_explain(error)) from error
 
 
-def _seek(image: Image.Image, frame: int) -> None:
-    try:
-        image.seek(frame)
-    except EOFError as error:
-        raise ImageFrameMissing(f"the image has no frame {frame}") from error
+def _format(data: bytes) -> str:
+    if not data:
+        raise InvalidImage("the image is empty")
+    for magic, format_ in _MAGIC:
+        if data.startswith(magic):
+            return format_
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data[4:8] == b"ftyp":
+        end = min(int.from_bytes(data[:4], "big"), _MAX_BRANDS_BYTES, len(data))
+        brands = {data[at : at + 4] for at in range(8, end, 4)}
+        if data[8:12] in _AVIF_BRANDS | _EITHER_BRANDS and brands & _AVIF_BRANDS:
+            return "AVIF"
+        if data[8:12] in _HEIF_BRANDS | _EITHER_BRANDS:
+            return "HEIF"
+    raise UnsupportedImageFormat(
+        "the data is not an image in a supported format "
+        "(JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, HEIC/HEIF)"
+    )
 
 
-def _check_size(image: Image.Image, max_pixels: int) -> sizing.Size:
-    width, height = image.size
+def _upright_size(source: Source) -> sizing.Size:
+    width, height = source.size
+    return (height, width) if source.orientation in SIDEWAYS else (width, height)
+
+
+def _check_size(size: sizing.Size, max_pixels: int) -> None:
+    width, height = size
     if width * height > max_pixels:
         raise ImageTooLarge(
             f"the image has {width}x{height} = {width * height} pixels, "
             f"the limit is {max_pixels} pixels"
         )
-    return width, height
 
 
-def _reduce(image: Image.Image, planner: Planner) -> sizing.Size:
-    """Set the DCT scale of a JPEG that is not yet loaded; returns its upright full size."""
-    width, height = image.size
-    sideways = _orientation(image) in _SIDEWAYS
-    upright = (height, width) if sideways else (width, height)
-    target = planner(*upright)
-    scale = sizing.jpeg_scale(upright, target)
-    if scale > 1:
-        image.draft(None, (width // scale, height // scale))
-    return upright
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged EXIF says nothing about the pixels
+def _factor(source: Source, size: sizing.Size, planner: Planner | None) -> int:
+    """By what to divide the sides, so that they still cover what the planner answers."""
+    allowed = source.reductions
+    target = planner(*size) if planner is not None and allowed.reserves else None
+    if planner is None or target is None:
         return 1
+    is_planned = allowed.is_planned
+    for factor, reserve in allowed.reserves.items():
+        smaller = reduced(size, factor)
+        sides = tuple(zip(size, smaller, target, strict=True))
+        if any(less < wanted for _, less, wanted in sides):
+            continue
+        keeps = all(less >= reserve * wanted for _, less, wanted in sides) and not (
+            allowed.drifts and any(_drift(factor, *side) > _MAX_DRIFT for side in sides)
+        )
+        if keeps and (is_planned or planner(*smaller) == target):
+            return factor
+        is_planned = False  # planners plan the largest that covers, and know nothing of these
+    return 1
 
 
-def _load(image: Image.Image, options: DecodeOptions) -> Image.Image:
-    with contextlib.suppress(Exception):  # damaged EXIF leaves the picture as it is stored
-        image = ImageOps.exif_transpose(image)
-    image.load()
-    return _to_mode(image, options)
-
-
-def _to_mode(image: Image.Image, options: DecodeOptions) -> Image.Image:
-    if options.mode is None or image.mode == options.mode:
-        return image
-    transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
-    if options.mode == "RGB" and transparent:
-        layers = image if image.mode == "RGBA" else image.convert("RGBA")
-        flat = Image.new("RGB", layers.size, options.background)
-        flat.paste(layers, mask=layers.getchannel("A"))
-        return flat
-    return image.convert(options.mode)
+def _drift(factor: int, side: int, reduced_side: int, wanted: int) -> float:
+    """How far the last pixel is off its place, in pixels of the size wanted."""
+    return wanted * (reduced_side * factor - side) / side
 
 
 def _explain(error: Exception) -> str:
-    text = str(error)
-    if isinstance(error, UnidentifiedImageError):
-        return f"the data is not an image in a supported format ({', '.join(FORMATS)})"
-    if "truncated" in text or isinstance(error, EOFError):
+    if "truncated" in str(error) or isinstance(error, EOFError):
         return "the image is truncated"
     return "the image is damaged and cannot be decoded"

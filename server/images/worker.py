@@ -25,10 +25,12 @@ from PIL import Image
 from server.errors import WORKER_ERRORS, SaccadeError
 from server.images import messages, pdf
 from server.images.decode import Decoded, frame_count
-from server.images.memory import ArrayWriter, Segment, keep_freed_memory
+from server.images.memory import ArrayWriter, FreedMemory, Segment, keep_freed_memory
 
 # Heap that a worker keeps between pictures: the 36 MB of a 12-megapixel picture several times.
 _KEPT_HEAP_BYTES = 192 << 20
+# Beyond that, and Pillow's arena, what a large picture took is given back.
+_GROWTH_BYTES = 384 << 20
 # Pillow's own arena, in blocks of 16 MiB.
 _PILLOW_BLOCKS = 8
 # Result segments that a worker keeps for the next pictures.
@@ -103,6 +105,7 @@ class Worker:
         self._extractor = extractor
         self._segments = _Segments({}, [])
         self._input: Segment | None = None
+        self._freed = FreedMemory(_GROWTH_BYTES)
 
     def run(self) -> None:
         self._send(messages.Ready(os.getpid()))
@@ -115,6 +118,7 @@ class Worker:
                 self._replace_input(fds[0])
             self._segments.free += job.released
             self._serve(job)
+            self._freed.check()
 
     def _replace_input(self, fd: int) -> None:
         if self._input is not None:

@@ -1,0 +1,99 @@
+"""What a case of the corpus is, and what may be expected of the server."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+# The server's default limits, which the cases lie on both sides of.
+MAX_BYTES = 50 << 20
+MAX_PIXELS = 100_000_000
+MAX_SIDE = 32_768
+MAX_ASPECT_RATIO = 200
+
+Color = tuple[int, int, int]
+Size = tuple[int, int]
+# Top left, top right, bottom left, bottom right.
+Corners = tuple[Color, Color, Color, Color]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An error as the client gets it."""
+
+    status: int
+    code: str
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What is right: to answer, or one of `refusals`.
+
+    `corners` are the colours in the middle of the upright picture's quadrants, `size` its (width,
+    height) in pixels; `tolerance` is per channel, of 255. `answer` is what the embedded model says
+    it sees.
+    """
+
+    answered: bool = False
+    refusals: tuple[Refusal, ...] = ()
+    corners: Corners | None = None
+    size: Size | None = None
+    tolerance: int = 0
+    answer: str | None = None
+
+    def allows(self, status: int, code: str | None) -> bool:
+        """Whether a response with this status and error code is right."""
+        if status == 200:
+            return self.answered
+        return any((status, code) == (one.status, one.code) for one in self.refusals)
+
+
+_INVALID = Refusal(400, "invalid_image")
+_UNSUPPORTED = Refusal(400, "unsupported_image_format")
+_TOO_LARGE = Refusal(413, "image_too_large")
+_TOO_THIN = Refusal(400, "image_aspect_ratio")
+
+ACCEPTED = Expectation(answered=True)
+INVALID = Expectation(refusals=(_INVALID,))
+UNSUPPORTED = Expectation(refusals=(_UNSUPPORTED,))
+TOO_LARGE = Expectation(refusals=(_TOO_LARGE,))
+TOO_THIN = Expectation(refusals=(_TOO_THIN,))
+# Broken twice over: which of the two is found first is the server's choice.
+INVALID_OR_TOO_LARGE = Expectation(refusals=(_INVALID, _TOO_LARGE))
+# The file has the magic of an image, but the kind of image is one that need not be opened.
+INVALID_OR_UNSUPPORTED = Expectation(refusals=(_INVALID, _UNSUPPORTED))
+# Whether it can still be shown depends on the library; it must not harm the server.
+SURVIVES = Expectation(answered=True, refusals=(_INVALID, _UNSUPPORTED, _TOO_LARGE, _TOO_THIN))
+
+
+def seen(corners: Corners, size: Size | None = None, tolerance: int = 24) -> Expectation:
+    return Expectation(answered=True, corners=corners, size=size, tolerance=tolerance)
+
+
+def solid(color: Color, size: Size | None = None, tolerance: int = 24) -> Expectation:
+    return seen((color,) * 4, size, tolerance)
+
+
+def named(answer: str) -> Expectation:
+    return Expectation(answered=True, answer=answer)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One file: `name` is "family/what", `make` its bytes, `mime` the type its data URL claims."""
+
+    name: str
+    make: Callable[[], bytes] = field(repr=False)
+    expected: Expectation
+    mime: str = "image/png"
+
+    @functools.cached_property
+    def data(self) -> bytes:
+        """The bytes of the file; the same each time, and kept until they are forgotten."""
+        return self.make()
+
+    def forget(self) -> None:
+        self.__dict__.pop("data", None)
+
+    @property
+    def family(self) -> str:
+        return self.name.partition("/")[0]
