@@ -25,6 +25,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,10 @@ def main() -> None:
     print(_table(times))
     print(_table(memory))
     described = environment.describe()
-    described["versions"] |= {name: environment.metadata.version(name) for name in _PACKAGES}
+    described["versions"] |= {name: metadata.version(name) for name in _PACKAGES}
     result = {"what": "decode", **described, "repeats": options.repeats}
-    options.output.write_text(json.dumps(result | {"times": times, "memory": memory}, indent=1))
+    result |= {"times": times, "memory": memory}
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _as_worker() -> None:
@@ -321,7 +323,7 @@ def _measure_peak(connection: Any, candidate: Candidate, data: bytes) -> None:
     keep_freed_memory(192 << 20)
     vars(Image)["core"].set_blocks_max(8)
     Image.MAX_IMAGE_PIXELS = None
-    candidate(_encode(Image.new("RGB", (64, 64)), "PNG"), (64, 64))  # libraries are loaded
+    candidate(_encode(Image.new("RGB", (64, 64)), "PNG"), (64, 64))  # compiled loops are loaded
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     before, started = _memory("VmRSS"), time.perf_counter()

@@ -219,6 +219,23 @@ def test_large_pictures_are_streamed(kind: str) -> None:
     assert _psnr(np.asarray(less.image), small) > (25 if kind == "WEBP" else 40)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+@pytest.mark.parametrize("background", [(255, 255, 255), (0, 0, 0)])
+def test_hidden_colours_do_not_show_at_the_edges_of_reduced_pictures(
+    kind: str, background: tuple[int, int, int], every_size_is_large: None
+) -> None:
+    picture = Image.new("RGBA", (400, 400), (0, 255, 0, 0))
+    picture.paste((200, 0, 0, 255), (100, 100, 300, 300))
+    options: dict[str, Any] = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    data = pictures.encode(picture, kind, **options)
+    less = decode(data, DecodeOptions(background=background), FixedSize(80, 80).target).image
+    assert less.size == (134, 134)
+    shown = np.asarray(less).astype(int)
+    assert np.abs(shown[67, 67] - (200, 0, 0)).max() <= 2
+    assert np.abs(shown[5, 5] - background).max() <= 2
+    assert (shown[:, :, 1] <= background[1] + 2).all()
+
+
 def test_a_picture_is_not_reduced_where_the_processor_would_do_another_thing(
     every_size_is_large: None,
 ) -> None:

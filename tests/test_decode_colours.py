@@ -230,6 +230,17 @@ def test_ten_and_twelve_bits_in_heif(bits: int) -> None:
     assert _near(pixels[32, 32].astype(int), (85, 85, 85), 2)
 
 
+@pytest.mark.parametrize("bits", [10, 12])
+def test_ten_and_twelve_bits_in_avif(bits: int) -> None:
+    import pyvips
+
+    flat = pyvips.Image.new_from_array(np.full((64, 64, 3), 65_535 // 3, np.uint16))
+    picture = flat.copy(interpretation="rgb16")
+    data = picture.heifsave_buffer(compression="av1", bitdepth=bits, Q=95)
+    pixels = np.asarray(decode(bytes(data), DecodeOptions()).image)
+    assert _near(pixels[32, 32].astype(int), (85, 85, 85), 2)
+
+
 # ------------------------------------------------------------------ profiles
 
 P3 = profiles.rgb(profiles.DISPLAY_P3, profiles.srgb_curve())

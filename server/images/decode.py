@@ -1,6 +1,6 @@
 """From encoded bytes to an upright picture in the wanted mode, at the smallest useful scale.
 
-    magic bytes -> decoder -> size checked -> decoded, maybe smaller -> colours -> upright
+    header -> decoder -> size checked -> decoded, maybe smaller -> colours -> upright
 
 Only the formats of `_OPENERS` can be reached, whatever the bytes claim inside.
 """
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from server.errors import ImageTooLarge, InvalidImage, SaccadeError, UnsupportedImageFormat
+from server.errors import ImageTooLarge, InvalidImage, SaccadeError
 from server.images import colour, sizing
+from server.images import header as headers
 from server.images.codecs import pillow, webp
 from server.images.codecs.base import SIDEWAYS, Source, reduced
 from server.images.codecs.heif import HeifSource
@@ -37,22 +38,6 @@ _OPENERS: dict[str, Callable[[bytes, int], Source]] = {
 }
 FORMATS = tuple(_OPENERS)
 _WITH_FRAMES = frozenset(("GIF", "PNG", "TIFF", "AVIF"))
-
-_MAGIC = (
-    (b"\xff\xd8\xff", "JPEG"),
-    (b"\x89PNG\r\n\x1a\n", "PNG"),
-    (b"GIF87a", "GIF"),
-    (b"GIF89a", "GIF"),
-    (b"II\x2a\0", "TIFF"),
-    (b"MM\0\x2a", "TIFF"),
-    (b"II\x2b\0", "TIFF"),
-    (b"MM\0\x2b", "TIFF"),
-    (b"BM", "BMP"),
-)
-_AVIF_BRANDS = frozenset((b"avif", b"avis"))
-_HEIF_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"))
-_EITHER_BRANDS = frozenset((b"mif1", b"msf1"))
-_MAX_BRANDS_BYTES = 256
 
 # In pixels: a quarter of one still leaves 40 dB.
 _MAX_DRIFT = 0.25
@@ -110,7 +95,7 @@ def decode(data: bytes, options: DecodeOptions, planner: Planner | None = None) 
         ImageFrameMissing: there is no such frame.
     """
     try:
-        source = _OPENERS[_format(data)](data, options.frame)
+        source = _OPENERS[headers.read(data).format](data, options.frame)
         size = _upright_size(source)
         _check_size(size, options.max_pixels)
         picture = source.load(_factor(source, size, planner))
@@ -122,6 +107,21 @@ def decode(data: bytes, options: DecodeOptions, planner: Planner | None = None) 
         raise InvalidImage(_explain(error)) from error
 
 
+def warm_up() -> None:
+    """Load what decoders compile or import, before workers are forked: they share it then.
+
+    Left to the workers are libraries that start threads or that few pictures need.
+    """
+    import deflate  # noqa: F401
+    import simplejpeg  # noqa: F401
+
+    from server.images.codecs import jpeg, kernels  # noqa: F401
+    from server.images.opencv import opencv
+
+    opencv()
+    jpeg.warm_up()
+
+
 def frame_count(data: bytes) -> int:
     """How many frames or pages the file has; counting stops at `MAX_FRAMES`.
 
@@ -130,7 +130,7 @@ def frame_count(data: bytes) -> int:
         InvalidImage: truncated or damaged.
     """
     try:
-        format_ = _format(data)
+        format_ = headers.read(data).format
         if format_ == "WEBP" and webp.is_animated(data):
             return webp.count_frames(data)
         return pillow.count_frames(data, format_) if format_ in _WITH_FRAMES else 1
@@ -138,27 +138,6 @@ def frame_count(data: bytes) -> int:
         raise
     except _DAMAGE as error:
         raise InvalidImage(_explain(error)) from error
-
-
-def _format(data: bytes) -> str:
-    if not data:
-        raise InvalidImage("the image is empty")
-    for magic, format_ in _MAGIC:
-        if data.startswith(magic):
-            return format_
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return "WEBP"
-    if data[4:8] == b"ftyp":
-        end = min(int.from_bytes(data[:4], "big"), _MAX_BRANDS_BYTES, len(data))
-        brands = {data[at : at + 4] for at in range(8, end, 4)}
-        if data[8:12] in _AVIF_BRANDS | _EITHER_BRANDS and brands & _AVIF_BRANDS:
-            return "AVIF"
-        if data[8:12] in _HEIF_BRANDS | _EITHER_BRANDS:
-            return "HEIF"
-    raise UnsupportedImageFormat(
-        "the data is not an image in a supported format "
-        "(JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, HEIC/HEIF)"
-    )
 
 
 def _upright_size(source: Source) -> sizing.Size:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from server.images.decode import warm_up
 from server.images.worker import Extractor, WorkerSpec, die_with_parent
 
 SPEC_VARIABLE = "_SACCADE_WORKER_SPEC"
@@ -23,4 +24,5 @@ def extractor() -> Extractor:
 
 if SPEC_VARIABLE in os.environ:
     die_with_parent()
+    warm_up()
     extractor()

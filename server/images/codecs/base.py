@@ -59,7 +59,7 @@ class Reductions:
 
 NO_REDUCTIONS = Reductions()
 # libjpeg leaves coefficients out, which is less work than the whole picture.
-BY_DCT = Reductions({8: 1.5, 4: 1.5, 2: 1.2}, drifts=True, is_planned=True)
+BY_DCT = Reductions({8: 1.2, 4: 1.2, 2: 1.2}, drifts=True, is_planned=True)
 # libvips and libwebp take means over pixels.
 BY_MEANS = Reductions(dict.fromkeys(range(32, 1, -1), 1.5))
 
