@@ -154,7 +154,7 @@ def _opencv(flag: int) -> Candidate:
     def run(data: bytes, target: Size) -> Pixels:
         import cv2
 
-        found = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
+        found: Any = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
         return np.asarray(cv2.cvtColor(found, cv2.COLOR_BGR2RGB), np.uint8)
 
     return run
@@ -268,7 +268,7 @@ def _timed(case: Case, repeats: int) -> Iterator[dict[str, Any]]:
     target = case.target or Image.open(io.BytesIO(case.data)).size
     whole = _finished(_loader(case.data, target), case.target).astype(np.float32)
     runs: dict[str, list[tuple[float, float]]] = {name: [] for name in case.candidates}
-    fidelity = {}
+    fidelity: dict[str, float | str] = {}
     for _ in range(repeats):
         for name, candidate in case.candidates.items():
             started, used = time.perf_counter(), time.process_time()

@@ -19,6 +19,7 @@ from fastapi import FastAPI
 from server.api import body, chat, errors, health, images, usage
 from server.config import Settings
 from server.engine import cpu_waits, launch, serving
+from server.errors import CannotStart
 from server.images.memory import keep_freed_memory
 from server.images.pool import ImagePool
 from server.media.fetch import Fetcher, FetchSettings
@@ -70,6 +71,7 @@ async def _running(args: Namespace, settings: Settings, report: Report) -> Async
     report(f"reading the model {_model_name(args)}")
     plan = launch.plan(args, settings)
     async with contextlib.AsyncExitStack() as stack:
+        fetcher = await stack.enter_async_context(_fetcher(args, settings))
         pool = None
         if plan.workers is not None:
             pool = ImagePool(plan.workers, settings.images, cpu_waits.note_work)
@@ -83,7 +85,6 @@ async def _running(args: Namespace, settings: Settings, report: Report) -> Async
         if pool is None:
             yield _Parts(engine, None, None)
             return
-        fetcher = await stack.enter_async_context(Fetcher(_fetch_settings(args, settings)))
         loader = ImageLoader(fetcher, launch.limits(settings), args.allowed_local_media_path)
         path = await launch.connect(engine, settings, pool, loader)
         if not path.encoded:
@@ -95,9 +96,10 @@ async def _running(args: Namespace, settings: Settings, report: Report) -> Async
         yield _Parts(engine, pool, RequestPreparer(loader, pool.inspect, bounds))
 
 
-def _fetch_settings(args: Namespace, settings: Settings) -> FetchSettings:
+def _fetcher(args: Namespace, settings: Settings) -> Fetcher:
+    """Raises CannotStart if a host or network that is allowed is none."""
     http = settings.http
-    return FetchSettings(
+    fetch = FetchSettings(
         timeout_s=http.fetch_timeout_s,
         max_bytes=settings.images.max_image_bytes,
         max_redirects=http.fetch_max_redirects,
@@ -107,6 +109,10 @@ def _fetch_settings(args: Namespace, settings: Settings) -> FetchSettings:
         allowed=http.allowed_private_media,
         only_hosts=tuple(args.allowed_media_domains or ()),
     )
+    try:
+        return Fetcher(fetch)
+    except ValueError as error:
+        raise CannotStart(str(error)) from None
 
 
 async def build_app(args: Namespace, settings: Settings, parts: _Parts) -> FastAPI:

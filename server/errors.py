@@ -148,6 +148,10 @@ class ServerBusy(SaccadeError):
     retry_after_s = 1
 
 
+class CannotStart(Exception):
+    """A setting that this machine or this model cannot bear; said once, at the start."""
+
+
 def error_classes(root: type[SaccadeError] = SaccadeError) -> Iterator[type[SaccadeError]]:
     """Every class of error, a class before those derived from it."""
     yield root

@@ -8,6 +8,7 @@ import warnings
 from types import FrameType
 
 from server import __version__
+from server.errors import CannotStart
 
 _REPEAT_S = 0.2
 _ZMQ_POLL = os.path.join("zmq", "sugar", "poll.py")
@@ -34,7 +35,7 @@ def serve(argv: list[str]) -> None:
     except KeyboardInterrupt:
         progress("stopped during start-up")
         status = 130
-    except OSError as error:  # the port is taken, a file is missing
+    except (OSError, CannotStart) as error:  # the port is taken, a file is missing
         progress(f"cannot start: {error}")
         status = 1
     finally:

@@ -63,11 +63,15 @@ def test_a_patch_keeps_its_colour_in_heif(colour: tuple[int, int, int]) -> None:
     assert _near(pixels[32, 32].astype(int), colour, 4)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG", "WEBP", "GIF", "BMP", "AVIF"])
-@pytest.mark.parametrize("mode", ["1", "L", "P"])
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        *((kind, "1") for kind in ("PNG", "TIFF", "JPEG", "WEBP", "GIF", "BMP", "AVIF")),
+        *((kind, "L") for kind in ("PNG", "TIFF", "JPEG", "WEBP", "GIF", "BMP", "AVIF")),
+        *((kind, "P") for kind in ("PNG", "TIFF", "WEBP", "GIF", "BMP", "AVIF")),
+    ],
+)
 def test_a_grey_patch_keeps_its_colour(kind: str, mode: str) -> None:
-    if (kind, mode) == ("JPEG", "P"):
-        pytest.skip("JPEG has no palettes")
     value = 255 if mode == "1" else 119
     image = Image.new("L", SIZE, value).convert(mode)
     assert _near(_shown(pictures.encode(image, kind)), (value,) * 3, 2)

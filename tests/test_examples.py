@@ -45,7 +45,9 @@ def test_curl_example(server: Server, tmp_path: Path) -> None:
 
 def test_the_readme_curl_works_by_copy_and_paste(server: Server, repository: Path) -> None:
     readme = (repository / "README.md").read_text()
-    (block,) = re.findall(r"```sh\n(curl .*?)```", readme, re.DOTALL)
-    assert "http://127.0.0.1:8000" in block
-    command = block.replace("http://127.0.0.1:8000", server.url)
-    assert '"content":"a red circle"' in run(["bash", "-c", command], server, repository)
+    asked, costs = re.findall(r"```sh\n(curl .*?)```", readme, re.DOTALL)
+    expected = {asked: '"content":"a red circle"', costs: '"image_tokens":'}
+    for block, answer in expected.items():
+        assert "http://127.0.0.1:8000" in block
+        command = block.replace("http://127.0.0.1:8000", server.url)
+        assert answer in run(["bash", "-c", command], server, repository)

@@ -3,6 +3,8 @@
 import base64
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import httpx
 import pytest
 from openai import OpenAI
 
+from tests import families
 from tests.conftest import Server, serving
 from tests.pictures import data_url, encode, image_part, photo, shape, text_part, user
 from tests.test_prepare import file_part, gif, pdf
@@ -258,6 +261,25 @@ def test_pages_show_what_they_show(http: httpx.Client) -> None:
         assert answer["choices"][0]["message"]["content"] == f"a {color} circle"
 
 
+@pytest.mark.parametrize("route", ["responses", "messages"])
+def test_pdfs_are_taken_by_every_api(http: httpx.Client, route: str) -> None:
+    url = data_url(pdf((112, 112), (112, 112)), "application/pdf")
+    if route == "responses":
+        part: Any = {"type": "input_file", "file_data": url, "filename": "two.pdf"}
+        text = {"type": "input_text", "text": "What?"}
+        body: Any = {"input": [{"role": "user", "content": [part, text]}], "max_output_tokens": 3}
+    else:
+        data = url.partition(",")[2]
+        source = {"type": "base64", "media_type": "application/pdf", "data": data}
+        part = {"type": "document", "source": source}
+        body = {"messages": user(part, text_part("What?")), "max_tokens": 3}
+    response = http.post(f"/v1/{route}", json={"model": MODEL, "temperature": 0, **body})
+    assert response.status_code == 200, response.text
+    usage = response.json()["usage"]
+    tokens = usage.get("input_tokens_details", usage)["image_tokens"]
+    assert tokens == 2 * 64
+
+
 def test_frames_of_an_animation_are_images(http: httpx.Client) -> None:
     details = ask(http, capped(gif(10), frames=3), WHAT, include_image_details=True)[
         "image_details"
@@ -297,3 +319,23 @@ def test_the_server_caps_every_image() -> None:
             assert 20 <= usage["prompt_tokens_details"]["image_tokens"] <= 30
         usage = ask(http, capped(LARGE, max_tokens=9), WHAT)["usage"]
         assert usage["prompt_tokens_details"]["image_tokens"] <= 9
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--max-image-tokens", "5"), "at least 16 tokens for this image, and the cap is 5"),
+        (("--allowed-private-media", "10.0.0.0/99"), "10.0.0.0/99"),
+    ],
+)
+def test_what_cannot_be_promised_stops_the_start(
+    flags: tuple[str, str], message: str, tmp_path: Path
+) -> None:
+    """LLaVA-1.5 has one number of tokens for every image, here 16."""
+    model = families.build("llava", tmp_path)
+    command = [sys.executable, "-m", "server", "serve", str(model), "--port", "0", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 1
+    assert "cannot start" in done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

@@ -14,7 +14,10 @@ from typing import Any
 
 import pytest
 
+from server.images import header as headers
 from server.images.pool import ImagePool
+from server.media.encoded import ImageOptions
+from server.media.parts import with_options
 from tests import families, pictures
 
 FALLBACK = {"paligemma"}
@@ -103,6 +106,28 @@ def assert_same(ours: Any, theirs: Any) -> None:
             assert mine[name].field == other[name].field
 
 
+async def check_caps(both: Rig, images: list[bytes]) -> None:
+    """Capped images hold the tokens that were planned, and the model takes them so."""
+    rule = both.engine.renderer.planner.rule({})
+    parts, caps = [], []
+    for data in images:
+        size = headers.read(data).size
+        fewest, natural = rule.fewest(*size), rule.plan(*size).tokens
+        caps.append((fewest + natural) // 2)
+        part = pictures.image_part(data)
+        url = with_options(part["image_url"]["url"], ImageOptions(max_tokens=caps[-1]))
+        parts.append({"type": "image_url", "image_url": {"url": url}})
+    rendered = await both.ours(pictures.user(*parts, TEXT))
+    tokens = [place.get_num_embeds() for place in rendered["mm_placeholders"]["image"]]
+    planned = [
+        rule.plan(*headers.read(data).size, cap).tokens
+        for data, cap in zip(images, caps, strict=True)
+    ]
+    assert tokens == planned
+    assert all(count <= cap for count, cap in zip(tokens, caps, strict=True))
+    assert len(await both.answer(rendered)) == 8
+
+
 async def check_family(family: str, directory: Path) -> None:
     model = families.build(family, directory)
     photo = pictures.encode(pictures.photo((640, 480), 1), "JPEG", quality=90)
@@ -127,6 +152,7 @@ async def check_family(family: str, directory: Path) -> None:
             ours, theirs = await both.ours(messages), await both.plain(messages)
             assert_same(ours, theirs)
             assert await both.answer(ours) == await both.answer(theirs), name
+        await check_caps(both, [photo, wide, large][: 1 if family in SINGLE_IMAGE else 3])
         named = {"type": "image_url", "image_url": None, "uuid": "a-name"}
         by_name = await both.ours(pictures.user(named, TEXT))
         theirs = await both.plain(conversations["wide"])

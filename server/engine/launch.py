@@ -28,7 +28,7 @@ from server.engine.extractor import worker_spec
 from server.engine.planning import ImagePlanner
 from server.engine.renderer import PooledRenderer, is_image_by_image
 from server.engine.token_rules import measured_rule, token_rule
-from server.errors import ImageTokenCap
+from server.errors import CannotStart, ImageTokenCap
 from server.images.limits import Limits
 from server.images.pool import ImagePool
 from server.images.tokens import TokenRule
@@ -130,7 +130,7 @@ async def connect(
     or with one modality for images and videos, keeps vLLM's way from the start.
 
     Raises:
-        ValueError: the model cannot keep images below `max_image_tokens`.
+        CannotStart: the model cannot keep images below `max_image_tokens`.
     """
     renderer: Any = engine.renderer  # vLLM types it as its base class
     if not isinstance(renderer, PooledRenderer):
@@ -155,7 +155,7 @@ _USUAL_SIZE = (640, 480)
 
 
 def _planner(renderer: PooledRenderer, settings: Settings) -> ImagePlanner:
-    """Raises ValueError if the model cannot keep the server's cap."""
+    """Raises CannotStart if the model cannot keep the server's cap."""
     processor, cap = renderer.get_mm_processor(), settings.images.max_image_tokens
 
     def make_rule(options: Mapping[str, Any]) -> TokenRule:
@@ -165,7 +165,7 @@ def _planner(renderer: PooledRenderer, settings: Settings) -> ImagePlanner:
     try:
         planner.rule({}).plan(*_USUAL_SIZE, cap)
     except ImageTokenCap as error:
-        raise ValueError(f"--max-image-tokens {cap}: {error.message}") from None
+        raise CannotStart(f"--max-image-tokens {cap}: {error.message}") from None
     return planner
 
 

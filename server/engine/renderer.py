@@ -178,7 +178,7 @@ class PooledRenderer(HfRenderer):
         name, options = split_options(uuid) if uuid is not None else (None, ImageOptions())
         if image is not None:
             if name is not None:
-                self._sent_as[name] = replace(image, data=b"")
+                self._sent_as[name] = replace(image, data=b"", url="")
             return image
         if name is None or name not in self._sent_as:
             raise UnknownImage(

@@ -30,6 +30,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from server.images.codecs.jpeg_header import (
+    USED_FACTORS,
+    Component,
+    Header,
+    NotForUs,
+    expect,
+    parse,
+)
+
 log = logging.getLogger("saccade.images")
 
 SCALES = (4, 8)
@@ -56,14 +65,13 @@ _ONE, _EIGHT = _Bits(1), _Bits(8)
 _EACH_LOW, _EACH_HIGH = _Bits(0x0101010101010101), _Bits(0x8080808080808080)
 
 # Coefficients that are read, in zigzag order: for 2x2 samples of a block, and for 4x4.
-_FEW, _TEN = 5, 10
+_FEW, _TEN = 5, USED_FACTORS
 # How far the end of a block advances; that of a skip entry says so by a flag.
 _END, _END_FLAG = 64, 512
 # The advance of a skip entry that one lookup cannot resolve.
 _UNRESOLVED = 127
 # More bytes than an MCU takes: 6 blocks of 64 symbols of 31 bits.
 _PADDING = 2048
-_MAX_SEGMENTS = 256
 
 
 def _compiled(function: _Function, inline: bool = False) -> _Function:
@@ -202,7 +210,7 @@ def _lookups(huffman: tuple[tuple[int, bytes], ...]) -> _Tables:
         place = slice(number * _TABLE, (number + 1) * _TABLE)
         symbols = tables.symbols[(2 * is_ac + number) << 16 :][: 1 << 16]
         codes = np.frombuffer(table, np.uint8)
-        _expect(_fill_symbols(codes[:16], codes[16:], symbols))
+        expect(_fill_symbols(codes[:16], codes[16:], symbols))
         _fill_values(symbols, (tables.ac if is_ac else tables.dc)[place])
         if is_ac:
             _fill_ac(symbols, tables.head[place], tables.skip[place])
@@ -553,124 +561,6 @@ def _decode_scan(
     return _ends_at(reader, ends[-1])
 
 
-# ---------------------------------------------------------------------- header
-
-
-class _NotForUs(Exception):
-    """The file is not one that this decoder takes."""
-
-
-class _Component(NamedTuple):
-    """`h` and `v` are the sampling factors; `tables` are the numbers of its DC and AC table."""
-
-    identifier: int
-    h: int
-    v: int
-    quantiser: int
-    tables: tuple[int, int]
-
-
-class _Header(NamedTuple):
-    """What precedes the scan. `interval` is in MCUs, 0: no restarts; `scan` is an offset."""
-
-    size: tuple[int, int]
-    components: list[_Component]
-    quantisers: dict[int, _Samples]
-    huffman: tuple[tuple[int, bytes], ...]
-    interval: int
-    scan: int
-
-
-def _expect(condition: bool) -> None:
-    if not condition:
-        raise _NotForUs
-
-
-def _segments(data: bytes) -> Iterator[tuple[int, bytes, int]]:
-    """Marker, content and end of each segment that comes before the scan's data."""
-    _expect(data[:2] == b"\xff\xd8")
-    at = 2
-    for _ in range(_MAX_SEGMENTS):
-        _expect(len(data) >= at + 4 and data[at] == 0xFF)
-        end = at + 2 + int.from_bytes(data[at + 2 : at + 4])
-        _expect(at + 4 <= end <= len(data))
-        yield data[at + 1], data[at + 4 : end], end
-        at = end
-    raise _NotForUs
-
-
-def _parse(data: bytes) -> _Header:
-    quantisers: dict[int, _Samples] = {}
-    huffman: dict[int, bytes] = {}
-    interval, frame = 0, b""
-    for marker, content, end in _segments(data):
-        match marker:
-            case 0xC0 | 0xC1:
-                _expect(not frame)
-                frame = content
-            case 0xC4:
-                huffman.update(_huffman(content))
-            case 0xDB:
-                quantisers.update(_quantisers(content))
-            case 0xDD:
-                _expect(len(content) == 2)
-                interval = int.from_bytes(content)
-            case 0xDA:
-                components = _components(frame, content)
-                size = int.from_bytes(frame[3:5]), int.from_bytes(frame[1:3])
-                tables = tuple(sorted(huffman.items()))
-                return _Header(size, components, quantisers, tables, interval, end)
-            case 0xEE if content.startswith(b"Adobe"):
-                _expect(len(content) >= 12 and content[11] == 1)  # else it is RGB or CMYK
-            case _:
-                _expect(0xE0 <= marker <= 0xEF or marker == 0xFE)
-    raise _NotForUs
-
-
-def _huffman(content: bytes) -> Iterator[tuple[int, bytes]]:
-    _expect(len(content) <= 4 * (17 + 256))
-    while content:
-        length = 17 + sum(content[1:17])
-        _expect(length <= min(len(content), 17 + 256) and content[0] in (0x00, 0x01, 0x10, 0x11))
-        _expect(content[0] >= 0x10 or max(content[17:length], default=0) <= 15)  # a DC symbol
-        yield content[0], content[1:length]
-        content = content[length:]
-
-
-def _quantisers(content: bytes) -> Iterator[tuple[int, _Samples]]:
-    """The factors of the coefficients that are used, in zigzag order."""
-    _expect(len(content) <= 4 * (1 + 2 * 64))
-    while content:
-        precision, number = content[0] >> 4, content[0] & 15
-        length = 1 + 64 * (precision + 1)
-        _expect(precision < 2 and length <= len(content))
-        factors = np.frombuffer(content[1:length], ">u2" if precision else "u1")
-        yield number, factors[:_TEN].astype(np.float32)
-        content = content[length:]
-
-
-def _components(frame: bytes, scan: bytes) -> list[_Component]:
-    """Put together what the frame's and the scan's header say of the components."""
-    _expect(len(frame) > 6 and frame[0] == 8 and frame[5] in (1, 3))
-    count = frame[5]
-    _expect(len(frame) == 6 + 3 * count and len(scan) == 4 + 2 * count and scan[0] == count)
-    _expect(scan[-3:] == b"\x00\x3f\x00")  # all coefficients, in one go
-    components = []
-    for i in range(count):
-        identifier, sampling, quantiser = frame[6 + 3 * i : 9 + 3 * i]
-        selected, tables = scan[1 + 2 * i : 3 + 2 * i]
-        _expect(selected == identifier and tables in (0x00, 0x01, 0x10, 0x11))
-        h, v = sampling >> 4, sampling & 15
-        _expect(1 <= h <= 4 and 1 <= v <= 4)
-        if count == 1:  # then there is one block in an MCU, whatever is said of sampling
-            h = v = 1
-        components.append(_Component(identifier, h, v, quantiser, (tables >> 4, tables & 15)))
-    _expect([component.identifier for component in components] != list(b"RGB"))
-    _expect(components[0].h in (1, 2) and components[0].v in (1, 2))
-    _expect(all((component.h, component.v) == (1, 1) for component in components[1:]))
-    return components
-
-
 # ---------------------------------------------------------------------- the picture
 
 
@@ -683,13 +573,13 @@ def decode(data: bytes, scale: int) -> Bytes | None:
     not too large is for the caller to check: a byte can hold four blocks, that is 256 pixels.
     """
     try:
-        _expect(scale in SCALES)
-        return _decode(data, _parse(data), scale)
-    except _NotForUs:
+        expect(scale in SCALES)
+        return _decode(data, parse(data), scale)
+    except NotForUs:
         return None
 
 
-def _decode(data: bytes, header: _Header, scale: int) -> Bytes:
+def _decode(data: bytes, header: Header, scale: int) -> Bytes:
     (width, height), components = header.size, header.components
     h, v = components[0].h, components[0].v
     across, down = -(-width // (8 * h)), -(-height // (8 * v))
@@ -698,7 +588,7 @@ def _decode(data: bytes, header: _Header, scale: int) -> Bytes:
     scan = np.frombuffer(data, np.uint8, offset=header.scan)
     ends = np.empty(-(-across * down // interval), np.int64)
     clean = np.empty(len(scan) + _PADDING, np.uint8)
-    _expect(_unstuff(scan, clean, ends))
+    expect(_unstuff(scan, clean, ends))
     clean[ends[-1] : ends[-1] + _PADDING] = 0
     planes = np.array(
         [(c.h, c.v, 8 // scale * h // c.h, 8 // scale * v // c.v) for c in components], np.int64
@@ -708,19 +598,19 @@ def _decode(data: bytes, header: _Header, scale: int) -> Bytes:
     out = np.empty((-(-height // scale), -(-width // scale) * channels), np.uint8)
     layout, mcus = _layout(components, planes), (across, down, interval)
     tables = _lookups(header.huffman)
-    _expect(_decode_scan(clean, ends, tables, layout, planes, scales, mcus, out))
+    expect(_decode_scan(clean, ends, tables, layout, planes, scales, mcus, out))
     return out.reshape(len(out), -1, channels) if channels > 1 else out
 
 
-def _check_plausible(header: _Header, mcus: int, interval: int, length: int) -> None:
+def _check_plausible(header: Header, mcus: int, interval: int, length: int) -> None:
     """Refuse what announces more than its bytes can hold, before memory is taken for it."""
     blocks = mcus * sum(c.h * c.v for c in header.components)
-    _expect(0 < 2 * blocks <= 8 * length)  # a block has two symbols at least
-    _expect(3 * (mcus // interval) <= length)  # and a restart interval a byte and a marker
-    _expect(all(c.quantiser in header.quantisers for c in header.components))
+    expect(0 < 2 * blocks <= 8 * length)  # a block has two symbols at least
+    expect(3 * (mcus // interval) <= length)  # and a restart interval a byte and a marker
+    expect(all(c.quantiser in header.quantisers for c in header.components))
 
 
-def _layout(components: list[_Component], planes: _Ints) -> _Ints:
+def _layout(components: list[Component], planes: _Ints) -> _Ints:
     """The blocks of an MCU, in order: row of coefficients, columns a MCU, column in it, the two
     tables' numbers, how many coefficients to read (0: DC alone)."""
     wanted = {1: 0, 2: _FEW, 4: _TEN}

@@ -26,6 +26,30 @@ def _compiled(signature: str) -> Callable[[_F], _F]:
     return compile_
 
 
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _nearest(a: Any, b: Any, c: Any) -> Any:
+    """The one of a, b and c that is nearest to a + b - c, without branches."""
+    limit = 3 * c - a - b
+    low, high = min(a, b), max(a, b)
+    best = low if high <= limit else c
+    return high if limit <= low else best
+
+
+@njit  # type: ignore[untyped-decorator]
+def _undo_paeth_of_rgb(src: Any, up: Any, dst: Any) -> None:
+    """For most rows of most photos: three bytes side by side, in registers, take two thirds
+    of the time."""
+    a0 = a1 = a2 = c0 = c1 = c2 = np.int32(0)
+    for x in range(dst.size // 3):  # with a step, numba would look for negative indices
+        i = 3 * x
+        b0, b1, b2 = np.int32(up[i]), np.int32(up[i + 1]), np.int32(up[i + 2])
+        a0 = np.int32((src[i] + _nearest(a0, b0, c0)) & 255)
+        a1 = np.int32((src[i + 1] + _nearest(a1, b1, c1)) & 255)
+        a2 = np.int32((src[i + 2] + _nearest(a2, b2, c2)) & 255)
+        dst[i], dst[i + 1], dst[i + 2] = a0, a1, a2
+        c0, c1, c2 = b0, b1, b2
+
+
 @_compiled("i8(u1[:,::1], u1[:,::1], i8)")
 def unfilter(raw: Pixels, out: Pixels, step: int) -> int:
     """Undo PNG's filters (the PNG specification, section 9).
@@ -57,35 +81,17 @@ def unfilter(raw: Pixels, out: Pixels, step: int) -> int:
                 dst[i] = src[i] + (up[i] >> 1)
             for i in range(step, n):
                 dst[i] = src[i] + ((np.int32(dst[i - step]) + np.int32(up[i])) >> 1)
+        elif kind == 4 and step == 3:
+            _undo_paeth_of_rgb(src, up, dst)
         elif kind == 4:
             for i in range(step):
                 dst[i] = src[i] + up[i]
             for i in range(step, n):
-                a = np.int32(dst[i - step])
-                b = np.int32(up[i])
-                c = np.int32(up[i - step])
-                # Paeth's choice without branches: the nearest of a, b, c to a + b - c.
-                limit = 3 * c - a - b
-                low = min(a, b)
-                high = max(a, b)
-                best = low if high <= limit else c
-                best = high if limit <= low else best
-                dst[i] = src[i] + best
+                a, b, c = np.int32(dst[i - step]), np.int32(up[i]), np.int32(up[i - step])
+                dst[i] = src[i] + _nearest(a, b, c)
         else:
             return y
     return -1
-
-
-@_compiled("void(u1[:,::1], u1[:,::1], i8)")
-def unpack(packed: Pixels, out: Pixels, bits: int) -> None:
-    """`out` (rows, width) gets the numbers of `bits` that each row of `packed` (rows, row bytes)
-    holds, the first in the upper bits of a byte."""
-    rows, width = out.shape
-    count = 8 // bits
-    mask = (1 << bits) - 1
-    for y in range(rows):
-        for x in range(width):
-            out[y, x] = (packed[y, x // count] >> (8 - bits - x % count * bits)) & mask
 
 
 @_compiled("void(u1[::1], u1[:,::1], u1[:,::1])")

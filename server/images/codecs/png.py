@@ -106,9 +106,9 @@ class PngSource:
         channels = _CHANNELS[colour]
         row = -(-width * channels * bits // 8)
         view = memoryview(self._data)
-        packed = b"".join([view[start:end] for start, end in self._chunks.data])
+        parts = (view[start:end] for start, end in self._chunks.data)
         try:
-            raw = deflate.zlib_decompress(packed, height * (row + 1) + _SURPLUS_BYTES)
+            raw = deflate.zlib_decompress(b"".join(parts), height * (row + 1) + _SURPLUS_BYTES)
         except deflate.DeflateError as error:
             raise damaged() from error
         if len(raw) < height * (row + 1):
@@ -184,12 +184,13 @@ def _checksum(chunk: memoryview) -> bytes:
 
 
 def _unpacked(packed: Pixels, bits: int, width: int) -> Pixels:
-    """One number a byte: uint8 (height, width)."""
-    from server.images.codecs import kernels
-
-    numbers = np.empty((len(packed), width), np.uint8)
-    kernels.unpack(packed, numbers, bits)
-    return numbers
+    """One number a byte, the first from the upper bits: uint8 (height, width)."""
+    count = 8 // bits
+    shifts = np.arange(8 - bits, -1, -bits, dtype=np.uint8)
+    numbers = (np.arange(256, dtype=np.uint8)[:, None] >> shifts) & ((1 << bits) - 1)
+    # All numbers of a byte are one of numpy's, and looked up at once.
+    together = numbers.view(f"u{count}").ravel()[packed]
+    return together.view(np.uint8)[:, :width]
 
 
 def _has_palette(image: Image.Image) -> bool:
