@@ -11,7 +11,7 @@ from server.images.worker import Array, Extractor
 from tests import families, pictures
 
 OPTIONS: dict[str, Any] = {"processor": {}, "io": {}}
-LARGE = pictures.encode(pictures.photo((2400, 1800), 1), "JPEG", quality=92)
+LARGE = pictures.encode(pictures.photo((3584, 2688), 1), "JPEG", quality=92)
 # Families whose resize rule is known, so that JPEG is decoded at reduced scale.
 REDUCED = ["qwen2_vl", "qwen2_5_vl", "llava", "llava_next", "idefics3", "gemma3", "paligemma"]
 
@@ -41,7 +41,7 @@ def pair(family: str, models: Path) -> tuple[Extractor, Extractor]:
 def test_fast_shrinks_early_and_stays_near(family: str, models: Path) -> None:
     fast, exact = pair(family, models)
     reduced, whole = fast.decode(LARGE, OPTIONS), exact.decode(LARGE, OPTIONS)
-    assert whole.image.size == whole.size == reduced.size == (2400, 1800)
+    assert whole.image.size == whole.size == reduced.size == (3584, 2688)
     assert reduced.image.width < whole.image.width
     ours, theirs = fast.features(reduced, OPTIONS), exact.features(whole, OPTIONS)
     assert ours.keys() == theirs.keys()
