@@ -103,7 +103,9 @@ def test_cors_root_path_and_limits(web: httpx.Client) -> None:
     many = {"model": "my-model", "messages": user(part, part, part)}
     response = web.post("/v1/chat/completions", json=many, headers=KEY)
     assert response.status_code == 400
-    assert "At most 2 image" in response.json()["error"]["message"]
+    error = response.json()["error"]
+    assert (error["code"], error["param"]) == ("too_many_images", "messages[0].content[2].image_url")
+    assert "more than 2 images" in error["message"]
 
 
 def assert_nothing_is_left(children: list[psutil.Process]) -> None:

@@ -76,7 +76,7 @@ class RequestPreparer:
             return result
         result.changed = _take_request_options(taken.document, request)
         for number, part in enumerate(parts.parts_of(taken.document), 1):
-            self._check_count(number)
+            self._check_count(number, part)
             self._read_part(part, result)
         return result
 
@@ -115,16 +115,17 @@ class RequestPreparer:
             except SaccadeError as error:
                 error.param = error.param or part.path
                 raise
-            self._check_count(len(request.parts) + len(images))
+            self._check_count(len(request.parts) + len(images), part)
             self._replace(part, images, request)
         if read.changed or read.pending:
             request.body = await _dump(read.document, len(request.body))
         return request
 
-    def _check_count(self, images: int) -> None:
+    def _check_count(self, images: int, part: Part) -> None:
         if images > self.bounds.max_images:
             raise TooManyImages(
-                f"the request has more than {self.bounds.max_images} images, which is the limit"
+                f"the request has more than {self.bounds.max_images} images, which is the limit",
+                param=part.path,
             )
 
     def _replace(self, part: Part, images: Sequence[EncodedImage], request: ImageRequest) -> None:
