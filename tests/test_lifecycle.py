@@ -104,7 +104,8 @@ def test_cors_root_path_and_limits(web: httpx.Client) -> None:
     response = web.post("/v1/chat/completions", json=many, headers=KEY)
     assert response.status_code == 400
     error = response.json()["error"]
-    assert (error["code"], error["param"]) == ("too_many_images", "messages[0].content[2].image_url")
+    assert error["code"] == "too_many_images"
+    assert error["param"] == "messages[0].content[2].image_url"
     assert "more than 2 images" in error["message"]
 
 
