@@ -563,12 +563,14 @@ def test_waiting_for_a_busy_host_counts(run: Run, origin: HostileOrigin) -> None
     async def both() -> None:
         settings = FetchSettings(allow_private=True, max_connections_per_host=1, timeout_s=0.5)
         async with Fetcher(settings) as fetcher:
-            urls = [origin.url(f"/silent?{n}") for n in range(2)]
+            urls = [origin.url(f"/silent?{n}") for n in range(5)]
             errors = await asyncio.gather(*(failing(fetcher, url) for url in urls))
             assert all(isinstance(error, ImageFetchTimeout) for error in errors)
 
     run(both())
-    assert len(origin.heads) == 1
+    # If waiting did not count, each would ask in its turn. Who waits next may just get to it when
+    # the deadlines of all are over.
+    assert len(origin.heads) < 3
 
 
 def test_a_busy_host_holds_up_no_other(run: Run, origin: HostileOrigin) -> None:
