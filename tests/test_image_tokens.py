@@ -324,14 +324,14 @@ def test_the_server_caps_every_image() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--max-image-tokens", "5"), "at least 16 tokens for this image, and the cap is 5"),
+        (("--max-image-tokens", "5"), "at least 64 tokens for this image, and the cap is 5"),
         (("--allowed-private-media", "10.0.0.0/99"), "10.0.0.0/99"),
     ],
 )
 def test_what_cannot_be_promised_stops_the_start(
     flags: tuple[str, str], message: str, tmp_path: Path
 ) -> None:
-    """LLaVA-1.5 has one number of tokens for every image, here 16."""
+    """LLaVA-1.5 has one number of tokens for every image, here 64."""
     model = families.build("llava", tmp_path)
     command = [sys.executable, "-m", "server", "serve", str(model), "--port", "0", *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
