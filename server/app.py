@@ -149,7 +149,8 @@ async def build_app(args: Namespace, settings: Settings, parts: _Parts) -> FastA
         if route in mine or getattr(route, "path", None) not in ours
     ]
     errors.add_error_handler(app)
-    app.add_middleware(usage.ImageUsage)
+    if parts.preparer is not None:  # else nobody here knows of images
+        app.add_middleware(usage.ImageUsage)
     stored = serving.paths_that_keep_bodies()
     app.add_middleware(
         body.BodyReader, settings=settings.http, preparer=parts.preparer, stored=stored

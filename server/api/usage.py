@@ -69,6 +69,8 @@ def completed(body: bytes, request: ImageRequest) -> bytes:
         answer = json.loads(body)
     except ValueError:
         return body
+    if not isinstance(answer, dict):
+        return body
     changed = False
     for holder in (answer, answer.get("response"), answer.get("message")):
         if isinstance(holder, dict) and isinstance(holder.get("usage"), dict):
@@ -83,6 +85,8 @@ def _complete(usage: dict[str, Any], request: ImageRequest) -> None:
     image_tokens = sum(image.tokens for image in request.shown)
     if "prompt_tokens" in usage:
         holder = usage["prompt_tokens_details"] = usage.get("prompt_tokens_details") or {}
+        if not request.shown:  # vLLM counts what came as embeddings
+            image_tokens = (holder.get("multimodal_tokens") or {}).get("image", 0)
     elif "input_tokens_details" in usage:
         holder = usage["input_tokens_details"] = usage.get("input_tokens_details") or {}
     else:

@@ -61,8 +61,7 @@ class ImagePlanner:
         """
         rule = await self._rule(options)
         sized = [(image.size, image.options) for image in images]
-        limited = self._cap or budget or any(_limited(image.options) for image in images)
-        if isinstance(rule, MeasuredTokens) and not limited:
+        if isinstance(rule, MeasuredTokens) and not self.limited(images, budget):
             return [None] * len(images)
         try:
             return list(await self._planned(rule, sized, budget))
@@ -70,6 +69,11 @@ class ImagePlanner:
             error.part = self._culprit(rule, images)
             error.param = None if error.part else "max_image_tokens"
             raise
+
+    def limited(self, images: Sequence[EncodedImage], budget: int | None) -> bool:
+        """Whether any cap has been promised for these images."""
+        caps = self._cap is not None or budget is not None
+        return caps or any(_limited(image.options) for image in images)
 
     async def costs(self, sized: Sized, budget: int | None) -> list[ImagePlan]:
         """A plan for each picture of a known size. Raises as `plan` does."""

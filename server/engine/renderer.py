@@ -169,7 +169,9 @@ class PooledRenderer(HfRenderer):
             cached = [False] * len(jobs)
         placeholders = _placeholders(rendered)
         if len(placeholders) == len(jobs):
-            requests.current().shown = self._shown(jobs, placeholders, cached)
+            capped = self.planner.limited(named, requests.current().max_image_tokens)
+            shown = self._shown(jobs, placeholders, cached, capped=capped)
+            requests.current().shown = shown
         return rendered
 
     def _named(self, image: EncodedImage | None, uuid: str | None) -> EncodedImage:
@@ -258,20 +260,24 @@ class PooledRenderer(HfRenderer):
             raise type(error)(error.message, part=job.image.url) from None
 
     def _shown(
-        self, jobs: Sequence[ImageJob], placeholders: Sequence[Any], cached: Sequence[bool]
+        self,
+        jobs: Sequence[ImageJob],
+        placeholders: Sequence[Any],
+        cached: Sequence[bool],
+        *,
+        capped: bool,
     ) -> list[ShownImage]:
         """What the prompt holds of each image.
 
         Raises:
-            ImageTokenCap: more tokens than the image was planned to have. It would break the
-                promise of a cap.
+            ImageTokenCap: more tokens than were planned, where a cap has been promised.
         """
         shown = []
         for job, placeholder, was_cached in zip(jobs, placeholders, cached, strict=True):
             plan, tokens = job.plan, placeholder.get_num_embeds()
             if plan is not None and tokens != plan.tokens:
                 log.error("an image has %d tokens instead of %d", tokens, plan.tokens)
-                if tokens > plan.tokens:
+                if capped and tokens > plan.tokens:
                     raise ImageTokenCap("the model takes more tokens", part=job.image.url)
             shown.append(
                 ShownImage(
