@@ -16,13 +16,29 @@ from dataclasses import dataclass
 import uvicorn
 from fastapi import FastAPI
 
-from server.api import body, chat, errors, health, images, usage
-from server.config import Settings
+from server import lifeline, metrics
+from server.api import (
+    body,
+    caches,
+    chat,
+    errors,
+    files,
+    forms,
+    health,
+    images,
+    keys,
+    messages,
+    usage,
+)
+from server.config import GIB, Settings
 from server.engine import cpu_waits, launch, serving
+from server.engine.caches import EngineCaches
 from server.errors import CannotStart
 from server.images.memory import keep_freed_memory
 from server.images.pool import ImagePool
 from server.media.fetch import Fetcher, FetchSettings
+from server.media.fetch_cache import FetchCache
+from server.media.files import FileStore, Quota
 from server.media.load import ImageLoader
 from server.media.prepare import RequestPreparer
 
@@ -38,10 +54,12 @@ Report = Callable[[str], None]
 async def run(args: Namespace, settings: Settings, report: Report) -> int:
     """Serve until a signal or the engine's death; returns the exit status."""
     keep_freed_memory(_KEPT_HEAP_BYTES)
+    lifeline.ask()
+    key_ring = keys.key_ring(settings.access, serving.api_keys(args))
     address, sock = serving.setup_server(args, reuse_port=False)
     with sock:
         async with _running(args, settings, report) as parts:
-            app = await build_app(args, settings, parts)
+            app = await build_app(args, settings, parts, key_ring)
             config = _uvicorn_config(app, args, settings)
             server = _Server(config)
             app.state.server = server
@@ -61,6 +79,8 @@ class _Parts:
     """What runs behind the app. `preparer` is None where images stay vLLM's own affair."""
 
     engine: serving.AsyncLLM
+    caches: EngineCaches
+    fetch_cache: FetchCache | None
     pool: ImagePool | None
     preparer: RequestPreparer | None
 
@@ -72,28 +92,37 @@ async def _running(args: Namespace, settings: Settings, report: Report) -> Async
     plan = launch.plan(args, settings)
     async with contextlib.AsyncExitStack() as stack:
         fetcher = await stack.enter_async_context(_fetcher(args, settings))
+        store = _file_store(settings)
+        if store is not None:
+            await stack.enter_async_context(store)
         pool = None
         if plan.workers is not None:
             pool = ImagePool(plan.workers, settings.images, cpu_waits.note_work)
             stack.callback(pool.stop_preload)
             pool.preload()
         report(f"starting the engine on {plan.config.device_config.device_type}")
+        embeddings = launch.add_embedding_cache(plan, settings)
+        if embeddings is not None:
+            await stack.enter_async_context(embeddings)
+            stack.enter_context(metrics.embedding_cache(embeddings.snapshots))
         engine = await stack.enter_async_context(launch.running(plan))
+        engine_caches = launch.caches_of(engine, embeddings)
         if pool is not None:
             report(f"starting {settings.images.image_workers} image workers")
             await stack.enter_async_context(pool)
         if pool is None:
-            yield _Parts(engine, None, None)
+            yield _Parts(engine, engine_caches, fetcher.cache, None, None)
             return
-        loader = ImageLoader(fetcher, launch.limits(settings), args.allowed_local_media_path)
-        path = await launch.connect(engine, settings, pool, loader)
+        loader = ImageLoader(fetcher, launch.limits(settings), args.allowed_local_media_path, store)
+        path = await launch.connect(engine, settings, pool, loader, embeddings)
         if not path.encoded:
             report("this model keeps vLLM's own way of images")
             await pool.stop()
-            yield _Parts(engine, None, None)
+            yield _Parts(engine, engine_caches, fetcher.cache, None, None)
             return
         bounds = launch.bounds(engine, settings)
-        yield _Parts(engine, pool, RequestPreparer(loader, pool.inspect, bounds))
+        preparer = RequestPreparer(loader, pool.inspect, bounds)
+        yield _Parts(engine, engine_caches, fetcher.cache, pool, preparer)
 
 
 def _fetcher(args: Namespace, settings: Settings) -> Fetcher:
@@ -109,17 +138,34 @@ def _fetcher(args: Namespace, settings: Settings) -> Fetcher:
         allowed=http.allowed_private_media,
         only_hosts=tuple(args.allowed_media_domains or ()),
     )
+    cache_bytes = int(http.fetch_cache_gb * GIB)
     try:
-        return Fetcher(fetch)
+        return Fetcher(fetch, cache=FetchCache(cache_bytes) if cache_bytes else None)
     except ValueError as error:
         raise CannotStart(str(error)) from None
 
 
-async def build_app(args: Namespace, settings: Settings, parts: _Parts) -> FastAPI:
+def _file_store(settings: Settings) -> FileStore | None:
+    given = settings.files
+    if given.files_dir is None:
+        return None
+    group_bytes = None if given.files_group_gb is None else int(given.files_group_gb * GIB)
+    return FileStore(
+        given.files_dir,
+        Quota(int(given.files_gb * GIB), given.files_count),
+        Quota(group_bytes, given.files_group_count),
+        given.files_ttl_s,
+    )
+
+
+async def build_app(
+    args: Namespace, settings: Settings, parts: _Parts, key_ring: keys.KeyRing
+) -> FastAPI:
     """The FastAPI app: our routes first, then vLLM's, then what every request passes.
 
     Middleware that is added later lies further out: a request meets the error shape, vLLM's
-    middleware (keys, CORS), the body reader, and then its route, whose answer meets the usage.
+    middleware (keys, CORS), the keys in groups, the body reader, and then its route, whose answer
+    meets the usage.
     """
     engine = parts.engine
     docs = not args.disable_fastapi_docs
@@ -134,10 +180,13 @@ async def build_app(args: Namespace, settings: Settings, parts: _Parts) -> FastA
     app.state.args = args
     app.state.image_pool = parts.pool
     app.state.preparer = parts.preparer
+    app.state.engine_caches = parts.caches
+    app.state.fetch_cache = parts.fetch_cache
+    app.state.key_ring = key_ring
     app.state.draining = False
-    routers = [health.router, chat.router]
+    routers = [health.router, chat.router, messages.router, caches.router]
     if parts.preparer is not None:
-        routers.append(images.router)
+        routers += [images.router, files.router]
     for router in routers:
         app.include_router(router)
     ours = {route.path for router in routers for route in router.routes}  # type: ignore[attr-defined]
@@ -153,9 +202,16 @@ async def build_app(args: Namespace, settings: Settings, parts: _Parts) -> FastA
         app.add_middleware(usage.ImageUsage)
     stored = serving.paths_that_keep_bodies()
     app.add_middleware(
-        body.BodyReader, settings=settings.http, preparer=parts.preparer, stored=stored
+        body.BodyReader,
+        settings=settings.http,
+        preparer=parts.preparer,
+        stored=stored,
+        limits={files.PATH: settings.images.max_image_bytes + forms.MAX_OVERHEAD_BYTES},
     )
-    await serving.add_vllm_middleware(app, args, engine)
+    if key_ring.has_groups:
+        app.add_middleware(keys.ApiKeys, ring=key_ring, guarded=serving.GUARDED_PREFIX)
+    checked = keys.keys_for_vllm(settings.access, serving.api_keys(args))
+    await serving.add_vllm_middleware(app, args, engine, checked)
     app.add_middleware(errors.OpenAIErrors)
     return app
 

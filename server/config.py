@@ -8,15 +8,17 @@ prefix that names no setting stops the start, since a misspelt limit is no limit
 import argparse
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 PREFIX = "SACCADE_"
 
 MIB = 1 << 20
+GIB = 1 << 30
 
 
 class _Group(BaseModel):
@@ -98,6 +100,12 @@ class HttpSettings(_Group):
     fetch_connections_per_host: int = Field(
         16, ge=1, description="Fetches from one host at a time; more wait, within their deadline."
     )
+    fetch_cache_gb: float = Field(
+        0.25,
+        ge=0,
+        allow_inf_nan=False,
+        description="Memory for fetched images that HTTP caching lets us keep, in GiB; 0: none.",
+    )
     allow_private_media: bool = Field(
         False, description="Fetch images also from private, loopback and other internal addresses."
     )
@@ -108,6 +116,81 @@ class HttpSettings(_Group):
     )
     drain_timeout_s: int = Field(
         30, ge=0, description="Time running requests get to finish at shutdown, in seconds."
+    )
+
+
+class AccessSettings(_Group):
+    """API keys."""
+
+    api_keys_file: Path | None = Field(
+        None,
+        description="JSON file of API keys and their groups; cached work is shared inside a group "
+        "only. Read again when it changes.",
+    )
+    admin_key: SecretStr | None = Field(
+        None, description="API key for all routes, also those that change the server."
+    )
+
+
+class CacheSettings(_Group):
+    """Embedding cache: what the vision encoder computed, kept beyond the GPU."""
+
+    embedding_cache_gb: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="Host memory for image embeddings, in GiB (default: an eighth of the memory, "
+        "at most 32); 0 keeps none there.",
+    )
+    embedding_cache_dir: Path | None = Field(
+        None, description="Folder on a local disk for image embeddings; it outlives the server."
+    )
+    embedding_cache_disk_gb: float = Field(
+        50.0, gt=0, allow_inf_nan=False, description="Most image embeddings on the disk, in GiB."
+    )
+    embedding_cache_url: SecretStr | None = Field(
+        None,
+        description="Redis or Valkey that replicas share image embeddings in: "
+        "redis://HOST:PORT/DATABASE. Its maxmemory bounds them.",
+    )
+    embedding_cache_wait_s: float = Field(
+        0.04,
+        ge=0,
+        allow_inf_nan=False,
+        description="Longest time a request waits for embeddings from disk or the shared store "
+        "before its images are encoded anew, in seconds.",
+    )
+    encoder_cache_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Image tokens that the encoder cache on the GPU holds (default: what fits in "
+        "2 % of its memory, at most 65536; on a CPU what one step may have).",
+    )
+
+
+class FileSettings(_Group):
+    """Uploaded files."""
+
+    files_dir: Path | None = Field(
+        None,
+        description="Folder on a local disk for uploaded files, of this server only; without it "
+        "there is no Files API.",
+    )
+    files_gb: float = Field(
+        10.0, gt=0, allow_inf_nan=False, description="Most uploaded files, in GiB on the disk."
+    )
+    files_count: int = Field(100_000, ge=1, description="Most uploaded files, as a number.")
+    files_group_gb: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Most uploaded files of a group of keys, in GiB on the disk.",
+    )
+    files_group_count: int | None = Field(
+        None, ge=1, description="Most uploaded files of a group of keys, as a number."
+    )
+    files_ttl_s: int | None = Field(
+        None, ge=1, description="Longest life of an uploaded file, in seconds."
     )
 
 
@@ -137,6 +220,9 @@ class Settings(BaseSettings):
 
     images: ImageSettings = ImageSettings()
     http: HttpSettings = HttpSettings()
+    caches: CacheSettings = CacheSettings()
+    files: FileSettings = FileSettings()
+    access: AccessSettings = AccessSettings()
 
     @classmethod
     def settings_customise_sources(

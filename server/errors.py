@@ -126,6 +126,42 @@ class InvalidFile(ClientError):
     code = "invalid_file"
 
 
+class InvalidApiKey(ClientError):
+    """The request has no API key, or none that the server knows."""
+
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class AdminKeyRequired(ClientError):
+    """The route is for admin keys only, or the server has none."""
+
+    status = 403
+    code = "admin_key_required"
+
+
+class UnknownFile(ClientError):
+    """There is no uploaded file with this id: it never was, was deleted, or has expired."""
+
+    status = 404
+    code = "file_not_found"
+
+
+class FilesDisabled(ClientError):
+    """The server keeps no uploaded files: it was started without `--files-dir`."""
+
+    status = 404
+    code = "files_disabled"
+
+
+class FileQuotaExceeded(ClientError):
+    """The uploaded files would be more, or have more bytes, than the limits allow; delete some."""
+
+    status = 413
+    code = "file_quota_exceeded"
+
+
 class RequestTooLarge(ClientError):
     """The body of the request has more bytes than the limit allows."""
 
@@ -146,6 +182,13 @@ class ServerBusy(SaccadeError):
     status = 503
     code = "server_busy"
     retry_after_s = 1
+
+
+class FileStorageFailed(SaccadeError):
+    """The disk with the uploaded files is full, or cannot be read or written."""
+
+    status = 507
+    code = "file_storage_failed"
 
 
 class CannotStart(Exception):

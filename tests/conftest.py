@@ -109,10 +109,11 @@ def _await_ready(server: Server) -> None:
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server with the embedded model for the whole session."""
     tools = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
-    with serving("--max-model-len", "4096", "--allow-private-media", *tools) as running:
+    files = ("--files-dir", str(tmp_path_factory.mktemp("files")))
+    with serving("--max-model-len", "4096", "--allow-private-media", *tools, *files) as running:
         yield running
 
 

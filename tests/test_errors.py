@@ -20,4 +20,5 @@ def test_what_the_client_did_wrong_has_a_status_of_its_own_kind() -> None:
     for error in errors.error_classes():
         is_clients = issubclass(error, errors.ClientError)
         assert (400 <= error.status < 500) == is_clients
-        assert (error.type == "invalid_request_error") == is_clients
+        kind = "authentication_error" if error.status == 401 else "invalid_request_error"
+        assert (error.type == kind) == is_clients

@@ -140,7 +140,7 @@ def test_details_tell_sizes_and_caching(http: httpx.Client) -> None:
     expected = row["processed_width"] * row["processed_height"] // FACTOR**2
     assert row["tokens"] == expected
     assert row["region"] == [0, 0, 700, 1000]
-    assert (row["cached"], row_again["cached"]) == (False, True)
+    assert (row["cached"], row_again["cached"]) == ("none", "embedding")
 
 
 def _orientation(value: int) -> bytes:

@@ -226,3 +226,13 @@ def test_a_taken_port_is_said() -> None:
     assert "cannot start" in done.stderr
     assert "Address already in use" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_killed_server_leaves_nothing_behind() -> None:
+    with serving("--max-model-len", "1024") as running:
+        children = running.children()
+        assert any("EngineCore" in " ".join(child.cmdline()) for child in children)
+        running.process.kill()
+        gone, alive = psutil.wait_procs(children, timeout=30)
+        assert not alive
+        assert gone

@@ -209,6 +209,17 @@ def test_messages(server: Server, picture: bytes, least_tokens: int) -> None:
         assert answer.content[0].text == "a red circle"  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+def test_messages_refuse_what_is_no_picture(http: httpx.Client, path: str) -> None:
+    source = {"type": "base64", "media_type": "image/png", "data": "AAAA"}
+    message = {"role": "user", "content": [{"type": "image", "source": source}]}
+    response = http.post(path, json={"model": MODEL, "max_tokens": 4, "messages": [message]})
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["code"] == "unsupported_image_format"
+    assert error["param"] == "messages[0].content[0].source"
+
+
 def test_tokenize_counts_image_tokens_and_computes_once(http: httpx.Client) -> None:
     request = {"model": MODEL, "messages": ASK}
     first, again = (http.post("/tokenize", json=request).json() for _ in range(2))

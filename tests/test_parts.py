@@ -67,7 +67,7 @@ def test_files_are_found_with_their_data(content: dict[str, Any], url: str | Non
 
 def test_a_file_without_data_is_refused() -> None:
     with pytest.raises(InvalidFile, match="no file_data") as refusal:
-        parts.file_url(only({"type": "file", "file": {"file_id": "file-1"}}))
+        parts.file_url(only({"type": "file", "file": {"filename": "a.pdf"}}))
     assert refusal.value.param == "messages[0].content[0].file"
 
 

@@ -1,6 +1,7 @@
 """The way of a request body into the server: bounded, and without its image payloads."""
 
 import asyncio
+from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -25,8 +26,9 @@ class BodyReader:
     """Reads bodies whole, up to a limit, takes image payloads out of JSON, and has what remains
     prepared: options read, files turned into images.
 
-    On the paths in `stored` bodies keep their payloads, since the server keeps the request. With
-    `preparer` None, all bodies pass as they are.
+    The paths in `limits` have lower limits, in bytes. On the paths in `stored` bodies keep their
+    payloads, since the server keeps the request. With `preparer` None, all bodies pass as they
+    are.
     """
 
     def __init__(
@@ -35,19 +37,22 @@ class BodyReader:
         settings: HttpSettings,
         preparer: RequestPreparer | None,
         stored: frozenset[str],
+        limits: Mapping[str, int],
     ) -> None:
         self._app = app
         self._max_bytes = settings.max_request_bytes
         self._timeout_s = settings.request_read_timeout_s
         self._preparer = preparer
         self._stored = stored
+        self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
             await self._app(scope, receive, send)
             return
         try:
-            chunks = await self._read(dict(scope["headers"]), receive)
+            max_bytes = min(self._max_bytes, self._limits.get(scope["path"], self._max_bytes))
+            chunks = await self._read(dict(scope["headers"]), receive, max_bytes)
             body = await self._prepared(scope, chunks)
         except SaccadeError as error:
             await respond(error)(scope, receive, send)
@@ -85,10 +90,12 @@ class BodyReader:
         taken = payloads.parsed(body) if stored else payloads.take_out(body)
         return self._preparer.read(taken)
 
-    async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> list[bytes]:
+    async def _read(
+        self, headers: dict[bytes, bytes], receive: Receive, max_bytes: int
+    ) -> list[bytes]:
         """The whole body, as it comes: memory grows with what arrives, not what is announced."""
         announced = headers.get(b"content-length", b"")
-        self._check(int(announced) if announced.isdigit() else 0)
+        _check(int(announced) if announced.isdigit() else 0, max_bytes)
         chunks: list[bytes] = []
         received = 0
         while True:
@@ -103,16 +110,17 @@ class BodyReader:
                 raise _Disconnected
             chunk = message.get("body", b"")
             received += len(chunk)
-            self._check(received)
+            _check(received, max_bytes)
             chunks.append(chunk)
             if not message.get("more_body"):
                 return chunks
 
-    def _check(self, nbytes: int) -> None:
-        if nbytes > self._max_bytes:
-            raise RequestTooLarge(
-                f"the request body has more than {self._max_bytes} bytes, which is the limit"
-            )
+
+def _check(nbytes: int, max_bytes: int) -> None:
+    if nbytes > max_bytes:
+        raise RequestTooLarge(
+            f"the request body has more than {max_bytes} bytes, which is the limit"
+        )
 
 
 def _content_type(scope: Scope) -> bytes:

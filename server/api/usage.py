@@ -76,7 +76,7 @@ def completed(body: bytes, request: ImageRequest) -> bytes:
         if isinstance(holder, dict) and isinstance(holder.get("usage"), dict):
             _complete(holder["usage"], request)
             if request.include_details:
-                holder["image_details"] = details(request.shown)
+                holder["image_details"] = details(request)
             changed = True
     return _dump(answer) if changed else body
 
@@ -96,12 +96,25 @@ def _complete(usage: dict[str, Any], request: ImageRequest) -> None:
     holder["image_tokens"] = image_tokens
 
 
-def details(shown: list[ShownImage]) -> list[dict[str, Any]]:
-    """`image_details` of an answer: see `ShownImage` for what they mean."""
+def details(request: ImageRequest) -> list[dict[str, Any]]:
+    """`image_details` of an answer: see `ShownImage` for what they mean.
+
+    `cached` is the furthest stage whose work was there already: "embedding" (the encoder did not
+    run), "features" (nor did the processor), or "none".
+    """
+    encoded = request.encoded or []
+    if len(encoded) != len(request.shown):
+        encoded = [True] * len(request.shown)
     return [
-        {"index": index, **detail(image), "cached": image.cached}
-        for index, image in enumerate(shown)
+        {"index": index, **detail(image), "cached": _cached(image, ran)}
+        for index, (image, ran) in enumerate(zip(request.shown, encoded, strict=True))
     ]
+
+
+def _cached(image: ShownImage, encoder_ran: bool) -> str:
+    if not encoder_ran:
+        return "embedding"
+    return "features" if image.cached else "none"
 
 
 def detail(image: ShownImage) -> dict[str, Any]:

@@ -13,7 +13,7 @@ update is taken back.
 
 import functools
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,10 +25,21 @@ from vllm.utils.cache import CacheInfo
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from server import metrics
+
 Updates = Sequence[ResolvedPromptUpdate]
 SendRequest = Callable[[EngineCoreRequest], Awaitable[None]]
 
 _MIN_REMEMBERED = 4096
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """Entries and bytes of a cache; None for what it cannot tell."""
+
+    entries: int
+    bytes: int | None
+    max_bytes: int | None
 
 
 class PooledItem(MultiModalKwargsItem):
@@ -93,6 +104,7 @@ class DeferredCache(BaseMultiModalProcessorCache):
         for feature in features:
             self._cache.touch_sender_cache_item(_key(feature))
         settled, fresh = [], []
+        before = self.size().entries
         try:
             for feature in features:
                 key = _key(feature)
@@ -108,6 +120,8 @@ class DeferredCache(BaseMultiModalProcessorCache):
             raise
         finally:
             self._cache.release_sender_touches()
+        evicted = before + len(fresh) - self.size().entries
+        metrics.features_evicted.inc(max(0, evicted))
         return settled, fresh
 
     def _to_keep(self, feature: MultiModalFeatureSpec) -> MultiModalKwargsItem:
@@ -134,6 +148,17 @@ class DeferredCache(BaseMultiModalProcessorCache):
 
     def invalidate(self, mm_hash: str) -> None:
         self._cache.invalidate(mm_hash)
+
+    def validate_input_item(self, mm_item: MultiModalKwargsItem, mm_hash: str) -> None:
+        self._cache.validate_input_item(mm_item, mm_hash)
+
+    def size(self) -> CacheSize:
+        """What the engine holds of images' features, as far as it is known here."""
+        cache: Any = self._cache
+        if (shared := getattr(cache, "_shm_cache", None)) is not None:
+            return CacheSize(len(shared.key_index), None, None)
+        lru = cache._cache
+        return CacheSize(len(lru), int(lru.currsize), int(lru.maxsize))
 
     def make_stats(self, *, delta: bool = False) -> CacheInfo:
         return self._cache.make_stats(delta=delta)

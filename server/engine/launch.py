@@ -22,8 +22,11 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from server.config import Settings
-from server.engine import connector
+from server.engine import connector, groups, outcomes
 from server.engine.cache import settle_on_send
+from server.engine.caches import EngineCaches
+from server.engine.embedding_cache import setup
+from server.engine.embedding_cache.control import ControlServer
 from server.engine.extractor import worker_spec
 from server.engine.planning import ImagePlanner
 from server.engine.renderer import PooledRenderer, is_image_by_image
@@ -93,6 +96,18 @@ def bounds(engine: AsyncLLM, settings: Settings) -> Bounds:
     )
 
 
+def add_embedding_cache(plan: EnginePlan, settings: Settings) -> ControlServer | None:
+    """Give the engine that is planned its embedding cache; the line to it, if there is one."""
+    config, caches = plan.config, settings.caches
+    if config.model_config.supports_multimodal_inputs:
+        setup.size_gpu_tier(config, caches)
+    if not setup.is_wanted(config, caches):
+        return None
+    control = ControlServer()
+    setup.configure(config, caches, control.address)
+    return control
+
+
 @asynccontextmanager
 async def running(plan: EnginePlan) -> AsyncIterator[AsyncLLM]:
     """The engine from start to shutdown. Starting blocks the event loop, as vLLM does it."""
@@ -104,6 +119,11 @@ async def running(plan: EnginePlan) -> AsyncIterator[AsyncLLM]:
         aggregate_engine_logging=plan.engine_args.aggregate_engine_logging,
         disable_log_stats=plan.engine_args.disable_log_stats,
     )
+    renderer: Any = engine.renderer  # vLLM types it as its base class
+    if isinstance(renderer, PooledRenderer) and renderer.deferred_cache is not None:
+        settle_on_send(engine, renderer.deferred_cache)
+    groups.keep_apart(engine)
+    outcomes.follow(engine)
     try:
         await engine.reset_mm_cache()  # drop what the warm-up left
         yield engine
@@ -120,8 +140,19 @@ class ImagePath:
     pooled: bool
 
 
+def caches_of(engine: AsyncLLM, embeddings: ControlServer | None) -> EngineCaches:
+    """The caches of a running engine."""
+    renderer: Any = engine.renderer
+    features = renderer.deferred_cache if isinstance(renderer, PooledRenderer) else None
+    return EngineCaches(engine, features, embeddings)
+
+
 async def connect(
-    engine: AsyncLLM, settings: Settings, pool: ImagePool, loader: ImageLoader
+    engine: AsyncLLM,
+    settings: Settings,
+    pool: ImagePool,
+    loader: ImageLoader,
+    embeddings: ControlServer | None,
 ) -> ImagePath:
     """Lead the images of `engine` through `loader` and `pool`, as far as the model allows it.
 
@@ -135,8 +166,6 @@ async def connect(
     renderer: Any = engine.renderer  # vLLM types it as its base class
     if not isinstance(renderer, PooledRenderer):
         return ImagePath(encoded=False, pooled=False)
-    if renderer.deferred_cache is not None:
-        settle_on_send(engine, renderer.deferred_cache)
     if renderer.mm_processor is None or renderer.use_unified_vision_chunk:
         return ImagePath(encoded=False, pooled=False)
     planner = _planner(renderer, settings)
@@ -147,6 +176,9 @@ async def connect(
         logger.warning("the image pool does not fit this model; using vLLM's own preprocessing")
         renderer.attach(settings, pool, planner, pooled=False)
         fits = False
+    seeks = settings.caches.embedding_cache_dir or settings.caches.embedding_cache_url
+    if embeddings is not None and seeks:
+        renderer.announce = embeddings.prefetch
     return ImagePath(encoded=True, pooled=fits)
 
 

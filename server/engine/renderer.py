@@ -15,7 +15,7 @@ import functools
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +42,7 @@ from server.images.features import Features
 from server.images.pool import ImagePool
 from server.images.tokens import ImagePlan
 from server.media import request as requests
+from server.media import tenant
 from server.media.encoded import EncodedImage, ImageOptions
 from server.media.parts import split_options
 from server.media.request import ShownImage
@@ -57,6 +58,9 @@ _WHOLE_PROMPT_METHODS = (
     "_maybe_apply_prompt_updates",
 )
 _REMEMBERED_UUIDS = 100_000
+
+Announce = Callable[[Sequence[tuple[str, int]]], None]
+"""Takes the key and the tokens of each image of a prompt. Returns at once."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def is_image_by_image(processor: BaseMultiModalProcessor[Any] | None) -> bool:
 
 class PooledRenderer(HfRenderer):
     """Registered in the place of `HfRenderer`. Without `attach` it is vLLM's, with the cache
-    order settled at sending."""
+    order settled at sending. `announce`, if set, is told of images before they are processed."""
 
     def __init__(self, config: VllmConfig, tokenizer: Any) -> None:
         super().__init__(config, tokenizer)
@@ -91,7 +95,9 @@ class PooledRenderer(HfRenderer):
         self._pooled = False
         self.planner: Any = None
         self._fingerprint = b""
-        self._sent_as: LRUCache[str, EncodedImage] = LRUCache(_REMEMBERED_UUIDS)
+        self.announce: Announce | None = None
+        # By the group and the uuid.
+        self._sent_as: LRUCache[tuple[str, str], EncodedImage] = LRUCache(_REMEMBERED_UUIDS)
         self._vllm_process_multimodal = self._process_multimodal_async
         self._process_multimodal_async = self._process_images
 
@@ -112,8 +118,6 @@ class PooledRenderer(HfRenderer):
         parts = (
             "features-2",
             vllm_version,
-            model.model,
-            model.revision,
             str(model.dtype),
             settings.images.image_decode,
             model.get_multimodal_config().mm_processor_kwargs,
@@ -150,6 +154,8 @@ class PooledRenderer(HfRenderer):
         plans = await self.planner.plan(named, requests.current().max_image_tokens, kwargs)
         if self._pooled and set(mm_data) == {"image"}:
             jobs = [self._job(*pair, kwargs, io) for pair in zip(named, plans, strict=True)]
+            if self.announce is not None and not skip_mm_cache:
+                self.announce([(job.key, job.plan.tokens) for job in jobs if job.plan])
             process = self._process_here if skip_mm_cache else self._process_image
             items = await _all_or_none(map(process, jobs))
             rendered = self._merge(prompt, [job.key for job in jobs], items)
@@ -180,15 +186,16 @@ class PooledRenderer(HfRenderer):
         name, options = split_options(uuid) if uuid is not None else (None, ImageOptions())
         if image is not None:
             if name is not None:
-                self._sent_as[name] = replace(image, data=b"", url="")
+                self._sent_as[tenant.group(), name] = replace(image, data=b"", url="")
             return image
-        if name is None or name not in self._sent_as:
+        sent = self._sent_as.get((tenant.group(), name)) if name is not None else None
+        if sent is None:
             raise UnknownImage(
                 "the part has no image data, and its uuid names none that was sent before",
                 part=uuid,
             )
         assert uuid is not None
-        return self._sent_as[name].named(uuid, options)
+        return sent.named(uuid, options)
 
     def _job(
         self,
@@ -198,7 +205,7 @@ class PooledRenderer(HfRenderer):
         io: Mapping[str, Any],
     ) -> ImageJob:
         """What a worker has to do for `image`. Its key is the hash of the image's bytes, of what
-        is done with them, and of the model."""
+        is done with them, and of the model, as the group of the request has it."""
         options = {
             "processor": {**kwargs, **(plan.options if plan else {})},
             "io": io,
@@ -210,7 +217,7 @@ class PooledRenderer(HfRenderer):
         hasher = blake3(self._fingerprint)
         hasher.update(json.dumps(options, sort_keys=True, default=str).encode())
         hasher.update(image.digest.encode())
-        return ImageJob(image, plan, hasher.hexdigest(), options)
+        return ImageJob(image, plan, tenant.own(hasher.hexdigest()), options)
 
     async def _process_image(self, job: ImageJob) -> tuple[MultiModalKwargsItem, Updates]:
         cache = self.deferred_cache

@@ -1,11 +1,18 @@
 """vLLM's HTTP side: its routes, its serving classes, its middleware, for our own app."""
 
 from argparse import Namespace
+from collections.abc import Sequence
 
 import uvicorn
 from fastapi import FastAPI
 from vllm import __version__ as vllm_version
 from vllm import envs
+from vllm.entrypoints.anthropic.protocol import (
+    AnthropicCountTokensRequest,
+    AnthropicMessagesRequest,
+    AnthropicMessagesResponse,
+)
+from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.api_server.routers import register_api_routers
 from vllm.entrypoints.launchers.launcher import setup_server
@@ -21,6 +28,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import (
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX
 from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
 from vllm.entrypoints.serve.utils.api_utils import (
     load_aware_call,
@@ -34,6 +42,11 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 __all__ = [
+    "GUARDED_PREFIX",
+    "AnthropicCountTokensRequest",
+    "AnthropicMessagesRequest",
+    "AnthropicMessagesResponse",
+    "AnthropicServingMessages",
     "AsyncLLM",
     "ChatCompletionRequest",
     "ChatCompletionResponse",
@@ -42,6 +55,7 @@ __all__ = [
     "OpenAIServingChat",
     "add_vllm_middleware",
     "add_vllm_routes",
+    "api_keys",
     "get_uvicorn_log_config",
     "init_app_state",
     "lifespan",
@@ -89,6 +103,15 @@ async def add_vllm_routes(app: FastAPI, args: Namespace, engine: AsyncLLM) -> No
     await init_app_state(engine, app.state, args, tasks)
 
 
-async def add_vllm_middleware(app: FastAPI, args: Namespace, engine: AsyncLLM) -> None:
-    """API keys, CORS, request ids and the user's own `--middleware`, as vLLM adds them."""
-    init_entrypoints_middleware(args, app, await engine.get_supported_tasks())
+def api_keys(args: Namespace) -> list[str]:
+    """The keys of vLLM's own flag `--api-key`, or else of its variable."""
+    return [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
+
+
+async def add_vllm_middleware(
+    app: FastAPI, args: Namespace, engine: AsyncLLM, keys: Sequence[str]
+) -> None:
+    """CORS, request ids and the user's own `--middleware`, as vLLM adds them; and its check for
+    one of `keys`, if there are any."""
+    given = Namespace(**{**vars(args), "api_key": list(keys) or [""]})
+    init_entrypoints_middleware(given, app, await engine.get_supported_tasks())

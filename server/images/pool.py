@@ -191,7 +191,11 @@ class ImagePool:
             ImageProcessingTimeout: it took longer than `image_timeout_s`.
             ImageProcessingFailed: it took its worker down, twice.
         """
-        task = self._tasks.get(key) or self._enqueue(key, data, _encode(options))
+        task = self._tasks.get(key)
+        if task is None:
+            task = self._enqueue(key, data, _encode(options))
+        else:
+            metrics.images_joined.inc()
         task.waiters += 1
         try:
             return await asyncio.shield(task.result)

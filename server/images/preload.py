@@ -11,7 +11,8 @@ from pathlib import Path
 import msgspec
 
 from server.images.decode import warm_up
-from server.images.worker import Extractor, WorkerSpec, die_with_parent
+from server.images.worker import Extractor, WorkerSpec
+from server.lifeline import die_with_parent
 
 SPEC_VARIABLE = "_SACCADE_WORKER_SPEC"
 

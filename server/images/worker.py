@@ -5,7 +5,6 @@ extractor, so that its memory is shared by all of them.
 """
 
 import array
-import ctypes
 import gc
 import importlib
 import os
@@ -26,6 +25,7 @@ from server.errors import WORKER_ERRORS, SaccadeError
 from server.images import messages, pdf
 from server.images.decode import Decoded, frame_count
 from server.images.memory import ArrayWriter, FreedMemory, Segment, keep_freed_memory
+from server.lifeline import die_with_parent
 
 # Heap that a worker keeps between pictures: the 36 MB of a 12-megapixel picture several times.
 _KEPT_HEAP_BYTES = 192 << 20
@@ -35,7 +35,6 @@ _GROWTH_BYTES = 384 << 20
 _PILLOW_BLOCKS = 8
 # Result segments that a worker keeps for the next pictures.
 _KEPT_SEGMENTS = 4
-_PR_SET_PDEATHSIG = 1
 
 
 class Array(NamedTuple):
@@ -197,11 +196,6 @@ def _describe(value: Feature, writer: ArrayWriter) -> messages.FeatureSpec:
     if isinstance(value, int | float | str | None):
         return messages.ValueSpec(value)
     raise TypeError(f"an image processor returned {type(value).__name__}, which has no encoding")
-
-
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent ends, however it ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def main(connection: socket.socket) -> None:

@@ -1,15 +1,13 @@
 """Fetches http(s) images: one deadline, one limit of bytes, and the guard on every hop."""
 
 import asyncio
-import contextlib
-import io
+import functools
 import ssl
-import zlib
-from collections.abc import AsyncIterator
+from collections.abc import Sequence
 from contextvars import Context
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import h11
 import httpx
@@ -24,18 +22,17 @@ from server.errors import (
     SaccadeError,
     ServerBusy,
 )
+from server.media import tenant
 from server.media.connection import Connection, IdleConnections, Origin
 from server.media.dial import Dialler, Resolver, SystemResolver
+from server.media.fetch_body import FAILURES, inflated, read_body, too_large
+from server.media.fetch_cache import Answer, FetchCache, Key
+from server.media.freshness import Header
 from server.media.guard import Policy, canonical, check_host, check_url
-
-# Parsing takes as long for a piece of one byte as for one of thousands, and is done on the loop.
-MIN_PIECE_BYTES = 256
-FREE_PIECES = 1024
-PIECES_A_TURN = 64
+from server.media.slots import Slots
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _COMPRESSED = frozenset({"gzip", "x-gzip", "deflate"})
-_FAILURES = (OSError, h11.RemoteProtocolError)
 
 
 @dataclass(frozen=True)
@@ -61,6 +58,14 @@ class FetchSettings:
     only_hosts: tuple[str, ...] = ()
 
 
+class _Wanted(NamedTuple):
+    """What is fetched, and for which group; who wants the same shares a fetch."""
+
+    group: str
+    url: str
+    max_bytes: int
+
+
 @dataclass
 class _Flight:
     """A fetch that all who ask for the same image at the same time wait for."""
@@ -70,19 +75,30 @@ class _Flight:
 
 
 class Fetcher:
-    """Fetches images while its `async with` lasts."""
+    """Fetches images while its `async with` lasts.
 
-    def __init__(self, settings: FetchSettings, *, resolve: Resolver | None = None) -> None:
+    Attributes:
+        cache: what it keeps of them, if anything.
+    """
+
+    def __init__(
+        self,
+        settings: FetchSettings,
+        *,
+        cache: FetchCache | None = None,
+        resolve: Resolver | None = None,
+    ) -> None:
         """Raises ValueError if an entry of `allowed` or `only_hosts` is of no use."""
+        self.cache = cache
         self._settings = settings
         self._policy = Policy.of(settings.allow_private, settings.allowed, settings.only_hosts)
         self._system_resolver = SystemResolver()
         self._dialler = Dialler(self._policy, resolve or self._system_resolver)
         self._tls = ssl.create_default_context()
         self._tls.set_alpn_protocols(["http/1.1"])
-        self._slots = _Slots(settings.max_connections, settings.max_connections_per_host)
+        self._slots = Slots(settings.max_connections, settings.max_connections_per_host)
         self._idle = IdleConnections(settings.max_connections)
-        self._flights: dict[tuple[str, int], _Flight] = {}
+        self._flights: dict[_Wanted, _Flight] = {}
 
     async def __aenter__(self) -> Self:
         return self
@@ -103,14 +119,16 @@ class Fetcher:
     async def fetch(self, url: str, max_bytes: int | None = None) -> bytes:
         """The file at `url`, of at most `max_bytes` (default: that of the settings).
 
-        Who asks for what is being fetched already waits for that fetch, under its deadline.
+        Who asks for what is being fetched already for the same group waits for that fetch, under
+        its deadline.
 
         Raises:
             InvalidImageUrl, ImageUrlBlocked, ImageFetchFailed, ImageFetchTimeout, ImageTooLarge
             ServerBusy: the fetcher was closed meanwhile.
         """
-        key = (url, self._settings.max_bytes if max_bytes is None else max_bytes)
-        flight = self._flights.get(key) or self._start(key)
+        most = self._settings.max_bytes if max_bytes is None else max_bytes
+        wanted = _Wanted(tenant.group(), url, most)
+        flight = self._flights.get(wanted) or self._start(wanted)
         flight.waiters += 1
         try:
             await asyncio.wait([flight.task])
@@ -118,7 +136,7 @@ class Fetcher:
             flight.waiters -= 1
             if not flight.waiters and not flight.task.done():
                 flight.task.cancel()
-                self._forget(key, flight)
+                self._forget(wanted, flight)
         if flight.task.cancelled():
             raise ServerBusy("the server is shutting down", part=url)
         try:
@@ -126,66 +144,88 @@ class Fetcher:
         except SaccadeError as error:  # one for each waiter: they go different ways
             raise type(error)(error.message, part=url) from None
 
-    def _start(self, key: tuple[str, int]) -> _Flight:
+    def _start(self, wanted: _Wanted) -> _Flight:
         # In a context of its own: the first request's data must not stay as long as the flight.
-        task = asyncio.get_running_loop().create_task(self._load(*key), context=Context())
-        flight = self._flights[key] = _Flight(task)
-        task.add_done_callback(lambda _: self._forget(key, flight))
+        task = asyncio.get_running_loop().create_task(self._load(wanted), context=Context())
+        flight = self._flights[wanted] = _Flight(task)
+        task.add_done_callback(lambda _: self._forget(wanted, flight))
         return flight
 
-    def _forget(self, key: tuple[str, int], flight: _Flight) -> None:
-        if self._flights.get(key) is flight:
-            del self._flights[key]
+    def _forget(self, wanted: _Wanted, flight: _Flight) -> None:
+        if self._flights.get(wanted) is flight:
+            del self._flights[wanted]
         if flight.task.done() and not flight.task.cancelled():
             flight.task.exception()  # or the loop would report it if no waiter is left
 
-    async def _load(self, url: str, max_bytes: int) -> bytes:
+    async def _load(self, wanted: _Wanted) -> bytes:
         timeout_s = self._settings.timeout_s
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._follow(check_url(url), max_bytes)
+                return await self._follow(wanted)
         except TimeoutError:
             message = f"the image was not fetched within {timeout_s:g} s"
             raise ImageFetchTimeout(message) from None
 
-    async def _follow(self, url: httpx.URL, max_bytes: int) -> bytes:
+    async def _follow(self, wanted: _Wanted) -> bytes:
+        url = check_url(wanted.url)
         redirects = self._settings.max_redirects
         for _ in range(redirects + 1):
-            found = await self._hop(url, max_bytes)
+            found = await self._hop(wanted.group, url, wanted.max_bytes)
             if isinstance(found, bytes):
                 return found
             url = found
         raise ImageFetchFailed(f"the image's server redirected more than {redirects} times")
 
-    async def _hop(self, url: httpx.URL, max_bytes: int) -> bytes | httpx.URL:
+    async def _hop(self, group: str, url: httpx.URL, max_bytes: int) -> bytes | httpx.URL:
         """The body at `url`, or where it is instead."""
-        host = url.raw_host.decode("ascii")
-        check_host(host, self._policy)
+        check_host(_host(url), self._policy)  # also of what is kept
+        ask = functools.partial(self._get, url, max_bytes)
+        if self.cache is None:
+            answer = await ask(())
+            return answer.body if isinstance(answer, Answer) else answer
+        found = await self.cache.get(Key(group, url.scheme, url.netloc, url.raw_path), ask)
+        if isinstance(found, bytes) and len(found) > max_bytes:
+            raise too_large(max_bytes)
+        return found
+
+    async def _get(
+        self, url: httpx.URL, max_bytes: int, conditions: Sequence[Header]
+    ) -> Answer | httpx.URL:
+        """The answer at `url`, its body not compressed, or where the image is instead."""
+        host = _host(url)
         origin = (url.scheme, host, url.port or (443 if url.scheme == "https" else 80))
         async with self._slots.take(canonical(host)):
-            connection, response = await self._ask(origin, url)
+            connection, response = await self._ask(origin, url, conditions)
             try:
                 if response.status_code in _REDIRECTS and _header(response, b"location"):
                     return _redirected(url, response)
+                if response.status_code == 304 and conditions:
+                    await read_body(connection, 0)  # there is none, but it has an end
+                    return Answer(304, list(response.headers), b"")
                 compressed = _check(response, max_bytes)
-                body = await _body(connection, max_bytes)
+                body = await read_body(connection, max_bytes)
             finally:
                 self._idle.put(origin, connection)
-        return await asyncio.to_thread(_inflated, body, max_bytes) if compressed else body
+        if compressed:
+            body = await asyncio.to_thread(inflated, body, max_bytes)
+        return Answer(200, list(response.headers), body)
 
-    async def _ask(self, origin: Origin, url: httpx.URL) -> tuple[Connection, h11.Response]:
+    async def _ask(
+        self, origin: Origin, url: httpx.URL, conditions: Sequence[Header]
+    ) -> tuple[Connection, h11.Response]:
         """Send the request; once more, by a new connection, if the server has said nothing."""
         scheme, host, port = origin
         tls = self._tls if scheme == "https" else None
+        headers = [*_headers(url), *conditions]
         for is_last in (False, True):
             connection = None if is_last else self._idle.take(origin)
             try:
                 connection = connection or await self._dialler.connect(host, port, tls)
-                return connection, await connection.get(url.raw_path, _headers(url))
+                return connection, await connection.get(url.raw_path, headers)
             except ssl.SSLError:
                 message = "no secure connection to the image's server could be made"
                 raise ImageFetchFailed(message) from None
-            except _FAILURES:
+            except FAILURES:
                 if connection is not None and connection.heard:
                     raise ImageFetchFailed("the image's server did not answer in HTTP") from None
                 if is_last:
@@ -193,8 +233,12 @@ class Fetcher:
         raise ImageFetchFailed("the image's server could not be reached")
 
 
-def _headers(url: httpx.URL) -> list[tuple[bytes, bytes]]:
-    return [
+def _host(url: httpx.URL) -> str:
+    return url.raw_host.decode("ascii")
+
+
+def _headers(url: httpx.URL) -> list[Header]:
+    return [  # nothing but the URL may change them: `media.freshness` relies on it
         (b"Host", url.netloc),
         (b"User-Agent", f"saccade/{__version__}".encode()),
         (b"Accept", b"*/*"),
@@ -229,68 +273,3 @@ def _check(response: h11.Response, max_bytes: int) -> bool:
     if encoding not in _COMPRESSED | {"", "identity"}:
         raise ImageFetchFailed("the image's server compressed it, which it was not asked to")
     return encoding in _COMPRESSED
-
-
-async def _body(connection: Connection, max_bytes: int) -> bytes:
-    # Grows in place and gives its bytes out uncopied; joining pieces would copy them on the loop.
-    body, size, pieces = io.BytesIO(), 0, 0
-    try:
-        async with contextlib.aclosing(connection.body()) as stream:
-            async for piece in stream:
-                size, pieces = size + len(piece), pieces + 1
-                if size > max_bytes:
-                    raise _too_large(max_bytes)
-                if pieces > FREE_PIECES + size // MIN_PIECE_BYTES:
-                    raise ImageFetchFailed("the image's server sent it in too many small pieces")
-                if pieces % PIECES_A_TURN == 0:
-                    await asyncio.sleep(0)
-                body.write(piece)
-    except _FAILURES:
-        raise ImageFetchFailed("the image's server broke off in the middle of the image") from None
-    return body.getvalue()
-
-
-def _inflated(data: bytes, max_bytes: int) -> bytes:
-    """`data` without gzip or zlib. Some stores serve what was uploaded so to everyone."""
-    inflater = zlib.decompressobj(zlib.MAX_WBITS | 32)
-    try:
-        plain = inflater.decompress(data, max_bytes + 1)
-    except zlib.error:
-        plain = b""
-    if len(plain) > max_bytes:
-        raise _too_large(max_bytes)
-    if not inflater.eof:
-        raise ImageFetchFailed("the image's server compressed it wrongly")
-    return plain
-
-
-def _too_large(max_bytes: int) -> ImageTooLarge:
-    return ImageTooLarge(f"the image has more than {max_bytes} bytes, which is the limit")
-
-
-@dataclass
-class _Host:
-    slots: asyncio.Semaphore
-    users: int = 0
-
-
-class _Slots:
-    """Lets so many fetches go on at a time, and so many from one host."""
-
-    def __init__(self, total: int, per_host: int) -> None:
-        self._total = asyncio.Semaphore(total)
-        self._per_host = per_host
-        self._hosts: dict[str, _Host] = {}
-
-    @contextlib.asynccontextmanager
-    async def take(self, host: str) -> AsyncIterator[None]:
-        """Waits. Who waits for a busy host takes no slot from the others."""
-        entry = self._hosts.setdefault(host, _Host(asyncio.Semaphore(self._per_host)))
-        entry.users += 1
-        try:
-            async with entry.slots, self._total:
-                yield
-        finally:
-            entry.users -= 1
-            if not entry.users:
-                del self._hosts[host]

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from server.errors import (
+    FilesDisabled,
     ImageFetchFailed,
     ImageTooLarge,
     ImageUrlBlocked,
@@ -19,10 +20,11 @@ from server.errors import (
     SaccadeError,
 )
 from server.images.limits import Limits
-from server.media import payloads, request
+from server.media import payloads, request, tenant
 from server.media.encoded import EncodedImage, encoded
 from server.media.fetch import Fetcher
-from server.media.parts import split_options
+from server.media.files import FileStore
+from server.media.parts import STORED_SCHEME, split_options
 
 T = TypeVar("T")
 
@@ -31,12 +33,30 @@ _threads = ThreadPoolExecutor(4, "image-load")
 
 
 class ImageLoader:
-    """Loads `data:`, `http(s):` and, below `local_path`, `file:` URLs."""
+    """Loads `data:`, `http(s):` and, below `local_path`, `file:` URLs, and uploaded files."""
 
-    def __init__(self, fetcher: Fetcher, limits: Limits, local_path: str | None) -> None:
+    def __init__(
+        self,
+        fetcher: Fetcher,
+        limits: Limits,
+        local_path: str | None,
+        files: FileStore | None = None,
+    ) -> None:
         self._fetcher = fetcher
         self._limits = limits
         self._local_path = Path(local_path).resolve() if local_path else None
+        self._files = files
+
+    @property
+    def files(self) -> FileStore:
+        """The uploaded files.
+
+        Raises:
+            FilesDisabled: the server keeps none.
+        """
+        if self._files is None:
+            raise FilesDisabled("this server keeps no files; it was started without --files-dir")
+        return self._files
 
     async def image(self, name: str) -> EncodedImage:
         """The image at the URL `name`, which may have options before it, within the limits.
@@ -63,6 +83,7 @@ class ImageLoader:
 
         Raises:
             InvalidImageUrl, ImageUrlBlocked, ImageFetchFailed, ImageFetchTimeout, ImageTooLarge
+            UnknownFile, FilesDisabled, FileStorageFailed
         """
         max_bytes = max_bytes or self._limits.max_bytes
         scheme = url.partition(":")[0].lower()
@@ -70,6 +91,9 @@ class ImageLoader:
             return await in_thread(payloads.load_data_url, url, max_bytes)
         if scheme == "file":
             return await in_thread(self._read, url, max_bytes)
+        if scheme == STORED_SCHEME:
+            file_id = url.partition(":")[2]
+            return await in_thread(self.files.read, tenant.group(), file_id, max_bytes)
         if scheme in ("http", "https"):
             return await self._fetcher.fetch(url, max_bytes)
         raise InvalidImageUrl("the image URL must be a data, http, https or file URL")

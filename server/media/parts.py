@@ -6,6 +6,10 @@
 | responses | `input_image`: `image_url`, `detail`, ... | `input_file`: `file_data` or `file_url` |
 | messages | `image`: `source` | `document`: `source` |
 
+In the place of a URL or of data, each may have the `file_id` of an uploaded file; for chat
+completions, `image_file`: `{file_id, detail, ...}` is an image as well. An id is shown as a URL,
+`saccade-file:<id>`. A client may write that itself: ids are looked up in the client's own group.
+
 `detail`, `max_tokens` and `frames` (of a file: `pages`) may stand beside the URL or in the part. A
 part that has some is rewritten: its URL is prefixed with its options, by which the loader sees
 them whatever lies between.
@@ -21,6 +25,7 @@ from server.images.tokens import Detail
 from server.media.encoded import ImageOptions
 
 _SCHEME = "saccade:"
+STORED_SCHEME = "saccade-file"
 _OPTIONS = ("detail", "max_tokens", "frames", "pages")
 # Keys of a request whose values only look like parts.
 _NOT_SEARCHED = frozenset({"tools", "functions", "response_format", "metadata", "text"})
@@ -42,6 +47,12 @@ class Part:
     def has_data(self) -> bool:
         """Whether `name` tells where the bytes are, and is not a uuid."""
         return not self.path.endswith("uuid")
+
+    @property
+    def file_id(self) -> str | None:
+        """The id of the uploaded file that the part is, if it is one."""
+        scheme, _, file_id = self.name.partition(":")
+        return file_id if scheme == STORED_SCHEME and self.has_data else None
 
 
 def parts_of(document: Any) -> Iterator[Part]:
@@ -72,11 +83,17 @@ def _image(node: dict[str, Any], path: str, siblings: list[Any] | None) -> Part 
     source = node.get("source")
     if isinstance(url, str):
         return Part("image", f"{path}.image_url", url, node, siblings)
+    for holder, key in (
+        (node.get("image_url"), "image_url"),
+        (node.get("image_file"), "image_file"),
+        (node if kind == "input_image" else None, "file_id"),
+    ):
+        if stored := _stored_name(holder):
+            return Part("image", f"{path}.{key}", stored, node, siblings)
     if kind == "image_url" and isinstance(node.get("uuid"), str):
         return Part("image", f"{path}.uuid", node["uuid"], node, siblings)
     if kind == "image" and isinstance(source, dict):
-        name = str(source.get("data") or source.get("url") or "")
-        return Part("image", f"{path}.source", name, node, siblings)
+        return Part("image", f"{path}.source", _source_name(source), node, siblings)
     return None
 
 
@@ -87,13 +104,22 @@ def _file(node: dict[str, Any], path: str, siblings: list[Any] | None) -> Part |
     if kind == "input_file":
         return Part("file", path, _file_name(node), node, siblings)
     if kind == "document" and isinstance(source, dict) and source.get("type") != "text":
-        name = str(source.get("data") or source.get("url") or "")
-        return Part("file", f"{path}.source", name, node, siblings)
+        return Part("file", f"{path}.source", _source_name(source), node, siblings)
     return None
 
 
+def _source_name(source: dict[str, Any]) -> str:
+    return str(source.get("data") or source.get("url") or _stored_name(source))
+
+
 def _file_name(holder: dict[str, Any]) -> str:
-    return str(holder.get("file_data") or holder.get("file_url") or "")
+    return str(holder.get("file_data") or holder.get("file_url") or _stored_name(holder))
+
+
+def _stored_name(holder: Any) -> str:
+    """The URL of the uploaded file that `holder` names, or "" if it names none."""
+    file_id = holder.get("file_id") if isinstance(holder, dict) else None
+    return f"{STORED_SCHEME}:{file_id}" if isinstance(file_id, str) else ""
 
 
 # ---------------------------------------------------------------------- what a part asks for
@@ -114,11 +140,8 @@ def take_wish(part: Part) -> Wish | None:
     Raises:
         ClientError: a value is not what its option takes; `param` names it.
     """
-    holders = [
-        value
-        for value in (part.node.get("image_url"), part.node.get("file"), part.node)
-        if isinstance(value, dict)
-    ]
+    nested = (part.node.get(key) for key in ("image_url", "image_file", "file"))
+    holders = [value for value in (*nested, part.node) if isinstance(value, dict)]
     given: dict[str, Any] = {}
     for holder in holders:
         for key in _OPTIONS:
@@ -225,7 +248,7 @@ def refuse_forged(part: Part) -> None:
 def url_of(part: Part) -> str:
     """The URL of an image part, also where the dialect gives type and data apart."""
     source = part.node.get("source")
-    if not isinstance(source, dict) or source.get("type") == "url":
+    if part.file_id is not None or not isinstance(source, dict) or source.get("type") == "url":
         return part.name
     return f"data:{source.get('media_type', 'image/jpeg')};base64,{part.name}"
 
@@ -237,8 +260,13 @@ def set_name(part: Part, name: str) -> None:
         node["uuid"] = name
     elif isinstance(node.get("image_url"), dict):
         node["image_url"]["url"] = name
-    elif "image_url" in node:
+        node["image_url"].pop("file_id", None)
+    elif "image_file" in node:
+        del node["image_file"]
+        node |= {"type": "image_url", "image_url": {"url": name}}
+    elif "image_url" in node or node.get("type") == "input_image":
         node["image_url"] = name
+        node.pop("file_id", None)
     else:
         node["source"] = {"type": "url", "url": name}
 
@@ -254,13 +282,15 @@ def image_like(part: Part, url: str) -> dict[str, Any]:
 
 
 def file_url(part: Part) -> str:
-    """Where the bytes of a file part are: a data or http(s) URL.
+    """Where the bytes of a file part are: a data or http(s) URL, or that of an uploaded file.
 
     Raises:
-        InvalidFile: the part has neither data nor a URL.
+        InvalidFile: the part has neither data, nor a URL, nor an id.
     """
     if not part.name:
-        raise InvalidFile("the file part has no file_data", param=part.path)
+        raise InvalidFile("the file part has no file_data and no file_id", param=part.path)
+    if part.file_id is not None:
+        return part.name
     source = part.node.get("source")
     if isinstance(source, dict):
         is_data = source.get("type") != "url"

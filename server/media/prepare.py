@@ -15,9 +15,9 @@ from typing import Any
 
 from server.errors import ClientError, ImageFrameMissing, InvalidFile, SaccadeError, TooManyImages
 from server.images.header import Header
-from server.images.limits import Limits, check_size
-from server.media import parts
-from server.media.encoded import EncodedImage, ImageOptions, digest
+from server.images.limits import Limits, check_bytes, check_size
+from server.media import parts, tenant
+from server.media.encoded import EncodedImage, ImageOptions, digest, encoded
 from server.media.load import ImageLoader, in_thread
 from server.media.parts import Part, Wish
 from server.media.payloads import TakenOut
@@ -68,7 +68,7 @@ class RequestPreparer:
         """The part that needs no image: options, budget, counts. Its time grows with the body.
 
         Raises:
-            ClientError: a wrong option; TooManyImages; InvalidImageUrl.
+            ClientError: a wrong option; TooManyImages; InvalidImageUrl; UnknownFile; FilesDisabled.
         """
         request = ImageRequest(taken.body, taken.payloads)
         result = ReadRequest(request, taken.document, False, [])
@@ -82,17 +82,28 @@ class RequestPreparer:
 
     def _read_part(self, part: Part, result: ReadRequest) -> None:
         parts.refuse_forged(part)
+        self._check_stored(part)
         wish = parts.take_wish(part)
         if part.kind == "file" or (wish is not None and wish.frames is not None):
             result.pending.append((part, wish or Wish(ImageOptions())))
             return
         name = part.name
-        if wish is not None:
+        if wish is not None or part.file_id is not None:
             url = parts.url_of(part) if part.has_data else part.name
-            name = parts.with_options(url, wish.options)
+            name = parts.with_options(url, wish.options) if wish is not None else url
             parts.set_name(part, name)
             result.changed = True
         result.request.parts.append((part.path, name))
+
+    def _check_stored(self, part: Part) -> None:
+        """Raises UnknownFile or FilesDisabled, before a route can make another error of it."""
+        if part.file_id is None:
+            return
+        try:
+            self.loader.files.get(tenant.group(), part.file_id)
+        except ClientError as error:
+            error.param = part.path
+            raise
 
     async def complete(self, read: ReadRequest, *, stored: bool) -> ImageRequest:
         """Load and inspect what is pending, and write the body anew where it has changed.
@@ -150,6 +161,18 @@ class RequestPreparer:
         image = await self.loader.image(parts.url_of(part))
         return await self._frames(image, wish)
 
+    async def check(self, data: bytes) -> None:
+        """Hold a file that is to be kept against the rules for images and PDFs.
+
+        Raises:
+            ClientError: a request that showed it would be refused as well.
+        """
+        check_bytes(len(data), self.bounds.limits)
+        if _is_pdf(data):
+            await self._inspect(data, "pdf", 1)
+        else:
+            await in_thread(encoded, data, self.bounds.limits)
+
     # ------------------------------------------------------------------ frames
 
     async def _frames(self, image: EncodedImage, wish: Wish) -> list[EncodedImage]:
@@ -176,8 +199,13 @@ class RequestPreparer:
 
     async def _pages(self, part: Part, wish: Wish) -> list[EncodedImage]:
         data = await self.loader.data(parts.file_url(part))
-        if _PDF_MAGIC not in data[:_PDF_HEAD_BYTES]:
-            raise InvalidFile("the file is not a PDF")
+        if not _is_pdf(data):
+            if part.file_id is None:
+                raise InvalidFile("the file is not a PDF")
+            if wish.frames is not None:
+                raise InvalidFile("the file is an image and has no pages")
+            image = await in_thread(encoded, data, self.bounds.limits)
+            return [image.named("", wish.options)]
         name = await in_thread(digest, data)
         most = self.bounds.max_pages
         wanted = wish.frames
@@ -211,6 +239,10 @@ class RequestPreparer:
         size = max(1, math.floor(width * scale)), max(1, math.floor(height * scale))
         check_size(size, limits)
         return Header("PDF", *size, orientation=1, animated=False)
+
+
+def _is_pdf(data: bytes) -> bool:
+    return _PDF_MAGIC in data[:_PDF_HEAD_BYTES]
 
 
 def _at(options: ImageOptions, frame: int) -> ImageOptions:

@@ -34,7 +34,8 @@ class ImageRequest:
     `parts` are (path, name) of each image or file part: where the client wrote it, and the URL or
     uuid by which the loader will be asked for it. `prepared` are images that were made while the
     body was read: pages of a file, frames of an animation. `shown` is filled by the renderer, in
-    the order of the prompt.
+    the order of the prompt; `encoded` tells, in the same order, for which of them the encoder ran,
+    and is None until the end of the answer, or where nobody tells.
     """
 
     body: bytes = b""
@@ -44,6 +45,7 @@ class ImageRequest:
     max_image_tokens: int | None = None
     include_details: bool = False
     shown: list[ShownImage] = field(default_factory=list)
+    encoded: list[bool] | None = None
 
     def path_of(self, name: str) -> str | None:
         """Where the client wrote the part that is called `name`, or of which `name` is made:

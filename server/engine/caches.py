@@ -1,0 +1,107 @@
+"""All caches of the engine at once: what they hold, and how they are emptied."""
+
+import asyncio
+import functools
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from server.engine.cache import DeferredCache, SendRequest
+from server.engine.embedding_cache.control import ControlServer
+
+# What an operator reads of each tier; the histograms are for the metrics.
+_SIZES = ("entries", "bytes", "tokens", "max_bytes", "max_tokens")
+_COUNTS = ("hits", "misses", "evictions", "errors", "dropped")
+
+
+class EngineCaches:
+    """`features` is what vLLM's processor cache holds, `embeddings` the line to the embedding
+    caches; each None where there is none."""
+
+    def __init__(
+        self, engine: AsyncLLM, features: DeferredCache | None, embeddings: ControlServer | None
+    ) -> None:
+        self._engine = engine
+        self._features = features
+        self._embeddings = embeddings
+        self._open = asyncio.Event()
+        self._open.set()
+        core = engine.engine_core
+        core.add_request_async = functools.partial(self._send, core.add_request_async)
+
+    async def _send(self, send: SendRequest, request: EngineCoreRequest) -> None:
+        while not self._open.is_set():
+            await self._open.wait()
+        await send(request)
+
+    @asynccontextmanager
+    async def _nothing_sent(self) -> AsyncIterator[None]:
+        """No request goes to the engine meanwhile; those that come wait."""
+        while not self._open.is_set():
+            await self._open.wait()
+        self._open.clear()
+        try:
+            yield
+        finally:
+            self._open.set()
+
+    async def report(self) -> dict[str, Any]:
+        """Sizes and counts, by cache and tier."""
+        found: dict[str, Any] = {}
+        if self._features is not None:
+            size, stats = self._features.size(), self._features.make_stats()
+            found["features"] = {
+                "entries": size.entries,
+                "bytes": size.bytes,
+                "max_bytes": size.max_bytes,
+                "hits": stats.hits,
+                "misses": stats.total - stats.hits,
+            }
+        if self._embeddings is not None:
+            found["embeddings"] = _summed(await self._embeddings.report())
+        return found
+
+    async def clear(self) -> list[str]:
+        """Empty the caches, and return which of them could be. Requests that run go on: while there
+        are any, what is on the GPU stays, since they may be using it."""
+        cleared = []
+        async with self._nothing_sent():
+            if self._features is not None:
+                await self._engine.reset_mm_cache()
+                cleared.append("features")
+            if await self._engine.reset_prefix_cache():
+                cleared.append("prefixes")
+            outputs: Any = self._engine.output_processor
+            idle = not outputs.get_num_unfinished_requests()
+            if idle:
+                if self._embeddings is not None:
+                    await self._embeddings.expect_reset()
+                await self._engine.engine_core.reset_encoder_cache_async()
+                cleared.append("embeddings.gpu")
+            if self._embeddings is not None:
+                await self._embeddings.clear()
+                tiers = _summed(list(self._embeddings.snapshots.values()))
+                cleared += [f"embeddings.{tier}" for tier in tiers if tier != "gpu"]
+        return cleared
+
+
+def _summed(snapshots: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Tier -> counts and sizes of all engines together. What lies below the host's memory is
+    shared by them: its size is that of one."""
+    tiers: dict[str, dict[str, Any]] = {}
+    for snapshot in snapshots:
+        for tier, found in snapshot.items():
+            into = tiers.setdefault(tier, dict.fromkeys(_COUNTS, 0))
+            for name in _COUNTS:
+                into[name] += found[name]
+            for name in _SIZES:
+                if found.get(name) is not None:
+                    before = into.get(name, 0) if tier in ("gpu", "host") else 0
+                    into[name] = before + found[name]
+    for found in tiers.values():
+        asked = found["hits"] + found["misses"]
+        found["hit_rate"] = found["hits"] / asked if asked else None
+    return tiers

@@ -1,0 +1,163 @@
+"""The class that vLLM makes, once in the scheduler's process and once in each worker's."""
+
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed.ec_transfer.ec_connector.base import (
+    ECConnectorBase,
+    ECConnectorMetadata,
+    ECConnectorRole,
+    ECConnectorWorkerMetadata,
+)
+
+from server.engine.embedding_cache import manager
+from server.engine.embedding_cache.arena import Arena
+from server.engine.embedding_cache.control import ControlClient
+from server.engine.embedding_cache.disk import DiskTier
+from server.engine.embedding_cache.identity import UnknownWeights, namespace
+from server.engine.embedding_cache.messages import Orders, Report
+from server.engine.embedding_cache.scheduler import Scheduler
+from server.engine.embedding_cache.shared import SharedTier
+from server.engine.embedding_cache.store import READERS, WRITERS, EmbeddingStore
+from server.engine.embedding_cache.tier import Tier
+from server.engine.embedding_cache.worker import Worker
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import ECConnectorOutput
+    from vllm.v1.request import Request
+
+log = logging.getLogger("saccade.embeddings")
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """What the server tells its connectors, in the extra configuration of vLLM's transfer.
+
+    Sizes are those of one engine, in bytes. `patience_s`: how long a request waits for the lower
+    tiers. `control`: where the server listens.
+    """
+
+    host_bytes: int
+    disk_directory: str | None
+    disk_bytes: int
+    shared_url: str | None
+    patience_s: float
+    control: str
+
+    def extra_config(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class EmbeddingCacheConnector(ECConnectorBase):
+    """Hands vLLM's calls on to the half that this process needs."""
+
+    def __init__(self, vllm_config: VllmConfig, role: ECConnectorRole) -> None:
+        super().__init__(vllm_config, role)
+        assert vllm_config.ec_transfer_config is not None
+        if role is ECConnectorRole.WORKER:
+            self._worker = Worker()
+            return
+        options = CacheOptions(**vllm_config.ec_transfer_config.ec_connector_extra_config)
+        self._store = EmbeddingStore(Arena(options.host_bytes), _tiers(vllm_config, options))
+        self._scheduler = Scheduler(vllm_config, self._store, options.patience_s)
+        self._reset_is_expected = False
+        manager.listeners.append(self._was_reset)
+        engine = str(vllm_config.parallel_config.data_parallel_index)
+        self._control = ControlClient(options.control, engine, self._obey, self._snapshot)
+
+    def shutdown(self) -> None:
+        if self.role is ECConnectorRole.SCHEDULER:
+            self._control.stop()
+            self._store.close()
+            self._store.arena.close()
+
+    # ------------------------------------------------------------------ in the workers
+
+    def start_load_caches(self, encoder_cache: dict[str, torch.Tensor], **kwargs: Any) -> None:
+        self._worker.load(self._orders(), encoder_cache)
+
+    def save_caches(
+        self, encoder_cache: dict[str, torch.Tensor], mm_hash: str, **kwargs: Any
+    ) -> None:
+        self._worker.save(self._orders(), mm_hash, encoder_cache[mm_hash])
+
+    def build_connector_worker_meta(self) -> ECConnectorWorkerMetadata | None:
+        return self._worker.report(self._orders())
+
+    def _orders(self) -> Orders:
+        orders = self._get_connector_metadata()
+        assert isinstance(orders, Orders)
+        return orders
+
+    # ------------------------------------------------------------------ in the scheduler
+
+    def ensure_cache_available(self, request: "Request", num_computed_tokens: int) -> bool:
+        return self._scheduler.ensure(request, num_computed_tokens)
+
+    def has_cache_item(self, identifier: str) -> bool:
+        return self._scheduler.has(identifier)
+
+    def update_state_after_alloc(self, request: "Request", index: int) -> None:
+        self._scheduler.allocated(request, index)
+
+    def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> ECConnectorMetadata:
+        return self._scheduler.orders(scheduler_output)
+
+    def update_connector_output(self, connector_output: "ECConnectorOutput") -> None:
+        report = connector_output.ec_connector_worker_meta
+        if isinstance(report, Report):
+            self._scheduler.reported(report)
+
+    def request_finished(self, request: "Request") -> tuple[bool, dict[str, Any] | None]:
+        return False, self._scheduler.finished(request)
+
+    # ------------------------------------------------------------------ for the server
+
+    def _obey(self, order: dict[str, Any]) -> None:
+        match order["do"]:
+            case "prefetch":
+                for name, tokens in order["images"]:
+                    if (spec := self._scheduler.spec("image", tokens)) is not None:
+                        self._store.prefetch(name, spec)
+            case "expect_reset":
+                self._reset_is_expected = True
+            case "clear":
+                self._store.clear()
+
+    def _was_reset(self) -> None:
+        """vLLM has emptied its encoder cache: if nobody said why, the weights are other ones, and
+        what the lower tiers hold, or would get, is not of those that they know."""
+        self._scheduler.forget_gpu()
+        if self._reset_is_expected:
+            self._reset_is_expected = False
+            return
+        log.warning("the encoder cache was reset: its embeddings stay in memory from now on")
+        self._store.detach()
+
+    def _snapshot(self) -> dict[str, Any]:
+        return {"gpu": self._scheduler.gpu_snapshot(), **self._store.snapshot()}
+
+
+def _tiers(config: VllmConfig, options: CacheOptions) -> list[Tier]:
+    """The tiers that outlive this process, from the fastest to the slowest."""
+    if options.disk_directory is None and options.shared_url is None:
+        return []
+    try:
+        name = namespace(config)
+    except UnknownWeights as error:
+        log.error("the embedding cache keeps nothing on disk or in a shared store: %s", error)
+        return []
+    tiers: list[Tier] = []
+    if options.disk_directory is not None:
+        try:
+            tiers.append(DiskTier(Path(options.disk_directory), name, options.disk_bytes))
+        except OSError as error:
+            log.error("the embedding cache keeps nothing on disk: %s", error)
+    if options.shared_url is not None:
+        tiers.append(SharedTier(options.shared_url, name, READERS + WRITERS))
+    return tiers

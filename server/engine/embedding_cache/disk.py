@@ -1,0 +1,232 @@
+"""The tier on a local disk: one file an entry, in a directory that survives the server.
+
+DIRECTORY/NAMESPACE/ab/abcdef....safetensors
+
+A file appears whole, by renaming. Several servers may share a directory: each finds what the others
+wrote, and all of them together keep to the limit, by a count that they share. Files of other names
+are not touched.
+"""
+
+import contextlib
+import glob
+import os
+import re
+import secrets
+import stat
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from server.engine.embedding_cache import entries
+from server.engine.embedding_cache.breaker import Breaker
+from server.engine.embedding_cache.entries import DamagedEntry, Spec
+from server.engine.embedding_cache.eviction import S3Fifo
+from server.engine.embedding_cache.tier import Counts
+from server.engine.embedding_cache.usage import Count, Usage
+
+_SUFFIX = ".safetensors"
+_UNFINISHED = ".part"
+_NAME = re.compile(r"[0-9a-f]{64}(\.safetensors|\.[0-9a-f]{16}\.part)")
+_SCAN_INTERVAL_S = 60.0
+# A file that is being written is younger than this, or nobody writes it any more.
+_LONGEST_WRITE_S = 600.0
+
+
+class DiskTier:
+    """Entries of one model in a directory, of `max_bytes` together with those of other models.
+    Keys are 64 hexadecimal digits."""
+
+    name = "disk"
+
+    def __init__(self, directory: Path, namespace: str, max_bytes: int) -> None:
+        """Raises OSError if the directory cannot be made, read and written."""
+        self.counts = Counts()
+        self.breaker = Breaker()
+        self._root = directory
+        self._own = directory / namespace
+        self._max_bytes = max_bytes
+        self._usage = Usage(directory / "saccade-usage")
+        self._lock = threading.Lock()  # of what is known of the files
+        self._sizes: dict[Path, int] = {}
+        self._order: S3Fifo[Path] = S3Fifo()
+        self._bytes = 0
+        self._scan_at = 0.0
+        self._own.mkdir(parents=True, exist_ok=True)
+        with self._usage.locked() as usage:
+            self._scan(usage)
+            self._make_room(0, usage)
+
+    def read(self, key: str, spec: Spec, into: Sequence[memoryview]) -> bool:
+        path = self._path(key)
+        try:
+            with path.open("rb", buffering=0) as file:
+                self._read(file.fileno(), key, spec, into)
+                size = os.fstat(file.fileno()).st_size
+        except FileNotFoundError:
+            return False
+        except DamagedEntry:
+            self.delete(key)
+            raise
+        self._use(path, size)
+        return True
+
+    @staticmethod
+    def _read(fd: int, key: str, spec: Spec, into: Sequence[memoryview]) -> None:
+        start = os.read(fd, entries.LENGTH_BYTES)
+        header = os.read(fd, entries.header_length(start))
+        digest = entries.check_head(header, key, spec)
+        for piece in into:
+            filled = 0
+            while filled < len(piece):
+                if not (count := os.readv(fd, [piece[filled:]])):
+                    raise DamagedEntry("the entry is cut short")
+                filled += count
+        if os.read(fd, 1):
+            raise DamagedEntry("the entry is too long")
+        entries.check_data(into, digest)
+
+    def write(self, key: str, spec: Spec, data: Sequence[memoryview]) -> None:
+        path = self._path(key)
+        with contextlib.suppress(FileNotFoundError):
+            self._use(path, path.stat().st_size)
+            return  # if it is damaged, whoever reads it deletes it
+        head = entries.head(key, spec, entries.checksum(data))
+        size = len(head) + spec.nbytes
+        part = path.with_suffix(f".{secrets.token_hex(8)}{_UNFINISHED}")
+        try:
+            if not self._reserve(part, size):
+                self.counts.add("dropped")
+                return
+            with part.open("r+b", buffering=0) as file:
+                for piece in (memoryview(head), *data):
+                    written = 0
+                    while written < len(piece):
+                        written += file.write(piece[written:])
+            with self._usage.locked():  # nobody scans meanwhile
+                part.replace(path)
+        except BaseException:
+            self._give_up(part, size)
+            raise
+        with self._lock:
+            self._note(path, size)
+
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        path.unlink(missing_ok=True)
+        with self._lock:
+            self._forget(path)
+
+    def clear(self) -> None:
+        for _, path, _ in self._files():
+            if path.suffix == _SUFFIX and path.is_relative_to(self._own):
+                path.unlink(missing_ok=True)
+        with self._usage.locked() as usage:
+            self._scan(usage)
+
+    def size(self) -> dict[str, int | None]:
+        with self._lock:
+            held = {"entries": len(self._sizes), "bytes": self._bytes}
+        return {**held, "max_bytes": self._max_bytes}
+
+    def close(self) -> None: ...
+
+    def _path(self, key: str) -> Path:
+        return self._own / key[:2] / f"{key}{_SUFFIX}"
+
+    # ------------------------------------------------------------------ room
+
+    def _reserve(self, part: Path, size: int) -> bool:
+        """Make a file of `size` bytes to write to; False if there is no room for it."""
+        self._root.mkdir(parents=True, exist_ok=True)
+        with self._usage.locked() as usage:
+            if usage.nbytes is None or time.monotonic() > self._scan_at:
+                self._scan(usage)
+            if not self._make_room(size, usage):
+                return False
+            part.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                usage.nbytes = (usage.nbytes or 0) + size
+                file.truncate(size)
+        return True
+
+    def _give_up(self, part: Path, size: int) -> None:
+        with contextlib.suppress(OSError):
+            part.unlink()
+            with self._usage.locked() as usage:
+                if usage.nbytes is not None:
+                    usage.nbytes -= size
+
+    def _make_room(self, size: int, usage: Count) -> bool:
+        """Delete files until `size` bytes are free; False if that cannot be."""
+        may_scan = True
+        while (usage.nbytes or 0) + size > self._max_bytes:
+            if size > self._max_bytes:
+                return False
+            with self._lock:
+                path = self._order.evict()
+                known = self._forget(path) if path is not None else 0
+            if path is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    path.unlink()
+                    usage.nbytes = (usage.nbytes or 0) - known
+                    self.counts.add("evictions")
+            elif may_scan:
+                self._scan(usage)  # for what other servers wrote
+                may_scan = False
+            else:
+                return False
+        return True
+
+    # ------------------------------------------------------------------ what is there
+
+    def _use(self, path: Path, size: int) -> None:
+        """Note a use of a file, also for the other servers and the next start."""
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        with self._lock:
+            self._note(path, size)
+            self._order.hit(path)
+
+    def _note(self, path: Path, size: int) -> None:
+        """Count a file; under the lock."""
+        if path not in self._sizes:
+            self._order.add(path)
+        self._bytes += size - self._sizes.get(path, 0)
+        self._sizes[path] = size
+
+    def _forget(self, path: Path) -> int:
+        """Count a file no more; its size as it was known. Under the lock."""
+        size = self._sizes.pop(path, 0)
+        self._order.discard(path)
+        self._bytes -= size
+        return size
+
+    def _scan(self, usage: Count) -> None:
+        """Count what is there, learn of it, the oldest first, and remove what others left
+        unfinished."""
+        self._scan_at = time.monotonic() + _SCAN_INTERVAL_S
+        total, present = 0, set()
+        for modified, path, size in sorted(self._files()):
+            if path.suffix == _UNFINISHED and time.time() - modified > _LONGEST_WRITE_S:
+                path.unlink(missing_ok=True)
+                continue
+            total += size
+            if path.suffix == _SUFFIX:
+                present.add(path)
+                with self._lock:
+                    self._note(path, size)
+        usage.nbytes = total
+        with self._lock:
+            for path in self._sizes.keys() - present:
+                self._forget(path)
+
+    def _files(self) -> Iterator[tuple[float, Path, int]]:
+        """(time of last use, path, size) of each file that a tier wrote, for any model."""
+        for name in glob.iglob("*/[0-9a-f][0-9a-f]/*", root_dir=self._root):
+            path = self._root / name
+            if _NAME.fullmatch(path.name):
+                with contextlib.suppress(FileNotFoundError):  # another server deletes them, too
+                    found = path.lstat()
+                    if stat.S_ISREG(found.st_mode):
+                        yield found.st_mtime, path, found.st_size

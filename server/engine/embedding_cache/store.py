@@ -1,0 +1,280 @@
+"""All that is cached: the entries that lie in the arena, and the way of others into it.
+
+An entry that is not in the arena is looked up in the lower tiers by threads, one tier after the
+other; one that the encoder has made is written to them by threads. Whoever calls `EmbeddingStore`
+never waits for either.
+"""
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from blake3 import blake3
+
+from server.engine.embedding_cache.arena import Arena, size_on_pages
+from server.engine.embedding_cache.entries import DamagedEntry, Spec
+from server.engine.embedding_cache.index import HOST, Entry, Index, State
+from server.engine.embedding_cache.tier import Counts, Tier
+
+log = logging.getLogger("saccade.embeddings")
+
+READERS = 4
+WRITERS = 2
+# Entries that wait to be written hold their place in the arena; more than this share is not kept.
+_MOST_WAITING_SHARE = 0.5
+# How long it is believed that no tier has an entry.
+_ABSENT_S = 5.0
+_FLUSH_LIMIT_S = 10.0
+
+
+class EmbeddingStore:
+    """All tiers, as the scheduler sees them. Every call but `close` returns at once; safe to call
+    from several threads. Keys are names of images; `Spec` says what tensor an image's must be."""
+
+    def __init__(
+        self,
+        arena: Arena,
+        tiers: Sequence[Tier] = (),
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`tiers` from the fastest to the slowest."""
+        self.arena = arena
+        self.counts = Counts()
+        self._opened = self._tiers = tuple(tiers)
+        self._lock = threading.Lock()
+        self._index = Index(arena, clock)
+        self._clears = 0  # tiers that are being emptied
+        self._waiting_bytes = 0
+        self._writing = threading.Condition(self._lock)
+        self._writes = 0
+        self._readers = [ThreadPoolExecutor(READERS, f"embedding-{t.name}-read") for t in tiers]
+        self._writers = [ThreadPoolExecutor(WRITERS, f"embedding-{t.name}-write") for t in tiers]
+
+    # ------------------------------------------------------------------ looking for an entry
+
+    def prefetch(self, key: str, spec: Spec) -> None:
+        """Begin to look for an entry that will be asked for."""
+        with self._lock:
+            self._seek(key, spec)
+
+    def settled(self, key: str, spec: Spec) -> bool:
+        """Whether nothing is to be waited for: the entry is in the arena, or no tier has it.
+        Begins to look for it otherwise."""
+        with self._lock:
+            entry = self._seek(key, spec)
+            return entry is None or entry.state is not State.SOUGHT
+
+    def _seek(self, key: str, spec: Spec) -> Entry | None:
+        entry = self._index.get(key)
+        if entry is not None:
+            if entry.state is not State.ABSENT or self._index.age_s(entry) < _ABSENT_S:
+                return entry
+            self._index.forget(entry)
+        if self._clears or not any(tier.breaker.may_try for tier in self._tiers):
+            return None
+        entry = self._index.add(key, spec, State.SOUGHT)
+        if entry is not None:
+            self.counts.add("misses")
+            self._readers[0].submit(self._look_in, 0, entry)
+        return entry
+
+    def _look_in(self, number: int, entry: Entry) -> None:
+        """In a thread of tier `number`: read the entry, or pass it on to the next tier."""
+        with self._lock:
+            if not self._index.holds(entry):
+                return  # nobody wants it any more, and its room is gone
+            tier = self._tiers[number]
+            entry.pins += 1
+        found = self._read(tier, entry)
+        with self._lock:
+            if not self._index.holds(entry):
+                pass
+            elif found:
+                entry.loaded_from = tier.name
+                self._index.settle(entry, State.READY)
+                for above in range(number):
+                    self._write_behind(above, entry)
+            elif number + 1 < len(self._tiers):
+                self._readers[number + 1].submit(self._look_in, number + 1, entry)
+            else:
+                self._index.settle(entry, State.ABSENT)
+            self._index.unpin(entry)
+
+    def _read(self, tier: Tier, entry: Entry) -> bool:
+        if not tier.breaker.allows():
+            return False
+        try:
+            with tier.counts.timed("read"):
+                views = self.arena.views(entry.extents)
+                found = tier.read(stored_name(entry.key), entry.spec, views)
+        except DamagedEntry as error:
+            log.warning("an entry of the %s tier was not usable: %s", tier.name, error)
+            tier.counts.add("errors")
+            tier.breaker.succeeded()
+            found = False
+        except Exception as error:
+            self._note_failure(tier, error)
+            found = False
+        else:
+            tier.breaker.succeeded()
+        tier.counts.add("hits" if found else "misses")
+        return found
+
+    # ------------------------------------------------------------------ using an entry
+
+    def take(self, key: str, spec: Spec) -> Entry | None:
+        """The entry, if it is in the arena, where it stays until `release`."""
+        with self._lock:
+            entry = self._index.get(key)
+            if entry is None or entry.state is not State.READY or entry.spec != spec:
+                return None
+            entry.pins += 1
+            return entry
+
+    def used(self, entry: Entry) -> None:
+        """Note that an entry that was taken is of use."""
+        with self._lock:
+            if entry.loaded_from == HOST:
+                self.counts.add("hits")
+            entry.loaded_from = HOST
+            self._index.hit(entry)
+
+    def release(self, entry: Entry) -> None:
+        with self._lock:
+            self._index.unpin(entry)
+
+    # ------------------------------------------------------------------ making an entry
+
+    def reserve(self, key: str, spec: Spec) -> Entry | None:
+        """Room for what the encoder is about to make, to be followed by `commit` or `abandon`;
+        None if the entry is there already or there is no room."""
+        with self._lock:
+            entry = self._index.get(key)
+            if entry is None:
+                self.counts.add("misses")
+            elif entry.state is State.MADE or (entry.state is State.READY and entry.spec == spec):
+                return None
+            elif entry.state is State.ABSENT and entry.spec == spec:
+                self._index.make(entry)
+                entry.pins += 1
+                return entry
+            else:  # of another shape, or found too late
+                self._index.forget(entry)
+            entry = self._index.add(key, spec, State.MADE)
+            if entry is not None:
+                entry.pins += 1
+            return entry
+
+    def commit(self, entry: Entry) -> None:
+        """The reserved room is filled."""
+        with self._lock:
+            if self._index.holds(entry):
+                self._index.settle(entry, State.READY)
+                for number in range(len(self._tiers)):
+                    self._write_behind(number, entry)
+            self._index.unpin(entry)
+
+    def abandon(self, entry: Entry) -> None:
+        """The reserved room will not be filled."""
+        with self._lock:
+            if self._index.holds(entry):
+                self._index.forget(entry)
+            self._index.unpin(entry)
+
+    def _write_behind(self, number: int, entry: Entry) -> None:
+        tier = self._tiers[number]
+        if not tier.breaker.may_try:
+            return
+        size = size_on_pages(entry.spec.nbytes)
+        if self._waiting_bytes + size > _MOST_WAITING_SHARE * self.arena.nbytes:
+            tier.counts.add("dropped")
+            return
+        self._waiting_bytes += size
+        self._writes += 1
+        entry.pins += 1
+        self._writers[number].submit(self._write, tier, entry)
+
+    def _write(self, tier: Tier, entry: Entry) -> None:
+        name = stored_name(entry.key)
+        try:
+            if self._is_current(entry) and tier.breaker.allows():
+                with tier.counts.timed("write"):
+                    tier.write(name, entry.spec, self.arena.views(entry.extents))
+                tier.breaker.succeeded()
+                if not self._is_current(entry):
+                    tier.delete(name)  # all was cleared meanwhile
+        except Exception as error:
+            self._note_failure(tier, error)
+        finally:
+            with self._lock:
+                self._waiting_bytes -= size_on_pages(entry.spec.nbytes)
+                self._writes -= 1
+                self._index.unpin(entry)
+                self._writing.notify_all()
+
+    def _is_current(self, entry: Entry) -> bool:
+        with self._lock:
+            return self._index.holds(entry)
+
+    @staticmethod
+    def _note_failure(tier: Tier, error: Exception) -> None:
+        tier.counts.add("errors")
+        tier.breaker.failed()
+        if tier.breaker.is_open:
+            log.warning("the %s tier of the embedding cache fails: %r", tier.name, error)
+
+    # ------------------------------------------------------------------ the whole
+
+    def clear(self) -> None:
+        """Forget every entry, also what is being read, made or written; in the lower tiers by
+        threads. Until they are done nothing is read from these."""
+        with self._lock:
+            self._index.clear()
+            for number, tier in enumerate(self._tiers):
+                self._clears += 1
+                self._writers[number].submit(self._clear, tier)
+
+    def _clear(self, tier: Tier) -> None:
+        try:
+            tier.clear()
+        except Exception as error:
+            self._note_failure(tier, error)
+        finally:
+            with self._lock:
+                self._clears -= 1
+                self._writing.notify_all()
+
+    def detach(self) -> None:
+        """Forget every entry in memory, and use the lower tiers no more."""
+        with self._lock:
+            self._tiers = ()
+            self._index.clear()
+
+    def snapshot(self) -> dict[str, dict[str, Any]]:
+        """Counts and sizes by tier."""
+        with self._lock:
+            host = self._index.size() | {"evictions": self._index.evictions}
+        found: dict[str, dict[str, Any]] = {HOST: self.counts.snapshot() | host}
+        for tier in self._tiers:
+            found[tier.name] = tier.counts.snapshot() | tier.size()
+        return found
+
+    def close(self) -> None:
+        """Finish what is being written, for a few seconds, and stop."""
+        with self._writing:
+            self._writing.wait_for(lambda: not self._writes + self._clears, _FLUSH_LIMIT_S)
+        self.detach()
+        for executor in itertools.chain(self._readers, self._writers):
+            executor.shutdown(wait=False, cancel_futures=True)
+        for tier in self._opened:
+            tier.close()
+
+
+def stored_name(key: str) -> str:
+    """What the entry is called in the lower tiers: a hash, whatever the key looks like."""
+    return blake3(key.encode()).hexdigest()

@@ -1,0 +1,107 @@
+"""Entries of the embedding cache for tests, and tiers that stop where a test wants them to."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from blake3 import blake3
+
+from server.engine.embedding_cache.arena import PAGE_BYTES, Arena
+from server.engine.embedding_cache.disk import DiskTier
+from server.engine.embedding_cache.entries import Spec
+from server.engine.embedding_cache.index import Entry
+from server.engine.embedding_cache.store import EmbeddingStore
+
+WAIT_S = 30
+NAMESPACE = "0123456789abcdef0123456789abcdef"
+PAGE = Spec("F32", PAGE_BYTES // 1024, 256)  # as large as a page of the arena
+ODD = Spec("BF16", 41, 1000)  # two pages, of which the second is not full
+
+
+def content(key: str, spec: Spec = PAGE) -> bytes:
+    """The embeddings of `key`: always the same."""
+    return blake3(key.encode()).digest(length=spec.nbytes)
+
+
+def pieces(data: bytes, length: int = 10_000) -> list[memoryview]:
+    """`data` as it may lie in an arena: in several pieces."""
+    whole = memoryview(bytearray(data))
+    return [whole[at : at + length] for at in range(0, len(data), length)]
+
+
+def joined(views: Sequence[memoryview]) -> bytes:
+    return b"".join(views)
+
+
+def stored(store: EmbeddingStore, key: str, spec: Spec = PAGE) -> bytes | None:
+    """What the store has of `key` in memory."""
+    entry = store.take(key, spec)
+    if entry is None:
+        return None
+    found = joined(store.arena.views(entry.extents))
+    store.used(entry)
+    store.release(entry)
+    return found
+
+
+def fill(arena: Arena, entry: Entry) -> None:
+    """What a worker does with a room that was reserved."""
+    data, at = content(entry.key, entry.spec), 0
+    for view in arena.views(entry.extents):
+        view[:] = data[at : at + len(view)]
+        at += len(view)
+
+
+def keep(store: EmbeddingStore, key: str, spec: Spec = PAGE) -> bool:
+    """Encode an image; False if there was no room to be had."""
+    entry = store.reserve(key, spec)
+    if entry is None:
+        return False
+    fill(store.arena, entry)
+    store.commit(entry)
+    return True
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.002)
+
+
+def seek(store: EmbeddingStore, key: str, spec: Spec = PAGE) -> bytes | None:
+    """What the store finds of `key` in any tier."""
+    wait_until(lambda: store.settled(key, spec))
+    return stored(store, key, spec)
+
+
+class GatedDisk(DiskTier):
+    """A disk whose reads, writes and clears stop before they begin, until `gate` is set."""
+
+    def __init__(self, directory: Path, max_bytes: int = 1 << 30) -> None:
+        super().__init__(directory, NAMESPACE, max_bytes)
+        self.gate = threading.Event()
+        self.reached: list[str] = []
+        self.passed: list[str] = []
+
+    def _wait(self, what: str) -> None:
+        self.reached.append(what)
+        assert self.gate.wait(WAIT_S)
+
+    def read(self, key: str, spec: Spec, into: Sequence[memoryview]) -> bool:
+        self._wait("read")
+        try:
+            return super().read(key, spec, into)
+        finally:
+            self.passed.append("read")
+
+    def write(self, key: str, spec: Spec, data: Sequence[memoryview]) -> None:
+        self._wait("write")
+        super().write(key, spec, data)
+        self.passed.append("write")
+
+    def clear(self) -> None:
+        self._wait("clear")
+        super().clear()
+        self.passed.append("clear")

@@ -1,0 +1,342 @@
+"""The embedding cache in the real server: images are encoded once, and answers stay equal."""
+
+import concurrent.futures
+import contextlib
+import json
+import random
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import redis
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.conftest import Server, serving
+from tests.pictures import encode, image_part, photo, text_part, user
+from tests.redis_server import RedisServer, redis_server
+
+MODEL = "saccade-tiny"
+ADMIN = {"Authorization": "Bearer admin"}
+# 64 tokens each, so that the GPU holds 9 of them, and a picture of 391 tokens alone.
+PICTURES = [encode(photo((224, 224), seed)) for seed in range(14)]
+LARGE = encode(photo((640, 480), 99))
+SMALL_GPU = ("--max-num-batched-tokens", "600", "--max-model-len", "4096", "--admin-key", "admin")
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[RedisServer]:
+    with redis_server() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("embeddings")
+
+
+@contextlib.contextmanager
+def client_of(*flags: str, **environment: str) -> Iterator[tuple[Server, httpx.Client]]:
+    """A server of its own, and a client for it."""
+    with (
+        serving(*flags, **environment) as running,
+        httpx.Client(base_url=running.url, timeout=60) as client,
+    ):
+        yield running, client
+
+
+def tiers(folder: Path | None, store: RedisServer | None, *more: str) -> tuple[str, ...]:
+    disk = ("--embedding-cache-dir", str(folder)) if folder else ()
+    shared = ("--embedding-cache-url", store.url) if store else ()
+    return (*SMALL_GPU, *disk, *shared, *more)
+
+
+@pytest.fixture(scope="module")
+def cached(folder: Path, store: RedisServer) -> Iterator[Server]:
+    """A server with all tiers."""
+    with serving(*tiers(folder, store)) as running:
+        yield running
+
+
+@pytest.fixture
+def web(cached: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=cached.url, timeout=60) as client:
+        client.delete("/v1/cache", headers=ADMIN).raise_for_status()
+        wait_for(lambda: counts(client)["disk"]["entries"] == 0)
+        yield client
+
+
+def ask(web: httpx.Client, *pictures: bytes, text: str = "What is it?", **more: Any) -> Any:
+    # The text comes first and differs, so that the prefix cache does not hide the encoder.
+    parts = (text_part(text), *map(image_part, pictures))
+    body = {
+        "model": MODEL, "messages": user(*parts), "max_tokens": 4, "temperature": 0,
+        "logprobs": True, "top_logprobs": 5, "include_image_details": True, **more,
+    }  # fmt: skip
+    response = web.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def stages(answer: Any) -> list[str]:
+    """What was cached of each image."""
+    return [image["cached"] for image in answer["image_details"]]
+
+
+def logprobs(answer: Any) -> Any:
+    return answer["choices"][0]["logprobs"]
+
+
+def counts(web: httpx.Client) -> dict[str, dict[str, Any]]:
+    response = web.get("/v1/cache", headers=ADMIN)
+    assert response.status_code == 200, response.text
+    tiers: dict[str, dict[str, Any]] = response.json()["embeddings"]
+    return tiers
+
+
+def wait_for(condition: Any) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def stored_by_all(web: httpx.Client, store: RedisServer, entries: int) -> None:
+    """Wait until disk and shared store have so many entries: they are written behind."""
+    client = redis.Redis.from_url(store.url)
+    wait_for(lambda: counts(web)["disk"]["entries"] >= entries and client.dbsize() >= entries)
+
+
+def encoder_runs(web: httpx.Client) -> int:
+    """How often the encoder ran: what the GPU did not have and no tier either."""
+    found = counts(web)
+    loaded = found["host"]["hits"] + sum(found[t]["hits"] for t in ("disk", "shared") if t in found)
+    return int(found["gpu"]["misses"] - loaded)
+
+
+def test_each_picture_is_encoded_once(web: httpx.Client) -> None:
+    before = counts(web)
+    for turn in range(3):
+        for picture in PICTURES:
+            answer = ask(web, picture, text=f"In turn {turn}, what is it?")
+            assert stages(answer) == ["none" if turn == 0 else "embedding"]
+    after = counts(web)
+    assert after["gpu"]["misses"] - before["gpu"]["misses"] == 3 * len(PICTURES)
+    assert after["host"]["hits"] - before["host"]["hits"] == 2 * len(PICTURES)
+    assert after["gpu"]["tokens"] <= after["gpu"]["max_tokens"] == 600
+
+
+def test_answers_are_equal_from_every_tier(web: httpx.Client, server: Server) -> None:
+    def push_out() -> None:
+        ask(web, LARGE, text="Between")
+
+    texts = ("a", "b")
+    first = [ask(web, PICTURES[0], text=text) for text in texts]
+    assert [stages(answer) for answer in first] == [["none"], ["embedding"]]  # on the GPU
+    push_out()
+    from_host = [ask(web, PICTURES[0], text=text + "!") for text in texts]
+    assert [stages(answer) for answer in from_host] == [["embedding"]] * 2
+    with httpx.Client(base_url=server.url, timeout=60) as other:
+        for text, answer in zip(texts, first, strict=True):
+            assert logprobs(ask(other, PICTURES[0], text=text)) == logprobs(answer)
+            again = ask(other, PICTURES[0], text=text + "!")
+            assert logprobs(again) == logprobs(from_host[texts.index(text)])
+
+
+def test_streams_and_several_answers(web: httpx.Client) -> None:
+    answer = ask(web, PICTURES[1], PICTURES[2], n=2, temperature=1, seed=1)
+    assert stages(answer) == ["none", "none"]
+    body = {
+        "model": MODEL, "messages": user(text_part("?"), image_part(PICTURES[2])),
+        "max_tokens": 2, "stream": True, "include_image_details": True,
+    }  # fmt: skip
+    events = web.post("/v1/chat/completions", json=body).text.split("\n\n")
+    last = [json.loads(event[6:]) for event in events if '"usage":' in event][-1]
+    assert stages(last) == ["embedding"]
+    assert "ec_transfer_params" not in answer or answer["ec_transfer_params"] is None
+
+
+def test_metrics_by_tier(web: httpx.Client) -> None:
+    for _ in range(2):
+        for picture in PICTURES:
+            ask(web, picture)
+
+    def found() -> dict[str, set[str]]:
+        text = web.get("/metrics").text
+        return {
+            sample.name: {s.labels["tier"] for s in family.samples}
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name.startswith("saccade_embedding_cache_")
+        }
+
+    every = {"gpu", "host", "disk", "shared"}
+    names = found()
+    for name in ("hits", "misses", "evictions", "errors", "dropped"):
+        assert names[f"saccade_embedding_cache_{name}_total"] == every
+    assert names["saccade_embedding_cache_bytes"] == {"gpu", "host", "disk"}
+    assert names["saccade_embedding_cache_seconds_bucket"] == {"disk", "shared"}
+
+
+def test_a_restart_and_a_replica_encode_nothing_again(
+    folder: Path, store: RedisServer, cached: Server, web: httpx.Client
+) -> None:
+    first = [ask(web, picture, text=f"Picture {i}") for i, picture in enumerate(PICTURES)]
+    stored_by_all(web, store, len(PICTURES))
+    replica = tiers(None, store, "--embedding-cache-gb", "0")
+    restarted = tiers(folder, None)
+    for flags, tier in ((replica, "shared"), (restarted, "disk")):
+        with client_of(*flags) as (_, other):
+            again = [ask(other, p, text=f"Picture {i}") for i, p in enumerate(PICTURES)]
+            assert [stages(answer) for answer in again] == [["embedding"]] * len(PICTURES)
+            assert list(map(logprobs, again)) == list(map(logprobs, first))
+            assert counts(other)[tier]["hits"] == len(PICTURES)
+            assert encoder_runs(other) == 0
+
+
+def test_another_model_at_the_same_place_finds_nothing(tmp_path: Path, repository: Path) -> None:
+    """The trap: the key of an image says nothing about files that changed under the server."""
+    model, cache = tmp_path / "model", tmp_path / "cache"
+    shutil.copytree(repository / "server" / "demo", model, ignore=shutil.ignore_patterns("*.py"))
+    flags = (str(model), "--served-model-name", MODEL, *tiers(cache, None))
+    with client_of(*flags) as (before, web):
+        first = ask(web, PICTURES[0])
+        wait_for(lambda: counts(web)["disk"]["entries"] == 1)
+        assert before.stop() == 0
+    path = model / "preprocessor_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "image_mean": [0.1, 0.1, 0.1]}))
+    with client_of(*flags) as (_, web):
+        second = ask(web, PICTURES[0])
+        assert stages(second) == ["none"]
+        assert logprobs(second) != logprobs(first)
+
+
+def test_only_admins_see_and_empty_the_caches(web: httpx.Client) -> None:
+    for method in ("GET", "DELETE"):
+        for headers in ({}, {"Authorization": "Bearer other"}):
+            response = web.request(method, "/v1/cache", headers=headers)
+            assert response.status_code == 403
+            assert response.json()["error"]["message"]
+    ask(web, PICTURES[0])
+    found = web.get("/v1/cache", headers=ADMIN).json()
+    assert found["features"]["entries"] == 1
+    assert found["features"]["bytes"] > 0
+    assert found["embeddings"]["host"]["entries"] == 1
+    assert {"entries", "bytes", "max_bytes"} <= found["urls"].keys()
+    cleared = web.delete("/v1/cache", headers=ADMIN).json()["cleared"]
+    assert {"features", "embeddings.gpu", "embeddings.host", "embeddings.disk"} <= set(cleared)
+    assert stages(ask(web, PICTURES[0])) == ["none"]
+
+
+def test_emptying_under_load_fails_no_request(web: httpx.Client) -> None:
+    ended = threading.Event()
+
+    def load(number: int) -> int:
+        rng, asked = random.Random(number), 0
+        while not ended.is_set():
+            ask(web, *rng.sample(PICTURES, 2), text=f"{number} {asked}")
+            asked += 1
+        return asked
+
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        loads = [threads.submit(load, number) for number in range(4)]
+        try:
+            for _ in range(15):
+                assert web.delete("/v1/cache", headers=ADMIN).status_code == 200
+                time.sleep(0.2)
+        finally:
+            ended.set()
+        assert all(each.result() for each in loads)
+
+
+def test_a_store_that_fails_costs_no_request(
+    store: RedisServer, cached: Server, web: httpx.Client
+) -> None:
+    """Paused, then killed, under load; afterwards it is used again."""
+
+    def load(number: int) -> list[Any]:
+        rng = random.Random(number)
+        return [
+            logprobs(ask(web, picture, text=f"q{PICTURES.index(picture)}"))
+            for picture in rng.sample(PICTURES, len(PICTURES))
+        ]
+
+    def in_order(number: int, found: list[Any]) -> list[Any]:
+        order = random.Random(number).sample(range(len(PICTURES)), len(PICTURES))
+        return [row for _, row in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])]
+
+    expected = in_order(0, load(0))
+    for break_it, mend_it in ((store.pause, store.resume), (store.stop, store.start)):
+        web.delete("/v1/cache", headers=ADMIN)
+        break_it()
+        try:
+            with concurrent.futures.ThreadPoolExecutor(3) as threads:
+                for number, found in enumerate(threads.map(load, range(3))):
+                    assert [_tokens(row) for row in in_order(number, found)] == [
+                        _tokens(row) for row in expected
+                    ]
+            assert counts(web)["shared"]["errors"] > 0
+        finally:
+            mend_it()
+    client = redis.Redis.from_url(store.url)
+
+    def used_again() -> bool:
+        web.delete("/v1/cache", headers=ADMIN)
+        ask(web, PICTURES[0])
+        return client.dbsize() > 0
+
+    wait_for(used_again)
+
+
+def _tokens(found: Any) -> list[str]:
+    return [token["token"] for token in found["content"]]
+
+
+def test_too_small_for_what_is_asked() -> None:
+    """16 pages of memory for pictures of two: everything is evicted all the time."""
+    flags = tiers(None, None, "--embedding-cache-gb", str(16 * 65536 / 2**30))
+    with client_of(*flags) as (_, web):
+        alone = [_tokens(logprobs(ask(web, p, text="Which?"))) for p in PICTURES]
+
+        def load(number: int) -> None:
+            rng = random.Random(number)
+            for _ in range(12):
+                index = rng.randrange(len(PICTURES))
+                together = ask(web, PICTURES[index], text="Which?")
+                assert _tokens(logprobs(together)) == alone[index]
+                ask(web, *rng.sample(PICTURES, 3), LARGE, text="Which?")
+
+        with concurrent.futures.ThreadPoolExecutor(4) as threads:
+            list(threads.map(load, range(4)))
+        found = counts(web)["host"]
+        assert found["evictions"] > 0
+        assert found["bytes"] <= found["max_bytes"] == 16 * 65536
+
+
+def test_kill_9_loses_only_what_was_not_written(tmp_path: Path) -> None:
+    with client_of(*tiers(tmp_path, None)) as (killed, web):
+        for picture in PICTURES[:6]:
+            ask(web, picture)
+        wait_for(lambda: counts(web)["disk"]["entries"] == 6)
+        killed.process.kill()
+    with client_of(*tiers(tmp_path, None), VLLM_SERVER_DEV_MODE="1") as (_, web):
+        assert [stages(ask(web, picture)) for picture in PICTURES[:6]] == [["embedding"]] * 6
+        # Who resets the encoder cache says that the weights are others than those of the files.
+        assert web.post("/reset_encoder_cache").status_code == 200
+        assert stages(ask(web, PICTURES[0], text="Now?")) == ["features"]
+        assert stages(ask(web, PICTURES[0], text="And now?")) == ["embedding"]
+        assert counts(web).keys() == {"gpu", "host"}
+
+
+def test_clients_cannot_send_embeddings(server: Server) -> None:
+    """The engine takes them from its cache only, although it is a receiver of embeddings now."""
+    part = {"type": "image_embeds", "image_embeds": "AAAA"}
+    body = {"model": MODEL, "messages": user(part), "max_tokens": 1}
+    response = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+    assert response.status_code == 400, response.text
+    assert "enable-mm-embeds" in response.text or "enable_mm_embeds" in response.text

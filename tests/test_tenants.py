@@ -1,0 +1,343 @@
+"""Groups of API keys on the real server: nobody sees or spoils the cached work of another group."""
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests import pictures
+from tests.conftest import Server, serving
+from tests.pictures import image_part, shape, text_part, user
+
+A, A2, B = "sk-secret-of-a", "sk-secret-of-a-too", "sk-secret-of-b"
+ADMIN, FLAG = "sk-secret-of-admin", "sk-secret-of-flag"
+GUARDED = ("/v1", "/v2", "/inference", "/cohere")
+WHAT = text_part("What is in the image?")
+KEYS: dict[str, Any] = {"groups": {"team-a": [A, A2], "team-b": [B]}, "admin": [ADMIN]}
+
+
+@pytest.fixture(scope="module")
+def keys_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("keys") / "keys.json"
+    path.write_text(json.dumps(KEYS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def guarded(keys_file: Path) -> Iterator[Server]:
+    """A server with the file of keys, and a key given by a flag beside it."""
+    keys = ("--api-keys-file", str(keys_file), "--api-key", FLAG)
+    with serving(*keys, "--max-model-len", "4096", "--enable-scale-out") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def web(guarded: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=guarded.url, timeout=60) as client:
+        yield client
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def body(*parts: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {
+        "model": "saccade-tiny",
+        "messages": user(*parts),
+        "temperature": 0,
+        "include_image_details": True,
+        **more,
+    }
+
+
+def post(web: httpx.Client, key: str, document: Any, path: str = "/v1/chat/completions") -> Any:
+    response = web.post(path, json=document, headers=bearer(key))
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def said(answer: Any) -> str:
+    text: str = answer["choices"][0]["message"]["content"]
+    return text
+
+
+def prefix_hit(answer: Any) -> bool:
+    return bool(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+
+def image_hit(answer: Any) -> bool:
+    (image,) = answer["image_details"]
+    return bool(image["cached"] != "none")
+
+
+def lookups(web: httpx.Client) -> dict[str, float]:
+    found = re.findall(
+        r'saccade_image_lookups_total\{result="(\w+)"\} (\S+)', web.get("/metrics").text
+    )
+    return {"hit": 0.0, "miss": 0.0} | {result: float(count) for result, count in found}
+
+
+# ---------------------------------------------------------------------- who may come in
+
+
+@pytest.mark.parametrize("headers", [{}, bearer("sk-unknown"), {"Authorization": f"Basic {A}"}])
+def test_every_guarded_route_is_closed_without_a_key(
+    web: httpx.Client, headers: dict[str, str]
+) -> None:
+    routes = [
+        (method, re.sub(r"\{\w+\}", "x", path))
+        for path, methods in web.get("/openapi.json").json()["paths"].items()
+        for method in methods
+        if path.startswith(GUARDED)
+    ]
+    assert ("post", "/v1/chat/completions") in routes
+    assert ("post", "/v1/messages") in routes
+    assert ("post", "/v1/images/tokens") in routes
+    for method, path in routes:
+        response = web.request(method, path, headers=headers)
+        assert response.status_code == 401, path
+        assert response.json()["error"]["code"] == "invalid_api_key"
+        assert A not in response.text
+
+
+def test_open_routes_stay_open(web: httpx.Client) -> None:
+    for path in ("/health", "/ready", "/version", "/metrics"):
+        assert web.get(path).status_code == 200
+
+
+@pytest.mark.parametrize("key", [A, A2, B, ADMIN, FLAG])
+def test_every_known_key_is_let_in(web: httpx.Client, key: str) -> None:
+    assert web.get("/v1/models", headers=bearer(key)).status_code == 200
+    assert said(post(web, key, body(image_part(pictures.encode(shape("red"))), WHAT))) == (
+        "a red circle"
+    )
+
+
+def test_a_browser_may_ask_what_it_may_send(web: httpx.Client) -> None:
+    """Whatever the answer is: such questions come without keys."""
+    headers = {"Origin": "https://example.com", "Access-Control-Request-Method": "POST"}
+    assert web.options("/v1/chat/completions", headers=headers).status_code != 401
+
+
+# ---------------------------------------------------------------------- names
+
+
+def test_a_uuid_names_what_its_own_group_sent(web: httpx.Client) -> None:
+    red, blue = (pictures.encode(shape(color)) for color in ("red", "blue"))
+    named = body({"type": "image_url", "image_url": None, "uuid": "logo"}, WHAT)
+
+    def unknown(key: str) -> bool:
+        response = web.post("/v1/chat/completions", json=named, headers=bearer(key))
+        return response.status_code == 400 and response.json()["error"]["code"] == "unknown_image"
+
+    post(web, A, body(image_part(red, uuid="logo"), WHAT))
+    assert unknown(B)
+    assert unknown(FLAG)
+    assert said(post(web, A2, named)) == "a red circle"
+    post(web, B, body(image_part(blue, uuid="logo"), WHAT))
+    assert said(post(web, B, named)) == "a blue circle"
+    assert said(post(web, A, named)) == "a red circle"
+
+
+def video(color: str, uuid: str) -> dict[str, Any]:
+    """A video of two equal frames, which vLLM caches by its uuid alone."""
+    frame = pictures.data_url(pictures.encode(shape(color), "JPEG")).partition(",")[2]
+    url = f"data:video/jpeg;base64,{frame},{frame}"
+    return {"type": "video_url", "video_url": {"url": url}, "uuid": uuid}
+
+
+def test_the_uuid_of_a_video_is_of_its_group(web: httpx.Client) -> None:
+    """vLLM caches videos by their uuid, whatever is in them."""
+    ask = {"logprobs": True, "max_tokens": 4}
+
+    def answer(key: str, color: str) -> Any:
+        return post(web, key, body(video(color, "clip"), WHAT, **ask))["choices"][0]["logprobs"]
+
+    red, blue = answer(A, "red"), answer(B, "blue")
+    assert red != blue
+    assert answer(A, "blue") == red  # in a group the uuid stands for what it was first
+    assert answer(FLAG, "blue") == blue
+
+
+def test_the_uuid_of_a_rendered_video_is_of_its_group(web: httpx.Client) -> None:
+    """Rendering has a cache of its own, and hands out what is in it."""
+
+    def features(key: str, color: str) -> Any:
+        document = body(video(color, "film"), WHAT)
+        return post(web, key, document, "/v1/chat/completions/render")["features"]["kwargs_data"]
+
+    red, blue = features(A, "red"), features(B, "blue")
+    assert red != blue
+    assert features(A2, "blue") == red
+    assert features(FLAG, "blue") == blue
+
+
+def test_features_under_the_name_of_another_groups_picture(web: httpx.Client) -> None:
+    """What B sends as its own features, under the name that A's picture will have."""
+    victim, poison = (pictures.encode(shape(color)) for color in ("green", "yellow"))
+    render = "/v1/chat/completions/render"
+    name = post(web, A, body(image_part(victim), WHAT), render)["features"]["mm_hashes"]
+    poisoned = post(web, B, body(image_part(poison), WHAT), render)
+    assert poisoned["features"]["mm_hashes"] != name
+    poisoned["features"]["mm_hashes"] = name
+    post(web, B, poisoned, "/inference/v1/generate")
+    assert said(post(web, A, body(image_part(victim), WHAT))) == "a green circle"
+
+
+def test_features_of_another_group_cannot_be_asked_for_by_their_name(web: httpx.Client) -> None:
+    render = "/v1/chat/completions/render"
+    asked = body(image_part(pictures.encode(shape("green", "square"))), WHAT)
+    rendered = post(web, A, asked, render)
+    post(web, A, asked)  # the engine has the features of A now
+    rendered["features"] |= {"kwargs_data": None, "mm_metadata": None}
+    generate = "/inference/v1/generate"
+    own = web.post(generate, json=rendered, headers=bearer(A))
+    other = web.post(generate, json=rendered, headers=bearer(B))
+    assert own.status_code == 200, own.text
+    assert other.status_code != 200
+
+
+# ---------------------------------------------------------------------- content
+
+
+def long_question(color: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A picture, and a text that fills some blocks of the prefix cache."""
+    picture = image_part(pictures.encode(shape(color, "square", (448, 448))))
+    return picture, text_part("What is in the image? " * 60)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_nobody_can_probe_what_another_group_has_asked(web: httpx.Client, stream: bool) -> None:
+    question = long_question("red" if stream else "blue")
+
+    def hits(key: str) -> tuple[bool, bool]:
+        if not stream:
+            answer = post(web, key, body(*question))
+            return image_hit(answer), prefix_hit(answer)
+        document = body(*question, stream=True, stream_options={"include_usage": True})
+        text = web.post("/v1/chat/completions", json=document, headers=bearer(key)).text
+        (last,) = (json.loads(line[6:]) for line in text.splitlines() if '"usage":{' in line)
+        return image_hit(last), prefix_hit(last)
+
+    before = lookups(web)
+    assert hits(A) == (False, False)
+    assert hits(B) == (False, False)
+    assert hits(FLAG) == (False, False)
+    middle = lookups(web)
+    assert (middle["hit"] - before["hit"], middle["miss"] - before["miss"]) == (0, 3)
+    assert hits(A2) == (True, True)
+    assert hits(B) == (True, True)
+    after = lookups(web)
+    assert (after["hit"] - middle["hit"], after["miss"] - middle["miss"]) == (2, 0)
+
+
+def test_texts_are_cached_by_group_and_by_the_clients_salt(web: httpx.Client) -> None:
+    text = text_part("Tell me about circles and squares. " * 60)
+
+    def hit(key: str, **more: Any) -> bool:
+        return prefix_hit(post(web, key, body(text, max_tokens=2, **more)))
+
+    assert not hit(A)
+    assert not hit(B)
+    assert not hit(A, cache_salt="x")
+    assert not hit(B, cache_salt="x")
+    assert not hit(A, cache_salt="y")
+    assert hit(A2)
+    assert hit(A2, cache_salt="x", n=2, temperature=1)
+    assert hit(B, cache_salt="x")
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/v1/completions"])
+def test_the_other_apis_are_kept_apart_too(web: httpx.Client, path: str) -> None:
+    text = f"Tell me about {path}. " * 100
+    documents: dict[str, dict[str, Any]] = {
+        "/v1/responses": {"input": text, "max_output_tokens": 2},
+        "/v1/messages": {"messages": [{"role": "user", "content": text}], "max_tokens": 2},
+        "/v1/completions": {"prompt": text, "max_tokens": 2},
+    }
+
+    def cached(key: str) -> int:
+        usage = post(web, key, {"model": "saccade-tiny", **documents[path]}, path)["usage"]
+        holders = (usage, *(v for v in usage.values() if isinstance(v, dict)))
+        names = ("cached_tokens", "cache_read_input_tokens")
+        return sum(holder.get(name) or 0 for holder in holders for name in names)
+
+    assert cached(A) == 0
+    assert cached(B) == 0
+    assert cached(A2) > 0
+
+
+def test_pictures_that_are_in_work_are_not_shared_either(guarded: Server) -> None:
+    """Of equal pictures at the same time, each group has its own decoded."""
+    large = pictures.encode(pictures.photo((2000, 1500), seed=7))
+
+    def decoded(metrics: str) -> float:
+        found = re.search(r"saccade_image_decode_seconds_count (\S+)", metrics)
+        assert found
+        return float(found[1])
+
+    async def test() -> float:
+        async with httpx.AsyncClient(base_url=guarded.url, timeout=60) as web:
+            before = decoded((await web.get("/metrics")).text)
+            document = body(image_part(large), WHAT, max_tokens=1)
+            asked = [
+                web.post("/v1/chat/completions", json=document, headers=bearer(key))
+                for key in (A, B, FLAG)
+            ]
+            for response in await asyncio.gather(*asked):
+                assert response.status_code == 200, response.text
+            return decoded((await web.get("/metrics")).text) - before
+
+    assert asyncio.run(test()) == 3
+
+
+# ---------------------------------------------------------------------- the file, and secrets
+
+
+def becomes(web: httpx.Client, key: str, status: int) -> bool:
+    deadline = time.monotonic() + 30
+    while web.get("/v1/models", headers=bearer(key)).status_code != status:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def test_keys_come_and_go_with_the_file(
+    guarded: Server, web: httpx.Client, keys_file: Path
+) -> None:
+    new = "sk-secret-that-is-new"
+    question = body(text_part("Is the work of a group still there? " * 40), max_tokens=1)
+    post(web, A, question)
+    try:
+        keys_file.write_text(json.dumps({"groups": {"team-a": [new]}}))
+        assert becomes(web, new, 200)
+        assert becomes(web, B, 401)
+        assert web.get("/v1/models", headers=bearer(FLAG)).status_code == 200
+        assert prefix_hit(post(web, new, question))  # another key, the same group
+        keys_file.write_text('{"groups": {"team-b": ["sk-secret-in-a-broken-file"')
+        deadline = time.monotonic() + 30
+        while not any("the keys before it stay" in line for line in guarded.log):
+            assert time.monotonic() < deadline
+            assert web.get("/v1/models", headers=bearer(new)).status_code == 200
+            time.sleep(0.1)
+    finally:
+        keys_file.write_text(json.dumps(KEYS))
+    assert becomes(web, B, 200)
+    assert becomes(web, new, 401)
+
+
+def test_no_key_is_logged(guarded: Server, web: httpx.Client) -> None:
+    """After all that was refused above."""
+    web.post("/v1/chat/completions", content=b"{", headers=bearer(A))
+    assert web.get("/v1/models", headers=bearer(A)).status_code == 200
+    log = "".join(guarded.log)
+    assert "/v1/models" in log  # it is a log of these requests
+    assert "secret" not in log
