@@ -1,0 +1,80 @@
+"""Requests of many users, each of whom asks again and again about one picture.
+
+The question comes before the picture and is another in each turn. What the language model keeps of
+earlier turns (its prefix cache) is then of no use, and only a cache of embeddings spares the
+encoder. All users have their first turn, then all their second: pictures are asked for in a cycle.
+"""
+
+import base64
+import itertools
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import photos
+
+MODEL_NAME = "model"
+"""The name by which all servers know the model."""
+
+SIDE = 448
+"""Width and height of each picture, in pixels."""
+
+_MAX_TOKENS = 8
+_WORDS = 12
+_SEED = 20261120
+
+
+@dataclass(frozen=True, slots=True)
+class Chats:
+    """`turns` holds the files of request bodies: of each turn, in the order of the users."""
+
+    turns: list[list[str]]
+
+    @property
+    def bodies(self) -> list[str]:
+        """All requests in the order in which they are sent."""
+        return list(itertools.chain(*self.turns))
+
+    @property
+    def pictures(self) -> int:
+        return len(self.turns[0])
+
+
+class ChatBodies:
+    """Writes request bodies into `folder`. No picture and no question is in two chats."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._pictures = itertools.count(_SEED)
+        self._serial = itertools.count()
+        self._random = random.Random(_SEED)
+
+    def chats(self, users: int, turns: int) -> Chats:
+        """Return new chats, all with pictures of their own."""
+        urls = [self._picture() for _ in range(users)]
+        return Chats([[self._write(url) for url in urls] for _ in range(turns)])
+
+    def _picture(self) -> str:
+        picture = photos.photo(SIDE, SIDE, next(self._pictures))
+        return f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
+
+    def _write(self, url: str) -> str:
+        serial = next(self._serial)
+        words = " ".join(self._random.choices(photos.WORDS, k=_WORDS))
+        content = [
+            {"type": "text", "text": f"{serial}: {words}?"},
+            {"type": "image_url", "image_url": {"url": url}},
+        ]
+        request = {
+            "model": MODEL_NAME,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": _MAX_TOKENS,
+            "ignore_eos": True,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        path = self._folder / f"{serial:06}.json"
+        path.write_text(json.dumps(request))
+        return str(path)
