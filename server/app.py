@@ -55,7 +55,10 @@ async def run(args: Namespace, settings: Settings, report: Report) -> int:
     """Serve until a signal or the engine's death; returns the exit status."""
     keep_freed_memory(_KEPT_HEAP_BYTES)
     lifeline.ask()
-    key_ring = keys.key_ring(settings.access, serving.api_keys(args))
+    keeps_responses = bool(serving.paths_that_keep_bodies())
+    key_ring = keys.key_ring(
+        settings.access, serving.api_keys(args), keeps_responses=keeps_responses
+    )
     address, sock = serving.setup_server(args, reuse_port=False)
     with sock:
         async with _running(args, settings, report) as parts:

@@ -324,13 +324,24 @@ def test_kill_9_loses_only_what_was_not_written(tmp_path: Path) -> None:
             ask(web, picture)
         wait_for(lambda: counts(web)["disk"]["entries"] == 6)
         killed.process.kill()
-    with client_of(*tiers(tmp_path, None), VLLM_SERVER_DEV_MODE="1") as (_, web):
+    flags = tiers(tmp_path, None, "--encoder-cache-tokens", "5000", "--trust-request-mm-kwargs")
+    with client_of(*flags, VLLM_SERVER_DEV_MODE="1") as (_, web):
         assert [stages(ask(web, picture)) for picture in PICTURES[:6]] == [["embedding"]] * 6
         # Who resets the encoder cache says that the weights are others than those of the files.
         assert web.post("/reset_encoder_cache").status_code == 200
         assert stages(ask(web, PICTURES[0], text="Now?")) == ["features"]
         assert stages(ask(web, PICTURES[0], text="And now?")) == ["embedding"]
         assert counts(web).keys() == {"gpu", "host"}
+        # The GPU holds more than a step may encode; what is larger than a step is refused at once.
+        assert counts(web)["gpu"]["max_tokens"] == 5000
+        large = encode(photo((1600, 1200), 1), "JPEG")
+        body = {
+            "model": MODEL, "messages": user(image_part(large)), "max_tokens": 1,
+            "mm_processor_kwargs": {"max_pixels": 4_000_000},
+        }  # fmt: skip
+        response = web.post("/v1/chat/completions", json=body)
+        assert response.status_code == 400, response.text
+        assert "encoder cache size 600" in response.text
 
 
 def test_clients_cannot_send_embeddings(server: Server) -> None:

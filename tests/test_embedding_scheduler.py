@@ -50,8 +50,11 @@ class Engine:
         self.on_gpu: dict[str, torch.Tensor] = {}
         self.encoded: list[str] = []
 
-    def schedule(self, *requests: Request, freed: tuple[str, ...] = ()) -> Orders:
-        """A pass of vLLM's scheduler, in which all images of the requests find room."""
+    def schedule(
+        self, *requests: Request, freed: tuple[str, ...] = (), preempted: bool = False
+    ) -> Orders:
+        """A pass of vLLM's scheduler, in which all images of the requests find room. `preempted`:
+        in the end nothing is scheduled."""
         self.encode: list[str] = []
         fresh: set[str] = set()
         for name in freed:
@@ -69,6 +72,7 @@ class Engine:
                 self.scheduler.allocated(request, index)
         output = SchedulerOutput.make_empty()
         output.free_encoder_mm_hashes = list(freed)
+        output.total_num_scheduled_tokens = 0 if preempted else 1
         return self.scheduler.orders(output)
 
     def work(self, orders: Orders, encode: list[str]) -> Report:
@@ -146,6 +150,39 @@ def test_what_was_asked_for_and_not_scheduled_is_not_held(engine: Engine) -> Non
     assert engine.store._index.get("a").pins == 1  # type: ignore[union-attr]
     engine.step(freed=("a",))
     assert engine.store._index.get("a").pins == 0  # type: ignore[union-attr]
+
+
+def test_a_step_that_is_not_done_leaves_its_orders_to_the_next(engine: Engine) -> None:
+    engine.step(request("a"))
+    nothing = engine.schedule(request("a", "b"), freed=("a",), preempted=True)
+    assert not nothing.loads
+    assert not nothing.saves
+    orders = engine.schedule()
+    assert (list(orders.loads), list(orders.saves)) == (["a"], ["b"])
+    engine.scheduler.reported(engine.work(orders, ["b"]))
+    assert torch.equal(engine.on_gpu["a"], embedding("a"))
+    assert all(engine.store._index.get(name).pins == 0 for name in "ab")  # type: ignore[union-attr]
+
+
+def test_one_name_for_two_images_is_never_loaded_in_the_wrong_shape(engine: Engine) -> None:
+    """A client may give one name to two videos of its own."""
+    engine.step(request("a"))
+    right, wrong = request("a"), request("a", tokens=2 * TOKENS)
+    assert engine.scheduler.ensure(right, 0)
+    assert engine.scheduler.has("a")
+    assert engine.scheduler.ensure(wrong, 0)
+    assert not engine.scheduler.has("a")
+    engine.scheduler.allocated(wrong, 0)
+    orders = engine.scheduler.orders(_step())
+    assert not orders.loads
+    engine.scheduler.reported(engine.worker.report(orders))
+    assert engine.scheduler.finished(wrong) == {ENCODED: [True]}
+
+
+def _step() -> SchedulerOutput:
+    output = SchedulerOutput.make_empty()
+    output.total_num_scheduled_tokens = 1
+    return output
 
 
 def test_an_embedding_of_another_shape_is_not_kept(engine: Engine) -> None:

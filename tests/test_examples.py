@@ -17,6 +17,7 @@ EXPECTED = {
     "streaming.py": "a blue square\n116 + 4 tokens\n",
     "structured_output.py": "red\n",
     "plain_httpx.py": "a red circle\n",
+    "upload_once.py": "a blue square\nblue\n",
     "boxes.py": "320x240 shown as 308x252\nthe middle half is at (80.0, 60.0, 240.0, 180.0)\n",
 }
 

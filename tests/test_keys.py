@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 from server import config
 from server.api import errors, key_file
 from server.api.keys import ApiKeys, KeyRing, key_ring, keys_for_vllm, require_admin
+from server.config import AccessSettings
 from server.engine import groups
 from server.engine.serving import add_vllm_middleware, api_keys
 from server.errors import CannotStart
@@ -335,10 +336,18 @@ def test_the_admin_key_is_not_shown() -> None:
     assert ADMIN not in repr(settings)
     empty = config.from_flags(parser.parse_args(["--admin-key", ""]))
     with pytest.raises(CannotStart, match="--admin-key is empty"):
-        key_ring(empty.access, ())
+        key_ring(empty.access, (), keeps_responses=False)
     with pytest.raises(ValueError, match="image_workers") as caught:
         config.from_flags(parser.parse_args(["--admin-key", ADMIN, "--image-workers", "no"]))
     assert ADMIN not in str(caught.value)
+
+
+def test_responses_are_not_stored_for_all_groups_alike(path: Path) -> None:
+    access = AccessSettings(api_keys_file=path)
+    assert key_ring(access, (), keeps_responses=False).has_groups
+    with pytest.raises(CannotStart, match="VLLM_ENABLE_RESPONSES_API_STORE"):
+        key_ring(access, (), keeps_responses=True)
+    assert not key_ring(AccessSettings(), (), keeps_responses=True).has_groups
 
 
 # ---------------------------------------------------------------------- names and salts

@@ -51,7 +51,7 @@ class BodyReader:
             await self._app(scope, receive, send)
             return
         try:
-            max_bytes = min(self._max_bytes, self._limits.get(scope["path"], self._max_bytes))
+            max_bytes = min(self._max_bytes, self._limits.get(_path(scope), self._max_bytes))
             chunks = await self._read(dict(scope["headers"]), receive, max_bytes)
             body = await self._prepared(scope, chunks)
         except SaccadeError as error:
@@ -69,11 +69,11 @@ class BodyReader:
         body = b"" if large else b"".join(chunks)
         if self._preparer is None or not is_json:
             request.enter(ImageRequest())
-            return await asyncio.to_thread(b"".join, chunks) if large else body
+            return await asyncio.to_thread(_joined, chunks) if large else body
         if not large and not any(mark in body for mark in _MARKS):
             request.enter(ImageRequest(body))
             return body
-        stored = scope["path"] in self._stored
+        stored = _path(scope) in self._stored
         request.enter(ImageRequest(body))  # for the errors of what follows
         if large:
             read = await in_thread(self._take_out_and_read, chunks, stored)
@@ -85,8 +85,7 @@ class BodyReader:
 
     def _take_out_and_read(self, chunks: list[bytes], stored: bool) -> ReadRequest:
         assert self._preparer is not None
-        body = b"".join(chunks)
-        chunks.clear()
+        body = _joined(chunks)
         taken = payloads.parsed(body) if stored else payloads.take_out(body)
         return self._preparer.read(taken)
 
@@ -114,6 +113,19 @@ class BodyReader:
             chunks.append(chunk)
             if not message.get("more_body"):
                 return chunks
+
+
+def _joined(chunks: list[bytes]) -> bytes:
+    """The body, which is not to be held twice from here on."""
+    body = b"".join(chunks)
+    chunks.clear()
+    return body
+
+
+def _path(scope: Scope) -> str:
+    """The path as the routes know it, below the root path."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
 
 
 def _check(nbytes: int, max_bytes: int) -> None:

@@ -28,7 +28,8 @@ async def create_file(raw_request: Request) -> JSONResponse:
     """Keep an image or a PDF; the form has `file`, `purpose` and perhaps `expires_after`."""
     store, preparer = _store(raw_request), _preparer(raw_request)
     content_type = raw_request.headers.get("content-type", "")
-    form = await in_thread(read_form, content_type, await raw_request.body())
+    body = (await raw_request.receive())["body"]  # all of it, uncopied: the body reader has read it
+    form = await in_thread(read_form, content_type, body)
     file, purpose, lifetime_s = _required(form, "file"), _purpose(form), _lifetime_s(form)
     try:
         await preparer.check(file.data)

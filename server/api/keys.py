@@ -105,8 +105,17 @@ class KeyRing:
         return self._given.joined(table), version
 
 
-def key_ring(access: AccessSettings, given: Sequence[str]) -> KeyRing:
-    """The ring for these settings and the keys `given` by `--api-key`. Raises CannotStart."""
+def key_ring(access: AccessSettings, given: Sequence[str], *, keeps_responses: bool) -> KeyRing:
+    """The ring for these settings and the keys `given` by `--api-key`. `keeps_responses`: vLLM
+    stores responses, for all groups alike.
+
+    Raises:
+        CannotStart
+    """
+    if access.api_keys_file is not None and keeps_responses:
+        raise CannotStart(
+            "--api-keys-file: VLLM_ENABLE_RESPONSES_API_STORE keeps responses for all groups alike"
+        )
     return KeyRing(access.api_keys_file, given, _admin_key(access))
 
 

@@ -68,9 +68,10 @@ class DeferredCache(BaseMultiModalProcessorCache):
     def is_cached_item(self, mm_hash: str) -> bool:
         return mm_hash in self._updates and self._cache.is_cached_item(mm_hash)
 
-    def updates(self, mm_hash: str) -> Updates:
-        """The prompt updates of an image that is cached."""
-        return self._updates[mm_hash]
+    def updates(self, mm_hash: str) -> Updates | None:
+        """The prompt updates of an image; None if it is not cached."""
+        updates = self._updates.get(mm_hash)  # vLLM's own thread may clear the cache meanwhile
+        return updates if updates is not None and self._cache.is_cached_item(mm_hash) else None
 
     def remember(self, mm_hash: str, updates: Updates) -> None:
         """Keep the prompt updates of an image for when it is found cached."""

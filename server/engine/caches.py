@@ -29,13 +29,21 @@ class EngineCaches:
         self._embeddings = embeddings
         self._open = asyncio.Event()
         self._open.set()
+        self._sending = 0
+        self._all_sent = asyncio.Event()
         core = engine.engine_core
         core.add_request_async = functools.partial(self._send, core.add_request_async)
 
     async def _send(self, send: SendRequest, request: EngineCoreRequest) -> None:
         while not self._open.is_set():
             await self._open.wait()
-        await send(request)
+        self._sending += 1
+        try:
+            await send(request)
+        finally:
+            self._sending -= 1
+            if not self._sending:
+                self._all_sent.set()
 
     @asynccontextmanager
     async def _nothing_sent(self) -> AsyncIterator[None]:
@@ -44,6 +52,9 @@ class EngineCaches:
             await self._open.wait()
         self._open.clear()
         try:
+            while self._sending:
+                self._all_sent.clear()
+                await self._all_sent.wait()
             yield
         finally:
             self._open.set()
@@ -65,20 +76,20 @@ class EngineCaches:
         return found
 
     async def clear(self) -> list[str]:
-        """Empty the caches, and return which of them could be. Requests that run go on: while there
-        are any, what is on the GPU stays, since they may be using it."""
+        """Empty the caches, and return which of them could be. Requests that run go on: what they
+        may be using stays while there are any."""
         cleared = []
         async with self._nothing_sent():
-            if self._features is not None:
+            outputs: Any = self._engine.output_processor
+            idle = not outputs.get_num_unfinished_requests()
+            if self._features is not None and (idle or not self._features_are_in_use()):
                 await self._engine.reset_mm_cache()
+                renderer: Any = self._engine.renderer
+                await asyncio.to_thread(renderer.forget_features)
                 cleared.append("features")
             if await self._engine.reset_prefix_cache():
                 cleared.append("prefixes")
-            outputs: Any = self._engine.output_processor
-            idle = not outputs.get_num_unfinished_requests()
-            if idle:
-                if self._embeddings is not None:
-                    await self._embeddings.expect_reset()
+            if idle and (self._embeddings is None or await self._embeddings.expect_reset()):
                 await self._engine.engine_core.reset_encoder_cache_async()
                 cleared.append("embeddings.gpu")
             if self._embeddings is not None:
@@ -86,6 +97,13 @@ class EngineCaches:
                 tiers = _summed(list(self._embeddings.snapshots.values()))
                 cleared += [f"embeddings.{tier}" for tier in tiers if tier != "gpu"]
         return cleared
+
+    def _features_are_in_use(self) -> bool:
+        """Whether requests that wait in the engine find their features in the cache only then."""
+        model = self._engine.model_config
+        options = model.multimodal_config
+        shared = options is not None and options.mm_processor_cache_type == "shm"
+        return shared or model.runner_type == "pooling"
 
 
 def _summed(snapshots: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -124,6 +124,7 @@ async def running(plan: EnginePlan) -> AsyncIterator[AsyncLLM]:
         settle_on_send(engine, renderer.deferred_cache)
     groups.keep_apart(engine)
     outcomes.follow(engine)
+    setup.keep_item_limit(engine)
     try:
         await engine.reset_mm_cache()  # drop what the warm-up left
         yield engine

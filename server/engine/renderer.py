@@ -96,10 +96,15 @@ class PooledRenderer(HfRenderer):
         self.planner: Any = None
         self._fingerprint = b""
         self.announce: Announce | None = None
-        # By the group and the uuid.
-        self._sent_as: LRUCache[tuple[str, str], EncodedImage] = LRUCache(_REMEMBERED_UUIDS)
+        # By the hash of the group and the uuid, which may be long.
+        self._sent_as: LRUCache[bytes, EncodedImage] = LRUCache(_REMEMBERED_UUIDS)
         self._vllm_process_multimodal = self._process_multimodal_async
         self._process_multimodal_async = self._process_images
+
+    def forget_features(self) -> None:
+        """Forget the features that are kept here, for requests that only count tokens."""
+        if self._mm_processor_only_cache is not None:
+            self._mm_processor_only_cache.clear_cache()
 
     @property
     def deferred_cache(self) -> DeferredCache | None:
@@ -186,9 +191,9 @@ class PooledRenderer(HfRenderer):
         name, options = split_options(uuid) if uuid is not None else (None, ImageOptions())
         if image is not None:
             if name is not None:
-                self._sent_as[tenant.group(), name] = replace(image, data=b"", url="")
+                self._sent_as[_uuid_key(name)] = replace(image, data=b"", url="")
             return image
-        sent = self._sent_as.get((tenant.group(), name)) if name is not None else None
+        sent = self._sent_as.get(_uuid_key(name)) if name is not None else None
         if sent is None:
             raise UnknownImage(
                 "the part has no image data, and its uuid names none that was sent before",
@@ -224,9 +229,9 @@ class PooledRenderer(HfRenderer):
         item = PooledItem()
         if job.image.data:
             item.refill = functools.partial(self._features_of, job)
-        if cache is not None and cache.is_cached_item(job.key):
+        if cache is not None and (known := cache.updates(job.key)) is not None:
             metrics.image_lookups.labels("hit").inc()
-            return item, cache.updates(job.key)
+            return item, known
         metrics.image_lookups.labels("miss").inc()
         features, updates = await self._process(job)
         item.update(features)
@@ -348,6 +353,10 @@ class PooledRenderer(HfRenderer):
         features = await self._in_pool(f"pixels-{job.key}", job, pixels=True)
         pixels = features.arrays(_tensor)["pixels"]
         return await asyncio.to_thread(lambda: Image.fromarray(pixels.numpy().copy()))
+
+
+def _uuid_key(uuid: str) -> bytes:
+    return blake3(f"{tenant.group()}\n{uuid}".encode()).digest()
 
 
 def _placeholders(rendered: Any) -> Sequence[Any]:

@@ -21,8 +21,9 @@ MAX_INTERIM_RESPONSES = 8
 HIGH_WATER_BYTES = 256 * 1024
 KEEP_ALIVE_S = 15.0
 
-Origin = tuple[str, str, int]
-"""(scheme, host, port)."""
+Origin = tuple[str, str, int, str]
+"""(scheme, host, port, group of API keys): nobody can tell by a handshake that is not made whether
+another group has fetched from a host."""
 
 
 class Connection(asyncio.Protocol):

@@ -179,7 +179,7 @@ class Fetcher:
     async def _hop(self, group: str, url: httpx.URL, max_bytes: int) -> bytes | httpx.URL:
         """The body at `url`, or where it is instead."""
         check_host(_host(url), self._policy)  # also of what is kept
-        ask = functools.partial(self._get, url, max_bytes)
+        ask = functools.partial(self._get, group, url, max_bytes)
         if self.cache is None:
             answer = await ask(())
             return answer.body if isinstance(answer, Answer) else answer
@@ -189,11 +189,11 @@ class Fetcher:
         return found
 
     async def _get(
-        self, url: httpx.URL, max_bytes: int, conditions: Sequence[Header]
+        self, group: str, url: httpx.URL, max_bytes: int, conditions: Sequence[Header]
     ) -> Answer | httpx.URL:
         """The answer at `url`, its body not compressed, or where the image is instead."""
         host = _host(url)
-        origin = (url.scheme, host, url.port or (443 if url.scheme == "https" else 80))
+        origin = (url.scheme, host, url.port or (443 if url.scheme == "https" else 80), group)
         async with self._slots.take(canonical(host)):
             connection, response = await self._ask(origin, url, conditions)
             try:
@@ -214,7 +214,7 @@ class Fetcher:
         self, origin: Origin, url: httpx.URL, conditions: Sequence[Header]
     ) -> tuple[Connection, h11.Response]:
         """Send the request; once more, by a new connection, if the server has said nothing."""
-        scheme, host, port = origin
+        scheme, host, port, _ = origin
         tls = self._tls if scheme == "https" else None
         headers = [*_headers(url), *conditions]
         for is_last in (False, True):

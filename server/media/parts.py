@@ -228,11 +228,18 @@ def with_options(name: str, options: ImageOptions) -> str:
 
 
 def split_options(name: str) -> tuple[str, ImageOptions]:
-    """What `with_options` put together."""
+    """What `with_options` put together.
+
+    Raises:
+        InvalidImageUrl: it did not; a client wrote it where nobody looked for it.
+    """
     if not name.startswith(_SCHEME):
         return name, ImageOptions()
     query, _, rest = name.removeprefix(_SCHEME).partition(",")
     given = dict(parse_qsl(query))
+    numbers = (given.get("max_tokens", "1"), given.get("frame", "0"))
+    if not all(text.isascii() and text.isdigit() and len(text) <= 9 for text in numbers):
+        raise InvalidImageUrl("the image URL must be a data, http, https or file URL")
     max_tokens = int(given["max_tokens"]) if "max_tokens" in given else None
     detail: Any = given.get("detail", "auto")
     return rest, ImageOptions(detail, max_tokens, int(given.get("frame", 0)))

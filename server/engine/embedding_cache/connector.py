@@ -1,6 +1,7 @@
 """The class that vLLM makes, once in the scheduler's process and once in each worker's."""
 
 import logging
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 log = logging.getLogger("saccade.embeddings")
+
+# How soon after it was announced a reset of vLLM's encoder cache must come.
+_RESET_WITHIN_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class EmbeddingCacheConnector(ECConnectorBase):
         options = CacheOptions(**vllm_config.ec_transfer_config.ec_connector_extra_config)
         self._store = EmbeddingStore(Arena(options.host_bytes), _tiers(vllm_config, options))
         self._scheduler = Scheduler(vllm_config, self._store, options.patience_s)
-        self._reset_is_expected = False
+        self._reset_expected_until = 0.0
         manager.listeners.append(self._was_reset)
         engine = str(vllm_config.parallel_config.data_parallel_index)
         self._control = ControlClient(options.control, engine, self._obey, self._snapshot)
@@ -84,7 +88,11 @@ class EmbeddingCacheConnector(ECConnectorBase):
     def save_caches(
         self, encoder_cache: dict[str, torch.Tensor], mm_hash: str, **kwargs: Any
     ) -> None:
-        self._worker.save(self._orders(), mm_hash, encoder_cache[mm_hash])
+        embedding = encoder_cache[mm_hash]
+        if embedding.untyped_storage().nbytes() > embedding.nbytes:
+            # A part of what was encoded together would hold all of it for as long as it stays.
+            embedding = encoder_cache[mm_hash] = embedding.clone()
+        self._worker.save(self._orders(), mm_hash, embedding)
 
     def build_connector_worker_meta(self) -> ECConnectorWorkerMetadata | None:
         return self._worker.report(self._orders())
@@ -125,7 +133,7 @@ class EmbeddingCacheConnector(ECConnectorBase):
                     if (spec := self._scheduler.spec("image", tokens)) is not None:
                         self._store.prefetch(name, spec)
             case "expect_reset":
-                self._reset_is_expected = True
+                self._reset_expected_until = time.monotonic() + _RESET_WITHIN_S
             case "clear":
                 self._store.clear()
 
@@ -133,8 +141,9 @@ class EmbeddingCacheConnector(ECConnectorBase):
         """vLLM has emptied its encoder cache: if nobody said why, the weights are other ones, and
         what the lower tiers hold, or would get, is not of those that they know."""
         self._scheduler.forget_gpu()
-        if self._reset_is_expected:
-            self._reset_is_expected = False
+        expected = time.monotonic() < self._reset_expected_until
+        self._reset_expected_until = 0.0
+        if expected:
             return
         log.warning("the encoder cache was reset: its embeddings stay in memory from now on")
         self._store.detach()

@@ -77,9 +77,10 @@ class ControlServer:
         """Say that images will be asked for: (name, tokens) of each. Never waits."""
         self._send({"do": "prefetch", "images": images})
 
-    async def expect_reset(self) -> None:
-        """Say that vLLM's encoder cache will be emptied with the weights as they are."""
-        await self._ask({"do": "expect_reset"})
+    async def expect_reset(self) -> bool:
+        """Say that vLLM's encoder cache will be emptied with the weights as they are; whether every
+        engine has heard it."""
+        return await self._ask({"do": "expect_reset"})
 
     async def clear(self) -> None:
         """Forget everything, also on disk and in the shared store."""
@@ -90,16 +91,17 @@ class ControlServer:
         await self._ask({"do": "report"})
         return list(self.snapshots.values())
 
-    async def _ask(self, message: dict[str, Any]) -> None:
-        """Send, and wait until every engine has answered, for a while."""
+    async def _ask(self, message: dict[str, Any]) -> bool:
+        """Send, and wait until every engine has answered, for a while; whether they have."""
         if not self.snapshots:
-            return
+            return False
         number = next(self._numbers)
         question = self._asked[number] = _Question(set(self.snapshots), asyncio.Event())
         self._send(message | {"ask": number})
         try:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(question.answered.wait(), _ANSWER_TIMEOUT_S)
+            return question.answered.is_set()
         finally:
             del self._asked[number]
 

@@ -121,8 +121,9 @@ class DiskTier:
         for _, path, _ in self._files():
             if path.suffix == _SUFFIX and path.is_relative_to(self._own):
                 path.unlink(missing_ok=True)
-        with self._usage.locked() as usage:
-            self._scan(usage)
+        if self._root.is_dir():  # else somebody has cleared it more thoroughly
+            with self._usage.locked() as usage:
+                self._scan(usage)
 
     def size(self) -> dict[str, int | None]:
         with self._lock:

@@ -93,9 +93,9 @@ class Scheduler:
 
     def has(self, name: str) -> bool:
         """Whether the image can be loaded. If so it stays where it is until `orders`."""
-        if name in self._held or name in self._loads:
-            return True
         spec = self._wanted.get(name)
+        if (known := self._held.get(name) or self._loads.get(name)) is not None:
+            return known.spec == spec
         entry = self._store.take(name, spec) if spec is not None else None
         if entry is not None:
             self._held[name] = entry
@@ -110,7 +110,9 @@ class Scheduler:
         spec = self._spec_of(feature)
         tokens = feature.mm_position.get_num_embeds()
         self._new_on_gpu[name] = _Held(tokens, spec.nbytes if spec else 0)
-        if (entry := self._held.pop(name, None)) is not None:
+        entry = self._held.get(name)
+        if entry is not None and entry.spec == spec:
+            del self._held[name]
             self._store.used(entry)
             self._loads[name] = entry
             return
@@ -119,13 +121,18 @@ class Scheduler:
             self._saves[name] = room
 
     def orders(self, output: SchedulerOutput) -> Orders:
-        """What the workers shall do in the step that was just scheduled."""
+        """What the workers shall do in the step that was just scheduled. Where all was preempted
+        in the end they do no step, and it is left for the next one."""
         for name in output.free_encoder_mm_hashes:
             if self._on_gpu.pop(name, None) is not None:
                 self._gpu_counts.add("evictions")
         self._on_gpu |= self._new_on_gpu
         for entry in self._held.values():
             self._store.release(entry)
+        for passing in (self._new_on_gpu, self._held, self._wanted):
+            passing.clear()
+        if not output.total_num_scheduled_tokens:
+            return Orders(self._store.arena.name)
         orders = Orders(
             self._store.arena.name,
             {name: (entry.extents, entry.spec) for name, entry in self._loads.items()},
@@ -135,8 +142,8 @@ class Scheduler:
             self._loading.setdefault(name, []).append(entry)
         for name, entry in self._saves.items():
             self._saving.setdefault(name, []).append(entry)
-        for passing in (self._new_on_gpu, self._held, self._wanted, self._loads, self._saves):
-            passing.clear()
+        self._loads.clear()
+        self._saves.clear()
         return orders
 
     def reported(self, report: Report) -> None:

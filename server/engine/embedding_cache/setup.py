@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm.config import ECTransferConfig, EncoderCacheManagerConfig, VllmConfig
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.encoder_budget import MultiModalBudget
 from vllm.platforms import current_platform
+from vllm.v1.engine.async_llm import AsyncLLM
 
 from server.config import GIB, MIB, CacheSettings
 from server.engine.embedding_cache.connector import CacheOptions, EmbeddingCacheConnector
@@ -23,6 +26,8 @@ _STAGING_BYTES = 256 * MIB
 _GPU_SHARE = 0.02
 _MOST_GPU_TOKENS = 65_536
 
+# Where Granite Vision's configuration has its levels.
+_LEVELS = ("deepstack_layer_map", "spatial_target_layers")
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -34,13 +39,30 @@ def is_wanted(config: VllmConfig, settings: CacheSettings) -> bool:
         or settings.embedding_cache_dir is not None
         or settings.embedding_cache_url is not None
     )
-    model, parallel = config.model_config, config.parallel_config
+    model = config.model_config
     if not on or not model.supports_multimodal_inputs or model.is_encoder_decoder:
         return False
-    if parallel.nnodes > 1 or parallel.distributed_executor_backend == "ray":
-        log.warning("the embedding cache is off: the workers are on several machines")
+    if (why := _obstacle(config)) is not None:
+        log.warning("the embedding cache is off: %s", why)
         return False
     return config.ec_transfer_config is None
+
+
+def _obstacle(config: VllmConfig) -> str | None:
+    """Why this engine cannot have an embedding cache, if it cannot."""
+    model, parallel = config.model_config, config.parallel_config
+    options = model.multimodal_config
+    if parallel.nnodes > 1 or parallel.distributed_executor_backend in ("ray", "external_launcher"):
+        return "the workers are on several machines, or have a scheduler each"
+    pipeline = parallel.pipeline_parallel_size > 1
+    if not config.use_v2_model_runner and (model.runner_type == "pooling" or pipeline):
+        return "vLLM's first model runner loses what it reports for this kind of model"
+    if options is not None and options.skip_mm_profiling:
+        return "with --skip-mm-profiling the encoder must not run at the start"
+    limits = [options.get_limit_per_prompt(each) for each in ("image", "video")] if options else []
+    if not any(limits):
+        return "the model gets neither images nor videos"
+    return None
 
 
 def configure(config: VllmConfig, settings: CacheSettings, control: str) -> None:
@@ -78,9 +100,12 @@ def size_gpu_tier(config: VllmConfig, settings: CacheSettings) -> None:
 
     vLLM measures its peak with as many tokens in the cache as one step may have.
     """
-    scheduler = config.scheduler_config
+    scheduler, cache = config.scheduler_config, config.cache_config
     planned = scheduler.encoder_cache_size
     tokens = settings.encoder_cache_tokens
+    fixed = cache.kv_cache_memory_bytes
+    if tokens is None and fixed is not None:
+        return  # who gives the KV cache its bytes has divided the device already
     token_bytes = _embedding_bytes(config)
     if current_platform.is_cpu():
         scheduler.encoder_cache_size = max(planned, tokens or 0)
@@ -90,15 +115,34 @@ def size_gpu_tier(config: VllmConfig, settings: CacheSettings) -> None:
         tokens = min(_MOST_GPU_TOKENS, int(device_bytes * _GPU_SHARE) // token_bytes)
     more = max(0, tokens - planned)
     scheduler.encoder_cache_size = planned + more
-    config.cache_config.gpu_memory_utilization -= more * token_bytes / device_bytes
+    if fixed is not None:
+        cache.kv_cache_memory_bytes = max(0, fixed - more * token_bytes)
+    else:
+        cache.gpu_memory_utilization -= more * token_bytes / device_bytes
+
+
+def keep_item_limit(engine: AsyncLLM) -> None:
+    """Refuse items that are too large for one step, although the encoder cache could hold them.
+
+    vLLM tells them by the size of the cache, which it takes to be the same: they would wait for
+    ever.
+    """
+    checked: Any = engine.input_processor
+    if checked.supports_mm_inputs:
+        budget = MultiModalBudget(engine.vllm_config, MULTIMODAL_REGISTRY)
+        checked.mm_encoder_cache_size = budget.get_encoder_budget()
 
 
 def _embedding_bytes(config: VllmConfig) -> int:
     """Bytes of one token in the encoder cache. Encoders with features for several layers of the
     language model (DeepStack) give them side by side."""
     model = config.model_config
-    vision: Any = getattr(model.hf_config, "vision_config", None)
-    layers = 1 + len(getattr(vision, "deepstack_visual_indexes", None) or ())
+    whole: Any = model.hf_config
+    parts = (whole, getattr(whole, "thinker_config", None))
+    visions = [getattr(part, "vision_config", None) for part in parts]
+    levels = [getattr(vision, "deepstack_visual_indexes", None) for vision in visions]
+    levels += [getattr(whole, name, None) for name in _LEVELS]
+    layers = 1 + sum(len(found or ()) for found in levels)
     item: int = getattr(model.dtype, "itemsize", 4)
     return layers * int(model.get_inputs_embeds_size()) * item
 

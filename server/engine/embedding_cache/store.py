@@ -29,6 +29,7 @@ _MOST_WAITING_SHARE = 0.5
 # How long it is believed that no tier has an entry.
 _ABSENT_S = 5.0
 _FLUSH_LIMIT_S = 10.0
+_CLEAR_AGAIN_S = 1.0
 
 
 class EmbeddingStore:
@@ -240,14 +241,24 @@ class EmbeddingStore:
                 self._writers[number].submit(self._clear, tier)
 
     def _clear(self, tier: Tier) -> None:
-        try:
-            tier.clear()
-        except Exception as error:
-            self._note_failure(tier, error)
-        finally:
-            with self._lock:
-                self._clears -= 1
-                self._writing.notify_all()
+        """Try again until it succeeds, or the tiers are used no more: what was to be forgotten must
+        not come back when the tier does."""
+        done = False
+        if tier.breaker.allows():
+            try:
+                tier.clear()
+                tier.breaker.succeeded()
+                done = True
+            except Exception as error:
+                self._note_failure(tier, error)
+        with self._lock:
+            if not done and tier in self._tiers:
+                again = threading.Timer(_CLEAR_AGAIN_S, self._clear, [tier])
+                again.daemon = True
+                again.start()
+                return
+            self._clears -= 1
+            self._writing.notify_all()
 
     def detach(self) -> None:
         """Forget every entry in memory, and use the lower tiers no more."""
