@@ -76,10 +76,13 @@ async def rig(model: Path, decode: str = "exact") -> AsyncIterator[Rig]:
         pool = ImagePool(plan.workers, settings.images)
         stack.callback(pool.stop_preload)
         pool.preload()
+        embeddings = launch.add_embedding_cache(plan, settings)
+        assert embeddings is not None
+        await stack.enter_async_context(embeddings)
         engine = await stack.enter_async_context(launch.running(plan))
         await stack.enter_async_context(pool)
         loader = ImageLoader(Fetcher(FetchSettings()), launch.limits(settings), None)
-        used = await launch.connect(engine, settings, pool, loader)
+        used = await launch.connect(engine, settings, pool, loader, embeddings)
         from vllm.renderers.hf import HfRenderer
 
         theirs = HfRenderer(plan.config, engine.renderer.tokenizer)

@@ -14,13 +14,11 @@ import asyncio
 import functools
 import json
 import logging
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from blake3 import blake3
 from cachetools import LRUCache
 from PIL import Image
@@ -37,6 +35,8 @@ from server import metrics
 from server.config import Settings
 from server.engine.cache import DeferredCache, PooledItem, Updates, own
 from server.engine.planning import ImagePlanner
+from server.engine.shapes import blank, tensor
+from server.engine.tasks import all_or_none
 from server.errors import ImageTokenCap, SaccadeError, UnknownImage
 from server.images.features import Features
 from server.images.pool import ImagePool
@@ -162,13 +162,13 @@ class PooledRenderer(HfRenderer):
             if self.announce is not None and not skip_mm_cache:
                 self.announce([(job.key, job.plan.tokens) for job in jobs if job.plan])
             process = self._process_here if skip_mm_cache else self._process_image
-            items = await _all_or_none(map(process, jobs))
+            items = await all_or_none(map(process, jobs))
             rendered = self._merge(prompt, [job.key for job in jobs], items)
             cached = [not item and not skip_mm_cache for item, _ in items]
         else:
             kwargs = _common_options(plans, kwargs)
             jobs = [self._job(*pair, kwargs, io) for pair in zip(named, plans, strict=True)]
-            decoded = await _all_or_none(map(self._decode, jobs))
+            decoded = await all_or_none(map(self._decode, jobs))
             rendered = await self._vllm_process_multimodal(
                 prompt,
                 {**mm_data, "image": decoded},
@@ -310,10 +310,10 @@ class PooledRenderer(HfRenderer):
     ) -> tuple[MultiModalKwargsItem, Updates]:
         """One image's features as vLLM's item, and what they put into the prompt."""
         processor = self.get_mm_processor()
-        outputs = BatchFeature(features.arrays(_tensor))
+        outputs = BatchFeature(features.arrays(tensor))
         config = processor._get_mm_fields_config(outputs, kwargs)
         items = MultiModalKwargsItems.from_hf_inputs(outputs, config)
-        sized = processor.info.parse_mm_data({"image": [_sized(features.size)]}, validate=False)
+        sized = processor.info.parse_mm_data({"image": [blank(features.size)]}, validate=False)
         updates = processor._get_mm_prompt_updates(sized, kwargs, items)
         return items["image"][0], updates["image"][0]
 
@@ -351,7 +351,7 @@ class PooledRenderer(HfRenderer):
         if not job.image.data:
             return None
         features = await self._in_pool(f"pixels-{job.key}", job, pixels=True)
-        pixels = features.arrays(_tensor)["pixels"]
+        pixels = features.arrays(tensor)["pixels"]
         return await asyncio.to_thread(lambda: Image.fromarray(pixels.numpy().copy()))
 
 
@@ -375,44 +375,3 @@ def _common_options(plans: Sequence[ImagePlan | None], kwargs: Mapping[str, Any]
     if any(options != wanted[0] for options in wanted):
         raise ImageTokenCap("this model takes one token cap for all images of a request")
     return {**kwargs, **wanted[0]}
-
-
-async def _all_or_none(work: Iterable[Any]) -> list[Any]:
-    """Gather; the first failure cancels the rest, whose results nobody would use."""
-    async with _unwrapped(), asyncio.TaskGroup() as group:
-        tasks = [group.create_task(part) for part in work]
-    return [task.result() for task in tasks]
-
-
-class _unwrapped:
-    """Raises the first error of a task group as itself."""
-
-    async def __aenter__(self) -> None: ...
-
-    async def __aexit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, BaseExceptionGroup):
-            raise error.exceptions[0] from None
-
-
-_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in vars(torch).values()
-    if isinstance(dtype, torch.dtype)
-}
-
-
-def _tensor(dtype: str, shape: tuple[int, ...], buffer: Any, offset: int) -> torch.Tensor:
-    """A tensor over shared memory; it keeps `buffer` alive."""
-    count = math.prod(shape)
-    if count == 0:
-        return torch.empty(shape, dtype=_DTYPES[dtype])
-    flat = torch.frombuffer(buffer, dtype=_DTYPES[dtype], count=count, offset=offset)
-    return flat.view(shape)
-
-
-def _sized(size: tuple[int, int]) -> Image.Image:
-    """A picture that has a size and no pixels: all that prompt updates ask for."""
-    image = Image.Image()
-    image._size = size
-    image._mode = "RGB"
-    return image
