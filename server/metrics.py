@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
@@ -111,6 +112,4 @@ class EmbeddingCacheCollector(Collector):
 def _buckets(counts: list[float]) -> list[tuple[str, float]]:
     """Cumulative counts by their upper bounds, as Prometheus has them."""
     bounds = [*map(str, EMBEDDING_SECONDS), "+Inf"]
-    return [
-        (bound, sum(counts[: index + 1])) for index, bound in enumerate(bounds)
-    ]  # fmt: skip
+    return list(zip(bounds, accumulate(counts), strict=True))

@@ -95,7 +95,8 @@ class EmbeddingCacheConnector(ECConnectorBase):
         self._worker.save(self._orders(), mm_hash, embedding)
 
     def build_connector_worker_meta(self) -> ECConnectorWorkerMetadata | None:
-        return self._worker.report(self._orders())
+        report = self._worker.report(self._orders())
+        return report if report.loaded or report.saved else None  # most steps have no image
 
     def _orders(self) -> Orders:
         orders = self._get_connector_metadata()

@@ -127,8 +127,9 @@ def keep_item_limit(engine: AsyncLLM) -> None:
     vLLM tells them by the size of the cache, which it takes to be the same: they would wait for
     ever.
     """
-    checked: Any = engine.input_processor
-    if checked.supports_mm_inputs:
+    scheduler = engine.vllm_config.scheduler_config
+    if scheduler.encoder_cache_size > scheduler.max_num_encoder_input_tokens:
+        checked: Any = engine.input_processor
         budget = MultiModalBudget(engine.vllm_config, MULTIMODAL_REGISTRY)
         checked.mm_encoder_cache_size = budget.get_encoder_budget()
 

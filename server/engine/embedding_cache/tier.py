@@ -15,8 +15,8 @@ from server.metrics import EMBEDDING_SECONDS
 
 @dataclass
 class Counts:
-    """What happened in one tier since the start. Each number has one writer at a time, or is
-    changed under the lock."""
+    """What happened in one tier since the start. `seconds`: operation -> counts by bucket, and the
+    sum of all. Safe to use from several threads."""
 
     hits: int = 0
     misses: int = 0
@@ -53,8 +53,8 @@ class Counts:
 class Tier(Protocol):
     """A place for entries that is larger or lives longer than the host's memory.
 
-    Its calls come from threads of its own and may block; they raise OSError or DamagedEntry, or
-    what is in `failures`.
+    Its calls come from threads of its own and may block. They raise DamagedEntry, or anything else
+    where the tier fails, OSError as a rule.
     """
 
     name: str
