@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import platform
 import signal
 import socket
 from argparse import Namespace
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import uvicorn
 from fastapi import FastAPI
 
-from server import lifeline, metrics
+from server import __version__, lifeline, metrics
 from server.api import (
     body,
     caches,
@@ -28,11 +29,14 @@ from server.api import (
     images,
     keys,
     messages,
+    observe,
     usage,
 )
 from server.config import GIB, Settings
 from server.engine import cpu_waits, launch, serving
 from server.engine.caches import EngineCaches
+from server.engine.encode_times import EncodeTimes
+from server.engine.outcomes import Outcomes
 from server.errors import CannotStart
 from server.images.memory import keep_freed_memory
 from server.images.pool import ImagePool
@@ -63,7 +67,7 @@ async def run(args: Namespace, settings: Settings, report: Report) -> int:
     with sock:
         async with _running(args, settings, report) as parts:
             app = await build_app(args, settings, parts, key_ring)
-            config = _uvicorn_config(app, args, settings)
+            config = _uvicorn_config(_observed(app, args, settings), args, settings)
             server = _Server(config)
             app.state.server = server
             refresher = None
@@ -108,7 +112,9 @@ async def _running(args: Namespace, settings: Settings, report: Report) -> Async
         if embeddings is not None:
             await stack.enter_async_context(embeddings)
             stack.enter_context(metrics.embedding_cache(embeddings.snapshots))
-        engine = await stack.enter_async_context(launch.running(plan))
+        outcomes = Outcomes()
+        await stack.enter_async_context(EncodeTimes(outcomes.encoded))
+        engine = await stack.enter_async_context(launch.running(plan, outcomes))
         engine_caches = launch.caches_of(engine, embeddings)
         if pool is not None:
             report(f"starting {settings.images.image_workers} image workers")
@@ -219,6 +225,29 @@ async def build_app(
     return app
 
 
+def _observed(app: FastAPI, args: Namespace, settings: Settings) -> observe.Observed:
+    """`app` with records around it, and what the metrics tell of the server as a whole."""
+    parallel = app.state.vllm_config.parallel_config
+    metrics.devices.set(parallel.world_size * parallel.data_parallel_size)
+    metrics.ready.set_function(lambda: float(health.problem(app.state) is None))
+    metrics.build.info(
+        {
+            "version": __version__,
+            "vllm": serving.vllm_version,
+            "python": platform.python_version(),
+            "device": app.state.vllm_config.device_config.device_type,
+            "model": _model_name(args),
+        }
+    )
+    return observe.Observed(
+        app,
+        server_timing=settings.observability.server_timing,
+        log_requests=settings.observability.log_format == "json",
+        unlogged=(args.disable_access_log_for_endpoints or "").split(","),
+        traced=args.otlp_traces_endpoint is not None,
+    )
+
+
 class _Server(uvicorn.Server):
     """uvicorn without its own signal handlers, which would end the process under our feet."""
 
@@ -233,13 +262,15 @@ class _Server(uvicorn.Server):
         self.on_started()
 
 
-def _uvicorn_config(app: FastAPI, args: Namespace, settings: Settings) -> uvicorn.Config:
+def _uvicorn_config(app: observe.Observed, args: Namespace, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         loop="none",
         log_config=serving.get_uvicorn_log_config(args) or uvicorn.config.LOGGING_CONFIG,
         log_level=args.uvicorn_log_level,
-        access_log=not args.disable_uvicorn_access_log,
+        access_log=not (
+            args.disable_uvicorn_access_log or settings.observability.log_format == "json"
+        ),
         timeout_keep_alive=int(os.environ.get("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "5")),
         timeout_graceful_shutdown=args.shutdown_timeout or settings.http.drain_timeout_s,
         h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,

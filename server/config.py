@@ -194,6 +194,20 @@ class FileSettings(_Group):
     )
 
 
+class ObservabilitySettings(_Group):
+    """Logs and timings; traces are vLLM's flag `--otlp-traces-endpoint`."""
+
+    log_format: Literal["text", "json"] = Field(
+        "text",
+        description="json: every line of the logs is a JSON object, and there is one a request.",
+    )
+    server_timing: bool = Field(
+        True,
+        description="Tell clients the stages of their request: header `Server-Timing`, or a "
+        "comment at the end of a stream.",
+    )
+
+
 class _LeafEnvironment(PydanticBaseSettingsSource):
     """Reads `SACCADE_<SETTING>` for each setting, whatever group it stands in."""
 
@@ -223,6 +237,7 @@ class Settings(BaseSettings):
     caches: CacheSettings = CacheSettings()
     files: FileSettings = FileSettings()
     access: AccessSettings = AccessSettings()
+    observability: ObservabilitySettings = ObservabilitySettings()
 
     @classmethod
     def settings_customise_sources(
@@ -295,7 +310,9 @@ def as_markdown() -> str:
         "",
         "Saccade's own settings. Each is a flag of `saccade serve` and an environment variable;",
         "flags win. A variable `SACCADE_...` that is not listed here stops the start. Everything",
-        "else is a flag of vLLM's: `saccade serve --help=all`.",
+        "else is a flag of vLLM's: `saccade serve --help=all`; some of those are",
+        "[refused](migration.md#refused-flags), some have",
+        "[other defaults](migration.md#other-defaults).",
     ]
     group_before = ""
     for group, name, field in leaves():

@@ -221,3 +221,23 @@ def error_body(
 ) -> dict[str, Any]:
     """The OpenAI error object: `{"error": {message, type, param, code}}`."""
     return {"error": {"message": message, "type": type_, "param": param, "code": code}}
+
+
+# Codes of errors that vLLM and the framework raise, by their status.
+STATUS_CODES = {
+    400: "invalid_request",
+    401: "invalid_api_key",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "request_timeout",
+    413: "request_too_large",
+    415: "unsupported_media_type",
+    422: "unprocessable_request",
+    429: "rate_limit_exceeded",
+    500: "internal_error",
+    501: "not_implemented",
+    503: "server_busy",
+}
+# Every code that is documented.
+CODES = frozenset(error.code for error in error_classes()) | frozenset(STATUS_CODES.values())

@@ -1,5 +1,6 @@
 """`saccade serve`: from arguments to a listening server, and orderly out again."""
 
+import logging
 import os
 import signal
 import sys
@@ -10,19 +11,25 @@ from types import FrameType
 from server import __version__
 from server.errors import CannotStart
 
+log = logging.getLogger("saccade")
+
 _REPEAT_S = 0.2
 _ZMQ_POLL = os.path.join("zmq", "sugar", "poll.py")
 
 
 class Progress:
-    """One line on standard error for each stage of the start-up."""
+    """One line on standard error for each stage of the start-up, or a line of the log."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
+        self.to_log = False
 
     def __call__(self, text: str) -> None:
         elapsed = time.monotonic() - self._started
-        print(f"saccade [{elapsed:5.1f} s] {text}", file=sys.stderr, flush=True)
+        if self.to_log:
+            log.info(text, extra={"elapsed_s": round(elapsed, 1)})
+        else:
+            print(f"saccade [{elapsed:5.1f} s] {text}", file=sys.stderr, flush=True)
 
 
 def serve(argv: list[str]) -> None:
@@ -30,6 +37,9 @@ def serve(argv: list[str]) -> None:
     progress = Progress()
     _interruptible()
     _quiet_libraries()
+    os.environ.setdefault("OTEL_SERVICE_NAME", "saccade")
+    # All metrics are in this process; with the variable the client library would put them in files.
+    os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
     try:
         status = _run(argv, progress)
     except KeyboardInterrupt:
@@ -56,16 +66,23 @@ def _quiet_libraries() -> None:
 
 
 def _run(argv: list[str], progress: Progress) -> int:
-    if not any(word.startswith(("-h", "--help")) for word in argv):
+    is_text = "json" not in (os.environ.get("SACCADE_LOG_FORMAT"), *map(_value, argv))
+    if is_text and not any(word.startswith(("-h", "--help")) for word in argv):
         progress(f"Saccade {__version__}: loading vLLM")
     import uvloop
 
     from server.engine.arguments import parse
 
     args, settings = parse(argv)
+    progress.to_log = settings.observability.log_format == "json"
     from server.app import run
 
     return uvloop.run(run(args, settings, progress))
+
+
+def _value(word: str) -> str:
+    """What a word of the command line gives as a value: that of `--flag=value`, or itself."""
+    return word.rpartition("=")[2]
 
 
 def _interruptible() -> None:

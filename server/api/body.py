@@ -1,6 +1,7 @@
 """The way of a request body into the server: bounded, and without its image payloads."""
 
 import asyncio
+import time
 from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,6 +14,8 @@ from server.media.load import in_thread
 from server.media.payloads import MIN_PAYLOAD_BYTES
 from server.media.prepare import ReadRequest, RequestPreparer
 from server.media.request import ImageRequest
+from server.observability import record
+from server.observability.stages import Stage
 
 # A JSON body without any of these has no image, no file and no option of ours.
 _MARKS = (b"image", b'file"', b"document")
@@ -53,7 +56,10 @@ class BodyReader:
         try:
             max_bytes = min(self._max_bytes, self._limits.get(_path(scope), self._max_bytes))
             chunks = await self._read(dict(scope["headers"]), receive, max_bytes)
+            timeline = record.current().timeline
+            timeline.begin(Stage.ADMISSION, time.monotonic())
             body = await self._prepared(scope, chunks)
+            timeline.begin(Stage.RENDER, time.monotonic())
         except SaccadeError as error:
             await respond(error)(scope, receive, send)
             return

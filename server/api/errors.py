@@ -11,29 +11,14 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import SaccadeError, error_body, error_classes
+from server.errors import STATUS_CODES, SaccadeError, error_body, error_classes
 from server.media import request as requests
+from server.observability import record
 
 log = logging.getLogger("saccade.api")
 
 # An error's body is a few hundred bytes; a longer one is not ours to rewrite.
 _MAX_ERROR_BYTES = 64 * 1024
-# Codes of errors that vLLM and the framework raise, by their status.
-_CODES = {
-    400: "invalid_request",
-    401: "invalid_api_key",
-    403: "forbidden",
-    404: "not_found",
-    405: "method_not_allowed",
-    408: "request_timeout",
-    413: "request_too_large",
-    415: "unsupported_media_type",
-    422: "unprocessable_request",
-    429: "rate_limit_exceeded",
-    500: "internal_error",
-    501: "not_implemented",
-    503: "server_busy",
-}
 
 
 def add_error_handler(app: FastAPI) -> None:
@@ -56,6 +41,7 @@ def respond(error: SaccadeError) -> JSONResponse:
         param = requests.current().path_of(error.part)
     if error.status >= 500:
         log.warning("%s: %s", error.code, error.message)
+    record.current().error_code = error.code
     headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s else None
     body = error_body(error.message, error.type, error.code, param)
     return JSONResponse(body, status_code=error.status, headers=headers)
@@ -93,7 +79,7 @@ class OpenAIErrors:
             complete = not message.get("more_body")
             shaped = _shape(body, start["status"]) if complete else None
             if shaped is not None:
-                body = shaped
+                body, record.current().error_code = shaped
                 start["headers"] = with_length(start, len(body))
             await send(start)
             await send({**message, "body": body})
@@ -101,8 +87,9 @@ class OpenAIErrors:
         await self._app(scope, receive, rewrite)
 
 
-def _shape(body: bytes, status: int) -> bytes | None:
-    """`body` in OpenAI's shape; None if it is none of the shapes that errors have here."""
+def _shape(body: bytes, status: int) -> tuple[bytes, str] | None:
+    """`body` in OpenAI's shape, and the error's code; None if it is none of the shapes that errors
+    have here."""
     try:
         parsed = json.loads(body)
     except ValueError:
@@ -114,7 +101,7 @@ def _shape(body: bytes, status: int) -> bytes | None:
         return None
     code = error.get("code")
     if not isinstance(code, str):
-        code = _CODES.get(status, f"http_{status}")
+        code = STATUS_CODES.get(status, f"http_{status}")
     known = error.get("type") in ("invalid_request_error", "server_error")
     if known:
         kind = error["type"]
@@ -124,7 +111,7 @@ def _shape(body: bytes, status: int) -> bytes | None:
         kind = "invalid_request_error" if status < 500 else "server_error"
     shaped = error_body(error["message"], kind, code, error.get("param"))
     extra = {name: value for name, value in parsed.items() if name not in ("error", "detail")}
-    return json.dumps(shaped | extra).encode()
+    return json.dumps(shaped | extra).encode(), code
 
 
 def with_length(holder: MutableMapping[str, Any], length: int) -> list[tuple[bytes, bytes]]:
@@ -136,7 +123,7 @@ def with_length(holder: MutableMapping[str, Any], length: int) -> list[tuple[byt
 def as_markdown() -> str:
     """The table of all codes, as `docs/errors.md` has it."""
     rows = {error.code: (error.status, inspect.getdoc(error) or "") for error in error_classes()}
-    for status, code in _CODES.items():
+    for status, code in STATUS_CODES.items():
         rows.setdefault(code, (status, f"{HTTPStatus(status).phrase}, as the route says."))
     lines = [
         "# Errors",

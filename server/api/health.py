@@ -2,6 +2,7 @@
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
+from starlette.datastructures import State
 
 from server import __version__
 from server.engine.serving import EngineDeadError, vllm_version
@@ -23,14 +24,19 @@ async def health(request: Request) -> Response:
 @router.get("/ready")
 async def ready(request: Request) -> Response:
     """200 while requests can be served: engine up, image workers up, not shutting down."""
-    state = request.app.state
+    found = problem(request.app.state)
+    return Response(status_code=200) if found is None else _unavailable(found)
+
+
+def problem(state: State) -> str | None:
+    """Why requests cannot be served now; None if they can."""
     if state.draining:
-        return _unavailable("the server is shutting down")
+        return "the server is shutting down"
     if state.engine_client.errored:
-        return _unavailable("the engine has died")
+        return "the engine has died"
     if state.image_pool is not None and not state.image_pool.ready:
-        return _unavailable("no image worker can take work")
-    return Response(status_code=200)
+        return "no image worker can take work"
+    return None
 
 
 @router.get("/version")

@@ -21,6 +21,7 @@ from server.api.key_file import BadKeys, KeyTable, Version
 from server.config import AccessSettings
 from server.errors import AdminKeyRequired, CannotStart, InvalidApiKey
 from server.media import tenant
+from server.observability import record
 
 log = logging.getLogger("saccade.api")
 
@@ -159,6 +160,7 @@ class ApiKeys:
             await response(scope, receive, send)
             return
         tenant.enter(group or tenant.ANONYMOUS)
+        record.current().key_group = tenant.group()
         await self._app(scope, receive, send)
 
     def _needs_key(self, scope: Scope) -> bool:

@@ -3,12 +3,14 @@
 import os
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from server.engine import cpu_waits, torchvision_ops
 
 torchvision_ops.register()  # vLLM imports torchvision while its parser is made
 
+from vllm.config.logging import LoggingConfig  # noqa: E402
 from vllm.entrypoints.launchers.cli_args import (  # noqa: E402
     make_arg_parser,
     validate_parsed_serve_args,
@@ -20,6 +22,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
 
 from server import config  # noqa: E402
 from server.config import Settings  # noqa: E402
+from server.observability import log  # noqa: E402
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo"
 DEMO_NAME = "saccade-tiny"
@@ -63,6 +66,11 @@ def parse(argv: Sequence[str]) -> tuple[Namespace, Settings]:
             parser.error(f"{flag} is not supported: Saccade is one server around one engine")
     if (args.api_server_count or 1) > 1:
         parser.error("--api-server-count: image work is scaled with --image-workers instead")
+    if settings.observability.log_format == "json":
+        given = getattr(args, "logging_config", None) or LoggingConfig()
+        args.logging_config = replace(given, formatter="json")
+        args.use_tqdm_on_load = False
+        log.use_json()
     cli_env_setup()  # type: ignore[no-untyped-call]
     configure_logging_from_args(args)
     _choose_model(args)

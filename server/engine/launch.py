@@ -21,13 +21,15 @@ from vllm.renderers.registry import RENDERER_REGISTRY
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from server import metrics
 from server.config import Settings
-from server.engine import connector, groups, outcomes
+from server.engine import connector, groups
 from server.engine.cache import settle_on_send
 from server.engine.caches import EngineCaches
 from server.engine.embedding_cache import setup
 from server.engine.embedding_cache.control import ControlServer
 from server.engine.extractor import worker_spec
+from server.engine.outcomes import Outcomes
 from server.engine.planning import ImagePlanner
 from server.engine.renderer import PooledRenderer, is_image_by_image
 from server.engine.token_rules import measured_rule, token_rule
@@ -109,8 +111,9 @@ def add_embedding_cache(plan: EnginePlan, settings: Settings) -> ControlServer |
 
 
 @asynccontextmanager
-async def running(plan: EnginePlan) -> AsyncIterator[AsyncLLM]:
-    """The engine from start to shutdown. Starting blocks the event loop, as vLLM does it."""
+async def running(plan: EnginePlan, outcomes: Outcomes) -> AsyncIterator[AsyncLLM]:
+    """The engine from start to shutdown; `outcomes` follows its requests. Starting blocks the event
+    loop, as vLLM does it."""
     torch.set_num_threads(1)  # this process only moves data; cores belong to workers and engine
     engine = AsyncLLM.from_vllm_config(
         vllm_config=plan.config,
@@ -145,6 +148,8 @@ def caches_of(engine: AsyncLLM, embeddings: ControlServer | None) -> EngineCache
     """The caches of a running engine."""
     renderer: Any = engine.renderer
     features = renderer.deferred_cache if isinstance(renderer, PooledRenderer) else None
+    if features is not None:
+        metrics.features_bytes.set_function(lambda: features.size().bytes or 0)
     return EngineCaches(engine, features, embeddings)
 
 

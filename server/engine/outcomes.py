@@ -1,10 +1,13 @@
-"""Tells each request for which of its images the encoder ran.
+"""Tells each request what became of it in the engine: when, how much, and what was encoded anew.
 
-The embedding cache sends it with the last output of a request; here it goes into the
-`ImageRequest`, from which the answer is completed, and not into the answer as vLLM would have it.
+Requests are followed from their sending to their last output, by what passes between the server and
+the engine core. For which images the encoder ran, the embedding cache sends with the last output of
+a request; it goes into the `ImageRequest`, from which the answer is completed, and not into the
+answer as vLLM would have it.
 """
 
 import functools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 from weakref import WeakValueDictionary
@@ -16,36 +19,89 @@ from server.engine.cache import SendRequest
 from server.engine.embedding_cache.scheduler import ENCODED
 from server.media import request as requests
 from server.media.request import ImageRequest
-
-Sent = WeakValueDictionary[str, ImageRequest]
-
-
-def follow(engine: AsyncLLM) -> None:
-    """Look at what goes into `engine`, and at what comes out of it."""
-    sent: Sent = WeakValueDictionary()
-    core, outputs = engine.engine_core, cast(Any, engine.output_processor)
-    core.add_request_async = functools.partial(_send, sent, core.add_request_async)
-    outputs.process_outputs = functools.partial(_process, sent, outputs.process_outputs)
+from server.observability import record as records
+from server.observability.record import Record
+from server.observability.stages import Stage
 
 
-async def _send(sent: Sent, send: SendRequest, request: EngineCoreRequest) -> None:
-    if request.mm_features:
-        sent[request.request_id] = requests.current()
-    await send(request)
+class Outcomes:
+    """Follows requests by their ids in the engine."""
+
+    def __init__(self) -> None:
+        self._images: WeakValueDictionary[str, ImageRequest] = WeakValueDictionary()
+        self._records: WeakValueDictionary[str, Record] = WeakValueDictionary()
+        self._model = ""
+
+    def follow(self, engine: AsyncLLM) -> None:
+        """Look at what goes into `engine`, and at what comes out of it."""
+        names = engine.model_config.served_model_name or [engine.model_config.model]
+        self._model = names if isinstance(names, str) else names[0]
+        core, outputs = engine.engine_core, cast(Any, engine.output_processor)
+        core.add_request_async = functools.partial(self._send, core.add_request_async)
+        outputs.process_outputs = functools.partial(
+            self._process, outputs.process_outputs, outputs.request_states
+        )
+
+    def encoded(self, request_ids: Sequence[str], start: float, end: float) -> None:
+        """The vision encoder ran for these requests."""
+        for request_id in request_ids:
+            if (record := self._records.get(request_id)) is not None:
+                record.timeline.encode(start, end)
+
+    async def _send(self, send: SendRequest, request: EngineCoreRequest) -> None:
+        record = records.current()
+        self._records[request.request_id] = record
+        if request.mm_features:
+            self._images[request.request_id] = requests.current()
+        name = request.external_req_id or request.request_id
+        record.response_id = record.response_id or name
+        record.prompts[name] = len(request.prompt_token_ids or ())
+        record.model = request.lora_request.lora_name if request.lora_request else self._model
+        record.timeline.begin(Stage.ENGINE_QUEUE, time.monotonic())
+        await send(request)
+
+    def _process(
+        self,
+        process: Callable[..., Any],
+        states: dict[str, Any],
+        outputs: Sequence[EngineCoreOutput],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        followed = [
+            (record, output, states.get(output.request_id))
+            for output in outputs
+            if (record := self._records.get(output.request_id)) is not None
+        ]
+        for output in outputs:
+            if output.ec_transfer_params and ENCODED in output.ec_transfer_params:
+                images = self._images.get(output.request_id)
+                note(images, output.ec_transfer_params[ENCODED])
+                output.ec_transfer_params = None
+        result = process(outputs, *args, **kwargs)
+        now = time.monotonic()
+        for record, output, state in followed:
+            if state is not None:
+                _advance(record, output, state, now, over=output.request_id not in states)
+        return result
 
 
-def _process(
-    sent: Sent,
-    process: Callable[..., Any],
-    outputs: Sequence[EngineCoreOutput],
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    for output in outputs:
-        if output.ec_transfer_params and ENCODED in output.ec_transfer_params:
-            note(sent.get(output.request_id), output.ec_transfer_params[ENCODED])
-            output.ec_transfer_params = None
-    return process(outputs, *args, **kwargs)
+def _advance(
+    record: Record, output: EngineCoreOutput, state: Any, now: float, *, over: bool
+) -> None:
+    """Note one step's output of a request; `state` is vLLM's, whose statistics are None where
+    they are turned off."""
+    timeline = record.timeline
+    record.completion_tokens += len(output.new_token_ids)
+    if not timeline.began(Stage.GENERATE):
+        if state.stats is not None:
+            timeline.begin(Stage.PREFILL, state.stats.scheduled_ts)
+            timeline.begin(Stage.FIRST_TOKEN, state.stats.first_token_ts)
+        timeline.begin(Stage.GENERATE, now)
+    if over:
+        timeline.begin_again(Stage.RESPOND, now)
+        if output.finish_reason is not None:
+            record.finish_reason = str(output.finish_reason)
 
 
 def note(request: ImageRequest | None, encoded: Sequence[bool]) -> None:

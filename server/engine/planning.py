@@ -7,7 +7,7 @@ import asyncio
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from server.errors import ImageAspectRatio, ImageTokenCap
 from server.images.sizing import Size
@@ -26,6 +26,7 @@ _RULES = 64
 # Sharing out a budget tries many plans for each image.
 _FEW_IMAGES = 4
 
+Cap = Literal["none", "server", "request", "image"]
 # Makes the model's rule under some processor options. Slow: it runs the processor.
 MakeRule = Callable[[Mapping[str, Any]], TokenRule]
 Sized = Sequence[tuple[Size, ImageOptions]]
@@ -75,6 +76,27 @@ class ImagePlanner:
         caps = self._cap is not None or budget is not None
         return caps or any(_limited(image.options) for image in images)
 
+    def cap_at_work(
+        self, image: EncodedImage, plan: ImagePlan, budget: int | None, options: Mapping[str, Any]
+    ) -> Cap:
+        """Which cap made `plan` smaller than the image would be without any; "none" if none did."""
+        if not self.limited([image], budget):
+            return "none"
+        rule = self.rule(options)
+        own = _own_cap(rule, image.size, image.options)
+        if isinstance(rule, MeasuredTokens):  # to measure again would take too long
+            if plan.resize is None:
+                return "none"
+            is_shared_out = own is None and self._cap is None
+        else:
+            if plan.tokens >= rule.plan(*image.size).tokens:
+                return "none"
+            cap = self._cap_of(rule, image.size, image.options)
+            is_shared_out = plan.tokens < rule.plan(*image.size, cap).tokens
+        if is_shared_out:
+            return "request"
+        return "server" if own is None or own > (self._cap or own) else "image"
+
     async def costs(self, sized: Sized, budget: int | None) -> list[ImagePlan]:
         """A plan for each picture of a known size. Raises as `plan` does."""
         return await self._planned(self.rule({}), sized, budget)
@@ -89,8 +111,7 @@ class ImagePlanner:
         return plan_together(rule, [size for size, _ in sized], budget, caps)
 
     def _cap_of(self, rule: TokenRule, size: Size, options: ImageOptions) -> int | None:
-        caps = (self._cap, options.max_tokens, detail_cap(rule, options.detail, *size))
-        return min((cap for cap in caps if cap is not None), default=None)
+        return _least(self._cap, _own_cap(rule, size, options))
 
     def _culprit(self, rule: TokenRule, images: Sequence[EncodedImage]) -> str | None:
         """The first image that cannot be planned by itself."""
@@ -100,6 +121,15 @@ class ImagePlanner:
             except (ImageTokenCap, ImageAspectRatio):
                 return image.url
         return None
+
+
+def _own_cap(rule: TokenRule, size: Size, options: ImageOptions) -> int | None:
+    """What a request says of one image."""
+    return _least(options.max_tokens, detail_cap(rule, options.detail, *size))
+
+
+def _least(*caps: int | None) -> int | None:
+    return min((cap for cap in caps if cap is not None), default=None)
 
 
 def _limited(options: ImageOptions) -> bool:

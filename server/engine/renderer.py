@@ -46,6 +46,7 @@ from server.media import tenant
 from server.media.encoded import EncodedImage, ImageOptions
 from server.media.parts import split_options
 from server.media.request import ShownImage
+from server.observability import record
 
 log = logging.getLogger("saccade.engine")
 
@@ -180,9 +181,11 @@ class PooledRenderer(HfRenderer):
             cached = [False] * len(jobs)
         placeholders = _placeholders(rendered)
         if len(placeholders) == len(jobs):
-            capped = self.planner.limited(named, requests.current().max_image_tokens)
+            budget = requests.current().max_image_tokens
+            capped = self.planner.limited(named, budget)
             shown = self._shown(jobs, placeholders, cached, capped=capped)
             requests.current().shown = shown
+            self._measure(jobs, shown, budget, kwargs)
         return rendered
 
     def _named(self, image: EncodedImage | None, uuid: str | None) -> EncodedImage:
@@ -302,6 +305,22 @@ class PooledRenderer(HfRenderer):
                 )
             )
         return shown
+
+    def _measure(
+        self,
+        jobs: Sequence[ImageJob],
+        shown: Sequence[ShownImage],
+        budget: int | None,
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        request = record.current()
+        request.images += len(shown)
+        request.image_tokens += sum(image.tokens for image in shown)
+        for job, image in zip(jobs, shown, strict=True):
+            cap = "none"
+            if job.plan is not None:
+                cap = self.planner.cap_at_work(job.image, job.plan, budget, kwargs)
+            metrics.image_tokens.labels(cap).observe(image.tokens)
 
     # ------------------------------------------------------------------ vLLM's shapes
 

@@ -38,6 +38,8 @@ from server.images.features import Features
 from server.images.link import WorkerLink
 from server.images.nursery import Nursery
 from server.images.worker import WorkerSpec
+from server.observability import record
+from server.observability.stages import ImageWork
 
 log = logging.getLogger("saccade.images")
 
@@ -59,6 +61,7 @@ class _Task:
     data: bytes
     options: bytes
     result: asyncio.Future[Features]
+    work: ImageWork
     waiters: int = 0
     attempts: int = 0
 
@@ -121,6 +124,8 @@ class ImagePool:
 
     async def __aenter__(self) -> "ImagePool":
         self.preload()
+        metrics.image_workers.set(len(self._seats))
+        metrics.image_queue_limit.set(self._settings.image_queue)
         for seat in self._seats:
             self._spawn(self._occupy(seat))
         try:
@@ -191,12 +196,14 @@ class ImagePool:
             ImageProcessingTimeout: it took longer than `image_timeout_s`.
             ImageProcessingFailed: it took its worker down, twice.
         """
+        came = time.monotonic()
         task = self._tasks.get(key)
         if task is None:
             task = self._enqueue(key, data, _encode(options))
         else:
             metrics.images_joined.inc()
         task.waiters += 1
+        record.current().timeline.join(task.work, came)
         try:
             return await asyncio.shield(task.result)
         finally:
@@ -229,7 +236,8 @@ class ImagePool:
                 f"{len(self._queue)} images wait to be processed, the limit is "
                 f"{self._settings.image_queue}; try again later"
             )
-        task = _Task(key, data, options, asyncio.get_running_loop().create_future())
+        result = asyncio.get_running_loop().create_future()
+        task = _Task(key, data, options, result, ImageWork(time.monotonic()))
         self._tasks[key] = task
         self._queue.append(task)
         self._dispatch()
@@ -251,10 +259,15 @@ class ImagePool:
             if seat.idle:
                 self._give(seat, self._queue.popleft())
         metrics.image_queue.set(len(self._queue))
+        metrics.image_workers_up.set(len(self.worker_pids))
+        metrics.image_workers_busy.set(sum(seat.task is not None for seat in self._seats))
 
     def _give(self, seat: _Seat, task: _Task) -> None:
         assert seat.link is not None
         task.attempts += 1
+        if task.work.given is None:
+            task.work.given = time.monotonic()
+            metrics.image_queue_wait.observe(task.work.given - task.work.queued)
         self._next_id += 1
         seat.task, seat.timed_out = task, False
         self._on_work()
@@ -288,6 +301,7 @@ class ImagePool:
                 self._fail(task, WORKER_ERRORS.get(reply.code, SaccadeError)(reply.message))
             else:
                 assert features is not None
+                task.work.preprocess_s = features.preprocess_s
                 if reply.size != (0, 0):  # else the file was only inspected
                     metrics.image_decode.observe(features.decode_s)
                     metrics.image_preprocess.observe(features.preprocess_s)
@@ -329,12 +343,14 @@ class ImagePool:
         return task
 
     def _finish(self, task: _Task, features: Features) -> None:
+        task.work.done = time.monotonic()
         if self._tasks.get(task.key) is task:
             del self._tasks[task.key]
         if not task.result.done():
             task.result.set_result(features)
 
     def _fail(self, task: _Task, error: SaccadeError) -> None:
+        task.work.done = time.monotonic()
         if self._tasks.get(task.key) is task:
             del self._tasks[task.key]
         if not task.result.done():
@@ -354,6 +370,7 @@ class ImagePool:
         await asyncio.sleep(_RESTART_DELAYS_S[deaths])
         loop = asyncio.get_running_loop()
         if predecessor is not None:
+            metrics.image_worker_restarts.inc()
             await loop.run_in_executor(self._threads, predecessor.join)
         try:
             name = f"saccade-image-{seat.number}"

@@ -1,16 +1,20 @@
 """From the URL of an image or a file to its bytes, whatever the URL's scheme."""
 
 import asyncio
+import contextlib
 import contextvars
 import functools
+import math
 import os
 import stat
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
+from server import metrics
 from server.errors import (
     FilesDisabled,
     ImageFetchFailed,
@@ -25,8 +29,12 @@ from server.media.encoded import EncodedImage, encoded
 from server.media.fetch import Fetcher
 from server.media.files import FileStore
 from server.media.parts import STORED_SCHEME, split_options
+from server.observability import record
 
 T = TypeVar("T")
+
+# Where a URL leads, by its scheme; else to the web.
+_SOURCES = {"data": "data", "file": "file", STORED_SCHEME: "stored"}
 
 # base64 and hashing let go of the GIL; more threads than this only wait for memory.
 _threads = ThreadPoolExecutor(4, "image-load")
@@ -68,14 +76,18 @@ class ImageLoader:
         if url in (prepared := request.current().prepared):
             return prepared[url]
         try:
-            if url[:5].lower() == "data:" and payloads.is_small(url):
-                image = encoded(payloads.load_data_url(url, self._limits.max_bytes), self._limits)
-            else:
-                data = await self.data(url)
-                image = await in_thread(encoded, data, self._limits)
+            with _fetching(url):
+                if url[:5].lower() == "data:" and payloads.is_small(url):
+                    data = payloads.load_data_url(url, self._limits.max_bytes)
+                    image = encoded(data, self._limits)
+                else:
+                    data = await self._data(url, self._limits.max_bytes)
+                    image = await in_thread(encoded, data, self._limits)
         except SaccadeError as error:
             error.part = name
             raise
+        metrics.image_bytes.observe(len(image.data))
+        metrics.image_pixels.observe(math.prod(image.size))
         return image.named(name, options)
 
     async def data(self, url: str, max_bytes: int | None = None) -> bytes:
@@ -85,7 +97,10 @@ class ImageLoader:
             InvalidImageUrl, ImageUrlBlocked, ImageFetchFailed, ImageFetchTimeout, ImageTooLarge
             UnknownFile, FilesDisabled, FileStorageFailed
         """
-        max_bytes = max_bytes or self._limits.max_bytes
+        with _fetching(url):
+            return await self._data(url, max_bytes or self._limits.max_bytes)
+
+    async def _data(self, url: str, max_bytes: int) -> bytes:
         scheme = url.partition(":")[0].lower()
         if scheme == "data":
             return await in_thread(payloads.load_data_url, url, max_bytes)
@@ -123,6 +138,19 @@ class ImageLoader:
         if len(data) > max_bytes:
             raise ImageTooLarge(f"the image has more than {max_bytes} bytes, which is the limit")
         return data
+
+
+@contextlib.contextmanager
+def _fetching(url: str) -> Iterator[None]:
+    """Note how long it takes to load what is at `url`."""
+    started = time.monotonic()
+    fetch = record.current().timeline.fetch(started)
+    try:
+        yield
+    finally:
+        fetch.end = time.monotonic()
+    source = _SOURCES.get(url.partition(":")[0].lower(), "http")
+    metrics.image_fetch.labels(source).observe(fetch.end - started)
 
 
 async def in_thread(work: Callable[..., T], *args: Any) -> T:

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from server import metrics
 from server.errors import ClientError, ImageFrameMissing, InvalidFile, SaccadeError, TooManyImages
 from server.images.header import Header
 from server.images.limits import Limits, check_bytes, check_size
@@ -127,6 +128,9 @@ class RequestPreparer:
                 error.param = error.param or part.path
                 raise
             self._check_count(len(request.parts) + len(images), part)
+            if part.kind == "file":  # other images are counted where they are loaded
+                for image in images:
+                    metrics.image_pixels.observe(math.prod(image.size))
             self._replace(part, images, request)
         if read.changed or read.pending:
             request.body = await _dump(read.document, len(request.body))
@@ -199,6 +203,7 @@ class RequestPreparer:
 
     async def _pages(self, part: Part, wish: Wish) -> list[EncodedImage]:
         data = await self.loader.data(parts.file_url(part))
+        metrics.image_bytes.observe(len(data))
         if not _is_pdf(data):
             if part.file_id is None:
                 raise InvalidFile("the file is not a PDF")

@@ -1,0 +1,107 @@
+"""When the vision encoder ran, and for which requests: what vLLM's metrics do not tell.
+
+The encoder runs inside a step of vLLM's worker process. The server binds a socket in a directory of
+its own and names it in the environment of the engine. vLLM calls `register` in each of its
+processes (entry point `vllm.general_plugins`), and the worker of the first rank reports each run of
+its encoder. In a plain vLLM in the same environment nothing happens.
+"""
+
+import asyncio
+import contextlib
+import logging
+import multiprocessing
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+log = logging.getLogger("saccade.encode_times")
+
+_VARIABLE = "_SACCADE_ENCODE_TIMES"
+_MAX_MESSAGE_BYTES = 1 << 20
+
+OnEncode = Callable[[Sequence[str], float, float], None]
+
+
+class EncoderRun(msgspec.Struct, array_like=True, frozen=True):
+    """One run of the encoder: the engine's ids of the requests that it ran for, and when, on the
+    clock of `time.monotonic()`, which all processes of a machine share."""
+
+    request_ids: list[str]
+    start_s: float
+    end_s: float
+
+
+class EncodeTimes:
+    """The server's end: to be entered before the engine starts.
+
+    `on_encode(request_ids, start_s, end_s)` is called on the event loop for each run of the
+    encoder (the fields of `EncoderRun`). A step has one run, or one for each group of images that
+    the model cannot take in one batch. No run is reported for images that a cache had.
+    """
+
+    def __init__(self, on_encode: OnEncode) -> None:
+        self._on_encode = on_encode
+        self._stack = contextlib.AsyncExitStack()
+
+    async def __aenter__(self) -> "EncodeTimes":
+        async with contextlib.AsyncExitStack() as stack:
+            directory = tempfile.mkdtemp(prefix="saccade-")
+            stack.callback(shutil.rmtree, directory, ignore_errors=True)
+            context = zmq.asyncio.Context()
+            stack.callback(context.destroy, linger=0)
+            socket = context.socket(zmq.PULL)
+            socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
+            address = f"ipc://{directory}/encoder"
+            socket.bind(address)
+            os.environ[_VARIABLE] = address
+            stack.callback(os.environ.pop, _VARIABLE, None)
+            stack.push_async_callback(_cancel, asyncio.create_task(self._listen(socket)))
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    async def _listen(self, socket: zmq.asyncio.Socket) -> None:
+        decoder = msgspec.msgpack.Decoder(EncoderRun)
+        while True:
+            message = await socket.recv()
+            try:
+                run = decoder.decode(message)
+                self._on_encode(run.request_ids, run.start_s, run.end_s)
+            except Exception:
+                log.exception("a report of the encoder is of no use")
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+def register() -> None:
+    """Have the worker of this process, if it comes to have one, report the runs of its encoder."""
+    address = os.environ.get(_VARIABLE)
+    if address is None or multiprocessing.parent_process() is None:
+        return
+    # Every engine process has imported this module by now. The model runner is heavy, and only
+    # there in a worker: look for it when there is a step to do.
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    base: Any = WorkerWrapperBase
+    execute_model = base.execute_model
+
+    def first_step(worker: WorkerWrapperBase, scheduler_output: Any) -> Any:
+        from server.engine.encode_times_worker import watch
+
+        base.execute_model = execute_model
+        watch(worker, address)
+        return execute_model(worker, scheduler_output)
+
+    base.execute_model = first_step

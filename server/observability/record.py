@@ -1,0 +1,74 @@
+"""The record of one request, which whatever works for the request finds by `current`."""
+
+import time
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from server.observability.stages import Stage, Timeline
+
+Outcome = Literal["answered", "refused", "failed", "cancelled"]
+OUTCOMES: tuple[Outcome, ...] = ("answered", "refused", "failed", "cancelled")
+_OVERLOAD = 503
+
+
+@dataclass(eq=False)
+class Record:
+    """`epoch_ns` is the wall clock at `timeline.start`. `prompts` are the tokens of each prompt, by
+    the engine's name for it. `left_in` is the stage in which the client left. `span` is the
+    request's span where it is traced."""
+
+    id: str = ""
+    method: str = ""
+    path: str = ""
+    client: str | None = None
+    timeline: Timeline = field(default_factory=lambda: Timeline(time.monotonic()))
+    epoch_ns: int = field(default_factory=time.time_ns)
+    key_group: str | None = None
+    model: str | None = None
+    response_id: str | None = None
+    finish_reason: str | None = None
+    images: int = 0
+    image_tokens: int = 0
+    prompts: dict[str, int] = field(default_factory=dict)
+    completion_tokens: int = 0
+    status: int | None = None
+    error_code: str | None = None
+    left_in: Stage | None = None
+    span: Any = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(self.prompts.values())
+
+    @property
+    def outcome(self) -> Outcome:
+        """How it ended; 503 is a refusal, since the server chose it."""
+        if self.left_in is not None:
+            return "cancelled"
+        if self.status is None or (self.status >= 500 and self.status != _OVERLOAD):
+            return "failed"
+        return "refused" if self.status >= 400 else "answered"
+
+    def time_to_first_token(self) -> float | None:
+        """Seconds from the request's first byte to the first piece of the answer."""
+        at = self.timeline.first_token_at()
+        return None if at is None else at - self.timeline.start
+
+    def epoch(self, at: float) -> int:
+        """A time of the timeline in nanoseconds since 1970."""
+        return self.epoch_ns + round((at - self.timeline.start) * 1e9)
+
+
+_current: ContextVar[Record | None] = ContextVar("saccade_record", default=None)
+
+
+def enter(record: Record) -> None:
+    """Make `record` the one of the request that the current task serves."""
+    _current.set(record)
+
+
+def current() -> Record:
+    """The record of the request that the current task serves; outside of any one that nobody
+    reads."""
+    return _current.get() or Record()

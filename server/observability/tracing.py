@@ -1,0 +1,107 @@
+"""OpenTelemetry spans of requests: one for the request, one for each stretch of its stages.
+
+The engine's option `--otlp-traces-endpoint` turns tracing on, and the engine sets up the exporter.
+Its own spans join the trace, since the request goes on to it with our span as the parent. Names of
+attributes are those of OpenTelemetry's conventions for HTTP and generative AI.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from opentelemetry import propagate, trace
+from opentelemetry.trace import SpanKind, Status, StatusCode
+from starlette.types import Scope
+
+from server import __version__
+from server.observability.record import Record
+from server.observability.stages import Segment
+
+_CONTEXT_HEADERS = (b"traceparent", b"tracestate")
+_OPERATIONS = {
+    "/v1/chat/completions": "chat",
+    "/v1/messages": "chat",
+    "/v1/responses": "chat",
+    "/v1/completions": "text_completion",
+    "/v1/embeddings": "embeddings",
+}
+
+
+class Tracing:
+    """Makes spans of records with the tracer provider of the process."""
+
+    def __init__(self) -> None:
+        self._tracer = trace.get_tracer("saccade", __version__)
+
+    def start(self, record: Record, scope: Scope) -> Scope:
+        """Begin the request's span, in the trace that its headers name; `scope` with headers that
+        name the span."""
+        given = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+        }
+        record.span = self._tracer.start_span(
+            record.method,
+            context=propagate.extract(given),
+            kind=SpanKind.SERVER,
+            start_time=record.epoch_ns,
+        )
+        carried: dict[str, str] = {}
+        propagate.inject(carried, trace.set_span_in_context(record.span))
+        kept = [item for item in scope["headers"] if item[0].lower() not in _CONTEXT_HEADERS]
+        added = [(name.encode(), value.encode("latin-1")) for name, value in carried.items()]
+        return {**scope, "headers": kept + added}
+
+    def finish(self, record: Record, segments: Sequence[Segment], end: float) -> None:
+        """End the request's span; its stages and images become spans below it."""
+        span = record.span
+        if not span.is_recording():
+            span.end()
+            return
+        if record.status not in (404, 405):  # else the path may be anything
+            span.update_name(f"{record.method} {record.path}")
+        span.set_attributes(_attributes(record))
+        if record.outcome == "failed":
+            span.set_status(Status(StatusCode.ERROR, record.error_code))
+        context = trace.set_span_in_context(span)
+        shown = [(segment.stage.value, segment) for segment in segments]
+        if record.images > 1:  # one image's stretches are the stages
+            images = record.timeline.image_segments(end)
+            shown += [(f"image {segment.stage}", segment) for segment in images]
+        for name, segment in shown:
+            child = self._tracer.start_span(
+                name,
+                context=context,
+                start_time=record.epoch(segment.start),
+                attributes={"saccade.stage": segment.stage.value},
+            )
+            child.end(record.epoch(segment.end))
+        span.end(record.epoch(end))
+
+
+def trace_id(record: Record) -> str | None:
+    """The id of the request's trace, in hexadecimal."""
+    if record.span is None:
+        return None
+    return trace.format_trace_id(record.span.get_span_context().trace_id)
+
+
+def _attributes(record: Record) -> Mapping[str, str | int | float]:
+    found: dict[str, str | int | float | None] = {
+        "http.request.method": record.method,
+        "http.response.status_code": record.status,
+        "url.path": record.path,
+        "client.address": record.client,
+        "error.type": record.error_code,
+        "gen_ai.operation.name": _OPERATIONS.get(record.path),
+        "gen_ai.provider.name": "saccade" if record.model else None,
+        "gen_ai.request.model": record.model,
+        "gen_ai.response.id": record.response_id,
+        "gen_ai.usage.input_tokens": record.prompt_tokens or None,
+        "gen_ai.usage.output_tokens": record.completion_tokens or None,
+        "gen_ai.response.time_to_first_chunk": record.time_to_first_token(),
+        "saccade.request.id": record.id,
+        "saccade.outcome": record.outcome,
+        "saccade.key_group": record.key_group,
+        "saccade.images": record.images,
+        "saccade.image_tokens": record.image_tokens,
+        "saccade.cancelled_in": record.left_in,
+    }
+    return {name: value for name, value in found.items() if value is not None}

@@ -1,0 +1,46 @@
+"""What /metrics says, as numbers."""
+
+import time
+from collections.abc import Callable
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+def scrape(http: httpx.Client) -> Series:
+    """Every series: (name, sorted labels) -> value."""
+    text = http.get("/metrics").raise_for_status().text
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def value(series: Series, name: str, **labels: str) -> float:
+    """Raises KeyError if there is no such series."""
+    return series[name, tuple(sorted(labels.items()))]
+
+
+def rises(
+    http: httpx.Client,
+    before: Series,
+    name: str,
+    by: float = 1,
+    timeout_s: float = 20,
+    **labels: str,
+) -> Series:
+    """Wait until a series is `by` above what it was; all series as they are then."""
+    wanted = value(before, name, **labels) + by
+    return wait_for(http, lambda now: value(now, name, **labels) >= wanted, timeout_s)
+
+
+def wait_for(http: httpx.Client, holds: Callable[[Series], bool], timeout_s: float = 20) -> Series:
+    """Scrape until `holds`; raises AssertionError if that does not come."""
+    deadline = time.monotonic() + timeout_s
+    while not holds(series := scrape(http)):
+        assert time.monotonic() < deadline, "the metrics did not come to it"
+        time.sleep(0.05)
+    return series
