@@ -25,7 +25,7 @@ _PACKAGES = (
 
 def describe() -> dict[str, Any]:
     """Return the description that a file of results carries."""
-    return {"hardware": _hardware(), "commit": _commit(), "versions": _versions()}
+    return {"hardware": _hardware(), "commit": commit(), "versions": _versions()}
 
 
 def _hardware() -> dict[str, Any]:
@@ -46,9 +46,11 @@ def _cpu_model() -> str:
     return platform.machine()
 
 
-def _commit() -> dict[str, Any]:
-    changes = _output("git", "status", "--porcelain")
-    return {"revision": _output("git", "rev-parse", "HEAD"), "dirty": bool(changes)}
+def commit(checkout: Path = _ROOT) -> dict[str, Any]:
+    """Return the commit of a checkout, and whether its files differ from it."""
+    git = ("git", "-C", str(checkout))
+    changes = _output(*git, "status", "--porcelain")
+    return {"revision": _output(*git, "rev-parse", "HEAD"), "dirty": bool(changes)}
 
 
 def _versions() -> dict[str, str]:

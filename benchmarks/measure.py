@@ -8,11 +8,12 @@ import resource
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.load import Answer, Plan, Result
-from benchmarks.probes import HealthProbe, MemoryProbe
+from benchmarks.probes import HealthProbe, MemoryProbe, ScrapeProbe
 from benchmarks.processes import Cpu, Server, ServerFailed
 from benchmarks.workloads import Batch
 
@@ -42,6 +43,7 @@ class Measurement:
     health_p50: float
     health_p99: float
     health_failures: int
+    scrape_p50: float | None
     prompt_tokens: int
     completion_tokens: int
     generator_cpu_share: float
@@ -69,15 +71,16 @@ def measure(
     """Drive `server` with the batch, watch it meanwhile, and return what was seen."""
     plan = Plan(server.port, [str(body) for body in batch.bodies], concurrency, timeout)
     memory, health = MemoryProbe(server), HealthProbe(server)
+    scrapes = ScrapeProbe(server) if server.scraped else None
     _settle(idle)
     start = _read_clock(server, idle)
-    with memory, health:
+    with memory, health, scrapes or nullcontext():
         result = generate(plan, limit)
         _settle(server)
     end = _read_clock(server, idle)
     if all(answer.first_token is None for answer in result.answers):
         raise ServerFailed(f"{server.name} answered no request: {result.answers[0].error}")
-    return _measurement(batch, result, start, end, memory, health), result.answers
+    return _measurement(batch, result, start, end, memory, health, scrapes), result.answers
 
 
 def generate(plan: Plan, limit: float) -> Result:
@@ -106,6 +109,7 @@ def _measurement(
     end: _Clock,
     memory: MemoryProbe,
     health: HealthProbe,
+    scrapes: ScrapeProbe | None,
 ) -> Measurement:
     good = [answer for answer in result.answers if not answer.error]
     errors = [answer.error for answer in result.answers if answer.error]
@@ -130,6 +134,7 @@ def _measurement(
         health_p50=percentile(health.latencies, 0.50),
         health_p99=percentile(health.latencies, 0.99),
         health_failures=health.failures,
+        scrape_p50=percentile(scrapes.latencies, 0.50) if scrapes else None,
         prompt_tokens=sum(answer.prompt_tokens for answer in good),
         completion_tokens=sum(answer.completion_tokens for answer in good),
         generator_cpu_share=result.cpu / result.wall,

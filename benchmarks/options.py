@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.environment import commit
 from benchmarks.workloads import WORKLOADS, Workload
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,20 +42,38 @@ def parse() -> argparse.Namespace:
         help="cores for the model's threads (CPU only), for both; such as 1 or 2-3",
     )
     add("--control", action="store_true", help="plain vLLM in both places: all ratios should be 1")
+    add(
+        "--baseline",
+        type=Path,
+        help="folder of another checkout of this server, to stand in the place of plain vLLM",
+    )
+    add(
+        "--observed",
+        action="store_true",
+        help="ours logs every request as JSON, traces every request, and is scraped every second",
+    )
     add("--output", type=Path, help="file of results; default: benchmarks/results/<date>-<name>")
     options = parser.parse_args()
     options.output = options.output or _default_output(options)
     return options
 
 
-def commands(options: argparse.Namespace, ports: tuple[int, int]) -> tuple[list[str], list[str]]:
-    """Return the command lines of our server and of plain vLLM."""
+def commands(
+    options: argparse.Namespace, ports: tuple[int, int], traces: str = "ENDPOINT"
+) -> tuple[list[str], list[str]]:
+    """Return the command lines of our server and of plain vLLM. `traces` is where ours sends its
+    traces if it is observed."""
     flags = _common_flags(options)
     plain = ["-m", "vllm.entrypoints.openai.api_server", "--model", options.model]
-    ours = plain if options.control else ["-m", "server", "serve", options.model]
-    decode = ["--image-decode", options.image_decode] if options.image_decode else []
+    saccade = ["-m", "server", "serve", options.model]
+    ours = plain if options.control else saccade
+    if options.baseline:
+        plain = saccade
+    own = ["--image-decode", options.image_decode] if options.image_decode else []
+    if options.observed:
+        own += ["--log-format", "json", "--otlp-traces-endpoint", traces]
     return (
-        [sys.executable, *ours, "--port", str(ports[0]), *flags, *decode],
+        [sys.executable, *ours, "--port", str(ports[0]), *flags, *own],
         [sys.executable, *plain, "--port", str(ports[1]), *flags],
     )
 
@@ -65,6 +84,7 @@ def recorded(options: argparse.Namespace) -> dict[str, Any]:
     return {
         **vars(options),
         "output": options.output.name,
+        "baseline": commit(options.baseline) if options.baseline else None,
         "workloads": [workload.name for workload in options.workloads],
         "environment": {
             name: value
@@ -91,7 +111,11 @@ def _common_flags(options: argparse.Namespace) -> list[str]:
 
 def _default_output(options: argparse.Namespace) -> Path:
     name = Path(options.model).name
-    marks = [mark for mark in ("stub_encoder", "control") if getattr(options, mark)]
+    marks = [
+        mark
+        for mark in ("stub_encoder", "control", "baseline", "observed")
+        if getattr(options, mark)
+    ]
     if options.image_decode:
         marks.append(options.image_decode)
     stem = "-".join([datetime.date.today().isoformat(), name, *marks]).replace("_", "-")

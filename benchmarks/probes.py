@@ -9,6 +9,7 @@ from benchmarks.processes import Server, proportional, resident
 
 _HEALTH_INTERVAL = 0.05
 _MEMORY_INTERVAL = 0.5
+_SCRAPE_INTERVAL = 1.0
 _TIMEOUT = 30.0
 
 
@@ -70,6 +71,20 @@ class HealthProbe(_Probe):
         self.latencies.append(latency)
         while (latency := latency - self._interval) > 0:
             self.latencies.append(latency)
+
+
+class ScrapeProbe(_Probe):
+    """Asks for /metrics every second, as a Prometheus would."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(server, _SCRAPE_INTERVAL)
+        self.latencies: list[float] = []
+
+    def look(self) -> None:
+        asked = time.perf_counter()
+        status, _ = self._server.get("/metrics")
+        if status == http.HTTPStatus.OK:
+            self.latencies.append(time.perf_counter() - asked)
 
 
 class MemoryProbe(_Probe):

@@ -52,10 +52,21 @@ class Server:
     """One running server; `stop` must be called in the end."""
 
     def __init__(
-        self, name: str, command: list[str], port: int, ready: str, env: dict[str, str], log: Path
+        self,
+        name: str,
+        command: list[str],
+        port: int,
+        ready: str,
+        env: dict[str, str],
+        log: Path,
+        *,
+        folder: Path = _ROOT,
+        scraped: bool = False,
     ) -> None:
+        """`scraped`: its metrics are asked for while it is measured."""
         self.name = name
         self.port = port
+        self.scraped = scraped
         self._log = log
         self._ready = ready
         with log.open("wb") as output:
@@ -64,7 +75,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                cwd=_ROOT,
+                cwd=folder,
                 env=env,
                 start_new_session=True,
             )

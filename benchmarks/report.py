@@ -105,6 +105,9 @@ def table(outcome: Outcome) -> str:
     for name in ("failures", "reconnects"):
         ours, plain = (_total(rounds, side, name) for side in ("ours", "plain"))
         lines.append(f"  {name:28}{ours:>10}{plain:>10}")
+    scrapes = [each.ours.scrape_p50 for each in rounds if each.ours.scrape_p50 is not None]
+    if scrapes:
+        lines.append(f"  {'/metrics p50, ms':28}{_number(statistics.median(scrapes) * 1e3):>10}")
     lines.append(f"  {_conditions(outcome)}")
     lines.extend(f"  PROBLEM: {problem}" for problem in outcome.problems())
     return "\n".join(lines)

@@ -23,6 +23,7 @@ from benchmarks import options as command_line
 from benchmarks.load import Plan
 from benchmarks.measure import generate, measure
 from benchmarks.processes import Server, ServerFailed
+from benchmarks.trace_sink import trace_sink
 from benchmarks.workloads import WORKLOADS, Batch, Bodies, Workload
 
 _STUB_FOLDER = Path(__file__).resolve().parent / "stub_encoder"
@@ -35,6 +36,9 @@ def main() -> int:
     """Run the benchmark; return 1 if a request failed or the servers disagreed."""
     options = command_line.parse()
     signal.signal(signal.SIGTERM, _end)
+    if options.baseline:
+        revision = environment.commit(options.baseline)["revision"]
+        print(f"In the place of plain vLLM stands this server at commit {revision}.\n")
     if options.stub_encoder:
         print("The vision encoder is stubbed, in both servers.\n")
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
@@ -73,12 +77,29 @@ def _servers(options: argparse.Namespace, folder: Path) -> Iterator[tuple[Server
             filter(None, (str(_STUB_FOLDER), env.get("PYTHONPATH")))
         )
     ports = _free_port(), _free_port()
-    ours_command, plain_command = command_line.commands(options, ports)
     ours_ready = "/health" if options.control else "/ready"
     with ExitStack() as stack:
-        ours = Server("ours", ours_command, ports[0], ours_ready, env, folder / "ours.log")
+        traces = stack.enter_context(trace_sink())
+        ours_command, plain_command = command_line.commands(options, ports, traces)
+        ours = Server(
+            "ours",
+            ours_command,
+            ports[0],
+            ours_ready,
+            env,
+            folder / "ours.log",
+            scraped=options.observed,
+        )
         stack.callback(ours.stop)
-        plain = Server("plain", plain_command, ports[1], "/health", env, folder / "plain.log")
+        plain = Server(
+            "plain",
+            plain_command,
+            ports[1],
+            "/health",
+            env,
+            folder / "plain.log",
+            folder=options.baseline or command_line.ROOT,
+        )
         stack.callback(plain.stop)
         for server in (ours, plain):
             server.wait_ready()
