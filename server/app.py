@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import uvicorn
 from fastapi import FastAPI
 
-from server import __version__, lifeline, metrics
+from server import __version__, lifeline, metrics, notify
 from server.api import (
     body,
     caches,
@@ -73,7 +73,7 @@ async def run(args: Namespace, settings: Settings, report: Report) -> int:
             refresher = None
             if args.enable_ssl_refresh:
                 refresher = serving.refresh_certificates(config, args)
-            server.on_started = lambda: report(_invitation(args, address, sock))
+            server.on_started = lambda: _tell(report, _invitation(args, address, sock))
             try:
                 return await _serve(server, sock, parts.engine, app)
             finally:
@@ -291,6 +291,7 @@ async def _serve(
         if app.state.draining:
             server.force_exit = True
         app.state.draining = True
+        notify.stopping()
         server.should_exit = True
 
     loop = asyncio.get_running_loop()
@@ -312,6 +313,11 @@ async def _watch(server: _Server, engine: serving.AsyncLLM) -> None:
         await asyncio.sleep(_ENGINE_CHECK_INTERVAL_S)
     log.error("the engine has died; stopping")
     server.should_exit = True
+
+
+def _tell(report: Report, invitation: str) -> None:
+    report(invitation)
+    notify.ready()
 
 
 def _invitation(args: Namespace, address: str, sock: socket.socket) -> str:

@@ -1,0 +1,61 @@
+#!/bin/sh
+# test_services.sh DIR: get the programs that tests/services.py looks for.
+#
+# On Debian and Ubuntu, those that are not installed are downloaded from the distribution's archive,
+# with the libraries they lack, and unpacked: DIR/bin/NAME runs NAME. Nothing is installed, nothing is
+# started, and root is not needed. Where that cannot be, it says so, and their tests are skipped.
+set -eu
+
+dir=${1:?usage: test_services.sh DIR}
+
+is_here() { [ -x "$dir/bin/$1" ] || PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin" command -v "$1" >/dev/null; }
+
+missing=""
+packages=""
+for program in prometheus/prometheus promtool/prometheus nginx/nginx haproxy/haproxy; do
+    is_here "${program%/*}" && continue
+    missing="$missing ${program%/*}"
+    packages="$packages ${program#*/}"
+done
+[ -n "$missing" ] || exit 0
+
+skip() {
+    echo "$1: the tests that need$missing will be skipped" >&2
+    exit 0
+}
+command -v apt-get >/dev/null || skip "this is neither Debian nor Ubuntu"
+
+echo "downloading for the tests:$missing" >&2
+mkdir -p "$dir"
+dir=$(cd "$dir" && pwd)
+work=$(mktemp -d "$dir/work.XXXXXX")
+trap 'rm -rf "$work"' EXIT
+mkdir -p "$work/lists/partial" "$work/archives/partial" "$dir/root" "$dir/bin"
+
+# Lists, cache and locks of our own; only which packages are installed is read from the system.
+apt() {
+    apt-get -qq -o Dir::State::Lists="$work/lists" -o Dir::Cache="$work" \
+        -o Dir::Cache::Archives="$work/archives" -o Debug::NoLocking=1 -o APT::Sandbox::User=root \
+        -o Acquire::Languages=none -o Acquire::Retries=1 -o Acquire::http::Timeout=20 \
+        -o Acquire::https::Timeout=20 "$@" >"$work/log" 2>&1
+}
+apt update || true # a list that cannot be read need not be one of ours
+# shellcheck disable=SC2086  # a list
+apt install --download-only --no-install-recommends --yes $packages ||
+    skip "the packages cannot be downloaded ($(grep -m1 '^E:' "$work/log" || echo apt-get))"
+
+for archive in "$work"/archives/*.deb; do
+    dpkg -x "$archive" "$dir/root"
+done
+
+for name in $missing; do
+    program=$(find "$dir/root/usr/bin" "$dir/root/usr/sbin" -name "$name" 2>/dev/null | head -n 1)
+    [ -n "$program" ] || continue
+    libraries=$(find "$dir/root" -type d -path '*/lib/*-linux-gnu*' -prune | paste -sd: -)
+    cat >"$work/wrapper" <<END
+#!/bin/sh
+LD_LIBRARY_PATH='$libraries' exec '$program' "\$@"
+END
+    chmod +x "$work/wrapper"
+    mv "$work/wrapper" "$dir/bin/$name"
+done

@@ -1,0 +1,79 @@
+"""Programs of the distribution that tests run: prometheus, promtool, nginx, haproxy."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from shutil import which
+
+import httpx
+import pytest
+
+# What deploy/test_services.sh fills.
+DIRECTORY = Path(__file__).parents[1] / ".venv" / "services"
+
+_SYSTEM_DIRECTORIES = ("/usr/local/sbin", "/usr/sbin", "/sbin")  # not on the PATH of every user
+_START_TIMEOUT_S = 240
+_STOP_TIMEOUT_S = 30
+
+
+def program(name: str) -> Path:
+    """Where the program `name` is; skips the test where it is not."""
+    path = os.pathsep.join((os.environ.get("PATH", os.defpath), *_SYSTEM_DIRECTORIES))
+    found = which(name, path=str(DIRECTORY / "bin")) or which(name, path=path)
+    if found is None:
+        pytest.skip(f"{name} is not here: run deploy/test_services.sh {DIRECTORY}")
+    return Path(found)
+
+
+@contextlib.contextmanager
+def running(
+    command: Sequence[str | Path],
+    *,
+    ready: Callable[[], bool],
+    env: Mapping[str, str] | None = None,
+) -> Iterator[subprocess.Popen[str]]:
+    """Run `command` from when `ready()` is true to the end of the block; it gets a SIGTERM then.
+
+    `env` is the whole environment, by default that of the tests. `ready` is asked again and again;
+    it returns False, or raises an OSError or httpx.TransportError, as long as nothing listens.
+
+    Raises:
+        RuntimeError: the program ended, or was not ready in time; the message has its output.
+    """
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            env=None if env is None else dict(env),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            if not _becomes_ready(process, ready):
+                output.seek(0)
+                raise RuntimeError(f"{command[0]} did not come up:\n{output.read()[-10_000:]}")
+            yield process
+        finally:
+            process.terminate()
+            try:
+                process.wait(_STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _becomes_ready(process: subprocess.Popen[str], ready: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError, httpx.TransportError):
+            if ready():
+                return True
+        time.sleep(0.05)
+    return False
