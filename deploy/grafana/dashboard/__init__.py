@@ -1,0 +1,1 @@
+"""The panels of the dashboard, a module for each of its rows."""

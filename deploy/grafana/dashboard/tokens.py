@@ -1,0 +1,131 @@
+"""What images cost: tokens, and money."""
+
+from .panels import (
+    Section,
+    increase,
+    mean,
+    percentiles,
+    quantile,
+    rate,
+    select,
+    stat,
+    timeseries,
+    total,
+)
+
+IMAGE_TOKENS = "saccade_image_tokens"
+IMAGES = rate(f"{IMAGE_TOKENS}_count")
+PROMPT = "vllm:prompt_tokens_total"
+# Over the range of the dashboard, for all chosen servers.
+DEVICE_SECONDS = f"sum (avg_over_time({select('saccade_devices')}[$__range])) * $__range_s"
+SPENT = f"$price * {DEVICE_SECONDS} / 3600"
+IMAGES_SEEN = increase(f"{IMAGE_TOKENS}_count")
+TOKENS_SEEN = increase(f"{IMAGE_TOKENS}_sum")
+CAPPED_IMAGES = increase(f"{IMAGE_TOKENS}_count", 'cap!="none"')
+
+SECTION = Section(
+    "Tokens and cost",
+    [
+        stat(
+            "Tokens of 1000 images",
+            "Image tokens that 1000 images of a prompt have, over the range of the dashboard.",
+            "short",
+            f"1000 * {TOKENS_SEEN} / {IMAGES_SEEN}",
+            instant=True,
+        ),
+        stat(
+            "Cost of 1000 images",
+            "Accelerators x price x time, over the images of the range. Idle time is paid for too."
+            " Set the price above.",
+            "currencyUSD",
+            f"1000 * {SPENT} / {IMAGES_SEEN}",
+            decimals=3,
+            instant=True,
+        ),
+        stat(
+            "Cost of 1M tokens",
+            "The same over all tokens, of prompts and answers.",
+            "currencyUSD",
+            f"1e6 * {SPENT} / ({increase(PROMPT)} + {increase('vllm:generation_tokens_total')})",
+            decimals=3,
+            instant=True,
+        ),
+        stat(
+            "GPU seconds of an image",
+            "Seconds of accelerators held per image of a prompt, over the range.",
+            "s",
+            f"{DEVICE_SECONDS} / {IMAGES_SEEN}",
+            instant=True,
+        ),
+        stat(
+            "Image tokens in prompts",
+            "Share of the prompt tokens that are images. The higher, the more a cap saves.",
+            "percentunit",
+            f"{TOKENS_SEEN} / {increase(PROMPT)}",
+            instant=True,
+        ),
+        stat(
+            "Capped images",
+            "Share of the images that a cap made smaller: --max-image-tokens, or one of a request.",
+            "percentunit",
+            f"{CAPPED_IMAGES} / {IMAGES_SEEN}",
+            instant=True,
+        ),
+        timeseries(
+            "Tokens of an image",
+            "What an image costs. Too much: --max-image-tokens caps all, detail and"
+            " max_image_tokens those of a request.",
+            "short",
+            {"average": mean(IMAGE_TOKENS), **percentiles(IMAGE_TOKENS)},
+        ),
+        timeseries(
+            "Image tokens by cap",
+            "Tokens of images per second, by the cap that made them smaller: none, the server's,"
+            " the budget of the request, or the image's own.",
+            "short",
+            {"{{cap}}": rate(f"{IMAGE_TOKENS}_sum", by="cap")},
+            stack=True,
+        ),
+        timeseries(
+            "Image tokens of an image, p90 by cap",
+            "What the caps leave.",
+            "short",
+            {"{{cap}}": quantile(0.9, IMAGE_TOKENS, by="cap")},
+        ),
+        timeseries(
+            "Image tokens in prompts",
+            "Share of the prompt tokens that are images.",
+            "percentunit",
+            {"image tokens": f"{rate(IMAGE_TOKENS + '_sum')} / {rate(PROMPT)}"},
+            maximum=1,
+        ),
+        timeseries(
+            "Tokens per second",
+            "Throughput of the engine. Cached prompt tokens are counted in prompts, and cost"
+            " nothing.",
+            "short",
+            {
+                "prompts": rate(PROMPT),
+                "prompts, cached": rate("vllm:prompt_tokens_cached_total"),
+                "images": rate(f"{IMAGE_TOKENS}_sum"),
+                "answers": rate("vllm:generation_tokens_total"),
+            },
+        ),
+        timeseries(
+            "Use of the KV cache",
+            "The fullest engine. At 100 % requests wait or are preempted: lower --max-model-len or"
+            " image tokens, or add memory or servers.",
+            "percentunit",
+            {"max": f"max ({select('vllm:kv_cache_usage_perc')})",
+             "average": f"avg ({select('vllm:kv_cache_usage_perc')})"},
+            maximum=1,
+        ),
+        timeseries(
+            "Cost of 1000 images",
+            "At the load of the moment: the price of the accelerators over the images per second."
+            " It falls with load, until the time to first token rises.",
+            "currencyUSD",
+            {"cost": f"1000 * $price * {total('saccade_devices')} / 3600 / ({IMAGES} > 0)"},
+        ),
+    ],
+)  # fmt: skip
