@@ -74,9 +74,13 @@ class EncodeTimes:
             message = await socket.recv()
             try:
                 run = decoder.decode(message)
+            except msgspec.MsgspecError as error:
+                log.warning("ignoring what is no report of the encoder: %s", error)
+                continue
+            try:
                 self._on_encode(run.request_ids, run.start_s, run.end_s)
             except Exception:
-                log.exception("a report of the encoder is of no use")
+                log.exception("a report of the encoder could not be used")
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:
@@ -98,10 +102,13 @@ def register() -> None:
     execute_model = base.execute_model
 
     def first_step(worker: WorkerWrapperBase, scheduler_output: Any) -> Any:
-        from server.engine.encode_times_worker import watch
-
         base.execute_model = execute_model
-        watch(worker, address)
+        try:
+            from server.engine.encode_times_worker import watch
+
+            watch(worker, address)
+        except Exception as error:
+            log.warning("the runs of the encoder cannot be timed: %r", error)
         return execute_model(worker, scheduler_output)
 
     base.execute_model = first_step

@@ -33,16 +33,13 @@ def watch(wrapper: Any, address: str) -> None:
 
     Only the first rank of an engine does; the others run the encoder at the same time.
     """
-    try:
-        if wrapper.global_rank != 0:
-            return
-        runner = wrapper.worker.model_runner
-        encoder = _encoder(runner)
-        if encoder is not None:
-            timer = _timer(runner.device, partial(send, connected(address)))
-            encoder.timed_encoder_operation = timed(encoder.timed_encoder_operation, timer)
-    except Exception:
-        log.exception("the runs of the encoder cannot be timed")
+    if wrapper.global_rank != 0:
+        return
+    runner = wrapper.worker.model_runner
+    encoder = _encoder(runner)
+    if encoder is not None:
+        timer = _timer(runner.device, partial(send, connected(address)))
+        encoder.timed_encoder_operation = timed(encoder.timed_encoder_operation, timer)
 
 
 def _encoder(runner: Any) -> Any:
@@ -53,7 +50,8 @@ def _encoder(runner: Any) -> Any:
 
 
 def connected(address: str) -> zmq.Socket[bytes]:
-    socket = zmq.Context.instance().socket(zmq.PUSH)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+    socket = context.socket(zmq.PUSH)
     socket.setsockopt(zmq.SNDHWM, _MOST_WAITING)
     socket.setsockopt(zmq.LINGER, 0)
     socket.connect(address)
@@ -85,9 +83,9 @@ def timed(
         try:
             if not failed:
                 step(*args)
-        except Exception:
+        except Exception as error:
             failed = True
-            log.exception("the runs of the encoder are no longer timed")
+            log.warning("the runs of the encoder are no longer timed: %r", error)
 
     def end(args: tuple[Any, ...]) -> None:
         timer.end(_request_ids(*args))
