@@ -1,14 +1,19 @@
 # make serve   set everything up and serve the embedded model on 127.0.0.1:8000
 # make test    set everything up and run the tests
 # make check   lint, types, tests
+# make docs    build the documentation into site/
+# make lock    pin what the container images install, in deploy/requirements-*.txt
+# make sbom    write what $(VENV) consists of to sbom.json, in CycloneDX's form
+# make image-check   build the Dockerfile's cpu target without Docker and try it; as root, on Debian
 VENV  ?= .venv
 HOST  ?= 127.0.0.1
 PORT  ?= 8000
 MODEL ?=
 ARGS  ?=
 TESTS ?=
+ROOTS ?= build/image
 
-.PHONY: setup serve test lint types check benchmark clean
+.PHONY: setup serve test lint types check benchmark docs lock sbom image-check clean
 .DEFAULT_GOAL := serve
 
 setup: $(VENV)/.installed
@@ -21,6 +26,8 @@ serve: setup
 	@exec $(VENV)/bin/saccade serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
 test: setup
+	@deploy/test_services.sh $(VENV)/services
+	@$(VENV)/bin/python -m tests.kubernetes_tools $(VENV)/services/bin
 	$(VENV)/bin/python -m pytest $(TESTS)
 
 lint: setup
@@ -35,5 +42,17 @@ check: lint types test
 benchmark: setup
 	$(VENV)/bin/python -m benchmarks.serve --stub-encoder $(ARGS)
 
+docs: setup
+	$(VENV)/bin/mkdocs build --strict
+
+lock: setup
+	UV=$(VENV)/bin/uv deploy/lock.sh
+
+sbom: setup
+	$(VENV)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-file sbom.json $(VENV)
+
+image-check: setup
+	$(VENV)/bin/python -m deploy.replay $(ROOTS) $(ARGS)
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build sbom.json site .pytest_cache .mypy_cache .ruff_cache

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Installs Saccade and what it needs into a virtual environment: deploy/install.sh [DIR [EXTRAS]]
 # EXTRAS (default: dev) are installed besides `gpu`, where an NVIDIA driver is present, or `cpu`.
+# With LOCK=FILE it installs what that file pins for a CPU, and not Saccade itself.
 set -eu
 
 venv=${1:-.venv}
@@ -17,7 +18,7 @@ torch_cpu_index='https://download.pytorch.org/whl/cpu'
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
-if [ -e /proc/driver/nvidia/version ]; then
+if [ -z "${LOCK:-}" ] && [ -e /proc/driver/nvidia/version ]; then
     pip install --quiet --editable ".[gpu${extras:+,$extras}]"
     exit 0
 fi
@@ -28,7 +29,12 @@ index=
 if ! pip install --quiet --dry-run --no-deps "$torch_cpu" >/dev/null 2>&1; then
     index="--extra-index-url $torch_cpu_index"
 fi
-# shellcheck disable=SC2086 # an empty $index must vanish
+if [ -n "${LOCK:-}" ]; then
+    # shellcheck disable=SC2086 # an empty $index must vanish
+    pip install --quiet --no-deps $index --requirement "$LOCK"
+    exit 0
+fi
+# shellcheck disable=SC2086
 pip install --quiet $index "$torch_cpu"
 # shellcheck disable=SC2086
 pip install --quiet $index --editable ".[cpu${extras:+,$extras}]"

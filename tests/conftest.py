@@ -113,7 +113,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server with the embedded model for the whole session."""
     tools = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
     files = ("--files-dir", str(tmp_path_factory.mktemp("files")))
-    with serving("--max-model-len", "4096", "--allow-private-media", *tools, *files) as running:
+    embeddings = ("--embedding-cache-dir", str(tmp_path_factory.mktemp("embeddings")))
+    flags = ("--max-model-len", "4096", "--allow-private-media", *tools, *files, *embeddings)
+    with serving(*flags) as running:
         yield running
 
 

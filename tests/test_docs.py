@@ -20,7 +20,10 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 ADDRESS = "http://127.0.0.1:8000"
 # Flags of other programs that pages name alone.
-FOREIGN_FLAGS = {"--faults", "--profile", "--stub-encoder"}
+FOREIGN_FLAGS = {
+    "--baseline", "--cap-drop", "--faults", "--health-cmd", "--observed", "--profile", "--read-only",
+    "--set", "--stub-encoder", "--tmpfs", "--user",
+}  # fmt: skip
 
 _FENCE = re.compile(r"(?:<!-- (\w+) -->\n)?```(\w*)\n(.*?)```\n", re.DOTALL)
 _INLINE_FLAGS = re.compile(r"`(--[a-z][^`]*)`")

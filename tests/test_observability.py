@@ -286,6 +286,14 @@ def test_the_server_tells_of_itself(server: Server, http: httpx.Client) -> None:
     assert value(now, "saccade_features_bytes") >= 0
 
 
+def test_deaths_and_restarts_of_workers_are_counted(server: Server, http: httpx.Client) -> None:
+    before = scrape(http)
+    server.image_workers()[0].kill()
+    rises(http, before, "saccade_image_worker_deaths_total")
+    rises(http, before, "saccade_image_worker_restarts_total")
+    wait_for(http, lambda now: value(now, "saccade_image_workers_up") == 2)
+
+
 # ---------------------------------------------------------------------- logs and traces
 
 

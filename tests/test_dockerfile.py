@@ -1,0 +1,110 @@
+"""The Dockerfile as far as it can be judged without building; `make image-check` builds it."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from docker.utils import exclude_paths
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from deploy.replay.build import REPOSITORY, Builder, Stage, stages
+
+TARGETS = ("gpu", "cpu")
+# What a container is, as against what is built into the image.
+OF_THE_CONTAINER = {"ENV", "WORKDIR", "VOLUME", "USER", "EXPOSE", "STOPSIGNAL", "HEALTHCHECK"}
+OF_THE_CONTAINER |= {"ENTRYPOINT", "LABEL"}
+
+
+@pytest.fixture(scope="module")
+def dockerfile() -> dict[str, Stage]:
+    return stages(REPOSITORY / "Dockerfile")
+
+
+def values(stage: Stage, instruction: str) -> list[str]:
+    return [value for name, value in stage.instructions if name == instruction]
+
+
+def test_hadolint_has_nothing_to_say() -> None:
+    hadolint = Path(sys.executable).with_name("hadolint")
+    checked = subprocess.run([hadolint, REPOSITORY / "Dockerfile"], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_container_is_stopped_and_watched_and_has_no_power(
+    dockerfile: dict[str, Stage], target: str
+) -> None:
+    stage = dockerfile[target]
+    user = values(stage, "USER")[-1]
+    assert all(number.isdigit() and int(number) > 0 for number in user.split(":"))
+    assert values(stage, "STOPSIGNAL") == ["SIGTERM"]
+    (health,) = values(stage, "HEALTHCHECK")
+    assert "/health" in health
+    (volume,) = values(stage, "VOLUME")
+    (environment,) = values(stage, "ENV")
+    caches = dict(part.split("=", 1) for part in environment.split())
+    for name in ("HOME", "HF_HOME", "NUMBA_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        assert Path(caches[name]).is_relative_to(volume)
+
+
+def test_both_targets_run_alike(dockerfile: dict[str, Stage]) -> None:
+    gpu, cpu = (
+        [step for step in dockerfile[target].instructions if step[0] in OF_THE_CONTAINER]
+        for target in TARGETS
+    )
+    assert gpu == cpu
+
+
+def test_the_gpu_target_stands_on_the_vllm_that_is_pinned(dockerfile: dict[str, Stage]) -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    (pinned,) = project["optional-dependencies"]["gpu"]
+    assert dockerfile["gpu"].base == "vllm/vllm-openai:v" + pinned.partition("==")[2]
+    assert dockerfile["gpu-dependencies"].base == dockerfile["gpu"].base
+
+
+def test_what_is_copied_is_in_the_context(dockerfile: dict[str, Stage]) -> None:
+    patterns = (REPOSITORY / ".dockerignore").read_text().splitlines()
+    context = exclude_paths(str(REPOSITORY), [line for line in patterns if line[:1] != "#"])
+    copied = [
+        source
+        for stage in dockerfile.values()
+        for value in values(stage, "COPY")
+        if not value.startswith("--from=")
+        for source in value.split()[:-1]
+    ]
+    assert copied
+    assert [source for source in copied if source not in context] == []
+    needed = {source.split("/")[0] for source in copied} | {"Dockerfile", ".dockerignore"}
+    assert {path.split("/")[0] for path in context} == needed
+    assert [path for path in context if "__pycache__" in path] == []
+
+
+def test_the_source_is_copied_after_the_dependencies(dockerfile: dict[str, Stage]) -> None:
+    for target in TARGETS:
+        assert values(dockerfile[f"{target}-dependencies"], "COPY")
+        assert not any(
+            "server" in value for _, value in dockerfile[f"{target}-dependencies"].instructions
+        )
+        assert "from=wheel" in values(dockerfile[target], "RUN")[-1]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_each_dependency_is_pinned(target: str) -> None:
+    lines = (REPOSITORY / f"deploy/requirements-{target}.txt").read_text().splitlines()[1:]
+    assert all("==" in line for line in lines)
+    names = {canonicalize_name(Requirement(line).name) for line in lines}
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    asked = {canonicalize_name(Requirement(part).name) for part in project["dependencies"]}
+    assert asked <= names  # else: make lock
+
+
+def test_replaying_copies_what_the_dockerfile_copies(tmp_path: Path) -> None:
+    """The folder of the build context, as `make image-check` has it."""
+    (tmp_path / "base").mkdir()
+    Builder(tmp_path, []).prepare()
+    context = tmp_path / "context"
+    assert (context / "server" / "demo" / "model.safetensors").is_file()
+    assert not (context / "tests").exists()
