@@ -21,9 +21,18 @@ DOCS = ROOT / "docs"
 ADDRESS = "http://127.0.0.1:8000"
 # Flags of other programs that pages name alone.
 FOREIGN_FLAGS = {
-    "--baseline", "--cap-drop", "--faults", "--health-cmd", "--observed", "--profile", "--read-only",
-    "--set", "--stub-encoder", "--tmpfs", "--user",
-}  # fmt: skip
+    "--baseline",
+    "--cap-drop",
+    "--faults",
+    "--health-cmd",
+    "--observed",
+    "--profile",
+    "--read-only",
+    "--set",
+    "--stub-encoder",
+    "--tmpfs",
+    "--user",
+}
 
 _FENCE = re.compile(r"(?:<!-- (\w+) -->\n)?```(\w*)\n(.*?)```\n", re.DOTALL)
 _INLINE_FLAGS = re.compile(r"`(--[a-z][^`]*)`")
