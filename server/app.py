@@ -45,12 +45,15 @@ from server.media.fetch_cache import FetchCache
 from server.media.files import FileStore, Quota
 from server.media.load import ImageLoader
 from server.media.prepare import RequestPreparer
+from server.observability import tracing
 
 log = logging.getLogger("saccade")
 
 # Request bodies of a few photos: heap that is worth keeping between requests.
 _KEPT_HEAP_BYTES = 128 << 20
 _ENGINE_CHECK_INTERVAL_S = 1.0
+# How long the last traces may take to be sent.
+_TRACES_TIMEOUT_S = 5.0
 
 Report = Callable[[str], None]
 
@@ -79,6 +82,8 @@ async def run(args: Namespace, settings: Settings, report: Report) -> int:
             finally:
                 if refresher is not None:
                     refresher.stop()
+                if args.otlp_traces_endpoint is not None:
+                    await asyncio.to_thread(tracing.close, _TRACES_TIMEOUT_S)
 
 
 @dataclass(frozen=True)
@@ -241,9 +246,11 @@ def _observed(app: FastAPI, args: Namespace, settings: Settings) -> observe.Obse
     )
     return observe.Observed(
         app,
+        root_path=args.root_path or "",
+        routes=[path for route in app.routes if "{" not in (path := getattr(route, "path", "{"))],
         server_timing=settings.observability.server_timing,
         log_requests=settings.observability.log_format == "json",
-        unlogged=(args.disable_access_log_for_endpoints or "").split(","),
+        unlogged=map(str.strip, (args.disable_access_log_for_endpoints or "").split(",")),
         traced=args.otlp_traces_endpoint is not None,
     )
 

@@ -195,7 +195,7 @@ class FileSettings(_Group):
 
 
 class ObservabilitySettings(_Group):
-    """Logs and timings; traces are vLLM's flag `--otlp-traces-endpoint`."""
+    """Observability."""
 
     log_format: Literal["text", "json"] = Field(
         "text",

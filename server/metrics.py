@@ -80,7 +80,7 @@ devices = Gauge("saccade_devices", "Accelerators that the engine uses; on a CPU 
 
 image_fetch = Histogram(
     "saccade_image_fetch_seconds",
-    "Loading one image or file, by where it was.",
+    "Loading one image or file, by where it was; also where that failed.",
     ["source"],
     buckets=_STAGE_BUCKETS,
 )

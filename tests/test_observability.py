@@ -73,10 +73,10 @@ def test_an_id_is_taken_over_and_given_back(http: httpx.Client) -> None:
 
 @pytest.mark.parametrize("given", ["", "two words", "x" * 129, "né", 'a"b', "{}"])
 def test_an_id_that_is_none_is_replaced(http: httpx.Client, given: str) -> None:
-    headers = {"X-Request-Id": given.encode()}
-    assert re.fullmatch(
-        r"[0-9a-f]{32}", http.get("/health", headers=headers).headers["x-request-id"]
-    )
+    answer = http.post(PATH, json=body(WHAT), headers={"X-Request-Id": given.encode()})
+    name = answer.headers["x-request-id"]
+    assert re.fullmatch(r"[0-9a-f]{32}", name)
+    assert answer.json()["id"] == f"chatcmpl-{name}"
 
 
 def test_errors_and_other_routes_have_an_id(http: httpx.Client) -> None:
@@ -317,7 +317,9 @@ def told(receiver: Receiver, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     keys.write_text(json.dumps({"groups": {"team-a": ["sk-of-team-a"]}}))
     flags = ("--log-format", "json", "--otlp-traces-endpoint", receiver.endpoint)
     more = ("--api-keys-file", str(keys), "--max-model-len", "4096", "--no-server-timing")
-    with serving(*flags, *more, OTEL_BSP_SCHEDULE_DELAY="100") as running:
+    # The variable would have the client library keep metrics in files, for several processes.
+    files = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path_factory.mktemp("metrics"))}
+    with serving(*flags, *more, OTEL_BSP_SCHEDULE_DELAY="100", **files) as running:
         yield running
 
 
@@ -366,6 +368,50 @@ def test_a_request_is_one_line(told: Server) -> None:
     assert 0 < line["time_to_first_token_ms"] < line["duration_ms"]
     assert sum(line["stages_ms"].values()) == pytest.approx(line["duration_ms"], abs=0.2)
     assert "sk-of-team-a" not in "".join(told.log)
+
+
+def test_metrics_are_whole_whatever_the_environment_says(told: Server) -> None:
+    with _open(told) as client:
+        client.post(PATH, json=body(image_part(noise()), WHAT))
+        name = "saccade_embedding_cache_misses_total"  # told by the engine now and then
+        now = wait_for(client, lambda now: value(now, name, tier="host") >= 1)
+    assert value(now, "saccade_ready") == 1
+    assert value(now, "saccade_image_workers_up") == 2
+    assert value(now, "saccade_image_decode_seconds_count") >= 1
+    assert not [labels for _, labels in now if "pid" in dict(labels)]
+
+
+@pytest.mark.parametrize(
+    ("path", "request_body"),
+    [
+        (
+            "/v1/completions",
+            {"prompt": ["one", "two"], "n": 2, "max_tokens": 4, "ignore_eos": True},
+        ),
+        ("/v1/responses", {"input": "Hello", "max_output_tokens": 16}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}),
+    ],
+)
+def test_the_line_says_what_the_answer_says(
+    told: Server, path: str, request_body: dict[str, Any]
+) -> None:
+    name = path.replace("/", "-")
+    with _open(told) as client:
+        content = {"model": "saccade-tiny", **request_body}
+        answer = client.post(path, json=content, headers={"X-Request-Id": name}).json()
+    line, usage = _line(told, name), answer["usage"]
+    assert line["response_id"] == answer["id"]
+    assert line["prompt_tokens"] == usage.get("prompt_tokens", usage.get("input_tokens"))
+    assert line["completion_tokens"] == usage.get("completion_tokens", usage.get("output_tokens"))
+
+
+def test_a_stop_string_is_a_stop(told: Server) -> None:
+    with _open(told) as client:
+        picture = image_part(pictures.encode(pictures.shape("red")))
+        content = body(picture, WHAT, stop=["red"])
+        answer = client.post(PATH, json=content, headers={"X-Request-Id": "stop-string"}).json()
+    assert answer["choices"][0]["stop_reason"] == "red"
+    assert _line(told, "stop-string")["finish_reason"] == "stop"
 
 
 def test_refused_requests_have_a_line_and_probes_have_none(told: Server) -> None:

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.observability.stages import ImageWork, Stage, Timeline, totals
+from server.observability.record import Times
+from server.observability.stages import ImageWork, Stage, Timeline
 
 
 def _phases(timeline: Timeline) -> None:
@@ -31,7 +32,7 @@ def _work(
 def test_a_request_without_images_is_its_phases() -> None:
     timeline = Timeline(0)
     _phases(timeline)
-    assert totals(timeline.segments(31)) == {
+    assert Times.of(timeline, 31).stages == {
         Stage.UPLOAD: 1,
         Stage.ADMISSION: 1,
         Stage.RENDER: 8,
@@ -86,7 +87,7 @@ def test_work_begun_for_another_request_counts_from_when_it_was_joined() -> None
     timeline = Timeline(10)
     timeline.begin(Stage.RENDER, 10)
     timeline.join(_work(1, 2, 14, preprocess_s=3), 12)
-    assert totals(timeline.segments(15)) == {Stage.PREPROCESS: 2, Stage.RENDER: 3}
+    assert Times.of(timeline, 15).stages == {Stage.PREPROCESS: 2, Stage.RENDER: 3}
 
 
 def test_the_stage_of_now() -> None:
@@ -112,7 +113,7 @@ def test_what_has_not_ended_ends_with_the_request() -> None:
     timeline.begin(Stage.RENDER, 1)
     timeline.fetch(2)
     timeline.join(ImageWork(3), 3)
-    assert totals(timeline.segments(5)) == {Stage.UPLOAD: 1, Stage.FETCH: 3, Stage.RENDER: 1}
+    assert Times.of(timeline, 5).stages == {Stage.UPLOAD: 1, Stage.FETCH: 3, Stage.RENDER: 1}
 
 
 times = st.floats(min_value=0, max_value=100, allow_nan=False)

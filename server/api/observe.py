@@ -3,9 +3,10 @@ line in the log and a trace.
 
 The id is the client's `X-Request-Id`, or else a new one, and every answer names it. Stages of
 requests that are answered whole are in the header `Server-Timing`, those of streams in a comment at
-their end.
+their end. Whatever goes wrong here is logged, and the request goes its way.
 """
 
+import logging
 import re
 import time
 import uuid
@@ -17,8 +18,10 @@ from server import metrics
 from server.errors import CODES
 from server.observability import log, tracing
 from server.observability import record as records
-from server.observability.record import Record
-from server.observability.stages import Segment, Stage, Timeline, totals
+from server.observability.record import Record, Times
+from server.observability.stages import Stage, Timeline
+
+_log = logging.getLogger("saccade.observe")
 
 _ID = b"x-request-id"
 _SAFE_ID = re.compile(r"[A-Za-z0-9._:=+/-]{1,128}\Z")
@@ -26,6 +29,11 @@ _PATH_LENGTH = 200
 _FAILED_STATUS = 400
 # What is asked over and over by machines is logged only where it fails.
 _PROBES = frozenset({"/health", "/ready", "/ping", "/load", "/metrics", "/version"})
+# How an error begins that vLLM puts into a stream which has begun.
+_STREAMED_ERRORS = (b'data: {"error"', b"event: error", b"event: response.failed")
+_STREAMED_ERROR_CODE = "internal_error"
+
+_REQUEST_STAGE = {stage: metrics.request_stage.labels(stage) for stage in Stage}
 
 
 class Observed:
@@ -35,14 +43,18 @@ class Observed:
         self,
         app: ASGIApp,
         *,
+        root_path: str = "",
+        routes: Iterable[str] = (),
         server_timing: bool,
         log_requests: bool,
         unlogged: Iterable[str] = (),
         traced: bool,
     ) -> None:
-        """`unlogged` are paths without a line in the log. With `traced`, the process has a tracer
-        provider."""
+        """`routes` are paths that may name spans, `unlogged` those without a line in the log, all
+        below `root_path`. With `traced`, the process has a tracer provider."""
         self._app = app
+        self._root_path = root_path
+        self._routes = frozenset(routes)
         self._server_timing = server_timing
         self._log_requests = log_requests
         self._unlogged = frozenset(unlogged)
@@ -52,16 +64,15 @@ class Observed:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = _record(scope)
+        record = self._record(scope)
         records.enter(record)
         is_work = record.method == "POST"
-        if is_work and self._tracing is not None:
-            scope = self._tracing.start(record, scope)
+        scope = self._scope(scope, record, is_work=is_work)
         answer = _Answer(record, send, server_timing=self._server_timing and is_work)
 
         async def hear() -> Message:
             message = await receive()
-            if message["type"] == "http.disconnect" and not answer.complete:
+            if message["type"] == "http.disconnect" and not answer.has_ended:
                 record.left_in = record.left_in or record.timeline.stage()
             return message
 
@@ -72,18 +83,45 @@ class Observed:
         finally:
             if is_work:
                 metrics.requests_in_flight.dec()
-            self._finish(record, is_work=is_work)
+            try:
+                self._finish(record, answer.times, is_work=is_work)
+            except Exception:
+                _log.exception("a request could not be told of")
 
-    def _finish(self, record: Record, *, is_work: bool) -> None:
-        end = time.monotonic()
-        segments = record.timeline.segments(end) if is_work else []
-        seconds = end - record.timeline.start
+    def _record(self, scope: Scope) -> Record:
+        given = dict(scope["headers"]).get(_ID, b"").decode("latin-1")
+        path = scope["path"].removeprefix(self._root_path)[:_PATH_LENGTH]
+        client = scope.get("client")
+        return Record(
+            id=given if _SAFE_ID.match(given) else uuid.uuid4().hex,
+            method=scope["method"],
+            path=path,
+            route=path if path in self._routes else None,
+            client=client[0] if client else None,
+        )
+
+    def _scope(self, scope: Scope, record: Record, *, is_work: bool) -> Scope:
+        """`scope` with headers that tell the app of the record's id and span."""
+        given = dict(scope["headers"]).get(_ID)
+        if given is not None and given != record.id.encode():
+            kept = [item for item in scope["headers"] if item[0] != _ID]
+            scope = {**scope, "headers": [*kept, (_ID, record.id.encode())]}
+        if is_work and self._tracing is not None:
+            try:
+                return self._tracing.start(record, scope)
+            except Exception:
+                _log.exception("a request could not be traced")
+        return scope
+
+    def _finish(self, record: Record, times: Times | None, *, is_work: bool) -> None:
+        if times is None:
+            times = Times.of(record.timeline, time.monotonic())
         if is_work:
-            _measure(record, segments, seconds)
+            _measure(record, times)
         if record.span is not None and self._tracing is not None:
-            self._tracing.finish(record, segments, end)
+            self._tracing.finish(record, times)
         if self._log_requests and not self._is_quiet(record):
-            log.write(record, totals(segments), seconds)
+            log.write(record, times)
 
     def _is_quiet(self, record: Record) -> bool:
         if record.path in self._unlogged:
@@ -92,21 +130,27 @@ class Observed:
 
 
 class _Answer:
-    """Sends an answer on, with what is known of it by then."""
+    """Sends an answer on, with what is known of it by then. `times` are those of a stream that has
+    ended."""
 
     def __init__(self, record: Record, send: Send, *, server_timing: bool) -> None:
         self._record = record
         self._send = send
         self._server_timing = server_timing
         self._streams = False
+        self._is_plain = True
         self._has_begun = False
-        self.complete = False
+        self.has_ended = False
+        self.times: Times | None = None
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             message = self._start(message)
         elif message["type"] == "http.response.body":
-            message = self._body(message)
+            if self._streams:
+                self._look_at(message.get("body", b""))
+            if not message.get("more_body"):
+                message = self._end(message)
         await self._send(message)
 
     def _start(self, message: Message) -> Message:
@@ -114,60 +158,57 @@ class _Answer:
         record.status = message["status"]
         headers = [item for item in message.get("headers", ()) if item[0].lower() != _ID]
         headers.append((_ID, record.id.encode()))
-        kind = dict(headers).get(b"content-type", b"")
-        self._streams = kind.startswith(b"text/event-stream")
+        known = dict(headers)
+        self._streams = known.get(b"content-type", b"").startswith(b"text/event-stream")
+        self._is_plain = b"content-encoding" not in known
         if self._server_timing and not self._streams:
-            headers.append((b"server-timing", server_timing(record.timeline).encode()))
+            times = Times.of(record.timeline, time.monotonic())
+            headers.append((b"server-timing", server_timing(times, record.timeline).encode()))
         return {**message, "headers": headers}
 
-    def _body(self, message: Message) -> Message:
+    def _look_at(self, body: bytes) -> None:
+        """Note when the first piece of a stream leaves, and an error in it."""
         timeline = self._record.timeline
-        if self._streams and not self._has_begun and timeline.began(Stage.GENERATE):
+        if not self._has_begun and timeline.began(Stage.GENERATE):
             self._has_begun = True
             timeline.begin_again(Stage.GENERATE, time.monotonic())
-        if message.get("more_body"):
+        if body.startswith(_STREAMED_ERRORS):
+            self._record.error_code = _STREAMED_ERROR_CODE
+
+    def _end(self, message: Message) -> Message:
+        record = self._record
+        self.has_ended = True
+        record.complete = not self._streams or record.error_code is None
+        if not self._streams:
             return message
-        self.complete = True
-        if self._streams and self._server_timing:
-            comment = f": server-timing {server_timing(timeline)}\n\n"
+        self.times = Times.of(record.timeline, time.monotonic())
+        if self._server_timing and self._is_plain:
+            comment = f": server-timing {server_timing(self.times, record.timeline)}\n\n"
             return {**message, "body": message.get("body", b"") + comment.encode()}
         return message
 
 
-def server_timing(timeline: Timeline) -> str:
+def server_timing(times: Times, timeline: Timeline) -> str:
     """The value of the header `Server-Timing` (W3C): milliseconds by stage, and in all."""
-    now = time.monotonic()
-    parts = [
-        f"{stage};dur={seconds * 1e3:.1f}"
-        for stage, seconds in totals(timeline.segments(now)).items()
-    ]
-    return ", ".join([*parts, f"total;dur={(now - timeline.start) * 1e3:.1f}"])
+    parts = [f"{stage};dur={seconds * 1e3:.1f}" for stage, seconds in times.stages.items()]
+    return ", ".join([*parts, f"total;dur={(times.end - timeline.start) * 1e3:.1f}"])
 
 
-def _record(scope: Scope) -> Record:
-    given = dict(scope["headers"]).get(_ID, b"").decode("latin-1")
-    client = scope.get("client")
-    return Record(
-        id=given if _SAFE_ID.match(given) else uuid.uuid4().hex,
-        method=scope["method"],
-        path=scope["path"].removeprefix(scope.get("root_path", ""))[:_PATH_LENGTH],
-        client=client[0] if client else None,
-    )
-
-
-def _measure(record: Record, segments: list[Segment], seconds: float) -> None:
+def _measure(record: Record, times: Times) -> None:
     outcome = record.outcome
     metrics.requests.labels(outcome).inc()
-    if record.left_in is not None:
+    if outcome == "cancelled":
         metrics.cancellations.labels(record.left_in).inc()
-    elif record.status is not None and record.status >= _FAILED_STATUS:
+        return
+    if outcome != "answered":
         code = record.error_code
         metrics.refusals.labels(code if code in CODES else metrics.OTHER_CODE).inc()
-    first = record.time_to_first_token()
-    if outcome != "answered" or first is None:
         return
-    for stage, value in totals(segments).items():
-        metrics.request_stage.labels(stage).observe(value)
+    first = record.time_to_first_token()
+    if first is None:  # no work of the engine
+        return
+    for stage, seconds in times.stages.items():
+        _REQUEST_STAGE[stage].observe(seconds)
     images = "true" if record.images else "false"
     metrics.time_to_first_token.labels(images).observe(first)
-    metrics.request_seconds.labels(images).observe(seconds)
+    metrics.request_seconds.labels(images).observe(times.end - record.timeline.start)

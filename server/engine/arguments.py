@@ -61,6 +61,10 @@ def parse(argv: Sequence[str]) -> tuple[Namespace, Settings]:
         settings = config.from_flags(args)
     except ValueError as error:
         parser.error(str(error))
+    if args.otlp_traces_endpoint and args.disable_log_stats:
+        parser.error(
+            "--otlp-traces-endpoint needs the statistics that --disable-log-stats is without"
+        )
     for attribute, flag in _UNSUPPORTED.items():
         if getattr(args, attribute, None):
             parser.error(f"{flag} is not supported: Saccade is one server around one engine")
@@ -70,6 +74,8 @@ def parse(argv: Sequence[str]) -> tuple[Namespace, Settings]:
         given = getattr(args, "logging_config", None) or LoggingConfig()
         args.logging_config = replace(given, formatter="json")
         args.use_tqdm_on_load = False
+        if getattr(args, "log_config_file", None) or given.pylogging_config_file:
+            parser.error("--log-format json: logs are configured by a file already")
         log.use_json()
     cli_env_setup()  # type: ignore[no-untyped-call]
     configure_logging_from_args(args)

@@ -7,12 +7,13 @@ answer as vLLM would have it.
 """
 
 import functools
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 from weakref import WeakValueDictionary
 
-from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from server.engine.cache import SendRequest
@@ -20,8 +21,10 @@ from server.engine.embedding_cache.scheduler import ENCODED
 from server.media import request as requests
 from server.media.request import ImageRequest
 from server.observability import record as records
-from server.observability.record import Record
+from server.observability.record import Prompt, Record
 from server.observability.stages import Stage
+
+log = logging.getLogger("saccade.engine")
 
 
 class Outcomes:
@@ -47,6 +50,7 @@ class Outcomes:
         for request_id in request_ids:
             if (record := self._records.get(request_id)) is not None:
                 record.timeline.encode(start, end)
+                record.timeline.begin(Stage.PREFILL, start)  # as far as is known by now
 
     async def _send(self, send: SendRequest, request: EngineCoreRequest) -> None:
         record = records.current()
@@ -54,8 +58,8 @@ class Outcomes:
         if request.mm_features:
             self._images[request.request_id] = requests.current()
         name = request.external_req_id or request.request_id
-        record.response_id = record.response_id or name
-        record.prompts[name] = len(request.prompt_token_ids or ())
+        record.response_id = record.response_id or _answer_id(record, name)
+        record.prompts[name] = _prompt(request)
         record.model = request.lora_request.lora_name if request.lora_request else self._model
         record.timeline.begin(Stage.ENGINE_QUEUE, time.monotonic())
         await send(request)
@@ -68,22 +72,28 @@ class Outcomes:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        followed = [
-            (record, output, states.get(output.request_id))
-            for output in outputs
-            if (record := self._records.get(output.request_id)) is not None
-        ]
+        # Vain states are those of requests that were aborted.
+        before = [states.get(output.request_id) for output in outputs]
         for output in outputs:
             if output.ec_transfer_params and ENCODED in output.ec_transfer_params:
                 images = self._images.get(output.request_id)
                 note(images, output.ec_transfer_params[ENCODED])
                 output.ec_transfer_params = None
         result = process(outputs, *args, **kwargs)
-        now = time.monotonic()
-        for record, output, state in followed:
-            if state is not None:
-                _advance(record, output, state, now, over=output.request_id not in states)
+        try:
+            self._follow(outputs, before, states)
+        except Exception:  # it would be the end of the engine
+            log.exception("what requests do cannot be followed")
         return result
+
+    def _follow(
+        self, outputs: Sequence[EngineCoreOutput], before: Sequence[Any], states: dict[str, Any]
+    ) -> None:
+        now = time.monotonic()
+        for output, state in zip(outputs, before, strict=True):
+            record = self._records.get(output.request_id)
+            if record is not None and state is not None:
+                _advance(record, output, state, now, over=output.request_id not in states)
 
 
 def _advance(
@@ -95,13 +105,28 @@ def _advance(
     record.completion_tokens += len(output.new_token_ids)
     if not timeline.began(Stage.GENERATE):
         if state.stats is not None:
-            timeline.begin(Stage.PREFILL, state.stats.scheduled_ts)
-            timeline.begin(Stage.FIRST_TOKEN, state.stats.first_token_ts)
+            scheduled, first = state.stats.scheduled_ts, state.stats.first_token_ts
+            if timeline.start <= scheduled <= first <= now:  # the clock of this machine
+                timeline.begin_again(Stage.PREFILL, scheduled)
+                timeline.begin(Stage.FIRST_TOKEN, first)
         timeline.begin(Stage.GENERATE, now)
     if over:
         timeline.begin_again(Stage.RESPOND, now)
-        if output.finish_reason is not None:
-            record.finish_reason = str(output.finish_reason)
+        # vLLM looks for stop strings itself, and does not say so in the output.
+        record.finish_reason = str(output.finish_reason or FinishReason.STOP)
+
+
+def _answer_id(record: Record, name: str) -> str:
+    """The id of the answer that the client sees, of the engine's name for one of its prompts."""
+    if record.path == "/v1/completions":
+        return name.rpartition("-")[0]
+    return name.rpartition("_")[0] if record.path == "/v1/responses" else name
+
+
+def _prompt(request: EngineCoreRequest) -> Prompt:
+    images = [each for each in request.mm_features or () if each.modality == "image"]
+    tokens = sum(image.mm_position.get_num_embeds() for image in images)
+    return Prompt(len(request.prompt_token_ids or ()), len(images), tokens)
 
 
 def note(request: ImageRequest | None, encoded: Sequence[bool]) -> None:

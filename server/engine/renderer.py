@@ -46,7 +46,6 @@ from server.media import tenant
 from server.media.encoded import EncodedImage, ImageOptions
 from server.media.parts import split_options
 from server.media.request import ShownImage
-from server.observability import record
 
 log = logging.getLogger("saccade.engine")
 
@@ -313,9 +312,6 @@ class PooledRenderer(HfRenderer):
         budget: int | None,
         kwargs: Mapping[str, Any],
     ) -> None:
-        request = record.current()
-        request.images += len(shown)
-        request.image_tokens += sum(image.tokens for image in shown)
         for job, image in zip(jobs, shown, strict=True):
             cap = "none"
             if job.plan is not None:

@@ -150,6 +150,8 @@ class ImagePool:
         trace: TracebackType | None,
     ) -> None:
         self._closing = True
+        for gauge in (metrics.image_workers, metrics.image_workers_up, metrics.image_queue_limit):
+            gauge.set(0)
         for task in list(self._background):
             task.cancel()
         for waiting in list(self._tasks.values()):

@@ -142,15 +142,15 @@ class ImageLoader:
 
 @contextlib.contextmanager
 def _fetching(url: str) -> Iterator[None]:
-    """Note how long it takes to load what is at `url`."""
+    """Note how long it takes to load what is at `url`, also where that fails."""
     started = time.monotonic()
     fetch = record.current().timeline.fetch(started)
     try:
         yield
     finally:
         fetch.end = time.monotonic()
-    source = _SOURCES.get(url.partition(":")[0].lower(), "http")
-    metrics.image_fetch.labels(source).observe(fetch.end - started)
+        source = _SOURCES.get(url.partition(":")[0].lower(), "http")
+        metrics.image_fetch.labels(source).observe(fetch.end - started)
 
 
 async def in_thread(work: Callable[..., T], *args: Any) -> T:

@@ -5,8 +5,7 @@ import logging.config
 import os
 from typing import Any
 
-from server.observability.record import Record
-from server.observability.stages import Stage
+from server.observability.record import Record, Times
 from server.observability.tracing import trace_id
 
 _VARIABLE = "_SACCADE_LOG_FORMAT"
@@ -16,7 +15,8 @@ _requests = logging.getLogger("saccade.request")
 
 
 def use_json() -> None:
-    """Write our loggers' lines as JSON, here and in the engine's processes started from now on."""
+    """Write logs as JSON, here and in the engine's processes that are started from now on. vLLM's
+    loggers and uvicorn's are configured by vLLM."""
     os.environ[_VARIABLE] = "json"
     _configure()
 
@@ -34,12 +34,13 @@ def _configure() -> None:
             "disable_existing_loggers": False,
             "formatters": {"json": {"()": "pythonjsonlogger.json.JsonFormatter", "fmt": _FIELDS}},
             "handlers": {"json": {"class": "logging.StreamHandler", "formatter": "json"}},
+            "root": {"handlers": ["json"], "level": "WARNING"},
             "loggers": {"saccade": {"handlers": ["json"], "level": "INFO", "propagate": False}},
         }
     )
 
 
-def write(record: Record, stages: dict[Stage, float], seconds: float) -> None:
+def write(record: Record, times: Times) -> None:
     """One line about a request that is over. Times are in milliseconds."""
     first = record.time_to_first_token()
     found: dict[str, Any] = {
@@ -65,8 +66,8 @@ def write(record: Record, stages: dict[Stage, float], seconds: float) -> None:
         line["completion_tokens"] = record.completion_tokens
     if first is not None:
         line["time_to_first_token_ms"] = _ms(first)
-    line["duration_ms"] = _ms(seconds)
-    line["stages_ms"] = {stage.value: _ms(value) for stage, value in stages.items()}
+    line["duration_ms"] = _ms(times.end - record.timeline.start)
+    line["stages_ms"] = {stage.value: _ms(value) for stage, value in times.stages.items()}
     _requests.info("%s %s", record.method, record.path, extra=line)
 
 

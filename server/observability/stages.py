@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
+from typing import NamedTuple
 
 
 class Stage(StrEnum):
@@ -67,8 +68,7 @@ _OVERLAYS = (
 )
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """A stretch of time."""
 
     stage: Stage
@@ -156,7 +156,8 @@ class Timeline:
         self._encodes.append((start, end))
 
     def stage(self) -> Stage:
-        """The stage that the request is in now."""
+        """The stage that the request is in now, as far as it is known: the engine tells what it
+        does with its reports of the encoder and with the first token."""
         if any(fetch.end is None for fetch in self._fetches):
             return Stage.FETCH
         found = {work.stage for _, work in self._works}
@@ -222,11 +223,3 @@ def _append(found: list[Segment], segment: Segment) -> None:
     if found and found[-1].stage is segment.stage:
         segment = Segment(segment.stage, found.pop().start, segment.end)
     found.append(segment)
-
-
-def totals(segments: list[Segment]) -> dict[Stage, float]:
-    """Seconds by stage, in the order of stages, of those that took any."""
-    sums: dict[Stage, float] = {}
-    for segment in segments:
-        sums[segment.stage] = sums.get(segment.stage, 0.0) + segment.seconds
-    return {stage: sums[stage] for stage in Stage if stage in sums}

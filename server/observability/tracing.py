@@ -5,15 +5,15 @@ Its own spans join the trace, since the request goes on to it with our span as t
 attributes are those of OpenTelemetry's conventions for HTTP and generative AI.
 """
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Mapping
 
 from opentelemetry import propagate, trace
 from opentelemetry.trace import SpanKind, Status, StatusCode
 from starlette.types import Scope
 
 from server import __version__
-from server.observability.record import Record
-from server.observability.stages import Segment
+from server.observability.record import Record, Times
 
 _CONTEXT_HEADERS = (b"traceparent", b"tracestate")
 _OPERATIONS = {
@@ -49,21 +49,21 @@ class Tracing:
         added = [(name.encode(), value.encode("latin-1")) for name, value in carried.items()]
         return {**scope, "headers": kept + added}
 
-    def finish(self, record: Record, segments: Sequence[Segment], end: float) -> None:
+    def finish(self, record: Record, times: Times) -> None:
         """End the request's span; its stages and images become spans below it."""
         span = record.span
         if not span.is_recording():
             span.end()
             return
-        if record.status not in (404, 405):  # else the path may be anything
-            span.update_name(f"{record.method} {record.path}")
+        if record.route is not None:  # else the path may be anything
+            span.update_name(f"{record.method} {record.route}")
         span.set_attributes(_attributes(record))
         if record.outcome == "failed":
             span.set_status(Status(StatusCode.ERROR, record.error_code))
         context = trace.set_span_in_context(span)
-        shown = [(segment.stage.value, segment) for segment in segments]
+        shown = [(segment.stage.value, segment) for segment in times.segments]
         if record.images > 1:  # one image's stretches are the stages
-            images = record.timeline.image_segments(end)
+            images = record.timeline.image_segments(times.end)
             shown += [(f"image {segment.stage}", segment) for segment in images]
         for name, segment in shown:
             child = self._tracer.start_span(
@@ -73,7 +73,20 @@ class Tracing:
                 attributes={"saccade.stage": segment.stage.value},
             )
             child.end(record.epoch(segment.end))
-        span.end(record.epoch(end))
+        span.end(record.epoch(times.end))
+
+
+def close(timeout_s: float) -> None:
+    """Send what is left to be sent, for at most this long, and no more after that. Blocks.
+
+    By itself the SDK would wait at the process's end for a collector that is down, for up to half a
+    minute.
+    """
+    shutdown = getattr(trace.get_tracer_provider(), "shutdown", None)
+    if shutdown is not None:  # else nothing was traced
+        closing = threading.Thread(target=shutdown, daemon=True)
+        closing.start()
+        closing.join(timeout_s)
 
 
 def trace_id(record: Record) -> str | None:
@@ -87,10 +100,11 @@ def _attributes(record: Record) -> Mapping[str, str | int | float]:
     found: dict[str, str | int | float | None] = {
         "http.request.method": record.method,
         "http.response.status_code": record.status,
+        "http.route": record.route,
         "url.path": record.path,
         "client.address": record.client,
         "error.type": record.error_code,
-        "gen_ai.operation.name": _OPERATIONS.get(record.path),
+        "gen_ai.operation.name": _OPERATIONS.get(record.route or ""),
         "gen_ai.provider.name": "saccade" if record.model else None,
         "gen_ai.request.model": record.model,
         "gen_ai.response.id": record.response_id,
