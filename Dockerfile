@@ -1,10 +1,11 @@
 # syntax=docker/dockerfile:1
 # docker build --target gpu -t saccade:gpu .    on vLLM's image, for NVIDIA GPUs
 # docker build --target cpu -t saccade:cpu .    without a GPU
-ARG PYTHON_VERSION=3.11
+#
+# Python is 3.11, for which deploy/requirements-cpu.txt is resolved; vLLM's image has its own.
 ARG VLLM_VERSION=0.32.0
 
-FROM python:${PYTHON_VERSION}-slim-bookworm AS wheel
+FROM python:3.11-slim-bookworm AS wheel
 WORKDIR /build
 COPY pyproject.toml README.md ./
 COPY server server
@@ -12,7 +13,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m venv /opt/venv \
     && /opt/venv/bin/pip wheel --no-deps --wheel-dir /wheels .
 
-FROM python:${PYTHON_VERSION}-slim-bookworm AS cpu-dependencies
+FROM python:3.11-slim-bookworm AS cpu-dependencies
 WORKDIR /build
 COPY deploy/install.sh deploy/requirements-cpu.txt deploy/
 RUN --mount=type=cache,target=/root/.cache/pip \
@@ -26,7 +27,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m venv --system-site-packages /opt/venv \
     && /opt/venv/bin/pip install --no-deps --requirement deploy/requirements-gpu.txt
 
-FROM python:${PYTHON_VERSION}-slim-bookworm AS cpu
+FROM python:3.11-slim-bookworm AS cpu
 # vLLM on a CPU cannot be imported without libnuma. Debian keeps only its newest version.
 # hadolint ignore=DL3008
 RUN apt-get update \
@@ -37,14 +38,17 @@ RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     /opt/venv/bin/pip install --no-cache-dir --no-deps --no-index /wheels/*.whl \
     && install --directory --mode 1777 /var/cache/saccade
 # Any user may run it, also on a read-only root: models, and what vLLM, Triton and numba compile,
-# go to the volume; sockets and the like to /tmp.
+# go to the volume; sockets and the like to /tmp. Idle connections are kept for longer than most
+# proxies keep theirs, so that none sends on a closed one. vLLM reports nothing of its use.
 ENV PATH=/opt/venv/bin:$PATH \
     HOME=/var/cache/saccade \
     USER=saccade \
     XDG_CACHE_HOME=/var/cache/saccade \
     HF_HOME=/var/cache/saccade/huggingface \
     NUMBA_CACHE_DIR=/var/cache/saccade/numba \
-    TORCHINDUCTOR_CACHE_DIR=/var/cache/saccade/torchinductor
+    TORCHINDUCTOR_CACHE_DIR=/var/cache/saccade/torchinductor \
+    VLLM_HTTP_TIMEOUT_KEEP_ALIVE=75 \
+    VLLM_NO_USAGE_STATS=1
 WORKDIR /var/cache/saccade
 VOLUME /var/cache/saccade
 USER 10001:10001
@@ -69,7 +73,9 @@ ENV PATH=/opt/venv/bin:$PATH \
     XDG_CACHE_HOME=/var/cache/saccade \
     HF_HOME=/var/cache/saccade/huggingface \
     NUMBA_CACHE_DIR=/var/cache/saccade/numba \
-    TORCHINDUCTOR_CACHE_DIR=/var/cache/saccade/torchinductor
+    TORCHINDUCTOR_CACHE_DIR=/var/cache/saccade/torchinductor \
+    VLLM_HTTP_TIMEOUT_KEEP_ALIVE=75 \
+    VLLM_NO_USAGE_STATS=1
 WORKDIR /var/cache/saccade
 VOLUME /var/cache/saccade
 USER 10001:10001

@@ -1,9 +1,9 @@
 # make serve   set everything up and serve the embedded model on 127.0.0.1:8000
-# make test    set everything up and run the tests
+# make test    set everything up and run the tests; SERVICES=required fails where one cannot run
 # make check   lint, types, tests
 # make docs    build the documentation into site/
 # make lock    pin what the container images install, in deploy/requirements-*.txt
-# make sbom    write what $(VENV) consists of to sbom.json, in CycloneDX's form
+# make sbom    write what the container images install to build/sbom-*.json, in CycloneDX's form
 # make image-check   build the Dockerfile's cpu target without Docker and try it; as root, on Debian
 VENV  ?= .venv
 HOST  ?= 127.0.0.1
@@ -49,10 +49,12 @@ lock: setup
 	UV=$(VENV)/bin/uv deploy/lock.sh
 
 sbom: setup
-	$(VENV)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-file sbom.json $(VENV)
+	@mkdir -p build
+	for target in cpu gpu; do $(VENV)/bin/cyclonedx-py requirements --pyproject pyproject.toml \
+		--output-file build/sbom-$$target.json deploy/requirements-$$target.txt || exit; done
 
 image-check: setup
 	$(VENV)/bin/python -m deploy.replay $(ROOTS) $(ARGS)
 
 clean:
-	rm -rf $(VENV) build sbom.json site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build site .pytest_cache .mypy_cache .ruff_cache

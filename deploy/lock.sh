@@ -1,6 +1,7 @@
 #!/bin/sh
 # Pins what the images install, in deploy/requirements-cpu.txt and deploy/requirements-gpu.txt: the
-# newest versions that fit pyproject.toml. `make lock` runs it.
+# newest versions that fit pyproject.toml, with the hashes of their files: pip installs no other ones.
+# `make lock` runs it.
 set -eu
 
 cd "$(dirname "$0")/.."
@@ -11,9 +12,9 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
 resolve() {
-    "$uv" pip compile --quiet --no-header --no-annotate --python-platform x86_64-manylinux_2_28 \
-        --index-strategy unsafe-best-match ${PIP_FIND_LINKS:+--find-links "$PIP_FIND_LINKS"} \
-        pyproject.toml "$@"
+    "$uv" pip compile --quiet --no-header --no-annotate --generate-hashes \
+        --python-platform x86_64-manylinux_2_28 --index-strategy unsafe-best-match \
+        ${PIP_FIND_LINKS:+--find-links "$PIP_FIND_LINKS"} pyproject.toml "$@"
 }
 
 # Torch's audio and video are left out as in install.sh: they are CUDA builds.

@@ -3,7 +3,8 @@
 #
 # On Debian and Ubuntu, those that are not installed are downloaded from the distribution's archive,
 # with the libraries they lack, and unpacked: DIR/bin/NAME runs NAME. Nothing is installed, nothing is
-# started, and root is not needed. Where that cannot be, it says so, and their tests are skipped.
+# started, and root is not needed. Where that cannot be, it says so, and their tests are skipped; with
+# SERVICES=required it fails.
 set -eu
 
 dir=${1:?usage: test_services.sh DIR}
@@ -12,7 +13,8 @@ is_here() { [ -x "$dir/bin/$1" ] || PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"
 
 missing=""
 packages=""
-for program in prometheus/prometheus promtool/prometheus nginx/nginx haproxy/haproxy; do
+for program in prometheus/prometheus promtool/prometheus nginx/nginx haproxy/haproxy \
+    systemd-analyze/systemd; do
     is_here "${program%/*}" && continue
     missing="$missing ${program%/*}"
     packages="$packages ${program#*/}"
@@ -20,7 +22,8 @@ done
 [ -n "$missing" ] || exit 0
 
 skip() {
-    echo "$1: the tests that need$missing will be skipped" >&2
+    echo "$1: the tests that need$missing cannot run" >&2
+    [ "${SERVICES:-}" = required ] && exit 1
     exit 0
 }
 command -v apt-get >/dev/null || skip "this is neither Debian nor Ubuntu"
@@ -48,13 +51,17 @@ for archive in "$work"/archives/*.deb; do
     dpkg -x "$archive" "$dir/root"
 done
 
+# Wherever they look for what comes with them: some of systemd's libraries are in a folder of their own.
+libraries=$(find "$dir/root" -type d -path '*/lib/*-linux-gnu*' \
+    \( -name '*-linux-gnu*' -o -name systemd \) | paste -sd: -)
+units=$(find "$dir/root" -type d -path '*/lib/systemd/system' | paste -sd: -)
+
 for name in $missing; do
     program=$(find "$dir/root/usr/bin" "$dir/root/usr/sbin" -name "$name" 2>/dev/null | head -n 1)
     [ -n "$program" ] || continue
-    libraries=$(find "$dir/root" -type d -path '*/lib/*-linux-gnu*' -prune | paste -sd: -)
     cat >"$work/wrapper" <<END
 #!/bin/sh
-LD_LIBRARY_PATH='$libraries' exec '$program' "\$@"
+LD_LIBRARY_PATH='$libraries' SYSTEMD_UNIT_PATH='$units:' exec '$program' "\$@"
 END
     chmod +x "$work/wrapper"
     mv "$work/wrapper" "$dir/bin/$name"

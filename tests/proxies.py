@@ -41,10 +41,14 @@ http {
 
 @dataclass
 class Proxy:
-    """A proxy on 127.0.0.1 that speaks TLS; `metrics_url` is haproxy's own, empty for nginx."""
+    """A proxy on 127.0.0.1 that speaks TLS, and the file with what it prints.
+
+    `metrics_url` is haproxy's own, empty for nginx.
+    """
 
     port: int
     tls: ssl.SSLContext
+    log: Path
     metrics_url: str = ""
 
     @property
@@ -154,7 +158,7 @@ def proxy(kind: str, folder: Path, backends: Sequence[str]) -> Iterator[Proxy]:
     authority.configure_trust(tls)
     prepare = {"nginx": _nginx, "haproxy": _haproxy}[kind]
     command, env, made = prepare(folder, backends, certificate, tls)
-    with running(command, ready=_listens(made.port), env={**os.environ, **env}):
+    with running(command, ready=_listens(made.port), env={**os.environ, **env}, log=made.log):
         yield made
 
 
@@ -182,7 +186,7 @@ def _nginx(
     certificate.cert_chain_pems[0].write_to_path(own / "certificate.pem")
     certificate.private_key_pem.write_to_path(own / "key.pem")
     command = [program("nginx"), "-e", "stderr", "-p", folder, "-c", folder / "nginx.conf"]
-    return command, {}, Proxy(port, tls)
+    return command, {}, Proxy(port, tls, folder / "log")
 
 
 def _haproxy(
@@ -199,7 +203,8 @@ def _haproxy(
         "BACKEND_2": backends[1],
     }
     command = [program("haproxy"), "-db", "-f", DEPLOY / "haproxy" / "haproxy.cfg"]
-    return command, env, Proxy(port, tls, f"http://127.0.0.1:{metrics_port}/metrics")
+    metrics_url = f"http://127.0.0.1:{metrics_port}/metrics"
+    return command, env, Proxy(port, tls, folder / "log", metrics_url)
 
 
 def _listens(port: int) -> Callable[[], bool]:

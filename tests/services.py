@@ -1,4 +1,4 @@
-"""Programs of the distribution that tests run: prometheus, promtool, nginx, haproxy."""
+"""Programs of the distribution that tests run: prometheus, nginx, haproxy, systemd-analyze."""
 
 import contextlib
 import os
@@ -22,11 +22,15 @@ _STOP_TIMEOUT_S = 30
 
 
 def program(name: str) -> Path:
-    """Where the program `name` is; skips the test where it is not."""
+    """Where the program `name` is.
+
+    A test is skipped where it is not, and with SERVICES=required fails.
+    """
     path = os.pathsep.join((os.environ.get("PATH", os.defpath), *_SYSTEM_DIRECTORIES))
     found = which(name, path=str(DIRECTORY / "bin")) or which(name, path=path)
     if found is None:
-        pytest.skip(f"{name} is not here: run deploy/test_services.sh {DIRECTORY}")
+        miss = pytest.fail if os.environ.get("SERVICES") == "required" else pytest.skip
+        miss(f"{name} is not here: `make test` gets it")
     return Path(found)
 
 
@@ -36,16 +40,22 @@ def running(
     *,
     ready: Callable[[], bool],
     env: Mapping[str, str] | None = None,
+    log: Path | None = None,
 ) -> Iterator[subprocess.Popen[str]]:
     """Run `command` from when `ready()` is true to the end of the block; it gets a SIGTERM then.
 
-    `env` is the whole environment, by default that of the tests. `ready` is asked again and again;
-    it returns False, or raises an OSError or httpx.TransportError, as long as nothing listens.
+    `env` is the whole environment, by default that of the tests, and `log` a file for its output.
+    `ready` is asked again and again; it returns False, or raises an OSError or
+    httpx.TransportError, as long as nothing listens.
 
     Raises:
         RuntimeError: the program ended, or was not ready in time; the message has its output.
     """
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
+    with (
+        tempfile.TemporaryFile("w+", errors="replace")
+        if log is None
+        else log.open("w+", errors="replace")
+    ) as output:
         process = subprocess.Popen(
             [str(word) for word in command],
             env=None if env is None else dict(env),

@@ -1,6 +1,7 @@
 """The Compose file against its schema, and its services' own files in the real services."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import httpx
 import pytest
 import yaml
 
-from server.config import Settings
+from server.config import PREFIX, Settings, leaves
 from tests.redis_server import RedisServer, redis_server
 from tests.services import program, running
 
@@ -50,10 +51,34 @@ def test_every_service_is_restricted_and_watched(services: dict[str, Any]) -> No
         assert "healthcheck" in service or name in SERVERS, name  # the Dockerfile has theirs
 
 
-def test_only_the_server_is_reached_from_outside(services: dict[str, Any]) -> None:
+def test_nothing_is_reached_from_outside_unasked(services: dict[str, Any]) -> None:
     for name, service in services.items():
+        bound = "${BIND:-127.0.0.1}:" if name in SERVERS else "127.0.0.1:"
         for port in service.get("ports", []):
-            assert port.startswith("127.0.0.1:") or name in SERVERS, f"{name}: {port}"
+            assert port.startswith(bound), f"{name}: {port}"
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_the_key_is_passed_on(services: dict[str, Any], name: str) -> None:
+    """Compose takes a variable without a value from its own environment."""
+    environment = services[name]["environment"]
+    assert {"HF_TOKEN": None, "VLLM_API_KEY": None}.items() <= environment.items()
+
+
+def test_a_file_of_keys_is_mounted_as_the_page_shows(tmp_path: Path) -> None:
+    page = (DEPLOY.parent / "docs" / "deploy.md").read_text()
+    (shown,) = re.findall(r"```yaml\n(# keys\.yaml.*?)```", page, re.DOTALL)
+    added = tmp_path / "keys.yaml"
+    added.write_text(shown)
+    assert obeys_schema(added)
+    compose = yaml.safe_load(shown)
+    (name,) = compose["services"]
+    assert name in SERVERS
+    service = compose["services"][name]
+    assert set(service["environment"]) <= {PREFIX + leaf.upper() for _, leaf, _ in leaves()}
+    assert service["secrets"] == list(compose["secrets"])
+    mounted = f"/run/secrets/{service['secrets'][0]}"
+    assert service["environment"]["SACCADE_API_KEYS_FILE"] == mounted
 
 
 def test_mounted_files_exist(services: dict[str, Any]) -> None:

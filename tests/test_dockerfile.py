@@ -1,5 +1,7 @@
 """The Dockerfile as far as it can be judged without building; `make image-check` builds it."""
 
+import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -50,6 +52,23 @@ def test_a_container_is_stopped_and_watched_and_has_no_power(
         assert Path(caches[name]).is_relative_to(volume)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_container_keeps_connections_and_reports_no_usage(
+    dockerfile: dict[str, Stage], target: str
+) -> None:
+    (environment,) = values(dockerfile[target], "ENV")
+    set_to = dict(part.split("=", 1) for part in environment.split())
+    assert int(set_to["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"]) > 60  # as long as clouds' proxies do
+    assert set_to["VLLM_NO_USAGE_STATS"] == "1"
+
+
+def test_the_cpu_target_has_the_python_of_its_lock(dockerfile: dict[str, Stage]) -> None:
+    lock = (REPOSITORY / "deploy" / "lock.sh").read_text()
+    (version,) = re.findall(r"--extra cpu --python-version ([\d.]+)", lock)
+    for stage in ("wheel", "cpu-dependencies", "cpu"):
+        assert dockerfile[stage].base == f"python:{version}-slim-bookworm"
+
+
 def test_both_targets_run_alike(dockerfile: dict[str, Stage]) -> None:
     gpu, cpu = (
         [step for step in dockerfile[target].instructions if step[0] in OF_THE_CONTAINER]
@@ -91,11 +110,37 @@ def test_the_source_is_copied_after_the_dependencies(dockerfile: dict[str, Stage
         assert "from=wheel" in values(dockerfile[target], "RUN")[-1]
 
 
+def locked(target: str) -> dict[str, list[str]]:
+    """The hashes of each requirement of a lock file; pip checks all as soon as one has some."""
+    text = (REPOSITORY / f"deploy/requirements-{target}.txt").read_text()
+    lines = text.replace("\\\n", "").splitlines()
+    words = [line.split() for line in lines if not line.startswith("#")]
+    return {requirement: hashes for requirement, *hashes in words}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_files_of_each_dependency_are_pinned(target: str) -> None:
+    for pin, hashes in locked(target).items():
+        assert hashes, pin
+        assert all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", each) for each in hashes), pin
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_bill_of_materials_has_what_is_pinned(target: str) -> None:
+    cyclonedx = Path(sys.executable).with_name("cyclonedx-py")
+    lock = REPOSITORY / f"deploy/requirements-{target}.txt"
+    done = subprocess.run([cyclonedx, "requirements", lock], capture_output=True, check=True)
+    listed = {
+        f"{part['name']}=={part['version']}" for part in json.loads(done.stdout)["components"]
+    }
+    assert listed == set(locked(target))
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_each_dependency_is_pinned(target: str) -> None:
-    lines = (REPOSITORY / f"deploy/requirements-{target}.txt").read_text().splitlines()[1:]
-    assert all("==" in line for line in lines)
-    names = {canonicalize_name(Requirement(line).name) for line in lines}
+    pins = locked(target)
+    assert all(str(Requirement(pin).specifier).startswith("==") for pin in pins)
+    names = {canonicalize_name(Requirement(pin).name) for pin in pins}
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     asked = {canonicalize_name(Requirement(part).name) for part in project["dependencies"]}
     assert asked <= names  # else: make lock

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -216,6 +217,29 @@ def test_the_defaults_on_a_cpu_are_listed() -> None:
     longest = arguments._CPU_MAX_MODEL_LEN
     assert f"| `--max-model-len` | the model's own, at most {longest} |" in page
     assert f"| `VLLM_CPU_KVCACHE_SPACE` | `{arguments._CPU_KV_CACHE_GIB}` |" in page
+
+
+def test_the_plugins_for_vllm_are_listed() -> None:
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    page = (DOCS / "migration.md").read_text()
+    sentence = re.search(r"`VLLM_PLUGINS`, if you set it, .*?\.\n", page, re.DOTALL)
+    assert sentence is not None
+    listed = set(re.findall(r"`(saccade_\w+)`", sentence[0]))
+    assert listed == {name for plugins in groups.values() for name in plugins}
+
+
+@pytest.mark.parametrize(
+    "page", [*DOCS.glob("*.md"), ROOT / "README.md"], ids=lambda page: page.name
+)
+def test_containers_are_published_to_this_machine_only(page: Path) -> None:
+    runs = [line for line in page.read_text().splitlines() if line.startswith("docker run ")]
+    ports = [words[at + 1] for words in map(str.split, runs) for at in indices(words, "-p")]
+    assert [port for port in ports if not port.startswith("127.0.0.1:")] == []
+    assert ports or page.name != "deploy.md"
+
+
+def indices(words: list[str], wanted: str) -> list[int]:
+    return [at for at, word in enumerate(words) if word == wanted]
 
 
 def first_cells(page: str, heading: str) -> set[str]:

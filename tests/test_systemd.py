@@ -79,6 +79,12 @@ def test_unit_waits_for_the_drain() -> None:
     assert stop_s > HttpSettings().drain_timeout_s + 10
 
 
+def test_unit_keeps_connections_and_reports_no_usage() -> None:
+    set_to = environment(settings(UNIT.read_text())["Environment"])
+    assert int(set_to["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"]) > 60
+    assert set_to["VLLM_NO_USAGE_STATS"] == "1"
+
+
 def test_variables_of_the_example_are_settings() -> None:
     text = (FOLDER / "saccade.env").read_text()
     named = set(re.findall(rf"^#?({PREFIX}\w+)=", text, re.MULTILINE))

@@ -105,7 +105,9 @@ class Builder:
             known = image.arguments | image.environment
             words = shlex.split(Template(value).safe_substitute(known))
             table = image.environment if instruction == "ENV" else image.arguments
-            table.update(word.split("=", 1) for word in words)
+            for word in words:
+                name, _, text = word.partition("=")
+                table[name] = text
         elif instruction == "WORKDIR":
             image.folder = value
             within(image.root, value).mkdir(parents=True, exist_ok=True)
