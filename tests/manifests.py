@@ -45,11 +45,11 @@ def overlay_with(name: str, components: Sequence[str], scratch: Path) -> list[Ma
     return kustomize(scratch)
 
 
-def chart(*arguments: str | Path) -> list[Manifest]:
+def chart(*arguments: str | Path, release: str = "saccade") -> list[Manifest]:
     command: list[str | Path] = [
         program("helm"),
         "template",
-        "saccade",
+        release,
         CHART,
         "--namespace",
         "saccade",
@@ -102,6 +102,17 @@ def server(manifests: Sequence[Manifest]) -> Manifest:
     """The server's container."""
     (container,) = one(manifests, "Deployment")["spec"]["template"]["spec"]["containers"]
     return dict(container)
+
+
+def volume_of(manifests: Sequence[Manifest], folder: str | Path) -> Manifest:
+    """The volume that `folder` of the server is on."""
+    mounts = {
+        Path(mount["mountPath"]): mount["name"] for mount in server(manifests)["volumeMounts"]
+    }
+    on = max(path for path in mounts if Path(folder).is_relative_to(path))
+    volumes = one(manifests, "Deployment")["spec"]["template"]["spec"]["volumes"]
+    (volume,) = (volume for volume in volumes if volume["name"] == mounts[on])
+    return dict(volume)
 
 
 def environment(container: Manifest, secret: str = "s3cret") -> dict[str, str]:

@@ -2,16 +2,25 @@
 
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests import manifests
-from tests.manifests import CHART, KUBERNETES, OVERLAYS, Manifest
+from tests import manifests, promtool
+from tests.manifests import CHART, KUBERNETES, OVERLAYS, Manifest, one
 from tests.services import program
 
-# What helm adds to labels, and what kustomize does not have a name for.
-HELMS = ("app.kubernetes.io/instance", "app.kubernetes.io/managed-by", "helm.sh/chart")
+# What kustomize has no name for: the release, in labels and queries, and what helm leaves behind.
+HELMS = (
+    "app.kubernetes.io/instance",
+    "app.kubernetes.io/managed-by",
+    "helm.sh/chart",
+    "annotations",
+    "podTargetLabels",
+)
+MODELS = "saccade-models"
+OF_THE_RELEASE = ', app_kubernetes_io_instance="saccade"'
 # Lists whose order means nothing, by what names their items.
 UNORDERED = {"env": "name", "volumes": "name", "volumeMounts": "mountPath"}
 
@@ -25,7 +34,9 @@ def normalized(value: Any, key: str = "") -> Any:
         if key in UNORDERED:
             return sorted(items, key=lambda item: str(item[UNORDERED[key]]))
         return sorted(items) if key == "args" and "--requirepass" not in items else items
-    return " ".join(value.split()) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return " ".join(value.split()).replace(OF_THE_RELEASE, "")
+    return value
 
 
 def named(rendered: list[Manifest]) -> Iterator[tuple[tuple[str, str], Manifest]]:
@@ -74,6 +85,94 @@ def test_selectors_tell_releases_apart() -> None:
             assert labels["app.kubernetes.io/instance"] == "saccade"
 
 
+RELEASES = {"one": 10, "two": 90}  # and the load of each
+
+
+@pytest.fixture(scope="module")
+def releases() -> dict[str, list[Manifest]]:
+    """Two of them in one namespace."""
+    values = manifests.values_of("multi-gpu")
+    return {name: manifests.chart(*values, release=name) for name in RELEASES}
+
+
+def target_labels(name: str, rendered: list[Manifest]) -> str:
+    """What the operator has Prometheus say of the pods of a release."""
+    labels = one(rendered, "Deployment", name)["spec"]["template"]["metadata"]["labels"]
+    monitor = one(rendered, "PodMonitor", name)["spec"]
+    told = {label: labels[label] for label in monitor["podTargetLabels"]}
+    told |= {"namespace": "saccade", "job": labels[monitor["jobLabel"]], "pod": f"{name}-0"}
+    names = {label.translate(str.maketrans("./-", "___")): value for label, value in told.items()}
+    return ", ".join(f'{label}="{value}"' for label, value in names.items())
+
+
+@pytest.mark.parametrize("workers", [10, 0])
+def test_releases_scale_apart(
+    workers: int, releases: dict[str, list[Manifest]], tmp_path: Path
+) -> None:
+    """Each by its own load; without image workers, as some models are, by requests alone."""
+    series = {}
+    for name, load in RELEASES.items():
+        labels = target_labels(name, releases[name])
+        images = load if workers else 0
+        for metric, value in {
+            "vllm:num_requests_running": load,
+            "vllm:num_requests_waiting": load,
+            "saccade_image_workers_busy": images,
+            "saccade_image_queue": images,
+            "saccade_image_workers": workers,
+        }.items():
+            series[f"{metric}{{{labels}}}"] = f"{value}x10"
+    for name, load in RELEASES.items():
+        triggers = one(releases[name], "ScaledObject", name)["spec"]["triggers"]
+        queries = {each["name"]: each["metadata"]["query"] for each in triggers}
+        asked = {
+            each: promtool.values(query, series, tmp_path, at="4m")
+            for each, query in queries.items()
+        }
+        assert asked == {
+            "requests": [2 * load],
+            "images": [2 * load / workers if workers else 0],
+        }
+
+
+def test_while_nothing_is_scraped_the_autoscaler_hears_nothing(
+    releases: dict[str, list[Manifest]], tmp_path: Path
+) -> None:
+    """KEDA leaves the replicas alone then; a 0 would end them."""
+    for trigger in one(releases["one"], "ScaledObject", "one")["spec"]["triggers"]:
+        query = trigger["metadata"]["query"]
+        assert promtool.values(query, {'up{job="x"}': "1x9"}, tmp_path, at="4m") == []
+        assert trigger["metadata"]["ignoreNullValues"] == "false"
+
+
+def test_models_outlive_the_release() -> None:
+    claim = one(manifests.chart(*manifests.values_of("gpu")), "PersistentVolumeClaim", MODELS)
+    assert claim["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+
+
+@pytest.mark.parametrize("values", [("models.storage=1Gi", MODELS), ("models.claim=mine", "mine")])
+def test_models_are_on_their_claim(values: tuple[str, str]) -> None:
+    setting, claim = values
+    rendered = manifests.chart("--set", setting)
+    folder = manifests.volume_of(rendered, "/var/cache/saccade")
+    assert folder == {"name": "cache", "persistentVolumeClaim": {"claimName": claim}}
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "port"),
+    [
+        ("http://otel-collector.observability.svc:4317", 4317),
+        ("https://otel.obs.svc:4318", 4318),
+        ("http://10.0.0.1:4318/v1/traces", 4318),
+    ],
+)
+def test_the_collector_can_be_reached(endpoint: str, port: int) -> None:
+    rendered = manifests.chart("--set", f"tracing.endpoint={endpoint},tracing.namespace=traces")
+    egress = one(rendered, "NetworkPolicy")["spec"]["egress"]
+    (rule,) = (rule for rule in egress if "traces" in str(rule["to"]))
+    assert rule["ports"] == [{"port": port, "protocol": "TCP"}]
+
+
 @pytest.mark.parametrize(
     "value",
     [
@@ -84,6 +183,8 @@ def test_selectors_tell_releases_apart() -> None:
         "startupSeconds=0",
         "autoscaling.prometheus=prometheus:9090",
         "models.accessMode=ReadOnlyMany",
+        "tracing.endpoint=http://otel-collector",
+        "tracing.port=4318",
     ],
 )
 def test_a_wrong_value_is_refused(value: str) -> None:

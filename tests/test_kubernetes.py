@@ -12,6 +12,7 @@ import pytest
 import yaml
 from kubernetes_validate import ValidationError
 from prometheus_client import REGISTRY
+from vllm import envs
 from vllm.v1.metrics import loggers
 
 import server.metrics  # noqa: F401 - puts them into REGISTRY
@@ -185,6 +186,28 @@ def test_what_the_image_writes_to_can_be_written_to(
     ids = pod["securityContext"]
     assert ids["runAsUser"] == int(user)
     assert ids["runAsGroup"] == ids["fsGroup"] == int(group)
+
+
+@pytest.mark.parametrize("name", ["gpu", "multi-gpu"])
+def test_what_was_compiled_outlives_the_pod(name: str, repository: Path) -> None:
+    """With models: a new pod neither downloads nor compiles again."""
+    rendered = manifests.kustomize(KUBERNETES / "overlays" / name)
+    text = (repository / "Dockerfile").read_text()
+    folders = set(re.findall(r"\b(?:HOME|\w+_HOME|\w+_CACHE_DIR)=(/\S+)", text))
+    assert {"/var/cache/saccade", "/var/cache/saccade/huggingface"} <= folders
+    for folder in folders:
+        volume = manifests.volume_of(rendered, folder)
+        assert volume.get("persistentVolumeClaim") == {"claimName": "saccade-models"}, folder
+
+
+def test_the_server_keeps_connections_longer_than_ingress_controllers(
+    overlay: list[Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ingress-nginx, for one, for 60 s (upstream-keepalive-timeout)."""
+    assert envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE < 60
+    name = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
+    monkeypatch.setenv(name, manifests.environment(manifests.server(overlay))[name])
+    assert envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE > 60
 
 
 def test_shared_memory_has_room_for_the_message_queues(overlay: list[Manifest]) -> None:

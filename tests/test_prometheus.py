@@ -16,6 +16,7 @@ import httpx
 import pytest
 import yaml
 
+from tests import promtool
 from tests.conftest import Origin, Server
 from tests.pictures import data_url, encode, image_part, photo, shape, text_part, user
 from tests.services import program, running
@@ -83,6 +84,54 @@ def test_every_panel_is_explained() -> None:
         assert panel["type"] in ("table", "heatmap") or panel["fieldConfig"]["defaults"]["unit"]
     titles = [(panel["type"], panel["title"]) for panel in panels()]
     assert len(titles) == len(set(titles))
+
+
+def query_of(kind: str, title: str) -> str:
+    """The query of a panel, over two hours of all servers."""
+    (panel,) = (p for p in panels() if (p["type"], p["title"]) == (kind, title))
+    query: str = panel["targets"][0]["expr"]
+    variables = {"$__range": "2h", "$price": "3", "$instance": ".*", "$model_name": ".*"}
+    for variable, value in variables.items():
+        query = query.replace(variable, value)
+    return query
+
+
+@pytest.mark.parametrize(
+    ("title", "expected"),
+    [
+        ("GPU seconds of an image", 4 * 7200 / 2400),
+        ("Cost of 1000 images", 1000 * 3 * 4 * 2 / 2400),
+        ("Cost of 1M tokens", 1e6 * 3 * 4 * 2 / 480_000),
+    ],
+)
+def test_replaced_servers_cost_as_long_as_they_lived(
+    title: str, expected: float, tmp_path: Path
+) -> None:
+    """Four GPUs for two hours, first in one pod, then in another."""
+    series = {
+        'saccade_devices{instance="a"}': "4x119 stale",
+        'saccade_devices{instance="b"}': "_x120 4x120",
+        'saccade_image_tokens_count{instance="c"}': "0+10x240",
+        'vllm:prompt_tokens_total{instance="c"}': "0+1500x240",
+        'vllm:generation_tokens_total{instance="c"}': "0+500x240",
+    }
+    (value,) = promtool.values(query_of("stat", title), series, tmp_path, at="2h")
+    assert value == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "title",
+    [
+        panel["title"]
+        for panel in panels()
+        if panel["type"] == "stat" and "/" in str(panel["targets"])
+    ],
+)
+def test_a_share_of_nothing_is_no_number(title: str, tmp_path: Path) -> None:
+    query = query_of("stat", title).replace("$__rate_interval", "5m").replace("$ttft", "2.5")
+    labels = '{instance="a", model_name="m", outcome="failed", cap="none", le="2.5"}'
+    series = {f"{name}{labels}": "0x240" for name in names(query)}
+    assert promtool.values(query, series, tmp_path, at="2h") == []
 
 
 # ---------------------------------------------------------------------- the server's metrics
@@ -211,10 +260,12 @@ def missing(prometheus: Prometheus, known: dict[str, str]) -> list[str]:
 def test_the_dashboard_and_the_alerts_have_what_they_ask_for(
     prometheus: Prometheus, server: Server, http: httpx.Client, origin: Origin
 ) -> None:
+    # Series of the embedding cache begin with its first entries, and rates with the next ones.
+    traffic(server, http, origin)
+    wait_for(lambda: prometheus.ask("saccade_embedding_cache_seconds_count"), "the first entries")
     traffic(server, http, origin)
     known = {
         "__rate_interval": "5m",
-        "__range_s": "300",
         "__range": "5m",
         "instance": server.url.removeprefix("http://"),
         "model_name": server.model,

@@ -7,6 +7,7 @@ from .panels import (
     mean,
     quantile,
     rate,
+    ratio,
     select,
     timeseries,
     total,
@@ -18,6 +19,7 @@ STAGES = (
     "engine_queue", "encode", "prefill", "first_token",
 )  # fmt: skip
 STAGE = "saccade_request_stage_seconds"
+WORKERS = total("saccade_image_workers")
 FIRST_TOKENS = rate("saccade_time_to_first_token_seconds_count")
 IMAGES = rate("saccade_image_bytes_count")
 FETCH = "saccade_image_fetch_seconds"
@@ -97,7 +99,7 @@ SECTION = Section(
             " of workers there is no reserve: raise --image-workers if the machine has cores left,"
             " else add a server.",
             "short",
-            {**BUSY, "workers": total("saccade_image_workers")},
+            {**BUSY, "workers": WORKERS},
         ),
         timeseries(
             "Saturation of the pool",
@@ -105,10 +107,9 @@ SECTION = Section(
             " from the time they worked. Above 80 % for long, images queue.",
             "percentunit",
             {
-                "busy now": f"{total('saccade_image_workers_busy')} /"
-                f" {total('saccade_image_workers')}",
-                "busy": f"({' + '.join(BUSY.values())}) / {total('saccade_image_workers')}",
-                "up": f"{total('saccade_image_workers_up')} / {total('saccade_image_workers')}",
+                "busy now": ratio(total("saccade_image_workers_busy"), WORKERS),
+                "busy": ratio(f"({' + '.join(BUSY.values())})", WORKERS),
+                "up": ratio(total("saccade_image_workers_up"), WORKERS),
             },
             maximum=1,
         ),

@@ -7,6 +7,7 @@ from .panels import (
     percentiles,
     quantile,
     rate,
+    ratio,
     select,
     stat,
     table,
@@ -21,7 +22,7 @@ FIRST_TOKENS = rate(f"{TTFT}_count")
 
 
 def _share(outcome: str) -> str:
-    return rate("saccade_requests_total", f'outcome="{outcome}"') + f" / {REQUESTS}"
+    return ratio(rate("saccade_requests_total", f'outcome="{outcome}"'), REQUESTS)
 
 
 SECTION = Section(
@@ -41,7 +42,7 @@ SECTION = Section(
             "Share of the answered requests whose first token came within the goal chosen above."
             " Low: see where the time goes in the row Image path.",
             "percentunit",
-            f"{GOOD} / {FIRST_TOKENS}",
+            ratio(GOOD, FIRST_TOKENS),
             steps=[(None, "red"), (0.9, "orange"), (0.95, "green")],
         ),
         stat(

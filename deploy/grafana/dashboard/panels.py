@@ -71,6 +71,11 @@ def total(metric: str, labels: str = "", by: str = "") -> str:
     return f"{_sum(by)} ({select(metric, labels)})"
 
 
+def ratio(part: str, whole: str) -> str:
+    """Nothing, rather than a number that is none, while the whole is 0."""
+    return f"{part} / ({whole} > 0)"
+
+
 def quantile(q: float, histogram: str, labels: str = "", by: str = "") -> str:
     buckets = rate(f"{histogram}_bucket", labels, by=f"{by}, le" if by else "le")
     return f"histogram_quantile({q}, {buckets})"

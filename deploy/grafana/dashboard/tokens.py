@@ -7,6 +7,7 @@ from .panels import (
     percentiles,
     quantile,
     rate,
+    ratio,
     select,
     stat,
     timeseries,
@@ -16,11 +17,14 @@ from .panels import (
 IMAGE_TOKENS = "saccade_image_tokens"
 IMAGES = rate(f"{IMAGE_TOKENS}_count")
 PROMPT = "vllm:prompt_tokens_total"
-# Over the range of the dashboard, for all chosen servers.
-DEVICE_SECONDS = f"sum (avg_over_time({select('saccade_devices')}[$__range])) * $__range_s"
+# Over the range of the dashboard, for all chosen servers. Devices are counted twice a minute:
+# servers that came or went within the range count for as long as they were there.
+DEVICE_SECONDS = f"sum_over_time(({total('saccade_devices')})[$__range:30s]) * 30"
 SPENT = f"$price * {DEVICE_SECONDS} / 3600"
 IMAGES_SEEN = increase(f"{IMAGE_TOKENS}_count")
 TOKENS_SEEN = increase(f"{IMAGE_TOKENS}_sum")
+PROMPT_SEEN = increase(PROMPT)
+ALL_TOKENS_SEEN = f"({PROMPT_SEEN} + {increase('vllm:generation_tokens_total')})"
 CAPPED_IMAGES = increase(f"{IMAGE_TOKENS}_count", 'cap!="none"')
 
 SECTION = Section(
@@ -30,7 +34,7 @@ SECTION = Section(
             "Tokens of 1000 images",
             "Image tokens that 1000 images of a prompt have, over the range of the dashboard.",
             "short",
-            f"1000 * {TOKENS_SEEN} / {IMAGES_SEEN}",
+            ratio(f"1000 * {TOKENS_SEEN}", IMAGES_SEEN),
             instant=True,
         ),
         stat(
@@ -38,7 +42,7 @@ SECTION = Section(
             "Accelerators x price x time, over the images of the range. Idle time is paid for too."
             " Set the price above.",
             "currencyUSD",
-            f"1000 * {SPENT} / {IMAGES_SEEN}",
+            ratio(f"1000 * {SPENT}", IMAGES_SEEN),
             decimals=3,
             instant=True,
         ),
@@ -46,7 +50,7 @@ SECTION = Section(
             "Cost of 1M tokens",
             "The same over all tokens, of prompts and answers.",
             "currencyUSD",
-            f"1e6 * {SPENT} / ({increase(PROMPT)} + {increase('vllm:generation_tokens_total')})",
+            ratio(f"1e6 * {SPENT}", ALL_TOKENS_SEEN),
             decimals=3,
             instant=True,
         ),
@@ -54,21 +58,21 @@ SECTION = Section(
             "GPU seconds of an image",
             "Seconds of accelerators held per image of a prompt, over the range.",
             "s",
-            f"{DEVICE_SECONDS} / {IMAGES_SEEN}",
+            ratio(DEVICE_SECONDS, IMAGES_SEEN),
             instant=True,
         ),
         stat(
             "Image tokens in prompts",
             "Share of the prompt tokens that are images. The higher, the more a cap saves.",
             "percentunit",
-            f"{TOKENS_SEEN} / {increase(PROMPT)}",
+            ratio(TOKENS_SEEN, PROMPT_SEEN),
             instant=True,
         ),
         stat(
             "Capped images",
             "Share of the images that a cap made smaller: --max-image-tokens, or one of a request.",
             "percentunit",
-            f"{CAPPED_IMAGES} / {IMAGES_SEEN}",
+            ratio(CAPPED_IMAGES, IMAGES_SEEN),
             instant=True,
         ),
         timeseries(
@@ -125,7 +129,7 @@ SECTION = Section(
             "At the load of the moment: the price of the accelerators over the images per second."
             " It falls with load, until the time to first token rises.",
             "currencyUSD",
-            {"cost": f"1000 * $price * {total('saccade_devices')} / 3600 / ({IMAGES} > 0)"},
+            {"cost": ratio(f"1000 * $price * {total('saccade_devices')} / 3600", IMAGES)},
         ),
     ],
 )  # fmt: skip
