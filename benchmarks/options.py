@@ -50,7 +50,7 @@ def parse() -> argparse.Namespace:
     add(
         "--observed",
         action="store_true",
-        help="ours logs every request as JSON, traces every request, and is scraped every second",
+        help="ours logs every request as JSON, traces every request, and is scraped every 5 s",
     )
     add("--output", type=Path, help="file of results; default: benchmarks/results/<date>-<name>")
     options = parser.parse_args()
