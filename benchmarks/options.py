@@ -49,8 +49,9 @@ def parse() -> argparse.Namespace:
     )
     add(
         "--observed",
-        action="store_true",
-        help="ours logs every request as JSON, traces every request, and is scraped every 5 s",
+        type=float,
+        metavar="SHARE",
+        help="ours logs every request as JSON, traces this share of them, and is scraped every 5 s",
     )
     add("--output", type=Path, help="file of results; default: benchmarks/results/<date>-<name>")
     options = parser.parse_args()
@@ -70,7 +71,7 @@ def commands(
     if options.baseline:
         plain = saccade
     own = ["--image-decode", options.image_decode] if options.image_decode else []
-    if options.observed:
+    if options.observed is not None:
         own += ["--log-format", "json", "--otlp-traces-endpoint", traces]
     return (
         [sys.executable, *ours, "--port", str(ports[0]), *flags, *own],

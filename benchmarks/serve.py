@@ -71,6 +71,9 @@ def _servers(options: argparse.Namespace, folder: Path) -> Iterator[tuple[Server
     env = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
     if options.engine_cores:
         env["VLLM_CPU_OMP_THREADS_BIND"] = options.engine_cores
+    if options.observed is not None:
+        env["OTEL_TRACES_SAMPLER"] = "parentbased_traceidratio"
+        env["OTEL_TRACES_SAMPLER_ARG"] = str(options.observed)
     if options.stub_encoder:
         env["STUB_ENCODER_REPORT"] = str(folder)
         env["PYTHONPATH"] = os.pathsep.join(
@@ -88,7 +91,7 @@ def _servers(options: argparse.Namespace, folder: Path) -> Iterator[tuple[Server
             ours_ready,
             env,
             folder / "ours.log",
-            scraped=options.observed,
+            scraped=options.observed is not None,
         )
         stack.callback(ours.stop)
         plain = Server(
