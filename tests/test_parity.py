@@ -65,6 +65,7 @@ class Rig:
 async def rig(model: Path, decode: str = "exact") -> AsyncIterator[Rig]:
     from server.engine import launch
     from server.engine.arguments import parse
+    from server.engine.outcomes import Outcomes
     from server.media.fetch import Fetcher, FetchSettings
     from server.media.load import ImageLoader
 
@@ -79,7 +80,7 @@ async def rig(model: Path, decode: str = "exact") -> AsyncIterator[Rig]:
         embeddings = launch.add_embedding_cache(plan, settings)
         assert embeddings is not None
         await stack.enter_async_context(embeddings)
-        engine = await stack.enter_async_context(launch.running(plan))
+        engine = await stack.enter_async_context(launch.running(plan, Outcomes()))
         await stack.enter_async_context(pool)
         loader = ImageLoader(Fetcher(FetchSettings()), launch.limits(settings), None)
         used = await launch.connect(engine, settings, pool, loader, embeddings)
