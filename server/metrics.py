@@ -29,7 +29,7 @@ from server.errors import CODES
 from server.observability.record import OUTCOMES
 from server.observability.stages import Stage
 
-# When each series was made: a sixth of what a scrape costs, and no query asks for it.
+# When each series was made: it lengthens a scrape, and no query asks for it.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 # The values of labels that are not an enumeration elsewhere.

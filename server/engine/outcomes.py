@@ -72,7 +72,7 @@ class Outcomes:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        # Vain states are those of requests that were aborted.
+        # vLLM lets go of a state with its last output. Requests that were aborted have none.
         before = [states.get(output.request_id) for output in outputs]
         for output in outputs:
             if output.ec_transfer_params and ENCODED in output.ec_transfer_params:

@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -35,6 +35,7 @@ from server.errors import (
 )
 from server.images import messages
 from server.images.features import Features
+from server.images.health import Health
 from server.images.link import WorkerLink
 from server.images.nursery import Nursery
 from server.images.worker import WorkerSpec
@@ -45,11 +46,6 @@ log = logging.getLogger("saccade.images")
 
 # One picture may take down this many workers before it is given up.
 _ATTEMPTS = 2
-# This many deaths in a row without one finished picture make the pool unready, until one is
-# finished or no worker has died for a while.
-_HOPELESS_DEATHS = 5
-_CALM_S = 15.0
-_RESTART_DELAYS_S = (0.0, 0.1, 0.5, 2.0, 5.0)
 _START_TIMEOUT_S = 120.0
 
 
@@ -81,19 +77,6 @@ class _Seat:
         return self.link is not None and self.link.ready and self.task is None
 
 
-@dataclass
-class _Health:
-    """Deaths since the last finished picture; a calm time makes up for one."""
-
-    died_at: list[float] = field(default_factory=list)
-    started: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def deaths(self) -> int:
-        if self.died_at and time.monotonic() - self.died_at[-1] > _CALM_S:
-            self.died_at.clear()
-        return len(self.died_at)
-
-
 class ImagePool:
     """`async with` starts and stops the workers; `process` is all there is to call."""
 
@@ -110,7 +93,7 @@ class ImagePool:
         self._queue: deque[_Task] = deque()
         self._tasks: dict[str, _Task] = {}
         self._seats = [_Seat(number) for number in range(settings.image_workers)]
-        self._health = _Health()
+        self._health = Health()
         self._threads = ThreadPoolExecutor(2, "image-pool")
         self._background: set[asyncio.Task[None]] = set()
         self._closing = False
@@ -172,11 +155,7 @@ class ImagePool:
     @property
     def ready(self) -> bool:
         """Whether some worker can take pictures and they do not die one after the other."""
-        return bool(self.worker_pids) and not self._hopeless and not self._closing
-
-    @property
-    def _hopeless(self) -> bool:
-        return self._health.deaths() >= _HOPELESS_DEATHS
+        return bool(self.worker_pids) and not self._health.is_hopeless and not self._closing
 
     @property
     def queued(self) -> int:
@@ -231,7 +210,7 @@ class ImagePool:
     def _enqueue(self, key: str, data: bytes, options: bytes) -> _Task:
         if self._closing:
             raise ServerBusy("the server is shutting down")
-        if self._hopeless and not self.worker_pids:
+        if self._health.is_hopeless and not self.worker_pids:
             raise ServerBusy("no image worker can take work")
         if len(self._queue) >= self._settings.image_queue:
             raise ServerBusy(
@@ -297,7 +276,7 @@ class ImagePool:
             self._dispatch()
             return
         task = self._vacate(seat)
-        self._health.died_at.clear()
+        self._health.note_finished()
         if task is not None:
             if isinstance(reply, messages.Failed):
                 self._fail(task, WORKER_ERRORS.get(reply.code, SaccadeError)(reply.message))
@@ -315,7 +294,7 @@ class ImagePool:
             return
         link, seat.link = seat.link, None
         task, timed_out = self._vacate(seat), seat.timed_out
-        self._health.died_at.append(time.monotonic())
+        self._health.note_death()
         metrics.image_worker_deaths.inc()
         log.warning(
             "image worker %d %s", link.pid if link else -1, "timed out" if timed_out else "died"
@@ -328,7 +307,7 @@ class ImagePool:
                 self._fail(task, ImageProcessingFailed("the image could not be processed"))
             else:
                 self._queue.appendleft(task)
-        if self._hopeless:
+        if self._health.is_hopeless:
             self._health.started.set()  # a start that waits for the workers gives up
             if not self.worker_pids:
                 for waiting in list(self._queue):
@@ -368,8 +347,7 @@ class ImagePool:
 
     async def _occupy(self, seat: _Seat, predecessor: WorkerLink | None = None) -> None:
         """Put a new worker into `seat`, after a pause that grows with the deaths in a row."""
-        deaths = min(self._health.deaths(), len(_RESTART_DELAYS_S) - 1)
-        await asyncio.sleep(_RESTART_DELAYS_S[deaths])
+        await asyncio.sleep(self._health.restart_delay_s)
         loop = asyncio.get_running_loop()
         if predecessor is not None:
             metrics.image_worker_restarts.inc()
