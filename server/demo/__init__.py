@@ -1,0 +1,1 @@
+"""The embedded demo model: its data, its training, its evaluation and its weights."""

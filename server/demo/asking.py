@@ -1,0 +1,125 @@
+"""Questions of the evaluation: made from seeds, asked over HTTP."""
+
+import asyncio
+import base64
+import io
+import random
+import tempfile
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import httpx
+import numpy as np
+from PIL import Image
+
+from server.demo.examples import Example, evaluated
+from server.demo.scoring import Answer
+
+# Qwen3-VL is shown two frames of each second, but at least four: up to this rate, all of them.
+CLIP_FPS = 1.0
+_MAX_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A question as it is sent. `size` is the class of its pictures, empty if it has none."""
+
+    question: str
+    expected: str
+    size: str
+    content: list[dict[str, Any]]
+
+
+def example(seed: int, task: str, index: int) -> Example:
+    """The example of this number, always the same."""
+    return evaluated(random.Random(f"{seed}/{task}/{index}"), task)
+
+
+def prepare(seed: int, task: str, index: int) -> Asked:
+    """The example of this number as the content of a message: pictures or clip, then question."""
+    made = example(seed, task, index)
+    (question,) = made.questions
+    content = [_part(picture.frames) for picture in made.pictures]
+    content.append({"type": "text", "text": question.text})
+    return Asked(question.text, question.answer, _size_class(made), content)
+
+
+def _size_class(made: Example) -> str:
+    sizes = {picture.size for picture in made.pictures}
+    if not sizes:
+        return ""
+    return "224x224" if sizes == {(224, 224)} else "larger"
+
+
+def _part(frames: list[Image.Image]) -> dict[str, Any]:
+    """One picture as PNG, several frames as AVI."""
+    if len(frames) > 1:
+        url = _data_url("video/x-msvideo", avi(frames))
+        return {"type": "video_url", "video_url": {"url": url}}
+    with io.BytesIO() as file:
+        frames[0].save(file, "PNG", compress_level=1)
+        url = _data_url("image/png", file.getvalue())
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def _data_url(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def avi(frames: list[Image.Image]) -> bytes:
+    """A video of RGB frames of one size, without loss (FFV1)."""
+    with tempfile.NamedTemporaryFile(suffix=".avi") as file:  # OpenCV writes to files only
+        codec = cv2.VideoWriter.fourcc(*"FFV1")
+        writer = cv2.VideoWriter(file.name, cv2.CAP_FFMPEG, codec, CLIP_FPS, frames[0].size)
+        for frame in frames:
+            writer.write(cv2.cvtColor(np.asarray(frame), cv2.COLOR_RGB2BGR))
+        writer.release()
+        return Path(file.name).read_bytes()
+
+
+class Asker:
+    """Asks a server greedily; `pool` makes the pictures."""
+
+    def __init__(
+        self, client: httpx.AsyncClient, model: str, pool: Executor, concurrency: int
+    ) -> None:
+        """`concurrency`: how many questions are in memory, and with the server, at a time."""
+        self._client, self._model, self._pool = client, model, pool
+        self._free = asyncio.Semaphore(concurrency)
+
+    async def answers(self, seed: int, task: str, samples: int) -> list[Answer]:
+        """The answers to the first questions of a task; raises `httpx.HTTPError`."""
+        async with asyncio.TaskGroup() as group:
+            asking = [
+                group.create_task(self._answer(seed, task, index)) for index in range(samples)
+            ]
+        return [each.result() for each in asking]
+
+    async def _answer(self, seed: int, task: str, index: int) -> Answer:
+        async with self._free:
+            loop = asyncio.get_running_loop()
+            asked = await loop.run_in_executor(self._pool, prepare, seed, task, index)
+            got = await self._ask(asked.content)
+        return Answer(task, asked.question, asked.expected, got, asked.size)
+
+    async def _ask(self, content: list[dict[str, Any]]) -> str:
+        body = {
+            "model": self._model,
+            "messages": [{"role": "user", "content": content}],
+            "temperature": 0,
+            "max_tokens": _MAX_TOKENS,
+        }
+        response = await self._client.post("/v1/chat/completions", json=body)
+        if response.is_error:
+            raise httpx.HTTPStatusError(response.text, request=response.request, response=response)
+        return response.json()["choices"][0]["message"]["content"] or ""
+
+
+async def served_model(client: httpx.AsyncClient) -> str:
+    """The name of the model that a server has; raises `httpx.HTTPError`."""
+    response = await client.get("/v1/models")
+    name: str = response.raise_for_status().json()["data"][0]["id"]
+    return name

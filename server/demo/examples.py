@@ -1,0 +1,173 @@
+"""Examples: pictures with questions, as training and the evaluation take them."""
+
+import random
+from dataclasses import dataclass
+
+from server.demo import phrases, words
+from server.demo.phrases import wording
+from server.demo.pictures import Picture
+from server.demo.scenes import Question, Scene, Size, clip, make, objects, text
+
+TASKS = (
+    "color",
+    "shape",
+    "what",
+    "background",
+    "yes_no",
+    "side",
+    "tallest",
+    "shortest",
+    "value",
+    "position",
+    "caption",
+    "pair",
+    "count",
+    "read",
+    "read_label",
+    "read_line",
+    "box",
+    "json",
+    "motion",
+    "outside",
+    "chat",
+)
+
+# Which kinds of scenes a task is asked about in the evaluation.
+_SCENES = {
+    "count": ("crowd",),
+    "read": ("text",),
+    "read_label": ("note",),
+    "read_line": ("lines",),
+    "tallest": ("chart",),
+    "shortest": ("chart",),
+    "value": ("chart",),
+    "motion": ("clip",),
+    "outside": ("photo",),
+    "json": ("objects", "objects", "crowd"),
+    "caption": ("objects", "objects", "crowd"),
+}
+_READ_GLYPH = 24.0  # pixels: the least height of what "read" asks for
+_READ_LENGTHS = range(2, 7)
+
+
+@dataclass(slots=True)
+class Example:
+    """Pictures (or one clip) and questions, each of which stands for itself."""
+
+    pictures: list[Picture]
+    questions: list[Question]
+
+    @property
+    def clip(self) -> bool:
+        """Whether it is a video."""
+        return any(len(picture.frames) > 1 for picture in self.pictures)
+
+
+def single(
+    rng: random.Random,
+    kind: str,
+    size: Size,
+    *,
+    held_out: bool = False,
+    frames: int | None = None,
+) -> Example:
+    """One picture, or one clip of a number of frames."""
+    scene = (
+        clip(rng, size, held_out, frames) if frames else make(rng, kind, size, held_out=held_out)
+    )
+    return Example([scene.picture], scene.questions)
+
+
+def several(rng: random.Random, sizes: list[Size], *, held_out: bool = False) -> Example:
+    """Two to four pictures, each of one object or one short text."""
+    scenes = [_one_of_several(rng, size, held_out) for size in sizes]
+    if len(scenes) == 2 and rng.random() < 0.35 and scenes[0].shape != "text":
+        scenes[1] = _similar(rng, scenes[0], sizes[1], held_out)
+    questions = []
+
+    def ask(name: str, wordings: str, answer: str, weight: float = 1.0, /, **slots: str) -> None:
+        question = wording(rng, wordings, held_out=held_out, **slots)
+        questions.append(Question(name, question, answer, weight))
+
+    for number, scene in enumerate(scenes, 1):
+        nth = {"ordinal": words.ORDINALS[number - 1], "number": str(number)}
+        if rng.random() < 0.15 and number == len(scenes):
+            nth["ordinal"] = "last"
+        ask("pair", "nth_what", scene.label, 2.0, **nth)
+        if scene.text:
+            ask("pair", "nth_read", scene.text, **nth)
+        else:
+            ask("pair", "nth_color", scene.color, **nth)
+            ask("pair", "nth_shape", scene.shape, **nth)
+            name = f"{scene.color} {scene.shape}"
+            for wanted in (name, scene.shape):
+                if sum(wanted in (f"{it.color} {it.shape}", it.shape) for it in scenes) == 1:
+                    answer = f"the {words.ORDINALS[number - 1]}"
+                    ask("pair", "which", answer, object=wanted)
+    if len(scenes) == 2 and not any(scene.text for scene in scenes):
+        for aspect in ("color", "shape"):
+            same = getattr(scenes[0], aspect) == getattr(scenes[1], aspect)
+            ask("pair", "same", "yes" if same else "no", 1.5, aspect=aspect)
+            answer = "the same" if same else "different"
+            ask("pair", "same_or_different", answer, 1.5, aspect=aspect)
+    ask("images", "how_many_images", str(len(scenes)), 0.3)
+    return Example([scene.picture for scene in scenes], questions)
+
+
+def _one_of_several(rng: random.Random, size: Size, held_out: bool) -> Scene:
+    if rng.random() < 0.25:
+        return text(rng, size, held_out, 24.0 if held_out else None)
+    return objects(rng, size, held_out, 1)
+
+
+def _similar(rng: random.Random, other: Scene, size: Size, held_out: bool) -> Scene:
+    """A scene whose object has the other's color or shape, or both."""
+    wanted = rng.choice([(True, True), (True, False), (False, True)])
+    while True:
+        scene = objects(rng, size, held_out, 1)
+        if (scene.color == other.color, scene.shape == other.shape) == wanted:
+            return scene
+
+
+def chat(rng: random.Random, *, held_out: bool = False) -> Example:
+    """Conversation without a picture."""
+    questions = []
+    for kind, answer in (
+        ("hello", words.HELLO),
+        ("abilities", words.ABILITIES),
+        ("other", words.UNKNOWN),
+    ):
+        wordings = phrases.CHAT[kind]
+        text = rng.choice(wordings.held_out if held_out else wordings.training)
+        questions.append(Question("chat", text, answer))
+    return Example([], questions)
+
+
+def evaluated(rng: random.Random, task: str) -> Example:
+    """An example of the evaluation, with one question of a task. Its sizes are 224 to 640x480."""
+    while True:
+        example = _held_out(rng, task)
+        fitting = [question for question in example.questions if question.task == task]
+        if task == "read":
+            fitting = [it for it in fitting if len(it.answer) in _READ_LENGTHS]
+        if fitting:
+            return Example(example.pictures, [rng.choice(fitting)])
+
+
+def _held_out(rng: random.Random, task: str) -> Example:
+    if task == "chat":
+        return chat(rng, held_out=True)
+    if task == "pair":
+        return several(rng, [_size(rng) for _ in range(rng.choice([2, 2, 3, 4]))], held_out=True)
+    if task == "read":
+        scene = text(rng, _size(rng), True, _READ_GLYPH)
+        return Example([scene.picture], scene.questions)
+    size = (224, 224) if task == "motion" else _size(rng)
+    return single(rng, rng.choice(_SCENES.get(task, ("objects",))), size, held_out=True)
+
+
+def _size(rng: random.Random) -> Size:
+    """Half the sizes are 224 by 224, the rest lie between that and 640 by 480."""
+    if rng.random() < 0.5:
+        return 224, 224
+    return rng.choice([(640, 480), (480, 640), (rng.randint(224, 640), rng.randint(224, 480))])

