@@ -11,17 +11,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from server.demo import vocabulary
-from server.demo.network import (
-    CELL,
-    DEVIATION,
-    FRAMES,
-    MEAN,
-    MERGE,
-    PATCH,
-    TextConfig,
-    VisionConfig,
-    configuration,
-)
+from server.demo.language import TextConfig
+from server.demo.network import configuration
+from server.demo.vision import CELL, DEVIATION, FRAMES, MEAN, MERGE, PATCH, VisionConfig
 
 MIN_PIXELS = (2 * CELL) ** 2
 MAX_PIXELS = (20 * CELL) ** 2

@@ -4,9 +4,12 @@ import random
 from dataclasses import dataclass
 
 from server.demo import phrases, words
+from server.demo.objects import clip, objects
 from server.demo.phrases import wording
 from server.demo.pictures import Picture
-from server.demo.scenes import Question, Scene, Size, clip, make, objects, text
+from server.demo.scene import Question, Scene, Size
+from server.demo.scenes import make
+from server.demo.texts import text
 
 TASKS = (
     "color",

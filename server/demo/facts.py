@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from server.demo.batches import FACTS, UNKNOWN
+from server.demo.targets import FACTS, UNKNOWN
 from server.demo.vocabulary import COORDINATES, Codec
 
 COORDINATE_FACTS = ("x0", "y0", "x1", "y1")

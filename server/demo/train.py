@@ -1,30 +1,33 @@
 """Trains the demo model from nothing: ``python -m server.demo.train --output DIR``.
 
 Two processes of one thread each compute the gradients of half a batch; this is the fastest way on
-two cores. The same command goes on where it was interrupted. It ends with DIR/model, which can be
-served, and DIR/learning_curve.png. A run depends on its seed, the number of processes and the
-number of steps alone.
+two cores. It ends with DIR/model, which can be served, and DIR/learning_curve.png. SIGINT and
+SIGTERM end it early, with its state saved; the same command goes on from the last saved state. A
+run depends on its seed, steps, budget and number of processes alone, interrupted or not.
 """
 
 import argparse
 import json
 import os
 import random
+import signal
 import socket
+import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
-import torch.multiprocessing.spawn as processes
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn import functional
 from tqdm import tqdm
 
 from server.demo import checkpoint, vocabulary
-from server.demo.batches import Batch, draw
+from server.demo.batches import Batch
+from server.demo.curriculum import draw
 from server.demo.facts import Facts, total
 from server.demo.network import Network
 from server.demo.optimizer import Optimizer
@@ -41,11 +44,12 @@ FACTS_WEIGHT = 0.5
 FACTS_FADE = 0.2  # the facts' weight at the end, as a share of that at the start
 SAVE_EVERY_S = 240
 LOG_EVERY = 20  # steps
+LOG = "log.jsonl"
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a run depends on."""
+    """How a run is made."""
 
     output: Path
     steps: int = STEPS
@@ -116,6 +120,9 @@ def rate(step: int, steps: int) -> float:
 
 def train(rank: int, options: Options, port: int) -> None:
     """One of the processes."""
+    interrupted = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: interrupted.set())
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo",
@@ -135,6 +142,8 @@ def train(rank: int, options: Options, port: int) -> None:
         state = torch.load(saved, weights_only=True)
         optimizer.load(state["optimizer"])
         first, spent = state["step"], state["seconds"]
+    if rank == 0:
+        _cut(options.output / LOG, first)
     started = time.monotonic() - spent
     last_saved = time.monotonic()
     tally = Tally()
@@ -150,21 +159,24 @@ def train(rank: int, options: Options, port: int) -> None:
         decay = min(AVERAGE_DECAY, (step + 1) / (step + 10))
         optimizer.step(gradients, rate(step, options.steps), decay)
         trained.zero_grad()
-        tally.add(batch, loss, facts, right)
-        if rank != 0:
-            continue
-        seconds = time.monotonic() - started
-        if (step + 1) % LOG_EVERY == 0:
+        stopping = _in_any(interrupted.is_set())
+        last = stopping or step + 1 == options.steps
+        if rank == 0:
+            tally.add(batch, loss, facts, right)
+        if rank == 0 and (last or (step + 1) % LOG_EVERY == 0):
+            seconds = time.monotonic() - started
             line = {"step": step + 1, "seconds": round(seconds, 1), **tally.summary()}
-            with (options.output / "log.jsonl").open("a") as log:
-                log.write(json.dumps(line) + "\n")
             tally = Tally()
-        if time.monotonic() - last_saved > SAVE_EVERY_S or step + 1 == options.steps:
-            last_saved = time.monotonic()
-            state = {"step": step + 1, "seconds": seconds, "optimizer": optimizer.state()}
-            _save(state, saved)
-            checkpoint.save(optimizer.average, tokenizer, options.output / "model")
-            checkpoint.draw_learning_curve(options.output)
+            with (options.output / LOG).open("a") as log:
+                log.write(json.dumps(line) + "\n")
+            if last or time.monotonic() - last_saved > SAVE_EVERY_S:
+                last_saved = time.monotonic()
+                state = {"step": step + 1, "seconds": seconds, "optimizer": optimizer.state()}
+                _save(state, saved)
+                checkpoint.save(optimizer.average, tokenizer, options.output / "model")
+                checkpoint.draw_learning_curve(options.output)
+        if stopping:
+            break
     distributed.destroy_process_group()
 
 
@@ -188,6 +200,20 @@ def _reduced(module: nn.Module, count: int) -> dict[str, Tensor]:
     }
 
 
+def _in_any(flag: bool) -> bool:
+    """Whether it is so in any of the processes, so that all end after the same step."""
+    found = torch.tensor(int(flag))
+    distributed.all_reduce(found, distributed.ReduceOp.MAX)
+    return bool(found)
+
+
+def _cut(log: Path, step: int) -> None:
+    """Drops the lines after a step: the steps are done again."""
+    if log.exists():
+        whole = [line for line in log.read_text().splitlines(True) if line.endswith("\n")]
+        log.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+
+
 def _save(state: dict[str, Any], path: Path) -> None:
     """Writes whole or not at all."""
     partial = path.with_suffix(".partial")
@@ -208,9 +234,22 @@ def main() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes.spawn(  # type: ignore[no-untyped-call]
-        train, (options, port), nprocs=options.processes
+    context = multiprocessing.spawn(  # type: ignore[no-untyped-call]
+        train, (options, port), nprocs=options.processes, join=False
     )
+    interruptions: list[int] = []
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        interruptions.append(number)
+        for process in context.processes:
+            process.terminate()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    while not context.join():
+        pass
+    if interruptions:
+        raise SystemExit(128 + interruptions[0])
 
 
 if __name__ == "__main__":

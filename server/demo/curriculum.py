@@ -1,0 +1,95 @@
+"""What is trained when: kinds of examples, sizes of pictures, sizes of batches."""
+
+import random
+
+from server.demo.batches import Batch, collate
+from server.demo.examples import chat, several, single
+from server.demo.scene import Size
+from server.demo.targets import Grid
+from server.demo.vision import CELL
+from server.demo.vocabulary import Codec
+
+SMALL: tuple[Grid, ...] = ((2, 2), (2, 3), (3, 2), (3, 3), (3, 4), (4, 3), (4, 4), (3, 5), (2, 5))
+MEDIUM: tuple[Grid, ...] = (
+    (5, 5), (5, 6), (6, 5), (6, 6), (4, 7), (5, 8), (6, 8), (8, 6), (7, 7), (7, 7), (7, 7), (8, 8),
+)  # fmt: skip
+LARGE: tuple[Grid, ...] = (
+    (9, 10), (10, 9), (7, 12), (12, 8), (10, 10), (9, 14), (14, 9), (12, 12), (11, 16), (15, 11),
+    (15, 20), (20, 15),
+)  # fmt: skip
+KINDS = {
+    "objects": 0.25,
+    "crowd": 0.16,
+    "text": 0.36,
+    "lines": 0.05,
+    "note": 0.05,
+    "chart": 0.09,
+    "photo": 0.04,
+}
+SEVERAL, CLIPS, CHATS = 0.12, 0.06, 0.015  # shares of the batches
+CHAT_BATCH = 24
+
+
+def cost(grids: list[Grid]) -> float:
+    """The work of one example, in tokens of text: what vision, attention and questions need."""
+    tokens = sum(rows * columns for rows, columns in grids)
+    attention = sum((rows * columns) ** 2 for rows, columns in grids)
+    return 9.0 * tokens + 0.05 * attention + 120
+
+
+def draw(codec: Codec, rng: random.Random, progress: float, budget: float) -> Batch:
+    """A batch of about `budget` in cost. With `progress`, from 0 to 1, pictures become larger."""
+    share = rng.random()
+    if share < CHATS:
+        return collate(codec, rng, [chat(rng) for _ in range(CHAT_BATCH)], [])
+    share = rng.random()
+    if share < CLIPS:
+        grid = rng.choice([(3, 3), (4, 4), (5, 5)] if progress < 0.3 else [(4, 5), (6, 6), (7, 7)])
+        frames = rng.choice([4, 6, 8])
+        grids = [grid] * (frames // 2)
+        examples = [
+            single(rng, "clip", _size(rng, grid), frames=frames)
+            for _ in range(_batch_size(grids, budget))
+        ]
+        return collate(codec, rng, examples, grids)
+    if share < CLIPS + SEVERAL and progress > 0.05:
+        pool = [it for it in (*SMALL, *MEDIUM) if min(it) >= 3] if progress < 0.4 else MEDIUM
+        grids = [rng.choice(pool) for _ in range(rng.choice([2, 2, 2, 3, 4]))]
+        examples = [
+            several(rng, [_size(rng, grid) for grid in grids])
+            for _ in range(_batch_size(grids, budget))
+        ]
+        return collate(codec, rng, examples, grids)
+    grid = rng.choice(_pool(rng, progress))
+    kinds = dict(KINDS)
+    if min(grid) < 3:
+        kinds |= {"crowd": 0.05, "lines": 0.0, "note": 0.0, "chart": 0.0}
+    examples = [
+        single(rng, rng.choices(list(kinds), list(kinds.values()))[0], _size(rng, grid))
+        for _ in range(_batch_size([grid], budget))
+    ]
+    return collate(codec, rng, examples, [grid])
+
+
+def _pool(rng: random.Random, progress: float) -> tuple[Grid, ...]:
+    if progress < 0.1:
+        small, large = 0.75, 0.0
+    elif progress < 0.4:
+        small, large = 0.3, 0.04
+    else:
+        small, large = 0.12, 0.2
+    share = rng.random()
+    return SMALL if share < small else LARGE if share > 1 - large else MEDIUM
+
+
+def _size(rng: random.Random, grid: Grid) -> Size:
+    """The size at which a picture of a grid is drawn: mostly its own, else it will be resized."""
+    height, width = (side * CELL for side in grid)
+    if rng.random() < 0.6:
+        return width, height
+    scale = rng.uniform(0.95, 1.5)
+    return round(width * scale * rng.uniform(0.93, 1.07)), round(height * scale)
+
+
+def _batch_size(grids: list[Grid], budget: float) -> int:
+    return max(2, min(96, round(budget / cost(grids))))

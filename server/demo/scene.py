@@ -1,0 +1,88 @@
+"""What all scenes are made of: questions, places and their names, backgrounds."""
+
+import random
+from dataclasses import dataclass
+
+from server.demo import words
+from server.demo.phrases import wording
+from server.demo.pictures import Box, Picture, background, background_color
+
+Size = tuple[int, int]
+MARGIN = 0.05  # how far, as a share of the picture, a position stays from where its name changes
+ROWS = ("top", "center", "bottom")
+COLUMNS = ("left", "center", "right")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question about a picture. `task` is its name in the evaluation."""
+
+    task: str
+    text: str
+    answer: str
+    weight: float = 1.0
+
+
+@dataclass(slots=True)
+class Scene:
+    """A picture and what can be asked about it. `label` says what it is, "a red circle"."""
+
+    picture: Picture
+    questions: list[Question]
+    label: str
+    color: str = ""
+    shape: str = ""
+    text: str = ""
+
+
+class Asker:
+    """Collects questions in varied wordings."""
+
+    def __init__(self, rng: random.Random, held_out: bool) -> None:
+        self.rng, self.held_out = rng, held_out
+        self.questions: list[Question] = []
+
+    def __call__(
+        self, task: str, wordings: str, answer: str, weight: float = 1.0, /, **slots: str
+    ) -> None:
+        text = wording(self.rng, wordings, held_out=self.held_out, **slots)
+        self.questions.append(Question(task, text, answer, weight))
+
+
+def thousandths(box: Box, size: Size) -> list[int]:
+    """A box in thousandths of the picture, to the nearest ten."""
+    shares = box[0] / size[0], box[1] / size[1], box[2] / size[0], box[3] / size[1]
+    return [min(1000, max(0, round(share * 100) * 10)) for share in shares]
+
+
+def cell(center: tuple[float, float], size: Size) -> tuple[str, str] | None:
+    """The row and the column of a place in a grid of 3 by 3; None if it is near another one."""
+    shares = center[0] / size[0], center[1] / size[1]
+    if any(abs(share - edge) < MARGIN for share in shares for edge in (1 / 3, 2 / 3)):
+        return None
+    return ROWS[int(shares[1] * 3)], COLUMNS[int(shares[0] * 3)]
+
+
+def position(row: str, column: str) -> str:
+    """The name of a place: "top left", "left", "center"."""
+    if row == "center":
+        return column
+    return row if column == "center" else f"{row} {column}"
+
+
+def place_facts(box: Box, size: Size) -> dict[str, str]:
+    center = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    facts = dict(zip(("x0", "y0", "x1", "y1"), map(str, thousandths(box, size)), strict=True))
+    if found := cell(center, size):
+        facts["row"], facts["column"] = found
+    return facts
+
+
+def blank(rng: random.Random, size: Size, kind: str, held_out: bool) -> tuple[Picture, str]:
+    color = background_color(rng)
+    image = background(rng, *size, color, held_out=held_out)
+    return Picture([image], {"kind": kind, "background": color}), color
+
+
+def caption(labels: list[str], behind: str) -> str:
+    return f"{words.enumeration(labels)} on {words.article(behind)} background"

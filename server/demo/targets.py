@@ -1,0 +1,70 @@
+"""What each vision token is to know, for the auxiliary loss."""
+
+from functools import cache
+
+import numpy as np
+
+from server.demo import vocabulary, words
+from server.demo.pictures import COLORS, SHAPES, Picture
+
+Grid = tuple[int, int]  # rows and columns of tokens
+# The facts, and the words for each.
+FACTS: dict[str, tuple[str, ...]] = {
+    "color": tuple(COLORS),
+    "shape": (*SHAPES, "text", "bar"),
+    "char": tuple(words.CHARACTERS),
+    "next": tuple(words.CHARACTERS),
+    "index": tuple("12345678"),
+    "line": words.ORDINALS,
+    "owner": (*words.LABELS, *COLORS),
+    "background": tuple(COLORS),
+    "kind": ("shapes", "text", "chart", "note", "photo"),
+    "count": tuple("123456789"),
+    "rank": tuple("123456789"),
+    "row": ("top", "center", "bottom"),
+    "column": ("left", "center", "right"),
+    "extreme": ("tallest", "shortest"),
+    "motion": tuple(words.DIRECTIONS),
+    **{edge: tuple(map(str, vocabulary.COORDINATES)) for edge in ("x0", "y0", "x1", "y1")},
+}
+UNKNOWN = -100  # a fact that is not to be learned here; 0 is "nothing", the words start at 1
+
+
+@cache
+def _class_of(fact: str) -> dict[str, int]:
+    return {word: number for number, word in enumerate(FACTS[fact], 1)}
+
+
+def known(picture: Picture, grid: Grid) -> dict[str, np.ndarray[tuple[int], np.dtype[np.int64]]]:
+    """What each token of a picture is to know: (tokens,) of each fact."""
+    rows, columns = grid
+    width, height = picture.size
+    facts = {fact: np.zeros((rows, columns), np.int64) for fact in FACTS}
+    for fact, word in picture.facts.items():
+        facts[fact][:] = _class_of(fact)[word]
+    for fact in ("count", "background"):
+        if fact not in picture.facts:
+            facts[fact][:] = UNKNOWN
+    covered = np.zeros((rows, columns))
+    for thing in picture.things:
+        x0, x1 = (x / width * columns for x in thing.box[::2])
+        y0, y1 = (y / height * rows for y in thing.box[1::2])
+        for row in range(max(0, int(y0)), min(rows, int(y1) + 1)):
+            for column in range(max(0, int(x0)), min(columns, int(x1) + 1)):
+                shared = min(y1, row + 1) - max(y0, row), min(x1, column + 1) - max(x0, column)
+                area = max(0.0, shared[0]) * max(0.0, shared[1])
+                enough = min(0.3, 0.5 * (x1 - x0) * (y1 - y0))
+                if area >= enough and area > covered[row, column]:
+                    covered[row, column] = area
+                    for fact, word in thing.facts.items():
+                        facts[fact][row, column] = _class_of(fact)[word]
+    for glyph in sorted(picture.glyphs, key=lambda glyph: glyph.x):
+        row, column = int(glyph.y / height * rows), int(glyph.x / width * columns)
+        if not (0 <= row < rows and 0 <= column < columns):
+            continue
+        if facts["char"][row, column] == 0:
+            for fact, word in glyph.facts.items():
+                facts[fact][row, column] = _class_of(fact).get(word, UNKNOWN)
+        elif facts["next"][row, column] == 0:
+            facts["next"][row, column] = _class_of("next")[glyph.facts["char"]]
+    return {fact: values.ravel() for fact, values in facts.items()}

@@ -1,0 +1,154 @@
+"""Scenes of writing: one text, lines of text, notes and receipts."""
+
+import json
+import random
+
+from PIL import ImageDraw
+
+from server.demo import words
+from server.demo.fonts import font
+from server.demo.pictures import Glyph, Lettering, Picture, Thing, alike, contrasting, rgb
+from server.demo.scene import Asker, Scene, Size, blank, caption, place_facts
+
+MIN_FONT = 15  # pixels
+LARGEST_FONT = 96  # pixels, of most texts
+FRAME = 5  # pixels from the edge
+
+
+def _fitting(
+    rng: random.Random, texts: list[str], room: Size, held_out: bool, smallest: float
+) -> list[Lettering] | None:
+    """Texts in one font that fit into a room side by side with none; None if they do not."""
+    largest = min(room[1] * 0.9, LARGEST_FONT if rng.random() < 0.85 else 2 * LARGEST_FONT)
+    height = int(smallest * max(1.0, largest / smallest) ** rng.random())
+    letters = font(rng, height, held_out=held_out)
+    widest = max(letters.getlength(text) for text in texts)
+    if widest > room[0]:
+        height = int(height * room[0] / widest * 0.97)
+        if height < smallest:
+            return None
+        letters = letters.font_variant(size=height)
+    stroke = 1 if not held_out and height > 24 and rng.random() < 0.1 else 0
+    made = [Lettering.of(text, letters, stroke) for text in texts]
+    if any(line.width > room[0] or line.height > room[1] for line in made):
+        return None
+    return made
+
+
+def text(rng: random.Random, size: Size, held_out: bool, glyph: float | None = None) -> Scene:
+    """One text of 1 to 8 characters; `glyph` is the least height of its ink in pixels."""
+    picture, behind = blank(rng, size, "text", held_out)
+    if held_out:
+        _frame(rng, picture, behind)
+    smallest = MIN_FONT if glyph is None else glyph * 1.4
+    edge = 2 * FRAME if held_out else 4
+    room = size[0] - 2 * edge, size[1] - 2 * edge
+    while True:
+        content = words.content(rng, held_out=held_out)
+        made = _fitting(rng, [content], room, held_out, smallest)
+        if made and (glyph is None or made[0].height >= glyph):
+            break
+    (line,) = made
+    color = contrasting(rng, behind) if rng.random() < 0.6 else "black"
+    if alike(color, behind):
+        color = contrasting(rng, behind)
+    margin = edge - 1
+    x = rng.uniform(margin, size[0] - line.width - margin)
+    y = rng.uniform(margin, size[1] - line.height - margin)
+    box = line.draw(picture.image, x, y, rgb(rng, color))
+    facts = {"color": color, "shape": "text"}
+    picture.things.append(Thing(box, facts | place_facts(box, size)))
+    picture.glyphs += line.glyphs(x, y, {})
+    ask = Asker(rng, held_out)
+    ask("read", "read", content, 4)
+    ask("text_color", "color", color, 0.4, shape="text")
+    ask("background", "background", behind, 0.3)
+    label = f'the text "{content}"'
+    ask("what", "what", label, 0.4)
+    ask("text_caption", "caption", caption([f"{label} in {color}"], behind), 0.3)
+    ask("json_text", "json", json.dumps({"text": content}), 0.4, keys="text")
+    return Scene(picture, ask.questions, label, color, "text", content)
+
+
+def _frame(rng: random.Random, picture: Picture, behind: str) -> None:
+    """A thin frame near the edge: a layout that training does not show."""
+    right, bottom = picture.size[0] - FRAME, picture.size[1] - FRAME
+    color = rgb(rng, contrasting(rng, behind))
+    ImageDraw.Draw(picture.image).rectangle((FRAME, FRAME, right, bottom), outline=color)
+
+
+def lines(rng: random.Random, size: Size, held_out: bool) -> Scene:
+    """Two to five lines of one text each."""
+    picture, behind = blank(rng, size, "text", held_out)
+    count = rng.randint(2, max(2, min(5, size[1] // 40)))
+    texts = [words.content(rng, held_out=held_out) for _ in range(count)]
+    ask = Asker(rng, held_out)
+    for number, shown in _write_lines(rng, picture, behind, texts, texts, held_out):
+        slots = {"line": words.ORDINALS[number - 1], "number": str(number)}
+        ask("read_line", "read_line", shown, **slots)
+    ask("background", "background", behind, 0.2)
+    return Scene(picture, ask.questions, "a text")
+
+
+def _write_lines(
+    rng: random.Random,
+    picture: Picture,
+    behind: str,
+    texts: list[str],
+    values: list[str],
+    held_out: bool,
+) -> list[tuple[int, str]]:
+    """Writes lines below each other; the end of each is its value. Those that fit come back."""
+    width, height = picture.size
+    pitch = (height - 6) / len(texts)
+    made = None
+    for _ in range(20):
+        room = width - 10, round(pitch * 0.82)
+        made = _fitting(rng, texts, room, held_out, min(MIN_FONT, pitch * 0.7))
+        if made:
+            break
+    if not made:
+        return []
+    letters = made[0].font
+    color = rgb(rng, "black" if not alike("black", behind) else "white")
+    gap = rng.uniform(max(line.height for line in made) * 1.2, pitch) if pitch > 22 else pitch
+    y = rng.uniform(3, max(3.5, height - 3 - gap * len(made)))
+    aligned = rng.random() < 0.6
+    left = rng.uniform(4, max(4.5, width - 5 - max(line.width for line in made)))
+    written = []
+    for number, (line, value) in enumerate(zip(made, values, strict=True), 1):
+        x = left if aligned else rng.uniform(4, max(4.5, width - 5 - line.width))
+        box = line.draw(picture.image, x, y, color)
+        label = line.text[: len(line.text) - len(value)]
+        facts = {"line": words.ORDINALS[number - 1]}
+        picture.things.append(Thing(box, {**facts, "shape": "text"}))
+        if label:
+            picture.glyphs += Lettering.of(label, letters).glyphs(x, y, facts)
+        owner = {"owner": label.strip(" :").lower()} if label else {}
+        start = x + letters.getlength(label)
+        shown = Lettering.of(value, letters)
+        picture.glyphs += [
+            Glyph(glyph.x, y + line.height / 2, glyph.facts)
+            for glyph in shown.glyphs(start + shown.ink[0], y, facts | owner)
+        ]
+        written.append((number, value))
+        y += gap
+        if held_out and number < len(made):  # a rule, which training does not show
+            rule = round(y - (gap - line.height) / 2)
+            picture.image.paste(color, (4, rule, width - 4, rule + 1))
+    return written
+
+
+def note(rng: random.Random, size: Size, held_out: bool) -> Scene:
+    """A note or receipt: lines of a label and a value."""
+    picture, behind = blank(rng, size, "note", held_out)
+    count = rng.randint(1, max(1, min(5, size[1] // 40)))
+    labels = rng.sample(list(words.LABELS), count)
+    values = [words.value(rng, words.LABELS[label], held_out=held_out) for label in labels]
+    mark = rng.choice(["", ":", ":"])
+    texts = [f"{label.upper()}{mark} {value}" for label, value in zip(labels, values, strict=True)]
+    ask = Asker(rng, held_out)
+    for number, value in _write_lines(rng, picture, behind, texts, values, held_out):
+        ask("read_label", "read_label", value, label=labels[number - 1])
+    ask("background", "background", behind, 0.2)
+    return Scene(picture, ask.questions, "a note")

@@ -1,0 +1,121 @@
+"""Examples as the tokens of a conversation, with positions, branches and weights."""
+
+import random
+
+from server.demo import phrases, vocabulary
+from server.demo.examples import Example
+from server.demo.scene import Question
+from server.demo.targets import Grid
+
+QUESTIONS = 5  # a picture
+
+
+class Writer:
+    """Writes one example as tokens."""
+
+    def __init__(self, codec: vocabulary.Codec) -> None:
+        self.codec = codec
+        self.ids: list[int] = []
+        self.positions: list[tuple[int, int, int]] = []
+        self.branches: list[int] = []
+        self.weights: list[float] = []
+        self.answers: list[tuple[str, int, int]] = []
+        self.position = 0
+        self.branch = 0
+
+    def tokens(self, ids: list[int], weight: float = 0.0) -> None:
+        for token in ids:
+            self.ids.append(token)
+            self.positions.append((self.position,) * 3)
+            self.branches.append(self.branch)
+            self.weights.append(weight)
+            self.position += 1
+
+    def text(self, text: str) -> None:
+        self.tokens(self.codec.encode(text))
+
+    def vision(self, token: int, grid: Grid) -> None:
+        self.tokens([vocabulary.VISION_START])
+        rows, columns = grid
+        for row in range(rows):
+            for column in range(columns):
+                self.ids.append(token)
+                self.positions.append((self.position, self.position + row, self.position + column))
+                self.branches.append(self.branch)
+                self.weights.append(0.0)
+        self.position += max(grid)
+        self.tokens([vocabulary.VISION_END])
+
+    def role(self, name: str) -> None:
+        self.tokens([vocabulary.START])
+        self.text(f"{name}\n")
+
+    def end(self) -> None:
+        self.tokens([vocabulary.END])
+        self.text("\n")
+
+    def answer(self, question: Question) -> None:
+        """The answer of a turn; its weight falls with its length, as long ones say no more."""
+        ids = [*self.codec.encode(question.answer), vocabulary.END]
+        start = len(self.ids)
+        self.tokens(ids, len(ids) ** -0.5)
+        self.answers.append((question.task, start, len(self.ids)))
+
+
+def write(
+    codec: vocabulary.Codec, rng: random.Random, example: Example, grids: list[Grid], fps: float
+) -> Writer:
+    questions = _chosen(rng, example.questions)
+    before = rng.random() < 0.1  # the question stands before the pictures
+    turns = rng.random() < 0.15  # the questions follow each other in one conversation
+    if before:
+        questions = questions[:1]
+    writer = Writer(codec)
+    if rng.random() < 0.12:
+        writer.role("system")
+        writer.text(rng.choice(phrases.SYSTEM))
+        writer.end()
+    writer.role("user")
+    if before:
+        writer.text(questions[0].text)
+    _write_pictures(writer, example, grids, fps)
+    start = writer.position
+    for number, question in enumerate(questions, 1):
+        if not turns:
+            writer.branch, writer.position = number, start
+        elif number > 1:
+            writer.text("\n")
+            writer.role("user")
+        if not before:
+            writer.text(question.text)
+        writer.end()
+        writer.role("assistant")
+        writer.answer(question)
+    return writer
+
+
+def _write_pictures(writer: Writer, example: Example, grids: list[Grid], fps: float) -> None:
+    if not example.clip:
+        for number, grid in enumerate(grids, 1):
+            writer.text(f"Picture {number}: ")
+            writer.vision(vocabulary.IMAGE, grid)
+        return
+    writer.text("Video 1: ")
+    writer.tokens([vocabulary.VISION_START])
+    for pair, grid in enumerate(grids):
+        writer.text(f"<{(2 * pair + 0.5) / fps:.1f} seconds>")
+        writer.vision(vocabulary.VIDEO, grid)
+    writer.tokens([vocabulary.VISION_END])
+
+
+def _chosen(rng: random.Random, questions: list[Question]) -> list[Question]:
+    """Some of the questions, by their weights; of one whole-sentence answer at most two."""
+    left = list(questions)
+    chosen: list[Question] = []
+    while left and len(chosen) < QUESTIONS:
+        (question,) = rng.choices(left, [it.weight for it in left])
+        left.remove(question)
+        chosen.append(question)
+        if question.task == "outside" and len(chosen) == 2:
+            break
+    return chosen
