@@ -61,10 +61,10 @@ def collate(
     codec: vocabulary.Codec, rng: random.Random, examples: list[Example], grids: list[Grid]
 ) -> Batch:
     """A batch of examples with as many pictures each as there are grids (pairs of frames, of a
-    clip)."""
+    clip). Examples without questions give pictures with facts alone."""
     fps = rng.choice([1.0, 2.0, 4.0, 5.0, 8.0, 10.0, 24.0])
-    written = [write(codec, rng, example, grids, fps) for example in examples]
-    length = max(len(writer.ids) for writer in written)
+    written = [write(codec, rng, example, grids, fps) for example in examples if example.questions]
+    length = max((len(writer.ids) for writer in written), default=0)
     count = len(written)
     ids = np.zeros((count, length), np.int64)
     positions = np.zeros((3, count, length), np.int64)

@@ -3,9 +3,11 @@
 import random
 
 from server.demo.batches import Batch, collate
-from server.demo.examples import chat, several, single
+from server.demo.examples import Example, chat, several, single
+from server.demo.objects import mosaic
 from server.demo.scene import Size
 from server.demo.targets import Grid
+from server.demo.texts import page
 from server.demo.vision import CELL
 from server.demo.vocabulary import Codec
 
@@ -28,17 +30,21 @@ KINDS = {
 }
 SEVERAL, CLIPS, CHATS = 0.12, 0.06, 0.015  # shares of the batches
 CHAT_BATCH = 24
+SEEING, SEEING_UNTIL = (0.85, 0.1), 0.25  # shares of batches without questions, first and then
+QUESTIONS_COST = 120.0  # of an example
 
 
 def cost(grids: list[Grid]) -> float:
     """The work of one example, in tokens of text: what vision, attention and questions need."""
     tokens = sum(rows * columns for rows, columns in grids)
     attention = sum((rows * columns) ** 2 for rows, columns in grids)
-    return 9.0 * tokens + 0.05 * attention + 120
+    return 9.0 * tokens + 0.05 * attention + QUESTIONS_COST
 
 
 def draw(codec: Codec, rng: random.Random, progress: float, budget: float) -> Batch:
     """A batch of about `budget` in cost. With `progress`, from 0 to 1, pictures become larger."""
+    if rng.random() < (SEEING[0] if progress < SEEING_UNTIL else SEEING[1]):
+        return _seeing(codec, rng, progress, budget)
     share = rng.random()
     if share < CHATS:
         return collate(codec, rng, [chat(rng) for _ in range(CHAT_BATCH)], [])
@@ -68,6 +74,15 @@ def draw(codec: Codec, rng: random.Random, progress: float, budget: float) -> Ba
         single(rng, rng.choices(list(kinds), list(kinds.values()))[0], _size(rng, grid))
         for _ in range(_batch_size([grid], budget))
     ]
+    return collate(codec, rng, examples, [grid])
+
+
+def _seeing(codec: Codec, rng: random.Random, progress: float, budget: float) -> Batch:
+    """Pictures full of things and glyphs, from which only the vision encoder learns."""
+    grid = rng.choice(_pool(rng, min(1.0, 2 * progress)))
+    count = max(2, min(96, round(budget / (cost([grid]) - QUESTIONS_COST))))
+    makers = (page, page, mosaic)
+    examples = [Example([rng.choice(makers)(rng, _size(rng, grid))], []) for _ in range(count)]
     return collate(codec, rng, examples, [grid])
 
 

@@ -259,3 +259,15 @@ def clip(rng: random.Random, size: Size, held_out: bool, frames: int | None = No
     ask("clip_color", "color", color, 0.5, shape=shape)
     ask("clip_what", "what", label, 0.5)
     return Scene(picture, ask.questions, label, color, shape)
+
+
+def mosaic(rng: random.Random, size: Size) -> Picture:
+    """Many objects of all kinds, with nothing to ask: much to learn of colors and shapes."""
+    picture, behind = blank(rng, size, "shapes", False)
+    short = min(size)
+    boxes = place(rng, size, rng.randint(2, 14), (MIN_SIDE, max(MIN_SIDE + 4, 0.4 * short)))
+    for box in boxes:
+        color, shape = contrasting(rng, behind), rng.choice(SHAPES)
+        draw_shape(rng, picture.image, shape, color, box)
+        picture.things.append(Thing(box, {"color": color, "shape": shape} | place_facts(box, size)))
+    return picture

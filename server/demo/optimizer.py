@@ -13,6 +13,7 @@ _MOMENTUM = 0.95
 _WEIGHT_DECAY = 0.02
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
+_SLOW = 0.1  # share of the rate for the embedding of patches, which starts near its end
 _NOT_MUON = ("embed", "merger.linear_fc1", "facts")
 
 
@@ -37,8 +38,13 @@ class Optimizer:
         self.momentum = {
             shape: torch.zeros(len(names), *shape) for shape, names in self.groups.items()
         }
+        slow = [name for name in rest if "patch_embed" in name]
+        fast = [name for name in rest if name not in slow]
         self.adam = torch.optim.AdamW(
-            [self.weights[name] for name in rest],
+            [
+                {"params": [self.weights[name] for name in fast], "share": 1.0},
+                {"params": [self.weights[name] for name in slow], "share": _SLOW},
+            ],
             lr=adam_rate,
             betas=(0.9, 0.98),
             weight_decay=0.01,
@@ -61,7 +67,7 @@ class Optimizer:
             self.weights[name].grad = gradients[name]
         nn.utils.clip_grad_norm_([self.weights[name] for name in self.rest], 1.0)
         for group in self.adam.param_groups:
-            group["lr"] = self.adam_rate * rate
+            group["lr"] = self.adam_rate * rate * group["share"]
         self.adam.step()
         for name, weight in self.weights.items():
             self.average[name].lerp_(weight, 1 - decay)

@@ -45,6 +45,8 @@ def known(picture: Picture, grid: Grid) -> dict[str, np.ndarray[tuple[int], np.d
     for fact in ("count", "background"):
         if fact not in picture.facts:
             facts[fact][:] = UNKNOWN
+    if "count" not in picture.facts:
+        facts["rank"][:] = UNKNOWN
     covered = np.zeros((rows, columns))
     for thing in picture.things:
         x0, x1 = (x / width * columns for x in thing.box[::2])

@@ -12,6 +12,7 @@ from server.demo.scene import Asker, Scene, Size, blank, caption, place_facts
 
 MIN_FONT = 15  # pixels
 LARGEST_FONT = 96  # pixels, of most texts
+PAGE_FONTS = (20, 72)  # pixels, the smallest and the largest of a page
 FRAME = 5  # pixels from the edge
 
 
@@ -152,3 +153,30 @@ def note(rng: random.Random, size: Size, held_out: bool) -> Scene:
         ask("read_label", "read_label", value, label=labels[number - 1])
     ask("background", "background", behind, 0.2)
     return Scene(picture, ask.questions, "a note")
+
+
+def page(rng: random.Random, size: Size) -> Picture:
+    """A picture full of words in all fonts and sizes, with nothing to ask: many glyphs to learn."""
+    picture, behind = blank(rng, size, "text", False)
+    width, height = size
+    y = rng.uniform(2, 12)
+    smallest, largest = PAGE_FONTS
+    while y < height:
+        font_size = int(smallest * (largest / smallest) ** rng.random())
+        letters = font(rng, font_size, held_out=False)
+        x = rng.uniform(2, 16)
+        below = y
+        color = contrasting(rng, behind)
+        while x < width - letters.size:
+            line = Lettering.of(words.content(rng, held_out=False), letters)
+            if y + line.height > height - 2:
+                return picture
+            if x + line.width > width - 2:
+                break
+            box = line.draw(picture.image, x, y, rgb(rng, color))
+            picture.things.append(Thing(box, {"color": color, "shape": "text"}))
+            picture.glyphs += line.glyphs(x, y, {})
+            below = max(below, box[3])
+            x += line.width + letters.size * rng.uniform(0.4, 1)
+        y = max(below, y + letters.size * 0.3) + rng.uniform(4, 14)
+    return picture

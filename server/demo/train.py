@@ -29,8 +29,11 @@ from server.demo import checkpoint, vocabulary
 from server.demo.batches import Batch
 from server.demo.curriculum import draw
 from server.demo.facts import Facts, total
+from server.demo.initial import initialize
+from server.demo.language import TextLayer
 from server.demo.network import Network
 from server.demo.optimizer import Optimizer
+from server.demo.vision import VisionBlock
 
 STEPS = 7500  # less than two hours on two cores
 BUDGET = 8_000.0  # of the cost of a process's share of a batch
@@ -56,6 +59,7 @@ class Options:
     budget: float = BUDGET
     seed: int = SEED
     processes: int = PROCESSES
+    compile: bool = True
 
 
 class Trained(nn.Module):
@@ -67,24 +71,26 @@ class Trained(nn.Module):
         self.facts = Facts(codec, self.network.text.hidden_size)
 
     def initialize(self, seed: int) -> None:
-        self.network.initialize(torch.Generator().manual_seed(seed))
+        initialize(self.network, seed)
         self.facts.initialize()
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """The loss of the answers, those of the facts, and which tokens are right (B, T - 1)."""
         network = self.network
+        embeddings = network.model.language_model.embed_tokens.weight
         seen = network.see(batch.pictures) if batch.pictures else None
+        losses = {} if seen is None else self.facts(seen, batch.facts, embeddings)
+        if not batch.answers:
+            return embeddings.new_zeros(()), losses, torch.zeros(0)
         hidden = network.read(batch.ids, seen, batch.positions, batch.mask)
         weights = batch.weights[:, 1:]
         answered = weights > 0
-        embeddings = network.model.language_model.embed_tokens.weight
         logits = functional.linear(hidden[:, :-1][answered], embeddings).float()
         target = batch.ids[:, 1:][answered]
         each = functional.cross_entropy(logits, target, reduction="none")
         weight = weights[answered]
         right = torch.zeros_like(answered)
         right[answered] = logits.argmax(-1) == target
-        losses = {} if seen is None else self.facts(seen, batch.facts, embeddings)
         return (each * weight).sum() / weight.sum(), losses, right
 
 
@@ -96,7 +102,8 @@ class Tally:
         self.answers: dict[str, list[bool]] = defaultdict(list)
 
     def add(self, batch: Batch, loss: Tensor, facts: dict[str, Tensor], right: Tensor) -> None:
-        self.losses["answers"].append(loss.item())
+        if batch.answers:
+            self.losses["answers"].append(loss.item())
         for fact, value in facts.items():
             self.losses[fact].append(value.item())
         for example, task, start, end in batch.answers:
@@ -124,6 +131,8 @@ def train(rank: int, options: Options, port: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: interrupted.set())
     torch.set_num_threads(1)
+    if options.compile:
+        _compile()
     distributed.init_process_group(
         "gloo",
         init_method=f"tcp://127.0.0.1:{port}",
@@ -180,6 +189,13 @@ def train(rank: int, options: Options, port: int) -> None:
     distributed.destroy_process_group()
 
 
+def _compile() -> None:
+    """Fuses the arithmetic of the layers, which saves a third of the time."""
+    for layer in (TextLayer, VisionBlock):
+        compiled = torch.compile(layer.forward, dynamic=True)
+        layer.forward = compiled  # type: ignore[method-assign]
+
+
 def _reduced(module: nn.Module, count: int) -> dict[str, Tensor]:
     """The mean of the processes' gradients, in float32."""
     named = list(module.named_parameters())
@@ -228,13 +244,19 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=BUDGET, help="size of a batch")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--processes", type=int, default=PROCESSES)
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compile the layers, which takes two minutes and a C++ compiler",
+    )
     options = Options(**vars(parser.parse_args()))
     options.output.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.spawn(  # type: ignore[no-untyped-call]
+    context = multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call]
         train, (options, port), nprocs=options.processes, join=False
     )
     interruptions: list[int] = []

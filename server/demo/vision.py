@@ -28,7 +28,7 @@ class VisionConfig:
     hidden_size: int = 192
     intermediate_size: int = 768
     out_hidden_size: int = 192
-    num_heads: int = 3
+    num_heads: int = 6
     in_channels: int = 3
     patch_size: int = PATCH
     spatial_merge_size: int = MERGE
