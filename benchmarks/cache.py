@@ -24,7 +24,14 @@ from pathlib import Path
 
 from benchmarks import cache_report, environment
 from benchmarks.cache_report import Row
-from benchmarks.cache_servers import PICTURE_TOKENS, Common, Replica, Setup, replicas
+from benchmarks.cache_servers import (
+    PICTURE_TOKENS,
+    Common,
+    Replica,
+    Setup,
+    picture_side,
+    replicas,
+)
 from benchmarks.chats import ChatBodies, Chats
 from benchmarks.load import Plan
 from benchmarks.measure import generate
@@ -74,7 +81,8 @@ class _Benchmark:
         self._options = options
         self._folder = folder
         self._model = _model(options.model, folder)
-        self._bodies = ChatBodies(folder)
+        self._picture_side = picture_side(_ROOT / self._model)
+        self._bodies = ChatBodies(folder, self._picture_side)
         self._description = environment.describe()
         self._commands: dict[str, str] = {}
         self._rows: list[Row] = []
@@ -208,7 +216,7 @@ class _Benchmark:
     def _common(self, ratio: float) -> Common:
         options = self._options
         tokens = max(PICTURE_TOKENS, round(options.users * PICTURE_TOKENS / ratio))
-        return Common(self._model, tokens, options.engine_cores)
+        return Common(self._model, self._picture_side, tokens, options.engine_cores)
 
     def _small_host(self) -> tuple[str, ...]:
         """A host tier for a third of the pictures, so that the tiers below it are of use."""

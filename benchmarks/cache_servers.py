@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chats import MODEL_NAME, SIDE, Chats
+from benchmarks.chats import MODEL_NAME, Chats
 from benchmarks.processes import Server, ServerFailed
 
-PICTURE_TOKENS = 256
-"""Tokens of a picture of 448x448, where 28x28 pixels make one."""
+_TOKENS_A_SIDE = 16
+PICTURE_TOKENS = _TOKENS_A_SIDE**2
+"""Tokens of each picture."""
 
 _PLAIN = ("-m", "vllm.entrypoints.openai.api_server", "--model")
 _OURS = ("-m", "server", "serve")
@@ -26,6 +27,13 @@ _TIMEOUT = 120.0
 # What a server still writes to its log after its last answer.
 _LOG_DELAY = 1.0
 _ENCODED = re.compile(rb"encoder inputs: (\d+), encoder output embeddings: (\d+)")
+
+
+def picture_side(model: Path) -> int:
+    """Return the width and height, in pixels, of a picture that has `PICTURE_TOKENS`."""
+    processor = json.loads((model / "preprocessor_config.json").read_text())
+    side: int = _TOKENS_A_SIDE * processor["patch_size"] * processor["merge_size"]
+    return side
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +50,7 @@ class Common:
     """What all servers of a session are given."""
 
     model: Path
+    picture_side: int  # in pixels
     gpu_tokens: int  # of vLLM's encoder cache, and of a step of the engine
     engine_cores: str | None
 
@@ -51,7 +60,7 @@ class Common:
         flags += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]
         flags += ["--max-num-seqs", "16", "--max-num-batched-tokens", str(self.gpu_tokens)]
         flags += ["--limit-mm-per-prompt", json.dumps({"image": 1, "video": 0})]
-        flags += ["--mm-processor-kwargs", json.dumps({"max_pixels": SIDE * SIDE})]
+        flags += ["--mm-processor-kwargs", json.dumps({"max_pixels": self.picture_side**2})]
         flags += ["--mm-processor-cache-gb", "1", "--disable-uvicorn-access-log"]
         flags += ["--enable-logging-iteration-details"]
         if not setup.plain:

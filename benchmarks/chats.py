@@ -17,9 +17,6 @@ from benchmarks import photos
 MODEL_NAME = "model"
 """The name by which all servers know the model."""
 
-SIDE = 448
-"""Width and height of each picture, in pixels."""
-
 _MAX_TOKENS = 8
 _WORDS = 12
 _SEED = 20261120
@@ -42,10 +39,14 @@ class Chats:
 
 
 class ChatBodies:
-    """Writes request bodies into `folder`. No picture and no question is in two chats."""
+    """Writes request bodies into `folder`. No picture and no question is in two chats.
 
-    def __init__(self, folder: Path) -> None:
+    `side` is the width and height of each picture, in pixels.
+    """
+
+    def __init__(self, folder: Path, side: int) -> None:
         self._folder = folder
+        self._side = side
         self._pictures = itertools.count(_SEED)
         self._serial = itertools.count()
         self._random = random.Random(_SEED)
@@ -56,7 +57,7 @@ class ChatBodies:
         return Chats([[self._write(url) for url in urls] for _ in range(turns)])
 
     def _picture(self) -> str:
-        picture = photos.photo(SIDE, SIDE, next(self._pictures))
+        picture = photos.photo(self._side, self._side, next(self._pictures))
         return f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
 
     def _write(self, url: str) -> str:

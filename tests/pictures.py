@@ -2,12 +2,19 @@
 
 import base64
 import io
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 Size = tuple[int, int]
+
+_DEMO_MODEL = Path(__file__).parents[1] / "server" / "demo"
+_PROCESSOR = json.loads((_DEMO_MODEL / "preprocessor_config.json").read_text())
+TOKEN_PIXELS: int = _PROCESSOR["patch_size"] * _PROCESSOR["merge_size"]
+"""Pixels of one token of the demo model, along each side of a picture."""
 
 
 def shape(color: str, kind: str = "circle", size: Size = (224, 224)) -> Image.Image:

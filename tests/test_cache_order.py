@@ -85,14 +85,14 @@ async def weather(url: str, files: dict[str, bytes], seed: int) -> None:
 
 
 def test_requests_cancelled_at_random_moments(server: Server) -> None:
-    sizes = {"red": (260, 260), "green": (1200, 900), "blue": (2400, 1800), "yellow": (600, 300)}
+    sizes = {"red": (260, 260), "green": (1200, 900), "blue": (2400, 1800), "black": (600, 300)}
     files = {color: pictures.encode(shape(color, "circle", s)) for color, s in sizes.items()}
     asyncio.run(weather(server.url, files, 0))
 
 
 def test_a_cache_too_small_for_the_pictures() -> None:
     """Every picture pushes another one out, and one does not fit at all."""
-    sizes = {"red": (560, 560), "green": (728, 560), "blue": (224, 224), "yellow": (600, 300)}
+    sizes = {"red": (560, 560), "green": (728, 560), "blue": (224, 224), "black": (600, 300)}
     files = {color: pictures.encode(shape(color, "circle", s)) for color, s in sizes.items()}
     two_of_them = 0.0030  # GiB; the largest takes 2.3 MB
     with serving("--mm-processor-cache-gb", str(two_of_them)) as small:

@@ -138,7 +138,7 @@ def test_each_file_is_answered_or_refused_by_name(case: Case, answers: dict[str,
 
 @pytest.mark.parametrize("case", DECODED, ids=lambda case: case.name)
 def test_each_picture_is_upright_and_has_its_colors(case: Case) -> None:
-    """The embedded model tells shapes and colours, but not reliably where they are."""
+    """Seen in the pixels: the embedded model does not know pictures of this kind."""
     image = decode(case.data, DecodeOptions()).image
     assert image.mode == "RGB"
     width, height = image.size

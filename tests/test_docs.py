@@ -22,6 +22,7 @@ DOCS = ROOT / "docs"
 ADDRESS = "http://127.0.0.1:8000"
 # Flags of other programs that pages name alone.
 FOREIGN_FLAGS = {
+    "--ask",
     "--baseline",
     "--cap-drop",
     "--faults",

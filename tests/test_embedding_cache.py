@@ -17,15 +17,25 @@ import redis
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import Server, serving
-from tests.pictures import encode, image_part, photo, text_part, user
+from tests.pictures import TOKEN_PIXELS, encode, image_part, photo, text_part, user
 from tests.redis_server import RedisServer, redis_server
 
 MODEL = "saccade-tiny"
 ADMIN = {"Authorization": "Bearer admin"}
-# 64 tokens each, so that the GPU holds 9 of them, and a picture of 391 tokens alone.
-PICTURES = [encode(photo((224, 224), seed)) for seed in range(14)]
-LARGE = encode(photo((640, 480), 99))
-SMALL_GPU = ("--max-num-batched-tokens", "600", "--max-model-len", "4096", "--admin-key", "admin")
+
+
+def noise(columns: int, rows: int, seed: int) -> bytes:
+    """A picture of `columns` x `rows` tokens."""
+    return encode(photo((columns * TOKEN_PIXELS, rows * TOKEN_PIXELS), seed))
+
+
+# 64 tokens each, so that the GPU holds 9 of them, and two of 300, beside which it holds no other.
+PICTURES = [noise(8, 8, seed) for seed in range(14)]
+LARGE, OTHER_LARGE = noise(20, 15, 99), noise(20, 15, 98)
+SMALL_GPU = (
+    *("--max-num-batched-tokens", "600", "--max-model-len", "4096", "--admin-key", "admin"),
+    *("--limit-mm-per-prompt", '{"video": 0}'),  # the GPU holds the largest video, if there are any
+)
 
 
 @pytest.fixture(scope="module")
@@ -132,13 +142,16 @@ def test_each_picture_is_encoded_once(web: httpx.Client) -> None:
 
 def test_answers_are_equal_from_every_tier(web: httpx.Client, server: Server) -> None:
     def push_out() -> None:
-        ask(web, LARGE, text="Between")
+        for large in (LARGE, OTHER_LARGE):
+            ask(web, large, text="Between")
 
     texts = ("a", "b")
     first = [ask(web, PICTURES[0], text=text) for text in texts]
     assert [stages(answer) for answer in first] == [["none"], ["embedding"]]  # on the GPU
     push_out()
+    before = counts(web)["host"]["hits"]
     from_host = [ask(web, PICTURES[0], text=text + "!") for text in texts]
+    assert counts(web)["host"]["hits"] == before + 1
     assert [stages(answer) for answer in from_host] == [["embedding"]] * 2
     with httpx.Client(base_url=server.url, timeout=60) as other:
         for text, answer in zip(texts, first, strict=True):

@@ -14,11 +14,11 @@ EXAMPLES = Path(__file__).parents[1] / "clients" / "examples"
 EXPECTED = {
     "one_picture.py": "a red circle\n",
     "two_pictures.py": "a blue square\n",
-    "streaming.py": "a blue square\n116 + 4 tokens\n",
+    "streaming.py": "a blue square\n101 + 4 tokens\n",
     "structured_output.py": "red\n",
     "plain_httpx.py": "a red circle\n",
     "upload_once.py": "a blue square\nblue\n",
-    "boxes.py": "320x240 shown as 308x252\nthe middle half is at (80.0, 60.0, 240.0, 180.0)\n",
+    "boxes.py": "320x240 shown as 320x256\nthe middle half is at (80.0, 60.0, 240.0, 180.0)\n",
 }
 
 

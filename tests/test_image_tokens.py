@@ -15,14 +15,23 @@ from openai import OpenAI
 
 from tests import families
 from tests.conftest import Server, serving
-from tests.pictures import data_url, encode, image_part, photo, shape, text_part, user
+from tests.pictures import (
+    TOKEN_PIXELS,
+    data_url,
+    encode,
+    image_part,
+    photo,
+    shape,
+    text_part,
+    user,
+)
 from tests.test_prepare import file_part, gif, pdf
 
 MODEL = "saccade-tiny"
 WHAT = text_part("What is in the image?")
 LARGE = encode(photo((1600, 1200), 7), "JPEG", quality=88)
 SMALL = encode(shape("red"))
-FACTOR = 28  # the demo model merges 2 x 2 patches of 14 pixels into a token
+SMALL_TOKENS = (224 // TOKEN_PIXELS) ** 2
 
 
 def ask(http: httpx.Client, *parts: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -56,19 +65,19 @@ def capped(data: bytes, **options: Any) -> dict[str, Any]:
 
 def test_every_answer_tells_its_image_tokens(http: httpx.Client) -> None:
     usage = ask(http, image_part(SMALL), WHAT)["usage"]
-    assert usage["prompt_tokens_details"]["image_tokens"] == 64  # (224 / 28) squared
+    assert usage["prompt_tokens_details"]["image_tokens"] == SMALL_TOKENS
     assert usage["prompt_tokens_details"]["cached_tokens"] >= 0
-    assert usage["prompt_tokens"] > 64
+    assert usage["prompt_tokens"] > SMALL_TOKENS
     text_only = ask(http, text_part("hello"))["usage"]["prompt_tokens_details"]
     assert (text_only["image_tokens"], text_only["cached_tokens"]) == (0, 0)
 
 
 def test_a_cap_costs_what_it_says(http: httpx.Client) -> None:
-    for tokens in (1, 7, 16, 100, 400):
+    for tokens in (1, 7, 16, 100, 250):
         usage = ask(http, capped(LARGE, max_tokens=tokens), WHAT)["usage"]
         assert 0 < usage["prompt_tokens_details"]["image_tokens"] <= tokens
     full = ask(http, image_part(LARGE), WHAT)["usage"]["prompt_tokens_details"]["image_tokens"]
-    assert full > 400
+    assert full > 250
 
 
 @pytest.mark.parametrize("detail", ["low", "high", "auto"])
@@ -99,7 +108,7 @@ def test_a_size_alone_has_a_cost(http: httpx.Client) -> None:
     sizes = [{"width": 224, "height": 224}, {"width": 4000, "height": 3000, "max_tokens": 50}]
     response = http.post("/v1/images/tokens", json={"images": sizes})
     rows = response.json()["data"]
-    assert rows[0]["tokens"] == 64
+    assert rows[0]["tokens"] == SMALL_TOKENS
     assert 30 <= rows[1]["tokens"] <= 50
     assert response.json()["usage"]["image_tokens"] == rows[0]["tokens"] + rows[1]["tokens"]
 
@@ -135,9 +144,9 @@ def test_details_tell_sizes_and_caching(http: httpx.Client) -> None:
     again = ask(http, image_part(picture), WHAT, include_image_details=True)["image_details"]
     (row,), (row_again,) = first, again
     assert (row["width"], row["height"]) == (700, 1000)  # upright
-    assert row["processed_width"] % FACTOR == 0
-    assert row["processed_height"] % FACTOR == 0
-    expected = row["processed_width"] * row["processed_height"] // FACTOR**2
+    assert row["processed_width"] % TOKEN_PIXELS == 0
+    assert row["processed_height"] % TOKEN_PIXELS == 0
+    expected = row["processed_width"] * row["processed_height"] // TOKEN_PIXELS**2
     assert row["tokens"] == expected
     assert row["region"] == [0, 0, 700, 1000]
     assert (row["cached"], row_again["cached"]) == ("none", "embedding")
@@ -181,10 +190,10 @@ def test_streams_end_with_the_same_usage(client: OpenAI) -> None:
     usage = chunks[-1].usage
     assert usage is not None
     assert usage.prompt_tokens_details is not None
-    assert usage.prompt_tokens_details.model_dump()["image_tokens"] == 64
+    assert usage.prompt_tokens_details.model_dump()["image_tokens"] == SMALL_TOKENS
     extra = chunks[-1].model_extra
     assert extra is not None
-    assert [row["tokens"] for row in extra["image_details"]] == [64]
+    assert [row["tokens"] for row in extra["image_details"]] == [SMALL_TOKENS]
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices).strip()
 
 
@@ -227,7 +236,7 @@ def test_tokenize_counts_capped_images(http: httpx.Client) -> None:
     for part in (image_part(SMALL), capped(SMALL, max_tokens=16)):
         response = http.post("/tokenize", json={"model": MODEL, "messages": user(part, WHAT)})
         counts.append(response.json()["count"])
-    assert counts[0] - counts[1] == 64 - 16
+    assert counts[0] - counts[1] == SMALL_TOKENS - 16
 
 
 def test_an_image_that_is_named_can_be_capped(http: httpx.Client) -> None:
@@ -239,11 +248,11 @@ def test_an_image_that_is_named_can_be_capped(http: httpx.Client) -> None:
 
 
 def test_a_pdf_is_read_page_by_page(http: httpx.Client) -> None:
-    """A page of 112 points at 144 dots an inch has 224 pixels: 64 tokens."""
+    """A page of 112 points at 144 dots an inch has 224 pixels."""
     document = pdf((112, 112), (112, 112), (112, 112), color="red")
     answer = ask(http, file_part(document), WHAT, include_image_details=True)
     assert [row["frame"] for row in answer["image_details"]] == [0, 1, 2]
-    assert answer["usage"]["prompt_tokens_details"]["image_tokens"] == 3 * 64
+    assert answer["usage"]["prompt_tokens_details"]["image_tokens"] == 3 * SMALL_TOKENS
     chosen = ask(http, file_part(document, pages="2", max_tokens=20), WHAT)
     assert chosen["usage"]["prompt_tokens_details"]["image_tokens"] == 16
 
@@ -277,7 +286,7 @@ def test_pdfs_are_taken_by_every_api(http: httpx.Client, route: str) -> None:
     assert response.status_code == 200, response.text
     usage = response.json()["usage"]
     tokens = usage.get("input_tokens_details", usage)["image_tokens"]
-    assert tokens == 2 * 64
+    assert tokens == 2 * SMALL_TOKENS
 
 
 def test_frames_of_an_animation_are_images(http: httpx.Client) -> None:

@@ -111,4 +111,5 @@ def _part(example: Example, index: int) -> Picture:
         return example.pictures[index]
     (clip,) = example.pictures
     pair = slice(2 * index, 2 * index + 2)
-    return Picture(clip.frames[pair], clip.facts, [clip.things[2 * index]])
+    things = [thing for thing in clip.things if thing.frame == pair.start]
+    return Picture(clip.frames[pair], clip.facts, things)

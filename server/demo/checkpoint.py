@@ -16,7 +16,8 @@ from server.demo.network import configuration
 from server.demo.vision import CELL, DEVIATION, FRAMES, MEAN, MERGE, PATCH, VisionConfig
 
 MIN_PIXELS = (2 * CELL) ** 2
-MAX_PIXELS = (20 * CELL) ** 2
+MAX_PIXELS = 640 * 480
+MAX_VIDEO_PIXELS = 2 * MAX_PIXELS  # of all frames
 _PREFIX = "network."
 _SMOOTHED = 15  # lines of the log
 
@@ -50,7 +51,7 @@ def save(weights: dict[str, Tensor], tokenizer: Tokenizer, folder: Path) -> None
     image = {"image_processor_type": "Qwen2VLImageProcessorFast"} | processor
     _write(folder / "preprocessor_config.json", image)
     video = {"video_processor_type": "Qwen3VLVideoProcessor"} | processor
-    video["size"] = {"shortest_edge": MIN_PIXELS, "longest_edge": 8 * MAX_PIXELS}
+    video["size"] = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_VIDEO_PIXELS}
     _write(folder / "video_preprocessor_config.json", video)
 
 

@@ -4,7 +4,7 @@ import random
 
 from server.demo.batches import Batch, collate
 from server.demo.examples import Example, chat, several, single
-from server.demo.objects import mosaic
+from server.demo.objects import mosaic, traffic
 from server.demo.scene import Size
 from server.demo.targets import Grid
 from server.demo.texts import page
@@ -31,7 +31,8 @@ KINDS = {
 SEVERAL, CLIPS, CHATS = 0.12, 0.06, 0.015  # shares of the batches
 CHAT_BATCH = 24
 SEEING, SEEING_UNTIL = (0.85, 0.1), 0.25  # shares of batches without questions, first and then
-QUESTIONS_COST = 120.0  # of an example
+TRAFFIC = 0.15  # share of these in which things move
+QUESTIONS_COST = 160.0  # of an example
 
 
 def cost(grids: list[Grid]) -> float:
@@ -50,7 +51,7 @@ def draw(codec: Codec, rng: random.Random, progress: float, budget: float) -> Ba
         return collate(codec, rng, [chat(rng) for _ in range(CHAT_BATCH)], [])
     share = rng.random()
     if share < CLIPS:
-        grid = rng.choice([(3, 3), (4, 4), (5, 5)] if progress < 0.3 else [(4, 5), (6, 6), (7, 7)])
+        grid = rng.choice([(3, 3), (4, 4), (5, 5)] if progress < 0.6 else [(4, 5), (6, 6), (7, 7)])
         frames = rng.choice([4, 6, 8])
         grids = [grid] * (frames // 2)
         examples = [
@@ -59,7 +60,7 @@ def draw(codec: Codec, rng: random.Random, progress: float, budget: float) -> Ba
         ]
         return collate(codec, rng, examples, grids)
     if share < CLIPS + SEVERAL and progress > 0.05:
-        pool = [it for it in (*SMALL, *MEDIUM) if min(it) >= 3] if progress < 0.4 else MEDIUM
+        pool = [it for it in SMALL if min(it) >= 3] if progress < 0.6 else MEDIUM
         grids = [rng.choice(pool) for _ in range(rng.choice([2, 2, 2, 3, 4]))]
         examples = [
             several(rng, [_size(rng, grid) for grid in grids])
@@ -81,7 +82,7 @@ def _seeing(codec: Codec, rng: random.Random, progress: float, budget: float) ->
     """Pictures full of things and glyphs, from which only the vision encoder learns."""
     grid = rng.choice(_pool(rng, min(1.0, 2 * progress)))
     count = max(2, min(96, round(budget / (cost([grid]) - QUESTIONS_COST))))
-    makers = (page, page, mosaic)
+    makers = (traffic,) if rng.random() < TRAFFIC else (page, page, mosaic)
     examples = [Example([rng.choice(makers)(rng, _size(rng, grid))], []) for _ in range(count)]
     return collate(codec, rng, examples, [grid])
 
@@ -89,8 +90,8 @@ def _seeing(codec: Codec, rng: random.Random, progress: float, budget: float) ->
 def _pool(rng: random.Random, progress: float) -> tuple[Grid, ...]:
     if progress < 0.1:
         small, large = 0.75, 0.0
-    elif progress < 0.4:
-        small, large = 0.3, 0.04
+    elif progress < 0.6:
+        small, large = 0.5, 0.02
     else:
         small, large = 0.12, 0.2
     share = rng.random()

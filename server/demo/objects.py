@@ -249,7 +249,7 @@ def clip(rng: random.Random, size: Size, held_out: bool, frames: int | None = No
         draw_shape(random.Random(drawn), frame, shape, color, box)
         picture.frames.append(frame)
         facts = {"color": color, "shape": shape, "motion": direction}
-        picture.things.append(Thing(box, facts | place_facts(box, size)))
+        picture.things.append(Thing(box, facts | place_facts(box, size), index))
     ask = Asker(rng, held_out)
     name = shape if rng.random() < 0.7 else f"{color} {shape}"
     ask("motion", "motion", direction, 3, shape=name)
@@ -270,4 +270,30 @@ def mosaic(rng: random.Random, size: Size) -> Picture:
         color, shape = contrasting(rng, behind), rng.choice(SHAPES)
         draw_shape(rng, picture.image, shape, color, box)
         picture.things.append(Thing(box, {"color": color, "shape": shape} | place_facts(box, size)))
+    return picture
+
+
+def traffic(rng: random.Random, size: Size) -> Picture:
+    """Two frames of a mosaic in which each object moves its own way."""
+    picture, _ = blank(rng, size, "shapes", False)
+    behind = picture.facts["background"]
+    picture.frames.append(picture.image.copy())
+    short = min(size)
+    boxes = place(rng, size, rng.randint(1, 8), (1.5 * MIN_SIDE, max(1.5 * MIN_SIDE, 0.45 * short)))
+    for left, top, right, _ in boxes:
+        color, shape = contrasting(rng, behind), rng.choice(SHAPES)
+        direction = rng.choice(list(words.DIRECTIONS))
+        across, down = words.DIRECTIONS[direction]
+        way = rng.uniform(0.12, 0.3) * (right - left)
+        side = right - left - way
+        x = left + (way if across < 0 else 0) + (0 if across else rng.uniform(0, way))
+        y = top + (way if down < 0 else 0) + (0 if down else rng.uniform(0, way))
+        drawn = rng.getrandbits(32)
+        for frame, image in enumerate(picture.frames):
+            moved = x + frame * way * across, y + frame * way * down
+            box = (*moved, moved[0] + side, moved[1] + side)
+            draw_shape(random.Random(drawn), image, shape, color, box)
+            if frame == 0:
+                facts = {"color": color, "shape": shape, "motion": direction}
+                picture.things.append(Thing(box, facts | place_facts(box, size)))
     return picture

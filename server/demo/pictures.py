@@ -73,6 +73,7 @@ class Thing:
 
     box: Box
     facts: Mapping[str, str]
+    frame: int = 0  # of a clip
 
 
 @dataclass(frozen=True, slots=True)

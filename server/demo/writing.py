@@ -7,7 +7,7 @@ from server.demo.examples import Example
 from server.demo.scene import Question
 from server.demo.targets import Grid
 
-QUESTIONS = 5  # a picture
+QUESTIONS = 8  # a picture
 
 
 class Writer:

@@ -6,7 +6,8 @@ right where every process has a core of its own. On a CPU the cores are those th
 workers need: on two of them, half of the scheduler's time and a third of the model's went into
 this loop. So while there is image work, the loops sleep a tenth of a millisecond at each turn;
 a second after the last of it they spin as before, since sleeping then only adds the time it takes
-to wake up.
+to wake up. But even then they sleep once in a while: where Linux schedules by sessions (autogroup),
+processes that only yield can keep those of other sessions from the cores for many seconds.
 
 (vLLM's own blocking wait, which it takes after that second, is no way out: it may miss a message
 that comes at the wrong moment, and then sleeps until its next check.)
@@ -27,6 +28,7 @@ from typing import Any
 _VARIABLE = "_SACCADE_IMAGE_WORK"
 _SLEEP_S = 1e-4
 _RECENT_S = 1.0
+_SPIN_S = 5e-3  # the longest time without a sleep
 
 # When an image worker last got an image, on the system's monotonic clock.
 _last_work: Any = None  # a memoryview of doubles
@@ -60,9 +62,14 @@ def register() -> None:
         shared = mmap.mmap(file.fileno(), mmap.PAGESIZE, prot=mmap.PROT_READ)
     last_work: Any = memoryview(shared).cast("d")
 
+    slept = 0.0
+
     def look_again() -> None:
-        if time.monotonic() - last_work[0] < _RECENT_S:
+        nonlocal slept
+        now = time.monotonic()
+        if now - last_work[0] < _RECENT_S or now - slept > _SPIN_S:
             time.sleep(_SLEEP_S)
+            slept = now
         else:
             os.sched_yield()
 

@@ -1,0 +1,118 @@
+"""Answers follow the picture, through everything that lies between the file and the engine."""
+
+import asyncio
+import json
+import random
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from server.demo import vision
+from tests import demo_pictures
+from tests.conftest import Server, serving
+from tests.demo_pictures import Asked
+
+CHECKPOINT = Path(vision.__file__).parent
+CONNECTIONS = 64
+
+
+async def answers(url: str, questions: Iterable[Asked]) -> list[str]:
+    """The greedy answers to questions that are asked at the same time."""
+    limits = httpx.Limits(max_connections=CONNECTIONS)
+    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
+        (model,) = (await client.get("/v1/models")).json()["data"]
+
+        async def answer(question: Asked) -> str:
+            body = {
+                "model": model["id"],
+                "messages": [{"role": "user", "content": question.content}],
+                "temperature": 0,
+                "max_tokens": 16,
+            }
+            response = await client.post("/v1/chat/completions", json=body)
+            assert response.status_code == 200, response.text
+            content: str = response.json()["choices"][0]["message"]["content"]
+            return content
+
+        return await asyncio.gather(*map(answer, questions))
+
+
+def ask(server: Server, *questions: Asked) -> list[str]:
+    return asyncio.run(answers(server.url, questions))
+
+
+def wanted(questions: Iterable[Asked]) -> list[str]:
+    return [question.answer for question in questions]
+
+
+@pytest.mark.parametrize("turn", range(2))
+def test_fifty_pictures_at_the_same_time_are_not_mixed_up(server: Server, turn: int) -> None:
+    """In the second turn, the answers come from the caches."""
+    different = demo_pictures.fifty()
+    assert len(set(wanted(different))) == len(different) == 50
+    chance = random.Random(turn)
+    questions = different + chance.choices(different, k=50)
+    chance.shuffle(questions)
+    assert ask(server, *questions) == wanted(questions)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_pictures_are_in_the_order_they_were_sent_in(server: Server, count: int) -> None:
+    questions = list(demo_pictures.orders(count))
+    assert ask(server, *questions) == wanted(questions)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photo_is_read_upright(server: Server, orientation: int) -> None:
+    tagged = demo_pictures.turned(orientation)
+    plain = demo_pictures.turned(orientation, tagged=False)
+    shown, stored = ask(server, tagged, plain)
+    assert shown == tagged.answer
+    assert (stored == plain.answer) == (orientation == 1)
+
+
+@pytest.mark.parametrize("color", demo_pictures.NAMED)
+def test_every_kind_of_file_keeps_its_colors(server: Server, color: str) -> None:
+    questions = demo_pictures.kinds(color)
+    shown = ask(server, *questions.values())
+    assert dict(zip(questions, shown, strict=True)) == {
+        kind: question.answer for kind, question in questions.items()
+    }
+
+
+def test_grey_of_16_bits_keeps_its_color(server: Server) -> None:
+    question = demo_pictures.deep_grey()
+    assert ask(server, question) == [question.answer]
+
+
+def test_small_text_needs_its_pixels(server: Server) -> None:
+    fine = demo_pictures.small_text(detail="high")
+    coarse = demo_pictures.small_text(detail="high", max_tokens=demo_pictures.CAP)
+    read, guessed = ask(server, fine, coarse)
+    assert read == fine.answer
+    assert guessed != fine.answer
+
+
+def test_the_processor_normalizes_as_in_the_training() -> None:
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        processor = json.loads((CHECKPOINT / name).read_text())
+        assert processor["image_mean"] == list(vision.MEAN)
+        assert processor["image_std"] == list(vision.DEVIATION)
+
+
+def test_another_normalization_would_be_seen(tmp_path: Path) -> None:
+    """Pixels from 0 to 255 mean nothing to it; small differences the test above must find."""
+    for name in ("*.json", "*.jinja", "*.safetensors"):
+        for file in CHECKPOINT.glob(name):
+            shutil.copy(file, tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    processor = json.loads(path.read_text()) | {"image_mean": [0] * 3, "image_std": [1 / 255] * 3}
+    path.write_text(json.dumps(processor))
+    questions = demo_pictures.fifty()
+    with serving(str(tmp_path), "--max-model-len", "2048") as other:
+        got = ask(other, *questions)
+    right = sum(one == two for one, two in zip(got, wanted(questions), strict=True))
+    assert right < len(questions) / 2
