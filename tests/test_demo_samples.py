@@ -1,4 +1,4 @@
-"""`saccade demo`: its pictures, its folder, and that the demo model answers most of what it asks."""
+"""`saccade demo`: its pictures, its folder, and that the demo model answers most of it."""
 
 import json
 import re
