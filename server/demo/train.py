@@ -35,7 +35,7 @@ from server.demo.network import Network
 from server.demo.optimizer import Optimizer
 from server.demo.vision import VisionBlock
 
-STEPS = 7500  # less than two hours on two cores
+STEPS = 14_000  # less than three hours on two cores
 BUDGET = 8_000.0  # of the cost of a process's share of a batch
 SEED = 1
 PROCESSES = 2
