@@ -77,7 +77,7 @@ def _loss(fact: str, logits: Tensor, target: Tensor) -> Tensor:
         blurred = functional.softmax(-distance / _BLUR, -1)
         return functional.cross_entropy(logits[:, 1:], blurred)
     weight = torch.ones(logits.shape[1])
-    weight[0] = 1.0 if fact in _ONLY_WHERE_KNOWN else _NOTHING_WEIGHT
+    weight[0] = _NOTHING_WEIGHT
     return functional.cross_entropy(logits, target, weight)
 
 
