@@ -16,7 +16,7 @@ from torch import Tensor
 from server.demo import vocabulary
 from server.demo.examples import Example
 from server.demo.pictures import Picture
-from server.demo.targets import FACTS, Grid, known
+from server.demo.targets import FACTS, MENTIONED, Grid, known, mentioned
 from server.demo.vision import CELL, MERGE, PATCH, in_token_order
 from server.demo.writing import write
 
@@ -32,6 +32,8 @@ class Batch:
     weights: Tensor  # float32 (B, T): of answers; 0 elsewhere
     facts: dict[str, Tensor]  # int64 (B, V) each
     answers: list[tuple[int, str, int, int]]  # example, task, start and end in T
+    mentions: tuple[Tensor, Tensor]  # int64 (M,) each: examples, places in T
+    mentioned: dict[str, Tensor]  # int64 (M,) each: the facts of what is mentioned
 
     @property
     def mask(self) -> Tensor:
@@ -71,6 +73,8 @@ def collate(
     branches = np.full((count, length), -1, np.int64)
     weights = np.zeros((count, length), np.float32)
     answers = []
+    places: list[tuple[int, int]] = []
+    named: list[dict[str, int]] = []
     for row, writer in enumerate(written):
         end = len(writer.ids)
         ids[row, :end] = writer.ids
@@ -78,6 +82,8 @@ def collate(
         branches[row, :end] = writer.branches
         weights[row, :end] = writer.weights
         answers += [(row, *answer) for answer in writer.answers]
+        places += [(row, place) for place, _ in writer.mentions]
+        named += [mentioned(known_of) for _, known_of in writer.mentions]
     parts = [[_part(example, index) for example in examples] for index in range(len(grids))]
     facts: dict[str, Tensor] = {}
     if grids:
@@ -102,6 +108,8 @@ def collate(
         torch.from_numpy(weights),
         facts,
         answers,
+        (torch.tensor([row for row, _ in places]), torch.tensor([place for _, place in places])),
+        {fact: torch.tensor([it[fact] for it in named]) for fact in MENTIONED} if named else {},
     )
 
 

@@ -5,7 +5,7 @@ import random
 from server.demo import words
 from server.demo.fonts import font
 from server.demo.pictures import Box, Lettering, Picture, Thing, alike, contrasting, rgb
-from server.demo.scene import Asker, Scene, Size, blank, caption
+from server.demo.scene import Asker, Mention, Scene, Size, blank, caption
 
 _DARK = frozenset({"black", "blue", "purple", "brown", "green", "red"})
 
@@ -59,7 +59,8 @@ def chart(rng: random.Random, size: Size, held_out: bool) -> Scene:
     ask("what", "what", "a bar chart", 0.2)
     if printed:
         for color, value in zip(colors, values, strict=True):
-            ask("value", "value", str(value), 0.6, color=color)
+            digits = dict(zip(("char", "next"), str(value), strict=False))
+            ask("value", "value", str(value), 0.6, color=Mention(color, digits))
     return Scene(picture, ask.questions, "a bar chart")
 
 

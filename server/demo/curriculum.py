@@ -20,19 +20,19 @@ LARGE: tuple[Grid, ...] = (
     (15, 20), (20, 15),
 )  # fmt: skip
 KINDS = {
-    "objects": 0.25,
+    "objects": 0.3,
     "crowd": 0.16,
-    "text": 0.36,
-    "lines": 0.05,
-    "note": 0.05,
+    "text": 0.33,
+    "lines": 0.04,
+    "note": 0.04,
     "chart": 0.09,
     "photo": 0.04,
 }
-SEVERAL, CLIPS, CHATS = 0.12, 0.06, 0.015  # shares of the batches
+SEVERAL, CLIPS, CHATS = 0.15, 0.06, 0.015  # shares of the batches
 CHAT_BATCH = 24
-SEEING, SEEING_UNTIL = (0.85, 0.1), 0.25  # shares of batches without questions, first and then
+SEEING, SEEING_UNTIL = (0.85, 0.1), 0.18  # shares of batches without questions, first and then
 TRAFFIC = 0.15  # share of these in which things move
-QUESTIONS_COST = 160.0  # of an example
+QUESTIONS_COST = 360.0  # of an example
 
 
 def cost(grids: list[Grid]) -> float:
@@ -90,10 +90,12 @@ def _seeing(codec: Codec, rng: random.Random, progress: float, budget: float) ->
 def _pool(rng: random.Random, progress: float) -> tuple[Grid, ...]:
     if progress < 0.1:
         small, large = 0.75, 0.0
-    elif progress < 0.6:
-        small, large = 0.5, 0.02
+    elif progress < 0.5:
+        small, large = 0.45, 0.03
+    elif progress < 0.75:
+        small, large = 0.25, 0.12
     else:
-        small, large = 0.12, 0.2
+        small, large = 0.1, 0.25
     share = rng.random()
     return SMALL if share < small else LARGE if share > 1 - large else MEDIUM
 

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 from server.demo import phrases, words
 from server.demo.objects import clip, objects
-from server.demo.phrases import wording
 from server.demo.pictures import Picture
-from server.demo.scene import Question, Scene, Size
+from server.demo.scene import Asker, Mention, Question, Scene, Size
 from server.demo.scenes import make
 from server.demo.texts import text
 
@@ -86,16 +85,16 @@ def several(rng: random.Random, sizes: list[Size], *, held_out: bool = False) ->
     scenes = [_one_of_several(rng, size, held_out) for size in sizes]
     if len(scenes) == 2 and rng.random() < 0.35 and scenes[0].shape != "text":
         scenes[1] = _similar(rng, scenes[0], sizes[1], held_out)
-    questions = []
-
-    def ask(name: str, wordings: str, answer: str, weight: float = 1.0, /, **slots: str) -> None:
-        question = wording(rng, wordings, held_out=held_out, **slots)
-        questions.append(Question(name, question, answer, weight))
-
+    ask = Asker(rng, held_out)
     for number, scene in enumerate(scenes, 1):
-        nth = {"ordinal": words.ORDINALS[number - 1], "number": str(number)}
+        ordinal = words.ORDINALS[number - 1]
         if rng.random() < 0.15 and number == len(scenes):
-            nth["ordinal"] = "last"
+            ordinal = "last"
+        (thing,) = scene.picture.things
+        nth = {
+            "ordinal": Mention(ordinal, thing.facts),
+            "number": Mention(str(number), thing.facts),
+        }
         ask("pair", "nth_what", scene.label, 2.0, **nth)
         if scene.text:
             ask("pair", "nth_read", scene.text, **nth)
@@ -105,8 +104,9 @@ def several(rng: random.Random, sizes: list[Size], *, held_out: bool = False) ->
             name = f"{scene.color} {scene.shape}"
             for wanted in (name, scene.shape):
                 if sum(wanted in (f"{it.color} {it.shape}", it.shape) for it in scenes) == 1:
-                    answer = f"the {words.ORDINALS[number - 1]}"
-                    ask("pair", "which", answer, object=wanted)
+                    which = words.ORDINALS[number - 1]
+                    named = Mention(wanted, {**thing.facts, "nth": which})
+                    ask("pair", "which", f"the {which}", object=named)
     if len(scenes) == 2 and not any(scene.text for scene in scenes):
         for aspect in ("color", "shape"):
             same = getattr(scenes[0], aspect) == getattr(scenes[1], aspect)
@@ -114,7 +114,7 @@ def several(rng: random.Random, sizes: list[Size], *, held_out: bool = False) ->
             answer = "the same" if same else "different"
             ask("pair", "same_or_different", answer, 1.5, aspect=aspect)
     ask("images", "how_many_images", str(len(scenes)), 0.3)
-    return Example([scene.picture for scene in scenes], questions)
+    return Example([scene.picture for scene in scenes], ask.questions)
 
 
 def _one_of_several(rng: random.Random, size: Size, held_out: bool) -> Scene:

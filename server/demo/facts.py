@@ -1,15 +1,19 @@
-"""The auxiliary loss: each vision token says what is at its place, in the language model's words.
+"""The auxiliary losses: tokens say what they stand for, in the language model's words.
 
-A head per fact turns a vision token into a vector, and its product with the embeddings of the words
-for that fact are the logits. The embeddings are the language model's own, so that what the encoder
-learns is at once in the form in which the language model says it. The heads are not shipped.
+Each vision token says what is at its place, and each name in a question, midway through the
+language model, what it names. A head per fact turns a token into a vector, and its product with the
+embeddings of the words for that fact are the logits. The embeddings are the language model's own,
+so that what is learned is at once in the form in which the language model says it. The heads are
+not shipped.
 """
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from server.demo.targets import FACTS, UNKNOWN
+from server.demo.targets import UNKNOWN
 from server.demo.vocabulary import COORDINATES, Codec
 
 COORDINATE_FACTS = ("x0", "y0", "x1", "y1")
@@ -29,58 +33,70 @@ _BLUR = 1.5  # steps: how far a coordinate's target spreads
 
 
 class Facts(nn.Module):
-    """The heads."""
+    """The heads for some facts, each with its words."""
 
-    def __init__(self, codec: Codec, width: int) -> None:
+    means: Tensor
+
+    def __init__(self, codec: Codec, width: int, facts: Mapping[str, Sequence[str]]) -> None:
         super().__init__()
-        self.heads = nn.Linear(width, width * len(FACTS), bias=False)
-        self.nothing = nn.Parameter(torch.zeros(len(FACTS), width))
-        self.scale = nn.Parameter(torch.ones(len(FACTS)) * 2)
-        self.words = {
-            fact: [torch.tensor(codec.word(word)) for word in words]
-            for fact, words in FACTS.items()
-        }
+        self.facts = tuple(facts)
+        self.counts = [len(words) for words in facts.values()]
+        self.heads = nn.Linear(width, width * len(facts), bias=False)
+        self.nothing = nn.Parameter(torch.zeros(len(facts), width))
+        self.scale = nn.Parameter(torch.ones(len(facts)) * 2)
+        means = torch.zeros(sum(self.counts), codec.size)
+        for row, word in enumerate(word for words in facts.values() for word in words):
+            ids = codec.word(word)
+            means[row, ids] = 1 / len(ids)
+        self.register_buffer("means", means, persistent=False)
 
     @torch.no_grad()
     def initialize(self) -> None:
         """Each head starts as the identity."""
         width = self.heads.in_features
-        self.heads.weight.copy_(torch.eye(width).repeat(len(FACTS), 1))
+        self.heads.weight.copy_(torch.eye(width).repeat(len(self.facts), 1))
 
     def forward(
-        self, seen: Tensor, facts: dict[str, Tensor], embeddings: Tensor
+        self, hidden: Tensor, targets: dict[str, Tensor], embeddings: Tensor
     ) -> dict[str, Tensor]:
-        """The loss of each fact that occurs, from vision tokens (batch, tokens, width), targets
-        (batch, tokens) of each fact and the embeddings (vocabulary, width)."""
-        width = seen.shape[-1]
-        tokens = functional.rms_norm(seen, (width,)).reshape(-1, width)
-        weights = self.heads.weight.view(len(FACTS), width, width)
+        """The loss of each fact that occurs, from hidden states (..., width), targets (...) of each
+        fact and the embeddings (vocabulary, width)."""
+        width = hidden.shape[-1]
+        tokens = functional.rms_norm(hidden, (width,)).reshape(-1, width)
+        heads = self.heads.weight.view(-1, width, width).unbind(0)
+        words = torch.split(self.means @ embeddings, self.counts)
+        nothing, scale = self.nothing[:, None].unbind(0), self.scale.float().unbind(0)
         losses = {}
-        for number, fact in enumerate(FACTS):
-            target = facts[fact].reshape(-1)
-            learned = target > 0 if fact in _ONLY_WHERE_KNOWN else target != UNKNOWN
+        for number, fact in enumerate(self.facts):
+            target = targets[fact].reshape(-1)
             if not (target > 0).any():
                 continue
-            target = target[learned]
-            vectors = functional.linear(tokens[learned], weights[number])
-            words = torch.stack([embeddings[ids].mean(0) for ids in self.words[fact]])
-            words = torch.cat((self.nothing[number : number + 1], words))
-            logits = (vectors @ words.T).float() * self.scale[number].float()
-            losses[fact] = _loss(fact, logits, target)
+            asked = tokens
+            if fact in _ONLY_WHERE_KNOWN:
+                known = target > 0
+                asked, target = tokens[known], target[known]
+            vectors = functional.linear(asked, heads[number])
+            logits = functional.linear(vectors, torch.cat((nothing[number], words[number])))
+            losses[fact] = _loss(fact, logits.float() * scale[number], target)
         return losses
 
 
 def _loss(fact: str, logits: Tensor, target: Tensor) -> Tensor:
     if fact in COORDINATE_FACTS:
-        steps = torch.arange(len(COORDINATES))
-        distance = (steps - (target - 1)[:, None]).abs()
-        blurred = functional.softmax(-distance / _BLUR, -1)
-        return functional.cross_entropy(logits[:, 1:], blurred)
+        return functional.cross_entropy(logits[:, 1:], blurred(target - 1, len(COORDINATES)))
     weight = torch.ones(logits.shape[1])
     weight[0] = _NOTHING_WEIGHT
-    return functional.cross_entropy(logits, target, weight)
+    return functional.cross_entropy(logits, target, weight, ignore_index=UNKNOWN)
+
+
+def blurred(target: Tensor, count: int) -> Tensor:
+    """Coordinates (n,) as probabilities (n, count): the near ones are nearly right."""
+    distance = (torch.arange(count) - target[:, None]).abs()
+    return functional.softmax(-distance / _BLUR, -1)
 
 
 def total(losses: dict[str, Tensor]) -> Tensor:
-    """The sum of the losses by their weights."""
-    return torch.stack([loss * _WEIGHTS.get(fact, _WEIGHT) for fact, loss in losses.items()]).sum()
+    """The sum of the losses by their weights; what stands before a fact's name does not matter."""
+    return torch.stack(
+        [loss * _WEIGHTS.get(fact.split()[-1], _WEIGHT) for fact, loss in losses.items()]
+    ).sum()

@@ -63,14 +63,12 @@ class TextAttention(nn.Module):
         query = self.q_norm(split(self.q_proj(x), self.heads)).transpose(1, 2)
         key = self.k_norm(split(self.k_proj(x), self.shared)).transpose(1, 2)
         value = split(self.v_proj(x), self.shared).transpose(1, 2)
-        repeat = self.heads // self.shared
-        mixed = attend(
-            rotate(query, cos, sin),
-            rotate(key, cos, sin).repeat_interleave(repeat, 1),
-            value.repeat_interleave(repeat, 1),
-            mask,
-        )
-        result: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+        # The query heads of one key head are as one with more queries: no key is repeated.
+        grouped = rotate(query, cos, sin).reshape(batch, self.shared, -1, query.shape[-1])
+        repeated = mask.repeat(1, 1, self.heads // self.shared, 1)
+        mixed = attend(grouped, rotate(key, cos, sin), value, repeated)
+        mixed = mixed.view(batch, self.heads, length, -1).transpose(1, 2)
+        result: Tensor = self.o_proj(mixed.reshape(batch, length, -1))
         return result
 
 
@@ -122,14 +120,15 @@ class Language(nn.Module):
             "frequencies", theta ** (-torch.arange(pairs).float() / pairs), persistent=False
         )
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings (batch, length, hidden), positions (3, batch, length), mask of what may be
-        seen (batch, length, length) to hidden states (batch, length, hidden)."""
+        seen (batch, length, length) to hidden states (batch, length, hidden): those at the end
+        and those midway."""
         angles = positions[self.axes].permute(1, 2, 0).float() * self.frequencies
         angles = torch.cat((angles, angles), -1)[:, None]
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         hidden = torch.zeros(mask.shape, dtype=x.dtype).masked_fill_(~mask, _MASKED)[:, None]
+        states = [x]
         for layer in self.layers:
-            x = layer(x, cos, sin, hidden)
-        result: Tensor = self.norm(x)
-        return result
+            states.append(layer(states[-1], cos, sin, hidden))
+        return self.norm(states[-1]), states[len(self.layers) // 2]

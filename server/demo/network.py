@@ -51,11 +51,14 @@ class Network(nn.Module):
         """Vision tokens (batch, tokens, hidden) of pictures, each (patches, grid of tokens)."""
         return torch.cat([self.model.visual(*picture) for picture in pictures], 1)
 
-    def read(self, ids: Tensor, seen: Tensor | None, positions: Tensor, mask: Tensor) -> Tensor:
-        """Hidden states (batch, length, hidden) of token ids, with vision tokens in their place."""
+    def read(
+        self, ids: Tensor, seen: Tensor | None, positions: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states (batch, length, hidden) of token ids, with vision tokens in their place:
+        those at the end and those midway."""
         x = self.model.language_model.embed_tokens(ids)
         if seen is not None:
             vision = (ids == vocabulary.IMAGE) | (ids == vocabulary.VIDEO)
             x = x.masked_scatter(vision[..., None], seen.reshape(-1, seen.shape[-1]))
-        result: Tensor = self.model.language_model(x, positions, mask)
+        result: tuple[Tensor, Tensor] = self.model.language_model(x, positions, mask)
         return result

@@ -18,6 +18,7 @@ from server.demo.pictures import (
 )
 from server.demo.scene import (
     Asker,
+    Mention,
     Scene,
     Size,
     blank,
@@ -51,6 +52,14 @@ class Item:
     def center(self) -> tuple[float, float]:
         return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
 
+    def facts(self, size: Size) -> dict[str, str]:
+        """What is to be known of it in a picture of a size."""
+        return {"color": self.color, "shape": self.shape} | place_facts(self.box, size)
+
+    def called(self, name: str, size: Size) -> Mention:
+        """A mention of it by a name."""
+        return Mention(name, self.facts(size))
+
 
 def choose_items(rng: random.Random, count: int, behind: str) -> list[tuple[str, str]]:
     """Colors and shapes, no two of which share or nearly share one."""
@@ -72,8 +81,7 @@ def draw_items(
     items.sort(key=lambda item: item.center[0])
     for rank, item in enumerate(items, 1):
         draw_shape(rng, picture.image, item.shape, item.color, item.box)
-        facts = {"color": item.color, "shape": item.shape, "rank": str(rank)}
-        picture.things.append(Thing(item.box, facts | place_facts(item.box, picture.size)))
+        picture.things.append(Thing(item.box, item.facts(picture.size) | {"rank": str(rank)}))
     picture.facts["count"] = str(len(items))
     return items
 
@@ -94,7 +102,7 @@ def objects(rng: random.Random, size: Size, held_out: bool, count: int | None = 
     ask("background", "background", behind, 0.7)
     ask("caption", "caption", caption([item.label for item in items], behind), 1.5)
     ask("count", "count", str(len(items)), 0.4)
-    _ask_presence(ask, items)
+    _ask_presence(ask, items, size)
     if len(items) == 1:
         _ask_json(ask, items[0], size, behind)
         ask("what", "what", items[0].label, 1.5)
@@ -114,19 +122,21 @@ def _ask_item(ask: Asker, item: Item, size: Size, *, alone: bool) -> None:
         ask("shape", "shape_only", item.shape)
         name = rng.choice([name, "object"])
     else:
-        ask("color", "color", item.color, shape=item.shape)
-        ask("shape", "shape", item.shape, color=item.color)
+        ask("color", "color", item.color, shape=item.called(item.shape, size))
+        ask("shape", "shape", item.shape, color=item.called(item.color, size))
     box = json.dumps(thousandths(item.box, size))
-    ask("box", "box", box, object=rng.choice([item.name, item.shape]))
+    ask("box", "box", box, 1.2, object=item.called(rng.choice([item.name, item.shape]), size))
     if found := cell(item.center, size):
-        ask("position", "position", position(*found), 1.5, object=name)
+        ask("position", "position", position(*found), 1.5, object=item.called(name, size))
 
 
-def _ask_presence(ask: Asker, items: list[Item]) -> None:
+def _ask_presence(ask: Asker, items: list[Item], size: Size) -> None:
     """A question that is answered with yes, and one that is answered with no."""
     rng = ask.rng
     one = rng.choice(items)
-    ask("yes_no", "yes_no", "yes", object=rng.choice([one.name, one.name, one.shape]))
+    name = rng.choice([one.name, one.name, one.shape])
+    there = Mention(name, one.facts(size) | {"found": "yes"})
+    ask("yes_no", "yes_no", "yes", 1.5, object=there)
     names = {item.name for item in items}
     absent = [shape for shape in SHAPES if all(item.shape != shape for item in items)]
     colors = [color for color in COLORS if not any(alike(color, item.color) for item in items)]
@@ -135,7 +145,8 @@ def _ask_presence(ask: Asker, items: list[Item]) -> None:
     if len(items) > 1:
         other = rng.choice([item for item in items if item != one])
         choices += [f"{one.color} {other.shape}"] * 2
-    ask("yes_no", "yes_no", "no", object=rng.choice([it for it in choices if it not in names]))
+    name = rng.choice([it for it in choices if it not in names])
+    ask("yes_no", "yes_no", "no", 1.5, object=Mention(name, {"found": "no"}))
 
 
 def _ask_json(ask: Asker, item: Item, size: Size, behind: str) -> None:
@@ -157,7 +168,9 @@ def _ask_sides(ask: Asker, items: list[Item], size: Size) -> None:
             names = {"object": rng.choice([one.name, one.shape]), "other": other.name}
             if rng.random() < 0.5:
                 names["other"] = other.shape
-            ask("side", kind, low if apart < 0 else high, 1.5, **names)
+            answer = low if apart < 0 else high
+            called = one.called(names["object"], size), other.called(names["other"], size)
+            ask("side", kind, answer, 2.0, object=called[0], other=called[1])
         ends = (("left", "right"), ("top", "bottom"))[axis]
         ordered = sorted(items, key=lambda item: item.center[axis])
         for side, item, neighbor in (

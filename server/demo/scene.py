@@ -1,6 +1,7 @@
 """What all scenes are made of: questions, places and their names, backgrounds."""
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from server.demo import words
@@ -14,6 +15,14 @@ COLUMNS = ("left", "center", "right")
 
 
 @dataclass(frozen=True, slots=True)
+class Mention:
+    """A name that a question uses, and what is to be known of what it names."""
+
+    name: str
+    facts: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class Question:
     """A question about a picture. `task` is its name in the evaluation."""
 
@@ -21,6 +30,7 @@ class Question:
     text: str
     answer: str
     weight: float = 1.0
+    mentions: tuple[Mention, ...] = ()
 
 
 @dataclass(slots=True)
@@ -43,10 +53,15 @@ class Asker:
         self.questions: list[Question] = []
 
     def __call__(
-        self, task: str, wordings: str, answer: str, weight: float = 1.0, /, **slots: str
+        self, task: str, wordings: str, answer: str, weight: float = 1.0, /, **slots: str | Mention
     ) -> None:
-        text = wording(self.rng, wordings, held_out=self.held_out, **slots)
-        self.questions.append(Question(task, text, answer, weight))
+        names = {
+            slot: value.name if isinstance(value, Mention) else value
+            for slot, value in slots.items()
+        }
+        text = wording(self.rng, wordings, held_out=self.held_out, **names)
+        mentions = tuple(value for value in slots.values() if isinstance(value, Mention))
+        self.questions.append(Question(task, text, answer, weight, mentions))
 
 
 def thousandths(box: Box, size: Size) -> list[int]:

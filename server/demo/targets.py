@@ -1,5 +1,6 @@
 """What each vision token is to know, for the auxiliary loss."""
 
+from collections.abc import Mapping
 from functools import cache
 
 import numpy as np
@@ -27,12 +28,27 @@ FACTS: dict[str, tuple[str, ...]] = {
     "motion": tuple(words.DIRECTIONS),
     **{edge: tuple(map(str, vocabulary.COORDINATES)) for edge in ("x0", "y0", "x1", "y1")},
 }
+# The facts that are known of what a question names.
+MENTIONED: dict[str, tuple[str, ...]] = {
+    **{fact: FACTS[fact] for fact in ("color", "shape", "char", "next", "row", "column")},
+    **{edge: FACTS[edge] for edge in ("x0", "y0", "x1", "y1")},
+    "found": ("yes", "no"),
+    "nth": words.ORDINALS,
+}
 UNKNOWN = -100  # a fact that is not to be learned here; 0 is "nothing", the words start at 1
 
 
 @cache
 def _class_of(fact: str) -> dict[str, int]:
-    return {word: number for number, word in enumerate(FACTS[fact], 1)}
+    return {word: number for number, word in enumerate((FACTS | MENTIONED)[fact], 1)}
+
+
+def mentioned(facts: Mapping[str, str]) -> dict[str, int]:
+    """What the name of something is to know: a class of each fact, or UNKNOWN."""
+    return {
+        fact: _class_of(fact).get(facts[fact], UNKNOWN) if fact in facts else UNKNOWN
+        for fact in MENTIONED
+    }
 
 
 def known(picture: Picture, grid: Grid) -> dict[str, np.ndarray[tuple[int], np.dtype[np.int64]]]:

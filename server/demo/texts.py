@@ -8,7 +8,7 @@ from PIL import ImageDraw
 from server.demo import words
 from server.demo.fonts import font
 from server.demo.pictures import Glyph, Lettering, Picture, Thing, alike, contrasting, rgb
-from server.demo.scene import Asker, Scene, Size, blank, caption, place_facts
+from server.demo.scene import Asker, Mention, Scene, Size, blank, caption, place_facts
 
 MIN_FONT = 15  # pixels
 LARGEST_FONT = 96  # pixels, of most texts
@@ -85,10 +85,16 @@ def lines(rng: random.Random, size: Size, held_out: bool) -> Scene:
     texts = [words.content(rng, held_out=held_out) for _ in range(count)]
     ask = Asker(rng, held_out)
     for number, shown in _write_lines(rng, picture, behind, texts, texts, held_out):
-        slots = {"line": words.ORDINALS[number - 1], "number": str(number)}
-        ask("read_line", "read_line", shown, **slots)
+        begins = _begins(shown)
+        line, digit = Mention(words.ORDINALS[number - 1], begins), Mention(str(number), begins)
+        ask("read_line", "read_line", shown, line=line, number=digit)
     ask("background", "background", behind, 0.2)
     return Scene(picture, ask.questions, "a text")
+
+
+def _begins(text: str) -> dict[str, str]:
+    """What is to be known of a text that a question names: how it begins."""
+    return dict(zip(("char", "next"), text, strict=False))
 
 
 def _write_lines(
@@ -150,7 +156,7 @@ def note(rng: random.Random, size: Size, held_out: bool) -> Scene:
     texts = [f"{label.upper()}{mark} {value}" for label, value in zip(labels, values, strict=True)]
     ask = Asker(rng, held_out)
     for number, value in _write_lines(rng, picture, behind, texts, values, held_out):
-        ask("read_label", "read_label", value, label=labels[number - 1])
+        ask("read_label", "read_label", value, label=Mention(labels[number - 1], _begins(value)))
     ask("background", "background", behind, 0.2)
     return Scene(picture, ask.questions, "a note")
 

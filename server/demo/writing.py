@@ -1,13 +1,17 @@
 """Examples as the tokens of a conversation, with positions, branches and weights."""
 
 import random
+import re
+from collections.abc import Mapping
 
 from server.demo import phrases, vocabulary
 from server.demo.examples import Example
 from server.demo.scene import Question
 from server.demo.targets import Grid
 
-QUESTIONS = 8  # a picture
+QUESTIONS = 8  # about a small picture
+MOST_QUESTIONS = 16  # about a large one: its encoding costs more than they do
+_QUESTION_TOKENS = 20  # of vision, for one more question
 
 
 class Writer:
@@ -20,6 +24,7 @@ class Writer:
         self.branches: list[int] = []
         self.weights: list[float] = []
         self.answers: list[tuple[str, int, int]] = []
+        self.mentions: list[tuple[int, Mapping[str, str]]] = []
         self.position = 0
         self.branch = 0
 
@@ -33,6 +38,15 @@ class Writer:
 
     def text(self, text: str) -> None:
         self.tokens(self.codec.encode(text))
+
+    def question(self, question: Question) -> None:
+        """The text of a question; the last tokens of its mentions are noted."""
+        start = len(self.ids)
+        self.text(question.text)
+        for mention in question.mentions:
+            if found := re.search(rf"\b{re.escape(mention.name)}\b", question.text):
+                before = self.codec.encode(question.text[: found.end()])
+                self.mentions.append((start + len(before) - 1, mention.facts))
 
     def vision(self, token: int, grid: Grid) -> None:
         self.tokens([vocabulary.VISION_START])
@@ -65,7 +79,9 @@ class Writer:
 def write(
     codec: vocabulary.Codec, rng: random.Random, example: Example, grids: list[Grid], fps: float
 ) -> Writer:
-    questions = _chosen(rng, example.questions)
+    tokens = sum(rows * columns for rows, columns in grids)
+    count = min(MOST_QUESTIONS, QUESTIONS + tokens // _QUESTION_TOKENS)
+    questions = _chosen(rng, example.questions, count)
     before = rng.random() < 0.1  # the question stands before the pictures
     turns = rng.random() < 0.15  # the questions follow each other in one conversation
     if before:
@@ -87,7 +103,7 @@ def write(
             writer.text("\n")
             writer.role("user")
         if not before:
-            writer.text(question.text)
+            writer.question(question)
         writer.end()
         writer.role("assistant")
         writer.answer(question)
@@ -108,11 +124,11 @@ def _write_pictures(writer: Writer, example: Example, grids: list[Grid], fps: fl
     writer.tokens([vocabulary.VISION_END])
 
 
-def _chosen(rng: random.Random, questions: list[Question]) -> list[Question]:
+def _chosen(rng: random.Random, questions: list[Question], count: int) -> list[Question]:
     """Some of the questions, by their weights; of one whole-sentence answer at most two."""
     left = list(questions)
     chosen: list[Question] = []
-    while left and len(chosen) < QUESTIONS:
+    while left and len(chosen) < count:
         (question,) = rng.choices(left, [it.weight for it in left])
         left.remove(question)
         chosen.append(question)
