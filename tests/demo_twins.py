@@ -91,7 +91,7 @@ class Twins:
     ) -> tuple[list[int], list[int], Tensor, Tensor]:
         """Ids and logits (length, vocabulary) of the prompt: of the training, of Transformers."""
         batch = collate(codec, Chance(worded), [example], grids)
-        hidden = self.network.read(
+        hidden, _ = self.network.read(
             batch.ids, self.network.see(batch.pictures), batch.positions, batch.mask
         )
         logits = hidden[0] @ self.network.model.language_model.embed_tokens.weight.T

@@ -27,7 +27,7 @@ _WEIGHTS = {
     "color": 0.7,
     "shape": 0.7,
     "rank": 0.7,
-} | dict.fromkeys(COORDINATE_FACTS, 0.15)
+} | dict.fromkeys(COORDINATE_FACTS, 0.3)
 _WEIGHT = 0.4
 _BLUR = 1.5  # steps: how far a coordinate's target spreads
 

@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -37,13 +38,13 @@ from server.demo.targets import FACTS, MENTIONED
 from server.demo.vision import VisionBlock
 from server.demo.vocabulary import COORDINATES
 
-STEPS = 8_200  # less than two hours on two cores
+STEPS = 11_700  # less than three hours on two cores
 BUDGET = 10_000.0  # of the cost of a process's share of a batch
 SEED = 1
 PROCESSES = 2
 MUON_RATE, ADAM_RATE = 0.008, 1.5e-3
 WARM_UP = 60  # steps
-CONSTANT = 0.5  # of the steps; the rate falls to 0 after them
+CONSTANT = 0.65  # of the steps; the rate falls to 0 after them
 AVERAGE_DECAY = 0.995  # of the average of the weights that is shipped
 FACTS_WEIGHT = 0.5
 FACTS_FADE = 0.2  # the facts' weight at the end, as a share of that at the start
@@ -62,6 +63,8 @@ class Options:
     budget: float = BUDGET
     seed: int = SEED
     processes: int = PROCESSES
+    weights: Path | None = None
+    first_step: int = 0
     compile: bool = True
 
 
@@ -139,11 +142,9 @@ class Tally:
         }
 
 
-def rate(step: int, steps: int) -> float:
-    """The share of the learning rates at a step."""
-    progress = step / steps
-    falling = 1.0 if progress < CONSTANT else max(0.0, (1 - progress) / (1 - CONSTANT))
-    return min(1.0, (step + 1) / WARM_UP) * falling
+def rate(progress: float) -> float:
+    """The share of the learning rates at a share of the steps."""
+    return 1.0 if progress < CONSTANT else max(0.0, (1 - progress) / (1 - CONSTANT))
 
 
 def train(rank: int, options: Options, port: int) -> None:
@@ -165,9 +166,11 @@ def train(rank: int, options: Options, port: int) -> None:
     codec = vocabulary.Codec(tokenizer)
     trained = Trained(codec)
     trained.initialize(options.seed)
+    if options.weights:
+        trained.network.load_state_dict(load_file(options.weights / "model.safetensors"))
     trained.bfloat16()
     optimizer = Optimizer(trained, MUON_RATE, ADAM_RATE)
-    first, spent = 0, 0.0
+    first, spent = options.first_step, 0.0
     saved = options.output / "state.pt"
     if saved.exists():
         state = torch.load(saved, weights_only=True)
@@ -188,7 +191,8 @@ def train(rank: int, options: Options, port: int) -> None:
         (loss + faded * total(facts) if facts else loss).backward()
         gradients = _reduced(trained, options.processes)
         decay = min(AVERAGE_DECAY, (step + 1) / (step + 10))
-        optimizer.step(gradients, rate(step, options.steps), decay)
+        warmed = min(1.0, (step - options.first_step + 1) / WARM_UP)
+        optimizer.step(gradients, warmed * rate(step / options.steps), decay)
         trained.zero_grad()
         stopping = _in_any(interrupted.is_set())
         last = stopping or step + 1 == options.steps
@@ -266,6 +270,10 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=BUDGET, help="size of a batch")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--processes", type=int, default=PROCESSES)
+    parser.add_argument(
+        "--weights", type=Path, help="folder of a model to begin with, where its state is lost"
+    )
+    parser.add_argument("--first-step", type=int, default=0, help="the step to begin at with them")
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
