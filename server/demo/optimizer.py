@@ -14,7 +14,7 @@ _WEIGHT_DECAY = 0.02
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
 _SLOW = 0.1  # share of the rate for the embedding of patches, which starts near its end
-_NOT_MUON = ("embed", "merger.linear_fc1", "facts")
+_NOT_MUON = ("embed", "merger.linear_fc1", "facts", "mentioned")
 
 
 class Optimizer:
