@@ -38,7 +38,7 @@ from server.demo.targets import FACTS, MENTIONED
 from server.demo.vision import VisionBlock
 from server.demo.vocabulary import COORDINATES
 
-STEPS = 10_400  # less than three hours on two cores
+STEPS = 9_700  # less than three hours on two cores
 BUDGET = 10_000.0  # of the cost of a process's share of a batch
 SEED = 1
 PROCESSES = 2
