@@ -2,23 +2,33 @@
 
 import asyncio
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm.v1.engine import FinishReason
 
 from server import metrics
 from server.api.observe import Observed
 from server.engine.arguments import parse
 from server.engine.outcomes import Outcomes
 from server.observability import record as records
+from server.observability import tracing
 from server.observability.record import Record
 from server.observability.stages import Stage
 
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 EVENTS = [(b"content-type", b"text/event-stream")]
 
 
-def serve(app: ASGIApp, sent: list[Message] | None = None, method: str = "POST") -> Record:
+def serve(
+    app: ASGIApp,
+    sent: list[Message] | None = None,
+    headers: Sequence[tuple[bytes, bytes]] = (),
+) -> Record:
     """The record of one request that `app` answers."""
     kept: list[Record] = []
 
@@ -33,7 +43,7 @@ def serve(app: ASGIApp, sent: list[Message] | None = None, method: str = "POST")
         if sent is not None:
             sent.append(message)
 
-    scope = {"type": "http", "method": method, "path": "/v1/x", "headers": []}
+    scope = {"type": "http", "method": "POST", "path": "/v1/x", "headers": headers}
     observed = Observed(keeping, server_timing=True, log_requests=False, traced=False)
     asyncio.run(observed(scope, receive, send))
     return kept[0]
@@ -87,6 +97,54 @@ def test_who_leaves_before_it_was_not() -> None:
     assert (record.outcome, record.left_in) == ("cancelled", Stage.UPLOAD)
 
 
+@pytest.mark.parametrize(
+    ("value", "trace_id"),
+    [
+        (f"00-{TRACE}-00f067aa0ba902b7-01", TRACE),
+        (f"00-{TRACE}-00f067aa0ba902b7-00", TRACE),
+        (f"00-{'0' * 32}-00f067aa0ba902b7-01", None),
+        ("nonsense", None),
+    ],
+)
+def test_the_trace_is_known_also_where_nothing_is_traced(value: str, trace_id: str | None) -> None:
+    headers = [(b"traceparent", value.encode())]
+    assert serve(answering(200), headers=headers).trace_id == trace_id
+    assert serve(answering(200)).trace_id is None
+
+
+def test_several_headers_of_a_trace_are_one() -> None:
+    headers = [(b"tracestate", b"a=1"), (b"x", b"y"), (b"tracestate", b"b=2")]
+    assert tracing._context_headers({"headers": headers}) == {"tracestate": "a=1,b=2"}
+
+
+@dataclass
+class Output:
+    """What the engine says of a step of a request."""
+
+    request_id: str
+    new_token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    ec_transfer_params: None = None
+
+
+def test_an_answer_is_generated_until_the_last_of_it_is() -> None:
+    outcomes, record = Outcomes(), Record()
+    record.timeline.begin(Stage.ENGINE_QUEUE, record.timeline.start)
+    for name in ("1", "2"):
+        outcomes._records[name] = record
+        record.under_way.add(name)
+
+    def step(name: str, left: dict[str, Any]) -> None:
+        state = SimpleNamespace(stats=None)
+        outcomes._follow([Output(name, [7], FinishReason.STOP)], [state], left)  # type: ignore[list-item]
+
+    step("1", {"2": None})
+    assert not record.timeline.began(Stage.RESPOND)
+    step("2", {})
+    assert record.timeline.began(Stage.RESPOND)
+    assert record.completion_tokens == 2
+
+
 def test_a_compressed_stream_is_left_as_it_is() -> None:
     sent: list[Message] = []
     serve(answering(200, b"\x1f\x8b", headers=[*EVENTS, (b"content-encoding", b"gzip")]), sent)
@@ -105,14 +163,11 @@ def test_what_fails_here_does_not_fail_the_request(
 
 
 def test_what_cannot_be_followed_does_not_end_the_engine(caplog: pytest.LogCaptureFixture) -> None:
-    class Output:
-        request_id = "1"
-        ec_transfer_params = None
-
     outcomes, record = Outcomes(), Record()
     outcomes._records["1"] = record
+    outputs: Any = [Output("1", [7])]
     with caplog.at_level(logging.ERROR, "saccade"):
-        result = outcomes._process(lambda outputs: "result", {"1": object()}, [Output()])  # type: ignore[list-item]
+        result = outcomes._process(lambda outputs: "result", {"1": object()}, outputs)
     assert result == "result"
     assert "AttributeError" in caplog.text
 

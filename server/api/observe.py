@@ -89,7 +89,7 @@ class Observed:
                 _log.exception("a request could not be told of")
 
     def _record(self, scope: Scope) -> Record:
-        given = dict(scope["headers"]).get(_ID, b"").decode("latin-1")
+        given = next(iter(_ids(scope)), b"").decode("latin-1")
         path = scope["path"].removeprefix(self._root_path)[:_PATH_LENGTH]
         client = scope.get("client")
         return Record(
@@ -102,13 +102,14 @@ class Observed:
 
     def _scope(self, scope: Scope, record: Record, *, is_work: bool) -> Scope:
         """`scope` with headers that tell the app of the record's id and span."""
-        given = dict(scope["headers"]).get(_ID)
-        if given is not None and given != record.id.encode():
+        if _ids(scope) not in ([], [record.id.encode()]):
             kept = [item for item in scope["headers"] if item[0] != _ID]
             scope = {**scope, "headers": [*kept, (_ID, record.id.encode())]}
-        if is_work and self._tracing is not None:
+        if is_work:
             try:
-                return self._tracing.start(record, scope)
+                if self._tracing is not None:
+                    return self._tracing.start(record, scope)
+                record.trace_id = tracing.given_trace_id(scope)
             except Exception:
                 _log.exception("a request could not be traced")
         return scope
@@ -127,6 +128,11 @@ class Observed:
         if record.path in self._unlogged:
             return True
         return record.path in _PROBES and record.outcome == "answered"
+
+
+def _ids(scope: Scope) -> list[bytes]:
+    """The ids that a request was given: one, if its client knows what it does."""
+    return [value for name, value in scope["headers"] if name == _ID]
 
 
 class _Answer:

@@ -61,6 +61,7 @@ class Outcomes:
         record.response_id = record.response_id or _answer_id(record, name)
         record.prompts[name] = _prompt(request)
         record.model = request.lora_request.lora_name if request.lora_request else self._model
+        record.under_way.add(request.request_id)
         record.timeline.begin(Stage.ENGINE_QUEUE, time.monotonic())
         await send(request)
 
@@ -111,7 +112,9 @@ def _advance(
                 timeline.begin(Stage.FIRST_TOKEN, first)
         timeline.begin(Stage.GENERATE, now)
     if over:
-        timeline.begin_again(Stage.RESPOND, now)
+        record.under_way.discard(output.request_id)
+        if not record.under_way:
+            timeline.begin_again(Stage.RESPOND, now)
         # vLLM looks for stop strings itself, and does not say so in the output.
         record.finish_reason = str(output.finish_reason or FinishReason.STOP)
 

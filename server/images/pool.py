@@ -230,6 +230,7 @@ class ImagePool:
             del self._tasks[task.key]
         with contextlib.suppress(ValueError):
             self._queue.remove(task)
+            metrics.image_queue.set(len(self._queue))
             metrics.images_dropped.inc()
         task.result.cancel()
 

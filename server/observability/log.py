@@ -6,7 +6,6 @@ import os
 from typing import Any
 
 from server.observability.record import Record, Times
-from server.observability.tracing import trace_id
 
 _VARIABLE = "_SACCADE_LOG_FORMAT"
 # The engine's own JSON lines have these fields too.
@@ -45,7 +44,7 @@ def write(record: Record, times: Times) -> None:
     first = record.time_to_first_token()
     found: dict[str, Any] = {
         "request_id": record.id,
-        "trace_id": trace_id(record),
+        "trace_id": record.trace_id,
         "method": record.method,
         "path": record.path,
         "client": record.client,

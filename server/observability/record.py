@@ -25,8 +25,9 @@ class Prompt:
 @dataclass(eq=False)
 class Record:
     """`epoch_ns` is the wall clock at `timeline.start`. `prompts` are by the engine's names for
-    them. `complete`: all of the answer was sent, and no error in it. `left_in` is the stage in
-    which the client left. `span` is the request's span where it is traced."""
+    them, `under_way` the ids there that are not over. `complete`: all of the answer was sent, and
+    no error in it. `left_in` is the stage in which the client left. `trace_id` is hexadecimal,
+    `span` the request's span where it is traced."""
 
     id: str = ""
     method: str = ""
@@ -40,11 +41,13 @@ class Record:
     response_id: str | None = None
     finish_reason: str | None = None
     prompts: dict[str, Prompt] = field(default_factory=dict)
+    under_way: set[str] = field(default_factory=set)
     completion_tokens: int = 0
     status: int | None = None
     complete: bool = False
     error_code: str | None = None
     left_in: Stage | None = None
+    trace_id: str | None = None
     span: Any = None
 
     @property

@@ -6,7 +6,7 @@ attributes are those of OpenTelemetry's conventions for HTTP and generative AI.
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from opentelemetry import propagate, trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -47,15 +47,13 @@ class Tracing:
     def start(self, record: Record, scope: Scope) -> Scope:
         """Begin the request's span, in the trace that its headers name; `scope` with headers that
         name the span."""
-        given = {
-            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
-        }
         record.span = self._tracer.start_span(
             record.method,
-            context=propagate.extract(given),
+            context=propagate.extract(_context_headers(scope)),
             kind=SpanKind.SERVER,
             start_time=record.epoch_ns,
         )
+        record.trace_id = _trace_id(record.span.get_span_context())
         carried: dict[str, str] = {}
         propagate.inject(carried, trace.set_span_in_context(record.span))
         kept = [item for item in scope["headers"] if item[0].lower() not in _CONTEXT_HEADERS]
@@ -115,15 +113,29 @@ def close(timeout_s: float) -> None:
         closing.join(timeout_s)
 
 
-def trace_id(record: Record) -> str | None:
-    """The id of the request's trace, in hexadecimal."""
-    if record.span is None:
-        return None
-    return trace.format_trace_id(record.span.get_span_context().trace_id)
+def given_trace_id(scope: Scope) -> str | None:
+    """The trace that a request's headers name, where nothing is traced here."""
+    given = _context_headers(scope)
+    context = propagate.extract(given) if given else None
+    return _trace_id(trace.get_current_span(context).get_span_context())
 
 
-def _attributes(record: Record) -> Mapping[str, str | int | float]:
-    found: dict[str, str | int | float | None] = {
+def _context_headers(scope: Scope) -> dict[str, str]:
+    """The headers by which a trace goes on; of several, as one (RFC 9110, 5.3)."""
+    given: dict[str, str] = {}
+    for raw, value in scope["headers"]:
+        if (name := raw.decode("latin-1")) in propagate.get_global_textmap().fields:
+            text = value.decode("latin-1")
+            given[name] = f"{given[name]},{text}" if name in given else text
+    return given
+
+
+def _trace_id(context: SpanContext) -> str | None:
+    return trace.format_trace_id(context.trace_id) if context.is_valid else None
+
+
+def _attributes(record: Record) -> Mapping[str, str | int | float | Sequence[str]]:
+    found: dict[str, str | int | float | Sequence[str] | None] = {
         "http.request.method": record.method,
         "http.response.status_code": record.status,
         "http.route": record.route,
@@ -134,6 +146,10 @@ def _attributes(record: Record) -> Mapping[str, str | int | float]:
         "gen_ai.provider.name": "saccade" if record.model else None,
         "gen_ai.request.model": record.model,
         "gen_ai.response.id": record.response_id,
+        "gen_ai.response.model": record.model,
+        "gen_ai.response.finish_reasons": (
+            (record.finish_reason,) if record.finish_reason else None
+        ),
         "gen_ai.usage.input_tokens": record.prompt_tokens or None,
         "gen_ai.usage.output_tokens": record.completion_tokens or None,
         "gen_ai.response.time_to_first_chunk": record.time_to_first_token(),

@@ -94,8 +94,8 @@ SECTION = Section(
             },
         ),
         timeseries(
-            "CPU of image workers",
-            "Seconds of decoding and preprocessing per second: the cores in use. Near the number"
+            "Work of image workers",
+            "Seconds of decoding and preprocessing per second: the workers in use. Near the number"
             " of workers there is no reserve: raise --image-workers if the machine has cores left,"
             " else add a server.",
             "short",

@@ -146,8 +146,8 @@ class DiskTier:
             if not self._make_room(size, usage):
                 return False
             part.parent.mkdir(parents=True, exist_ok=True)
+            usage.add(size)
             with part.open("wb") as file:
-                usage.nbytes = (usage.nbytes or 0) + size
                 file.truncate(size)
         return True
 

@@ -19,11 +19,21 @@ class Count:
     """`nbytes` is None if nobody has counted yet."""
 
     nbytes: int | None
+    _fd: int
+
+    def add(self, nbytes: int) -> None:
+        """Count what is going to be written."""
+        self.nbytes = (self.nbytes or 0) + nbytes
+        self.save()
+
+    def save(self) -> None:
+        if self.nbytes is not None:
+            os.pwrite(self._fd, _NUMBER.pack(max(0, self.nbytes)), 0)
 
 
 class Usage:
-    """The number in the file `path`, which each changes before what it stands for: a server that is
-    killed leaves it too high, not too low, until the next one counts."""
+    """The number in the file `path`. What is written is counted before, what is deleted afterwards:
+    a server that is killed leaves the number too high, not too low, until the next one counts."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -40,12 +50,11 @@ class Usage:
             _lock(fd)
             data = os.pread(fd, _NUMBER.size, 0)
             before = _NUMBER.unpack(data)[0] if len(data) == _NUMBER.size else None
-            count = Count(before)
+            count = Count(before, fd)
             try:
                 yield count
             finally:
-                if count.nbytes is not None and count.nbytes != before:
-                    os.pwrite(fd, _NUMBER.pack(max(0, count.nbytes)), 0)
+                count.save()
         finally:
             os.close(fd)
 
