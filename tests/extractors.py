@@ -16,7 +16,7 @@ from server.images.worker import Array, Extractor, Feature
 
 
 class Commanded:
-    """`data` is a command and its argument: "sleep 0.5", "die", "die-once PATH", "large 9"..."""
+    """`data` is a command and its argument: "sleep 0.5", "wait-for PATH", "die", "large 9"..."""
 
     def __init__(self) -> None:
         self._data = b""
@@ -30,6 +30,9 @@ class Commanded:
         argument = argument.split("\n")[0]
         if command == "sleep":
             time.sleep(float(argument))
+        elif command == "wait-for":
+            while not Path(argument).exists():
+                time.sleep(0.01)
         elif command == "count":
             with Path(argument).open("a") as file:
                 file.write("x")

@@ -37,6 +37,21 @@ def rises(
     return wait_for(http, lambda now: value(now, name, **labels) >= wanted, timeout_s)
 
 
+def ended_early(http: httpx.Client, before: Series) -> bool:
+    """Wait for the end of a request; whether its client left while the answer was generated."""
+
+    def rise(now: Series, name: str, **labels: str) -> float:
+        return value(now, name, **labels) - value(before, name, **labels)
+
+    def left(now: Series) -> float:
+        return rise(now, "saccade_cancellations_total", stage="generate")
+
+    def over(now: Series) -> bool:
+        return left(now) + rise(now, "saccade_requests_total", outcome="answered") >= 1
+
+    return left(wait_for(http, over, 60)) >= 1
+
+
 def wait_for(http: httpx.Client, holds: Callable[[Series], bool], timeout_s: float = 20) -> Series:
     """Scrape until `holds`; raises AssertionError if that does not come."""
     deadline = time.monotonic() + timeout_s

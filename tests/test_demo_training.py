@@ -28,7 +28,7 @@ def start(output: Path) -> subprocess.Popen[str]:
 def finish(process: subprocess.Popen[str]) -> int:
     """The exit status; the trainer's words are shown if the test fails."""
     try:
-        print(process.communicate(timeout=280)[1])
+        print(process.communicate(timeout=800)[1])
     finally:
         process.kill()
     return process.returncode
@@ -36,7 +36,8 @@ def finish(process: subprocess.Popen[str]) -> int:
 
 def lines(output: Path) -> list[dict[str, Any]]:
     log = output / "log.jsonl"
-    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    text = log.read_text() if log.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 @pytest.fixture(scope="module")

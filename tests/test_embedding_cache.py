@@ -108,8 +108,8 @@ def counts(web: httpx.Client) -> dict[str, dict[str, Any]]:
     return tiers
 
 
-def wait_for(condition: Any) -> None:
-    deadline = time.monotonic() + 30
+def wait_for(condition: Any, timeout_s: float = 30) -> None:
+    deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -200,8 +200,10 @@ def test_a_restart_and_a_replica_encode_nothing_again(
 ) -> None:
     first = [ask(web, picture, text=f"Picture {i}") for i, picture in enumerate(PICTURES)]
     stored_by_all(web, store, len(PICTURES))
-    replica = tiers(None, store, "--embedding-cache-gb", "0")
-    restarted = tiers(folder, None)
+    # They may wait for a read as long as it takes, however busy the machine is.
+    patient = ("--embedding-cache-wait-s", "30")
+    replica = tiers(None, store, "--embedding-cache-gb", "0", *patient)
+    restarted = tiers(folder, None, *patient)
     for flags, tier in ((replica, "shared"), (restarted, "disk")):
         with client_of(*flags) as (_, other):
             again = [ask(other, p, text=f"Picture {i}") for i, p in enumerate(PICTURES)]
@@ -301,9 +303,10 @@ def test_a_store_that_fails_costs_no_request(
     def used_again() -> bool:
         web.delete("/v1/cache", headers=ADMIN)
         ask(web, PICTURES[0])
+        time.sleep(1)  # it is written behind
         return client.dbsize() > 0
 
-    wait_for(used_again)
+    wait_for(used_again, 120)  # a store that failed is left alone for up to 30 s
 
 
 def _tokens(found: Any) -> list[str]:
@@ -337,7 +340,8 @@ def test_kill_9_loses_only_what_was_not_written(tmp_path: Path) -> None:
             ask(web, picture)
         wait_for(lambda: counts(web)["disk"]["entries"] == 6)
         killed.process.kill()
-    flags = tiers(tmp_path, None, "--encoder-cache-tokens", "5000", "--trust-request-mm-kwargs")
+    more = ("--encoder-cache-tokens", "5000", "--trust-request-mm-kwargs")
+    flags = tiers(tmp_path, None, "--embedding-cache-wait-s", "30", *more)
     with client_of(*flags, VLLM_SERVER_DEV_MODE="1") as (_, web):
         assert [stages(ask(web, picture)) for picture in PICTURES[:6]] == [["embedding"]] * 6
         # Who resets the encoder cache says that the weights are others than those of the files.

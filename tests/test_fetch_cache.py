@@ -293,7 +293,7 @@ def test_a_revalidation_that_fails_is_a_fetch_that_fails(bench: Bench, failure: 
     bench.origin.routes["/picture"] = bench.origin.routes[path]
 
     async def fetch() -> SaccadeError:
-        async with bench.fetcher(timeout_s=0.5) as fetcher:
+        async with bench.fetcher(timeout_s=1 if path == "/silent" else 30) as fetcher:
             return await failing(fetcher, bench.url)
 
     error = asyncio.run(fetch())

@@ -19,6 +19,7 @@ import pytest
 from tests import pictures
 from tests.conftest import STOP_TIMEOUT_S, Server, serving
 from tests.pictures import image_part, shape, text_part, user
+from tests.scrape import value, wait_for
 
 ASK = user(image_part(pictures.encode(shape("red"))), text_part("What is in the image?"))
 REQUEST = {"model": "my-model", "messages": ASK, "temperature": 0}
@@ -118,7 +119,7 @@ def test_sigterm_lets_running_requests_finish_and_leaves_nothing(secured: Server
     """The last test with this server: it ends it."""
     children = secured.children()
     assert len(secured.image_workers()) == 2
-    assert any("VLLM::EngineCore" in " ".join(child.cmdline()) for child in children)
+    assert secured.named("VLLM::EngineCore")
     answers: list[httpx.Response] = []
 
     def ask() -> None:
@@ -127,8 +128,9 @@ def test_sigterm_lets_running_requests_finish_and_leaves_nothing(secured: Server
             answers.append(client.post("/v1/chat/completions", json=long, headers=KEY))
 
     asking = threading.Thread(target=ask)
-    asking.start()
-    time.sleep(0.5)
+    with httpx.Client(base_url=secured.url, verify=False, timeout=60, headers=KEY) as client:
+        asking.start()
+        wait_for(client, lambda now: value(now, "saccade_requests_in_flight") == 1)
     assert secured.stop(signal.SIGTERM) == 0
     asking.join()
     assert answers[0].status_code == 200
@@ -150,7 +152,7 @@ def test_a_dead_engine_ends_the_server() -> None:
     """It cannot come back, so whoever supervises the server shall start it anew."""
     with serving("--max-model-len", "1024") as server:
         children = server.children()
-        (core,) = (child for child in children if "EngineCore" in " ".join(child.cmdline()))
+        (core,) = server.named("VLLM::EngineCore")
         core.kill()
         assert server.process.wait(STOP_TIMEOUT_S) == 1
         assert_nothing_is_left(children)
@@ -231,7 +233,7 @@ def test_a_taken_port_is_said() -> None:
 def test_a_killed_server_leaves_nothing_behind() -> None:
     with serving("--max-model-len", "1024") as running:
         children = running.children()
-        assert any("EngineCore" in " ".join(child.cmdline()) for child in children)
+        assert running.named("VLLM::EngineCore")
         running.process.kill()
         gone, alive = psutil.wait_procs(children, timeout=30)
         assert not alive

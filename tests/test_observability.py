@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import re
 import socket
 import time
@@ -21,12 +22,15 @@ from tests import otlp, pictures
 from tests.conftest import Origin, Server, serving
 from tests.otlp import Receiver, Span
 from tests.pictures import image_part, text_part, user
-from tests.scrape import rises, scrape, value, wait_for
+from tests.scrape import ended_early, rises, scrape, value, wait_for
 
 PATH = "/v1/chat/completions"
 WHAT = text_part("What is in the image?")
-# A request whose answer takes its time.
+# Requests whose answers take their time: longer than the encoder's report may be late, and so long
+# that what a client does besides is little.
+SOME = {"max_tokens": 64, "ignore_eos": True}
 LONG = {"max_tokens": 400, "ignore_eos": True}
+ATTEMPTS = 5  # at a measurement to which a busy machine adds, but never takes from it
 IMAGE_STAGES = [
     Stage.UPLOAD,
     Stage.ADMISSION,
@@ -56,6 +60,13 @@ def body(*parts: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"max_tokens": 8, **request, **more}
 
 
+def prepared(
+    client: httpx.Client, content: dict[str, Any], headers: dict[str, str] | None = None
+) -> httpx.Request:
+    """A request that is ready to be sent: writing its JSON is not the server's time."""
+    return client.build_request("POST", PATH, json=content, headers=headers)
+
+
 def timings(text: str) -> dict[str, float]:
     """{metric: milliseconds} of a value of `Server-Timing`."""
     found = dict(re.fullmatch(r"(\w+);dur=([\d.]+)", part).groups() for part in text.split(", "))
@@ -79,6 +90,18 @@ def test_an_id_that_is_none_is_replaced(http: httpx.Client, given: str) -> None:
     assert answer.json()["id"] == f"chatcmpl-{name}"
 
 
+def test_of_two_ids_the_first_counts(http: httpx.Client) -> None:
+    headers = [("X-Request-Id", "one"), ("X-Request-Id", "other")]
+    answer = http.post(PATH, json=body(WHAT), headers=headers)
+    assert answer.headers.get_list("x-request-id") == ["one"]
+    assert answer.json()["id"] == "chatcmpl-one"
+    headers[0] = ("X-Request-Id", "two words")
+    answer = http.post(PATH, json=body(WHAT), headers=headers)
+    name = answer.headers["x-request-id"]
+    assert re.fullmatch(r"[0-9a-f]{32}", name)
+    assert answer.json()["id"] == f"chatcmpl-{name}"
+
+
 def test_errors_and_other_routes_have_an_id(http: httpx.Client) -> None:
     ids = {
         http.get("/v1/models").headers["x-request-id"],
@@ -94,20 +117,23 @@ def test_errors_and_other_routes_have_an_id(http: httpx.Client) -> None:
 
 def test_the_stages_of_a_picture_are_in_the_header(http: httpx.Client) -> None:
     http.post(PATH, json=body(image_part(noise()), WHAT))  # connect
-    request = body(image_part(noise((1600, 1200))), WHAT, **LONG)
-    started = time.perf_counter()
-    answer = http.post(PATH, json=request)
-    elapsed_ms = (time.perf_counter() - started) * 1e3
-    found = timings(answer.headers["server-timing"])
-    total = found.pop("total")
-    assert [name for name in found if name != Stage.IMAGE_QUEUE] == IMAGE_STAGES
-    assert sum(found.values()) == pytest.approx(total, abs=0.1 * len(found))
-    assert total <= elapsed_ms
-    assert sum(found.values()) == pytest.approx(elapsed_ms, rel=0.05)
+    shares = []
+    while len(shares) < ATTEMPTS and max(shares, default=0) < 0.95:
+        request = prepared(http, body(image_part(noise((1600, 1200))), WHAT, **LONG))
+        started = time.perf_counter()
+        answer = http.send(request)
+        elapsed_ms = (time.perf_counter() - started) * 1e3
+        found = timings(answer.headers["server-timing"])
+        total = found.pop("total")
+        assert [name for name in found if name != Stage.IMAGE_QUEUE] == IMAGE_STAGES
+        assert sum(found.values()) == pytest.approx(total, abs=0.1 * len(found))
+        assert total <= elapsed_ms
+        shares.append(sum(found.values()) / elapsed_ms)
+    assert max(shares) >= 0.95
 
 
 def test_a_picture_that_is_known_skips_its_stages(http: httpx.Client) -> None:
-    request = body(image_part(noise()), WHAT)
+    request = body(image_part(noise()), WHAT, **SOME)
     first, again = (http.post(PATH, json=request) for _ in range(2))
     skipped = {"decode", "preprocess", "encode"}
     assert skipped <= timings(first.headers["server-timing"]).keys()
@@ -130,7 +156,7 @@ def test_routes_without_the_engine_have_their_stages_too(http: httpx.Client) -> 
 
 
 def test_a_stream_ends_with_its_timings(http: httpx.Client) -> None:
-    request = body(image_part(noise()), WHAT, stream=True)
+    request = body(image_part(noise()), WHAT, stream=True, **SOME)
     with http.stream("POST", PATH, json=request) as answer:
         assert "server-timing" not in answer.headers
         lines = [line for line in answer.iter_lines() if line]
@@ -159,7 +185,7 @@ def test_the_official_client_does_not_mind_the_comment(client: OpenAI) -> None:
 def test_a_request_is_measured(http: httpx.Client) -> None:
     before = scrape(http)
     data = noise((300, 200))
-    request = body(image_part(data), image_part(noise((300, 200))), WHAT)
+    request = body(image_part(data), image_part(noise((300, 200))), WHAT, **SOME)
     usage = http.post(PATH, json=request).json()["usage"]
     now = rises(http, before, "saccade_requests_total", outcome="answered")
 
@@ -227,14 +253,20 @@ def test_refusals_are_counted_by_their_code(
     )
 
 
-def _leave(server: Server, sent: bytes, until: bytes = b"") -> None:
-    """Send `sent`, read up to `until`, and close the connection."""
+@contextlib.contextmanager
+def _left(server: Server, sent: bytes, until: bytes = b"") -> Iterator[None]:
+    """Send `sent`, read up to `until`, and close the connection while the engine does nothing."""
     host = urlsplit(server.url)
     with socket.create_connection((host.hostname, host.port)) as connection:
         connection.sendall(sent)
         read = b""
         while until not in read:
-            read += connection.recv(4096)
+            data = connection.recv(4096)
+            assert data, read
+            read += data
+        with server.engine_held():
+            connection.close()
+            yield
 
 
 def _post(content: dict[str, Any]) -> bytes:
@@ -245,8 +277,8 @@ def _post(content: dict[str, Any]) -> bytes:
 
 def test_who_leaves_in_the_upload_is_counted_there(server: Server, http: httpx.Client) -> None:
     before = scrape(http)
-    _leave(server, _post(body(WHAT))[:-10])
-    now = rises(http, before, "saccade_cancellations_total", stage="upload")
+    with _left(server, _post(body(WHAT))[:-10]):
+        now = rises(http, before, "saccade_cancellations_total", stage="upload")
     name = "saccade_requests_total"
     assert value(now, name, outcome="cancelled") == value(before, name, outcome="cancelled") + 1
 
@@ -266,10 +298,12 @@ def test_who_leaves_in_the_fetch_is_counted_there(
 
 
 def test_who_leaves_a_stream_is_counted_there(server: Server, http: httpx.Client) -> None:
-    before = scrape(http)
-    request = body(text_part("Hello"), stream=True, **{**LONG, "max_tokens": 3000})
-    _leave(server, _post(request), until=b"data: ")
-    rises(http, before, "saccade_cancellations_total", stage="generate")
+    request = _post(body(text_part("Hello"), stream=True, **{**LONG, "max_tokens": 3000}))
+    was_left = False
+    while not was_left:  # a machine may be so slow that the answer ends before that
+        before = scrape(http)
+        with _left(server, request, until=b"data: "):
+            was_left = ended_early(http, before)
     wait_for(http, lambda now: value(now, "saccade_requests_in_flight") == 0)
 
 
@@ -447,14 +481,21 @@ def _trace(receiver: Receiver, trace_id: str) -> tuple[Span, list[Span]]:
 
 
 def test_a_picture_is_a_trace(told: Server, receiver: Receiver) -> None:
-    headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "X-Request-Id": "traced"}
     with _open(told) as client:
         client.post(PATH, json=body(image_part(noise()), WHAT))
-        request = body(image_part(noise((1600, 1200))), WHAT, **LONG)
-        started = time.perf_counter()
-        answer = client.post(PATH, json=request, headers=headers)
-        elapsed = time.perf_counter() - started
-    root, spans = _trace(receiver, TRACE)
+        elapsed = math.inf
+        for attempt in range(ATTEMPTS):
+            trace_id = f"{TRACE[:-1]}{attempt}"
+            name = f"traced-{attempt}"
+            headers = {"traceparent": f"00-{trace_id}-{PARENT}-01", "X-Request-Id": name}
+            asked = body(image_part(noise((1600, 1200))), WHAT, **LONG)
+            request = prepared(client, asked, headers)
+            started = time.perf_counter()
+            answer = client.send(request)
+            elapsed = time.perf_counter() - started
+            root, spans = _trace(receiver, trace_id)
+            if root.seconds >= 0.95 * elapsed:
+                break
     assert (root.parent_id, root.kind, root.scope) == (PARENT, "SERVER", "saccade")
     assert root.resource["service.name"] == "saccade"
     stages = [span for span in otlp.children(spans, root) if span.scope == "saccade"]
@@ -472,13 +513,15 @@ def test_a_picture_is_a_trace(told: Server, receiver: Receiver) -> None:
     assert attributes["gen_ai.operation.name"] == "chat"
     assert attributes["gen_ai.request.model"] == "saccade-tiny"
     assert attributes["gen_ai.response.id"] == answer.json()["id"]
+    assert attributes["gen_ai.response.model"] == "saccade-tiny"
+    assert attributes["gen_ai.response.finish_reasons"] == ["length"]
     assert attributes["gen_ai.usage.input_tokens"] == usage["prompt_tokens"]
     assert attributes["gen_ai.usage.output_tokens"] == usage["completion_tokens"]
     assert attributes["saccade.images"] == 1
     assert attributes["saccade.key_group"] == "team-a"
     (engine,) = [span for span in spans if span.name == "llm_request"]
     assert engine.parent_id == root.span_id
-    assert _line(told, "traced")["trace_id"] == TRACE
+    assert _line(told, name)["trace_id"] == trace_id
 
 
 def test_several_pictures_have_spans_of_their_own(told: Server, receiver: Receiver) -> None:

@@ -1,5 +1,7 @@
 """Alerts and dashboard, held against a real Prometheus that scrapes the real server."""
 
+import concurrent.futures
+import contextlib
 import json
 import math
 import re
@@ -7,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +28,8 @@ REPOSITORY = Path(__file__).parents[1]
 RULES = REPOSITORY / "deploy" / "prometheus"
 GRAFANA = REPOSITORY / "deploy" / "grafana"
 RUNBOOK = REPOSITORY / "docs" / "runbook.md"
-PATIENCE_S = 60
+PATIENCE_S = 120
+CLIENTS = 2  # at a time, while Prometheus scrapes
 WHAT = text_part("What is in the image?")
 
 
@@ -243,15 +247,46 @@ def traffic(server: Server, http: httpx.Client, origin: Origin) -> None:
         next(answer.iter_lines())
 
 
+@contextlib.contextmanager
+def under_load(server: Server) -> Iterator[None]:
+    """Meanwhile, clients ask about pictures, each of which is new."""
+    ended = threading.Event()
+
+    def load(number: int) -> None:
+        with httpx.Client(base_url=server.url, timeout=120) as client:
+            turn = 0
+            while not ended.is_set():
+                picture = encode(photo((320, 240), hash((number, turn)) % 2**32), "JPEG")
+                body = {"model": server.model, "max_tokens": 8}
+                body["messages"] = user(image_part(picture), WHAT)
+                answer = client.post("/v1/chat/completions", json=body)
+                assert answer.status_code == 200, answer.text
+                turn += 1
+
+    with concurrent.futures.ThreadPoolExecutor(CLIENTS) as threads:
+        loads = [threads.submit(load, number) for number in range(CLIENTS)]
+        try:
+            yield
+        finally:
+            ended.set()
+        for each in loads:
+            each.result()
+
+
+def filled(query: str, known: dict[str, str]) -> str:
+    """A query with its variables replaced."""
+    for variable, value in known.items():
+        query = query.replace(f"${variable}", value)
+    assert "$" not in query, query
+    return query
+
+
 def missing(prometheus: Prometheus, known: dict[str, str]) -> list[str]:
     """The dashboard's queries without a number."""
     lacking = []
     for panel in panels():
         for target in panel["targets"]:
-            query = target["expr"]
-            for variable, value in known.items():
-                query = query.replace(f"${variable}", value)
-            assert "$" not in query, query
+            query = filled(target["expr"], known)
             if all(map(math.isnan, prometheus.ask(query))):
                 lacking.append(f"{panel['title']}: {query}")
     return lacking
@@ -287,9 +322,17 @@ def test_the_dashboard_and_the_alerts_have_what_they_ask_for(
         return not lacking
 
     try:
-        wait_for(complete, "queries without data")
+        with under_load(server):
+            wait_for(complete, "queries without data")
+            scrapes = 'count_over_time(up{job="saccade"}[5m])'
+            before = prometheus.ask(scrapes)[0]
+            wait_for(lambda: prometheus.ask(scrapes)[0] >= before + 5, "scrapes under load")
     except AssertionError:
-        pytest.fail("\n".join(lacking), pytrace=False)
+        pytest.fail("\n".join(lacking) or "no scrapes under load", pytrace=False)
+    assert prometheus.ask('min_over_time(up{job="saccade"}[5m])') == [1], "every scrape succeeded"
+    for annotation in json.loads((GRAFANA / "saccade.json").read_text())["annotations"]["list"]:
+        if "expr" in annotation:
+            prometheus.ask(filled(annotation["expr"], known))
 
     scraped = set(prometheus.values("__name__"))
     for alert in alerts():
