@@ -38,17 +38,23 @@ def cost(grids: list[Grid]) -> float:
     return 9.0 * tokens + 0.05 * attention
 
 
-def draw(codec: Codec, rng: random.Random, progress: float, budget: float) -> Batch:
-    """A batch of about `budget` in cost. With `progress`, from 0 to 1, pictures become larger."""
-    if rng.random() < (SEEING[0] if progress < SEEING_UNTIL else SEEING[1]):
-        return _seeing(codec, rng, progress, budget)
-    share = rng.random()
+def draw(
+    codec: Codec, rng: random.Random, form: random.Random, progress: float, budget: float
+) -> Batch:
+    """A batch of about `budget` in cost. With `progress`, from 0 to 1, pictures become larger.
+
+    `form` decides what kind of batch it is, and how large its pictures are: processes that have the
+    same one have equally much to do.
+    """
+    if form.random() < (SEEING[0] if progress < SEEING_UNTIL else SEEING[1]):
+        return _seeing(codec, rng, form, progress, budget)
+    share = form.random()
     if share < CHATS:
         return collate(codec, rng, [chat(rng) for _ in range(CHAT_BATCH)], [])
-    share = rng.random()
+    share = form.random()
     if share < CLIPS:
-        grid = rng.choice([(3, 3), (4, 4), (5, 5)] if progress < 0.6 else [(4, 5), (6, 6), (7, 7)])
-        frames = rng.choice([4, 6, 8])
+        grid = form.choice([(3, 3), (4, 4), (5, 5)] if progress < 0.6 else [(4, 5), (6, 6), (7, 7)])
+        frames = form.choice([4, 6, 8])
         grids = [grid] * (frames // 2)
         examples = [
             single(rng, "clip", _size(rng, grid), frames=frames)
@@ -57,14 +63,14 @@ def draw(codec: Codec, rng: random.Random, progress: float, budget: float) -> Ba
         return collate(codec, rng, examples, grids)
     if share < CLIPS + SEVERAL and progress > 0.05:
         pool = [it for it in SMALL if min(it) >= 3] if progress < 0.6 else MEDIUM
-        grids = [rng.choice(pool) for _ in range(rng.choice([2, 2, 2, 3, 4]))]
+        grids = [form.choice(pool) for _ in range(form.choice([2, 2, 2, 3, 4]))]
         examples = [
             several(rng, [_size(rng, grid) for grid in grids])
             for _ in range(_batch_size(grids, budget))
         ]
         return collate(codec, rng, examples, grids)
-    grid = rng.choice(_pool(rng, progress))
-    little = min(grid) >= 3 and rng.random() < LITTLES
+    grid = form.choice(_pool(form, progress))
+    little = min(grid) >= 3 and form.random() < LITTLES
     kinds = LITTLE if little else MUCH if min(grid) >= 3 else MUCH | {"chart": 0.0}
     count = _batch_size([grid], budget, FEW_COST if little else QUESTIONS_COST)
     examples = [
@@ -74,16 +80,18 @@ def draw(codec: Codec, rng: random.Random, progress: float, budget: float) -> Ba
     return collate(codec, rng, examples, [grid])
 
 
-def _seeing(codec: Codec, rng: random.Random, progress: float, budget: float) -> Batch:
+def _seeing(
+    codec: Codec, rng: random.Random, form: random.Random, progress: float, budget: float
+) -> Batch:
     """Pictures full of things and glyphs, from which only the vision encoder learns."""
-    grid = rng.choice(_pool(rng, min(1.0, 2 * progress)))
+    grid = form.choice(_pool(form, min(1.0, 2 * progress)))
     count = _batch_size([grid], budget, 0.0)
-    makers = (traffic,) if rng.random() < TRAFFIC else (page, page, mosaic)
+    makers = (traffic,) if form.random() < TRAFFIC else (page, page, mosaic)
     examples = [Example([rng.choice(makers)(rng, _size(rng, grid))], []) for _ in range(count)]
     return collate(codec, rng, examples, [grid])
 
 
-def _pool(rng: random.Random, progress: float) -> tuple[Grid, ...]:
+def _pool(form: random.Random, progress: float) -> tuple[Grid, ...]:
     if progress < 0.1:
         small, large = 0.75, 0.0
     elif progress < 0.5:
@@ -92,7 +100,7 @@ def _pool(rng: random.Random, progress: float) -> tuple[Grid, ...]:
         small, large = 0.25, 0.12
     else:
         small, large = 0.1, 0.25
-    share = rng.random()
+    share = form.random()
     return SMALL if share < small else LARGE if share > 1 - large else MEDIUM
 
 
