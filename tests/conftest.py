@@ -24,8 +24,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-# Else a connection of a client's pool ends by the server just when the client sends again.
-os.environ.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "75")
 
 from server.engine import torchvision_ops
 
@@ -35,6 +33,8 @@ hypothesis.settings.register_profile("unhurried", deadline=None)  # machines are
 hypothesis.settings.load_profile("unhurried")
 
 START_TIMEOUT_S = 240
+# Connections last longer than clients keep them: else one ends just when its client sends again.
+OF_SERVERS = {"SACCADE_IMAGE_WORKERS": "2", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75"}
 STOP_TIMEOUT_S = 90  # above the 30 s in which running requests may end
 
 
@@ -88,7 +88,7 @@ def serving(*flags: str, **environment: str) -> Iterator[Server]:
     """Start `saccade serve FLAGS` on a free port; end it, whatever happens."""
     process = subprocess.Popen(
         [sys.executable, "-m", "server", "serve", "--host", "127.0.0.1", "--port", "0", *flags],
-        env={**os.environ, "SACCADE_IMAGE_WORKERS": "2", **environment},
+        env={**os.environ, **OF_SERVERS, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
