@@ -144,7 +144,12 @@ WORDINGS: dict[str, Wordings] = {
         What is the number of shapes?
         Number of objects?
         Tell me how many shapes there are.
-        How many things are in the picture?""",
+        How many things are in the picture?
+        How many of them are there?
+        What is the number of things in the picture?
+        Count what you see.
+        Tell me the number of objects.
+        How many objects does the image show?""",
         """How many objects are in the picture?
         Count all the shapes.
         How many shapes do you see here?
@@ -187,7 +192,20 @@ WORDINGS: dict[str, Wordings] = {
         Seen from the {other}, where is the {object}?
         Is the {object} left or right of the {other}?
         How is the {object} placed relative to the {other}?
-        Which side of the {other} is the {object} on?""",
+        Which side of the {other} is the {object} on?
+        Look at the {other}. Is the {object} to its left or to its right?
+        Compared to the {other}, where is the {object}?
+        Left or right: where is the {object}, seen from the {other}?
+        Take the {other}. Where is the {object}?
+        Is it left or right of the {other}, the {object}?
+        To which side of the {other} is the {object} drawn?
+        From the {other}, on which side do you see the {object}?
+        What side of the {other} is the {object} at?
+        Tell me where the {object} is, compared to the {other}.
+        Does the {object} lie to the left or to the right of the {other}?
+        Next to the {other}, is the {object} on the left or on the right?
+        Tell me on which side of the {other} the {object} is.
+        Left or right of the {other}, where do you see the {object}?""",
         """Is the {object} on the left or the right of the {other}?
         On what side of the {other} is the {object}?
         Relative to the {other}, where is the {object}?
@@ -199,7 +217,19 @@ WORDINGS: dict[str, Wordings] = {
         Is the {object} higher or lower than the {other}? Say above or below.
         Does the {object} lie above or below the {other}?
         Above or below: where is the {object} compared to the {other}?
-        Is the {object} placed above or below the {other}?""",
+        Is the {object} placed above or below the {other}?
+        Look at the {other}. Is the {object} above or below it?
+        Compared to the {other}, is the {object} above or below?
+        Is it above or below the {other}, the {object}?
+        Seen from the {other}, is the {object} above or below?
+        Take the {other}. Is the {object} higher or lower? Say above or below.
+        Below or above the {other}, where do you see the {object}?
+        Tell me where the {object} is, above or below the {other}.
+        Say above or below: where is the {object}, seen from the {other}?
+        Which is it for the {object}, above or below the {other}?
+        Do you find the {object} above the {other} or below it?
+        From the {other}, must you look above or below for the {object}?
+        Can you say if the {object} lies above or below the {other}?""",
         """Above or below the {other}: where is the {object}?
         Is the {object} drawn above or below the {other}?
         Do you see the {object} above or below the {other}?
@@ -376,7 +406,15 @@ WORDINGS: dict[str, Wordings] = {
         Describe image {number}.
         Tell me what is in picture {number}.
         What is in picture {number}?
-        What can you see in the {ordinal} image?""",
+        What can you see in the {ordinal} image?
+        Tell me what you see in the {ordinal} image.
+        Tell me what is shown in the {ordinal} picture.
+        Say what the {ordinal} image shows.
+        Say what picture {number} shows.
+        What is the content of image {number}?
+        Name what is in the {ordinal} picture.
+        The {ordinal} image: what does it show?
+        What can be seen in picture {number}?""",
         """What is shown in the {ordinal} image?
         What does picture {number} show?
         What do you see in image {number}?
@@ -387,7 +425,11 @@ WORDINGS: dict[str, Wordings] = {
         What is the color in picture {number}?
         Which color is the shape in image {number}?
         What color is the shape in the {ordinal} picture?
-        What is the color of the object in image {number}?""",
+        What is the color of the object in image {number}?
+        Tell me the color in the {ordinal} image.
+        Name the color of the object in picture {number}.
+        Say which color the object in the {ordinal} image has.
+        The {ordinal} picture: which color is the object?""",
         """Which color is the object in the {ordinal} picture?
         What color do you see in image {number}?
         What is the color of the shape in the {ordinal} image?
@@ -398,7 +440,11 @@ WORDINGS: dict[str, Wordings] = {
         Which shape is in picture {number}?
         What shape is shown in image {number}?
         What is the shape in the {ordinal} picture?
-        What shape do you see in image {number}?""",
+        What shape do you see in image {number}?
+        Tell me the shape in the {ordinal} picture.
+        Name the shape of the object in image {number}.
+        Say which shape is in the {ordinal} image.
+        The {ordinal} picture: which shape does it show?""",
         """Which shape is in the {ordinal} picture?
         What shape does picture {number} show?
         What is the shape in image {number}?
@@ -410,7 +456,11 @@ WORDINGS: dict[str, Wordings] = {
         What is written in the {ordinal} image?
         What does the text in image {number} say?
         Read the {ordinal} image.
-        Read image {number}.""",
+        Read image {number}.
+        Read what is written in picture {number}.
+        Tell me the text in the {ordinal} image.
+        Which text does image {number} show?
+        Transcribe the text of the {ordinal} picture.""",
         """Which text is in the {ordinal} picture?
         What is written in picture {number}?
         What does the text in the {ordinal} image say?
@@ -423,7 +473,11 @@ WORDINGS: dict[str, Wordings] = {
         Same {aspect} or not?
         Are the {aspect}s the same?
         Is the {aspect} in the pictures the same?
-        Do the pictures show the same {aspect}?""",
+        Do the pictures show the same {aspect}?
+        Have the two images the same {aspect}?
+        Is the {aspect} of the first picture also that of the second one?
+        Do they have the same {aspect}?
+        Both pictures: is the {aspect} the same?""",
         """Do the two images show the same {aspect}?
         Is it the same {aspect} in both pictures?
         Have both images the same {aspect}?
@@ -434,7 +488,11 @@ WORDINGS: dict[str, Wordings] = {
         Is the {aspect} the same or different?
         Same or different {aspect}?
         Is the {aspect} in the two images the same or different?
-        Do the pictures show the same or a different {aspect}?""",
+        Do the pictures show the same or a different {aspect}?
+        The {aspect} in both pictures: the same or different?
+        Tell me if the {aspect}s are the same or different.
+        Have the two images the same or a different {aspect}?
+        Compare the {aspect}s: same or different?""",
         """Same or different: the {aspect} in both images?
         Are the two {aspect}s the same or different?
         Is the {aspect} of the two pictures the same or different?
@@ -447,7 +505,12 @@ WORDINGS: dict[str, Wordings] = {
         Which one has a {object}?
         Which of the images shows a {object}?
         Where is the {object}, in which picture?
-        Which image contains a {object}?""",
+        Which image contains a {object}?
+        Tell me which image shows a {object}.
+        In which one is there a {object}?
+        Which one of the pictures has a {object}?
+        Find the {object}. In which image is it?
+        The {object} is in which picture?""",
         """Which picture has a {object}?
         Which one shows the {object}?
         In which picture do you see a {object}?
