@@ -63,7 +63,10 @@ _ALIKE = frozenset(
     ]
 )
 _JITTER = 9
-_BACKGROUNDS = ("plain", "plain", "gradient", "grain", "clouds", "stripes", "speckles")
+_BACKGROUNDS = (
+    *("plain", "plain", "gradient", "grain", "clouds", "stripes", "speckles"),
+    *("checks", "waves"),
+)
 _HELD_OUT_BACKGROUNDS = ("vignette", "dots", "weave", "bokeh")
 
 
@@ -78,10 +81,11 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Glyph:
-    """A character, at the middle of its box."""
+    """A character, at the middle of its box; its width includes the space around it."""
 
     x: float
     y: float
+    width: float
     facts: Mapping[str, str]
 
 
@@ -162,6 +166,14 @@ def _pattern(kind: str, noise: np.random.Generator, width: int, height: int) -> 
         return np.broadcast_to(
             np.sign(np.sin(along * np.float32(math.pi / period))), (height, width)
         )
+    if kind == "checks":
+        columns, rows = (np.floor(axis / np.float32(period)) for axis in (x * width, y * height))
+        checks: Pattern = (columns + rows) % 2 * 2 - 1
+        return checks
+    if kind == "waves":
+        bent = y * height + np.sin(x * width / np.float32(period)) * np.float32(period / 3)
+        waves: Pattern = np.sin(bent * np.float32(math.pi / period))
+        return waves
     if kind == "speckles":
         return (noise.random((height, width), np.float32) < 0.02) * np.float32(2) - np.float32(0.5)
     if kind == "vignette":
@@ -264,7 +276,7 @@ class Lettering:
             char = self.text[index]
             if char != " ":
                 known = {**facts, "char": char, "index": str(index + first)}
-                glyphs.append(Glyph(start + (left + right) / 2, middle, known))
+                glyphs.append(Glyph(start + (left + right) / 2, middle, right - left, known))
         return glyphs
 
 

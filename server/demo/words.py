@@ -91,13 +91,25 @@ def content(rng: random.Random, *, held_out: bool) -> str:
     """A text of 1 to 8 characters: a word, letters, digits or both."""
     kind = rng.random()
     if kind < 0.25:
-        return rng.choice(HELD_OUT_WORDS if held_out else TRAINING_WORDS)
+        word = rng.choice(HELD_OUT_WORDS if held_out else TRAINING_WORDS)
+        return word if held_out or rng.random() < 0.4 else _misspelled(rng, word)
     length = rng.choice([1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 8])
     if kind < 0.5:
         return "".join(rng.choices(DIGITS, k=length))
     if kind < 0.9:
         return "".join(rng.choices(LETTERS, k=length))
     return "".join(rng.choices(MIXED, k=length))
+
+
+def _misspelled(rng: random.Random, word: str) -> str:
+    """The word with one or two letters changed or doubled, so that words are not known by heart."""
+    letters = list(word)
+    for _ in range(rng.randint(1, 2)):
+        place = rng.randrange(len(letters))
+        letters[place] = rng.choice(LETTERS)
+        if rng.random() < 0.3 and len(letters) < 8:
+            letters.insert(place, letters[place])
+    return "".join(letters)
 
 
 def value(rng: random.Random, kind: str, *, held_out: bool) -> str:
