@@ -1,6 +1,7 @@
 """Scenes of colored shapes: a few, a crowd, one that moves."""
 
 import json
+import math
 import random
 from dataclasses import dataclass
 
@@ -196,9 +197,11 @@ def crowd(rng: random.Random, size: Size, held_out: bool) -> Scene:
     short = min(size)
     if held_out and count > 1:
         boxes = _rows(rng, size, count)
+    elif count > 1 and rng.random() < 0.4:
+        boxes = rng.choice((_ring, _strings))(rng, size, count)
     else:
         smallest = max(MIN_SIDE, short * 0.1)
-        boxes = place(rng, size, count, (smallest, max(smallest, short * rng.uniform(0.15, 0.3))))
+        boxes = place(rng, size, count, (smallest, max(smallest, short * rng.uniform(0.15, 0.45))))
     items = draw_items(rng, picture, chosen, boxes)
     count = len(items)
     ask = Asker(rng, held_out)
@@ -233,6 +236,48 @@ def _rows(rng: random.Random, size: Size, count: int) -> list[Box]:
         x = (index % columns) * width + rng.uniform(2, width - side - 2)
         y = (index // columns) * height + rng.uniform(2, height - side - 2)
         boxes.append((x, y, x + side, y + side))
+    return boxes
+
+
+def _ring(rng: random.Random, size: Size, count: int) -> list[Box]:
+    """Boxes on an ellipse."""
+    radii = [extent * rng.uniform(0.3, 0.4) for extent in size]
+    apart = 2 * math.sin(math.pi / max(count, 3)) * min(radii)
+    side = max(MIN_SIDE, min(apart * rng.uniform(0.45, 0.65), min(size) * 0.18))
+    turned = rng.uniform(0, 2 * math.pi)
+    boxes = []
+    for index in range(count):
+        angle = turned + 2 * math.pi * index / count
+        x = size[0] / 2 + radii[0] * math.cos(angle) - side / 2
+        y = size[1] / 2 + radii[1] * math.sin(angle) - side / 2
+        boxes.append((x, y, x + side, y + side))
+    return boxes
+
+
+def _strings(rng: random.Random, size: Size, count: int) -> list[Box]:
+    """Boxes along one, two or three slanted strings, each with as many as it happens to get."""
+    strings = rng.randint(1, 3)
+    number = [0] * strings
+    for _ in range(count):
+        number[rng.randrange(strings)] += 1
+    long = 0 if size[0] * rng.uniform(0.6, 1.7) > size[1] else 1
+    pitch = size[long] / max(number), size[1 - long] / strings
+    if min(pitch) < 1.4 * MIN_SIDE:
+        return _ring(rng, size, count)
+    side = max(MIN_SIDE, min(pitch) * rng.uniform(0.4, 0.7))
+    boxes: list[Box] = []
+    for string, members in enumerate(number):
+        slant = rng.uniform(-1, 1)
+        spread = size[long] / members if members and rng.random() < 0.5 else pitch[0]
+        first = rng.uniform(0, size[long] - spread * members)
+        for index in range(members):
+            along = first + spread * (index + 0.5) - side / 2
+            share = (along + side / 2) / size[long] - 0.5
+            across = pitch[1] * (string + 0.5 + 0.8 * slant * share) - side * (
+                0.5 + 0.8 * slant * share
+            )
+            x, y = (along, across) if long == 0 else (across, along)
+            boxes.append((x, y, x + side, y + side))
     return boxes
 
 

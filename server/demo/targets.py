@@ -52,7 +52,10 @@ def mentioned(facts: Mapping[str, str]) -> dict[str, int]:
 
 
 def known(picture: Picture, grid: Grid) -> dict[str, np.ndarray[tuple[int], np.dtype[np.int64]]]:
-    """What each token of a picture is to know: (tokens,) of each fact."""
+    """What each token of a picture is to know: (tokens,) of each fact.
+
+    The rank is known at the middle of a thing alone, so that things are counted by counting tokens.
+    """
     rows, columns = grid
     width, height = picture.size
     facts = {fact: np.zeros((rows, columns), np.int64) for fact in FACTS}
@@ -75,7 +78,11 @@ def known(picture: Picture, grid: Grid) -> dict[str, np.ndarray[tuple[int], np.d
                 if area >= enough and area > covered[row, column]:
                     covered[row, column] = area
                     for fact, word in thing.facts.items():
-                        facts[fact][row, column] = _class_of(fact)[word]
+                        if fact != "rank":
+                            facts[fact][row, column] = _class_of(fact)[word]
+        row, column = int((y0 + y1) / 2), int((x0 + x1) / 2)
+        if "rank" in thing.facts and row < rows and column < columns:
+            facts["rank"][row, column] = _class_of("rank")[thing.facts["rank"]]
     for glyph in sorted(picture.glyphs, key=lambda glyph: glyph.x):
         row, column = int(glyph.y / height * rows), int(glyph.x / width * columns)
         if not (0 <= row < rows and 0 <= column < columns):
