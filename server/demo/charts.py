@@ -5,7 +5,7 @@ import random
 from server.demo import words
 from server.demo.fonts import font
 from server.demo.pictures import Box, Lettering, Picture, Thing, alike, contrasting, rgb
-from server.demo.scene import Asker, Mention, Scene, Size, blank, caption
+from server.demo.scene import Asker, Mention, Scene, Size, Spelling, blank, caption
 
 _DARK = frozenset({"black", "blue", "purple", "brown", "green", "red"})
 
@@ -34,6 +34,7 @@ def chart(rng: random.Random, size: Size, held_out: bool) -> Scene:
     top = height * rng.uniform(0.04, 0.12) + (letters.size * 1.2 if printed else 0)
     line_color = rgb(rng, "white" if alike(behind, "black") or behind in _DARK else "black")
     _axes(rng, picture, (left, top, right, bottom), line_color, held_out)
+    spellings = []
     for rank, (color, value) in enumerate(zip(colors, values, strict=True), 1):
         x = left + pitch * (rank - 1 + (1 - share) / 2)
         box = (x, bottom - (bottom - top) * value / 100, x + pitch * share, bottom)
@@ -47,7 +48,9 @@ def chart(rng: random.Random, size: Size, held_out: bool) -> Scene:
             shown = Lettering.of(str(value), letters)
             start = x + (pitch * share - shown.width) / 2, box[1] - shown.height - 3
             shown.draw(picture.image, *start, line_color)
-            picture.glyphs += shown.glyphs(*start, {"owner": color})
+            glyphs = shown.glyphs(*start, {"owner": color})
+            picture.glyphs += glyphs
+            spellings.append(Spelling.of(str(value), glyphs, size))
     picture.facts["count"] = str(count)
     ask = Asker(rng, held_out)
     ask("tallest", "tallest", colors[values.index(max(values))], 2)
@@ -58,9 +61,9 @@ def chart(rng: random.Random, size: Size, held_out: bool) -> Scene:
     ask("chart_caption", "caption", caption([label], behind), 0.4)
     ask("what", "what", "a bar chart", 0.2)
     if printed:
-        for color, value in zip(colors, values, strict=True):
-            digits = dict(zip(("char", "next"), str(value), strict=False))
-            ask("value", "value", str(value), 0.6, color=Mention(color, digits))
+        for color, spelling in zip(colors, spellings, strict=True):
+            mention = Mention(color, spelling.facts[0])
+            ask("value", "value", spelling.text, 0.6, spelling, color=mention)
     return Scene(picture, ask.questions, "a bar chart")
 
 

@@ -95,9 +95,9 @@ def several(rng: random.Random, sizes: list[Size], *, held_out: bool = False) ->
             "ordinal": Mention(ordinal, thing.facts),
             "number": Mention(str(number), thing.facts),
         }
-        ask("pair", "nth_what", scene.label, 2.0, **nth)
+        ask("pair", "nth_what", scene.label, 2.0, scene.spelling, **nth)
         if scene.text:
-            ask("pair", "nth_read", scene.text, **nth)
+            ask("pair", "nth_read", scene.text, 1.0, scene.spelling, **nth)
         else:
             ask("pair", "nth_color", scene.color, **nth)
             ask("pair", "nth_shape", scene.shape, **nth)

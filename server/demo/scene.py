@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from server.demo import words
 from server.demo.phrases import wording
-from server.demo.pictures import Box, Picture, background, background_color
+from server.demo.pictures import Box, Glyph, Picture, background, background_color
 
 Size = tuple[int, int]
 MARGIN = 0.05  # how far, as a share of the picture, a position stays from where its name changes
@@ -23,6 +23,25 @@ class Mention:
 
 
 @dataclass(frozen=True, slots=True)
+class Spelling:
+    """A text that an answer holds, and what is to be known before each of its characters."""
+
+    text: str
+    facts: tuple[Mapping[str, str], ...]
+
+    @classmethod
+    def of(cls, text: str, glyphs: list[Glyph], size: Size) -> "Spelling":
+        """A text of glyphs, none of which is a space: the next two, and the edges of the first."""
+        facts = []
+        for index, glyph in enumerate(glyphs):
+            left, right = glyph.x - glyph.width / 2, glyph.x + glyph.width / 2
+            x0, _, x1, _ = map(str, thousandths((left, glyph.y, right, glyph.y), size))
+            following = dict(zip(("char", "next"), text[index:], strict=False))
+            facts.append({**following, "x0": x0, "x1": x1})
+        return cls(text, tuple(facts))
+
+
+@dataclass(frozen=True, slots=True)
 class Question:
     """A question about a picture. `task` is its name in the evaluation."""
 
@@ -31,6 +50,7 @@ class Question:
     answer: str
     weight: float = 1.0
     mentions: tuple[Mention, ...] = ()
+    spelling: Spelling | None = None
 
 
 @dataclass(slots=True)
@@ -43,6 +63,7 @@ class Scene:
     color: str = ""
     shape: str = ""
     text: str = ""
+    spelling: Spelling | None = None
 
 
 class Asker:
@@ -53,7 +74,14 @@ class Asker:
         self.questions: list[Question] = []
 
     def __call__(
-        self, task: str, wordings: str, answer: str, weight: float = 1.0, /, **slots: str | Mention
+        self,
+        task: str,
+        wordings: str,
+        answer: str,
+        weight: float = 1.0,
+        spelling: Spelling | None = None,
+        /,
+        **slots: str | Mention,
     ) -> None:
         names = {
             slot: value.name if isinstance(value, Mention) else value
@@ -61,7 +89,7 @@ class Asker:
         }
         text = wording(self.rng, wordings, held_out=self.held_out, **names)
         mentions = tuple(value for value in slots.values() if isinstance(value, Mention))
-        self.questions.append(Question(task, text, answer, weight, mentions))
+        self.questions.append(Question(task, text, answer, weight, mentions, spelling))
 
 
 def thousandths(box: Box, size: Size) -> list[int]:

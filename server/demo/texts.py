@@ -2,15 +2,25 @@
 
 import json
 import random
+from dataclasses import replace
 
 from PIL import ImageDraw
 
 from server.demo import words
 from server.demo.fonts import font
-from server.demo.pictures import Glyph, Lettering, Picture, Thing, alike, contrasting, rgb
-from server.demo.scene import Asker, Mention, Scene, Size, blank, caption, place_facts
+from server.demo.pictures import Box, Lettering, Picture, Thing, alike, contrasting, rgb
+from server.demo.scene import (
+    Asker,
+    Mention,
+    Scene,
+    Size,
+    Spelling,
+    blank,
+    caption,
+    place_facts,
+)
 
-MIN_FONT = 15  # pixels
+MIN_FONT = 20  # pixels
 LARGEST_FONT = 96  # pixels, of most texts
 PAGE_FONTS = (20, 72)  # pixels, the smallest and the largest of a page
 FRAME = 5  # pixels from the edge
@@ -57,18 +67,21 @@ def text(rng: random.Random, size: Size, held_out: bool, glyph: float | None = N
     x = rng.uniform(margin, size[0] - line.width - margin)
     y = rng.uniform(margin, size[1] - line.height - margin)
     box = line.draw(picture.image, x, y, rgb(rng, color))
+    if not held_out and rng.random() < 0.3:
+        _rule(rng, picture, behind, box)
     facts = {"color": color, "shape": "text"}
     picture.things.append(Thing(box, facts | place_facts(box, size)))
     picture.glyphs += line.glyphs(x, y, {})
+    spelling = Spelling.of(content, picture.glyphs, size)
     ask = Asker(rng, held_out)
-    ask("read", "read", content, 4)
+    ask("read", "read", content, 4, spelling)
     ask("text_color", "color", color, 0.4, shape="text")
     ask("background", "background", behind, 0.3)
     label = f'the text "{content}"'
-    ask("what", "what", label, 0.4)
-    ask("text_caption", "caption", caption([f"{label} in {color}"], behind), 0.3)
-    ask("json_text", "json", json.dumps({"text": content}), 0.4, keys="text")
-    return Scene(picture, ask.questions, label, color, "text", content)
+    ask("what", "what", label, 0.4, spelling)
+    ask("text_caption", "caption", caption([f"{label} in {color}"], behind), 0.3, spelling)
+    ask("json_text", "json", json.dumps({"text": content}), 0.4, spelling, keys="text")
+    return Scene(picture, ask.questions, label, color, "text", content, spelling)
 
 
 def _frame(rng: random.Random, picture: Picture, behind: str) -> None:
@@ -78,6 +91,21 @@ def _frame(rng: random.Random, picture: Picture, behind: str) -> None:
     ImageDraw.Draw(picture.image).rectangle((FRAME, FRAME, right, bottom), outline=color)
 
 
+def _rule(rng: random.Random, picture: Picture, behind: str, box: Box) -> None:
+    """A straight line, all across or not, beside the text or above or below it."""
+    axis = rng.randrange(2)  # along which it is moved away from the text
+    thick = rng.randint(1, 3)
+    length = picture.size[1 - axis]
+    start, end = rng.choice([(0, length), sorted(rng.sample(range(length), 2))])
+    rooms = (0, int(box[axis]) - 3 - thick), (int(box[axis + 2]) + 3, picture.size[axis] - thick)
+    fitting = [room for room in rooms if room[0] <= room[1]]
+    if not fitting:
+        return
+    place = rng.randint(*rng.choice(fitting))
+    area = (place, start, place + thick, end) if axis == 0 else (start, place, end, place + thick)
+    picture.image.paste(rgb(rng, contrasting(rng, behind)), area)
+
+
 def lines(rng: random.Random, size: Size, held_out: bool) -> Scene:
     """Two to five lines of one text each."""
     picture, behind = blank(rng, size, "text", held_out)
@@ -85,16 +113,11 @@ def lines(rng: random.Random, size: Size, held_out: bool) -> Scene:
     texts = [words.content(rng, held_out=held_out) for _ in range(count)]
     ask = Asker(rng, held_out)
     for number, shown in _write_lines(rng, picture, behind, texts, texts, held_out):
-        begins = _begins(shown)
+        begins = shown.facts[0]
         line, digit = Mention(words.ORDINALS[number - 1], begins), Mention(str(number), begins)
-        ask("read_line", "read_line", shown, line=line, number=digit)
+        ask("read_line", "read_line", shown.text, 1.0, shown, line=line, number=digit)
     ask("background", "background", behind, 0.2)
     return Scene(picture, ask.questions, "a text")
-
-
-def _begins(text: str) -> dict[str, str]:
-    """What is to be known of a text that a question names: how it begins."""
-    return dict(zip(("char", "next"), text, strict=False))
 
 
 def _write_lines(
@@ -104,7 +127,7 @@ def _write_lines(
     texts: list[str],
     values: list[str],
     held_out: bool,
-) -> list[tuple[int, str]]:
+) -> list[tuple[int, Spelling]]:
     """Writes lines below each other; the end of each is its value. Those that fit come back."""
     width, height = picture.size
     pitch = (height - 6) / len(texts)
@@ -134,11 +157,12 @@ def _write_lines(
         owner = {"owner": label.strip(" :").lower()} if label else {}
         start = x + letters.getlength(label)
         shown = Lettering.of(value, letters)
-        picture.glyphs += [
-            Glyph(glyph.x, y + line.height / 2, glyph.facts)
+        glyphs = [
+            replace(glyph, y=y + line.height / 2)
             for glyph in shown.glyphs(start + shown.ink[0], y, facts | owner)
         ]
-        written.append((number, value))
+        picture.glyphs += glyphs
+        written.append((number, Spelling.of(value, glyphs, picture.size)))
         y += gap
         if held_out and number < len(made):  # a rule, which training does not show
             rule = round(y - (gap - line.height) / 2)
@@ -156,7 +180,8 @@ def note(rng: random.Random, size: Size, held_out: bool) -> Scene:
     texts = [f"{label.upper()}{mark} {value}" for label, value in zip(labels, values, strict=True)]
     ask = Asker(rng, held_out)
     for number, value in _write_lines(rng, picture, behind, texts, values, held_out):
-        ask("read_label", "read_label", value, label=Mention(labels[number - 1], _begins(value)))
+        label = Mention(labels[number - 1], value.facts[0])
+        ask("read_label", "read_label", value.text, 1.0, value, label=label)
     ask("background", "background", behind, 0.2)
     return Scene(picture, ask.questions, "a note")
 

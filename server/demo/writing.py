@@ -72,6 +72,10 @@ class Writer:
         """The answer of a turn; its weight falls with its length, as long ones say no more."""
         ids = [*self.codec.encode(question.answer), vocabulary.END]
         start = len(self.ids)
+        if question.spelling:
+            before = question.answer[: question.answer.index(question.spelling.text)]
+            first = start + len(self.codec.encode(before)) - 1  # the token that says the first one
+            self.mentions += list(enumerate(question.spelling.facts, first))
         self.tokens(ids, len(ids) ** -0.5)
         self.answers.append((question.task, start, len(self.ids)))
 
