@@ -21,9 +21,12 @@ LARGE: tuple[Grid, ...] = (
 )  # fmt: skip
 # Kinds of which much can be asked, and those of which little can. A batch has kinds of one group,
 # so that little of it is padding.
-MUCH = {"objects": 0.4, "text": 0.43, "chart": 0.12, "photo": 0.05}
+MUCH = {"objects": 0.33, "text": 0.5, "chart": 0.12, "photo": 0.05}
 LITTLE = {"crowd": 0.66, "lines": 0.17, "note": 0.17}
-SEVERAL, CLIPS, CHATS = 0.15, 0.06, 0.015  # shares of the batches
+SEVERAL, CLIPS, CHATS = 0.19, 0.05, 0.015  # shares of the batches
+SEVERAL_GROW = 0.5  # the progress at which several pictures stop being small
+SEVERAL_POOLS = (0.12, 0.6, 0.28)  # shares of small, medium and large ones from then on
+SEVERAL_MOST = 1.6  # the most that one example of them costs, as a share of a batch's budget
 LITTLES = 0.22  # share of the batches of one picture
 CHAT_BATCH = 24
 SEEING, SEEING_UNTIL = (0.85, 0.1), 0.18  # shares of batches without questions, first and then
@@ -62,8 +65,7 @@ def draw(
         ]
         return collate(codec, rng, examples, grids)
     if share < CLIPS + SEVERAL and progress > 0.05:
-        pool = [it for it in SMALL if min(it) >= 3] if progress < 0.6 else MEDIUM
-        grids = [form.choice(pool) for _ in range(form.choice([2, 2, 2, 3, 4]))]
+        grids = _several(form, progress, budget)
         examples = [
             several(rng, [_size(rng, grid) for grid in grids])
             for _ in range(_batch_size(grids, budget))
@@ -78,6 +80,19 @@ def draw(
         for _ in range(count)
     ]
     return collate(codec, rng, examples, [grid])
+
+
+def _several(form: random.Random, progress: float, budget: float) -> list[Grid]:
+    """The grids of two to four pictures."""
+    count = form.choice([2, 2, 2, 3, 4])
+    small = [grid for grid in SMALL if min(grid) >= 3]
+    if progress >= SEVERAL_GROW:
+        for _ in range(10):
+            pools = form.choices((small, MEDIUM, LARGE), SEVERAL_POOLS, k=count)
+            grids = [form.choice(pool) for pool in pools]
+            if cost(grids) < budget * SEVERAL_MOST:
+                return grids
+    return form.choices(small, k=count)
 
 
 def _seeing(

@@ -9,6 +9,7 @@ not.
 
 import argparse
 import json
+import math
 import os
 import random
 import signal
@@ -45,7 +46,7 @@ SEED = 1
 PROCESSES = 2
 MUON_RATE, ADAM_RATE = 0.008, 1.5e-3
 WARM_UP = 60  # steps
-CONSTANT = 0.65  # of the steps; the rate falls to 0 after them
+CONSTANT, FALL = 0.3, 1.5  # the rate falls after this share of the steps, with this power of time
 AVERAGE_DECAY = 0.995  # of the average of the weights that is shipped
 FACTS_WEIGHT = 0.5
 FACTS_FADE = 0.2  # the facts' weight at the end, as a share of that at the start
@@ -145,7 +146,8 @@ class Tally:
 
 def rate(progress: float) -> float:
     """The share of the learning rates at a share of the steps."""
-    return 1.0 if progress < CONSTANT else max(0.0, (1 - progress) / (1 - CONSTANT))
+    left: float = min(1.0, max(0.0, (1 - progress) / (1 - CONSTANT)))
+    return math.pow(left, FALL)
 
 
 def train(rank: int, options: Options, port: int) -> None:
