@@ -1,4 +1,4 @@
-"""What the demo model's training pictures are drawn from: fonts, and pictures of something else."""
+"""What the demo model learns from: fonts, words, scenes, and what is known of them."""
 
 import random
 import string
@@ -7,7 +7,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from server.demo import fonts, outside
+from server.demo import fonts, objects, outside, phrases, vocabulary, words
+from server.demo.examples import several, single
+from server.demo.targets import known
+from server.demo.writing import write
 
 FACES = [
     face
@@ -101,3 +104,68 @@ def test_a_painter_fills_the_picture(painter, height, width):
     assert np.isfinite(picture).all()
     assert picture.std() > 8
     assert -300 < picture.min() < picture.max() < 600
+
+
+def test_wordings_held_out_are_never_in_training():
+    for wordings in (*phrases.WORDINGS.values(), *phrases.CHAT.values()):
+        training = {text.lower() for text in wordings.training}
+        assert len(wordings.held_out) >= 4
+        assert not training & {text.lower() for text in wordings.held_out}
+    assert not set(words.TRAINING_WORDS) & set(words.HELD_OUT_WORDS)
+
+
+def test_written_words_are_known_by_heart_no_more_often_than_not():
+    rng = random.Random(2)
+    contents = [words.content(rng, held_out=False) for _ in range(4000)]
+    assert all(1 <= len(text) <= 8 and set(text) <= set(words.CHARACTERS) for text in contents)
+    share = sum(text in words.TRAINING_WORDS for text in contents) / len(contents)
+    assert 0.07 < share < 0.13
+
+
+@pytest.mark.parametrize("layout", [objects._ring, objects._strings, objects._rows])
+def test_crowds_are_whole_and_apart(layout):
+    rng = random.Random(4)
+    for _ in range(1500):
+        size = rng.choice([(128, 128), (224, 224), (160, 120), (320, 200), (300, 480), (640, 480)])
+        count = rng.randint(2, 9)
+        boxes = layout(rng, size, count)
+        assert len(boxes) == count
+        for number, (x0, y0, x1, y1) in enumerate(boxes):
+            assert 0 <= x0 < x1 <= size[0]
+            assert 0 <= y0 < y1 <= size[1]
+            for other in boxes[:number]:
+                assert x1 <= other[0] or other[2] <= x0 or y1 <= other[1] or other[3] <= y0
+
+
+def test_each_thing_of_a_crowd_has_its_rank_at_one_token():
+    rng = random.Random(3)
+    for _ in range(50):
+        picture = single(rng, "crowd", (448, 448)).pictures[0]
+        ranks = known(picture, (14, 14))["rank"]
+        assert sorted(ranks[ranks > 0]) == list(range(1, len(picture.things) + 1))
+
+
+def test_each_character_of_an_answer_is_known_before_it_is_said():
+    codec = vocabulary.Codec(vocabulary.build())
+    rng = random.Random(6)
+    spelled = Counter()
+    for index in range(120):
+        kind = ("text", "lines", "note", "chart", "several")[index % 5]
+        sizes = [(224, 224)] * (2 if kind == "several" else 1)
+        example = several(rng, sizes) if kind == "several" else single(rng, kind, sizes[0])
+        question = rng.choice(example.questions)
+        example.questions = [question]
+        writer = write(codec, rng, example, [(7, 7)] * len(sizes), 1.0)
+        if not question.spelling:
+            continue
+        text = question.spelling.text
+        ((_, start, end),) = writer.answers
+        said = [(place, facts) for place, facts in writer.mentions if start - 1 <= place < end]
+        following = [codec.tokenizer.id_to_token(writer.ids[place + 1]) for place, _ in said]
+        assert "".join(following) == text
+        assert [facts["char"] for _, facts in said] == list(text)
+        assert [facts.get("next", "") for _, facts in said] == [*text[1:], ""]
+        edges = [(int(facts["x0"]), int(facts["x1"])) for _, facts in said]
+        assert edges == sorted(edges)
+        spelled[kind] += 1
+    assert len(spelled) == 5
