@@ -23,7 +23,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -170,13 +169,15 @@ def train(rank: int, options: Options, port: int) -> None:
     trained = Trained(codec)
     trained.initialize(options.seed)
     if options.weights:
-        trained.network.load_state_dict(load_file(options.weights / "model.safetensors"))
+        checkpoint.load(trained.network, tokenizer, options.weights)
     trained.bfloat16()
     optimizer = Optimizer(trained, MUON_RATE, ADAM_RATE)
     first, spent = options.first_step, 0.0
     saved = options.output / "state.pt"
     if saved.exists():
         state = torch.load(saved, weights_only=True)
+        if state["tokenizer"] != tokenizer.to_str():
+            raise SystemExit(f"{saved}: the data's words have changed since; begin with --weights")
         optimizer.load(state["optimizer"])
         first, spent = state["step"], state["seconds"]
     if rank == 0:
@@ -210,7 +211,12 @@ def train(rank: int, options: Options, port: int) -> None:
                 log.write(json.dumps(line) + "\n")
             if last or time.monotonic() - last_saved > SAVE_EVERY_S:
                 last_saved = time.monotonic()
-                state = {"step": step + 1, "seconds": seconds, "optimizer": optimizer.state()}
+                state = {
+                    "step": step + 1,
+                    "seconds": seconds,
+                    "tokenizer": tokenizer.to_str(),
+                    "optimizer": optimizer.state(),
+                }
                 _save(state, saved)
                 checkpoint.save(optimizer.average, tokenizer, options.output / "model")
                 checkpoint.draw_learning_curve(options.output)
