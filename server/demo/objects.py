@@ -101,7 +101,7 @@ def objects(rng: random.Random, size: Size, held_out: bool, count: int | None = 
     for item in items:
         _ask_item(ask, item, size, alone=len(items) == 1)
     ask("background", "background", behind, 0.7)
-    ask("caption", "caption", caption([item.label for item in items], behind), 1.5)
+    ask("caption", "caption", caption([item.label for item in items], behind), 2.0)
     ask("count", "count", str(len(items)), 0.4)
     _ask_presence(ask, items, size)
     if len(items) == 1:
@@ -171,7 +171,7 @@ def _ask_sides(ask: Asker, items: list[Item], size: Size) -> None:
                 names["other"] = other.shape
             answer = low if apart < 0 else high
             called = one.called(names["object"], size), other.called(names["other"], size)
-            ask("side", kind, answer, 2.0, object=called[0], other=called[1])
+            ask("side", kind, answer, 4.0, object=called[0], other=called[1])
         ends = (("left", "right"), ("top", "bottom"))[axis]
         ordered = sorted(items, key=lambda item: item.center[axis])
         for side, item, neighbor in (
