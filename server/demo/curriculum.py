@@ -21,13 +21,13 @@ LARGE: tuple[Grid, ...] = (
 )  # fmt: skip
 # Kinds of which much can be asked, and those of which little can. A batch has kinds of one group,
 # so that little of it is padding.
-MUCH = {"objects": 0.37, "text": 0.5, "chart": 0.09, "photo": 0.04}
-LITTLE = {"crowd": 0.8, "lines": 0.1, "note": 0.1}
-SEVERAL, CLIPS, CHATS = 0.21, 0.03, 0.015  # shares of the batches
+MUCH = {"objects": 0.45, "text": 0.42, "chart": 0.09, "photo": 0.04}
+LITTLE = {"crowd": 0.84, "lines": 0.08, "note": 0.08}
+SEVERAL, CLIPS, CHATS = 0.26, 0.03, 0.015  # shares of the batches
 SEVERAL_GROW = 0.5  # the progress at which several pictures stop being small
 SEVERAL_POOLS = (0.12, 0.6, 0.28)  # shares of small, medium and large ones from then on
 SEVERAL_MOST = 1.6  # the most that one example of them costs, as a share of a batch's budget
-LITTLES = 0.3  # share of the batches of one picture
+LITTLES = 0.4  # share of the batches of one picture
 CHAT_BATCH = 24
 SEEING, SEEING_UNTIL = (0.85, 0.1), 0.18  # shares of batches without questions, first and then
 TRAFFIC = 0.15  # share of these in which things move

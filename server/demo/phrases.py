@@ -5,6 +5,7 @@ Slots: {object} "red circle", {other} likewise, {shape}, {shapes}, {color}, {lab
 """
 
 import random
+import re
 from dataclasses import dataclass
 
 
@@ -650,6 +651,17 @@ SYSTEM = (
 )
 
 
+_ALTERNATIVES = re.compile(r"\b(above|below|left|right|higher|lower) or (\w+)\b", re.IGNORECASE)
+
+
+def _swapped(found: re.Match[str]) -> str:
+    """ "Below or above" for "Above or below"; what else stands there is left as it is."""
+    one, other = found.groups()
+    if other not in {"above", "below", "left", "right", "higher", "lower"}:
+        return found[0]
+    return f"{other.capitalize() if one[0].isupper() else other} or {one.lower()}"
+
+
 def wording(rng: random.Random, question: str, *, held_out: bool, **slots: str) -> str:
     """One wording of a question. In training its case and what stands around it vary too."""
     wordings = WORDINGS[question]
@@ -657,6 +669,8 @@ def wording(rng: random.Random, question: str, *, held_out: bool, **slots: str) 
     text = text.replace(" a orange", " an orange")
     if held_out:
         return text
+    if rng.random() < 0.4:  # the order of two alternatives means nothing
+        text = _ALTERNATIVES.sub(_swapped, text)
     if rng.random() < 0.1:
         text = text[0].lower() + text[1:]
     if rng.random() < 0.1:
