@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,20 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
-from tokenizers import Tokenizer
 
-from server.demo import checkpoint, vocabulary
+from server.demo import vocabulary
 from server.demo.examples import single
-from server.demo.network import Network
 from tests.demo_twins import Twins
 
 STEPS = 40  # two lines of the log
 
 
-def start(output: Path) -> subprocess.Popen[str]:
-    small = ["--steps", str(STEPS), "--budget", "400", "--no-compile"]
+def start(output: Path, *more: str) -> subprocess.Popen[str]:
+    small = ["--steps", str(STEPS), "--budget", "400", "--no-compile", *more]
     command = [sys.executable, "-m", "server.demo.train", "--output", str(output), *small]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
@@ -107,32 +105,16 @@ def test_what_is_saved_is_what_was_trained(whole: Path) -> None:
     assert (logits - expected).abs().max() < 1e-3
 
 
-def test_tokens_keep_their_embeddings_when_their_numbers_change(tmp_path: Path) -> None:
-    tokenizer = vocabulary.build()
-    described = json.loads(tokenizer.to_str())
+def test_a_run_from_weights_keeps_their_tokens(whole: Path, tmp_path: Path) -> None:
+    given, output = tmp_path / "given", tmp_path / "output"
+    shutil.copytree(whole / "model", given)
+    described = json.loads((given / "tokenizer.json").read_text())
     numbers = described["model"]["vocab"]
-    red, blue, green = numbers["red"], numbers["blue"], numbers["green"]
-    numbers |= {"red": blue, "blue": red, "unheard": green}
-    del numbers["green"]
-    described["model"]["merges"] = []
-    other = Tokenizer.from_str(json.dumps(described))
-    saved, network = Network(), Network()
-    weights = saved.state_dict()
-    checkpoint.save({f"network.{name}": it for name, it in weights.items()}, other, tmp_path)
-    before = weights["model.language_model.embed_tokens.weight"].bfloat16().float()
-    after = network.get_parameter("model.language_model.embed_tokens.weight")
-    own = after[green].clone()
-    checkpoint.load(network, tokenizer, tmp_path)
-    assert torch.equal(after[red], before[blue])
-    assert torch.equal(after[blue], before[red])
-    assert torch.equal(after[green], own)
-    places = weights["model.visual.pos_embed.weight"].bfloat16().float()
-    assert torch.equal(network.get_parameter("model.visual.pos_embed.weight"), places)
-
-
-def test_a_state_of_other_words_is_refused(whole: Path, tmp_path: Path) -> None:
-    state = torch.load(whole / "state.pt", weights_only=True)
-    torch.save(state | {"tokenizer": "{}"}, tmp_path / "state.pt")
-    process = start(tmp_path)
-    assert finish(process) != 0
-    assert not (tmp_path / "log.jsonl").exists()
+    numbers["red"], numbers["blue"] = numbers["blue"], numbers["red"]
+    (given / "tokenizer.json").write_text(json.dumps(described))
+    for steps in (21, 22):  # from the weights, and then from the saved state
+        weights = ["--weights", str(given), "--first-step", "20", "--steps", str(steps)]
+        assert finish(start(output, *weights)) == 0
+        assert lines(output)[-1]["step"] == steps
+        written = json.loads((output / "model" / "tokenizer.json").read_text())
+        assert written["model"]["vocab"] == numbers

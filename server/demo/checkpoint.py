@@ -6,20 +6,19 @@ from pathlib import Path
 import matplotlib as mpl
 import torch
 from matplotlib.figure import Figure
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from server.demo import vocabulary
 from server.demo.language import TextConfig
-from server.demo.network import Network, configuration
+from server.demo.network import configuration
 from server.demo.vision import CELL, DEVIATION, FRAMES, MEAN, MERGE, PATCH, VisionConfig
 
 MIN_PIXELS = (2 * CELL) ** 2
 MAX_PIXELS = 640 * 480
 MAX_VIDEO_PIXELS = 2 * MAX_PIXELS  # of all frames
 _PREFIX = "network."
-_EMBEDDINGS = "model.language_model.embed_tokens.weight"
 _SMOOTHED = 15  # lines of the log
 
 
@@ -54,19 +53,6 @@ def save(weights: dict[str, Tensor], tokenizer: Tokenizer, folder: Path) -> None
     video = {"video_processor_type": "Qwen3VLVideoProcessor"} | processor
     video["size"] = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_VIDEO_PIXELS}
     _write(folder / "video_preprocessor_config.json", video)
-
-
-@torch.no_grad()
-def load(network: Network, tokenizer: Tokenizer, folder: Path) -> None:
-    """Gives a network the weights of a folder; each token keeps its embedding, at whatever place
-    that folder's tokenizer had it, and those that it lacked keep the network's own."""
-    weights = load_file(folder / "model.safetensors")
-    places = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
-    embeddings = network.get_parameter(_EMBEDDINGS).clone()
-    for token, place in tokenizer.get_vocab().items():
-        if token in places:
-            embeddings[place] = weights[_EMBEDDINGS][places[token]]
-    network.load_state_dict(weights | {_EMBEDDINGS: embeddings})
 
 
 def _write(path: Path, content: object) -> None:

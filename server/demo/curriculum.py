@@ -23,11 +23,13 @@ LARGE: tuple[Grid, ...] = (
 # so that little of it is padding.
 MUCH = {"objects": 0.45, "text": 0.42, "chart": 0.09, "photo": 0.04}
 LITTLE = {"crowd": 0.84, "lines": 0.08, "note": 0.08}
-SEVERAL, CLIPS, CHATS = 0.26, 0.03, 0.015  # shares of the batches
+SEVERAL, CLIPS, CHATS = 0.3, 0.03, 0.015  # shares of the batches
 SEVERAL_GROW = 0.5  # the progress at which several pictures stop being small
 SEVERAL_POOLS = (0.12, 0.6, 0.28)  # shares of small, medium and large ones from then on
+SEVERAL_LAST = (0.05, 0.35, 0.6)  # and at the end
 SEVERAL_MOST = 1.6  # the most that one example of them costs, as a share of a batch's budget
-LITTLES = 0.4  # share of the batches of one picture
+LAST = 0.94  # the progress from which most pictures are large
+LITTLES = 0.45  # share of the batches of one picture
 CHAT_BATCH = 24
 SEEING, SEEING_UNTIL = (0.85, 0.1), 0.18  # shares of batches without questions, first and then
 TRAFFIC = 0.15  # share of these in which things move
@@ -88,7 +90,8 @@ def _several(form: random.Random, progress: float, budget: float) -> list[Grid]:
     small = [grid for grid in SMALL if min(grid) >= 3]
     if progress >= SEVERAL_GROW:
         for _ in range(10):
-            pools = form.choices((small, MEDIUM, LARGE), SEVERAL_POOLS, k=count)
+            shares = SEVERAL_POOLS if progress < LAST else SEVERAL_LAST
+            pools = form.choices((small, MEDIUM, LARGE), shares, k=count)
             grids = [form.choice(pool) for pool in pools]
             if cost(grids) < budget * SEVERAL_MOST:
                 return grids
@@ -113,8 +116,10 @@ def _pool(form: random.Random, progress: float) -> tuple[Grid, ...]:
         small, large = 0.45, 0.03
     elif progress < 0.75:
         small, large = 0.25, 0.12
-    else:
+    elif progress < LAST:
         small, large = 0.1, 0.25
+    else:
+        small, large = 0.05, 0.65
     share = form.random()
     return SMALL if share < small else LARGE if share > 1 - large else MEDIUM
 

@@ -23,6 +23,8 @@ from types import FrameType
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -164,20 +166,18 @@ def train(rank: int, options: Options, port: int) -> None:
         rank=rank,
         world_size=options.processes,
     )
-    tokenizer = vocabulary.build()
+    saved = options.output / "state.pt"
+    state = torch.load(saved, weights_only=True) if saved.exists() else None
+    tokenizer = _tokenizer(options, state)
     codec = vocabulary.Codec(tokenizer)
     trained = Trained(codec)
     trained.initialize(options.seed)
     if options.weights:
-        checkpoint.load(trained.network, tokenizer, options.weights)
+        trained.network.load_state_dict(load_file(options.weights / "model.safetensors"))
     trained.bfloat16()
     optimizer = Optimizer(trained, MUON_RATE, ADAM_RATE)
     first, spent = options.first_step, 0.0
-    saved = options.output / "state.pt"
-    if saved.exists():
-        state = torch.load(saved, weights_only=True)
-        if state["tokenizer"] != tokenizer.to_str():
-            raise SystemExit(f"{saved}: the data's words have changed since; begin with --weights")
+    if state:
         optimizer.load(state["optimizer"])
         first, spent = state["step"], state["seconds"]
     if rank == 0:
@@ -223,6 +223,15 @@ def train(rank: int, options: Options, port: int) -> None:
         if stopping:
             break
     distributed.destroy_process_group()
+
+
+def _tokenizer(options: Options, state: dict[str, Any] | None) -> Tokenizer:
+    """That with which the weights were first trained: the data's words may have changed since."""
+    if state:
+        return Tokenizer.from_str(state["tokenizer"])
+    if options.weights:
+        return Tokenizer.from_file(str(options.weights / "tokenizer.json"))
+    return vocabulary.build()
 
 
 def _compile() -> None:
