@@ -153,11 +153,11 @@ def test_each_character_of_an_answer_is_known_before_it_is_said():
         kind = ("text", "lines", "note", "chart", "several")[index % 5]
         sizes = [(224, 224)] * (2 if kind == "several" else 1)
         example = several(rng, sizes) if kind == "several" else single(rng, kind, sizes[0])
-        question = rng.choice(example.questions)
-        example.questions = [question]
-        writer = write(codec, rng, example, [(7, 7)] * len(sizes), 1.0)
-        if not question.spelling:
+        example.questions = [it for it in example.questions if it.spelling][:1]
+        if not example.questions:
             continue
+        (question,) = example.questions
+        writer = write(codec, rng, example, [(7, 7)] * len(sizes), 1.0)
         text = question.spelling.text
         ((_, start, end),) = writer.answers
         said = [(place, facts) for place, facts in writer.mentions if start - 1 <= place < end]
