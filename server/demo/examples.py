@@ -96,8 +96,8 @@ def several(rng: random.Random, sizes: list[Size], *, held_out: bool = False) ->
             "number": Mention(str(number), thing.facts),
         }
         ask("pair", "nth_what", scene.label, 2.0, scene.spelling, **nth)
-        if scene.text:
-            ask("pair", "nth_read", scene.text, 1.0, scene.spelling, **nth)
+        if scene.spelling:
+            ask("pair", "nth_read", scene.spelling.text, 1.0, scene.spelling, **nth)
         else:
             ask("pair", "nth_color", scene.color, **nth)
             ask("pair", "nth_shape", scene.shape, **nth)
@@ -107,7 +107,7 @@ def several(rng: random.Random, sizes: list[Size], *, held_out: bool = False) ->
                     which = words.ORDINALS[number - 1]
                     named = Mention(wanted, {**thing.facts, "nth": which})
                     ask("pair", "which", f"the {which}", object=named)
-    if len(scenes) == 2 and not any(scene.text for scene in scenes):
+    if len(scenes) == 2 and not any(scene.spelling for scene in scenes):
         for aspect in ("color", "shape"):
             same = getattr(scenes[0], aspect) == getattr(scenes[1], aspect)
             ask("pair", "same", "yes" if same else "no", 1.5, aspect=aspect)

@@ -651,14 +651,13 @@ SYSTEM = (
 )
 
 
-_ALTERNATIVES = re.compile(r"\b(above|below|left|right|higher|lower) or (\w+)\b", re.IGNORECASE)
+_SIDE = "above|below|left|right|higher|lower"
+_ALTERNATIVES = re.compile(rf"\b({_SIDE}) or ({_SIDE})\b", re.IGNORECASE)
 
 
 def _swapped(found: re.Match[str]) -> str:
-    """ "Below or above" for "Above or below"; what else stands there is left as it is."""
+    """ "Below or above" for "Above or below"."""
     one, other = found.groups()
-    if other not in {"above", "below", "left", "right", "higher", "lower"}:
-        return found[0]
     return f"{other.capitalize() if one[0].isupper() else other} or {one.lower()}"
 
 

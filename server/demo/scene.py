@@ -62,7 +62,6 @@ class Scene:
     label: str
     color: str = ""
     shape: str = ""
-    text: str = ""
     spelling: Spelling | None = None
 
 

@@ -68,6 +68,7 @@ def known(picture: Picture, grid: Grid) -> dict[str, np.ndarray[tuple[int], np.d
         facts["rank"][:] = UNKNOWN
     covered = np.zeros((rows, columns))
     for thing in picture.things:
+        everywhere = {fact: word for fact, word in thing.facts.items() if fact != "rank"}
         x0, x1 = (x / width * columns for x in thing.box[::2])
         y0, y1 = (y / height * rows for y in thing.box[1::2])
         for row in range(max(0, int(y0)), min(rows, int(y1) + 1)):
@@ -77,9 +78,8 @@ def known(picture: Picture, grid: Grid) -> dict[str, np.ndarray[tuple[int], np.d
                 enough = min(0.3, 0.5 * (x1 - x0) * (y1 - y0))
                 if area >= enough and area > covered[row, column]:
                     covered[row, column] = area
-                    for fact, word in thing.facts.items():
-                        if fact != "rank":
-                            facts[fact][row, column] = _class_of(fact)[word]
+                    for fact, word in everywhere.items():
+                        facts[fact][row, column] = _class_of(fact)[word]
         row, column = int((y0 + y1) / 2), int((x0 + x1) / 2)
         if "rank" in thing.facts and row < rows and column < columns:
             facts["rank"][row, column] = _class_of("rank")[thing.facts["rank"]]

@@ -81,7 +81,7 @@ def text(rng: random.Random, size: Size, held_out: bool, glyph: float | None = N
     ask("what", "what", label, 0.4, spelling)
     ask("text_caption", "caption", caption([f"{label} in {color}"], behind), 0.3, spelling)
     ask("json_text", "json", json.dumps({"text": content}), 0.4, spelling, keys="text")
-    return Scene(picture, ask.questions, label, color, "text", content, spelling)
+    return Scene(picture, ask.questions, label, color, "text", spelling)
 
 
 def _frame(rng: random.Random, picture: Picture, behind: str) -> None:
