@@ -25,11 +25,13 @@ MUCH = {"objects": 0.45, "text": 0.42, "chart": 0.09, "photo": 0.04}
 LITTLE = {"crowd": 0.84, "lines": 0.08, "note": 0.08}
 SEVERAL, CLIPS, CHATS = 0.3, 0.03, 0.015  # shares of the batches
 SEVERAL_GROW = 0.5  # the progress at which several pictures stop being small
-SEVERAL_POOLS = (0.12, 0.6, 0.28)  # shares of small, medium and large ones from then on
+SEVERAL_POOLS = (0.1, 0.5, 0.4)  # shares of small, medium and large ones from then on
 SEVERAL_LAST = (0.05, 0.35, 0.6)  # and at the end
 SEVERAL_MOST = 1.6  # the most that one example of them costs, as a share of a batch's budget
 LAST = 0.94  # the progress from which most pictures are large
 LITTLES = 0.45  # share of the batches of one picture
+LARGER = 2.0  # how much more often these are large, up to a share: counting is harder in them
+LARGEST = 0.7
 CHAT_BATCH = 24
 SEEING, SEEING_UNTIL = (0.85, 0.1), 0.18  # shares of batches without questions, first and then
 TRAFFIC = 0.15  # share of these in which things move
@@ -73,8 +75,9 @@ def draw(
             for _ in range(_batch_size(grids, budget))
         ]
         return collate(codec, rng, examples, grids)
-    grid = form.choice(_pool(form, progress))
-    little = min(grid) >= 3 and form.random() < LITTLES
+    little = form.random() < LITTLES
+    grid = form.choice(_pool(form, progress, LARGER if little else 1.0))
+    little = little and min(grid) >= 3
     kinds = LITTLE if little else MUCH if min(grid) >= 3 else MUCH | {"chart": 0.0}
     count = _batch_size([grid], budget, FEW_COST if little else QUESTIONS_COST)
     examples = [
@@ -109,7 +112,7 @@ def _seeing(
     return collate(codec, rng, examples, [grid])
 
 
-def _pool(form: random.Random, progress: float) -> tuple[Grid, ...]:
+def _pool(form: random.Random, progress: float, larger: float = 1.0) -> tuple[Grid, ...]:
     if progress < 0.1:
         small, large = 0.75, 0.0
     elif progress < 0.5:
@@ -121,6 +124,7 @@ def _pool(form: random.Random, progress: float) -> tuple[Grid, ...]:
     else:
         small, large = 0.05, 0.65
     share = form.random()
+    large = min(LARGEST, large * larger)
     return SMALL if share < small else LARGE if share > 1 - large else MEDIUM
 
 

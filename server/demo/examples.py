@@ -118,7 +118,7 @@ def several(rng: random.Random, sizes: list[Size], *, held_out: bool = False) ->
 
 
 def _one_of_several(rng: random.Random, size: Size, held_out: bool) -> Scene:
-    if rng.random() < 0.25:
+    if rng.random() < (0.25 if held_out else 0.35):
         return text(rng, size, held_out, 24.0 if held_out else None)
     return objects(rng, size, held_out, 1)
 

@@ -104,6 +104,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
     a, b, c = _NEWTON_SCHULZ
     for _ in range(_STEPS):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     result: Tensor = (x if wide else x.mT).float()
     return result

@@ -22,6 +22,8 @@ FACTS: dict[str, tuple[str, ...]] = {
     "kind": ("shapes", "text", "chart", "note", "photo"),
     "count": tuple("123456789"),
     "rank": tuple("123456789"),
+    "row_count": tuple("123456789"),
+    "column_count": tuple("123456789"),
     "row": ("top", "center", "bottom"),
     "column": ("left", "center", "right"),
     "extreme": ("tallest", "shortest"),
@@ -55,6 +57,8 @@ def known(picture: Picture, grid: Grid) -> dict[str, np.ndarray[tuple[int], np.d
     """What each token of a picture is to know: (tokens,) of each fact.
 
     The rank is known at the middle of a thing alone, so that things are counted by counting tokens.
+    Row and column counts are the things in the token's third of the picture: small numbers, which
+    attention tells apart more easily than large ones, and which add up to the count.
     """
     rows, columns = grid
     width, height = picture.size
@@ -64,8 +68,17 @@ def known(picture: Picture, grid: Grid) -> dict[str, np.ndarray[tuple[int], np.d
     for fact in ("count", "background"):
         if fact not in picture.facts:
             facts[fact][:] = UNKNOWN
-    if "count" not in picture.facts:
-        facts["rank"][:] = UNKNOWN
+    if "count" in picture.facts:
+        for fact, low, tokens in (("column_count", 0, columns), ("row_count", 1, rows)):
+            thirds = [
+                int((thing.box[low] + thing.box[low + 2]) / 2 / picture.size[low] * 3)
+                for thing in picture.things
+            ]
+            counts = np.bincount(thirds, minlength=3)[np.arange(tokens) * 3 // tokens]
+            facts[fact][:] = counts if low == 0 else counts[:, None]
+    else:
+        for fact in ("rank", "row_count", "column_count"):
+            facts[fact][:] = UNKNOWN
     covered = np.zeros((rows, columns))
     for thing in picture.things:
         everywhere = {fact: word for fact, word in thing.facts.items() if fact != "rank"}

@@ -5,7 +5,6 @@ Capitals and digits are tokens of their own, so that what is read is spelled out
 """
 
 import json
-import random
 import re
 from collections.abc import Iterator
 from functools import lru_cache
@@ -14,9 +13,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from server.demo import phrases, words
-from server.demo.examples import chat, several, single
 from server.demo.pictures import COLORS, SHAPES
-from server.demo.scenes import MAKERS
 
 SPECIAL = (
     "<|endoftext|>",
@@ -32,7 +29,6 @@ COORDINATES = range(0, 1001, 10)
 SIZE = 1280  # tokens, a multiple of 64
 
 _SPLIT = r" ?[A-Z]?[a-z]+|[A-Z0-9]| ?[^\sA-Za-z0-9]+|\s+"
-_CORPUS_EXAMPLES = 400
 _BOX = re.compile(r"\[\d+0?(?:, \d+0?){3}\]")
 
 TEMPLATE = """\
@@ -63,8 +59,23 @@ TEMPLATE = """\
 """
 
 
+# One answer of each kind that is more than a name.
+_ANSWERS = (
+    words.OUTSIDE,
+    words.HELLO,
+    words.ABILITIES,
+    words.UNKNOWN,
+    *("yes", "no", "different", "the same", "the first", "the last"),
+    "a red circle, an orange star and two blue squares on a white background",
+    "a red circle that moves left on an orange background",
+    json.dumps({"color": "red", "shape": "star", "background": "red", "position": "left"}),
+    json.dumps({"count": 2, "color": "red"}),
+    json.dumps({"objects": [{"color": "red", "shape": "star"}, {"color": "red"}]}),
+)
+
+
 def _corpus() -> Iterator[str]:
-    """What is asked and answered, every wording and every word of it."""
+    """Every wording and every word of what is asked and answered, the frequent ones more often."""
     names = (*COLORS, *SHAPES, *words.ORDINALS, *words.NUMBERS, *words.LABELS, *words.DIRECTIONS)
     for name in (*names, *map(words.plural, SHAPES), "top", "center", "bottom", "above", "below"):
         for _ in range(50):
@@ -72,20 +83,15 @@ def _corpus() -> Iterator[str]:
     yield from [
         "Picture 1: Video 1: <0.5 seconds>",
         *["user user", "assistant assistant", "system system"],
+        *_ANSWERS,
     ] * 50
     for wordings in phrases.WORDINGS.values():
-        yield from [re.sub(r"\{\w+\}", "", text) for text in wordings.training] * 5
-    yield from [*phrases.BEFORE, *phrases.AFTER, *phrases.SYSTEM] * 5
-    rng = random.Random(0)
-    for index in range(_CORPUS_EXAMPLES):
-        for example in (
-            single(rng, list(MAKERS)[index % len(MAKERS)], (160, 160)),
-            several(rng, [(96, 96), (96, 96)]),
-            chat(rng),
-        ):
-            for question in example.questions:
-                yield question.text
-                yield _BOX.sub("", question.answer)
+        for text in wordings.training:
+            bare = re.sub(r"\{\w+\}", "", text)
+            yield from [bare, bare, f" {bare}", bare[0].lower() + bare[1:]]
+    for wordings in phrases.CHAT.values():
+        yield from wordings.training * 3
+    yield from [*phrases.BEFORE, *phrases.AFTER, *phrases.SYSTEM] * 30
 
 
 def build() -> Tokenizer:
