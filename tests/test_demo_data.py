@@ -145,6 +145,17 @@ def test_each_thing_of_a_crowd_has_its_rank_at_one_token():
         assert sorted(ranks[ranks > 0]) == list(range(1, len(picture.things) + 1))
 
 
+def test_the_counts_of_thirds_add_up():
+    rng = random.Random(4)
+    for _ in range(50):
+        picture = single(rng, "crowd", (288, 384)).pictures[0]
+        facts = known(picture, (12, 9))
+        across, down = (facts[it].reshape(12, 9) for it in ("column_count", "row_count"))
+        assert (across == across[0]).all()
+        assert (down == down[:, :1]).all()
+        assert across[0, 1::3].sum() == down[1::4, 0].sum() == len(picture.things)
+
+
 def test_each_character_of_an_answer_is_known_before_it_is_said():
     codec = vocabulary.Codec(vocabulary.build())
     rng = random.Random(6)

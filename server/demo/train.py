@@ -8,15 +8,12 @@ not.
 """
 
 import argparse
-import json
 import math
 import os
 import random
 import signal
 import socket
 import threading
-import time
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -29,7 +26,7 @@ from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from server.demo import checkpoint, vocabulary
+from server.demo import vocabulary
 from server.demo.batches import Batch
 from server.demo.curriculum import draw
 from server.demo.facts import Facts, blurred, total
@@ -37,6 +34,7 @@ from server.demo.initial import initialize
 from server.demo.language import TextLayer
 from server.demo.network import Network
 from server.demo.optimizer import Optimizer
+from server.demo.record import STATE, Record
 from server.demo.targets import FACTS, MENTIONED
 from server.demo.vision import VisionBlock
 from server.demo.vocabulary import COORDINATES
@@ -51,9 +49,7 @@ CONSTANT, FALL = 0.3, 1.5  # the rate falls after this share of the steps, with 
 AVERAGE_DECAY = 0.995  # of the average of the weights that is shipped
 FACTS_WEIGHT = 0.5
 FACTS_FADE = 0.2  # the facts' weight at the end, as a share of that at the start
-SAVE_EVERY_S = 240
 LOG_EVERY = 20  # steps
-LOG = "log.jsonl"
 MENTION = "mentioned "  # before the facts of names, in the log
 
 
@@ -121,30 +117,6 @@ def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return each
 
 
-class Tally:
-    """Losses and exactly right answers since the last line of the log."""
-
-    def __init__(self) -> None:
-        self.losses: dict[str, list[float]] = defaultdict(list)
-        self.answers: dict[str, list[bool]] = defaultdict(list)
-
-    def add(self, batch: Batch, loss: Tensor, facts: dict[str, Tensor], right: Tensor) -> None:
-        if batch.answers:
-            self.losses["answers"].append(loss.item())
-        for fact, value in facts.items():
-            self.losses[fact].append(value.item())
-        for example, task, start, end in batch.answers:
-            self.answers[task].append(bool(right[example, start - 1 : end - 1].all()))
-
-    def summary(self) -> dict[str, Any]:
-        return {
-            "losses": {name: sum(values) / len(values) for name, values in self.losses.items()},
-            "right": {
-                task: [sum(values), len(values)] for task, values in sorted(self.answers.items())
-            },
-        }
-
-
 def rate(progress: float) -> float:
     """The share of the learning rates at a share of the steps."""
     left: float = min(1.0, max(0.0, (1 - progress) / (1 - CONSTANT)))
@@ -166,7 +138,7 @@ def train(rank: int, options: Options, port: int) -> None:
         rank=rank,
         world_size=options.processes,
     )
-    saved = options.output / "state.pt"
+    saved = options.output / STATE
     state = torch.load(saved, weights_only=True) if saved.exists() else None
     tokenizer = _tokenizer(options, state)
     codec = vocabulary.Codec(tokenizer)
@@ -180,11 +152,7 @@ def train(rank: int, options: Options, port: int) -> None:
     if state:
         optimizer.load(state["optimizer"])
         first, spent = state["step"], state["seconds"]
-    if rank == 0:
-        _cut(options.output / LOG, first)
-    started = time.monotonic() - spent
-    last_saved = time.monotonic()
-    tally = Tally()
+    record = Record(options.output, tokenizer, first, spent) if rank == 0 else None
     steps = range(first, options.steps)
     for step in tqdm(steps, initial=first, total=options.steps, disable=rank != 0, smoothing=0.02):
         rng = random.Random(f"{options.seed} {step} {rank}")
@@ -201,25 +169,10 @@ def train(rank: int, options: Options, port: int) -> None:
         trained.zero_grad()
         stopping = _in_any(interrupted.is_set())
         last = stopping or step + 1 == options.steps
-        if rank == 0:
-            tally.add(batch, loss, facts, right)
-        if rank == 0 and (last or (step + 1) % LOG_EVERY == 0):
-            seconds = time.monotonic() - started
-            line = {"step": step + 1, "seconds": round(seconds, 1), **tally.summary()}
-            tally = Tally()
-            with (options.output / LOG).open("a") as log:
-                log.write(json.dumps(line) + "\n")
-            if last or time.monotonic() - last_saved > SAVE_EVERY_S:
-                last_saved = time.monotonic()
-                state = {
-                    "step": step + 1,
-                    "seconds": seconds,
-                    "tokenizer": tokenizer.to_str(),
-                    "optimizer": optimizer.state(),
-                }
-                _save(state, saved)
-                checkpoint.save(optimizer.average, tokenizer, options.output / "model")
-                checkpoint.draw_learning_curve(options.output)
+        if record:
+            record.tally.add(batch, loss, facts, right)
+            if last or (step + 1) % LOG_EVERY == 0:
+                record.write(step + 1, optimizer, last=last)
         if stopping:
             break
     distributed.destroy_process_group()
@@ -266,20 +219,6 @@ def _in_any(flag: bool) -> bool:
     found = torch.tensor(int(flag))
     distributed.all_reduce(found, distributed.ReduceOp.MAX)
     return bool(found)
-
-
-def _cut(log: Path, step: int) -> None:
-    """Drops the lines after a step: the steps are done again."""
-    if log.exists():
-        whole = [line for line in log.read_text().splitlines(True) if line.endswith("\n")]
-        log.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
-
-
-def _save(state: dict[str, Any], path: Path) -> None:
-    """Writes whole or not at all."""
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)
 
 
 def main() -> None:
