@@ -59,10 +59,11 @@ def _write(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def draw_learning_curve(output: Path) -> None:
-    """Draws log.jsonl as learning_curve.png: the loss, and the share of right answers by task."""
+def draw_learning_curve(log: Path) -> None:
+    """Draws a log as learning_curve.png beside it: the loss, and the share of right answers by
+    task."""
     mpl.use("agg")
-    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
     minutes = [line["seconds"] / 60 for line in lines]
     figure = Figure(figsize=(11, 8), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
@@ -75,7 +76,7 @@ def draw_learning_curve(output: Path) -> None:
         below.plot(minutes, _share(counts), style, label=task)
     below.set(xlabel="minutes", ylabel="right answers (training distribution)", ylim=(0, 1.01))
     below.legend(ncols=2, fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(output / "learning_curve.png", dpi=80)
+    figure.savefig(log.with_name("learning_curve.png"), dpi=80)
 
 
 def _smooth(values: list[float | None]) -> list[float]:

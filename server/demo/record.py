@@ -79,4 +79,4 @@ class Record:
         torch.save(state, partial)
         partial.replace(self.folder / STATE)
         checkpoint.save(optimizer.average, self.tokenizer, self.folder / "model")
-        checkpoint.draw_learning_curve(self.folder)
+        checkpoint.draw_learning_curve(self.folder / LOG)

@@ -69,13 +69,11 @@ def known(picture: Picture, grid: Grid) -> dict[str, np.ndarray[tuple[int], np.d
         if fact not in picture.facts:
             facts[fact][:] = UNKNOWN
     if "count" in picture.facts:
-        for fact, low, tokens in (("column_count", 0, columns), ("row_count", 1, rows)):
-            thirds = [
-                int((thing.box[low] + thing.box[low + 2]) / 2 / picture.size[low] * 3)
-                for thing in picture.things
-            ]
-            counts = np.bincount(thirds, minlength=3)[np.arange(tokens) * 3 // tokens]
-            facts[fact][:] = counts if low == 0 else counts[:, None]
+        boxes = [thing.box for thing in picture.things]
+        across = [(box[0] + box[2]) / 2 / width for box in boxes]
+        down = [(box[1] + box[3]) / 2 / height for box in boxes]
+        facts["column_count"][:] = _in_thirds(across, columns)
+        facts["row_count"][:] = _in_thirds(down, rows)[:, None]
     else:
         for fact in ("rank", "row_count", "column_count"):
             facts[fact][:] = UNKNOWN
@@ -106,3 +104,10 @@ def known(picture: Picture, grid: Grid) -> dict[str, np.ndarray[tuple[int], np.d
         elif facts["next"][row, column] == 0:
             facts["next"][row, column] = _class_of("next")[glyph.facts["char"]]
     return {fact: values.ravel() for fact, values in facts.items()}
+
+
+def _in_thirds(shares: list[float], tokens: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """How many places, from 0 to 1, lie in each token's third: (tokens,)."""
+    counts = np.bincount([int(share * 3) for share in shares], minlength=3)
+    each: np.ndarray[tuple[int], np.dtype[np.int64]] = counts[np.arange(tokens) * 3 // tokens]
+    return each

@@ -39,7 +39,7 @@ from server.demo.targets import FACTS, MENTIONED
 from server.demo.vision import VisionBlock
 from server.demo.vocabulary import COORDINATES
 
-STEPS = 11_000  # of 0.8 to 1.0 seconds on two cores
+STEPS = 11_000  # of 0.7 to 1.0 seconds on two cores
 BUDGET = 10_000.0  # of the cost of a process's share of a batch
 SEED = 1
 PROCESSES = 2
