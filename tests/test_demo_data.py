@@ -6,8 +6,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from server.demo import fonts, objects, outside, phrases, vocabulary, words
+from server.demo.batches import joined
+from server.demo.curriculum import draw
 from server.demo.examples import several, single
 from server.demo.targets import known
 from server.demo.writing import write
@@ -180,3 +183,37 @@ def test_each_character_of_an_answer_is_known_before_it_is_said():
         assert edges == sorted(edges)
         spelled[kind] += 1
     assert len(spelled) == 5
+
+
+@pytest.mark.parametrize("step", [0, 15, 22, 26, 31])  # one, none, a clip, four, no questions
+def test_batches_are_joined_as_they_are(step):
+    codec = vocabulary.Codec(vocabulary.build())
+    parts = [
+        draw(codec, random.Random(f"{step} {share}"), random.Random(step), 0.6, 1500.0)
+        for share in range(3)
+    ]
+    whole = joined(parts)
+    assert (whole.ids < 0).sum() == 0
+    row = mention = answer = 0
+    for part in parts:
+        count, length = part.ids.shape
+        rows = slice(row, row + count)
+        for name, padding in (("ids", 0), ("branches", -1), ("weights", 0)):
+            theirs = getattr(whole, name)[rows]
+            assert theirs[:, :length].equal(getattr(part, name))
+            assert (theirs[:, length:] == padding).all()
+        assert whole.positions[:, rows, :length].equal(part.positions)
+        examples, places = whole.mentions[:, mention : mention + part.mentions.shape[1]]
+        assert part.ids[tuple(part.mentions)].equal(whole.ids[examples, places])
+        assert whole.ids[examples].equal(whole.ids[rows][part.mentions[0]])
+        for theirs, ours in zip(whole.answers[answer:], part.answers, strict=False):
+            assert theirs == (ours[0] + row, *ours[1:])
+        row += count
+        mention += part.mentions.shape[1]
+        answer += len(part.answers)
+    assert (row, mention, answer) == (len(whole.ids), whole.mentions.shape[1], len(whole.answers))
+    assert whole.mentioned.equal(torch.cat([part.mentioned for part in parts], 1))
+    assert whole.facts.equal(torch.cat([part.facts for part in parts], 1))
+    for number, (seen, grid) in enumerate(whole.pictures):
+        assert seen.equal(torch.cat([part.pictures[number][0] for part in parts]))
+        assert all(part.pictures[number][1] == grid for part in parts)

@@ -1,6 +1,7 @@
 """The demo model's training, in small: it learns, it can be interrupted, it repeats itself."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -23,7 +24,7 @@ STEPS = 40  # two lines of the log
 def start(output: Path, *more: str) -> subprocess.Popen[str]:
     small = ["--steps", str(STEPS), "--budget", "400", "--no-compile", *more]
     command = [sys.executable, "-m", "server.demo.train", "--output", str(output), *small]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def finish(process: subprocess.Popen[str]) -> int:
@@ -51,16 +52,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, ended by a signal after its first line and begun again.
+    """The same run, ended as by Ctrl-C after its first line and begun again.
 
-    Its log is left as if it had gone on behind the last saved state, and died in a line.
+    Other processes draw its batches at first. Its log is left as if it had gone on behind the last
+    saved state, and died in a line.
     """
     output = tmp_path_factory.mktemp("interrupted")
-    process = start(output)
+    process = start(output, "--drawers", "1")
     while not lines(output) and process.poll() is None:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert finish(process) == 128 + signal.SIGTERM
+    os.killpg(process.pid, signal.SIGINT)
+    assert finish(process) == 128 + signal.SIGINT
     assert len(lines(output)) >= 1
     assert lines(output)[-1]["step"] < STEPS
     with (output / "log.jsonl").open("a") as log:

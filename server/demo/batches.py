@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 from server.demo import vocabulary
 from server.demo.examples import Example
@@ -23,17 +24,17 @@ from server.demo.writing import write
 
 @dataclass(slots=True)
 class Batch:
-    """Examples of one form. B examples, T tokens, V vision tokens."""
+    """Examples of one form. B examples, T tokens, V vision tokens, M mentions of something."""
 
     pictures: list[tuple[Tensor, Grid]]  # uint8 patches (B, patches, pixels of a patch)
     ids: Tensor  # int64 (B, T)
     positions: Tensor  # int64 (3, B, T): time, row, column
     branches: Tensor  # int64 (B, T): 0 the prefix, -1 padding
     weights: Tensor  # float32 (B, T): of answers; 0 elsewhere
-    facts: dict[str, Tensor]  # int64 (B, V) each
+    facts: Tensor  # int64 (len(FACTS), B, V)
     answers: list[tuple[int, str, int, int]]  # example, task, start and end in T
-    mentions: tuple[Tensor, Tensor]  # int64 (M,) each: examples, places in T
-    mentioned: dict[str, Tensor]  # int64 (M,) each: the facts of what is mentioned
+    mentions: Tensor  # int64 (2, M): examples, places in T
+    mentioned: Tensor  # int64 (len(MENTIONED), M): the facts of what is mentioned
 
     @property
     def mask(self) -> Tensor:
@@ -41,6 +42,58 @@ class Batch:
         branches = self.branches
         mask = branches[:, None, :] == branches[:, :, None]
         return (mask | (branches[:, None, :] == 0)).tril()
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device."""
+        return Batch(
+            [(seen.to(device), grid) for seen, grid in self.pictures],
+            self.ids.to(device),
+            self.positions.to(device),
+            self.branches.to(device),
+            self.weights.to(device),
+            self.facts.to(device),
+            self.answers,
+            self.mentions.to(device),
+            self.mentioned.to(device),
+        )
+
+
+def joined(parts: list[Batch]) -> Batch:
+    """Batches of one form as one batch."""
+    if len(parts) == 1:
+        return parts[0]
+    length = max(part.ids.shape[1] for part in parts)
+    firsts = np.cumsum([0, *(len(part.ids) for part in parts)]).tolist()
+
+    def padded(name: str, dim: int, value: int = 0) -> Tensor:
+        each = [getattr(part, name) for part in parts]
+        padded = [functional.pad(it, (0, length - it.shape[-1]), value=value) for it in each]
+        return torch.cat(padded, dim)
+
+    return Batch(
+        [
+            (torch.cat([seen for seen, _ in same]), same[0][1])
+            for same in zip(*(part.pictures for part in parts), strict=True)
+        ],
+        padded("ids", 0),
+        padded("positions", 1),
+        padded("branches", 0, -1),
+        padded("weights", 0),
+        torch.cat([part.facts for part in parts], 1),
+        [
+            (first + example, *rest)
+            for first, part in zip(firsts, parts, strict=False)
+            for example, *rest in part.answers
+        ],
+        torch.cat(
+            [
+                part.mentions + torch.tensor([[first], [0]])
+                for first, part in zip(firsts, parts, strict=False)
+            ],
+            1,
+        ),
+        torch.cat([part.mentioned for part in parts], 1),
+    )
 
 
 def patches(frames: list[Image.Image], grid: Grid) -> Tensor:
@@ -74,7 +127,7 @@ def collate(
     weights = np.zeros((count, length), np.float32)
     answers = []
     places: list[tuple[int, int]] = []
-    named: list[dict[str, int]] = []
+    named: list[list[int]] = []
     for row, writer in enumerate(written):
         end = len(writer.ids)
         ids[row, :end] = writer.ids
@@ -83,20 +136,15 @@ def collate(
         weights[row, :end] = writer.weights
         answers += [(row, *answer) for answer in writer.answers]
         places += [(row, place) for place, _ in writer.mentions]
-        named += [mentioned(known_of) for _, known_of in writer.mentions]
+        named += [list(mentioned(known_of).values()) for _, known_of in writer.mentions]
     parts = [[_part(example, index) for example in examples] for index in range(len(grids))]
-    facts: dict[str, Tensor] = {}
+    facts = torch.zeros(len(FACTS), len(examples), 0, dtype=torch.long)
     if grids:
-        all_known = [
-            [known(picture, grid) for picture in part]
+        each = [
+            np.stack([list(known(picture, grid).values()) for picture in part], 1)
             for part, grid in zip(parts, grids, strict=True)
         ]
-        facts = {
-            fact: torch.from_numpy(
-                np.concatenate([np.stack([it[fact] for it in part]) for part in all_known], 1)
-            )
-            for fact in FACTS
-        }
+        facts = torch.from_numpy(np.concatenate(each, 2))
     return Batch(
         [
             (torch.stack([patches(picture.frames, grid) for picture in part]), grid)
@@ -108,8 +156,8 @@ def collate(
         torch.from_numpy(weights),
         facts,
         answers,
-        (torch.tensor([row for row, _ in places]), torch.tensor([place for _, place in places])),
-        {fact: torch.tensor([it[fact] for it in named]) for fact in MENTIONED} if named else {},
+        torch.tensor(places, dtype=torch.long).reshape(-1, 2).T,
+        torch.tensor(named, dtype=torch.long).reshape(-1, len(MENTIONED)).T,
     )
 
 

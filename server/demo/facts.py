@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from server.demo.targets import UNKNOWN
-from server.demo.vocabulary import COORDINATES, Codec
+from server.demo.vocabulary import Codec
 
 COORDINATE_FACTS = ("x0", "y0", "x1", "y1")
 # Facts of which "nothing" is not learned: they are asked only of tokens that have them.
@@ -56,42 +56,46 @@ class Facts(nn.Module):
         width = self.heads.in_features
         self.heads.weight.copy_(torch.eye(width).repeat(len(self.facts), 1))
 
-    def forward(
-        self, hidden: Tensor, targets: dict[str, Tensor], embeddings: Tensor
-    ) -> dict[str, Tensor]:
-        """The loss of each fact that occurs, from hidden states (..., width), targets (...) of each
-        fact and the embeddings (vocabulary, width)."""
+    def forward(self, hidden: Tensor, targets: Tensor, embeddings: Tensor) -> dict[str, Tensor]:
+        """The loss of each fact that occurs, from hidden states (..., width), targets (facts, ...)
+        and the embeddings (vocabulary, width)."""
         width = hidden.shape[-1]
         tokens = functional.rms_norm(hidden, (width,)).reshape(-1, width)
         heads = self.heads.weight.view(-1, width, width).unbind(0)
         words = torch.split(self.means @ embeddings, self.counts)
         nothing, scale = self.nothing[:, None].unbind(0), self.scale.float().unbind(0)
+        occurs = (targets > 0).flatten(1).any(1).tolist()
         losses = {}
         for number, fact in enumerate(self.facts):
-            target = targets[fact].reshape(-1)
-            if not (target > 0).any():
+            if not occurs[number]:
                 continue
-            asked = tokens
+            asked, target = tokens, targets[number].reshape(-1)
             if fact in _ONLY_WHERE_KNOWN:
                 known = target > 0
                 asked, target = tokens[known], target[known]
             vectors = functional.linear(asked, heads[number])
-            logits = functional.linear(vectors, torch.cat((nothing[number], words[number])))
-            losses[fact] = _loss(fact, logits.float() * scale[number], target)
+            options = torch.cat((nothing[number], words[number]))
+            loss = near_loss if fact in COORDINATE_FACTS else class_loss
+            losses[fact] = loss(vectors, options, scale[number], target)
         return losses
 
 
-def _loss(fact: str, logits: Tensor, target: Tensor) -> Tensor:
-    if fact in COORDINATE_FACTS:
-        return functional.cross_entropy(logits[:, 1:], blurred(target - 1, len(COORDINATES)))
-    weight = torch.ones(logits.shape[1])
-    weight[0] = _NOTHING_WEIGHT
-    return functional.cross_entropy(logits, target, weight, ignore_index=UNKNOWN)
+def class_loss(vectors: Tensor, options: Tensor, scale: Tensor, target: Tensor) -> Tensor:
+    """The loss of vectors (n, width) whose class (n,) is one of the options (classes, width)."""
+    logits = functional.linear(vectors, options).float() * scale
+    weight = (torch.arange(len(options), device=target.device) > 0) * (1 - _NOTHING_WEIGHT)
+    return functional.cross_entropy(logits, target, weight + _NOTHING_WEIGHT, ignore_index=UNKNOWN)
+
+
+def near_loss(vectors: Tensor, options: Tensor, scale: Tensor, target: Tensor) -> Tensor:
+    """The same where the options are coordinates, of which the near ones are nearly right."""
+    logits = functional.linear(vectors, options[1:]).float() * scale
+    return functional.cross_entropy(logits, blurred(target - 1, len(options) - 1))
 
 
 def blurred(target: Tensor, count: int) -> Tensor:
     """Coordinates (n,) as probabilities (n, count): the near ones are nearly right."""
-    distance = (torch.arange(count) - target[:, None]).abs()
+    distance = (torch.arange(count, device=target.device) - target[:, None]).abs()
     return functional.softmax(-distance / _BLUR, -1)
 
 

@@ -102,7 +102,6 @@ class Language(nn.Module):
     """The language model."""
 
     axes: Tensor
-    frequencies: Tensor
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -114,20 +113,19 @@ class Language(nn.Module):
         sections = config.rope_parameters["mrope_section"]
         for axis in (1, 2):
             axes[axis : sections[axis] * 3 : 3] = axis
-        theta = config.rope_parameters["rope_theta"]
+        self.theta: float = config.rope_parameters["rope_theta"]
         self.register_buffer("axes", axes, persistent=False)
-        self.register_buffer(
-            "frequencies", theta ** (-torch.arange(pairs).float() / pairs), persistent=False
-        )
 
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings (batch, length, hidden), positions (3, batch, length), mask of what may be
         seen (batch, length, length) to hidden states (batch, length, hidden): those at the end
         and those midway."""
-        angles = positions[self.axes].permute(1, 2, 0).float() * self.frequencies
+        pairs = torch.arange(len(self.axes), device=x.device)  # float32 in a bfloat16 network
+        frequencies = self.theta ** (-pairs.float() / len(self.axes))
+        angles = positions[self.axes].permute(1, 2, 0).float() * frequencies
         angles = torch.cat((angles, angles), -1)[:, None]
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        hidden = torch.zeros(mask.shape, dtype=x.dtype).masked_fill_(~mask, _MASKED)[:, None]
+        hidden = x.new_zeros(mask.shape).masked_fill_(~mask, _MASKED)[:, None]
         states = [x]
         for layer in self.layers:
             states.append(layer(states[-1], cos, sin, hidden))

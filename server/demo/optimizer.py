@@ -14,64 +14,96 @@ _WEIGHT_DECAY = 0.02
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
 _SLOW = 0.1  # share of the rate for the embedding of patches, which starts near its end
+_ALIGNED = 32  # numbers: parts begin at multiples of it, which kernels prefer
 _NOT_MUON = ("embed", "merger.linear_fc1", "facts", "mentioned")
 
 
 class Optimizer:
-    """Keeps float32 weights of a bfloat16 network."""
+    """Keeps float32 weights of a bfloat16 network.
+
+    All parameters are parts of one vector, those of Muon first, matrices of one shape together: one
+    operation changes them all.
+    """
 
     def __init__(self, network: nn.Module, muon_rate: float, adam_rate: float) -> None:
         self.muon_rate, self.adam_rate = muon_rate, adam_rate
-        self.parameters = dict(network.named_parameters())
-        self.weights = {
-            name: parameter.detach().float().clone() for name, parameter in self.parameters.items()
-        }
-        self.average = {name: weight.clone() for name, weight in self.weights.items()}
-        self.groups: dict[tuple[int, ...], list[str]] = {}
-        rest = []
-        for name, weight in self.weights.items():
-            if weight.ndim == 2 and not any(part in name for part in _NOT_MUON):
-                self.groups.setdefault(tuple(weight.shape), []).append(name)
+        named = dict(network.named_parameters())
+        groups: dict[torch.Size, list[str]] = {}
+        fast: list[str] = []
+        slow: list[str] = []
+        for name, parameter in named.items():
+            if parameter.ndim == 2 and not any(part in name for part in _NOT_MUON):
+                groups.setdefault(parameter.shape, []).append(name)
             else:
-                rest.append(name)
-        self.rest = rest
-        self.momentum = {
-            shape: torch.zeros(len(names), *shape) for shape, names in self.groups.items()
-        }
-        slow = [name for name in rest if "patch_embed" in name]
-        fast = [name for name in rest if name not in slow]
+                (slow if "patch_embed" in name else fast).append(name)
+        fast.sort(key=lambda name: named[name].numel() % _ALIGNED)
+        names = [name for group in (*groups.values(), slow, fast) for name in group]
+        self.parameters = {name: named[name] for name in names}
+        self.rounded = torch.cat([it.detach().reshape(-1) for it in self.parameters.values()])
+        for name, part in self.named(self.rounded).items():
+            named[name].data = part
+        self.weights = self.rounded.float()
+        self.average = self.weights.clone()
+        self.gradients = torch.zeros_like(self.weights)
+        shapes = [torch.Size((len(group), *shape)) for shape, group in groups.items()]
+        sizes = [shape.numel() for shape in shapes]
+        self.momentum = torch.zeros_like(self.weights[: sum(sizes)])
+
+        def matrices(flat: Tensor) -> list[Tensor]:
+            parts = torch.split(flat[: sum(sizes)], sizes)
+            return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+        flats = self.weights, self.gradients, self.momentum
+        self.muon = list(zip(*map(matrices, flats), strict=True))
+        ends = sum(sizes), sum(sizes) + sum(named[name].numel() for name in slow)
+        rest = self.weights.tensor_split(ends)[1:]
+        self.adam_gradients = self.gradients[ends[0] :]
+        for weights, gradients in zip(rest, self.gradients.tensor_split(ends)[1:], strict=True):
+            weights.grad = gradients
         self.adam = torch.optim.AdamW(
             [
-                {"params": [self.weights[name] for name in fast], "share": 1.0},
-                {"params": [self.weights[name] for name in slow], "share": _SLOW},
+                {"params": [weights], "share": share}
+                for weights, share in zip(rest, (_SLOW, 1.0), strict=True)
             ],
             lr=adam_rate,
             betas=(0.9, 0.98),
             weight_decay=0.01,
-            foreach=True,
         )
 
+    def named(self, flat: Tensor) -> dict[str, Tensor]:
+        """The parts of a vector of all parameters, in their shapes."""
+        parts = torch.split(flat, [parameter.numel() for parameter in self.parameters.values()])
+        return {
+            name: part.view(parameter.shape)
+            for (name, parameter), part in zip(self.parameters.items(), parts, strict=True)
+        }
+
+    def collect(self) -> Tensor:
+        """Takes the network's gradients, for the next step, as one float32 vector."""
+        given = [
+            torch.zeros_like(it) if it.grad is None else it.grad for it in self.parameters.values()
+        ]
+        self.gradients.copy_(torch.cat([it.reshape(-1) for it in given]))
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        return self.gradients
+
     @torch.no_grad()
-    def step(self, gradients: dict[str, Tensor], rate: float, decay: float) -> None:
+    def step(self, rate: float, decay: float) -> None:
         """One step, at a share of the rates; `decay` is that of the average of the weights."""
-        for shape, names in self.groups.items():
-            gradient = torch.stack([gradients[name] for name in names])
-            momentum = self.momentum[shape]
+        step = self.muon_rate * rate
+        for weights, gradient, momentum in self.muon:
             momentum.lerp_(gradient, 1 - _MOMENTUM)
             update = orthogonal(gradient.lerp(momentum, _MOMENTUM))
-            step = self.muon_rate * rate
-            scale = step * max(1.0, shape[0] / shape[1]) ** 0.5
-            for name, change in zip(names, update, strict=True):
-                self.weights[name].mul_(1 - step * _WEIGHT_DECAY).add_(change, alpha=-scale)
-        for name in self.rest:
-            self.weights[name].grad = gradients[name]
-        nn.utils.clip_grad_norm_([self.weights[name] for name in self.rest], 1.0)
+            scale = step * max(1.0, weights.shape[1] / weights.shape[2]) ** 0.5
+            weights.mul_(1 - step * _WEIGHT_DECAY).add_(update, alpha=-scale)
+        norm = self.adam_gradients.norm()
+        self.adam_gradients.mul_((1.0 / (norm + 1e-6)).clamp(max=1.0))
         for group in self.adam.param_groups:
             group["lr"] = self.adam_rate * rate * group["share"]
         self.adam.step()
-        for name, weight in self.weights.items():
-            self.average[name].lerp_(weight, 1 - decay)
-            self.parameters[name].copy_(weight)
+        self.average.lerp_(self.weights, 1 - decay)
+        self.rounded.copy_(self.weights)
 
     def state(self) -> dict[str, Any]:
         """What must be kept to go on."""
@@ -85,12 +117,10 @@ class Optimizer:
     @torch.no_grad()
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from a state."""
-        for name, weight in self.weights.items():
-            weight.copy_(state["weights"][name])
-            self.average[name].copy_(state["average"][name])
-            self.parameters[name].copy_(weight)
-        for shape, momentum in self.momentum.items():
-            momentum.copy_(state["momentum"][shape])
+        self.weights.copy_(state["weights"])
+        self.average.copy_(state["average"])
+        self.momentum.copy_(state["momentum"])
+        self.rounded.copy_(self.weights)
         self.adam.load_state_dict(state["adam"])
 
 

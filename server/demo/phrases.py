@@ -206,7 +206,13 @@ WORDINGS: dict[str, Wordings] = {
         Does the {object} lie to the left or to the right of the {other}?
         Next to the {other}, is the {object} on the left or on the right?
         Tell me on which side of the {other} the {object} is.
-        Left or right of the {other}, where do you see the {object}?""",
+        Left or right of the {other}, where do you see the {object}?
+        Left or right of the {other}: how is the {object} placed?
+        Left of the {other} or right of it: tell me how the {object} lies.
+        To the left or to the right of the {other}, where does the {object} lie?
+        Say left or right of the {other}: on which side do you see the {object}?
+        On the left or on the right of the {other}, where does the {object} lie?
+        Do you see the {object} on the left or on the right, seen from the {other}?""",
         """Is the {object} on the left or the right of the {other}?
         On what side of the {other} is the {object}?
         Relative to the {other}, where is the {object}?
@@ -230,7 +236,12 @@ WORDINGS: dict[str, Wordings] = {
         Which is it for the {object}, above or below the {other}?
         Do you find the {object} above the {other} or below it?
         From the {other}, must you look above or below for the {object}?
-        Can you say if the {object} lies above or below the {other}?""",
+        Can you say if the {object} lies above or below the {other}?
+        Higher or lower than the {other}: how is the {object} placed? Say above or below.
+        Above the {other} or below it: tell me how the {object} lies.
+        Below or above the {other}: how does the {object} lie?
+        Say above or below the {other}: on which side do you see the {object}?
+        Below the {other} or above it, where does the {object} lie?""",
         """Above or below the {other}: where is the {object}?
         Is the {object} drawn above or below the {other}?
         Do you see the {object} above or below the {other}?

@@ -26,10 +26,11 @@ class Tally:
         self.answers: dict[str, list[bool]] = defaultdict(list)
 
     def add(self, batch: Batch, loss: Tensor, facts: dict[str, Tensor], right: Tensor) -> None:
-        if batch.answers:
-            self.losses["answers"].append(loss.item())
-        for fact, value in facts.items():
-            self.losses[fact].append(value.item())
+        names = [*(("answers",) if batch.answers else ()), *facts]
+        values = torch.stack([*((loss,) if batch.answers else ()), *facts.values()])
+        for name, value in zip(names, values.tolist(), strict=True):
+            self.losses[name].append(value)
+        right = right.cpu()
         for example, task, start, end in batch.answers:
             self.answers[task].append(bool(right[example, start - 1 : end - 1].all()))
 
@@ -78,5 +79,5 @@ class Record:
         partial = self.folder / "state.partial"  # written whole or not at all
         torch.save(state, partial)
         partial.replace(self.folder / STATE)
-        checkpoint.save(optimizer.average, self.tokenizer, self.folder / "model")
+        checkpoint.save(optimizer.named(optimizer.average), self.tokenizer, self.folder / "model")
         checkpoint.draw_learning_curve(self.folder / LOG)

@@ -1,10 +1,11 @@
 """Trains the demo model from nothing: ``python -m server.demo.train --output DIR``.
 
-Two processes of one thread each compute the gradients of half a batch; this is the fastest way on
-two cores. It ends with DIR/model, which can be served, and DIR/learning_curve.png. SIGINT and
-SIGTERM end it early, with its state saved; the same command goes on from the last saved state. A
-run depends on its seed, steps, budget, number of processes and first weights alone, interrupted or
-not.
+Two processes of one thread each compute the gradients of a half of each batch; this is the fastest
+way on two cores. With ``--device cuda`` one process computes those of the whole, and others draw
+the batches. It ends with DIR/model, which can be served, and DIR/learning_curve.png. SIGINT and
+SIGTERM end it early, with its state saved; the same command goes on from the last saved state. What
+is drawn depends on the seed, steps, budget and number of shares alone, and so does a run on a CPU,
+interrupted or not.
 """
 
 import argparse
@@ -13,7 +14,6 @@ import os
 import random
 import signal
 import socket
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -24,10 +24,11 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from server.demo import vocabulary
-from server.demo.batches import Batch
+from server.demo import facts, vocabulary
+from server.demo.batches import Batch, joined
 from server.demo.curriculum import draw
 from server.demo.facts import Facts, blurred, total
 from server.demo.initial import initialize
@@ -40,9 +41,9 @@ from server.demo.vision import VisionBlock
 from server.demo.vocabulary import COORDINATES
 
 STEPS = 11_000  # of 0.7 to 1.0 seconds on two cores
-BUDGET = 10_000.0  # of the cost of a process's share of a batch
+SHARES = 2  # of a batch
+BUDGET = 10_000.0  # of the cost of a share
 SEED = 1
-PROCESSES = 2
 MUON_RATE, ADAM_RATE = 0.008, 1.5e-3
 WARM_UP = 60  # steps
 CONSTANT, FALL = 0.3, 1.5  # the rate falls after this share of the steps, with this power of time
@@ -61,10 +62,40 @@ class Options:
     steps: int = STEPS
     budget: float = BUDGET
     seed: int = SEED
-    processes: int = PROCESSES
+    shares: int = SHARES
     weights: Path | None = None
     first_step: int = 0
+    device: str = "cpu"
+    drawers: int | None = None
     compile: bool = True
+
+    @property
+    def processes(self) -> int:
+        """Those that compute: one for each share, or one for all on a GPU."""
+        return self.shares if self.device == "cpu" else 1
+
+
+class Draws(Dataset[Batch]):
+    """The batches of one of the processes that compute, by step."""
+
+    def __init__(self, codec: vocabulary.Codec, options: Options, rank: int) -> None:
+        self.codec, self.options = codec, options
+        self.shares = range(rank, options.shares, options.processes)
+
+    def __getitem__(self, step: int) -> Batch:
+        seed, progress = f"{self.options.seed} {step}", step / self.options.steps
+        return joined(
+            [
+                draw(
+                    self.codec,
+                    random.Random(f"{seed} {share}"),
+                    random.Random(seed),
+                    progress,
+                    self.options.budget,
+                )
+                for share in self.shares
+            ]
+        )
 
 
 class Trained(nn.Module):
@@ -89,10 +120,11 @@ class Trained(nn.Module):
         seen = network.see(batch.pictures) if batch.pictures else None
         losses = {} if seen is None else self.facts(seen, batch.facts, embeddings)
         if not batch.answers:
-            return embeddings.new_zeros(()), losses, torch.zeros(0)
+            return embeddings.new_zeros(()), losses, torch.zeros(0, 0)
         hidden, midway = network.read(batch.ids, seen, batch.positions, batch.mask)
-        if batch.mentioned:
-            named = self.mentioned(midway[batch.mentions], batch.mentioned, embeddings)
+        if batch.mentions.numel():
+            examples, places = batch.mentions
+            named = self.mentioned(midway[examples, places], batch.mentioned, embeddings)
             losses |= {f"{MENTION}{fact}": loss for fact, loss in named.items()}
         weights = batch.weights[:, 1:]
         answered = weights > 0
@@ -125,13 +157,14 @@ def rate(progress: float) -> float:
 
 def train(rank: int, options: Options, port: int) -> None:
     """One of the processes."""
-    interrupted = threading.Event()
+    interruptions: list[int] = []  # an event could be set twice at once, and stay locked
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: interrupted.set())
+        signal.signal(number, lambda number, _: interruptions.append(number))
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # sharp attention is full of them, and they are slow
+    device = torch.device(options.device)
     if options.compile:
-        _compile()
+        _compile(device)
     distributed.init_process_group(
         "gloo",
         init_method=f"tcp://127.0.0.1:{port}",
@@ -139,14 +172,14 @@ def train(rank: int, options: Options, port: int) -> None:
         world_size=options.processes,
     )
     saved = options.output / STATE
-    state = torch.load(saved, weights_only=True) if saved.exists() else None
+    state = torch.load(saved, map_location=device, weights_only=True) if saved.exists() else None
     tokenizer = _tokenizer(options, state)
     codec = vocabulary.Codec(tokenizer)
     trained = Trained(codec)
     trained.initialize(options.seed)
     if options.weights:
         trained.network.load_state_dict(load_file(options.weights / "model.safetensors"))
-    trained.bfloat16()
+    trained.to(device, torch.bfloat16)
     optimizer = Optimizer(trained, MUON_RATE, ADAM_RATE)
     first, spent = options.first_step, 0.0
     if state:
@@ -154,28 +187,51 @@ def train(rank: int, options: Options, port: int) -> None:
         first, spent = state["step"], state["seconds"]
     record = Record(options.output, tokenizer, first, spent) if rank == 0 else None
     steps = range(first, options.steps)
-    for step in tqdm(steps, initial=first, total=options.steps, disable=rank != 0, smoothing=0.02):
-        rng = random.Random(f"{options.seed} {step} {rank}")
-        form = random.Random(f"{options.seed} {step}")
+    drawers = options.drawers
+    if drawers is None:
+        drawers = 0 if options.device == "cpu" else max(1, len(os.sched_getaffinity(0)) - 1)
+    draws = DataLoader(
+        Draws(codec, options, rank),
+        batch_size=None,
+        sampler=steps,
+        num_workers=drawers,
+        multiprocessing_context="fork" if drawers else None,
+        worker_init_fn=_leave_signals,
+    )
+    for step, drawn in tqdm(
+        zip(steps, draws, strict=True),
+        initial=first,
+        total=options.steps,
+        disable=rank != 0,
+        smoothing=0.02,
+    ):
+        batch = drawn.to(device)
         progress = step / options.steps
-        batch = draw(codec, rng, form, progress, options.budget)
-        loss, facts, right = trained(batch)
+        loss, known, right = trained(batch)
         faded = FACTS_WEIGHT * (1 - (1 - FACTS_FADE) * progress)
-        (loss + faded * total(facts) if facts else loss).backward()
-        gradients = _reduced(trained, options.processes)
+        (loss + faded * total(known) if known else loss).backward()
+        gradients = optimizer.collect()
+        if options.processes > 1:
+            distributed.all_reduce(gradients)
+            gradients /= options.processes
         decay = min(AVERAGE_DECAY, (step + 1) / (step + 10))
         warmed = min(1.0, (step - options.first_step + 1) / WARM_UP)
-        optimizer.step(gradients, warmed * rate(step / options.steps), decay)
-        trained.zero_grad()
-        stopping = _in_any(interrupted.is_set())
+        optimizer.step(warmed * rate(progress), decay)
+        stopping = _in_any(bool(interruptions))
         last = stopping or step + 1 == options.steps
         if record:
-            record.tally.add(batch, loss, facts, right)
+            record.tally.add(batch, loss, known, right)
             if last or (step + 1) % LOG_EVERY == 0:
                 record.write(step + 1, optimizer, last=last)
         if stopping:
             break
     distributed.destroy_process_group()
+
+
+def _leave_signals(_: int) -> None:
+    """Lets a process that draws live until the one that it draws for ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _tokenizer(options: Options, state: dict[str, Any] | None) -> Tokenizer:
@@ -187,31 +243,14 @@ def _tokenizer(options: Options, state: dict[str, Any] | None) -> Tokenizer:
     return vocabulary.build()
 
 
-def _compile() -> None:
+def _compile(device: torch.device) -> None:
     """Fuses the arithmetic of the layers, which saves a third of the time."""
     for layer in (TextLayer, VisionBlock):
         compiled = torch.compile(layer.forward, dynamic=True)
         layer.forward = compiled  # type: ignore[method-assign]
-
-
-def _reduced(module: nn.Module, count: int) -> dict[str, Tensor]:
-    """The mean of the processes' gradients, in float32."""
-    named = list(module.named_parameters())
-    flat = torch.cat(
-        [
-            (
-                torch.zeros(parameter.numel()) if parameter.grad is None else parameter.grad.float()
-            ).reshape(-1)
-            for _, parameter in named
-        ]
-    )
-    distributed.all_reduce(flat)
-    flat /= count
-    parts = torch.split(flat, [parameter.numel() for _, parameter in named])
-    return {
-        name: part.view(parameter.shape)
-        for (name, parameter), part in zip(named, parts, strict=True)
-    }
+    if device.type == "cuda":  # where the many small losses would take longer than the layers
+        facts.class_loss = torch.compile(facts.class_loss, dynamic=True)
+        facts.near_loss = torch.compile(facts.near_loss, dynamic=True)
 
 
 def _in_any(flag: bool) -> bool:
@@ -225,9 +264,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m server.demo.train", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder of the run")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--budget", type=float, default=BUDGET, help="size of a batch")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="size of a share of a batch")
+    parser.add_argument("--shares", type=int, default=SHARES, help="a process each on a CPU")
     parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--processes", type=int, default=PROCESSES)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--drawers",
+        type=int,
+        help="processes that draw the batches of each that computes; else those do, on a CPU",
+    )
     parser.add_argument(
         "--weights", type=Path, help="folder of a model to begin with, where its state is lost"
     )

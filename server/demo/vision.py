@@ -142,10 +142,12 @@ class Vision(nn.Module):
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """uint8 patches (batch, patches, pixels) of a grid of tokens to (batch, tokens, hidden)."""
-        dtype = self.pos_embed.weight.dtype
-        mean, deviation = _normalization(patches.shape[-1])
-        x = self.patch_embed(((patches.float() - mean) / deviation).to(dtype))
-        interpolation, cos, sin = _grid_tables(grid, self.side, self.head_dim, dtype)
+        like = self.pos_embed.weight
+        mean, deviation = _normalization(patches.shape[-1], like.device)
+        x = self.patch_embed(((patches.float() - mean) / deviation).to(like.dtype))
+        interpolation, cos, sin = _grid_tables(
+            grid, self.side, self.head_dim, like.dtype, like.device
+        )
         x = x + interpolation @ self.pos_embed.weight
         for block in self.blocks:
             x = block(x, cos, sin)
@@ -154,13 +156,11 @@ class Vision(nn.Module):
 
 
 @lru_cache(maxsize=4)
-def _normalization(width: int) -> tuple[Tensor, Tensor]:
+def _normalization(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and deviation of 0 to 255 for each number of a patch: channels come first."""
     each = width // 3
-    return (
-        torch.tensor(MEAN).repeat_interleave(each) * 255,
-        torch.tensor(DEVIATION).repeat_interleave(each) * 255,
-    )
+    mean, deviation = torch.tensor((MEAN, DEVIATION), device=device) * 255
+    return mean.repeat_interleave(each), deviation.repeat_interleave(each)
 
 
 def in_token_order(x: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ def in_token_order(x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=512)
 def _grid_tables(
-    grid: tuple[int, int], side: int, head_dim: int, dtype: torch.dtype
+    grid: tuple[int, int], side: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For a grid of tokens: weights of (patches, side * side) by which the position embeddings are
     interpolated, and cosines and sines of (patches, head_dim) of the rotary ones."""
@@ -185,9 +185,9 @@ def _grid_tables(
     angles = in_token_order((places[..., None] * frequencies).flatten(2))
     angles = torch.cat((angles, angles), -1)
     return (
-        in_token_order(weights.flatten(2)).to(dtype),
-        angles.cos().to(dtype),
-        angles.sin().to(dtype),
+        in_token_order(weights.flatten(2)).to(device, dtype),
+        angles.cos().to(device, dtype),
+        angles.sin().to(device, dtype),
     )
 
 
