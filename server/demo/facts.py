@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from server.demo.targets import UNKNOWN
-from server.demo.vocabulary import Codec
+from server.demo.vocabulary import COORDINATES, Codec
 
 COORDINATE_FACTS = ("x0", "y0", "x1", "y1")
 # Facts of which "nothing" is not learned: they are asked only of tokens that have them.
@@ -74,23 +74,17 @@ class Facts(nn.Module):
                 known = target > 0
                 asked, target = tokens[known], target[known]
             vectors = functional.linear(asked, heads[number])
-            options = torch.cat((nothing[number], words[number]))
-            loss = near_loss if fact in COORDINATE_FACTS else class_loss
-            losses[fact] = loss(vectors, options, scale[number], target)
+            logits = functional.linear(vectors, torch.cat((nothing[number], words[number])))
+            losses[fact] = _loss(fact, logits.float() * scale[number], target)
         return losses
 
 
-def class_loss(vectors: Tensor, options: Tensor, scale: Tensor, target: Tensor) -> Tensor:
-    """The loss of vectors (n, width) whose class (n,) is one of the options (classes, width)."""
-    logits = functional.linear(vectors, options).float() * scale
-    weight = (torch.arange(len(options), device=target.device) > 0) * (1 - _NOTHING_WEIGHT)
-    return functional.cross_entropy(logits, target, weight + _NOTHING_WEIGHT, ignore_index=UNKNOWN)
-
-
-def near_loss(vectors: Tensor, options: Tensor, scale: Tensor, target: Tensor) -> Tensor:
-    """The same where the options are coordinates, of which the near ones are nearly right."""
-    logits = functional.linear(vectors, options[1:]).float() * scale
-    return functional.cross_entropy(logits, blurred(target - 1, len(options) - 1))
+def _loss(fact: str, logits: Tensor, target: Tensor) -> Tensor:
+    if fact in COORDINATE_FACTS:
+        return functional.cross_entropy(logits[:, 1:], blurred(target - 1, len(COORDINATES)))
+    weight = logits.new_ones(logits.shape[1])
+    weight[0] = _NOTHING_WEIGHT
+    return functional.cross_entropy(logits, target, weight, ignore_index=UNKNOWN)
 
 
 def blurred(target: Tensor, count: int) -> Tensor:

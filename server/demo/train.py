@@ -3,9 +3,9 @@
 Two processes of one thread each compute the gradients of a half of each batch; this is the fastest
 way on two cores. With ``--device cuda`` one process computes those of the whole, and others draw
 the batches. It ends with DIR/model, which can be served, and DIR/learning_curve.png. SIGINT and
-SIGTERM end it early, with its state saved; the same command goes on from the last saved state. What
-is drawn depends on the seed, steps, budget and number of shares alone, and so does a run on a CPU,
-interrupted or not.
+SIGTERM end it early, with its state saved; the same command goes on from the last saved state, on
+any device. What is drawn depends on the seed, steps, budget and number of shares alone; a run on a
+CPU depends on these and the number of processes, interrupted or not.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from server.demo import facts, vocabulary
+from server.demo import vocabulary
 from server.demo.batches import Batch, joined
 from server.demo.curriculum import draw
 from server.demo.facts import Facts, blurred, total
@@ -41,8 +41,9 @@ from server.demo.vision import VisionBlock
 from server.demo.vocabulary import COORDINATES
 
 STEPS = 11_000  # of 0.7 to 1.0 seconds on two cores
-SHARES = 2  # of a batch
+SHARES = 2  # of a batch, drawn each by itself
 BUDGET = 10_000.0  # of the cost of a share
+PROCESSES = {"cpu": 2, "cuda": 1}  # that compute
 SEED = 1
 MUON_RATE, ADAM_RATE = 0.008, 1.5e-3
 WARM_UP = 60  # steps
@@ -66,13 +67,9 @@ class Options:
     weights: Path | None = None
     first_step: int = 0
     device: str = "cpu"
-    drawers: int | None = None
+    processes: int = PROCESSES["cpu"]
+    drawers: int = 0
     compile: bool = True
-
-    @property
-    def processes(self) -> int:
-        """Those that compute: one for each share, or one for all on a GPU."""
-        return self.shares if self.device == "cpu" else 1
 
 
 class Draws(Dataset[Batch]):
@@ -164,7 +161,7 @@ def train(rank: int, options: Options, port: int) -> None:
     torch.set_flush_denormal(True)  # sharp attention is full of them, and they are slow
     device = torch.device(options.device)
     if options.compile:
-        _compile(device)
+        _compile()
     distributed.init_process_group(
         "gloo",
         init_method=f"tcp://127.0.0.1:{port}",
@@ -187,15 +184,12 @@ def train(rank: int, options: Options, port: int) -> None:
         first, spent = state["step"], state["seconds"]
     record = Record(options.output, tokenizer, first, spent) if rank == 0 else None
     steps = range(first, options.steps)
-    drawers = options.drawers
-    if drawers is None:
-        drawers = 0 if options.device == "cpu" else max(1, len(os.sched_getaffinity(0)) - 1)
     draws = DataLoader(
         Draws(codec, options, rank),
         batch_size=None,
         sampler=steps,
-        num_workers=drawers,
-        multiprocessing_context="fork" if drawers else None,
+        num_workers=options.drawers,
+        multiprocessing_context="fork" if options.drawers else None,
         worker_init_fn=_leave_signals,
     )
     for step, drawn in tqdm(
@@ -207,9 +201,9 @@ def train(rank: int, options: Options, port: int) -> None:
     ):
         batch = drawn.to(device)
         progress = step / options.steps
-        loss, known, right = trained(batch)
+        loss, facts, right = trained(batch)
         faded = FACTS_WEIGHT * (1 - (1 - FACTS_FADE) * progress)
-        (loss + faded * total(known) if known else loss).backward()
+        (loss + faded * total(facts) if facts else loss).backward()
         gradients = optimizer.collect()
         if options.processes > 1:
             distributed.all_reduce(gradients)
@@ -220,7 +214,7 @@ def train(rank: int, options: Options, port: int) -> None:
         stopping = _in_any(bool(interruptions))
         last = stopping or step + 1 == options.steps
         if record:
-            record.tally.add(batch, loss, known, right)
+            record.tally.add(batch, loss, facts, right)
             if last or (step + 1) % LOG_EVERY == 0:
                 record.write(step + 1, optimizer, last=last)
         if stopping:
@@ -243,14 +237,11 @@ def _tokenizer(options: Options, state: dict[str, Any] | None) -> Tokenizer:
     return vocabulary.build()
 
 
-def _compile(device: torch.device) -> None:
+def _compile() -> None:
     """Fuses the arithmetic of the layers, which saves a third of the time."""
     for layer in (TextLayer, VisionBlock):
         compiled = torch.compile(layer.forward, dynamic=True)
         layer.forward = compiled  # type: ignore[method-assign]
-    if device.type == "cuda":  # where the many small losses would take longer than the layers
-        facts.class_loss = torch.compile(facts.class_loss, dynamic=True)
-        facts.near_loss = torch.compile(facts.near_loss, dynamic=True)
 
 
 def _in_any(flag: bool) -> bool:
@@ -265,13 +256,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the run")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--budget", type=float, default=BUDGET, help="size of a share of a batch")
-    parser.add_argument("--shares", type=int, default=SHARES, help="a process each on a CPU")
+    parser.add_argument("--shares", type=int, default=SHARES, help="of a batch")
     parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=tuple(PROCESSES), default="cpu")
+    parser.add_argument("--processes", type=int, help="that compute; no more than shares")
     parser.add_argument(
-        "--drawers",
-        type=int,
-        help="processes that draw the batches of each that computes; else those do, on a CPU",
+        "--drawers", type=int, help="processes that draw the batches of each that computes"
     )
     parser.add_argument(
         "--weights", type=Path, help="folder of a model to begin with, where its state is lost"
@@ -283,7 +273,14 @@ def main() -> None:
         default=True,
         help="compile the layers, which takes two minutes and a C++ compiler",
     )
-    options = Options(**vars(parser.parse_args()))
+    given = parser.parse_args()
+    if given.processes is None:
+        given.processes = PROCESSES[given.device]
+    if given.drawers is None:
+        given.drawers = 0 if given.device == "cpu" else max(1, len(os.sched_getaffinity(0)) - 1)
+    if given.processes > given.shares:
+        parser.error(f"{given.processes} processes cannot compute {given.shares} shares")
+    options = Options(**vars(given))
     options.output.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"
     with socket.socket() as free:
