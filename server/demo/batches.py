@@ -5,6 +5,7 @@ a picture share it: each is a branch that sees the prefix and itself, at the pos
 alone.
 """
 
+import itertools
 import random
 from dataclasses import dataclass
 
@@ -59,16 +60,16 @@ class Batch:
 
 
 def joined(parts: list[Batch]) -> Batch:
-    """Batches of one form as one batch."""
+    """Batches of the same grids and kind as one batch."""
     if len(parts) == 1:
         return parts[0]
     length = max(part.ids.shape[1] for part in parts)
-    firsts = np.cumsum([0, *(len(part.ids) for part in parts)]).tolist()
+    firsts = list(itertools.accumulate((len(part.ids) for part in parts[:-1]), initial=0))
 
     def padded(name: str, dim: int, value: int = 0) -> Tensor:
         each = [getattr(part, name) for part in parts]
-        padded = [functional.pad(it, (0, length - it.shape[-1]), value=value) for it in each]
-        return torch.cat(padded, dim)
+        wide = [functional.pad(it, (0, length - it.shape[-1]), value=value) for it in each]
+        return torch.cat(wide, dim)
 
     return Batch(
         [
@@ -81,14 +82,14 @@ def joined(parts: list[Batch]) -> Batch:
         padded("weights", 0),
         torch.cat([part.facts for part in parts], 1),
         [
-            (first + example, *rest)
-            for first, part in zip(firsts, parts, strict=False)
-            for example, *rest in part.answers
+            (first + example, task, start, end)
+            for first, part in zip(firsts, parts, strict=True)
+            for example, task, start, end in part.answers
         ],
         torch.cat(
             [
                 part.mentions + torch.tensor([[first], [0]])
-                for first, part in zip(firsts, parts, strict=False)
+                for first, part in zip(firsts, parts, strict=True)
             ],
             1,
         ),

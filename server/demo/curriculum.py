@@ -50,8 +50,8 @@ def draw(
 ) -> Batch:
     """A batch of about `budget` in cost. With `progress`, from 0 to 1, pictures become larger.
 
-    `form` decides what kind of batch it is, and how large its pictures are: processes that have the
-    same one have equally much to do.
+    `form` decides what kind of batch it is, and the grids of its pictures: batches of the same one
+    can be joined, and take equally long.
     """
     if form.random() < (SEEING[0] if progress < SEEING_UNTIL else SEEING[1]):
         return _seeing(codec, rng, form, progress, budget)

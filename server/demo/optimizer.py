@@ -14,7 +14,7 @@ _WEIGHT_DECAY = 0.02
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
 _SLOW = 0.1  # share of the rate for the embedding of patches, which starts near its end
-_ALIGNED = 32  # numbers: parts begin at multiples of it, which kernels prefer
+_ALIGNED = 32  # numbers: parts of other sizes come last, since kernels prefer such multiples
 _NOT_MUON = ("embed", "merger.linear_fc1", "facts", "mentioned")
 
 
@@ -56,14 +56,15 @@ class Optimizer:
         flats = self.weights, self.gradients, self.momentum
         self.muon = list(zip(*map(matrices, flats), strict=True))
         ends = sum(sizes), sum(sizes) + sum(named[name].numel() for name in slow)
-        rest = self.weights.tensor_split(ends)[1:]
-        self.adam_gradients = self.gradients[ends[0] :]
-        for weights, gradients in zip(rest, self.gradients.tensor_split(ends)[1:], strict=True):
+        self.rest = self.weights.tensor_split(ends)[1:]
+        for weights, gradients in zip(
+            self.rest, self.gradients.tensor_split(ends)[1:], strict=True
+        ):
             weights.grad = gradients
         self.adam = torch.optim.AdamW(
             [
                 {"params": [weights], "share": share}
-                for weights, share in zip(rest, (_SLOW, 1.0), strict=True)
+                for weights, share in zip(self.rest, (_SLOW, 1.0), strict=True)
             ],
             lr=adam_rate,
             betas=(0.9, 0.98),
@@ -97,8 +98,7 @@ class Optimizer:
             update = orthogonal(gradient.lerp(momentum, _MOMENTUM))
             scale = step * max(1.0, weights.shape[1] / weights.shape[2]) ** 0.5
             weights.mul_(1 - step * _WEIGHT_DECAY).add_(update, alpha=-scale)
-        norm = self.adam_gradients.norm()
-        self.adam_gradients.mul_((1.0 / (norm + 1e-6)).clamp(max=1.0))
+        nn.utils.clip_grad_norm_(self.rest, 1.0)
         for group in self.adam.param_groups:
             group["lr"] = self.adam_rate * rate * group["share"]
         self.adam.step()

@@ -4,8 +4,8 @@ Two processes of one thread each compute the gradients of a half of each batch; 
 way on two cores. With ``--device cuda`` one process computes those of the whole, and others draw
 the batches. It ends with DIR/model, which can be served, and DIR/learning_curve.png. SIGINT and
 SIGTERM end it early, with its state saved; the same command goes on from the last saved state, on
-any device. What is drawn depends on the seed, steps, budget and number of shares alone; a run on a
-CPU depends on these and the number of processes, interrupted or not.
+any device. What is drawn depends on the seed, steps, budget and number of shares alone. Two runs on
+a CPU with the same options are the same, interrupted or not.
 """
 
 import argparse
@@ -40,8 +40,8 @@ from server.demo.targets import FACTS, MENTIONED
 from server.demo.vision import VisionBlock
 from server.demo.vocabulary import COORDINATES
 
-STEPS = 11_000  # of 0.7 to 1.0 seconds on two cores
-SHARES = 2  # of a batch, drawn each by itself
+STEPS = 7_000  # of 1.1 to 1.6 seconds on two cores
+SHARES = 4  # of a batch, drawn each by itself
 BUDGET = 10_000.0  # of the cost of a share
 PROCESSES = {"cpu": 2, "cuda": 1}  # that compute
 SEED = 1
@@ -154,7 +154,7 @@ def rate(progress: float) -> float:
 
 def train(rank: int, options: Options, port: int) -> None:
     """One of the processes."""
-    interruptions: list[int] = []  # an event could be set twice at once, and stay locked
+    interruptions: list[int] = []  # no Event: a second signal within its set() would deadlock
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: interruptions.append(number))
     torch.set_num_threads(1)
@@ -169,7 +169,7 @@ def train(rank: int, options: Options, port: int) -> None:
         world_size=options.processes,
     )
     saved = options.output / STATE
-    state = torch.load(saved, map_location=device, weights_only=True) if saved.exists() else None
+    state = torch.load(saved, map_location="cpu", weights_only=True) if saved.exists() else None
     tokenizer = _tokenizer(options, state)
     codec = vocabulary.Codec(tokenizer)
     trained = Trained(codec)
@@ -190,7 +190,7 @@ def train(rank: int, options: Options, port: int) -> None:
         sampler=steps,
         num_workers=options.drawers,
         multiprocessing_context="fork" if options.drawers else None,
-        worker_init_fn=_leave_signals,
+        worker_init_fn=_leave_group,
     )
     for step, drawn in tqdm(
         zip(steps, draws, strict=True),
@@ -222,10 +222,9 @@ def train(rank: int, options: Options, port: int) -> None:
     distributed.destroy_process_group()
 
 
-def _leave_signals(_: int) -> None:
-    """Lets a process that draws live until the one that it draws for ends."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _leave_group(_: int) -> None:
+    """Keeps Ctrl-C from a process that draws: it lives until the one that it draws for ends."""
+    os.setpgrp()
 
 
 def _tokenizer(options: Options, state: dict[str, Any] | None) -> Tokenizer:
@@ -259,9 +258,16 @@ def main() -> None:
     parser.add_argument("--shares", type=int, default=SHARES, help="of a batch")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--device", choices=tuple(PROCESSES), default="cpu")
-    parser.add_argument("--processes", type=int, help="that compute; no more than shares")
     parser.add_argument(
-        "--drawers", type=int, help="processes that draw the batches of each that computes"
+        "--processes",
+        type=int,
+        help="that compute, each as many shares; on a CPU 2, on a GPU 1 unless given",
+    )
+    parser.add_argument(
+        "--drawers",
+        type=int,
+        help="processes that draw for each that computes; 0: it draws itself; on a GPU one for "
+        "each core but one unless given",
     )
     parser.add_argument(
         "--weights", type=Path, help="folder of a model to begin with, where its state is lost"
@@ -271,15 +277,15 @@ def main() -> None:
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="compile the layers, which takes two minutes and a C++ compiler",
+        help="compile the layers, which takes two minutes and a C++ compiler, on a GPU Triton",
     )
     given = parser.parse_args()
     if given.processes is None:
         given.processes = PROCESSES[given.device]
     if given.drawers is None:
         given.drawers = 0 if given.device == "cpu" else max(1, len(os.sched_getaffinity(0)) - 1)
-    if given.processes > given.shares:
-        parser.error(f"{given.processes} processes cannot compute {given.shares} shares")
+    if given.shares % given.processes:
+        parser.error("--shares must be a multiple of --processes")
     options = Options(**vars(given))
     options.output.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"
