@@ -1,8 +1,10 @@
 """What the demo model learns from: fonts, words, scenes, and what is known of them."""
 
+import json
 import random
 import string
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,6 +117,11 @@ def test_wordings_held_out_are_never_in_training():
         assert len(wordings.held_out) >= 4
         assert not training & {text.lower() for text in wordings.held_out}
     assert not set(words.TRAINING_WORDS) & set(words.HELD_OUT_WORDS)
+
+
+def test_the_shipped_tokens_are_those_of_the_data():
+    shipped = Path(vocabulary.__file__).with_name("tokenizer.json")
+    assert json.loads(shipped.read_text()) == json.loads(vocabulary.build().to_str())
 
 
 def test_written_words_are_known_by_heart_no_more_often_than_not():
