@@ -25,6 +25,7 @@ FOREIGN_FLAGS = {
     "--ask",
     "--baseline",
     "--cap-drop",
+    "--device",
     "--faults",
     "--health-cmd",
     "--observed",
