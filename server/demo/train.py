@@ -40,7 +40,7 @@ from server.demo.targets import FACTS, MENTIONED
 from server.demo.vision import VisionBlock
 from server.demo.vocabulary import COORDINATES
 
-STEPS = 7_000  # of 1.1 to 1.6 seconds on two cores
+STEPS = 7_000  # of 1.1 to 1.6 seconds on two cores, about 2:50 hours
 SHARES = 4  # of a batch, drawn each by itself
 BUDGET = 10_000.0  # of the cost of a share
 PROCESSES = {"cpu": 2, "cuda": 1}  # that compute
