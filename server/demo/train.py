@@ -184,14 +184,7 @@ def train(rank: int, options: Options, port: int) -> None:
         first, spent = state["step"], state["seconds"]
     record = Record(options.output, tokenizer, first, spent) if rank == 0 else None
     steps = range(first, options.steps)
-    draws = DataLoader(
-        Draws(codec, options, rank),
-        batch_size=None,
-        sampler=steps,
-        num_workers=options.drawers,
-        multiprocessing_context="fork" if options.drawers else None,
-        worker_init_fn=_leave_group,
-    )
+    draws = _loader(Draws(codec, options, rank), steps)
     for step, drawn in tqdm(
         zip(steps, draws, strict=True),
         initial=first,
@@ -220,6 +213,19 @@ def train(rank: int, options: Options, port: int) -> None:
         if stopping:
             break
     distributed.destroy_process_group()
+
+
+def _loader(draws: Draws, steps: range) -> DataLoader[Batch]:
+    """The batches of some steps, one after the other, drawn by other processes if there are any."""
+    drawers = draws.options.drawers
+    return DataLoader(
+        draws,
+        batch_size=None,
+        sampler=steps,
+        num_workers=drawers,
+        multiprocessing_context="fork" if drawers else None,
+        worker_init_fn=_leave_group,
+    )
 
 
 def _leave_group(_: int) -> None:
