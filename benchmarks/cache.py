@@ -37,7 +37,7 @@ from benchmarks.load import Plan
 from benchmarks.measure import generate
 from benchmarks.processes import ServerFailed
 from benchmarks.redis_server import redis_server
-from server.config import GIB
+from server.settings import GIB
 
 _ROOT = Path(__file__).resolve().parent.parent
 _REQUEST_TIMEOUT = 120.0

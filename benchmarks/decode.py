@@ -35,9 +35,9 @@ from PIL import Image, ImageOps
 
 from benchmarks import environment, photos
 from server.engine import torchvision_ops
-from server.images.decode import DecodeOptions, decode
-from server.images.memory import keep_freed_memory
-from server.images.sizing import FixedSize
+from server.imaging.decode import DecodeOptions, decode
+from server.imaging.sizing import FixedSize
+from server.workers.memory import keep_freed_memory
 
 Pixels = NDArray[np.uint8]
 Size = tuple[int, int]

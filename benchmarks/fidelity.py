@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks import environment
 from benchmarks.photos import photo
-from server.images.worker import Array, Extractor
+from server.workers.worker import Array, Extractor
 
 _SIZES = ((1280, 720), (1920, 1080), (4000, 3000), (8000, 6000))
 _QUALITY = 88

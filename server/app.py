@@ -17,8 +17,13 @@ from dataclasses import dataclass
 import uvicorn
 from fastapi import FastAPI
 
-from server import __version__, lifeline, metrics, notify
-from server.api import (
+from server import __version__, lifeline, notify
+from server.engine import cpu_waits, launch, serving
+from server.engine.caches import EngineCaches
+from server.engine.encode_times import EncodeTimes
+from server.engine.outcomes import Outcomes
+from server.errors import CannotStart
+from server.http import (
     body,
     caches,
     chat,
@@ -32,20 +37,15 @@ from server.api import (
     observe,
     usage,
 )
-from server.config import GIB, Settings
-from server.engine import cpu_waits, launch, serving
-from server.engine.caches import EngineCaches
-from server.engine.encode_times import EncodeTimes
-from server.engine.outcomes import Outcomes
-from server.errors import CannotStart
-from server.images.memory import keep_freed_memory
-from server.images.pool import ImagePool
-from server.media.fetch import Fetcher, FetchSettings
-from server.media.fetch_cache import FetchCache
-from server.media.files import FileStore, Quota
-from server.media.load import ImageLoader
-from server.media.prepare import RequestPreparer
-from server.observability import tracing
+from server.ingest.fetch import Fetcher, FetchSettings
+from server.ingest.fetch_cache import FetchCache
+from server.ingest.files import FileStore, Quota
+from server.ingest.load import ImageLoader
+from server.request.prepare import RequestPreparer
+from server.settings import GIB, Settings
+from server.telemetry import metrics, tracing
+from server.workers.memory import keep_freed_memory
+from server.workers.pool import ImagePool
 
 log = logging.getLogger("saccade")
 

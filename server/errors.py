@@ -1,8 +1,8 @@
 """Every error that a client can see, and the one shape in which it sees it.
 
-Stages raise these; `api.errors` turns them into a response. A stage that calls a library
+Stages raise these; `http.errors` turns them into a response. A stage that calls a library
 translates the library's exceptions itself, so that no text of the library's reaches a client.
-The docstring of a class says when it is raised; `python -m server.api.errors` makes the table of
+The docstring of a class says when it is raised; `python -m server.http.errors` makes the table of
 `docs/errors.md` from them.
 """
 

@@ -16,9 +16,9 @@ from PIL import Image, ImageFont
 
 from server.demo.pictures import COLORS, Lettering, draw_shape
 from server.demo.words import ORDINALS, article
-from server.images.sizing import Size
+from server.imaging.sizing import Size
 from tests import encoded, pictures, profiles
-from tests.test_decode import STORED_AS
+from tests.unit.test_decode import STORED_AS
 
 WHAT = "What is in the image?"
 READ = "What does the text say?"

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from server.errors import InvalidImage
-from server.images.decode import Decoded
-from server.images.worker import Array, Extractor, Feature
+from server.imaging.decode import Decoded
+from server.workers.worker import Array, Extractor, Feature
 
 
 class Commanded:

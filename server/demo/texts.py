@@ -9,16 +9,7 @@ from PIL import ImageDraw
 from server.demo import words
 from server.demo.fonts import font
 from server.demo.pictures import Box, Lettering, Picture, Thing, alike, contrasting, rgb
-from server.demo.scene import (
-    Asker,
-    Mention,
-    Scene,
-    Size,
-    Spelling,
-    blank,
-    caption,
-    place_facts,
-)
+from server.demo.scene import Asker, Mention, Scene, Size, Spelling, blank, caption, place_facts
 
 MIN_FONT = 20  # pixels
 LARGEST_FONT = 96  # pixels, of most texts

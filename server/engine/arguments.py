@@ -20,9 +20,9 @@ from vllm.logger import configure_logging_from_args  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
 
-from server import config  # noqa: E402
-from server.config import Settings  # noqa: E402
-from server.observability import log  # noqa: E402
+from server import settings as config  # noqa: E402
+from server.settings import Settings  # noqa: E402
+from server.telemetry import log  # noqa: E402
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo"
 DEMO_NAME = "saccade-tiny"

@@ -25,7 +25,7 @@ from vllm.utils.cache import CacheInfo
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from server import metrics
+from server.telemetry import metrics
 
 Updates = Sequence[ResolvedPromptUpdate]
 SendRequest = Callable[[EngineCoreRequest], Awaitable[None]]

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, MediaIO
 
-from server.media.load import ImageLoader
+from server.ingest.load import ImageLoader
 
 NAME = "saccade"
 

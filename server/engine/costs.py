@@ -8,8 +8,8 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from server.engine.planning import Sized
 from server.engine.renderer import PooledRenderer
-from server.images.tokens import kv_bytes_per_token
-from server.media.request import ShownImage
+from server.imaging.tokens import kv_bytes_per_token
+from server.request.context import ShownImage
 
 
 async def image_costs(

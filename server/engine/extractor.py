@@ -22,10 +22,10 @@ from PIL import Image
 
 from server.engine import torchvision_ops
 from server.errors import InvalidImage
-from server.images import pdf, sizing
-from server.images.decode import Decoded, DecodeOptions, Planner, decode
-from server.images.tokens import TokenRule
-from server.images.worker import Array, Extractor, Feature, WorkerSpec
+from server.imaging import pdf, sizing
+from server.imaging.decode import Decoded, DecodeOptions, Planner, decode
+from server.imaging.tokens import TokenRule
+from server.workers.worker import Array, Extractor, Feature, WorkerSpec
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -75,7 +75,7 @@ class _Plan:
 
 
 class ImageExtractor:
-    """Implements `images.worker.Extractor` with a vLLM multimodal processor."""
+    """Implements `workers.worker.Extractor` with a vLLM multimodal processor."""
 
     def __init__(
         self, processor: "BaseMultiModalProcessor[Any]", *, fast: bool, max_pixels: int

@@ -20,7 +20,7 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from server.engine.cache import SendRequest
-from server.media import tenant
+from server.request import tenant
 
 
 def keep_apart(engine: AsyncLLM) -> None:

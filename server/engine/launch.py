@@ -21,8 +21,6 @@ from vllm.renderers.registry import RENDERER_REGISTRY
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from server import metrics
-from server.config import Settings
 from server.engine import connector, groups
 from server.engine.cache import settle_on_send
 from server.engine.caches import EngineCaches
@@ -34,13 +32,15 @@ from server.engine.planning import ImagePlanner
 from server.engine.renderer import PooledRenderer, is_image_by_image
 from server.engine.token_rules import measured_rule, token_rule
 from server.errors import CannotStart, ImageTokenCap
-from server.images.limits import Limits
-from server.images.pool import ImagePool
-from server.images.tokens import TokenRule
-from server.images.worker import WorkerSpec
-from server.media.encoded import encoded
-from server.media.load import ImageLoader
-from server.media.prepare import Bounds
+from server.imaging.limits import Limits
+from server.imaging.tokens import TokenRule
+from server.ingest.encoded import encoded
+from server.ingest.load import ImageLoader
+from server.request.prepare import Bounds
+from server.settings import Settings
+from server.telemetry import metrics
+from server.workers.pool import ImagePool
+from server.workers.worker import WorkerSpec
 
 logger = init_logger(__name__)
 

@@ -18,11 +18,11 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from server.engine.cache import SendRequest
 from server.engine.embedding_cache.scheduler import ENCODED
-from server.media import request as requests
-from server.media.request import ImageRequest
-from server.observability import record as records
-from server.observability.record import Prompt, Record
-from server.observability.stages import Stage
+from server.request import context as requests
+from server.request.context import ImageRequest
+from server.telemetry import record as records
+from server.telemetry.record import Prompt, Record
+from server.telemetry.stages import Stage
 
 log = logging.getLogger("saccade.engine")
 

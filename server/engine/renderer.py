@@ -31,21 +31,21 @@ from vllm.multimodal.processing import BaseMultiModalProcessor, EncDecMultiModal
 from vllm.multimodal.processing.processor import MultiModalProcessingResult
 from vllm.renderers.hf import HfRenderer
 
-from server import metrics
-from server.config import Settings
 from server.engine.cache import DeferredCache, PooledItem, Updates, own
 from server.engine.planning import ImagePlanner
 from server.engine.shapes import blank, tensor
 from server.engine.tasks import all_or_none
 from server.errors import ImageTokenCap, SaccadeError, UnknownImage
-from server.images.features import Features
-from server.images.pool import ImagePool
-from server.images.tokens import ImagePlan
-from server.media import request as requests
-from server.media import tenant
-from server.media.encoded import EncodedImage, ImageOptions
-from server.media.parts import split_options
-from server.media.request import ShownImage
+from server.imaging.tokens import ImagePlan
+from server.ingest.encoded import EncodedImage, ImageOptions
+from server.request import context as requests
+from server.request import tenant
+from server.request.context import ShownImage
+from server.request.parts import split_options
+from server.settings import Settings
+from server.telemetry import metrics
+from server.workers.features import Features
+from server.workers.pool import ImagePool
 
 log = logging.getLogger("saccade.engine")
 

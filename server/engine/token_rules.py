@@ -17,16 +17,16 @@ from vllm.multimodal.inputs import MultiModalKwargsItems
 from vllm.multimodal.processing import cached_encode
 
 from server.errors import ImageAspectRatio, InvalidImage
-from server.images import sizing
-from server.images.tokens.anyres import AnyResTokens
-from server.images.tokens.fixed import FixedTokens
-from server.images.tokens.gemma import GemmaTokens, PanAndScan
-from server.images.tokens.idefics import IdeficsTokens
-from server.images.tokens.internvl import InternVLTokens
-from server.images.tokens.measured import Count, MeasuredTokens
-from server.images.tokens.pixtral import PixtralTokens
-from server.images.tokens.plan import TokenRule
-from server.images.tokens.qwen import QwenTokens
+from server.imaging import sizing
+from server.imaging.tokens.anyres import AnyResTokens
+from server.imaging.tokens.fixed import FixedTokens
+from server.imaging.tokens.gemma import GemmaTokens, PanAndScan
+from server.imaging.tokens.idefics import IdeficsTokens
+from server.imaging.tokens.internvl import InternVLTokens
+from server.imaging.tokens.measured import Count, MeasuredTokens
+from server.imaging.tokens.pixtral import PixtralTokens
+from server.imaging.tokens.plan import TokenRule
+from server.imaging.tokens.qwen import QwenTokens
 
 if TYPE_CHECKING:
     from vllm.multimodal.processing import BaseMultiModalProcessor

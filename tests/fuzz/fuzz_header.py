@@ -27,7 +27,7 @@ import pillow_heif
 from PIL import Image, PngImagePlugin
 
 from server.errors import ClientError
-from server.images import header
+from server.imaging import header
 
 pillow_heif.register_heif_opener()
 
@@ -348,7 +348,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     for data in seeds().values():  # loads all modules that there are to instrument
         check(data)
-    for function in _functions(("server.images.header", "PIL.")):
+    for function in _functions(("server.imaging.header", "PIL.")):
         atheris.instrument_func(function)
     files = arguments.files or Path(tempfile.mkdtemp())
     options = [f"-max_total_time={arguments.seconds}", f"-max_len={MAX_FILE_BYTES}"]

@@ -11,9 +11,9 @@ from vllm.multimodal.encoder_budget import MultiModalBudget
 from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from server.config import GIB, MIB, CacheSettings
 from server.engine.embedding_cache.connector import CacheOptions, EmbeddingCacheConnector
 from server.engine.embedding_cache.manager import AnnouncedEncoderCache
+from server.settings import GIB, MIB, CacheSettings
 
 log = logging.getLogger("saccade.embeddings")
 

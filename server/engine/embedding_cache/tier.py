@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from server.engine.embedding_cache.breaker import Breaker
 from server.engine.embedding_cache.entries import Spec
-from server.metrics import EMBEDDING_SECONDS
+from server.telemetry.metrics import EMBEDDING_SECONDS
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""Everything of the server that touches what vLLM does not publish."""

@@ -1,0 +1,160 @@
+"""`/v1/files`, as OpenAI has it: images and PDFs that are sent once and shown in many requests."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, BinaryIO, Literal
+from urllib.parse import quote
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from server.errors import ClientError, UnknownFile
+from server.http.forms import Field, read_form
+from server.ingest.files import PURPOSES, FileStore, Purpose, StoredFile
+from server.ingest.load import in_thread
+from server.request import tenant
+from server.request.prepare import RequestPreparer
+
+PATH = "/v1/files"
+_CHUNK_BYTES = 256 * 1024
+_MAX_LISTED = 10_000
+# OpenAI's bounds: an hour and 30 days.
+_MIN_LIFETIME_S, _MAX_LIFETIME_S = 3600, 30 * 24 * 3600
+
+router = APIRouter()
+
+
+@router.post(PATH)
+async def create_file(raw_request: Request) -> JSONResponse:
+    """Keep an image or a PDF; the form has `file`, `purpose` and perhaps `expires_after`."""
+    store, preparer = _store(raw_request), _preparer(raw_request)
+    content_type = raw_request.headers.get("content-type", "")
+    body = (await raw_request.receive())["body"]  # all of it, uncopied: the body reader has read it
+    form = await in_thread(read_form, content_type, body)
+    file, purpose, lifetime_s = _required(form, "file"), _purpose(form), _lifetime_s(form)
+    try:
+        await preparer.check(file.data)
+    except ClientError as error:
+        error.param = "file"
+        raise
+    stored = await store.put(tenant.group(), file.data, file.filename, purpose, lifetime_s)
+    return JSONResponse(_shown(stored))
+
+
+@router.get(PATH)
+def list_files(
+    raw_request: Request,
+    purpose: str | None = None,
+    after: str | None = None,
+    order: Literal["asc", "desc"] = "desc",
+    limit: Annotated[int, Query(ge=1, le=_MAX_LISTED)] = _MAX_LISTED,
+) -> JSONResponse:
+    """The files of the caller's group by time; `after` is the last id of the page before."""
+    store = _store(raw_request)
+    try:
+        files, has_more = store.listed(
+            tenant.group(), purpose=purpose, after=after, order=order, limit=limit
+        )
+    except UnknownFile as error:
+        error.param = "after"
+        raise
+    return JSONResponse(
+        {
+            "object": "list",
+            "data": [_shown(file) for file in files],
+            "first_id": files[0].id if files else None,
+            "last_id": files[-1].id if files else None,
+            "has_more": has_more,
+        }
+    )
+
+
+@router.get(PATH + "/{file_id}")
+async def retrieve_file(file_id: str, raw_request: Request) -> JSONResponse:
+    """What is known of a file beside its bytes."""
+    return JSONResponse(_shown(_store(raw_request).get(tenant.group(), file_id)))
+
+
+@router.get(PATH + "/{file_id}/content")
+async def file_content(file_id: str, raw_request: Request) -> StreamingResponse:
+    """The bytes of a file. They are a stranger's, so no browser is to show them."""
+    file, content = await in_thread(_store(raw_request).open, tenant.group(), file_id)
+    headers = {
+        "Content-Length": str(file.size),
+        "Content-Disposition": f"attachment; filename*=utf-8''{quote(file.filename, safe='')}",
+        "X-Content-Type-Options": "nosniff",
+    }
+    return StreamingResponse(
+        _chunks(content), media_type="application/octet-stream", headers=headers
+    )
+
+
+@router.delete(PATH + "/{file_id}")
+async def delete_file(file_id: str, raw_request: Request) -> JSONResponse:
+    """Forget a file; requests that name it are refused from now on."""
+    await _store(raw_request).delete(tenant.group(), file_id)
+    return JSONResponse({"id": file_id, "object": "file", "deleted": True})
+
+
+def _preparer(raw_request: Request) -> RequestPreparer:
+    preparer: RequestPreparer = raw_request.app.state.preparer
+    return preparer
+
+
+def _store(raw_request: Request) -> FileStore:
+    """Raises FilesDisabled."""
+    return _preparer(raw_request).loader.files
+
+
+def _shown(file: StoredFile) -> dict[str, Any]:
+    """OpenAI's File object."""
+    return {
+        "id": file.id,
+        "object": "file",
+        "bytes": file.size,
+        "created_at": file.created_at,
+        "expires_at": file.expires_at,
+        "filename": file.filename,
+        "purpose": file.purpose,
+        "status": "processed",
+        "status_details": None,
+    }
+
+
+def _chunks(content: BinaryIO) -> Iterator[bytes]:
+    with content:
+        while chunk := content.read(_CHUNK_BYTES):
+            yield chunk
+
+
+# ---------------------------------------------------------------------- the form
+
+
+def _required(form: dict[str, Field], name: str) -> Field:
+    if name not in form:
+        raise ClientError(f"the form has no field {name!r}", param=name)
+    return form[name]
+
+
+def _purpose(form: dict[str, Field]) -> Purpose:
+    given = _required(form, "purpose").text
+    for purpose in PURPOSES:
+        if purpose == given:
+            return purpose
+    raise ClientError("purpose must be 'vision' or 'user_data'", param="purpose")
+
+
+def _lifetime_s(form: dict[str, Field]) -> int | None:
+    """How long the file is to be kept, in seconds; None if the form does not say."""
+    names = "expires_after[anchor]", "expires_after[seconds]"
+    if not any(name in form for name in names):
+        return None
+    anchor, seconds = (_required(form, name).text for name in names)
+    if anchor != "created_at":
+        raise ClientError("expires_after[anchor] must be 'created_at'", param=names[0])
+    is_number = seconds.isascii() and seconds.isdigit() and len(seconds) <= 9
+    if not is_number or not _MIN_LIFETIME_S <= int(seconds) <= _MAX_LIFETIME_S:
+        raise ClientError(
+            f"expires_after[seconds] must be {_MIN_LIFETIME_S} to {_MAX_LIFETIME_S}",
+            param=names[1],
+        )
+    return int(seconds)

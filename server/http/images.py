@@ -1,0 +1,79 @@
+"""`POST /v1/images/tokens`: what images would cost, from their headers alone."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+from server.engine.costs import image_costs
+from server.engine.serving import validate_json_request
+from server.errors import ClientError
+from server.http.usage import detail
+from server.imaging.limits import check_size
+from server.imaging.tokens import Detail
+from server.ingest.encoded import ImageOptions
+from server.request import context as requests
+from server.request import parts
+
+router = APIRouter()
+
+
+class ImageSize(BaseModel):
+    """An image that is known by its size only: `width` and `height` of the upright picture, in
+    pixels."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    width: PositiveInt
+    height: PositiveInt
+    detail: Detail = "auto"
+    max_tokens: PositiveInt | None = None
+
+
+class ImageTokensRequest(BaseModel):
+    """Images as parts of `messages` (or of `input`), as sizes in `images`, or both.
+
+    Messages may be those of any API that takes images; their texts are not looked at.
+    `max_image_tokens` is the budget for all of them together.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    images: Annotated[list[ImageSize], Field(max_length=1000)] = []
+
+
+@router.post("/v1/images/tokens", dependencies=[Depends(validate_json_request)])
+async def image_tokens(body: ImageTokensRequest, raw_request: Request) -> dict[str, Any]:
+    """Tokens, processed size and KV cache of each image, in the order of the request.
+
+    Nothing is decoded and the model does not run.
+    """
+    document = {**(body.model_extra or {}), "images": None}
+    found = list(parts.parts_of(document))
+    if not found and not body.images:
+        raise ClientError("the request has no images", param="messages")
+    preparer = raw_request.app.state.preparer
+    sized = []
+    for part in found:
+        if not part.has_data:
+            raise ClientError("an image without data has no size", param=part.path)
+        image = await preparer.loader.image(parts.url_of(part))
+        sized.append((image.size, image.options))
+    for named in body.images:
+        check_size((named.width, named.height), preparer.bounds.limits)
+        options = ImageOptions(named.detail, named.max_tokens)
+        sized.append(((named.width, named.height), options))
+    engine = raw_request.app.state.engine_client
+    costs = await image_costs(engine, sized, requests.current().max_image_tokens)
+    rows = [
+        {"index": index, **detail(image), "kv_bytes": kv_bytes}
+        for index, (image, kv_bytes) in enumerate(costs)
+    ]
+    return {
+        "object": "list",
+        "data": rows,
+        "usage": {
+            "image_tokens": sum(row["tokens"] for row in rows),
+            "kv_bytes": sum(row["kv_bytes"] for row in rows),
+        },
+    }

@@ -1,0 +1,204 @@
+"""What Pillow decodes: GIF, BMP, TIFF, AVIF, PNG that `png` leaves, and frames of animations."""
+
+import io
+import itertools
+from typing import Any
+
+from PIL import AvifImagePlugin, Image
+
+from server.errors import ImageTooLarge, InvalidImage, UnsupportedImageFormat
+from server.imaging.codecs import gif
+from server.imaging.codecs.base import (
+    BY_MEANS,
+    MAX_FRAMES,
+    NO_REDUCTIONS,
+    Stored,
+    no_frame,
+    orientation,
+    profile,
+    truncated,
+)
+from server.imaging.codecs.boxes import check_boxes
+from server.imaging.codecs.depth import eight_bits
+from server.imaging.sizing import Size
+
+# Pillow checks its own limit while it opens a file, without a word on the size. Ours replaces it.
+Image.MAX_IMAGE_PIXELS = None
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # one picture a process
+
+# Frames of an animation are laid over each other, so one is decoded with all before it.
+MAX_ANIMATED_PIXELS = 1_000_000_000
+
+# Of TIFF's codings those in use: none, fax, LZW, JPEG, deflate, run lengths.
+_CODINGS = frozenset(
+    (
+        *("raw", "packbits", "tiff_lzw", "jpeg", "tiff_adobe_deflate", "tiff_deflate"),
+        *("tiff_ccitt", "group3", "group4"),
+    )
+)
+_BITS, _PHOTOMETRIC, _TILE_WIDTH, _TILE_HEIGHT = 258, 262, 322, 323
+_PLACES = (273, 324), (279, 325)  # offsets and lengths in bytes of strips or of tiles
+_WHITE_IS_ZERO, _RGB = 0, 2
+_MAX_TILE_PIXELS = 1 << 26
+# In RGB about 100 MB. Larger pictures are streamed.
+_MAX_WHOLE_PIXELS = 32_000_000
+
+
+class PillowSource:
+    """A picture as Pillow opens it; `frame` counts from 0, and is decoded with all before it."""
+
+    reductions = NO_REDUCTIONS
+
+    def __init__(self, data: bytes, frame: int, format_: str) -> None:
+        self._image = Image.open(io.BytesIO(data), formats=(format_,))
+        self._frame = frame
+        self.size = self._canvas(data)
+        self.orientation = orientation(self._image)
+        self.profile = profile(self._image)
+
+    def _canvas(self, data: bytes) -> Size:
+        """The size of the frame that is wanted, before it is sought."""
+        if self._frame >= min(getattr(self._image, "n_frames", 1), MAX_FRAMES):
+            raise no_frame(self._frame)
+        return self._image.size
+
+    def load(self, factor: int) -> Stored:
+        if self._frame:
+            _check_work(self.size, self._frame)
+            _seek(self._image, self._frame)
+        self._image.load()
+        return eight_bits(self._image)
+
+
+class BmpSource(PillowSource):
+    def __init__(self, data: bytes, frame: int) -> None:
+        super().__init__(data, frame, "BMP")
+        for tile in self._image.tile:
+            # Pillow does not miss the bytes that fill the last row up.
+            if tile.codec_name == "raw" and isinstance(tile.args, tuple):
+                _, row_bytes, _ = tile.args
+                if tile.offset + row_bytes * self.size[1] > len(data):
+                    raise truncated()
+
+
+class AvifSource(PillowSource):
+    def __init__(self, data: bytes, frame: int) -> None:
+        check_boxes(data)
+        super().__init__(data, frame, "AVIF")
+
+
+class GifSource(PillowSource):
+    def __init__(self, data: bytes, frame: int) -> None:
+        if not gif.has_end(data):
+            raise truncated()
+        super().__init__(data, frame, "GIF")
+
+    def _canvas(self, data: bytes) -> Size:
+        """Frames may reach beyond the first, and Pillow then makes the picture larger."""
+        if not self._frame:
+            return self._image.size
+        reaches = list(itertools.islice(gif.frames(data), min(self._frame + 1, MAX_FRAMES)))
+        if len(reaches) <= self._frame:
+            raise no_frame(self._frame)
+        widths, heights = zip(self._image.size, *reaches, strict=True)
+        return max(widths), max(heights)
+
+
+class TiffSource:
+    """A page, which Pillow turns upright itself and gives the size of that."""
+
+    orientation = 1
+
+    def __init__(self, data: bytes, frame: int) -> None:
+        image: Any = Image.open(io.BytesIO(data), formats=("TIFF",))
+        if frame >= MAX_FRAMES:
+            raise no_frame(frame)
+        _seek(image, frame)
+        _check_coding(image)
+        _check_extent(image, data)
+        self._data = data
+        self._image = image
+        self.size: Size = image.size
+        self.profile = profile(image)
+        streams = _streams(image) and not frame and orientation(image) == 1
+        self.reductions = BY_MEANS if streams else NO_REDUCTIONS
+
+    def load(self, factor: int) -> Stored:
+        if factor > 1:
+            from server.imaging.codecs import vips
+
+            return vips.load("tiffload", self._data, self.size, factor)
+        image = self._image
+        image.load()
+        bits = image.tag_v2.get(_BITS, (16,))[0]
+        white_is_zero = image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+        return eight_bits(image, bits, white_is_zero)
+
+
+def count_frames(data: bytes, format_: str) -> int:
+    """Frames or pages, up to `MAX_FRAMES`."""
+    if format_ == "GIF":
+        return sum(1 for _ in itertools.islice(gif.frames(data), MAX_FRAMES))
+    image = Image.open(io.BytesIO(data), formats=(format_,))
+    if format_ != "TIFF":
+        return min(getattr(image, "n_frames", 1), MAX_FRAMES)
+    for page in range(1, MAX_FRAMES):
+        try:
+            image.seek(page)
+        except EOFError:
+            return page
+    return MAX_FRAMES
+
+
+def _check_coding(image: Any) -> None:
+    """
+    Raises:
+        UnsupportedImageFormat: pixels coded in a way that is not in use.
+        InvalidImage: tiles of a size that no picture has.
+    """
+    coding = image.info.get("compression")
+    if coding not in _CODINGS:
+        raise UnsupportedImageFormat(f"TIFF files with {coding} compression are not supported")
+    width, height = (image.tag_v2.get(tag, 0) for tag in (_TILE_WIDTH, _TILE_HEIGHT))
+    if width * height > _MAX_TILE_PIXELS:
+        raise InvalidImage(f"the image has tiles of {width}x{height} pixels")
+
+
+def _check_extent(image: Any, data: bytes) -> None:
+    """
+    Raises:
+        InvalidImage: data of the page, its directory or the next lie behind the file's end.
+    """
+    tags = image.tag_v2
+    starts, counts = (tags.get(strips) or tags.get(tiles) or () for strips, tiles in _PLACES)
+    ends = [start + count for start, count in zip(starts, counts, strict=False)]
+    if not tags._bigtiff:
+        entries = int.from_bytes(
+            data[tags._offset : tags._offset + 2], "little" if data[:1] == b"I" else "big"
+        )
+        ends.append(tags._offset + 2 + 12 * entries + 4)
+    if max(ends, default=0) > len(data) or tags.next >= len(data):
+        raise truncated()
+
+
+def _streams(image: Any) -> bool:
+    """Whether the picture is large, and libvips makes the same of it as Pillow."""
+    tags = image.tag_v2
+    plain = image.mode == "RGB" and set(tags.get(_BITS, ())) == {8} and tags[_PHOTOMETRIC] == _RGB
+    return plain and image.width * image.height > _MAX_WHOLE_PIXELS
+
+
+def _check_work(size: Size, frame: int) -> None:
+    pixels = size[0] * size[1] * (frame + 1)
+    if pixels > MAX_ANIMATED_PIXELS:
+        raise ImageTooLarge(
+            f"frame {frame + 1} is reached through {pixels} pixels, "
+            f"the limit is {MAX_ANIMATED_PIXELS} pixels"
+        )
+
+
+def _seek(image: Any, frame: int) -> None:
+    try:
+        image.seek(frame)
+    except EOFError as error:
+        raise no_frame(frame) from error

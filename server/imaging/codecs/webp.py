@@ -1,0 +1,151 @@
+"""WebP: still pictures by OpenCV or libvips, frames of animations by Pillow."""
+
+import itertools
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image
+
+from server.imaging.codecs.base import (
+    BY_MEANS,
+    MAX_FRAMES,
+    NO_REDUCTIONS,
+    Pixels,
+    Stored,
+    damaged,
+    no_frame,
+    only_first,
+    orientation,
+    profile,
+    truncated,
+)
+from server.imaging.codecs.pillow import PillowSource
+from server.imaging.opencv import opencv
+from server.imaging.sizing import Size
+
+_CHUNK = struct.Struct("<4sI")
+_FIRST = 12  # behind RIFF, its length and WEBP
+_ANIMATED, _ALPHA = 0x02, 0x10
+_INFO = {b"ICCP": "icc_profile", b"EXIF": "exif", b"XMP ": "xmp"}
+# A still picture has up to seven, and an animation one a frame.
+_MAX_CHUNKS = 100_000
+
+
+# In RGBA about 64 MB. Larger pictures are shrunk while they are read, which is slower but small.
+_MAX_WHOLE_PIXELS = 16_000_000
+
+
+class WebpSource:
+    def __init__(self, data: bytes) -> None:
+        holder = Image.Image()
+        for kind, start, end in _walk(data):
+            if kind in _INFO:
+                holder.info.setdefault(_INFO[kind], data[start:end])
+        self._data = data
+        self.size = _size(data)
+        self.orientation = orientation(holder)
+        self.profile = profile(holder)
+        is_large = self.size[0] * self.size[1] > _MAX_WHOLE_PIXELS
+        self.reductions = BY_MEANS if is_large else NO_REDUCTIONS
+
+    def load(self, factor: int) -> Pixels:
+        if factor > 1:
+            from server.imaging.codecs import vips
+
+            return vips.load("webpload", self._data, self.size, factor)
+        return _decode(self._data, self.size)
+
+
+class WebpAnimation:
+    """One frame, by Pillow, which opens the file only in `load`: it makes room for two canvases."""
+
+    reductions = NO_REDUCTIONS
+
+    def __init__(self, data: bytes, frame: int) -> None:
+        still = WebpSource(data)
+        count = count_frames(data)
+        if not count:
+            raise damaged()
+        if frame >= count:
+            raise no_frame(frame)
+        self._data = data
+        self._frame = frame
+        self.size = still.size
+        self.orientation = still.orientation
+        self.profile = still.profile
+
+    def load(self, factor: int) -> Stored:
+        return PillowSource(self._data, self._frame, "WEBP").load(factor)
+
+
+def _decode(data: bytes, size: Size) -> Pixels:
+    cv2 = opencv()
+    flag = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    try:
+        # With alpha there is no flag that gives red first.
+        how = cv2.IMREAD_UNCHANGED if _may_have_alpha(data) else flag
+        pixels: Pixels | None = cv2.imdecode(np.frombuffer(data, np.uint8), how)
+    except cv2.error as error:
+        raise damaged() from error
+    if pixels is None or pixels.shape[1::-1] != size:
+        raise damaged()
+    if how == flag:
+        return pixels
+    order = cv2.COLOR_BGRA2RGBA if pixels.shape[2] == 4 else cv2.COLOR_BGR2RGB
+    exchanged: Pixels = cv2.cvtColor(pixels, order, dst=pixels)
+    return exchanged
+
+
+def _may_have_alpha(data: bytes) -> bool:
+    if data[12:16] == b"VP8X":
+        return bool(data[20] & _ALPHA)
+    return data[12:16] == b"VP8L"
+
+
+def open_webp(data: bytes, frame: int) -> WebpSource | WebpAnimation:
+    if is_animated(data):
+        return WebpAnimation(data, frame)
+    only_first(frame)
+    return WebpSource(data)
+
+
+def is_animated(data: bytes) -> bool:
+    return data[12:16] == b"VP8X" and bool(data[20] & _ANIMATED)
+
+
+def count_frames(data: bytes) -> int:
+    """The frames of an animation, up to `MAX_FRAMES`."""
+    frames = (True for kind, _, _ in _walk(data) if kind == b"ANMF")
+    return sum(itertools.islice(frames, MAX_FRAMES))
+
+
+def _walk(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """(type, start, end) of the chunks."""
+    end = 8 + int.from_bytes(data[4:8], "little")
+    if end > len(data):
+        raise truncated()
+    at = _FIRST
+    for _ in range(_MAX_CHUNKS):
+        if at + _CHUNK.size > end:
+            return
+        kind, length = _CHUNK.unpack_from(data, at)
+        start = at + _CHUNK.size
+        if start + length > end:
+            raise truncated()
+        yield kind, start, start + length
+        at = start + length + (length & 1)
+    raise damaged()
+
+
+def _size(data: bytes) -> Size:
+    kind = data[12:16]
+    if kind == b"VP8X":
+        return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+    if kind == b"VP8 " and data[23:26] == b"\x9d\x01\x2a":
+        width, height = struct.unpack_from("<HH", data, 26)
+        return width & 0x3FFF, height & 0x3FFF
+    if kind == b"VP8L" and data[20] == 0x2F:
+        bits = int.from_bytes(data[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    raise damaged()

@@ -1,0 +1,136 @@
+"""From a picture as it is stored to its colours on a screen: sRGB on a background, eight bits."""
+
+import numpy as np
+from PIL import Image
+
+from server.imaging.array_image import ArrayImage, bands, pixels_of
+from server.imaging.codecs.base import Indexed, Pixels, Stored
+from server.imaging.opencv import opencv
+from server.imaging.profiles import change_of, writable
+
+RGB = tuple[int, int, int]
+
+_ALPHA = frozenset(("RGBA", "LA", "PA"))
+
+
+def to_mode(
+    picture: Stored, profile: bytes | None, mode: str | None, background: RGB
+) -> Image.Image:
+    """`picture`, whose colours are those of `profile`, in Pillow's `mode`; None keeps its own.
+
+    In "RGB" it lies on `background`.
+    """
+    if mode == "RGB":
+        return ArrayImage(_rgb(picture, profile, background))
+    image = _managed(_as_image(picture), profile)
+    return _in_mode(image, mode)
+
+
+def _rgb(picture: Stored, profile: bytes | None, background: RGB) -> Pixels:
+    """uint8 (height, width, 3)."""
+    if isinstance(picture, Image.Image):
+        if picture.mode not in ("L", "P"):
+            return _converted(picture, profile, background)
+        picture = Indexed(pixels_of(picture), _entries(picture))
+    if isinstance(picture, Indexed):
+        return _looked_up(picture, profile, background)
+    if picture.shape[2] == 1:
+        greys = Image.frombytes("L", (256, 1), bytes(range(256)))
+        return _looked_up(Indexed(picture[:, :, 0], greys), profile, background)
+    change = change_of(profile, "RGB")
+    if change is not None:
+        if change.shaper is None:
+            return _converted(_as_image(picture), profile, background)
+        picture = change.shaper.applied(picture)
+    return picture if picture.shape[2] == 3 else _laid_on(picture, background)
+
+
+def _looked_up(picture: Indexed, profile: bytes | None, background: RGB) -> Pixels:
+    """Its 256 colours go through all of this instead of its pixels."""
+    from server.imaging.codecs import kernels
+
+    colours = _converted(picture.entries, profile, background)[0]
+    indices = writable(picture.indices)
+    if np.array_equal(colours, np.arange(256).repeat(3).reshape(256, 3)):
+        cv2 = opencv()
+        greys: Pixels = cv2.cvtColor(indices, cv2.COLOR_GRAY2RGB)
+        return greys
+    pixels = np.empty((*indices.shape, 3), np.uint8)
+    kernels.look_up(indices.reshape(-1), colours, pixels.reshape(-1, 3))
+    return pixels
+
+
+def _entries(image: Image.Image) -> Image.Image:
+    entries = image.crop((0, 0, 256, 1))
+    entries.frombytes(bytes(range(256)))
+    entries.info = image.info
+    return entries
+
+
+def _converted(image: Image.Image, profile: bytes | None, background: RGB) -> Pixels:
+    """By Pillow's conversions, a band at a time."""
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for rows, band in bands(image):
+        band = _managed(band, profile)
+        if band.mode in _ALPHA or "transparency" in band.info:
+            pixels[rows] = _laid_on(np.asarray(_in_mode(band, "RGBA")), background)
+        else:
+            pixels[rows] = np.asarray(_in_mode(band, "RGB"))
+    return pixels
+
+
+def _in_mode(image: Image.Image, mode: str | None) -> Image.Image:
+    """Converted if need be: Pillow makes a copy also where there is none."""
+    return image if mode in (None, image.mode) else image.convert(mode)
+
+
+def _laid_on(pixels: Pixels, background: RGB) -> Pixels:
+    """uint8 (height, width, 4) on `background`, rounded as vLLM's loader rounds."""
+    from server.imaging.codecs import kernels
+
+    cv2 = opencv()
+    if cv2.extractChannel(pixels, 3).min() == 255:  # nothing shines through
+        opaque: Pixels = cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB)
+        return opaque
+    flat = np.empty((*pixels.shape[:2], 3), np.uint8)
+    under = np.array(background, np.uint8)
+    kernels.flatten(writable(pixels).reshape(-1, 4), under, flat.reshape(-1, 3))
+    return flat
+
+
+def _as_image(picture: Stored) -> Image.Image:
+    if isinstance(picture, Image.Image):
+        return picture
+    if isinstance(picture, Indexed):
+        entries = picture.entries
+        indices = np.ascontiguousarray(picture.indices)
+        image = Image.frombuffer(
+            entries.mode, indices.shape[::-1], indices, "raw", entries.mode, 0, 1
+        )
+        image.info = entries.info
+        image.palette = entries.palette
+        return image
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[picture.shape[2]]
+    return Image.frombuffer(mode, picture.shape[1::-1], picture, "raw", mode, 0, 1)
+
+
+def _managed(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """`image` in sRGB, as RGB or RGBA, if its profile is of its kind and makes a difference."""
+    if profile is None and image.mode != "LAB":
+        return image
+    alpha = None
+    if image.mode in _ALPHA or "transparency" in image.info:
+        layers = image.convert("RGBA")
+        alpha = layers.getchannel("A")
+        image = layers.convert("L" if image.mode in ("L", "LA") else "RGB")
+    elif image.mode in ("P", "YCbCr"):
+        image = image.convert("RGB")
+    elif image.mode == "1":
+        image = image.convert("L")
+    change = change_of(profile, image.mode)
+    if change is not None:
+        image = change.applied(image)
+    if alpha is not None:
+        image = image.convert("RGB")
+        image.putalpha(alpha)
+    return image

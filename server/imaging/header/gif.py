@@ -1,0 +1,88 @@
+"""GIF: the screen, enlarged where the first frame is larger (GIF89a specification, 18 to 26)."""
+
+import struct
+
+from server.errors import InvalidImage
+from server.imaging.header.base import MAX_STEPS, Header, damaged
+
+_SCREEN = struct.Struct("<HHB")
+_FRAME = struct.Struct("<HHHHB")
+_EXTENSION, _IMAGE, _TRAILER = b"!,;"
+_COMMENT = 0xFE
+
+# Blocks of 255 bytes, the largest there are, that are stepped over at once.
+_STRIDE = 256
+_FULL = b"\xff" * _STRIDE
+
+
+def read(data: bytes) -> Header:
+    """At most `MAX_STEPS` blocks each are looked at before, in and behind the first frame; 256
+    full ones in a row count as one.
+
+    Raises:
+        InvalidImage: no frame.
+    """
+    width, height, flags = _SCREEN.unpack_from(data, 6)
+    at = _next_frame(data, 13 + _palette_bytes(flags))
+    if at is None:
+        raise damaged("GIF", "no frame")
+    left, top, frame_width, frame_height, flags = _FRAME.unpack_from(data, at)
+    at += _FRAME.size + _palette_bytes(flags) + 1  # one byte: the bits of a code
+    return Header(
+        "GIF",
+        max(width, left + frame_width),
+        max(height, top + frame_height),
+        animated=_goes_on(data, at),
+    )
+
+
+def _palette_bytes(flags: int) -> int:
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
+
+
+def _next_frame(data: bytes, at: int) -> int | None:
+    """The offset of the next frame's descriptor; None if there is no further frame.
+
+    Raises:
+        IndexError: the data ends within an extension.
+        InvalidImage: there are too many blocks before the frame.
+    """
+    left = MAX_STEPS
+    while left > 0:
+        left -= 1
+        if at >= len(data) or data[at] == _TRAILER:
+            return None
+        kind = data[at]
+        at += 1
+        if kind == _IMAGE:
+            return at
+        if kind == _EXTENSION:
+            # Pillow takes a first block for granted, even an empty one, except in a comment.
+            at += 1 if data[at] == _COMMENT else data[at + 1] + 2
+            at, left = _skip_blocks(data, at, left)
+    raise damaged("GIF", "too many blocks before a frame")
+
+
+def _skip_blocks(data: bytes, at: int, left: int) -> tuple[int, int]:
+    """The offset behind a chain of blocks, and how many of the `left` steps then remain."""
+    while left > 0 and at < len(data):
+        left -= 1
+        if data[at : at + 256 * _STRIDE : 256] == _FULL:
+            at += 256 * _STRIDE
+            continue
+        length = data[at]
+        at += length + 1
+        if not length:
+            break
+    return at, left
+
+
+def _goes_on(data: bytes, at: int) -> bool:
+    """Whether there may be a frame behind the image data that begins at `at`."""
+    at, left = _skip_blocks(data, at, MAX_STEPS)
+    try:
+        return left == 0 or _next_frame(data, at) is not None
+    except IndexError:
+        return False
+    except InvalidImage:
+        return True

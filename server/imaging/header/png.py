@@ -1,0 +1,169 @@
+"""PNG: size, EXIF and XMP from the chunks, of which some may come after the image data.
+
+The W3C's PNG specification, third edition, sections 5 and 11. ImageMagick and exiftool write EXIF
+as text in hexadecimal ("Raw profile type exif").
+"""
+
+import re
+import struct
+import zlib
+from dataclasses import dataclass, field
+
+from server.imaging.header.base import MAX_TEXT_BYTES, Header, damaged
+from server.imaging.header.directory import Span
+from server.imaging.header.exif import orientation
+
+_CHUNK = struct.Struct(">I4s")
+_CHUNK_TYPE = re.compile(rb"\w{4}")
+_SIZE = struct.Struct(">II")
+_FIRST = 8  # the signature is before it
+_IHDR_BYTES = 13
+
+_MAX_CHUNKS = 4096
+# Chunks of image data follow one another, and most encoders make them all but the last one alike
+# (libpng: 8 KiB). So this many are passed over at once if the one behind them is like the first.
+_LEAP = 64
+
+_EXIF = b"exif"
+_PROFILE = b"Raw profile type exif"
+_XMP = b"XML:com.adobe.xmp"
+_KEYWORDS = frozenset((_EXIF, _PROFILE, _XMP))
+_MAX_KEYWORD = 80
+
+
+@dataclass
+class _Found:
+    """`texts` are the last chunks by keyword: (type, start behind the keyword, end).
+
+    `frames` are those announced for an animation, which the image data is one of if `framed`.
+    """
+
+    width: int
+    height: int
+    pixels: bool = False
+    frames: int = 0
+    framed: bool = False
+    exif: Span | None = None
+    texts: dict[bytes, tuple[bytes, int, int]] = field(default_factory=dict)
+
+    @property
+    def animated(self) -> bool:
+        return self.frames > (1 if self.framed else 0)
+
+
+def read(data: bytes) -> Header:
+    """At most 4096 chunks are looked at; checksums are not. What comes later is not seen.
+
+    Raises:
+        InvalidImage: no header first, or no image data.
+    """
+    found = _walk(data)
+    if not found.pixels:
+        raise damaged("PNG", "no image data")
+    exif, xmp = found.exif, None
+    if exif is None and _PROFILE in found.texts:
+        exif = _from_profile(_text(data, *found.texts[_PROFILE]))
+    if _XMP in found.texts:
+        text = _text(data, *found.texts[_XMP])
+        xmp = Span(text, 0, len(text))
+    turned = orientation(exif, xmp)
+    return Header("PNG", found.width, found.height, turned, found.animated)
+
+
+def _walk(data: bytes) -> _Found:
+    length, kind = _CHUNK.unpack_from(data, _FIRST)
+    if kind != b"IHDR" or length < _IHDR_BYTES:
+        raise damaged("PNG", "it does not begin with its header")
+    found = _Found(*_SIZE.unpack_from(data, _FIRST + _CHUNK.size))
+    at = _FIRST + length + 12
+    last = len(data) - _CHUNK.size
+    for _ in range(_MAX_CHUNKS):
+        if at > last:
+            break
+        length, kind = _CHUNK.unpack_from(data, at)
+        if kind == b"IDAT":
+            found.pixels = True
+            leap = _LEAP * (length + 12)
+            alike = data[at : at + 8] == data[at + leap : at + leap + 8]
+            at += leap if alike else length + 12
+            continue
+        start = at + 8
+        at = start + length + 4
+        if kind == b"IEND" or not _see(data, kind, (start, start + length), found):
+            break
+    return found
+
+
+def _see(data: bytes, kind: bytes, place: tuple[int, int], found: _Found) -> bool:
+    """Note what a chunk other than IDAT says; False where the first frame's chunks end, be it that
+    what follows is no chunk."""
+    start, end = place
+    if kind == b"IHDR" and not found.pixels:
+        raise damaged("PNG", "several headers")
+    if kind == b"eXIf":
+        found.exif = Span(data, start, end)
+    elif kind in (b"tEXt", b"zTXt", b"iTXt"):
+        _see_text(data, kind, place, found)
+    elif kind == b"acTL" and not found.pixels:
+        (frames,) = struct.unpack_from(">I", data, start)
+        found.frames = frames if frames <= 1 << 31 else 0
+    elif kind == b"fcTL":
+        if found.pixels:
+            return not found.animated
+        found.framed = True
+    elif kind == b"fdAT":
+        found.pixels = True
+    elif not _CHUNK_TYPE.fullmatch(kind):
+        return False
+    return True
+
+
+def _see_text(data: bytes, kind: bytes, place: tuple[int, int], found: _Found) -> None:
+    start, end = place
+    key_end = data.find(b"\0", start, min(end, start + _MAX_KEYWORD))
+    keyword = data[start:key_end] if key_end >= 0 else b""
+    if keyword not in _KEYWORDS:
+        return
+    start = key_end + 1
+    if keyword != _EXIF:
+        found.texts[keyword] = (kind, start, end)
+    elif kind == b"tEXt":
+        found.exif = Span(data, start, end)
+
+
+def _text(data: bytes, kind: bytes, start: int, end: int) -> bytes:
+    """A text chunk's text as bytes; none where it is damaged.
+
+    What is compressed, and what comes out, are cut off after `MAX_TEXT_BYTES`.
+    """
+    compressed = kind == b"zTXt"
+    if compressed:
+        start += 1  # the method, of which there is one
+    elif kind == b"iTXt":
+        compressed, method = data[start] != 0, data[start + 1]
+        limit = min(end, start + MAX_TEXT_BYTES)
+        language = data.find(b"\0", start + 2, limit)
+        translated = data.find(b"\0", language + 1, limit) if language >= 0 else -1
+        if translated < 0 or (compressed and method):
+            return b""
+        start = translated + 1
+    text = data[start : min(end, start + MAX_TEXT_BYTES)]
+    if not compressed:
+        return text
+    try:
+        return zlib.decompressobj().decompress(text, MAX_TEXT_BYTES)
+    except zlib.error:
+        return b""
+
+
+def _from_profile(text: bytes) -> Span:
+    """EXIF of a profile in hexadecimal, which its name and length precede on lines of their own."""
+    lines = text.split(b"\n", 3)
+    digits = lines[3].translate(None, b"\n") if len(lines) == 4 else b""
+    if len(text) == MAX_TEXT_BYTES:  # cut off, maybe within a byte
+        digits = digits[: len(digits) & ~1]
+    try:
+        exif = bytes.fromhex(digits.decode("latin-1"))
+    except ValueError:
+        exif = b"damaged"
+    return Span(exif, 0, len(exif))

@@ -1,0 +1,86 @@
+"""Pages of PDF files: how many there are, how large, and their pictures (PDFium).
+
+Runs in image workers only: PDFium is a large parser that reads what strangers send.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from server.errors import ImageFrameMissing, InvalidFile
+from server.imaging.sizing import Size
+
+if TYPE_CHECKING:
+    import pypdfium2
+
+# PDF readers assume US Letter where a page tells no size.
+_MIN_POINTS, _MAX_POINTS = 1.0, 200_000.0
+
+
+def page_sizes(data: bytes, most: int) -> tuple[list[tuple[float, float]], int]:
+    """Upright (width, height) of the first `most` pages in points (1/72 inch), and the number of
+    all pages.
+
+    Raises:
+        InvalidFile: damaged, encrypted, or without pages.
+    """
+    with _opened(data) as document:
+        count = len(document)
+        if count == 0:
+            raise InvalidFile("the PDF has no pages")
+        sizes = [_size(document.get_page_size(page)) for page in range(min(most, count))]
+        return sizes, count
+
+
+def render(data: bytes, page: int, size: Size) -> Image.Image:
+    """Page number `page` (from 0) as an RGB picture on white that covers `size` (width, height).
+
+    Raises:
+        InvalidFile: damaged or encrypted.
+        ImageFrameMissing: there is no such page.
+    """
+    with _opened(data) as document:
+        if page >= len(document):
+            raise ImageFrameMissing(f"the file has {len(document)} pages, and no page {page + 1}")
+        with _translated(), closing(document[page]) as shown:
+            width, height = _size(shown.get_size())
+            scale = max(size[0] / width, size[1] / height)
+            image: Image.Image = shown.render(scale=scale, rev_byteorder=True).to_pil()
+            return image.convert("RGB")
+
+
+def _size(points: tuple[float, float]) -> tuple[float, float]:
+    width, height = points
+    if not all(math.isfinite(side) for side in points):
+        raise InvalidFile("a page of the PDF has no size")
+    return (
+        min(max(width, _MIN_POINTS), _MAX_POINTS),
+        min(max(height, _MIN_POINTS), _MAX_POINTS),
+    )
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator["pypdfium2.PdfDocument"]:
+    # Loaded where it is used: few workers ever see a PDF, and PDFium does not survive a fork.
+    import pypdfium2
+
+    with _translated():
+        document: Any = pypdfium2.PdfDocument(data)
+        document.init_forms()
+    with closing(document):
+        yield document
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    import pypdfium2
+
+    try:
+        yield
+    except pypdfium2.PdfiumError as error:
+        encrypted = "password" in str(error).lower()
+        why = "is encrypted" if encrypted else "is damaged and cannot be read"
+        raise InvalidFile(f"the PDF {why}") from error

@@ -1,0 +1,139 @@
+"""LLaVA-NeXT and LLaVA-OneVision: a base view, and tiles on the best of a list of grids (AnyRes).
+
+The picture is fitted into the grid that keeps most of it and wastes least; it is cut into tiles
+of `tile` pixels, each of `side` x `side` features. Features that show only padding are dropped
+again, a newline is added to each row, and the base view's `base` features come first: LLaVA-NeXT
+at 336 pixels takes up to 2880 = 5 x 576 and its newlines. LLaVA-OneVision shrinks what is left
+where it is more than 1.1 times (in side) nine tiles' worth.
+
+The model packs the features by the picture's size and its own list of grids, so options cannot
+choose another grid. A smaller picture can: one that just fills a grid is put into it, or into a
+smaller grid that holds it too. Every grid's filling is tried, and the one with most tokens within
+the cap taken. That loses nothing: the picture is shown in the grid at this size in any case.
+The base view is taken from the smaller picture then.
+
+`detail: low` is the smallest grid that the picture can have: for a square one 1176 tokens
+(LLaVA-NeXT) or 1485 (LLaVA-OneVision). `high` is the largest.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from server.imaging.sizing import BestGrid, Size
+from server.imaging.tokens.plan import ImagePlan, refuse, whole
+
+# Where LLaVA-OneVision begins to shrink its features: sides `_SHRUNK_FROM` times those of
+# `_SHRUNK_TO_TILES` tiles.
+_SHRUNK_TO_TILES = 9
+_SHRUNK_FROM = 1.1
+_REMEMBERED_PICTURES = 1024
+
+
+@dataclass(frozen=True)
+class AnyResTokens:
+    """`rule.grids` are the (height, width) pairs of `image_grid_pinpoints`, in pixels."""
+
+    family: str
+    rule: BestGrid
+    tile: int
+    side: int
+    base: int
+    shrinks: bool = False
+
+    @property
+    def least(self) -> int:
+        return self.base
+
+    @functools.cached_property
+    def most(self) -> int:  # not always a full grid: that may be just large enough to shrink
+        return self.base + max(
+            self._packed(features)
+            for rows, columns in map(self._features, self.rule.grids)
+            for features in (
+                *((seen, columns) for seen in range(rows, 0, -2)),
+                *((rows, seen) for seen in range(columns, 0, -2)),
+            )
+        )
+
+    @property
+    def low(self) -> int:
+        return self.least
+
+    @property
+    def high(self) -> int:
+        return self.most
+
+    def fewest(self, width: int, height: int) -> int:
+        ways = (self._way(width, height), *_ways(self, width, height))
+        return min(way.tokens for way in ways)
+
+    def plan(self, width: int, height: int, cap: int | None = None) -> ImagePlan:
+        way = self._way(width, height)
+        if cap is None or way.tokens <= cap:
+            return self._plan(way, width, height, None)
+        within = [way for way in _ways(self, width, height) if way.tokens <= cap]
+        if not within:
+            raise refuse(self.fewest(width, height), cap)
+        area = width * height
+        way = max(within, key=lambda way: (way.area <= area, way.tokens, way.area))
+        return self._plan(way, width, height, way.size)
+
+    def _plan(self, way: "_Way", width: int, height: int, resize: Size | None) -> ImagePlan:
+        content = _fitted(*way.size, self.rule.best(*way.size))
+        return ImagePlan(way.tokens, way.tokens, content, whole(width, height), resize)
+
+    def _way(self, width: int, height: int) -> "_Way":
+        """What the processor makes of a picture of this size."""
+        features = self._unpadded(self._features(self.rule.best(width, height)), width, height)
+        return _Way((width, height), self.base + self._packed(features))
+
+    def _features(self, grid: Size) -> Size:
+        """(rows, columns) of features in a (height, width) grid."""
+        return grid[0] // self.tile * self.side, grid[1] // self.tile * self.side
+
+    @staticmethod
+    def _unpadded(features: Size, width: int, height: int) -> Size:
+        """The (rows, columns) that are left without padding; rounded as the model rounds."""
+        rows, columns = features
+        if width / height > columns / rows:
+            seen = int(round(height * (columns / width), 7))
+            return rows - 2 * ((rows - seen) // 2), columns
+        seen = int(round(width * (rows / height), 7))
+        return rows, columns - 2 * ((columns - seen) // 2)
+
+    def _packed(self, features: Size) -> int:
+        """Tokens of (rows, columns) of features, with a newline a row."""
+        rows, columns = features
+        if self.shrinks:
+            ratio = math.sqrt(rows * columns / (_SHRUNK_TO_TILES * self.side**2))
+            if ratio > _SHRUNK_FROM:
+                rows, columns = int(rows // ratio), int(columns // ratio)
+        return rows * columns + rows
+
+
+class _Way(NamedTuple):
+    """A size in which the picture could be given to the processor, and its tokens then."""
+
+    size: Size
+    tokens: int
+
+    @property
+    def area(self) -> int:
+        return self.size[0] * self.size[1]
+
+
+@functools.lru_cache(maxsize=_REMEMBERED_PICTURES)
+def _ways(rule: AnyResTokens, width: int, height: int) -> tuple[_Way, ...]:
+    sizes = {_fitted(width, height, grid) for grid in rule.rule.grids}
+    return tuple(rule._way(*size) for size in sorted(sizes))
+
+
+def _fitted(width: int, height: int, grid: Size) -> Size:
+    """(width, height) of the picture in a (height, width) grid, aspect ratio kept; rounded as the
+    processor rounds."""
+    grid_height, grid_width = grid
+    if grid_width / width < grid_height / height:
+        return grid_width, min(math.ceil(height * (grid_width / width)), grid_height)
+    return min(math.ceil(width * (grid_height / height)), grid_width), grid_height

@@ -1,0 +1,69 @@
+"""An image as it came: its file, what its header says, and how the request wants it shown."""
+
+from dataclasses import dataclass, field, replace
+
+from blake3 import blake3
+
+from server.errors import InvalidImage
+from server.imaging import header as headers
+from server.imaging.header import Header
+from server.imaging.limits import Limits, check_bytes, check_size
+from server.imaging.tokens import Detail
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """What a request may say about one image. `max_tokens` caps it, `detail` names a budget of the
+    model's; `frame` counts from 0, and is a page where the file is a PDF."""
+
+    detail: Detail = "auto"
+    max_tokens: int | None = None
+    frame: int = 0
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image file and the hash of its bytes. `url` is how the request named it.
+
+    A page of a PDF is an image as well: its file is the PDF, and `header` tells the page's size in
+    pixels at the resolution that is set for PDFs.
+    """
+
+    data: bytes = field(repr=False)
+    digest: str
+    url: str = field(repr=False)
+    header: Header
+    options: ImageOptions = ImageOptions()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Upright (width, height), in pixels."""
+        return self.header.size
+
+    def named(self, url: str, options: ImageOptions) -> "EncodedImage":
+        """The same file under another name and other options."""
+        return replace(self, url=url, options=options)
+
+
+def digest(data: bytes) -> str:
+    """The name of a file's content, by which it is recognised."""
+    return blake3(data).hexdigest()
+
+
+def encoded(data: bytes, limits: Limits, url: str = "") -> EncodedImage:
+    """Hash `data`, read its header and hold both against `limits`.
+
+    Raises:
+        InvalidImage, UnsupportedImageFormat, ImageTooLarge, ImageAspectRatio: each with `part` set
+            to `url`.
+    """
+    try:
+        if not data:
+            raise InvalidImage("the image is empty")
+        check_bytes(len(data), limits)
+        header = headers.read(data)
+        check_size(header.size, limits)
+    except Exception as error:
+        error.part = url  # type: ignore[attr-defined]
+        raise
+    return EncodedImage(data, digest(data), url, header)

@@ -1,0 +1,150 @@
+"""Keeps fetched images in memory, as HTTP caching (RFC 9111) allows.
+
+To each group of API keys (`request.tenant`) the cache is a private one of its own: what was fetched
+for one group is never served to another, be it ever so public. Otherwise the time that an answer
+takes would tell whether another group had fetched a URL. Where keys are in no groups, all share.
+
+A response is kept under the URL that it came from, with status 200 only. Redirects are asked for
+anew each time, so that a kept image is reached just as long as what leads to it does. Nothing stale
+is served: a revalidation that fails is a fetch that fails.
+
+The cache is used on the event loop, where nothing it does grows with a body.
+"""
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import httpx
+from cachetools import LRUCache
+
+from server.ingest.freshness import Header, ResponseHead
+from server.telemetry import metrics
+
+# The largest share of the cache that one image may take.
+LARGEST_SHARE = 8
+# What Python's objects of an entry take at most, besides what is counted.
+ENTRY_BYTES = 2048
+
+
+class Clock(Protocol):
+    """The clocks of the module `time`, in seconds."""
+
+    def time(self) -> float: ...
+
+    def monotonic(self) -> float: ...
+
+
+class Key(NamedTuple):
+    """For whom a request is sent, and everything that it says."""
+
+    group: str
+    scheme: str
+    authority: bytes
+    target: bytes
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A response with status 200; or with 304 and no body, if a condition was sent."""
+
+    status: int
+    headers: Sequence[Header]
+    body: bytes = field(repr=False)
+
+
+Ask = Callable[[Sequence[Header]], Awaitable[Answer | httpx.URL]]
+"""(conditions) -> the answer to a request with these fields, or where the image is instead."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """`stale_at` is by the monotonic clock; `size` in bytes, with all that belongs to the entry."""
+
+    head: ResponseHead
+    body: bytes = field(repr=False)
+    stale_at: float
+    size: int
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """`hits` were served without a request, `revalidated` were confirmed by the image's server, and
+    `misses` were fetched."""
+
+    entries: int
+    bytes: int
+    max_bytes: int
+    hits: int
+    misses: int
+    revalidated: int
+
+
+class FetchCache:
+    """Images of at most `max_bytes` in all; the least recently used go first."""
+
+    def __init__(self, max_bytes: int, clock: Clock = time) -> None:
+        self._clock = clock
+        self._entries: LRUCache[Key, _Entry] = LRUCache(max_bytes, lambda entry: entry.size)
+        self._hits = self._misses = self._revalidated = 0
+
+    async def get(self, key: Key, ask: Ask) -> bytes | httpx.URL:
+        """The image of `key`, or where it is instead. Raises what `ask` raises."""
+        entry = self._entries.get(key)
+        if entry is not None and self._clock.monotonic() < entry.stale_at:
+            self._hits += 1
+            metrics.fetch_cache_requests.labels("hit").inc()
+            return entry.body
+        asked_at = self._clock.monotonic()
+        answer = await ask(entry.head.conditions() if entry else ())
+        if entry is not None and isinstance(answer, Answer) and answer.status == 304:
+            newer = ResponseHead.of(answer.headers)
+            if entry.head.is_confirmed_by(newer):
+                self._keep(key, entry.head.updated(newer), entry.body, asked_at)
+                self._revalidated += 1
+                metrics.fetch_cache_requests.labels("revalidated").inc()
+                return entry.body
+            answer = await ask(())
+        if isinstance(answer, httpx.URL):
+            return answer
+        is_kept = self._keep(key, ResponseHead.of(answer.headers), answer.body, asked_at)
+        self._misses += 1
+        metrics.fetch_cache_requests.labels("miss" if is_kept else "bypass").inc()
+        return answer.body
+
+    def stats(self) -> CacheStats:
+        """What the cache holds, and what it was good for since it was made."""
+        return CacheStats(
+            entries=len(self._entries),
+            bytes=int(self._entries.currsize),
+            max_bytes=int(self._entries.maxsize),
+            hits=self._hits,
+            misses=self._misses,
+            revalidated=self._revalidated,
+        )
+
+    def clear(self) -> None:
+        """Forget all images."""
+        self._entries.clear()
+        metrics.fetch_cache_bytes.set(0)
+
+    def _keep(self, key: Key, head: ResponseHead, body: bytes, asked_at: float) -> bool:
+        """Replace the entry of `key`; without one, if the response may not or need not be kept."""
+        entry = self._entry(key, head, body, asked_at)
+        if entry is not None:
+            self._entries[key] = entry
+        else:
+            self._entries.pop(key, None)
+        metrics.fetch_cache_bytes.set(self._entries.currsize)
+        return entry is not None
+
+    def _entry(self, key: Key, head: ResponseHead, body: bytes, asked_at: float) -> _Entry | None:
+        size = ENTRY_BYTES + sum(map(len, key)) + head.size + len(body)
+        if size > self._entries.maxsize / LARGEST_SHARE or not head.may_be_kept():
+            return None
+        now = self._clock.monotonic()
+        fresh_s = head.fresh_s(self._clock.time(), now - asked_at)
+        if fresh_s <= 0 and not head.conditions():
+            return None
+        return _Entry(head, body, now + fresh_s, size)

@@ -1,0 +1,184 @@
+"""The folder of stored files: what is on the disk, and how it stays whole.
+
+    <root>/lock                         held by the server that uses the folder
+    <root>/partial/<random>             being written
+    <root>/<group>/blobs/<digest>       contents, each once
+    <root>/<group>/files/<id>.json      one record a file
+
+A file is written to `partial` and then renamed, a blob before its record and removed after it. So
+a server that is killed leaves partial files and blobs without a record, which the next one removes.
+Names on the disk are hashes and our own ids, never what a client wrote. Everything here blocks.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from server.errors import CannotStart, FileStorageFailed
+from server.ingest.files.record import StoredFile, unknown_file
+
+log = logging.getLogger("saccade")
+
+_GROUP = re.compile(r"[0-9a-f]{32}")
+_PARTIAL = re.compile(r"[0-9a-f]{32}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_MAX_RECORD_BYTES = 64 * 1024
+
+
+class FileDisk:
+    """Blobs and records below `root`. `group` is the name of a group's folder: 32 hex digits."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._partial = root / "partial"
+        self._lock: BinaryIO | None = None
+
+    def open(self) -> None:
+        """Make the folder, if it is missing, and hold it until `close`.
+
+        Raises:
+            CannotStart: it cannot be written, or another server uses it.
+        """
+        try:
+            self._partial.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # A lock of the process and not of the descriptor: forked children have no part in it.
+            self._lock = (self._root / "lock").open("wb")
+            try:
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                self.close()
+                raise CannotStart(f"--files-dir {self._root}: another server uses it") from None
+            for path in self._partial.iterdir():
+                if _PARTIAL.fullmatch(path.name):
+                    path.unlink()
+        except OSError as error:
+            self.close()
+            raise CannotStart(f"--files-dir {self._root}: {error.strerror}") from None
+
+    def close(self) -> None:
+        """Let another server have the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    # ------------------------------------------------------------------ at the start
+
+    def load(self) -> Iterator[tuple[str, list[StoredFile]]]:
+        """Each group with its records, oldest first. Damaged records are ignored, blobs that none
+        needs are removed.
+
+        Raises:
+            CannotStart: the folder cannot be read.
+        """
+        try:
+            for folder in self._root.iterdir():
+                if _GROUP.fullmatch(folder.name):
+                    records = self._records(folder)
+                    self._remove_unused(folder, {record.digest for record in records})
+                    yield folder.name, records
+        except OSError as error:
+            raise CannotStart(f"--files-dir {self._root}: {error.strerror}") from None
+
+    def _records(self, folder: Path) -> list[StoredFile]:
+        records = []
+        for path in (folder / "files").glob("*.json"):
+            try:
+                with path.open("rb") as file:
+                    text = file.read(_MAX_RECORD_BYTES)
+                record = msgspec.json.decode(text, type=StoredFile)
+                if path.stem != record.id or not self.has_blob(folder.name, record):
+                    raise ValueError("its blob is missing or has another size")
+                records.append(record)
+            except (OSError, ValueError) as error:  # ValueError is also msgspec's
+                log.warning("the stored file %s is ignored: %s", path, error)
+        return sorted(records, key=lambda record: (record.created_ns, record.id))
+
+    def _remove_unused(self, folder: Path, used: set[str]) -> None:
+        for path in (folder / "blobs").glob("*"):
+            if _DIGEST.fullmatch(path.name) and path.name not in used:
+                path.unlink()
+
+    # ------------------------------------------------------------------ blobs and records
+
+    def has_blob(self, group: str, record: StoredFile) -> bool:
+        """Whether the content of `record` is there in full length."""
+        try:
+            return self._blob(group, record.digest).stat().st_size == record.size
+        except OSError:
+            return False
+
+    def open_blob(self, group: str, record: StoredFile) -> BinaryIO:
+        """The content of `record`, which stays readable if it is removed meanwhile.
+
+        Raises:
+            UnknownFile: it was removed.
+            FileStorageFailed
+        """
+        with _translated():
+            try:
+                file = self._blob(group, record.digest).open("rb")
+            except FileNotFoundError:
+                raise unknown_file() from None
+        if os.fstat(file.fileno()).st_size != record.size:
+            file.close()
+            raise FileStorageFailed("the stored file is damaged")
+        return file
+
+    def write_blob(self, group: str, record: StoredFile, data: bytes) -> None:
+        """Raises FileStorageFailed."""
+        self._write(self._blob(group, record.digest), data)
+
+    def write_record(self, group: str, record: StoredFile) -> None:
+        """Raises FileStorageFailed."""
+        self._write(self._record(group, record.id), msgspec.json.encode(record))
+
+    def remove_record(self, group: str, record: StoredFile) -> None:
+        """Raises FileStorageFailed."""
+        with _translated():
+            self._record(group, record.id).unlink(missing_ok=True)
+
+    def remove_blob(self, group: str, digest: str) -> None:
+        """Remove a content that no record needs; if that fails, the next start does it."""
+        try:
+            self._blob(group, digest).unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("a deleted file is still on the disk: %s", error)
+
+    def _write(self, path: Path, data: bytes) -> None:
+        partial = self._partial / secrets.token_hex(16)
+        try:
+            with _translated():
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                with os.fdopen(fd, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(fd)
+                partial.rename(path)
+        except FileStorageFailed:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+
+    def _blob(self, group: str, digest: str) -> Path:
+        return self._root / group / "blobs" / digest
+
+    def _record(self, group: str, file_id: str) -> Path:
+        return self._root / group / "files" / f"{file_id}.json"
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        log.error("--files-dir: %s", error)
+        raise FileStorageFailed("the server's folder of files cannot be used") from None

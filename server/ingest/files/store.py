@@ -1,0 +1,293 @@
+"""The stored files of all groups: found by id, held to quotas, gone when they expire."""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Literal, Self, TypeVar
+
+from blake3 import blake3
+
+from server.errors import FileQuotaExceeded, FileStorageFailed, ImageTooLarge
+from server.ingest.encoded import digest
+from server.ingest.files.disk import FileDisk
+from server.ingest.files.record import Purpose, StoredFile, new_file, unknown_file
+from server.telemetry import metrics
+
+T = TypeVar("T")
+
+log = logging.getLogger("saccade")
+
+_SWEEP_INTERVAL_S = 30.0
+
+
+@dataclass(frozen=True)
+class Quota:
+    """Most bytes on the disk and most files; None is no limit."""
+
+    max_bytes: int | None = None
+    max_files: int | None = None
+
+
+@dataclass
+class _Group:
+    """The files of one group by id, oldest first; `uses` counts the files of each digest, and
+    `nbytes` each content once."""
+
+    files: dict[str, StoredFile] = field(default_factory=dict)
+    uses: Counter[str] = field(default_factory=Counter)
+    nbytes: int = 0
+
+    def add(self, file: StoredFile) -> None:
+        self.files[file.id] = file
+        self.nbytes += 0 if self.uses[file.digest] else file.size
+        self.uses[file.digest] += 1
+
+    def remove(self, file: StoredFile) -> None:
+        del self.files[file.id]
+        self.uses[file.digest] -= 1
+        if not self.uses[file.digest]:
+            del self.uses[file.digest]
+            self.nbytes -= file.size
+
+
+class FileStore:
+    """Files below `root`, between `async with`.
+
+    All changes happen in one thread, one after another. What is asked in between, on the event
+    loop or in other threads, finds the index whole: one dict operation changes what it sees.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        server: Quota,
+        group: Quota,
+        ttl_s: int | None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`server` limits the files of all groups together, `group` those of each; no file lives
+        longer than `ttl_s`. `clock` gives seconds since 1970."""
+        self._disk = FileDisk(root)
+        self._server_quota = server
+        self._group_quota = group
+        self._ttl_s = ttl_s
+        self._clock = clock
+        self._groups: dict[str, _Group] = {}
+        self._writer = ThreadPoolExecutor(1, "file-store")
+        self._sweeper: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        """Raises CannotStart."""
+        try:
+            await self._in_writer(self._start)
+        except BaseException:
+            self._writer.shutdown()
+            self._disk.close()
+            raise
+        self._sweeper = asyncio.create_task(self._sweep_now_and_then())
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self._sweeper is not None
+        self._sweeper.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._sweeper
+        await asyncio.to_thread(self._writer.shutdown)
+        self._disk.close()
+
+    # ------------------------------------------------------------------ reading
+
+    def get(self, group: str, file_id: str) -> StoredFile:
+        """Raises UnknownFile: never known to `group`, deleted or expired."""
+        return self._found(_folder(group), file_id)
+
+    def listed(
+        self,
+        group: str,
+        *,
+        purpose: str | None = None,
+        after: str | None = None,
+        order: Literal["asc", "desc"] = "desc",
+        limit: int,
+    ) -> tuple[list[StoredFile], bool]:
+        """At most `limit` files in the order of their creation, from the one behind `after`; and
+        whether there are more. Takes time with the number of files.
+
+        Raises:
+            UnknownFile: there is no file `after`.
+        """
+        if after is not None:
+            self.get(group, after)
+        index, now = self._groups.get(_folder(group), _Group()), self._clock()
+        files = list(index.files.values())
+        rest: Iterator[StoredFile] = iter(files if order == "asc" else reversed(files))
+        if after is not None:
+            rest = itertools.dropwhile(lambda file: file.id != after, rest)
+            next(rest, None)
+        found = (
+            file for file in rest if purpose in (None, file.purpose) and not file.is_expired(now)
+        )
+        page = list(itertools.islice(found, limit + 1))
+        return page[:limit], len(page) > limit
+
+    def open(self, group: str, file_id: str) -> tuple[StoredFile, BinaryIO]:
+        """A file and its content, open for reading. Blocks.
+
+        Raises:
+            UnknownFile, FileStorageFailed
+        """
+        folder = _folder(group)
+        file = self._found(folder, file_id)
+        return file, self._disk.open_blob(folder, file)
+
+    def read(self, group: str, file_id: str, max_bytes: int) -> bytes:
+        """The content of a file. Blocks.
+
+        Raises:
+            UnknownFile, FileStorageFailed
+            ImageTooLarge: it has more than `max_bytes`.
+        """
+        file, content = self.open(group, file_id)
+        with content:
+            if file.size > max_bytes:
+                raise ImageTooLarge(
+                    f"the file has {file.size} bytes, the limit is {max_bytes} bytes"
+                )
+            try:
+                return content.read()
+            except OSError as error:
+                log.error("--files-dir: %s", error)
+                raise FileStorageFailed("the stored file cannot be read") from None
+
+    def _found(self, folder: str, file_id: str) -> StoredFile:
+        index = self._groups.get(folder)
+        file = index.files.get(file_id) if index else None
+        if file is None or file.is_expired(self._clock()):
+            raise unknown_file()
+        return file
+
+    # ------------------------------------------------------------------ changing
+
+    async def put(
+        self, group: str, data: bytes, filename: str, purpose: Purpose, lifetime_s: int | None
+    ) -> StoredFile:
+        """Keep `data` for `group`, for `lifetime_s` or else as long as the server keeps files.
+
+        Raises:
+            FileQuotaExceeded, FileStorageFailed
+        """
+        return await self._in_writer(self._put, _folder(group), data, filename, purpose, lifetime_s)
+
+    async def delete(self, group: str, file_id: str) -> None:
+        """Raises UnknownFile, FileStorageFailed."""
+        await self._in_writer(self._delete, _folder(group), file_id)
+
+    async def _in_writer(self, work: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._writer, work, *args)
+
+    # ------------------------------------------------------------------ in the writer's thread
+
+    def _start(self) -> None:
+        self._disk.open()
+        for folder, files in self._disk.load():
+            index = self._groups[folder] = _Group()
+            for file in files:
+                index.add(file)
+        self._sweep()
+        self._count()
+
+    def _put(
+        self, folder: str, data: bytes, filename: str, purpose: Purpose, lifetime_s: int | None
+    ) -> StoredFile:
+        lifetimes = [seconds for seconds in (lifetime_s, self._ttl_s) if seconds is not None]
+        lifetime_s = min(lifetimes, default=None)
+        file = new_file(digest(data), len(data), filename, purpose, self._clock(), lifetime_s)
+        try:
+            self._check_quotas(folder, file)
+        except FileQuotaExceeded:
+            self._sweep()
+            self._check_quotas(folder, file)
+        index = self._groups.setdefault(folder, _Group())
+        try:
+            if not self._disk.has_blob(folder, file):
+                self._disk.write_blob(folder, file, data)
+            self._disk.write_record(folder, file)
+        except FileStorageFailed:
+            if file.digest not in index.uses:
+                self._disk.remove_blob(folder, file.digest)
+            raise
+        index.add(file)
+        self._count()
+        return file
+
+    def _check_quotas(self, folder: str, file: StoredFile) -> None:
+        index = self._groups.get(folder, _Group())
+        more = 0 if file.digest in index.uses else file.size
+        nbytes, count = self._totals()
+        _check(self._server_quota, nbytes + more, count + 1, "the server")
+        _check(self._group_quota, index.nbytes + more, len(index.files) + 1, "your group")
+
+    def _delete(self, folder: str, file_id: str) -> None:
+        self._remove(folder, self._found(folder, file_id))
+        self._count()
+
+    def _remove(self, folder: str, file: StoredFile) -> None:
+        self._disk.remove_record(folder, file)
+        index = self._groups[folder]
+        index.remove(file)
+        if file.digest not in index.uses:
+            self._disk.remove_blob(folder, file.digest)
+
+    def _sweep(self) -> None:
+        """Remove what has expired."""
+        now = self._clock()
+        for folder, index in self._groups.items():
+            for file in [file for file in index.files.values() if file.is_expired(now)]:
+                with contextlib.suppress(FileStorageFailed):  # logged; the next sweep tries again
+                    self._remove(folder, file)
+        self._count()
+
+    async def _sweep_now_and_then(self) -> None:
+        while True:
+            await asyncio.sleep(_SWEEP_INTERVAL_S)
+            await self._in_writer(self._sweep)
+
+    def _totals(self) -> tuple[int, int]:
+        """Bytes and number of all files."""
+        groups = self._groups.values()
+        return sum(group.nbytes for group in groups), sum(len(group.files) for group in groups)
+
+    def _count(self) -> None:
+        nbytes, count = self._totals()
+        metrics.file_bytes.set(nbytes)
+        metrics.files.set(count)
+
+
+def _folder(group: str) -> str:
+    """The name of a group's folder: 32 hex digits, whatever the group is called."""
+    return blake3(group.encode()).hexdigest()[:32]
+
+
+def _check(quota: Quota, nbytes: int, count: int, whose: str) -> None:
+    """Raises FileQuotaExceeded."""
+    if quota.max_bytes is not None and nbytes > quota.max_bytes:
+        raise FileQuotaExceeded(
+            f"the files of {whose} would have more than {quota.max_bytes} bytes, which is the limit"
+        )
+    if quota.max_files is not None and count > quota.max_files:
+        raise FileQuotaExceeded(
+            f"{whose} would have more than {quota.max_files} files, which is the limit"
+        )

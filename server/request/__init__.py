@@ -1,0 +1,1 @@
+"""A request: its context, its media parts and what it asks of them."""

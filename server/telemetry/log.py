@@ -1,0 +1,74 @@
+"""Logs as JSON: every line of the server's and of the engine's processes, and a line a request."""
+
+import logging
+import logging.config
+import os
+from typing import Any
+
+from server.telemetry.record import Record, Times
+
+_VARIABLE = "_SACCADE_LOG_FORMAT"
+# The engine's own JSON lines have these fields too.
+_FIELDS = "%(asctime)s %(levelname)s %(name)s %(processName)s %(process)d %(message)s"
+_requests = logging.getLogger("saccade.request")
+
+
+def use_json() -> None:
+    """Write logs as JSON, here and in the engine's processes that are started from now on. vLLM's
+    loggers and uvicorn's are configured by vLLM."""
+    os.environ[_VARIABLE] = "json"
+    _configure()
+
+
+def register() -> None:
+    """Called by vLLM in each of its processes (entry point `vllm.general_plugins`)."""
+    if os.environ.get(_VARIABLE) == "json":
+        _configure()
+
+
+def _configure() -> None:
+    logging.config.dictConfig(
+        {
+            "version": 1,
+            "disable_existing_loggers": False,
+            "formatters": {"json": {"()": "pythonjsonlogger.json.JsonFormatter", "fmt": _FIELDS}},
+            "handlers": {"json": {"class": "logging.StreamHandler", "formatter": "json"}},
+            "root": {"handlers": ["json"], "level": "WARNING"},
+            "loggers": {"saccade": {"handlers": ["json"], "level": "INFO", "propagate": False}},
+        }
+    )
+
+
+def write(record: Record, times: Times) -> None:
+    """One line about a request that is over. Times are in milliseconds."""
+    first = record.time_to_first_token()
+    found: dict[str, Any] = {
+        "request_id": record.id,
+        "trace_id": record.trace_id,
+        "method": record.method,
+        "path": record.path,
+        "client": record.client,
+        "status": record.status,
+        "outcome": record.outcome,
+        "error_code": record.error_code,
+        "cancelled_in": record.left_in,
+        "key_group": record.key_group,
+        "model": record.model,
+        "response_id": record.response_id,
+        "finish_reason": record.finish_reason,
+    }
+    line = {name: value for name, value in found.items() if value is not None}
+    if record.prompts:
+        line["images"] = record.images
+        line["image_tokens"] = record.image_tokens
+        line["prompt_tokens"] = record.prompt_tokens
+        line["completion_tokens"] = record.completion_tokens
+    if first is not None:
+        line["time_to_first_token_ms"] = _ms(first)
+    line["duration_ms"] = _ms(times.end - record.timeline.start)
+    line["stages_ms"] = {stage.value: _ms(value) for stage, value in times.stages.items()}
+    _requests.info("%s %s", record.method, record.path, extra=line)
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1e3, 2)

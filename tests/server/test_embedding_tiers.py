@@ -1,0 +1,675 @@
+"""The disk and the shared store below the embedding cache, and how they fail."""
+
+import contextlib
+import os
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from server.engine.embedding_cache import usage as usage_module
+from server.engine.embedding_cache.arena import PAGE_BYTES, Arena
+from server.engine.embedding_cache.disk import DiskTier
+from server.engine.embedding_cache.entries import DamagedEntry, Spec, checksum, head
+from server.engine.embedding_cache.shared import SharedTier
+from server.engine.embedding_cache.store import EmbeddingStore, stored_name
+from server.engine.embedding_cache.tier import Tier
+from tests.embeddings import (
+    NAMESPACE,
+    ODD,
+    PAGE,
+    content,
+    joined,
+    keep,
+    pieces,
+    seek,
+    stored,
+    wait_until,
+)
+from tests.redis_server import RedisServer, redis_server
+
+OTHER = "f" * 32
+FILE_BYTES = len(head("0" * 64, PAGE, "0" * 64)) + PAGE.nbytes
+
+
+@pytest.fixture(scope="module")
+def redis() -> Iterator[RedisServer]:
+    with redis_server() as server:
+        yield server
+
+
+def open_disk(directory: Path, files: int = 1000, namespace: str = NAMESPACE) -> DiskTier:
+    return DiskTier(directory, namespace, files * FILE_BYTES)
+
+
+def write(tier: Tier, key: str, spec: Spec = PAGE) -> None:
+    tier.write(stored_name(key), spec, pieces(content(key, spec)))
+
+
+def read(tier: Tier, key: str, spec: Spec = PAGE) -> bytes | None:
+    into = pieces(bytes(spec.nbytes), 7_001)
+    return joined(into) if tier.read(stored_name(key), spec, into) else None
+
+
+def entry_files(directory: Path) -> list[Path]:
+    return [path for path in directory.rglob("*.safetensors") if path.is_file()]
+
+
+def on_disk(directory: Path) -> int:
+    """Bytes of all entries, whole or not."""
+    found = [*directory.rglob("*.safetensors"), *directory.rglob("*.part")]
+    return sum(path.stat().st_size for path in found)
+
+
+# ------------------------------------------------------------------ damage, in both
+
+
+def document(key: str, spec: Spec, data: bytes) -> bytes:
+    return head(stored_name(key), spec, checksum([memoryview(data)])) + data
+
+
+GOOD = document("a", PAGE, content("a"))
+DAMAGED = {
+    "one byte": GOOD[:-100] + bytes([GOOD[-100] ^ 1]) + GOOD[-99:],
+    "cut short": GOOD[:-1],
+    "cut in the header": GOOD[:60],
+    "cut in the length": GOOD[:5],
+    "no data": GOOD[: -PAGE.nbytes],
+    "too long": GOOD + b"x",
+    "zeros": bytes(len(GOOD)),
+    "random": b"\xff" * len(GOOD),
+    "a header without end": struct.pack("<Q", 1 << 62) + GOOD[8:],
+    "no JSON": struct.pack("<Q", 8) + b"{{{{{{{{" + content("a"),
+    "other JSON": struct.pack("<Q", 8) + b"[1,2, 3]" + content("a"),
+    "deep JSON": struct.pack("<Q", 4096) + b"[" * 4096 + content("a"),
+    "long numbers": struct.pack("<Q", 4096) + b"9" * 4096 + content("a"),
+    "another key": document("b", PAGE, content("b")),
+    "another shape": document("a", ODD, content("a", ODD)),
+    "another type": document("a", Spec("F16", PAGE.rows * 2, PAGE.width), content("a")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_file_is_a_miss_and_deleted(damage: str, tmp_path: Path) -> None:
+    tier = open_disk(tmp_path)
+    write(tier, "a")
+    (path,) = entry_files(tmp_path)
+    assert path.read_bytes() == GOOD, "so that the damaged ones are damaged by what they say"
+    path.write_bytes(DAMAGED[damage])
+    with pytest.raises(DamagedEntry):
+        read(tier, "a")
+    assert not entry_files(tmp_path)
+    assert read(tier, "a") is None
+    write(tier, "a")
+    assert read(tier, "a") == content("a")
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_value_is_a_miss_and_deleted(damage: str, redis: RedisServer) -> None:
+    with contextlib.closing(SharedTier(redis.url, NAMESPACE, 2)) as tier:
+        write(tier, "a")
+        with contextlib.closing(redis.client()) as client:
+            name = f"saccade:embedding:{NAMESPACE}:{stored_name('a')}"
+            assert client.get(name) == GOOD
+            client.set(name, DAMAGED[damage])
+            with pytest.raises(DamagedEntry):
+                read(tier, "a")
+            assert not client.exists(name)
+        assert read(tier, "a") is None
+
+
+def test_a_value_of_another_type_is_a_miss_and_deleted(redis: RedisServer) -> None:
+    with (
+        contextlib.closing(SharedTier(redis.url, NAMESPACE, 2)) as tier,
+        contextlib.closing(redis.client()) as client,
+    ):
+        name = f"saccade:embedding:{NAMESPACE}:{stored_name('a')}"
+        client.delete(name)
+        client.rpush(name, "what", "is", "this")
+        with pytest.raises(DamagedEntry):
+            read(tier, "a")
+        assert not client.exists(name)
+
+
+def test_damage_is_never_served(redis: RedisServer, tmp_path: Path) -> None:
+    tiers = [open_disk(tmp_path), SharedTier(redis.url, OTHER, 6)]
+    for tier in tiers:
+        write(tier, "a")
+    (path,) = entry_files(tmp_path)
+    path.write_bytes(DAMAGED["one byte"])
+    with contextlib.closing(redis.client()) as client:
+        name = f"saccade:embedding:{OTHER}:{stored_name('a')}"
+        client.set(name, DAMAGED["one byte"])
+    store = EmbeddingStore(Arena(8 * PAGE_BYTES), tiers)
+    assert seek(store, "a") is None
+    found = store.snapshot()
+    assert [found[tier]["errors"] for tier in ("disk", "shared")] == [1, 1]
+    assert [found[tier]["hits"] for tier in ("disk", "shared")] == [0, 0]
+    assert not any(tier.breaker.is_open for tier in tiers)
+    keep(store, "a")
+    store.close()
+    assert [read(open_disk(tmp_path), "a"), path.read_bytes()] == [content("a"), GOOD]
+
+
+# ------------------------------------------------------------------ the disk
+
+
+@pytest.mark.parametrize("spec", [PAGE, ODD, Spec("F64", 1, 1), Spec("F16", 1000, 1000)])
+def test_a_file_holds_an_entry(spec: Spec, tmp_path: Path) -> None:
+    write(open_disk(tmp_path), "a", spec)
+    assert read(open_disk(tmp_path), "a", spec) == content("a", spec)
+    assert read(open_disk(tmp_path, namespace=OTHER), "a", spec) is None
+
+
+def test_a_file_is_what_safetensors_reads(tmp_path: Path) -> None:
+    import torch
+    from safetensors import safe_open
+
+    write(open_disk(tmp_path), "a", ODD)
+    (path,) = entry_files(tmp_path)
+    with safe_open(path, "pt") as file:
+        tensor = file.get_tensor("embedding")
+    assert (tensor.dtype, tuple(tensor.shape)) == (torch.bfloat16, (ODD.rows, ODD.width))
+    assert tensor.view(torch.uint8).numpy().tobytes() == content("a", ODD)
+
+
+def test_the_disk_keeps_to_its_limit_and_to_what_is_used(tmp_path: Path) -> None:
+    tier = open_disk(tmp_path, files=10)
+    write(tier, "used")
+    for number in range(40):
+        assert read(tier, "used") == content("used")
+        write(tier, str(number))
+        assert on_disk(tmp_path) <= 10 * FILE_BYTES
+    assert tier.size() == {
+        "entries": 10,
+        "bytes": 10 * FILE_BYTES,
+        "max_bytes": 10 * FILE_BYTES,
+    }  # fmt: skip
+    assert tier.counts.evictions == 31
+
+
+def test_an_entry_larger_than_the_limit_is_dropped(tmp_path: Path) -> None:
+    tier = open_disk(tmp_path, files=1)
+    write(tier, "small")
+    write(tier, "large", Spec("F32", 1000, 1000))
+    assert tier.counts.dropped == 1
+    assert read(tier, "small") == content("small")
+
+
+def test_a_smaller_limit_holds_from_the_start_and_spares_the_newest(tmp_path: Path) -> None:
+    tier = open_disk(tmp_path)
+    for number in range(10):
+        write(tier, str(number))
+        path = tmp_path / NAMESPACE / stored_name(str(number))[:2]
+        for file in entry_files(path):
+            os.utime(file, (number, number))
+    again = open_disk(tmp_path, files=4)
+    assert on_disk(tmp_path) == 4 * FILE_BYTES
+    assert [number for number in range(10) if read(again, str(number))] == [6, 7, 8, 9]
+
+
+def test_entries_of_another_model_go_too(tmp_path: Path) -> None:
+    other = open_disk(tmp_path, 8, OTHER)
+    for number in range(8):
+        write(other, str(number))
+    tier = open_disk(tmp_path, 8)
+    for number in range(8):
+        write(tier, str(number))
+    assert on_disk(tmp_path) == 8 * FILE_BYTES
+    assert all(read(tier, str(number)) for number in range(8))
+
+
+def test_files_that_are_not_ours_are_let_alone(tmp_path: Path) -> None:
+    """The directory may be one in which models lie."""
+    strangers = [
+        tmp_path / "model.safetensors",
+        tmp_path / "model" / "model-00001-of-00002.safetensors",
+        tmp_path / NAMESPACE / "ab" / "model.safetensors",
+        tmp_path / NAMESPACE / "ab" / "download.part",
+        tmp_path / "blobs" / f"{'0' * 64}.safetensors",
+    ]
+    for path in strangers:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(5 * FILE_BYTES))
+        os.utime(path, (1, 1))
+    tier = open_disk(tmp_path, files=3)
+    for number in range(6):
+        write(tier, str(number))
+    tier.clear()
+    assert all(path.stat().st_size == 5 * FILE_BYTES for path in strangers)
+    assert tier.size()["entries"] == 0
+
+
+def test_two_servers_keep_to_the_limit_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each in threads of its own, with what the other has just written unknown to it."""
+    monkeypatch.setattr(usage_module, "_LONGEST_WAIT_S", 120)
+    tiers = [open_disk(tmp_path, 20), open_disk(tmp_path, 20, OTHER)]
+    failed: list[BaseException] = []
+
+    def watch() -> None:
+        try:
+            for _ in range(200):
+                with tiers[0]._usage.locked():  # no file is renamed or begun meanwhile
+                    assert on_disk(tmp_path) <= 20 * FILE_BYTES
+                time.sleep(0.002)  # for the others
+        except BaseException as error:
+            failed.append(error)
+
+    def work(tier: DiskTier, name: str) -> None:
+        try:
+            for number in range(60):
+                write(tier, f"{name}{number}")
+                found = read(tier, f"{name}{number}")
+                assert found in (None, content(f"{name}{number}"))
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [
+        threading.Thread(target=work, args=(tier, f"{thread}-{number}-"))
+        for number, tier in enumerate(tiers)
+        for thread in range(2)
+    ]
+    threads.append(threading.Thread(target=watch))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert on_disk(tmp_path) == 20 * FILE_BYTES
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from server.engine.embedding_cache import usage
+from tests.server.test_embedding_tiers import open_disk, write
+usage._LONGEST_WAIT_S = 120
+tier = open_disk(Path(sys.argv[1]), 20, sys.argv[2])
+print("ready", flush=True)
+for number in range(1_000_000):
+    write(tier, f"{sys.argv[2]}-{number}")
+    if number == 40:
+        print("full", flush=True)
+"""
+
+
+def test_servers_that_are_killed_lose_no_more_than_what_they_wrote(tmp_path: Path) -> None:
+    for killed in (2, 4, 6):
+        children = [
+            subprocess.Popen(
+                [sys.executable, "-c", WRITER, str(tmp_path), namespace],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for namespace in (NAMESPACE, OTHER)
+        ]
+        try:
+            for child in children:
+                assert child.stdout is not None
+                assert [child.stdout.readline() for _ in range(2)] == ["ready\n", "full\n"]
+        finally:
+            for child in children:
+                child.kill()
+                child.wait()
+                assert child.stdout is not None
+                child.stdout.close()
+        assert on_disk(tmp_path) <= 20 * FILE_BYTES
+        whole, unfinished = entry_files(tmp_path), list(tmp_path.glob("*/*/*.part"))
+        assert len(unfinished) <= killed, "each was writing one at most; they are not old yet"
+        assert len(whole) + len(unfinished) >= 18, "each may have made room and no file yet"
+        for path in whole:
+            assert path.stat().st_size == FILE_BYTES
+            data = path.read_bytes()[-PAGE.nbytes :]
+            digest = checksum([memoryview(data)])
+            assert path.read_bytes() == head(path.stem, PAGE, digest) + data
+    tier = open_disk(tmp_path, 20)
+    for number in range(40):
+        write(tier, str(number))
+        assert on_disk(tmp_path) <= 20 * FILE_BYTES
+
+
+def test_what_was_left_unfinished_is_removed_when_it_is_old(tmp_path: Path) -> None:
+    folder = tmp_path / NAMESPACE / "ab"
+    folder.mkdir(parents=True)
+    old, new = (folder / f"{'ab' * 32}.{digit * 16}.part" for digit in "01")
+    for path in (old, new):
+        path.write_bytes(bytes(FILE_BYTES))
+    os.utime(old, (1, 1))
+    tier = open_disk(tmp_path, files=3)
+    assert (old.exists(), new.exists()) == (False, True)
+    for number in range(5):
+        write(tier, str(number))
+    assert on_disk(tmp_path) == 3 * FILE_BYTES, "who writes it now counts, too"
+    assert new.exists()
+
+
+def test_a_server_finds_what_another_wrote(tmp_path: Path) -> None:
+    one, two = open_disk(tmp_path), open_disk(tmp_path)
+    write(one, "a")
+    assert read(two, "a") == content("a")
+    assert two.size()["bytes"] == FILE_BYTES, "as large as the file is"
+    write(two, "b")
+    two.clear()
+    assert [read(one, "a"), read(one, "b")] == [None, None]
+
+
+def test_what_another_wrote_makes_room(tmp_path: Path) -> None:
+    one, two = open_disk(tmp_path, 5), open_disk(tmp_path, 5)
+    for number in range(5):
+        write(one, str(number))
+    for number in range(5, 10):
+        write(two, str(number))
+        assert read(two, str(number)) == content(str(number))
+    assert on_disk(tmp_path) == 5 * FILE_BYTES
+
+
+def test_clearing_spares_other_models(tmp_path: Path) -> None:
+    tier, other = open_disk(tmp_path), open_disk(tmp_path, namespace=OTHER)
+    write(tier, "a")
+    write(other, "a")
+    tier.clear()
+    assert read(tier, "a") is None
+    assert read(other, "a") == content("a")
+    assert tier.size()["entries"] == 1
+
+
+def test_reads_and_evictions_may_meet(tmp_path: Path) -> None:
+    tier, failed = open_disk(tmp_path, files=3), []
+
+    def work(name: str) -> None:
+        try:
+            for number in range(150):
+                key = f"{number % 6}"
+                assert read(tier, key) in (None, content(key))
+                write(tier, key)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(str(number),)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert on_disk(tmp_path) <= 3 * FILE_BYTES
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_no_file_stays_open(tmp_path: Path) -> None:
+    tier = open_disk(tmp_path, files=3)
+
+    def cycle() -> None:
+        for number in range(6):
+            write(tier, str(number))
+            read(tier, str(number))
+        for path in entry_files(tmp_path):
+            path.write_bytes(b"damaged")
+        for number in range(6):
+            with contextlib.suppress(DamagedEntry):
+                read(tier, str(number))
+
+    cycle()
+    before = len(os.listdir("/proc/self/fd"))
+    cycle()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def delete_directory(directory: Path) -> Callable[[], None]:
+    shutil.rmtree(directory)
+    return lambda: None
+
+
+def put_a_file_in_its_place(directory: Path) -> Callable[[], None]:
+    shutil.rmtree(directory)
+    directory.write_text("")
+    return directory.unlink
+
+
+def forbid_large_files(directory: Path) -> Callable[[], None]:
+    """As a full disk: a write fails in the middle of a file."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES // 2, limits[1]))
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def put_a_directory_in_the_way(directory: Path) -> Callable[[], None]:
+    (directory / "saccade-usage").unlink()
+    (directory / "saccade-usage").mkdir()
+    return (directory / "saccade-usage").rmdir
+
+
+@pytest.mark.parametrize(
+    ("harm", "errors"),
+    [
+        (delete_directory, False),
+        (put_a_file_in_its_place, True),
+        (forbid_large_files, True),
+        (put_a_directory_in_the_way, True),
+    ],
+)
+def test_a_disk_that_fails_makes_misses(
+    harm: Callable[[Path], Callable[[], None]], errors: bool, tmp_path: Path
+) -> None:
+    directory = tmp_path / "cache"
+    tier = open_disk(directory)
+    store = EmbeddingStore(Arena(32 * PAGE_BYTES), [tier])
+    mend = harm(directory)
+    try:
+        for number in range(10):
+            assert seek(store, f"absent{number}") is None
+            assert keep(store, str(number))
+            assert stored(store, str(number)) == content(str(number))
+            wait_until(lambda: not store._writes)
+        assert (store.snapshot()["disk"]["errors"] > 0) == errors
+        store.clear()
+    finally:
+        mend()
+    wait_until(lambda: not store._clears)  # it was tried again
+    wait_until(lambda: tier.breaker.may_try)
+    assert keep(store, "after")
+    store.close()
+    assert read(tier, "after") == content("after")
+    assert not list(tmp_path.rglob("*.part"))
+    assert store.arena.free_bytes == store.arena.nbytes
+
+
+def test_a_server_that_holds_the_count_and_hangs_makes_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(usage_module, "_LONGEST_WAIT_S", 0.05)
+    tier, other = open_disk(tmp_path), open_disk(tmp_path)
+    write(tier, "a")
+    with other._usage.locked():
+        with pytest.raises(TimeoutError):
+            write(tier, "b")
+        assert read(tier, "a") == content("a"), "reading needs no count"
+    write(tier, "b")
+    assert read(tier, "b") == content("b")
+
+
+def test_a_count_that_is_wrong_is_put_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = open_disk(tmp_path, files=10)
+    for number in range(5):
+        write(tier, str(number))
+    (tmp_path / "saccade-usage").write_bytes(struct.pack("<Q", 0))
+    monkeypatch.setattr(tier, "_scan_at", 0.0)
+    for number in range(5, 30):
+        write(tier, str(number))
+        assert on_disk(tmp_path) <= 10 * FILE_BYTES
+    (tmp_path / "saccade-usage").unlink()
+    write(tier, "a")
+    assert on_disk(tmp_path) == 10 * FILE_BYTES
+
+
+def test_a_directory_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        open_disk(tmp_path / "file")
+
+
+# ------------------------------------------------------------------ Redis
+
+
+@pytest.fixture
+def own_redis() -> Iterator[RedisServer]:
+    with redis_server() as server:
+        yield server
+
+
+@contextlib.contextmanager
+def opened(url: str) -> Iterator[tuple[EmbeddingStore, SharedTier]]:
+    tier = SharedTier(url, NAMESPACE, 6)
+    store = EmbeddingStore(Arena(64 * PAGE_BYTES), [tier])
+    try:
+        yield store, tier
+    finally:
+        store.close()
+        wait_until(lambda: store.arena.free_bytes == store.arena.nbytes)
+        store.arena.close()
+
+
+def share(store: EmbeddingStore, key: str) -> None:
+    """Encode an image and wait until it was written, or was not."""
+    assert keep(store, key)
+    wait_until(lambda: not store._writes)
+
+
+def fail(store: EmbeddingStore, tier: SharedTier) -> None:
+    """Ask for images until the store is not asked any more."""
+    for number in range(100):
+        assert seek(store, f"absent{number}") is None
+        if tier.breaker.is_open:
+            break
+    assert tier.breaker.is_open
+    assert tier.counts.errors > 0
+
+
+def recover(store: EmbeddingStore, tier: SharedTier) -> None:
+    number = 0
+
+    def closed() -> bool:
+        nonlocal number
+        number += 1
+        if tier.breaker.may_try:
+            assert seek(store, f"other{number}") is None
+        return not tier.breaker.is_open
+
+    wait_until(closed)
+
+
+def test_replicas_share_entries(redis: RedisServer) -> None:
+    with opened(redis.url) as (one, _), opened(redis.url) as (two, tier):
+        share(one, "shared")
+        assert seek(two, "shared") == content("shared")
+        assert (tier.counts.hits, tier.counts.errors) == (1, 0)
+        one.clear()
+        wait_until(lambda: not one._clears)
+        assert stored(two, "shared") == content("shared"), "in its memory"
+    with opened(redis.url) as (three, _):
+        assert seek(three, "shared") is None
+
+
+def test_clearing_spares_other_models_in_redis(redis: RedisServer) -> None:
+    with (
+        contextlib.closing(SharedTier(redis.url, NAMESPACE, 2)) as tier,
+        contextlib.closing(SharedTier(redis.url, OTHER, 2)) as other,
+        contextlib.closing(redis.client()) as client,
+    ):
+        client.set("saccade:other", "1")
+        write(other, "a")
+        for number in range(2500):
+            tier.write(stored_name(str(number)), Spec("F16", 1, 1), [memoryview(b"ab")])
+        tier.clear()
+        assert read(other, "a") == content("a")
+        assert {name.decode() for name in client.keys("saccade:*")} == {
+            "saccade:other",
+            f"saccade:embedding:{OTHER}:{stored_name('a')}",
+        }
+
+
+def test_a_redis_that_stops_and_comes_back(own_redis: RedisServer) -> None:
+    with opened(own_redis.url) as (store, tier):
+        share(store, "a")
+        own_redis.stop()
+        fail(store, tier)
+        share(store, "while it is gone")
+        own_redis.start()
+        recover(store, tier)
+        share(store, "b")
+        with contextlib.closing(own_redis.client()) as client:
+            assert client.exists(tier._prefix + stored_name("b"))
+
+
+def test_a_redis_that_answers_nothing_and_goes_on(own_redis: RedisServer) -> None:
+    with opened(own_redis.url) as (store, tier):
+        share(store, "a")
+        own_redis.pause()
+        try:
+            fail(store, tier)
+            assert keep(store, "b")
+            assert stored(store, "b") == content("b")
+        finally:
+            own_redis.resume()
+        recover(store, tier)
+        share(store, "c")
+        assert read(tier, "a") == content("a"), "no answer of before is taken for another's"
+        assert read(tier, "c") == content("c")
+
+
+def test_a_redis_that_is_full() -> None:
+    with (
+        redis_server("--maxmemory", "4mb", "--maxmemory-policy", "noeviction") as server,
+        opened(server.url) as (store, tier),
+        contextlib.closing(server.client()) as client,
+    ):
+        number = 0
+        while not tier.breaker.is_open:
+            share(store, str(number))
+            number += 1
+            assert number < 1000
+        assert tier.counts.errors > 0
+        assert stored(store, str(number - 1)) == content(str(number - 1))
+        client.flushall()
+        recover(store, tier)
+        share(store, "after")
+        assert read(tier, "after") == content("after")
+
+
+def test_a_redis_with_another_password(caplog: pytest.LogCaptureFixture) -> None:
+    with redis_server(password="right") as server:
+        wrong = server.url.replace("right", "hunter2-wrong")
+        with opened(wrong) as (store, tier):
+            fail(store, tier)
+        assert "hunter2" not in caplog.text
+        assert "AuthenticationError" in caplog.text
+        with opened(server.url) as (store, tier):
+            share(store, "a")
+            assert read(tier, "a") == content("a")
+
+
+def test_no_redis_at_all() -> None:
+    with redis_server() as server:
+        pass
+    with opened(server.url) as (store, tier):
+        fail(store, tier)
+        share(store, "a")
+        assert stored(store, "a") == content("a")
+        store.clear()
+
+
+def test_an_address_that_is_none() -> None:
+    with pytest.raises(ValueError):
+        SharedTier("here", NAMESPACE, 2)

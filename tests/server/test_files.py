@@ -1,0 +1,579 @@
+"""The Files API: sent once with OpenAI's SDK, shown in requests of every dialect."""
+
+import asyncio
+import contextlib
+import io
+import json
+import tracemalloc
+from collections.abc import AsyncIterator, Iterator
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import httpx
+import openai
+import pytest
+from fastapi import FastAPI
+from openai import OpenAI
+from openai.types import FileObject
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.errors import ClientError
+from server.http import body, errors, files, forms, images
+from server.http.forms import read_form
+from server.ingest.fetch import Fetcher, FetchSettings
+from server.ingest.files import FileStore, Quota
+from server.ingest.load import ImageLoader
+from server.request import parts, tenant
+from server.request.prepare import RequestPreparer
+from server.settings import HttpSettings
+from tests.conftest import Server
+from tests.pictures import data_url, encode, image_part, photo, shape, text_part, user
+from tests.unit.test_prepare import BOUNDS, LIMITS, gif, inspect, pdf
+
+MODEL = "saccade-tiny"
+RED = encode(shape("red"))
+LARGE = encode(photo((1600, 1200), 7), "JPEG", quality=88)
+WHAT = text_part("What is in the image?")
+ABSENT = "file-" + "0" * 32
+
+
+@pytest.fixture
+def upload(client: OpenAI) -> Iterator[Any]:
+    """Uploads bytes and gives the id; the files are deleted after the test."""
+    made: list[str] = []
+
+    def upload(data: bytes, name: str = "a.png", purpose: Any = "vision") -> str:
+        file = client.files.create(file=(name, data), purpose=purpose)
+        made.append(file.id)
+        return file.id
+
+    yield upload
+    for file_id in made:
+        with contextlib.suppress(openai.NotFoundError):
+            client.files.delete(file_id)
+
+
+# ---------------------------------------------------------------------- the routes, by the SDK
+
+
+def test_a_file_lives_from_creation_to_deletion(client: OpenAI) -> None:
+    made = client.files.create(file=("фото 猫.png", io.BytesIO(RED)), purpose="vision")
+    assert set(made.to_dict()) == {
+        "id", "object", "bytes", "created_at", "expires_at", "filename", "purpose", "status",
+        "status_details",
+    }  # fmt: skip
+    assert (made.object, made.bytes, made.purpose) == ("file", len(RED), "vision")
+    assert (made.filename, made.status, made.expires_at) == ("фото 猫.png", "processed", None)
+    assert client.files.retrieve(made.id) == made
+    assert made in list(client.files.list())
+    content = client.files.content(made.id)
+    assert content.read() == RED
+    assert content.response.headers["x-content-type-options"] == "nosniff"
+    gone = client.files.delete(made.id)
+    assert (gone.id, gone.object, gone.deleted) == (made.id, "file", True)
+    for ask in (client.files.retrieve, client.files.content, client.files.delete):
+        with pytest.raises(openai.NotFoundError) as refusal:
+            ask(made.id)
+        assert refusal.value.code == "file_not_found"
+
+
+def test_the_list_has_pages(client: OpenAI, upload: Any) -> None:
+    made = [upload(encode(shape("red", size=(40 + i, 40))), f"{i}.png") for i in range(5)]
+    other = upload(pdf((72, 72)), "a.pdf", "user_data")
+    page = client.files.list(limit=2, purpose="vision", order="asc")
+    assert len(page.data) == 2
+    assert page.has_next_page()
+    names = [file.id for file in client.files.list(limit=2, purpose="vision", order="asc")]
+    assert [name for name in names if name in made] == made
+    newest_first = [file.id for file in client.files.list(limit=4)]
+    assert [name for name in newest_first if name in [*made, other]] == [other, *made[::-1]]
+    assert [file.id for file in client.files.list(purpose="user_data")] == [other]
+
+
+@pytest.mark.parametrize(
+    ("query", "status", "param"),
+    [({"limit": 0}, 400, None), ({"limit": 10_001}, 400, None), ({"limit": "x"}, 400, None),
+     ({"order": "up"}, 400, None), ({"after": ABSENT}, 404, "after")],
+)  # fmt: skip
+def test_a_wrong_list_is_refused(
+    http: httpx.Client, query: dict[str, Any], status: int, param: str | None
+) -> None:
+    response = http.get("/v1/files", params=query)
+    assert response.status_code == status
+    assert param is None or response.json()["error"]["param"] == param
+
+
+def test_a_file_may_expire(client: OpenAI) -> None:
+    file = client.files.create(
+        file=("a.png", RED),
+        purpose="user_data",
+        expires_after={"anchor": "created_at", "seconds": 3600},
+    )
+    assert file.expires_at == file.created_at + 3600
+    client.files.delete(file.id)
+
+
+@pytest.mark.parametrize(
+    ("after", "param"),
+    [
+        ({"anchor": "created_at", "seconds": 3599}, "expires_after[seconds]"),
+        ({"anchor": "created_at", "seconds": 2_592_001}, "expires_after[seconds]"),
+        ({"anchor": "created_at", "seconds": "1e4"}, "expires_after[seconds]"),
+        ({"anchor": "created_at"}, "expires_after[seconds]"),
+        ({"anchor": "now", "seconds": 3600}, "expires_after[anchor]"),
+        ({"seconds": 3600}, "expires_after[anchor]"),
+    ],
+)
+def test_a_wrong_expiry_is_named(client: OpenAI, after: Any, param: str) -> None:
+    with pytest.raises(openai.BadRequestError) as refusal:
+        client.files.create(file=("a.png", RED), purpose="vision", expires_after=after)
+    assert refusal.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("data", "code", "status"),
+    [
+        (b"", "invalid_image", 400),
+        (b"PK\3\4 a zip file", "unsupported_image_format", 400),
+        (RED[:20], "invalid_image", 400),
+        (b"%PDF-1.7 nothing", "invalid_file", 400),
+        (encode(shape("red", size=(1000, 4))), "image_aspect_ratio", 400),
+    ],
+)
+def test_what_no_request_could_show_is_not_kept(
+    client: OpenAI, http: httpx.Client, data: bytes, code: str, status: int
+) -> None:
+    before = http.get("/v1/files").json()
+    with pytest.raises(openai.APIStatusError) as refusal:
+        client.files.create(file=("a.png", data), purpose="vision")
+    assert (refusal.value.code, refusal.value.status_code) == (code, status)
+    assert refusal.value.param == "file"
+    assert http.get("/v1/files").json() == before
+
+
+def test_a_huge_upload_is_refused_before_it_is_sent(server: Server) -> None:
+    with contextlib.closing(HTTPConnection(server.url.removeprefix("http://"))) as connection:
+        connection.putrequest("POST", "/v1/files")
+        connection.putheader("Content-Type", KIND)
+        connection.putheader("Content-Length", str((50 << 20) + forms.MAX_OVERHEAD_BYTES + 1))
+        connection.endheaders()
+        response = connection.getresponse()
+        assert response.status == 413
+        assert json.load(response)["error"]["code"] == "request_too_large"
+
+
+def test_a_file_over_the_limit_is_refused(http: httpx.Client) -> None:
+    for data in (RED, pdf((72, 72))):
+        over = {"file": ("a", data.ljust((50 << 20) + 1))}
+        response = http.post("/v1/files", files=over, data={"purpose": "vision"})
+        assert response.status_code == 413
+        assert response.json()["error"]["code"] == "image_too_large"
+
+
+FILE = ("a.png", RED)
+
+
+@pytest.mark.parametrize(
+    ("sent", "param"),
+    [
+        ({"files": {"file": FILE}}, "purpose"),
+        ({"files": {"file": FILE}, "data": {"purpose": "batch"}}, "purpose"),
+        ({"files": {"file": FILE}, "data": {"purpose": ""}}, "purpose"),
+        ({"files": {"purpose": (None, "vision")}}, "file"),
+        ({"files": [("file", FILE), ("file", FILE)], "data": {"purpose": "vision"}}, "file"),
+        ({"json": {"file": "a", "purpose": "vision"}}, None),
+        ({"content": b""}, None),
+        ({"content": b"--b\r\n", "headers": {"Content-Type": "multipart/form-data"}}, None),
+    ],
+)
+def test_a_wrong_form_is_named(http: httpx.Client, sent: Any, param: str | None) -> None:
+    response = http.post("/v1/files", **sent)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+
+
+# ---------------------------------------------------------------------- in requests
+
+
+def chat_parts(file_id: str) -> dict[str, dict[str, Any]]:
+    return {
+        "image_url": {"type": "image_url", "image_url": {"file_id": file_id}},
+        "image_file": {"type": "image_file", "image_file": {"file_id": file_id}},
+        "file": {"type": "file", "file": {"file_id": file_id}},
+    }
+
+
+def ask(http: httpx.Client, *content: dict[str, Any], **more: Any) -> dict[str, Any]:
+    request = {"model": MODEL, "messages": user(*content), "max_tokens": 8, "temperature": 0}
+    response = http.post("/v1/chat/completions", json=request | more)
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+@pytest.mark.parametrize("dialect", ["image_url", "image_file", "file"])
+def test_chat_shows_an_uploaded_image(http: httpx.Client, upload: Any, dialect: str) -> None:
+    inline = ask(http, image_part(RED), WHAT)
+    answer = ask(http, chat_parts(upload(RED))[dialect], WHAT)
+    assert answer["choices"][0]["message"]["content"].startswith("a red circle")
+    assert answer["usage"]["prompt_tokens"] == inline["usage"]["prompt_tokens"]
+
+
+def test_the_same_upload_answers_again_and_again(http: httpx.Client, upload: Any) -> None:
+    part = chat_parts(upload(LARGE))["image_url"]
+    ask(http, part, WHAT)
+    again = ask(http, part, text_part("Again?"), include_image_details=True)
+    inline = ask(http, image_part(LARGE), WHAT, include_image_details=True)
+    assert again["image_details"][0]["cached"] != "none"
+    assert inline["image_details"][0]["cached"] != "none"
+
+
+@pytest.mark.parametrize("kind", ["input_image", "input_file"])
+def test_responses_show_an_uploaded_image(client: OpenAI, upload: Any, kind: str) -> None:
+    part: dict[str, Any] = {"type": kind, "file_id": upload(RED)}
+    if kind == "input_image":
+        part |= {"detail": "auto", "image_url": None}
+    question: Any = [
+        {"role": "user", "content": [part, {"type": "input_text", "text": WHAT["text"]}]}
+    ]
+    answer = client.responses.create(
+        model=MODEL, input=question, temperature=0, max_output_tokens=16
+    )
+    assert answer.output_text == "a red circle"
+
+
+@pytest.mark.parametrize("kind", ["image", "document"])
+def test_messages_show_an_uploaded_image(server: Server, upload: Any, kind: str) -> None:
+    content: Any = [{"type": kind, "source": {"type": "file", "file_id": upload(RED)}}, WHAT]
+    with anthropic.Anthropic(base_url=server.url, api_key="none") as client:
+        answer = client.messages.create(
+            model=MODEL,
+            max_tokens=16,
+            messages=[{"role": "user", "content": content}],
+            extra_body={"temperature": 0},
+        )
+    assert answer.content[0].text == "a red circle"  # type: ignore[union-attr]
+
+
+def test_an_uploaded_pdf_becomes_pages(http: httpx.Client, upload: Any) -> None:
+    file_id = upload(pdf((300, 200), (100, 400), (200, 200)), "a.pdf", "user_data")
+    part = chat_parts(file_id)["file"]
+    shown = ask(http, part, WHAT, include_image_details=True)["image_details"]
+    assert [(row["width"], row["height"]) for row in shown] == [(600, 400), (200, 800), (400, 400)]
+    part["file"]["pages"] = "3"
+    shown = ask(http, part, WHAT, include_image_details=True)["image_details"]
+    assert [row["frame"] for row in shown] == [2]
+
+
+def test_options_hold_for_uploads(http: httpx.Client, upload: Any) -> None:
+    def cost(part: dict[str, Any]) -> list[dict[str, Any]]:
+        response = http.post("/v1/images/tokens", json={"messages": user(part)})
+        assert response.status_code == 200, response.text
+        rows: list[dict[str, Any]] = response.json()["data"]
+        return rows
+
+    large, moving = upload(LARGE, "a.jpg"), upload(gif(10), "a.gif")
+    for options in ({}, {"max_tokens": 50}, {"detail": "low"}):
+        inline = image_part(LARGE)
+        inline["image_url"].update(options)
+        for key in ("image_url", "image_file", "file"):
+            part = chat_parts(large)[key]
+            part[key].update(options)
+            assert cost(part) == cost(inline)
+            usage = ask(http, part, WHAT)["usage"]
+            assert usage["prompt_tokens_details"]["image_tokens"] == cost(inline)[0]["tokens"]
+    part = chat_parts(moving)["image_url"]
+    part["image_url"]["frames"] = [7, 2]
+    assert [row["frame"] for row in cost(part)] == [7, 2]
+
+
+@pytest.mark.parametrize("gone", ["unknown", "deleted", "hostile"])
+def test_a_file_that_is_not_there_is_named(
+    client: OpenAI, http: httpx.Client, upload: Any, gone: str
+) -> None:
+    file_id = {"unknown": ABSENT, "deleted": upload(RED), "hostile": "../../lock"}[gone]
+    if gone == "deleted":
+        client.files.delete(file_id)
+    for key, part in chat_parts(file_id).items():
+        for path in ("/v1/chat/completions", "/v1/images/tokens", "/tokenize"):
+            document = {"model": MODEL, "messages": user(WHAT, part)}
+            response = http.post(path, json=document)
+            error = response.json()["error"]
+            assert (response.status_code, error["code"]) == (404, "file_not_found")
+            assert error["param"] == f"messages[0].content[1].{key}"
+    dialects: list[tuple[str, dict[str, Any], str]] = [
+        ("/v1/responses", {"type": "input_image", "file_id": file_id, "detail": "auto"},
+         "input[0].content[0].file_id"),
+        ("/v1/responses", {"type": "input_file", "file_id": file_id}, "input[0].content[0]"),
+        ("/v1/messages", {"type": "image", "source": {"type": "file", "file_id": file_id}},
+         "messages[0].content[0].source"),
+        ("/v1/messages", {"type": "document", "source": {"type": "file", "file_id": file_id}},
+         "messages[0].content[0].source"),
+    ]  # fmt: skip
+    for path, part, param in dialects:
+        key = "input" if path == "/v1/responses" else "messages"
+        document = {"model": MODEL, "max_tokens": 4, key: user(part)}
+        response = http.post(path, json=document)
+        error = response.json()["error"]
+        assert (response.status_code, error["code"]) == (404, "file_not_found"), path
+        assert error["param"] == param
+
+
+@pytest.mark.parametrize("file_id", [5, None, [], {}, ""])
+def test_what_is_no_id_is_refused(http: httpx.Client, file_id: Any) -> None:
+    for part in chat_parts(file_id).values():
+        document = {"model": MODEL, "messages": user(part)}
+        assert http.post("/v1/chat/completions", json=document).status_code in (400, 404)
+
+
+def test_an_image_has_no_pages_and_a_pdf_is_no_image(http: httpx.Client, upload: Any) -> None:
+    paged = chat_parts(upload(RED))["file"]
+    paged["file"]["pages"] = "1"
+    document = chat_parts(upload(pdf((72, 72)), "a.pdf", "user_data"))["image_url"]
+    for part, code in ((paged, "invalid_file"), (document, "unsupported_image_format")):
+        request = {"model": MODEL, "messages": user(part)}
+        response = http.post("/v1/chat/completions", json=request)
+        assert (response.status_code, response.json()["error"]["code"]) == (400, code)
+
+
+def test_the_metrics_count_files(http: httpx.Client, upload: Any) -> None:
+    upload(RED)
+    metrics = http.get("/metrics").text
+    lines = [line for line in metrics.splitlines() if line.startswith("saccade_file")]
+    assert len(lines) == 2
+    assert all(float(line.split()[1]) > 0 for line in lines)
+
+
+# ---------------------------------------------------------------------- groups, and no folder
+
+
+class GroupOfHeader:
+    """Enters the group that the header `group` names, as the check of keys does by the key."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            tenant.enter(dict(scope["headers"]).get(b"group", b"").decode())
+        await self._app(scope, receive, send)
+
+
+@contextlib.asynccontextmanager
+async def small_app(store: FileStore | None) -> AsyncIterator[httpx.AsyncClient]:
+    """The routes of files and what lies before them, without an engine."""
+    loader = ImageLoader(Fetcher(FetchSettings()), LIMITS, None, store)
+    app = FastAPI()
+    app.state.preparer = RequestPreparer(loader, inspect, BOUNDS)
+    app.include_router(files.router)
+    app.include_router(images.router)
+    errors.add_error_handler(app)
+    app.add_middleware(
+        body.BodyReader,
+        settings=HttpSettings(),
+        preparer=app.state.preparer,
+        stored=frozenset(),
+        limits={files.PATH: 100_000},
+    )
+    app.add_middleware(GroupOfHeader)
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        yield client
+
+
+async def send(client: httpx.AsyncClient, group: str) -> str:
+    response = await client.post(
+        "/v1/files", files={"file": FILE}, data={"purpose": "vision"}, headers={"group": group}
+    )
+    assert response.status_code == 200, response.text
+    file_id: str = FileObject.model_validate(response.json()).id
+    return file_id
+
+
+def test_groups_do_not_see_each_others_files(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with (
+            FileStore(tmp_path, Quota(), Quota(max_files=1), None) as store,
+            small_app(store) as client,
+        ):
+            owned = {group: await send(client, group) for group in ("a", "b")}
+            over = await client.post(
+                "/v1/files",
+                files={"file": FILE},
+                data={"purpose": "vision"},
+                headers={"group": "a"},
+            )
+            assert (over.status_code, over.json()["error"]["code"]) == (413, "file_quota_exceeded")
+            for group, other in (("a", "b"), ("b", "a"), ("", "a")):
+                headers, foreign = {"group": group}, owned[other]
+                listed = (await client.get("/v1/files", headers=headers)).json()["data"]
+                assert [file["id"] for file in listed] == [
+                    owned[name] for name in owned if name == group
+                ]
+                unknown = await client.get(f"/v1/files/{ABSENT}", headers=headers)
+                asked = [
+                    await client.get(f"/v1/files/{foreign}", headers=headers),
+                    await client.get(f"/v1/files/{foreign}/content", headers=headers),
+                    await client.delete(f"/v1/files/{foreign}", headers=headers),
+                ]
+                for answer in asked:
+                    assert answer.status_code == 404
+                    assert answer.json() == unknown.json()
+                for name in ({"file_id": foreign}, {"url": f"{parts.STORED_SCHEME}:{foreign}"}):
+                    part = {"type": "image_url", "image_url": name}
+                    request = {"messages": user(part)}
+                    shown = await client.post("/v1/images/tokens", json=request, headers=headers)
+                    assert (shown.status_code, shown.json()["error"]["code"]) == (
+                        404,
+                        "file_not_found",
+                    )
+
+    asyncio.run(run())
+
+
+def test_without_a_folder_the_flag_is_named() -> None:
+    async def run() -> None:
+        async with small_app(None) as client:
+            answers = [
+                await client.get("/v1/files"),
+                await client.post("/v1/files", files={"file": FILE}, data={"purpose": "vision"}),
+                await client.get(f"/v1/files/{ABSENT}"),
+                await client.delete(f"/v1/files/{ABSENT}"),
+                *[
+                    await client.post("/v1/images/tokens", json={"messages": user(part)})
+                    for part in chat_parts(ABSENT).values()
+                ],
+            ]
+        for answer in answers:
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"]) == (404, "files_disabled")
+            assert "--files-dir" in error["message"]
+
+    asyncio.run(run())
+
+
+def test_an_endless_upload_is_cut_off(tmp_path: Path) -> None:
+    sent = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal sent
+        while sent < 100_000_000:
+            sent += 10_000
+            yield bytes(10_000)
+
+    async def run() -> None:
+        async with (
+            FileStore(tmp_path, Quota(), Quota(), None) as store,
+            small_app(store) as client,
+        ):
+            headers = {"Content-Type": "multipart/form-data; boundary=b"}
+            answer = await client.post("/v1/files", content=endless(), headers=headers)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (
+                413,
+                "request_too_large",
+            )
+
+    asyncio.run(run())
+    assert sent <= 120_000
+
+
+# ---------------------------------------------------------------------- forms and parts
+
+KIND = "multipart/form-data; boundary=b"
+
+
+def form(*fields: bytes, end: bytes = b"--b--\r\n") -> bytes:
+    return b"".join(b"--b\r\n" + field + b"\r\n" for field in fields) + end
+
+
+def field(disposition: bytes, data: bytes) -> bytes:
+    return b"Content-Disposition: form-data; " + disposition + b"\r\n\r\n" + data
+
+
+def test_a_form_is_read_as_it_was_written() -> None:
+    binary = b"\r\n--a\r\n--\r\n\0\xff--b\r\n-"
+    found = read_form(
+        KIND,
+        form(
+            field('name="file"; filename="ä \\"b\\".png"'.encode(), binary),
+            field(b'name="purpose"', "é".encode()),
+            field(b"name=empty", b""),
+        ),
+    )
+    assert found["file"] == forms.Field('ä "b".png', binary)
+    assert found["purpose"].text == "é"
+    assert found["empty"].data == b""
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("", form(field(b'name="a"', b""))),
+        ("text/plain; boundary=b", form(field(b'name="a"', b""))),
+        ("multipart/form-data", form(field(b'name="a"', b""))),
+        ("multipart/form-data; boundary=", form(field(b'name="a"', b""))),
+        (f"multipart/form-data; boundary={'b' * 1000}", b"--" + b"b" * 1000 + b"--"),
+        (KIND, b""),
+        (KIND, b"\r\n" * 1000),
+        (KIND, b"no form at all"),
+        (KIND, form(field(b'name="a"', b"1"), end=b"")),
+        (KIND, form(field(b'name="a"', b"1"), end=b"--b-")),
+        (KIND, form(field(b'filename="a"', b"1"))),
+        (KIND, form(b"No-Colon\r\n\r\ndata")),
+        (KIND, form(b"data without headers")),
+        (KIND, form(b"X: " + b"x" * 1_000_000 + b"\r\n\r\n")),
+        (KIND, form(b"X: x\r\n" * 100_000 + b"\r\n")),
+        (KIND, form(*[field(b'name="%d"' % i, b"") for i in range(40)])),
+        (KIND, form(field(b'name="a"', b""), field(b'name="a"', b""))),
+        (KIND, form(field(b'name="a"', b"1\r\n--b" + b" " * 1000 + b"\r\n"))),
+    ],
+)
+def test_a_broken_form_is_refused(kind: str, text: bytes) -> None:
+    with pytest.raises(ClientError):
+        read_form(kind, text)
+
+
+def test_a_form_of_almost_delimiters_is_refused_without_reading_it_all() -> None:
+    body_of_delimiters = form(field(b'name="file"', b"\r\n--bx" * 1_000_000))
+    tracemalloc.start()
+    with pytest.raises(ClientError, match="fields"):
+        read_form(KIND, body_of_delimiters)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100_000
+
+
+DIALECTS = {
+    "image_url": {"type": "image_url", "image_url": {"file_id": ABSENT}},
+    "image_file": {"type": "image_file", "image_file": {"file_id": ABSENT, "detail": "low"}},
+    "input_image": {"type": "input_image", "file_id": ABSENT, "detail": "auto"},
+    "image": {"type": "image", "source": {"type": "file", "file_id": ABSENT}},
+}
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_an_id_is_written_as_a_url_that_the_routes_know(name: str) -> None:
+    document = {"messages": user(json.loads(json.dumps(DIALECTS[name])))}
+    (part,) = parts.parts_of(document)
+    assert part.file_id == ABSENT
+    assert parts.url_of(part) == part.name == f"saccade-file:{ABSENT}"
+    parts.take_wish(part)
+    parts.set_name(part, parts.url_of(part))
+    assert "file_id" not in json.dumps(document)
+    (again,) = parts.parts_of(document)
+    assert again.name == part.name
+
+
+def test_a_uuid_is_no_id() -> None:
+    named = {"type": "image_url", "image_url": {}, "uuid": f"saccade-file:{ABSENT}"}
+    (part,) = parts.parts_of({"messages": user(named)})
+    assert part.file_id is None
+
+
+def test_a_url_goes_before_an_id() -> None:
+    url = data_url(RED)
+    both = {"type": "image_url", "image_url": {"url": url, "file_id": ABSENT}}
+    (part,) = parts.parts_of({"messages": user(both)})
+    assert (part.name, part.file_id) == (url, None)

@@ -1,0 +1,350 @@
+"""What images cost is known beforehand, capped as promised, and shown in every answer."""
+
+import base64
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import httpx
+import pytest
+from openai import OpenAI
+
+from tests import families
+from tests.conftest import Server, serving
+from tests.pictures import (
+    TOKEN_PIXELS,
+    data_url,
+    encode,
+    image_part,
+    photo,
+    shape,
+    text_part,
+    user,
+)
+from tests.unit.test_prepare import file_part, gif, pdf
+
+MODEL = "saccade-tiny"
+WHAT = text_part("What is in the image?")
+LARGE = encode(photo((1600, 1200), 7), "JPEG", quality=88)
+SMALL = encode(shape("red"))
+SMALL_TOKENS = (224 // TOKEN_PIXELS) ** 2
+
+
+def ask(http: httpx.Client, *parts: dict[str, Any], **more: Any) -> dict[str, Any]:
+    body = {"model": MODEL, "messages": user(*parts), "max_tokens": 4, "temperature": 0, **more}
+    response = http.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def cost(http: httpx.Client, *parts: dict[str, Any], **more: Any) -> list[dict[str, Any]]:
+    """What `/v1/images/tokens` says of the images."""
+    response = http.post("/v1/images/tokens", json={"messages": user(*parts), **more})
+    assert response.status_code == 200, response.text
+    rows: list[dict[str, Any]] = response.json()["data"]
+    return rows
+
+
+def refusal(http: httpx.Client, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    response = http.post(path, json=body)
+    assert response.status_code == 400, response.text
+    error: dict[str, Any] = response.json()["error"]
+    return error
+
+
+def capped(data: bytes, **options: Any) -> dict[str, Any]:
+    part = image_part(data)
+    part["image_url"].update(options)
+    return part
+
+
+def test_every_answer_tells_its_image_tokens(http: httpx.Client) -> None:
+    usage = ask(http, image_part(SMALL), WHAT)["usage"]
+    assert usage["prompt_tokens_details"]["image_tokens"] == SMALL_TOKENS
+    assert usage["prompt_tokens_details"]["cached_tokens"] >= 0
+    assert usage["prompt_tokens"] > SMALL_TOKENS
+    text_only = ask(http, text_part("hello"))["usage"]["prompt_tokens_details"]
+    assert (text_only["image_tokens"], text_only["cached_tokens"]) == (0, 0)
+
+
+def test_a_cap_costs_what_it_says(http: httpx.Client) -> None:
+    for tokens in (1, 7, 16, 100, 250):
+        usage = ask(http, capped(LARGE, max_tokens=tokens), WHAT)["usage"]
+        assert 0 < usage["prompt_tokens_details"]["image_tokens"] <= tokens
+    full = ask(http, image_part(LARGE), WHAT)["usage"]["prompt_tokens_details"]["image_tokens"]
+    assert full > 250
+
+
+@pytest.mark.parametrize("detail", ["low", "high", "auto"])
+def test_detail_is_a_budget(http: httpx.Client, detail: str) -> None:
+    usage = ask(http, capped(LARGE, detail=detail), WHAT)["usage"]
+    tokens = usage["prompt_tokens_details"]["image_tokens"]
+    full = ask(http, image_part(LARGE), WHAT)["usage"]["prompt_tokens_details"]["image_tokens"]
+    assert tokens <= 256 if detail == "low" else tokens == full
+
+
+def test_the_cost_is_known_before(http: httpx.Client) -> None:
+    parts = [
+        image_part(SMALL), capped(LARGE, max_tokens=90), capped(LARGE, detail="low"),
+        image_part(encode(photo((300, 2000), 1), "WEBP")),
+    ]  # fmt: skip
+    before = cost(http, *parts)
+    answer = ask(http, *parts, WHAT, include_image_details=True)
+    after = answer["image_details"]
+    for row in after:
+        del row["cached"]
+    assert [{key: row[key] for key in row if key != "kv_bytes"} for row in before] == after
+    total = answer["usage"]["prompt_tokens_details"]["image_tokens"]
+    assert total == sum(row["tokens"] for row in before)
+    assert all(row["kv_bytes"] % row["tokens"] == 0 for row in before)
+
+
+def test_a_size_alone_has_a_cost(http: httpx.Client) -> None:
+    sizes = [{"width": 224, "height": 224}, {"width": 4000, "height": 3000, "max_tokens": 50}]
+    response = http.post("/v1/images/tokens", json={"images": sizes})
+    rows = response.json()["data"]
+    assert rows[0]["tokens"] == SMALL_TOKENS
+    assert 30 <= rows[1]["tokens"] <= 50
+    assert response.json()["usage"]["image_tokens"] == rows[0]["tokens"] + rows[1]["tokens"]
+
+
+def test_what_has_no_cost_is_refused(http: httpx.Client) -> None:
+    assert refusal(http, "/v1/images/tokens", {})["param"] == "messages"
+    named = {"type": "image_url", "image_url": None, "uuid": "nobody"}
+    error = refusal(http, "/v1/images/tokens", {"messages": user(named)})
+    assert error["param"] == "messages[0].content[0].uuid"
+    error = refusal(http, "/v1/images/tokens", {"images": [{"width": 0, "height": 3}]})
+    assert "images" in error["message"]
+
+
+def test_a_budget_is_shared_out_by_area(http: httpx.Client) -> None:
+    parts = [image_part(LARGE), image_part(SMALL), image_part(encode(photo((800, 600), 3)))]
+    details = ask(http, *parts, WHAT, max_image_tokens=300, include_image_details=True)[
+        "image_details"
+    ]
+    large, small, middle = (row["tokens"] for row in details)
+    assert large + small + middle <= 300
+    assert large >= middle >= small > 0
+    error = refusal(
+        http,
+        "/v1/chat/completions",
+        {"model": MODEL, "messages": user(*parts, WHAT), "max_image_tokens": 2},
+    )
+    assert (error["code"], error["param"]) == ("image_token_cap", "max_image_tokens")
+
+
+def test_details_tell_sizes_and_caching(http: httpx.Client) -> None:
+    picture = encode(photo((1000, 700), 99), "JPEG", exif=_orientation(6))
+    first = ask(http, image_part(picture), WHAT, include_image_details=True)["image_details"]
+    again = ask(http, image_part(picture), WHAT, include_image_details=True)["image_details"]
+    (row,), (row_again,) = first, again
+    assert (row["width"], row["height"]) == (700, 1000)  # upright
+    assert row["processed_width"] % TOKEN_PIXELS == 0
+    assert row["processed_height"] % TOKEN_PIXELS == 0
+    expected = row["processed_width"] * row["processed_height"] // TOKEN_PIXELS**2
+    assert row["tokens"] == expected
+    assert row["region"] == [0, 0, 700, 1000]
+    assert (row["cached"], row_again["cached"]) == ("none", "embedding")
+
+
+def _orientation(value: int) -> bytes:
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[274] = value
+    return exif.tobytes()
+
+
+def test_boxes_find_their_way_back(http: httpx.Client, repository: Path) -> None:
+    path = repository / "clients" / "examples" / "boxes.py"
+    spec = importlib.util.spec_from_file_location("boxes", path)
+    assert spec is not None
+    assert spec.loader is not None
+    boxes = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(boxes)
+    (row,) = ask(http, capped(LARGE, max_tokens=100), WHAT, include_image_details=True)[
+        "image_details"
+    ]
+    left, top, right, bottom = 400, 300, 1200, 900  # in the original
+    across, down = row["processed_width"] / 1600, row["processed_height"] / 1200
+    processed = (left * across, top * down, right * across, bottom * down)
+    assert boxes.to_original(processed, row) == pytest.approx((left, top, right, bottom))
+    per_mille = (250, 250, 750, 750)
+    assert boxes.to_original(per_mille, row, scale=1000) == pytest.approx((400, 300, 1200, 900))
+
+
+def test_streams_end_with_the_same_usage(client: OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model=MODEL,
+        messages=user(image_part(SMALL), WHAT),  # type: ignore[arg-type]
+        stream=True,
+        max_tokens=3,
+        extra_body={"include_image_details": True},
+    )
+    chunks = list(stream)
+    usage = chunks[-1].usage
+    assert usage is not None
+    assert usage.prompt_tokens_details is not None
+    assert usage.prompt_tokens_details.model_dump()["image_tokens"] == SMALL_TOKENS
+    extra = chunks[-1].model_extra
+    assert extra is not None
+    assert [row["tokens"] for row in extra["image_details"]] == [SMALL_TOKENS]
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices).strip()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_responses_tell_image_tokens(http: httpx.Client, stream: bool) -> None:
+    part = {"type": "input_image", "image_url": data_url(LARGE, "image/jpeg"), "detail": "low"}
+    content = [part, {"type": "input_text", "text": "What is in the image?"}]
+    body = {
+        "model": MODEL, "input": [{"role": "user", "content": content}], "max_output_tokens": 3,
+        "stream": stream, "include_image_details": True,
+    }  # fmt: skip
+    response = http.post("/v1/responses", json=body)
+    assert response.status_code == 200, response.text
+    if stream:
+        events = [
+            json.loads(line[6:]) for line in response.text.split("\n") if line[:7] == "data: {"
+        ]
+        answer = events[-1]["response"]
+    else:
+        answer = response.json()
+    assert 100 < answer["usage"]["input_tokens_details"]["image_tokens"] <= 256
+    assert answer["image_details"][0]["width"] == 1600
+
+
+def test_messages_tell_image_tokens(server: Server) -> None:
+    source = {"type": "base64", "media_type": "image/png", "data": base64.b64encode(SMALL).decode()}
+    image: Any = {"type": "image", "source": source, "max_tokens": 16}
+    with anthropic.Anthropic(base_url=server.url, api_key="none") as client:
+        message = client.messages.create(
+            model=MODEL,
+            max_tokens=3,
+            messages=[{"role": "user", "content": [image, {"type": "text", "text": "What?"}]}],
+        )
+    assert message.usage.model_extra is not None
+    assert message.usage.model_extra["image_tokens"] == 16
+
+
+def test_tokenize_counts_capped_images(http: httpx.Client) -> None:
+    counts = []
+    for part in (image_part(SMALL), capped(SMALL, max_tokens=16)):
+        response = http.post("/tokenize", json={"model": MODEL, "messages": user(part, WHAT)})
+        counts.append(response.json()["count"])
+    assert counts[0] - counts[1] == SMALL_TOKENS - 16
+
+
+def test_an_image_that_is_named_can_be_capped(http: httpx.Client) -> None:
+    ask(http, image_part(SMALL, uuid="the-red-one"), WHAT)
+    ask(http, capped(SMALL, max_tokens=16), WHAT)  # so that it is cached under this cap
+    named = {"type": "image_url", "image_url": None, "uuid": "the-red-one", "max_tokens": 16}
+    usage = ask(http, named, WHAT)["usage"]
+    assert usage["prompt_tokens_details"]["image_tokens"] == 16
+
+
+def test_a_pdf_is_read_page_by_page(http: httpx.Client) -> None:
+    """A page of 112 points at 144 dots an inch has 224 pixels."""
+    document = pdf((112, 112), (112, 112), (112, 112), color="red")
+    answer = ask(http, file_part(document), WHAT, include_image_details=True)
+    assert [row["frame"] for row in answer["image_details"]] == [0, 1, 2]
+    assert answer["usage"]["prompt_tokens_details"]["image_tokens"] == 3 * SMALL_TOKENS
+    chosen = ask(http, file_part(document, pages="2", max_tokens=20), WHAT)
+    assert chosen["usage"]["prompt_tokens_details"]["image_tokens"] == 16
+
+
+def test_pages_show_what_they_show(http: httpx.Client) -> None:
+    """The demo model names the shape on the page that was asked for."""
+    import io
+
+    pages = [shape(color, size=(224, 224)) for color in ("red", "blue", "green")]
+    file = io.BytesIO()
+    pages[0].save(file, "PDF", save_all=True, append_images=pages[1:], resolution=144)
+    for page, color in enumerate(("red", "blue", "green"), 1):
+        part = file_part(file.getvalue(), pages=str(page))
+        answer = ask(http, part, WHAT, max_tokens=8)
+        assert answer["choices"][0]["message"]["content"] == f"a {color} circle"
+
+
+@pytest.mark.parametrize("route", ["responses", "messages"])
+def test_pdfs_are_taken_by_every_api(http: httpx.Client, route: str) -> None:
+    url = data_url(pdf((112, 112), (112, 112)), "application/pdf")
+    if route == "responses":
+        part: Any = {"type": "input_file", "file_data": url, "filename": "two.pdf"}
+        text = {"type": "input_text", "text": "What?"}
+        body: Any = {"input": [{"role": "user", "content": [part, text]}], "max_output_tokens": 3}
+    else:
+        data = url.partition(",")[2]
+        source = {"type": "base64", "media_type": "application/pdf", "data": data}
+        part = {"type": "document", "source": source}
+        body = {"messages": user(part, text_part("What?")), "max_tokens": 3}
+    response = http.post(f"/v1/{route}", json={"model": MODEL, "temperature": 0, **body})
+    assert response.status_code == 200, response.text
+    usage = response.json()["usage"]
+    tokens = usage.get("input_tokens_details", usage)["image_tokens"]
+    assert tokens == 2 * SMALL_TOKENS
+
+
+def test_frames_of_an_animation_are_images(http: httpx.Client) -> None:
+    details = ask(http, capped(gif(10), frames=3), WHAT, include_image_details=True)[
+        "image_details"
+    ]
+    assert [row["frame"] for row in details] == [0, 4, 9]
+
+
+@pytest.mark.parametrize(
+    ("part", "code", "param"),
+    [
+        (capped(SMALL, max_tokens=0), "invalid_request", "image_url.max_tokens"),
+        (capped(SMALL, detail="medium"), "invalid_request", "image_url.detail"),
+        (capped(gif(3), frames=[3]), "image_frame_missing", "image_url"),
+        (file_part(pdf((9, 9)), pages="2"), "image_frame_missing", "file"),
+        (file_part(b"%PDF-1.4"), "invalid_file", "file"),
+        (image_part(pdf((9, 9))), "unsupported_image_format", "image_url"),
+    ],
+)
+def test_what_cannot_be_shown_is_named(
+    http: httpx.Client, part: dict[str, Any], code: str, param: str
+) -> None:
+    body = {"model": MODEL, "messages": user(WHAT, part), "max_tokens": 4}
+    error = refusal(http, "/v1/chat/completions", body)
+    assert (error["code"], error["param"]) == (code, f"messages[0].content[1].{param}")
+
+
+def test_too_many_images_are_refused(http: httpx.Client) -> None:
+    body = {"model": MODEL, "messages": user(*[image_part(SMALL)] * 129, WHAT), "max_tokens": 4}
+    assert refusal(http, "/v1/chat/completions", body)["code"] == "too_many_images"
+
+
+def test_the_server_caps_every_image() -> None:
+    flags = ("--max-model-len", "2048", "--max-image-tokens", "30")
+    with serving(*flags) as server, httpx.Client(base_url=server.url, timeout=60) as http:
+        for part in (image_part(LARGE), capped(LARGE, detail="high", max_tokens=500)):
+            usage = ask(http, part, WHAT)["usage"]
+            assert 20 <= usage["prompt_tokens_details"]["image_tokens"] <= 30
+        usage = ask(http, capped(LARGE, max_tokens=9), WHAT)["usage"]
+        assert usage["prompt_tokens_details"]["image_tokens"] <= 9
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--max-image-tokens", "5"), "at least 64 tokens for this image, and the cap is 5"),
+        (("--allowed-private-media", "10.0.0.0/99"), "10.0.0.0/99"),
+    ],
+)
+def test_what_cannot_be_promised_stops_the_start(
+    flags: tuple[str, str], message: str, tmp_path: Path
+) -> None:
+    """LLaVA-1.5 has one number of tokens for every image, here 64."""
+    model = families.build("llava", tmp_path)
+    command = [sys.executable, "-m", "server", "serve", str(model), "--port", "0", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 1
+    assert "cannot start" in done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,175 @@
+"""The pool makes of pictures what plain vLLM makes of them, for each family of models.
+
+Both renderers feed one engine: ours through the worker pool in `exact` mode, and vLLM's own,
+unchanged, with its own media connector and preprocessing.
+"""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.imaging import header as headers
+from server.ingest.encoded import ImageOptions
+from server.request.parts import with_options
+from server.workers.pool import ImagePool
+from tests import families, pictures
+
+FALLBACK = {"paligemma"}
+SINGLE_IMAGE = {"paligemma"}
+TEXT = pictures.text_part("what is shown here?")
+
+
+@dataclass
+class Rig:
+    """One engine, and the two ways to it."""
+
+    engine: Any
+    theirs: Any
+    pooled: bool
+
+    async def render(self, renderer: Any, messages: list[dict[str, Any]], **options: Any) -> Any:
+        from vllm.renderers import ChatParams
+
+        connector = "saccade" if renderer is self.engine.renderer else "http"
+        os.environ["VLLM_MEDIA_CONNECTOR"] = connector
+        _, (rendered,) = await renderer.render_chat_async([messages], ChatParams(), **options)
+        return rendered
+
+    async def ours(self, messages: list[dict[str, Any]]) -> Any:
+        return await self.render(self.engine.renderer, messages)
+
+    async def plain(self, messages: list[dict[str, Any]]) -> Any:
+        return await self.render(self.theirs, messages, skip_mm_cache=True)
+
+    async def answer(self, rendered: Any) -> list[tuple[int, float]]:
+        """Greedy token ids and their log-probabilities."""
+        from vllm import SamplingParams
+
+        self.count = getattr(self, "count", 0) + 1
+        params = SamplingParams(temperature=0, max_tokens=8, logprobs=0, ignore_eos=True)
+        async for output in self.engine.generate(rendered, params, f"r{self.count}"):
+            final = output.outputs[0]
+        return [
+            (token, step[token].logprob)
+            for token, step in zip(final.token_ids, final.logprobs, strict=True)
+        ]
+
+
+@contextlib.asynccontextmanager
+async def rig(model: Path, decode: str = "exact") -> AsyncIterator[Rig]:
+    from server.engine import launch
+    from server.engine.arguments import parse
+    from server.engine.outcomes import Outcomes
+    from server.ingest.fetch import Fetcher, FetchSettings
+    from server.ingest.load import ImageLoader
+
+    flags = ["--image-workers", "2", "--image-decode", decode, "--max-model-len", "4096"]
+    args, settings = parse([str(model), *flags, "--mm-processor-cache-gb", "0.1"])
+    plan = launch.plan(args, settings)
+    assert plan.workers is not None
+    async with contextlib.AsyncExitStack() as stack:
+        pool = ImagePool(plan.workers, settings.images)
+        stack.callback(pool.stop_preload)
+        pool.preload()
+        embeddings = launch.add_embedding_cache(plan, settings)
+        assert embeddings is not None
+        await stack.enter_async_context(embeddings)
+        engine = await stack.enter_async_context(launch.running(plan, Outcomes()))
+        await stack.enter_async_context(pool)
+        loader = ImageLoader(Fetcher(FetchSettings()), launch.limits(settings), None)
+        used = await launch.connect(engine, settings, pool, loader, embeddings)
+        from vllm.renderers.hf import HfRenderer
+
+        theirs = HfRenderer(plan.config, engine.renderer.tokenizer)
+        assert used.encoded
+        yield Rig(engine, theirs, used.pooled)
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    """Equal token ids, placeholders and, where both carry them, features bit for bit."""
+    from server.engine.launch import same_data
+
+    assert ours["prompt_token_ids"] == theirs["prompt_token_ids"]
+    assert ours["type"] == theirs["type"]
+    if ours["type"] != "multimodal":
+        return
+    assert ours["mm_placeholders"] == theirs["mm_placeholders"]
+    pairs = zip(ours["mm_kwargs"]["image"], theirs["mm_kwargs"]["image"], strict=True)
+    for mine, other in pairs:
+        if not mine:  # the engine holds it already: compared when it was new
+            continue
+        assert mine.keys() == other.keys()
+        for name in mine:
+            assert same_data(mine[name].data, other[name].data), name
+            assert mine[name].field == other[name].field
+
+
+async def check_caps(both: Rig, images: list[bytes]) -> None:
+    """Capped images hold the tokens that were planned, and the model takes them so."""
+    rule = both.engine.renderer.planner.rule({})
+    parts, caps = [], []
+    for data in images:
+        size = headers.read(data).size
+        fewest, natural = rule.fewest(*size), rule.plan(*size).tokens
+        caps.append((fewest + natural) // 2)
+        part = pictures.image_part(data)
+        url = with_options(part["image_url"]["url"], ImageOptions(max_tokens=caps[-1]))
+        parts.append({"type": "image_url", "image_url": {"url": url}})
+    rendered = await both.ours(pictures.user(*parts, TEXT))
+    tokens = [place.get_num_embeds() for place in rendered["mm_placeholders"]["image"]]
+    planned = [
+        rule.plan(*headers.read(data).size, cap).tokens
+        for data, cap in zip(images, caps, strict=True)
+    ]
+    assert tokens == planned
+    assert all(count <= cap for count, cap in zip(tokens, caps, strict=True))
+    assert len(await both.answer(rendered)) == 8
+
+
+async def check_family(family: str, directory: Path) -> None:
+    model = families.build(family, directory)
+    photo = pictures.encode(pictures.photo((640, 480), 1), "JPEG", quality=90)
+    wide = pictures.encode(pictures.photo((300, 100), 2))
+    large = pictures.encode(pictures.photo((1600, 1200), 3), "JPEG", quality=90)
+    conversations = {
+        "one": pictures.user(pictures.image_part(photo), TEXT),
+        "wide": pictures.user(pictures.image_part(wide), TEXT),
+        "large": pictures.user(TEXT, pictures.image_part(large)),
+        "text": pictures.user(TEXT),
+        "again": pictures.user(pictures.image_part(photo), TEXT),
+        "uuid": pictures.user(pictures.image_part(wide, uuid="a-name"), TEXT),
+    }
+    if family not in SINGLE_IMAGE:
+        two = [pictures.image_part(photo), TEXT, pictures.image_part(wide)]
+        conversations["two"] = pictures.user(*two)
+        conversations["swapped"] = pictures.user(*reversed(two))
+        conversations["twice"] = pictures.user(*[pictures.image_part(wide)] * 2, TEXT)
+    async with rig(model) as both:
+        assert both.pooled == (family not in FALLBACK)
+        for name, messages in conversations.items():
+            ours, theirs = await both.ours(messages), await both.plain(messages)
+            assert_same(ours, theirs)
+            assert await both.answer(ours) == await both.answer(theirs), name
+        await check_caps(both, [photo, wide, large][: 1 if family in SINGLE_IMAGE else 3])
+        named = {"type": "image_url", "image_url": None, "uuid": "a-name"}
+        by_name = await both.ours(pictures.user(named, TEXT))
+        theirs = await both.plain(conversations["wide"])
+        assert_same(by_name, theirs)
+        assert await both.answer(by_name) == await both.answer(theirs)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_family_equals_plain_vllm(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stubs = families.import_stubs(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(stubs))
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")  # engines start in half the time
+    monkeypatch.syspath_prepend(str(stubs))
+    asyncio.run(check_family(family, tmp_path))

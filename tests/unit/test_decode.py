@@ -1,0 +1,319 @@
+"""Decoding: the same pixels as vLLM's loader, or fewer of them; upright; within limits."""
+
+import io
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import photos
+from server.errors import ImageTooLarge, InvalidImage, UnsupportedImageFormat
+from server.imaging.codecs import pillow, png, webp
+from server.imaging.decode import DecodeOptions, decode
+from server.imaging.sizing import FixedSize, NativeResolution, Size
+from tests import encoded, pictures
+
+PHOTO = pictures.photo((321, 243), 1)
+FILES = encoded.files(PHOTO)
+EVEN = pictures.photo((320, 240), 1)
+
+# How the upright picture is stored under each EXIF orientation.
+STORED_AS = {
+    1: lambda upright: upright,
+    2: lambda upright: upright[:, ::-1],
+    3: lambda upright: upright[::-1, ::-1],
+    4: lambda upright: upright[::-1],
+    5: lambda upright: upright.transpose(1, 0, 2),
+    6: lambda upright: np.rot90(upright, 1),
+    7: lambda upright: np.rot90(upright.transpose(1, 0, 2), 2),
+    8: lambda upright: np.rot90(upright, -1),
+}
+
+
+def _theirs(data: bytes, **options: Any) -> Image.Image:
+    from vllm.multimodal.media.image import ImageMediaIO
+
+    loaded: Image.Image = ImageMediaIO(**options).load_bytes(data).media
+    return loaded
+
+
+def _psnr(ours: np.ndarray, theirs: np.ndarray) -> float:
+    error = np.mean((ours.astype(np.float64) - theirs) ** 2)
+    return float(10 * np.log10(255**2 / error)) if error else float("inf")
+
+
+# Of these vLLM reads no HEIF, and shows the hidden colour of RGB with a transparent one.
+UNLIKE_VLLM = {"heif", "heif alpha", "png transparent"}
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name not in UNLIKE_VLLM])
+def test_full_decode_equals_vllms_loader(name: str) -> None:
+    ours, theirs = decode(FILES[name], DecodeOptions()).image, _theirs(FILES[name])
+    assert (ours.mode, ours.size) == (theirs.mode, theirs.size)
+    assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+@pytest.mark.parametrize(
+    ("colour", "bits"),
+    [(0, 1), (0, 2), (0, 4), (0, 8), (0, 16), (2, 8), (2, 16), (4, 8), (4, 16), (6, 8), (6, 16)],
+)
+def test_every_filter_of_png_is_undone(colour: int, bits: int) -> None:
+    """Any bytes are the filtered rows of some picture."""
+    channels = {0: 1, 2: 3, 4: 2, 6: 4}[colour]
+    rows = np.random.default_rng(bits).integers(
+        0, 256, (90, 1 + -(-37 * channels * bits // 8)), dtype=np.uint8
+    )
+    rows[:, 0] = np.arange(90) % 5
+    rows[0, 0] = 4  # there is no row above it
+    header = struct.pack(">IIBBBBB", 37, 90, bits, colour, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n"
+    for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        chunk = kind + body
+        data += struct.pack(">I", len(body)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    background = (1, 2, 3)
+    ours = np.asarray(decode(data, DecodeOptions(background=background)).image)
+    theirs = np.asarray(_theirs(data, rgba_background_color=background))
+    if (colour, bits) == (0, 16):  # which vLLM clips
+        theirs = (np.asarray(Image.open(io.BytesIO(data))) >> 8).astype(np.uint8)[:, :, None]
+        theirs = theirs.repeat(3, axis=2)
+    assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("mode", [None, "L", "RGBA", "CMYK"])
+@pytest.mark.parametrize("name", ["jpeg", "jpeg grey", "png", "png palette 200", "png alpha"])
+def test_other_modes_equal_vllms_loader(name: str, mode: str | None) -> None:
+    ours = decode(FILES[name], DecodeOptions(mode=mode)).image
+    theirs = _theirs(FILES[name], image_mode=mode)
+    assert ours.mode == theirs.mode
+    assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+@pytest.mark.parametrize("name", ["png alpha", "webp alpha", "png palette transparent"])
+def test_the_background_equals_vllms_loader(name: str) -> None:
+    ours = decode(FILES[name], DecodeOptions(background=(10, 200, 30))).image
+    theirs = _theirs(FILES[name], rgba_background_color=(10, 200, 30))
+    assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+def test_heif_is_the_picture_that_was_encoded() -> None:
+    image = decode(FILES["heif"], DecodeOptions()).image
+    assert _psnr(np.asarray(image), np.asarray(PHOTO)) > 35
+
+
+def test_pillow_and_numpy_see_the_same_pixels() -> None:
+    data = FILES["jpeg"]
+    image = decode(data, DecodeOptions()).image
+    before = np.array(image)
+    assert isinstance(image, Image.Image)
+    assert image.getpixel((5, 7)) == tuple(before[7, 5])
+    image.putpixel((5, 7), (1, 2, 3))
+    assert tuple(np.asarray(image)[7, 5]) == (1, 2, 3)
+    copied = decode(data, DecodeOptions()).image.copy()
+    assert np.array_equal(np.asarray(copied), before)
+
+
+# ------------------------------------------------------------------ orientation
+
+
+@pytest.mark.parametrize("orientation", STORED_AS)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "HEIF"])
+def test_pictures_are_turned_upright(kind: str, orientation: int) -> None:
+    corners = np.zeros((48, 64, 3), np.uint8)
+    corners[:24, :32] = (255, 0, 0)
+    corners[:24, 32:] = (0, 255, 0)
+    corners[24:, 32:] = (0, 0, 255)
+    stored = Image.fromarray(np.ascontiguousarray(STORED_AS[orientation](corners)))
+    decoded = decode(encoded.turned(stored, kind, orientation), DecodeOptions())
+    assert decoded.size == decoded.image.size == (64, 48)
+    difference = np.abs(np.asarray(decoded.image).astype(int) - corners)
+    # Lossy codecs blur the edges; a corner of another colour is 255 off.
+    assert difference[4:20, 4:28].max() < 40
+    assert difference[28:44, 36:60].max() < 40
+    assert difference[4:20, 36:60].max() < 40
+
+
+def test_orientation_behind_the_image_data_of_a_png_counts() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    chunk = b"eXIf" + exif.tobytes()[6:]
+    framed = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    plain = pictures.encode(PHOTO)
+    turned = decode(plain[:-12] + framed + plain[-12:], DecodeOptions()).image
+    assert np.array_equal(np.asarray(turned), np.rot90(np.asarray(PHOTO), -1))
+
+
+def test_damaged_exif_leaves_the_picture_as_it_is_stored() -> None:
+    data = pictures.encode(PHOTO, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert decode(data, DecodeOptions()).image.size == PHOTO.size
+
+
+# ------------------------------------------------------------------ reduction
+
+
+@pytest.fixture
+def every_size_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stream pictures of all sizes: those that are large take long to draw."""
+    for codec in (pillow, png, webp):
+        monkeypatch.setattr(codec, "_MAX_WHOLE_PIXELS", 0)
+
+
+@pytest.mark.parametrize("name", ["jpeg", "jpeg turned", "jpeg cmyk", "jpeg grey", "jpeg 4:4:4"])
+def test_reduced_jpeg_is_the_same_picture(name: str) -> None:
+    data = encoded.jpegs(EVEN)[name]
+    rule = NativeResolution(28, 784, 112 * 112)
+    whole = decode(data, DecodeOptions())
+    less = decode(data, DecodeOptions(), rule.target)
+    assert less.size == whole.image.size
+    assert less.image.size == (whole.image.width // 2, whole.image.height // 2)
+    small = whole.image.resize(less.image.size, Image.Resampling.BOX)
+    difference = np.asarray(less.image, np.float32) - np.asarray(small, np.float32)
+    assert np.abs(difference).mean() < 6  # of another picture: above 40
+
+
+@pytest.mark.parametrize(
+    ("size", "target", "expected"),
+    [
+        ((320, 240), (130, 98), (160, 120)),
+        ((320, 240), (140, 105), (320, 240)),  # too near for the last filter to do its work
+        ((320, 240), (80, 60), (160, 120)),
+        ((320, 240), (50, 38), (80, 60)),
+        ((321, 240), (130, 98), (321, 240)),  # half a pixel off at the right
+        ((321, 240), (60, 45), (161, 120)),
+    ],
+)
+def test_how_far_a_jpeg_is_reduced(size: Size, target: Size, expected: Size) -> None:
+    data = pictures.encode(EVEN.crop((0, 0, *size)), "JPEG")
+    assert decode(data, DecodeOptions(), FixedSize(*target).target).image.size == expected
+
+
+def test_what_cannot_be_reduced_is_not_planned() -> None:
+    asked: list[Any] = []
+    for name in ("png", "webp", "gif", "avif", "tiff"):
+        decode(FILES[name], DecodeOptions(), lambda *size: asked.append(size))
+    assert asked == []
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG", "TIFF"])
+@pytest.mark.parametrize("target", [(1000, 750), (588, 441)])
+def test_reduced_photos_end_as_the_whole_ones_do(
+    kind: str, target: Size, every_size_is_large: None
+) -> None:
+    _check_fidelity(photos.photo(3000, 2250, 4), kind, target, 40)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG", "TIFF"])
+def test_reduced_text_ends_as_the_whole_does(kind: str, every_size_is_large: None) -> None:
+    _check_fidelity(photos.page(2550, 3300, 4), kind, (850, 1100), 35)
+
+
+def _check_fidelity(picture: bytes, kind: str, target: Size, least: float) -> None:
+    """The last resize is the processor's, bicubic and antialiased, as Pillow's is."""
+    options = {"quality": 90} if kind in ("JPEG", "WEBP") else {}
+    data = pictures.encode(Image.open(io.BytesIO(picture)), kind, **options)
+    whole = decode(data, DecodeOptions()).image
+    less = decode(data, DecodeOptions(), FixedSize(*target).target)
+    assert less.size == whole.size
+    assert less.image.width < whole.width
+    assert less.image.width >= target[0]
+    assert less.image.height >= target[1]
+    ours, theirs = (
+        np.asarray(image.resize(target, Image.Resampling.BICUBIC)) for image in (less.image, whole)
+    )
+    assert _psnr(ours, theirs) >= least
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+def test_large_pictures_are_streamed(kind: str) -> None:
+    tile = pictures.photo((800, 700), 3)
+    large = Image.new("RGB", (8000, 4207))
+    for left in range(0, 8000, 800):
+        for top in range(0, 4207, 700):
+            large.paste(tile, (left, top))
+    options = {"PNG": {"compress_level": 1}, "WEBP": {"quality": 70, "method": 0}, "TIFF": {}}
+    data = pictures.encode(large, kind, **options[kind])
+    less = decode(data, DecodeOptions(), FixedSize(1000, 500).target)
+    assert less.size == (8000, 4207)
+    assert less.image.size == (1600, 842)
+    whole = decode(data, DecodeOptions()).image
+    if kind != "WEBP":
+        assert np.array_equal(np.asarray(whole), np.asarray(large))
+    small = np.asarray(whole.resize((1600, 842), Image.Resampling.BICUBIC))
+    # libwebp's means are another filter; another picture has 12 dB.
+    assert _psnr(np.asarray(less.image), small) > (25 if kind == "WEBP" else 40)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+@pytest.mark.parametrize("background", [(255, 255, 255), (0, 0, 0)])
+def test_hidden_colours_do_not_show_at_the_edges_of_reduced_pictures(
+    kind: str, background: tuple[int, int, int], every_size_is_large: None
+) -> None:
+    picture = Image.new("RGBA", (400, 400), (0, 255, 0, 0))
+    picture.paste((200, 0, 0, 255), (100, 100, 300, 300))
+    options: dict[str, Any] = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    data = pictures.encode(picture, kind, **options)
+    less = decode(data, DecodeOptions(background=background), FixedSize(80, 80).target).image
+    assert less.size == (134, 134)
+    shown = np.asarray(less).astype(int)
+    assert np.abs(shown[67, 67] - (200, 0, 0)).max() <= 2
+    assert np.abs(shown[5, 5] - background).max() <= 2
+    assert (shown[:, :, 1] <= background[1] + 2).all()
+
+
+def test_a_picture_is_not_reduced_where_the_processor_would_do_another_thing(
+    every_size_is_large: None,
+) -> None:
+    data = FILES["webp"]
+
+    def flighty(width: int, height: int) -> Size:
+        return (50, 50) if width == PHOTO.width else (51, 50)
+
+    assert decode(data, DecodeOptions(), flighty).image.size == PHOTO.size
+    assert decode(data, DecodeOptions(), FixedSize(50, 50).target).image.size == (107, 81)
+
+
+# ------------------------------------------------------------------ limits
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "GIF", "JPEG", "BMP"])
+def test_pixels_are_limited_before_they_are_decoded(kind: str) -> None:
+    large = pictures.encode(Image.new("L", (4000, 3000)), kind)
+    with pytest.raises(ImageTooLarge, match="4000x3000 = 12000000 pixels.*11999999"):
+        decode(large, DecodeOptions(max_pixels=11_999_999))
+    assert decode(large, DecodeOptions(max_pixels=12_000_000)).size == (4000, 3000)
+
+
+@pytest.mark.parametrize("name", [None, "webp", "avif", "heif"])
+def test_small_limits(name: str | None) -> None:
+    with pytest.raises(ImageTooLarge, match="321x243"):
+        decode(FILES[name or "png"], DecodeOptions(max_pixels=1000))
+
+
+@pytest.mark.parametrize("kind", ["ICO", "TGA", "PCX", "SGI", "DDS", "PPM", "JPEG2000", "EPS"])
+def test_formats_outside_the_list_are_refused(kind: str) -> None:
+    with pytest.raises(UnsupportedImageFormat, match="supported format"):
+        decode(pictures.encode(PHOTO.resize((64, 64)), kind), DecodeOptions())
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>",
+        b"8BPS\0\1" + bytes(100),
+        b"SIMPLE  =                    T" + bytes(3000),
+        b"%PDF-1.7\n",
+        b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom",
+        b"P6 1 1 255 abc",
+        b"\x89PN",
+    ],
+)
+def test_other_files_are_refused(data: bytes) -> None:
+    with pytest.raises(UnsupportedImageFormat):
+        decode(data, DecodeOptions())
+
+
+def test_nothing_is_refused() -> None:
+    with pytest.raises(InvalidImage, match="empty"):
+        decode(b"", DecodeOptions())

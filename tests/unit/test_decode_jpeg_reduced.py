@@ -1,0 +1,414 @@
+"""Reduced JPEG: near the whole picture reduced, libjpeg's sizes, and None for everything else."""
+
+import io
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import pyvips
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw, ImageFont
+
+from benchmarks import photos
+from server.imaging.codecs import jpeg_reduced
+from server.imaging.codecs.jpeg_reduced import SCALES, decode
+from tests import pictures
+
+PHOTO = pictures.photo((160, 120), 1)
+SAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
+SIZES = ((1, 1), (7, 9), (17, 3), (8, 8), (16, 16), (33, 65), (250, 31))
+# Offset of the first byte that is not the file's signature or JFIF's version and density.
+AFTER_JFIF = 20
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def _jpeg(image: Image.Image = PHOTO, **options: object) -> bytes:
+    return pictures.encode(image, "JPEG", **({"quality": 90} | options))
+
+
+def _likeness(ours: Image.Image, theirs: Image.Image) -> float:
+    """PSNR in dB."""
+    difference = np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)
+    return float(10 * np.log10(255**2 / np.mean(difference**2)))
+
+
+def _libjpegs(data: bytes, scale: int) -> Image.Image:
+    image = Image.open(io.BytesIO(data))
+    image.draft(None, (image.width // scale, image.height // scale))
+    image.load()
+    return image
+
+
+def _decoded(data: bytes, scale: int) -> Pixels:
+    pixels = decode(data, scale)
+    assert pixels is not None
+    return pixels
+
+
+# ---------------------------------------------------------------------- what is decoded
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_photos_are_as_near_to_the_whole_as_libjpegs(sampling: str, scale: int) -> None:
+    drawn = Image.open(io.BytesIO(photos.photo(1920, 1440, 3, quality=98)))
+    data = _jpeg(drawn, subsampling=sampling)
+    wanted = (int(1920 / scale * 0.8), int(1440 / scale * 0.8))
+    whole = Image.open(io.BytesIO(data)).resize(wanted, Image.Resampling.BICUBIC)
+    ours, theirs = (
+        _likeness(image.resize(wanted, Image.Resampling.BICUBIC), whole)
+        for image in (Image.fromarray(_decoded(data, scale)), _libjpegs(data, scale))
+    )
+    assert ours > 40
+    assert ours > theirs - 0.5
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_coloured_text_is_nearly_as_sharp_as_libjpegs(sampling: str, scale: int) -> None:
+    data = _jpeg(_coloured_text(), subsampling=sampling)
+    wanted = (1200 // scale * 4 // 5, 900 // scale * 4 // 5)
+    whole = Image.open(io.BytesIO(data)).resize(wanted, Image.Resampling.BICUBIC)
+    ours, theirs = (
+        _likeness(image.resize(wanted, Image.Resampling.BICUBIC), whole)
+        for image in (Image.fromarray(_decoded(data, scale)), _libjpegs(data, scale))
+    )
+    assert ours > theirs - 1.5
+
+
+def _coloured_text() -> Image.Image:
+    random = np.random.default_rng(0)
+    image = Image.new("RGB", (1200, 900), "white")
+    draw = ImageDraw.Draw(image)
+    for size in random.integers(24, 80, 60):
+        left, top = random.integers(0, (1100, 850)).tolist()
+        ground, ink = ("#" + random.bytes(3).hex() for _ in range(2))
+        draw.rectangle((left, top, left + 4 * size, top + size), fill=ground)
+        draw.text((left, top), "total 12,345", fill=ink, font=ImageFont.load_default(int(size)))
+    return image
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("sampling", [*SAMPLINGS, "L"])
+def test_sizes_are_libjpegs(size: tuple[int, int], sampling: str) -> None:
+    image = pictures.photo((250, 250), 2).crop((0, 0, *size))
+    data = _jpeg(image.convert("L")) if sampling == "L" else _jpeg(image, subsampling=sampling)
+    whole = Image.open(io.BytesIO(data))
+    for scale in SCALES:
+        pixels = _decoded(data, scale)
+        reduced = np.asarray(whole.reduce(scale), np.float32)
+        assert pixels.shape == reduced.shape
+        assert np.abs(pixels - reduced).mean() < 16  # of another picture: above 40
+        if min(size) >= scale:
+            assert _libjpegs(data, scale).size == pixels.shape[1::-1]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"restart_marker_blocks": 1},
+        {"restart_marker_blocks": 7},
+        {"restart_marker_rows": 1},
+        {"optimize": True},
+        {"exif": b"Exif\0\0" + bytes(3000)},
+        {"comment": b"\xff\xd9" * 100},
+        {"icc_profile": bytes(100_000)},
+    ],
+    ids=str,
+)
+def test_the_same_coefficients_give_the_same_pixels(
+    options: dict[str, object], sampling: str, scale: int
+) -> None:
+    plain = _decoded(_jpeg(subsampling=sampling), scale)
+    assert np.array_equal(_decoded(_jpeg(subsampling=sampling, **options), scale), plain)
+
+
+def test_every_block_of_noise_has_its_mean() -> None:
+    """Noise has long codes, and blocks that end with their last coefficient."""
+    noise = np.random.default_rng(0).integers(60, 196, (256, 256), dtype=np.uint8)
+    data = _jpeg(Image.fromarray(noise), quality=100)
+    means = noise.reshape(32, 8, 32, 8).mean(axis=(1, 3))
+    assert np.abs(_decoded(data, 8) - means).max() < 2
+    quarters = noise.reshape(64, 4, 64, 4).mean(axis=(1, 3))
+    assert np.corrcoef(_decoded(data, 4).ravel(), quarters.ravel())[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_luma_may_be_sampled_more_often_down_than_across(scale: int) -> None:
+    data = bytearray(_jpeg(PHOTO.resize((120, 120)), subsampling="4:2:2"))
+    sampling = data.index(b"\xff\xc0") + 11
+    assert data[sampling] == 0x21
+    data[sampling] = 0x12  # the same number of blocks, though not in their places
+    whole = Image.open(io.BytesIO(bytes(data)))
+    pixels = _decoded(bytes(data), scale)
+    assert np.abs(pixels - np.asarray(whole.reduce(scale), np.float32)).mean() < 4  # libjpeg: 5
+
+
+def test_tables_may_be_as_short_as_they_come() -> None:
+    grey = _two_blocks(b"\x01" + bytes(16), bytes(1))  # the end of a block is a zero bit, too
+    assert np.array_equal(_decoded(grey, 8), [[128, 128]])
+
+
+def test_grey_may_have_any_sampling() -> None:
+    data = bytearray(_jpeg(PHOTO.convert("L")))
+    plain = _decoded(bytes(data), 4)
+    data[data.index(b"\xff\xc0") + 11] = 0x22
+    assert np.array_equal(_decoded(bytes(data), 4), plain)
+    assert np.abs(plain - np.asarray(_libjpegs(bytes(data), 4), np.float32)).mean() < 4
+    data[data.index(b"\xff\xc0") + 11] = 0x20
+    assert decode(bytes(data), 4) is None
+
+
+def test_adobe_may_say_what_is_so_anyway() -> None:
+    assert np.array_equal(_decoded(_with_adobe_transform(1), 4), _decoded(_jpeg(), 4))
+
+
+def test_what_follows_the_picture_is_not_read() -> None:
+    assert np.array_equal(_decoded(_jpeg() + _jpeg(), 4), _decoded(_jpeg(), 4))
+
+
+# ---------------------------------------------------------------------- what is left to libjpeg
+
+
+def _patched(marker: bytes, offset: int, value: int) -> bytes:
+    data = bytearray(_jpeg())
+    data[data.index(marker) + offset] = value
+    return bytes(data)
+
+
+def _others() -> dict[str, bytes]:
+    grey, cmyk = PHOTO.convert("L"), PHOTO.convert("CMYK")
+    restarts = _jpeg(restart_marker_blocks=10)
+    return {
+        "nothing": b"",
+        "a signature": b"\xff\xd8",
+        "png": pictures.encode(grey),
+        "progressive": _jpeg(progressive=True),
+        "cmyk": _jpeg(cmyk),
+        "rgb": _jpeg(keep_rgb=True),
+        "rgb for Adobe": _with_adobe_transform(0),
+        "arithmetic coding": _patched(b"\xff\xc0", 1, 0xC9),
+        "12 bits": _patched(b"\xff\xc0", 4, 12),
+        "height said later": _patched(b"\xff\xc0", 6, 0),
+        "no width": _patched(b"\xff\xc0", 8, 0),
+        "65535 rows": _patched(b"\xff\xc0", 5, 0xFF),
+        "odd sampling": _patched(b"\xff\xc0", 11, 0x41),
+        "a scan of one component": _patched(b"\xff\xda", 4, 1),
+        "part of the coefficients": _patched(b"\xff\xda", 12, 5),
+        "a table of its own": _patched(b"\xff\xda", 6, 0x33),
+        "no quantiser": _patched(b"\xff\xc0", 12, 3),
+        "no tables": _jpeg().replace(b"\xff\xc4", b"\xff\xfe"),
+        "no AC table for luma": _without_table(0x10),
+        "no AC table for chroma": _without_table(0x11),
+        "no DC table": _without_table(0x01),
+        "no codes": _patched(b"\xff\xc4", 5, 3),
+        "a code of ones": _two_blocks(b"\x02" + bytes(15) + b"\x00\xf0", bytes(1)),
+        "a block of 65": _two_blocks(b"\x01" + bytes(15) + b"\xf0", bytes(2)),
+        "a run of nothing": _two_blocks(b"\x01\x01" + bytes(14) + b"\x10\x00", b"\x22"),
+        "no such code": _two_blocks(b"\x01" + bytes(16), b"\x1f"),
+        "a restart interval of many digits": _with_segment(b"\xff\xdd", bytes([1]) * 3000),
+        "a thousand empty tables": _with_segment(b"\xff\xc4", bytes(17 * 1000)),
+        "a thousand quantisers": _with_segment(b"\xff\xdb", bytes(65 * 1000)),
+        "two frames": _jpeg().replace(b"\xff\xc0", _frame_segment() + b"\xff\xc0"),
+        "no end": _jpeg()[:-2],
+        "another end": _jpeg()[:-2] + b"\xff\xd8",
+        "more at the end": _jpeg()[:-2] + b"\x12\x34\x56\xff\xd9",
+        "less at the end": _jpeg()[:-40] + b"\xff\xd9",
+        "half of it": _jpeg()[: len(_jpeg()) // 2],
+        "restarts in another order": restarts.replace(b"\xff\xd1", b"\xff\xd2"),
+        "a restart too few": restarts.replace(b"\xff\xd1", b""),
+        "restarts nobody announced": restarts.replace(b"\xff\xdd", b"\xff\xfe"),
+    }
+
+
+def _with_segment(marker: bytes, content: bytes) -> bytes:
+    return _jpeg()[:2] + marker + (len(content) + 2).to_bytes(2) + content + _jpeg()[2:]
+
+
+def _without_table(selector: int) -> bytes:
+    """The table is there, though as a second one for the other components."""
+    found = re.search(b"\xff\xc4.." + bytes([selector]), _jpeg(), re.DOTALL)
+    assert found
+    data = bytearray(_jpeg())
+    data[found.end() - 1] ^= 1
+    return bytes(data)
+
+
+def _with_adobe_transform(transform: int) -> bytes:
+    return _with_segment(b"\xff\xee", b"Adobe\x00\x64" + bytes(4) + bytes([transform]))
+
+
+def _two_blocks(ac_table: bytes, scan: bytes) -> bytes:
+    """A grey picture of two blocks. DC has one code, a zero bit, for no difference."""
+    header = _jpeg(Image.new("L", (16, 8)))
+    header = header[: header.index(b"\xff\xc4")]
+    for selector, table in ((0x00, b"\x01" + bytes(16)), (0x10, ac_table)):
+        header += b"\xff\xc4" + (len(table) + 3).to_bytes(2) + bytes([selector]) + table
+    return header + b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00" + scan + b"\xff\xd9"
+
+
+def _frame_segment() -> bytes:
+    at = _jpeg().index(b"\xff\xc0")
+    return _jpeg()[at : at + 19]
+
+
+@pytest.mark.parametrize("name", _others())
+@pytest.mark.parametrize("scale", SCALES)
+def test_all_else_is_left_to_libjpeg(name: str, scale: int) -> None:
+    assert decode(_others()[name], scale) is None
+
+
+@pytest.mark.parametrize("scale", [0, 1, 2, 3, 16])
+def test_other_scales_are_left_to_libjpeg(scale: int) -> None:
+    assert decode(_jpeg(), scale) is None
+
+
+def test_no_part_of_a_file_is_taken_for_the_whole() -> None:
+    data = _jpeg(PHOTO.resize((48, 40)))
+    assert all(decode(data[:length], 4) is None for length in range(len(data)))
+
+
+# ---------------------------------------------------------------------- damage
+
+
+def _bases() -> list[bytes]:
+    files = [
+        _jpeg(subsampling=sampling, quality=quality, **options)
+        for sampling in SAMPLINGS
+        for quality in (60, 92)
+        for options in ({}, {"restart_marker_blocks": 7}, {"optimize": True})
+    ]
+    return [*files, _jpeg(PHOTO.convert("L"))]
+
+
+def _damaged(count: int, seed: int) -> Iterator[tuple[bytes, int]]:
+    """Files with a few bytes changed, put in or left out, three in ten near the tables."""
+    random = np.random.default_rng(seed)
+    bases = _bases()
+    for _ in range(count):
+        data = bytearray(bases[random.integers(len(bases))])
+        for _ in range(random.integers(1, 4)):
+            end = 650 if random.random() < 0.3 else len(data)
+            at = int(random.integers(AFTER_JFIF, end))
+            match random.integers(5):
+                case 0:
+                    data[at] ^= 1 << random.integers(8)
+                case 1:
+                    data[at] = random.integers(256)
+                case 2:
+                    data[at] = 0xFF
+                case 3:
+                    del data[at : at + random.integers(1, 40)]
+                case 4:
+                    data[at:at] = random.bytes(random.integers(1, 20))
+        yield bytes(data), int(random.choice(SCALES))
+
+
+def _is_whole_for_libjpeg(data: bytes) -> bool:
+    try:
+        pyvips.Image.jpegload_buffer(data, fail_on="warning").avg()
+    except pyvips.Error:
+        return False
+    return True
+
+
+def test_damage_is_seen_where_libjpeg_sees_it() -> None:
+    taken = 0
+    for data, scale in _damaged(4000, 1):
+        pixels = decode(data, scale)
+        if pixels is not None:
+            taken += 1
+            assert _is_whole_for_libjpeg(data)
+    assert 400 < taken < 2000  # most damage shows; some makes another picture
+
+
+@given(scan=st.binary(max_size=600), interval=st.integers(0, 3))
+@settings(max_examples=300, deadline=None)
+def test_any_bytes_can_be_a_scan(scan: bytes, interval: int) -> None:
+    data = _jpeg(PHOTO.resize((40, 40)), restart_marker_blocks=interval)
+    header = data[: data.index(b"\xff\xda") + 14]
+    for scale in SCALES:
+        pixels = decode(header + scan + b"\xff\xd9", scale)
+        assert pixels is None or pixels.shape == (40 // scale, 40 // scale, 3)
+
+
+def _longest_scans() -> Iterator[bytes]:
+    """Scans that end anywhere in an MCU of nothing but the longest symbols: 31 zero bits each."""
+    header = _jpeg(PHOTO, subsampling="4:2:0")
+    header = header[: header.index(b"\xff\xc4")]
+    codes = bytes(15) + b"\x01\x0f"  # one of 16 bits, for a value of 15
+    for selector in (0x00, 0x01, 0x10, 0x11):
+        header += b"\xff\xc4\x00\x14" + bytes([selector]) + codes
+    header += b"\xff\xda\x00\x0c\x03\x01\x00\x02\x11\x03\x11\x00\x3f\x00"
+    mcu_bytes = 6 * 64 * 31 // 8
+    for length in range(mcu_bytes - 20, mcu_bytes + 20):
+        yield header + bytes(length) + b"\xff\xd9"
+        yield header + bytes(9 * mcu_bytes + length) + b"\xff\xd9"
+
+
+def test_the_longest_symbols_end_with_the_data() -> None:
+    assert all(decode(data, scale) is None for data in _longest_scans() for scale in SCALES)
+
+
+def _decode_with_checked_bounds() -> None:
+    """Runs in a process of its own, where every index is checked."""
+    with pytest.raises(IndexError):  # they are
+        jpeg_reduced._fill_grey(np.zeros(1, np.float32), np.zeros(9, np.uint8))
+    for data, scale in _damaged(1500, 2):
+        decode(data, scale)
+    for data in (*_others().values(), *_longest_scans()):
+        decode(data, 4)
+    for data in _bases():
+        assert all(decode(data, scale) is not None for scale in SCALES)
+
+
+def test_no_index_leaves_its_array(tmp_path: Path) -> None:
+    checked = {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
+    code = "from tests import test_decode_jpeg_reduced as t; t._decode_with_checked_bounds()"
+    subprocess.run([sys.executable, "-c", code], env=os.environ | checked, check=True, timeout=800)
+
+
+# ---------------------------------------------------------------------- where it runs
+
+
+def test_it_agrees_with_libjpeg_here() -> None:
+    assert jpeg_reduced.agrees_with_libjpeg()
+
+
+def test_it_runs_where_nothing_can_be_kept_on_disk() -> None:
+    environ = os.environ | {"NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator"}
+    environ.pop("NUMBA_CACHE_DIR", None)
+    code = "from tests import test_decode_jpeg_reduced as t; t._decode_a_line_without_cache()"
+    subprocess.run([sys.executable, "-c", code], env=environ, check=True, timeout=800)
+
+
+def _decode_a_line_without_cache() -> None:
+    line = np.zeros(4, np.uint8)
+    jpeg_reduced._fill_grey(np.zeros(4, np.float32), line)
+    assert line.tolist() == [128] * 4
+    assert jpeg_reduced._fill_grey.stats.cache_path is None  # type: ignore[attr-defined]
+
+
+def test_disagreement_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    turned = [pictures.encode(PHOTO.rotate(180), "JPEG"), pictures.encode(PHOTO, "JPEG")]
+    wrong = decode(turned[0], 4)
+    monkeypatch.setattr(jpeg_reduced, "decode", lambda data, scale: wrong)
+    assert not jpeg_reduced._is_alike(turned[1], 4)
+    assert not jpeg_reduced.agrees_with_libjpeg()
+
+
+def test_a_forked_child_decodes_as_its_parent() -> None:
+    parents = _decoded(_jpeg(), 4)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert np.array_equal(pool.apply(decode, (_jpeg(), 4)), parents)

@@ -1,0 +1,87 @@
+"""Preprocessing in the worker: `exact` and `fast`, for processors of several families."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from server.workers.worker import Array, Extractor
+from tests import families, pictures
+
+OPTIONS: dict[str, Any] = {"processor": {}, "io": {}}
+LARGE = pictures.encode(pictures.photo((3584, 2688), 1), "JPEG", quality=92)
+# Families whose resize rule is known, so that JPEG is decoded at reduced scale.
+REDUCED = ["qwen2_vl", "qwen2_5_vl", "llava", "llava_next", "idefics3", "gemma3", "paligemma"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+def extractor(model: Path, *, fast: bool) -> Extractor:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    from server.engine.extractor import worker_spec
+
+    args = AsyncEngineArgs(model=str(model), dtype="float32", max_model_len=4096)
+    config = args.create_model_config()
+    return worker_spec(config, fast=fast, max_pixels=10_000_000).load()
+
+
+@functools.cache
+def pair(family: str, models: Path) -> tuple[Extractor, Extractor]:
+    model = families.build(family, models)
+    return extractor(model, fast=True), extractor(model, fast=False)
+
+
+@pytest.mark.parametrize("family", REDUCED)
+def test_fast_shrinks_early_and_stays_near(family: str, models: Path) -> None:
+    fast, exact = pair(family, models)
+    reduced, whole = fast.decode(LARGE, OPTIONS), exact.decode(LARGE, OPTIONS)
+    assert whole.image.size == whole.size == reduced.size == (3584, 2688)
+    assert reduced.image.width < whole.image.width
+    ours, theirs = fast.features(reduced, OPTIONS), exact.features(whole, OPTIONS)
+    assert ours.keys() == theirs.keys()
+    for name in theirs.keys() - {"image_sizes"}:  # llava_next's: the size of what it was given
+        near(ours[name], theirs[name])
+
+
+def near(ours: Any, theirs: Any) -> None:
+    assert isinstance(ours, Array)
+    assert (ours.dtype, ours.data.shape) == (theirs.dtype, theirs.data.shape)
+    difference = np.abs(ours.data.astype(np.float64) - theirs.data.astype(np.float64)).mean()
+    spread = theirs.data.astype(np.float64).std()
+    assert difference <= 0.06 * spread  # of another picture: about the spread itself
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_only_jpeg_differs(kind: str, models: Path) -> None:
+    fast, exact = pair("qwen2_vl", models)
+    data = pictures.encode(pictures.photo((800, 600), 2), kind)
+    ours = fast.features(fast.decode(data, OPTIONS), OPTIONS)
+    theirs = exact.features(exact.decode(data, OPTIONS), OPTIONS)
+    for name, value in theirs.items():
+        mine = ours[name]
+        assert isinstance(value, Array)
+        assert isinstance(mine, Array)
+        assert np.array_equal(mine.data, value.data)
+
+
+def test_a_picture_the_processor_refuses(models: Path) -> None:
+    fast, _ = pair("qwen2_vl", models)
+    thin = pictures.encode(pictures.photo((2010, 10), 3), "JPEG")
+    with pytest.raises(ValueError):
+        fast.features(fast.decode(thin, OPTIONS), OPTIONS)
+
+
+def test_options_change_the_plan(models: Path) -> None:
+    fast, exact = pair("qwen2_vl", models)
+    options = {"processor": {"max_pixels": 200 * 200}, "io": {}}
+    for extractor in (fast, exact):
+        made = extractor.features(extractor.decode(LARGE, options), options)
+        grid = made["image_grid_thw"]
+        assert isinstance(grid, Array)
+        assert int(grid.data.prod()) * 14 * 14 <= 200 * 200

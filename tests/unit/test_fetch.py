@@ -1,0 +1,765 @@
+"""Fetching from a real web server that behaves badly."""
+
+import asyncio
+import contextlib
+import random
+import shutil
+import socket
+import ssl
+import subprocess
+import tracemalloc
+from collections.abc import Callable, Coroutine, Iterator
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+
+from server import __version__
+from server.errors import (
+    ImageFetchFailed,
+    ImageFetchTimeout,
+    ImageTooLarge,
+    ImageUrlBlocked,
+    InvalidImageUrl,
+    SaccadeError,
+    ServerBusy,
+)
+from server.ingest.fetch import Fetcher, FetchSettings
+from server.ingest.guard import Address
+from tests.hostile_origin import WAIT_S, HostileOrigin, Visit, bomb
+
+MB = 1_000_000
+UNTIL_TOLD = 600.0
+# Loopback has many addresses; what is said to be public here are some of them.
+HOME, PUBLIC, PUBLIC_TOO = "127.0.0.1", "127.0.0.2", "127.0.0.3"
+
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+
+
+@pytest.fixture(params=[asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+def run(request: pytest.FixtureRequest) -> Run:
+    """Runs a coroutine on either loop; fails if the loop had something to complain about."""
+
+    def run_it(work: Coroutine[Any, Any, Any]) -> Any:
+        complaints: list[dict[str, Any]] = []
+
+        async def watched() -> Any:
+            loop = asyncio.get_running_loop()
+            loop.set_exception_handler(lambda _, complaint: complaints.append(complaint))
+            return await work
+
+        result = request.param(watched())
+        assert not complaints
+        return result
+
+    return run_it
+
+
+@pytest.fixture
+def origin() -> Iterator[HostileOrigin]:
+    with HostileOrigin() as running:
+        yield running
+
+
+class Names:
+    """A resolver: each time a name is asked for, it has the next of its answers."""
+
+    def __init__(self, **answers: list[str]) -> None:
+        self.answers = {name.replace("_", "."): list(given) for name, given in answers.items()}
+        self.asked: list[str] = []
+
+    async def __call__(self, host: str, port: int) -> list[Address]:
+        self.asked.append(host)
+        answers = self.answers.get(host)
+        if not answers:
+            raise socket.gaierror(socket.EAI_NONAME, "no such name")
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        return [ip_address(text) for text in answer.split()]
+
+
+async def one(url: str, names: Names | None = None, **settings: Any) -> bytes:
+    async with Fetcher(FetchSettings(**{"allow_private": True, **settings}), resolve=names) as it:
+        return await it.fetch(url)
+
+
+async def failing(fetcher: Fetcher, url: str) -> SaccadeError:
+    with pytest.raises(SaccadeError) as caught:
+        await fetcher.fetch(url)
+    assert caught.value.part == url
+    return caught.value
+
+
+def refusal(run: Run, url: str, names: Names | None = None, **settings: Any) -> SaccadeError:
+    """The error with which `url` is not fetched."""
+
+    async def fail() -> SaccadeError:
+        given = FetchSettings(**{"allow_private": True, **settings})
+        async with Fetcher(given, resolve=names) as fetcher:
+            return await failing(fetcher, url)
+
+    error = run(fail())
+    assert isinstance(error, SaccadeError)
+    return error
+
+
+# What arrives.
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, 5 * MB])
+@pytest.mark.parametrize(
+    "path", ["/ok?size={}", "/chunked?size={}&piece=8192", "/compressed?size={}"]
+)
+def test_bodies_arrive_whole(run: Run, origin: HostileOrigin, path: str, size: int) -> None:
+    size -= size % 8192 if "piece" in path else 0
+    assert run(one(origin.url(path.format(size)))) == b"x" * size
+
+
+def test_a_page_with_status_200_is_a_body(run: Run, origin: HostileOrigin) -> None:
+    assert run(one(origin.url("/html"))) == b"<html>not here</html>"
+
+
+def test_what_is_asked(run: Run, origin: HostileOrigin, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody is there
+    names = Names(images_test=[HOME])
+
+    async def twice() -> bytes:
+        async with Fetcher(FetchSettings(allow_private=True), resolve=names) as fetcher:
+            await fetcher.fetch(origin.url("/sets-cookie", "images.test"))
+            return await fetcher.fetch(origin.url("/sets-cookie?q=%2F", "images.test"))
+
+    assert run(twice()).decode().split("\r\n") == [
+        "GET /sets-cookie?q=%2F HTTP/1.1",
+        f"Host: images.test:{origin.port}",
+        f"User-Agent: saccade/{__version__}",
+        "Accept: */*",
+        "Accept-Encoding: identity",
+        "",
+        "",
+    ]
+
+
+def test_ipv6(run: Run) -> None:
+    try:
+        with HostileOrigin("::1") as origin:
+            assert len(run(one(origin.url("/ok")))) == 1000
+            assert f"Host: [::1]:{origin.port}" in origin.heads[0]
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+
+
+# Where it is fetched from.
+
+
+@pytest.mark.parametrize("host", [HOME, "localhost", "[::ffff:127.0.0.1]", "[::1]"])
+def test_private_addresses_are_refused(run: Run, origin: HostileOrigin, host: str) -> None:
+    error = refusal(run, origin.url("/ok", host), allow_private=False)
+    assert isinstance(error, ImageUrlBlocked)
+    assert origin.connections == 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"allow_private": True},
+        {"allowed": ("images.test",)},
+        {"allowed": ("*.test",)},
+        {"allowed": ("127.0.0.0/8",)},
+        {"allow_private": True, "only_hosts": ("images.test",)},
+    ],
+)
+def test_allowed_hosts_are_fetched_from(
+    run: Run, origin: HostileOrigin, settings: dict[str, Any]
+) -> None:
+    names = Names(images_test=[HOME])
+    settings = {"allow_private": False, **settings}
+    assert run(one(origin.url("/ok", "images.test"), names, **settings))
+
+
+def test_the_error_does_not_tell_the_address(run: Run) -> None:
+    names = Names(secret_test=["10.1.2.3"])
+    error = refusal(run, "http://secret.test/", names, allow_private=False)
+    assert isinstance(error, ImageUrlBlocked)
+    assert "10." not in error.message
+
+
+def test_names_that_turn_out_private_are_refused(run: Run, origin: HostileOrigin) -> None:
+    for answer in (HOME, "::1", "::ffff:127.0.0.1", "0.0.0.0", "::"):
+        names = Names(**{"localhost.": [answer]})
+        error = refusal(run, origin.url("/ok", "localhost."), names, allow_private=False)
+        assert isinstance(error, ImageUrlBlocked)
+    assert origin.connections == 0
+
+
+def test_one_private_address_of_a_name_is_enough(run: Run, origin: HostileOrigin) -> None:
+    with HostileOrigin(PUBLIC) as public:
+        for answer in (f"{PUBLIC} {HOME}", f"{HOME} {PUBLIC}"):
+            names = Names(images_test=[answer])
+            url = public.url("/ok", "images.test")
+            error = refusal(run, url, names, allow_private=False, allowed=(PUBLIC,))
+            assert isinstance(error, ImageUrlBlocked)
+        assert public.connections == origin.connections == 0
+
+
+def same_port(host: str, origin: HostileOrigin) -> HostileOrigin:
+    """Another origin at the same port of `host`, so that a name can lead to either."""
+    return HostileOrigin(host, port=origin.port)
+
+
+def test_a_name_is_looked_up_once_and_that_address_is_dialled(run: Run) -> None:
+    with HostileOrigin(PUBLIC) as public, same_port(HOME, public) as private:
+        names = Names(rebinding_test=[PUBLIC, HOME])
+        url = public.url("/ok", "rebinding.test")
+        run(one(url, names, allow_private=False, allowed=(PUBLIC,)))
+        assert names.asked == ["rebinding.test"]
+        assert (public.connections, private.connections) == (1, 0)
+
+
+@pytest.mark.parametrize("path", ["/status?code=404", "/reset"])
+def test_a_name_that_turns_private_is_not_followed(run: Run, path: str) -> None:
+    """Neither by the next fetch nor by the second attempt of one."""
+    with HostileOrigin(PUBLIC) as public, same_port(HOME, public) as private:
+        names = Names(rebinding_test=[PUBLIC, HOME])
+        url = public.url(path, "rebinding.test")
+
+        async def twice() -> SaccadeError:
+            settings = FetchSettings(allowed=(PUBLIC,))
+            async with Fetcher(settings, resolve=names) as fetcher:
+                await failing(fetcher, url)
+                return await failing(fetcher, url)
+
+        assert isinstance(run(twice()), ImageUrlBlocked)
+        assert (public.connections, private.connections) == (1, 0)
+
+
+def test_names_that_do_not_exist(run: Run) -> None:
+    assert isinstance(refusal(run, "http://nowhere.test/", Names()), ImageFetchFailed)
+    assert isinstance(refusal(run, "http://empty.test/", Names(empty_test=[""])), ImageFetchFailed)
+
+
+def test_an_address_that_does_not_answer_is_overtaken(run: Run) -> None:
+    with HostileOrigin(PUBLIC) as origin, deaf(HOME, origin.port):
+        names = Names(images_test=[f"{HOME} {PUBLIC}"])
+        assert run(one(origin.url("/ok", "images.test"), names))
+
+
+def test_an_address_that_refuses_is_passed_over(run: Run) -> None:
+    with HostileOrigin(PUBLIC) as origin:
+        names = Names(images_test=[f"{PUBLIC_TOO} {HOME} {PUBLIC}"])
+        assert run(one(origin.url("/ok", "images.test"), names))
+        assert origin.connections == 1
+
+
+@contextlib.contextmanager
+def deaf(host: str, port: int) -> Iterator[None]:
+    """A port that takes no connection and refuses none: its queue is full."""
+    with contextlib.ExitStack() as sockets:
+        listener = sockets.enter_context(socket.socket())
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(0)
+        for _ in range(4):
+            client = sockets.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex((host, port))
+        yield
+
+
+@pytest.mark.parametrize("url", ["ftp://{}/", "http://user@{}/", "http://0x7f.1/", "nonsense"])
+def test_odd_urls(run: Run, url: str) -> None:
+    assert isinstance(refusal(run, url.format("example.com")), InvalidImageUrl)
+
+
+# Redirects.
+
+
+def test_redirects_are_followed(run: Run, origin: HostileOrigin) -> None:
+    assert run(one(origin.url("/redirect-onwards?times=3"))) == b"x" * 1000
+    assert run(one(origin.url("/redirect?to=" + origin.url("/ok")))) == b"x" * 1000
+    assert run(one(origin.url(f"/redirect?to=//{HOME}:{origin.port}/ok"))) == b"x" * 1000
+
+
+@pytest.mark.parametrize("path", ["/redirect-onwards?times=4", "/redirect-loop"])
+def test_too_many_redirects(run: Run, origin: HostileOrigin, path: str) -> None:
+    assert isinstance(refusal(run, origin.url(path)), ImageFetchFailed)
+    assert len(origin.heads) == 4
+
+
+@pytest.mark.parametrize("max_redirects", [0, 1])
+def test_the_limit_of_redirects(run: Run, origin: HostileOrigin, max_redirects: int) -> None:
+    url = origin.url("/redirect-onwards?times=1")
+    if max_redirects:
+        assert run(one(url, max_redirects=max_redirects))
+    else:
+        assert isinstance(refusal(run, url, max_redirects=0), ImageFetchFailed)
+
+
+def test_redirects_to_private_addresses_are_refused(run: Run, origin: HostileOrigin) -> None:
+    with HostileOrigin(PUBLIC) as public:
+        for target in (
+            origin.url("/ok"),
+            origin.url("/ok", "localhost"),
+            origin.url("/ok", "[::ffff:127.0.0.1]"),
+            f"//{HOME}:{origin.port}/ok",
+            "http://169.254.169.254/latest/meta-data/",
+        ):
+            url = public.url("/redirect?to=" + target)
+            error = refusal(run, url, allow_private=False, allowed=(PUBLIC,))
+            assert isinstance(error, ImageUrlBlocked)
+        assert public.connections == 5
+        assert origin.connections == 0
+
+
+def test_redirects_stay_among_the_allowed_domains(run: Run, origin: HostileOrigin) -> None:
+    names = Names(images_test=[HOME], other_test=[HOME])
+    url = origin.url("/redirect?to=" + origin.url("/ok", "other.test"), "images.test")
+    assert isinstance(refusal(run, url, names, only_hosts=("images.test",)), ImageUrlBlocked)
+    assert names.asked == ["images.test"]
+    assert run(one(url, names, only_hosts=("*.test",)))
+
+
+@pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://{}/", "gopher://{}/", "data:,x"])
+def test_redirects_to_other_schemes_are_refused(
+    run: Run, origin: HostileOrigin, target: str
+) -> None:
+    url = origin.url("/redirect?to=" + target.format(HOME))
+    assert isinstance(refusal(run, url), ImageUrlBlocked)
+
+
+@pytest.mark.parametrize("target", ["http://user@{}/", "http://127.1/", "http://[::1", "http://"])
+def test_redirects_to_odd_urls_fail(run: Run, origin: HostileOrigin, target: str) -> None:
+    url = origin.url("/redirect?to=" + target.format(HOME))
+    assert isinstance(refusal(run, url), ImageFetchFailed)
+
+
+def test_a_redirect_without_a_target_fails(run: Run, origin: HostileOrigin) -> None:
+    assert "status 302" in refusal(run, origin.url("/redirect-nowhere")).message
+
+
+# Failures.
+
+
+@pytest.mark.parametrize("code", [204, 206, 304, 400, 404, 500, 503])
+def test_other_statuses_fail_at_once(run: Run, origin: HostileOrigin, code: int) -> None:
+    error = refusal(run, origin.url(f"/status?code={code}"))
+    assert isinstance(error, ImageFetchFailed)
+    assert str(code) in error.message
+    assert "secret" not in error.message
+    assert len(origin.heads) == 1
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/shorter-than-announced",
+        "/reset-in-body",
+        "/two-lengths",
+        "/huge-length",
+        "/garbage",
+        "/many-headers",
+        "/interim-flood",
+        "/crumbs",
+        "/compressed?as=br",
+        "/compressed?cut=5",
+    ],
+)
+def test_broken_answers_fail_at_once(run: Run, origin: HostileOrigin, path: str) -> None:
+    assert isinstance(refusal(run, origin.url(path)), ImageFetchFailed)
+    assert len(origin.heads) == 1
+    origin.wait(lambda it: it.open == 0)
+
+
+def test_a_server_that_says_nothing_is_asked_once_more(run: Run, origin: HostileOrigin) -> None:
+    origin.resets_first = 1
+    assert run(one(origin.url("/ok")))
+    assert origin.connections == 2
+
+
+@pytest.mark.parametrize("path", ["/reset", "/ok"])
+def test_but_not_twice_more(run: Run, origin: HostileOrigin, path: str) -> None:
+    origin.resets_first = 2 if path == "/ok" else 0
+    error = refusal(run, origin.url(path))
+    assert isinstance(error, ImageFetchFailed)
+    assert "could not be reached" in error.message
+    assert origin.connections == 2
+
+
+def test_nobody_listens(run: Run) -> None:
+    with HostileOrigin() as origin:
+        url = origin.url("/ok")
+    assert "could not be reached" in refusal(run, url).message
+
+
+@pytest.mark.parametrize(
+    "path", ["/drip", "/drip-head", "/silent", "/announces-too-much?size=1000", "/ok?delay=60"]
+)
+def test_one_deadline(run: Run, origin: HostileOrigin, path: str) -> None:
+    error = refusal(run, origin.url(path), timeout_s=2)
+    assert isinstance(error, ImageFetchTimeout)
+    assert "2 s" in error.message
+    assert len(origin.heads) == 1
+
+
+def test_lookups_count_under_the_deadline(run: Run) -> None:
+    async def lookup() -> SaccadeError:
+        async def never(host: str, port: int) -> list[Address]:
+            await asyncio.sleep(60)
+            return []
+
+        async with Fetcher(FetchSettings(timeout_s=0.2), resolve=never) as fetcher:
+            return await failing(fetcher, "http://images.test/")
+
+    assert isinstance(run(lookup()), ImageFetchTimeout)
+
+
+def test_after_the_deadline_the_connection_is_closed(run: Run, origin: HostileOrigin) -> None:
+    async def after() -> None:
+        async with Fetcher(FetchSettings(allow_private=True, timeout_s=1.5)) as fetcher:
+            for path in ("/drip", "/silent", "/drip?"):
+                await failing(fetcher, origin.url(path))
+            await failing(fetcher, origin.url("/ok").replace("http:", "https:"))  # in the handshake
+            await asyncio.to_thread(origin.wait, lambda it: (it.connections, it.open) == (4, 0))
+
+    run(after())
+
+
+# Limits of bytes.
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/ok?size=1000001",
+        "/announces-too-much?size=1000001",
+        "/announces-too-much?size=99999999999999999999",
+        "/chunked?size=1000200&piece=300",
+        "/chunked?size=2000000&piece=2000000",
+        "/endless",
+        "/endless-without-framing",
+        "/gzip-bomb",
+        "/compressed?size=1000001",
+    ],
+)
+def test_bodies_over_the_limit(run: Run, origin: HostileOrigin, path: str) -> None:
+    assert isinstance(refusal(run, origin.url(path), max_bytes=MB), ImageTooLarge)
+
+
+def test_the_limit_of_one_fetch(run: Run, origin: HostileOrigin) -> None:
+    async def both() -> None:
+        async with Fetcher(FetchSettings(allow_private=True, max_bytes=1000)) as fetcher:
+            assert isinstance(await failing(fetcher, origin.url("/ok?size=1001")), ImageTooLarge)
+            for size in (1001, 1000):
+                assert len(await fetcher.fetch(origin.url(f"/ok?size={size}"), 1001)) == size
+
+    run(both())
+
+
+@pytest.mark.parametrize(
+    ("path", "factor"),
+    [("/endless", 1.25), ("/endless-without-framing", 1.25), ("/gzip-bomb", 2.5)],
+)
+def test_memory_is_bounded(run: Run, origin: HostileOrigin, path: str, factor: float) -> None:
+    bomb()
+    run(one(origin.url("/ok")))
+    tracemalloc.start()
+    try:
+        assert isinstance(refusal(run, origin.url(path), max_bytes=8 * MB), ImageTooLarge)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * MB * factor + 2 * MB
+
+
+# Connections.
+
+
+def test_connections_are_kept(run: Run, origin: HostileOrigin) -> None:
+    async def several() -> None:
+        async with Fetcher(FetchSettings(allow_private=True)) as fetcher:
+            for size in (1000, 0, 100_000, 5 * MB):
+                await fetcher.fetch(origin.url(f"/ok?size={size}"))
+            assert (origin.connections, origin.open) == (1, 1)
+
+    run(several())
+    origin.wait(lambda it: it.open == 0)
+
+
+def test_what_follows_a_body_is_not_the_next_answer(run: Run, origin: HostileOrigin) -> None:
+    async def three() -> None:
+        async with Fetcher(FetchSettings(allow_private=True)) as fetcher:
+            for n in range(3):
+                assert await fetcher.fetch(origin.url(f"/longer-than-announced?{n}")) == b"body"
+                assert await fetcher.fetch(origin.url(f"/ok?{n}")) == b"x" * 1000
+
+    run(three())
+
+
+def test_what_comes_unasked_is_not_the_next_answer(run: Run, origin: HostileOrigin) -> None:
+    async def tells_more_later(visit: Visit) -> None:
+        await visit.respond("200 OK", b"body")
+        await asyncio.sleep(0.05)
+        await visit.respond("200 OK", b"forged")
+
+    async def both() -> None:
+        async with Fetcher(FetchSettings(allow_private=True)) as fetcher:
+            assert await fetcher.fetch(origin.url("/tells-more-later")) == b"body"
+            await asyncio.to_thread(origin.wait, lambda it: it.open == 0)
+            assert await fetcher.fetch(origin.url("/ok")) == b"x" * 1000
+
+    origin.routes["/tells-more-later"] = tells_more_later
+    run(both())
+
+
+def test_kept_connections_that_break_are_replaced(run: Run, origin: HostileOrigin) -> None:
+    seen: set[asyncio.StreamWriter] = set()
+
+    async def once_a_connection(visit: Visit) -> None:
+        if visit.writer in seen:
+            visit.reset()
+            return
+        seen.add(visit.writer)
+        await visit.respond("200 OK", b"body")
+
+    async def several() -> None:
+        async with Fetcher(FetchSettings(allow_private=True)) as fetcher:
+            urls = [origin.url(f"/once?{n}") for n in range(3)]
+            assert await asyncio.gather(*map(fetcher.fetch, urls)) == [b"body"] * 3
+            assert origin.connections == 3  # all of which are kept, and none of which is any good
+            assert await fetcher.fetch(origin.url("/once?4")) == b"body"
+
+    origin.routes["/once"] = once_a_connection
+    run(several())
+    assert origin.connections == 4
+
+
+def test_one_host_has_so_many_at_a_time(run: Run, origin: HostileOrigin) -> None:
+    async def many() -> None:
+        settings = FetchSettings(allow_private=True, max_connections_per_host=3)
+        async with Fetcher(settings) as fetcher:
+            urls = [origin.url(f"/ok?delay=0.05&n={n}") for n in range(12)]
+            await asyncio.gather(*map(fetcher.fetch, urls))
+
+    run(many())
+    assert origin.busiest == origin.connections == 3
+
+
+def test_all_hosts_have_so_many_at_a_time(run: Run, origin: HostileOrigin) -> None:
+    names = Names(**{f"host{n}_test": [HOME] for n in range(12)})
+
+    async def many() -> None:
+        settings = FetchSettings(allow_private=True, max_connections=3)
+        async with Fetcher(settings, resolve=names) as fetcher:
+            urls = [origin.url("/ok?delay=0.05", f"host{n}.test") for n in range(12)]
+            await asyncio.gather(*map(fetcher.fetch, urls))
+            await asyncio.to_thread(origin.wait, lambda it: it.open == 3)  # the idle ones
+
+    run(many())
+    assert origin.busiest == 3
+
+
+def test_waiting_for_a_busy_host_counts(run: Run, origin: HostileOrigin) -> None:
+    async def both() -> None:
+        settings = FetchSettings(allow_private=True, max_connections_per_host=1, timeout_s=0.5)
+        async with Fetcher(settings) as fetcher:
+            urls = [origin.url(f"/silent?{n}") for n in range(5)]
+            errors = await asyncio.gather(*(failing(fetcher, url) for url in urls))
+            assert all(isinstance(error, ImageFetchTimeout) for error in errors)
+
+    run(both())
+    # If waiting did not count, each would ask in its turn. Who waits next may just get to it when
+    # the deadlines of all are over.
+    assert len(origin.heads) < 3
+
+
+def test_a_busy_host_holds_up_no_other(run: Run, origin: HostileOrigin) -> None:
+    names = Names(busy_test=[HOME], other_test=[HOME])
+    settings = FetchSettings(
+        allow_private=True, max_connections=2, max_connections_per_host=1, timeout_s=UNTIL_TOLD
+    )
+
+    async def both() -> None:
+        async with Fetcher(settings, resolve=names) as fetcher:
+            urls = [origin.url(f"/silent?{n}", "busy.test") for n in range(4)]
+            slow = [asyncio.create_task(failing(fetcher, url)) for url in urls]
+            await asyncio.to_thread(origin.wait, lambda it: it.busy == 1)
+            async with asyncio.timeout(WAIT_S):
+                assert await fetcher.fetch(origin.url("/ok", "other.test"))
+        await asyncio.gather(*slow)
+
+    run(both())
+    assert sum("/silent" in head for head in origin.heads) == 1
+
+
+def test_no_place_is_lost(run: Run, origin: HostileOrigin) -> None:
+    """Neither by deadlines nor by those who leave, at whatever moment."""
+    moments = random.Random(0)
+
+    async def leave(fetcher: Fetcher, n: int) -> None:
+        path = moments.choice(["/ok", "/status?code=404", "/reset", "/redirect-onwards?times=2"])
+        with contextlib.suppress(TimeoutError, SaccadeError):
+            async with asyncio.timeout(moments.uniform(0, 0.02)):
+                await fetcher.fetch(origin.url(f"{path}{'&' if '?' in path else '?'}n={n}"))
+
+    async def many() -> None:
+        settings = FetchSettings(allow_private=True, max_connections=4, max_connections_per_host=3)
+        async with Fetcher(settings) as fetcher:
+            for turn in range(40):
+                await asyncio.gather(*(leave(fetcher, 24 * turn + n) for n in range(24)))
+            urls = [origin.url(f"/ok?{n}") for n in range(6)]
+            assert all(await asyncio.gather(*map(fetcher.fetch, urls)))
+            await asyncio.to_thread(origin.wait, lambda it: it.open <= 4 and it.busy == 0)
+
+    run(many())
+    origin.wait(lambda it: it.open == 0)
+
+
+# Sharing.
+
+
+def test_the_same_url_is_fetched_once_at_a_time(run: Run, origin: HostileOrigin) -> None:
+    url = origin.url("/ok?delay=0.1")
+
+    async def ten() -> None:
+        async with Fetcher(FetchSettings(allow_private=True)) as fetcher:
+            bodies = await asyncio.gather(*(fetcher.fetch(url) for _ in range(10)))
+            assert len(origin.heads) == 1
+            assert {id(body) for body in bodies} == {id(bodies[0])}
+            await fetcher.fetch(url)
+            assert len(origin.heads) == 2
+
+    run(ten())
+
+
+def test_everyone_has_an_error_of_their_own(run: Run, origin: HostileOrigin) -> None:
+    async def ten() -> list[SaccadeError]:
+        async with Fetcher(FetchSettings(allow_private=True)) as fetcher:
+            url = origin.url("/status?code=404")
+            return list(await asyncio.gather(*(failing(fetcher, url) for _ in range(10))))
+
+    errors = run(ten())
+    assert len({id(error) for error in errors}) == 10
+    assert len(origin.heads) == 1
+
+
+def test_a_fetch_ends_with_its_last_waiter(run: Run, origin: HostileOrigin) -> None:
+    async def leave() -> None:
+        settings = FetchSettings(allow_private=True, timeout_s=UNTIL_TOLD)
+        async with Fetcher(settings) as fetcher:
+            url = origin.url("/drip")
+            first, second = (asyncio.create_task(fetcher.fetch(url)) for _ in range(2))
+            await asyncio.to_thread(origin.wait, lambda it: it.busy == 1)
+            first.cancel()
+            await asyncio.wait([first])
+            await asyncio.sleep(0.2)
+            assert (origin.busy, origin.open) == (1, 1)
+            second.cancel()
+            await asyncio.wait([second])
+            await asyncio.to_thread(origin.wait, lambda it: it.open == 0)
+            assert first.cancelled()
+            assert second.cancelled()
+
+    run(leave())
+    assert len(origin.heads) == 1
+
+
+def test_who_comes_back_at_once_is_not_told_of_the_end(run: Run, origin: HostileOrigin) -> None:
+    url = origin.url("/ok?delay=0.2")
+
+    async def leave() -> None:
+        async with Fetcher(FetchSettings(allow_private=True)) as fetcher:
+
+            async def impatient() -> bytes:
+                try:
+                    return await fetcher.fetch(url)
+                except asyncio.CancelledError:
+                    return await fetcher.fetch(url)
+
+            fetching = asyncio.create_task(impatient())
+            await asyncio.to_thread(origin.wait, lambda it: it.busy == 1)
+            fetching.cancel()
+            assert len(await fetching) == 1000
+
+    run(leave())
+    assert len(origin.heads) == 2
+
+
+def test_closing_ends_what_goes_on(run: Run, origin: HostileOrigin) -> None:
+    async def close() -> SaccadeError:
+        async with Fetcher(FetchSettings(allow_private=True)) as fetcher:
+            waiting = asyncio.create_task(failing(fetcher, origin.url("/silent")))
+            await asyncio.to_thread(origin.wait, lambda it: it.busy == 1)
+        return await waiting
+
+    assert isinstance(run(close()), ServerBusy)
+    origin.wait(lambda it: it.open == 0)
+
+
+# TLS.
+
+
+@pytest.fixture
+def secure_origin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[HostileOrigin, list[str]]]:
+    """An origin with a certificate for images.test, and the names that it was called by."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl makes the certificate")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes"
+    names_in_it = "-subj /CN=images.test -addext subjectAltName=DNS:images.test"
+    command = f"{make} {names_in_it} -keyout {key} -out {certificate}".split()
+    subprocess.run(command, check=True, capture_output=True)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    names: list[str] = []
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    context.sni_callback = lambda _socket, name, _context: names.append(name)
+    with HostileOrigin(tls=context) as running:
+        yield running, names
+
+
+def test_tls(run: Run, secure_origin: tuple[HostileOrigin, list[str]]) -> None:
+    origin, called = secure_origin
+
+    async def two() -> None:
+        names = Names(images_test=[HOME], **{"images.test.": [HOME]})
+        async with Fetcher(FetchSettings(allow_private=True), resolve=names) as fetcher:
+            body = await fetcher.fetch(origin.url("/ok?size=3000000", "images.test"))
+            assert len(body) == 3_000_000
+            await fetcher.fetch(origin.url("/ok", "images.test"))
+            assert origin.connections == 1
+            await fetcher.fetch(origin.url("/ok", "images.test."))
+
+    run(two())
+    assert called == ["images.test", "images.test"]
+
+
+@pytest.mark.parametrize("host", ["other.test", HOME])
+def test_a_certificate_of_another_name(
+    run: Run, secure_origin: tuple[HostileOrigin, list[str]], host: str
+) -> None:
+    origin, _ = secure_origin
+    error = refusal(run, origin.url("/ok", host), Names(other_test=[HOME]))
+    assert isinstance(error, ImageFetchFailed)
+    assert "secure" in error.message
+    assert origin.heads == []
+
+
+def test_a_certificate_that_nobody_trusts(
+    run: Run,
+    secure_origin: tuple[HostileOrigin, list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    origin, _ = secure_origin
+    monkeypatch.delenv("SSL_CERT_FILE")
+    error = refusal(run, origin.url("/ok", "images.test"), Names(images_test=[HOME]))
+    assert isinstance(error, ImageFetchFailed)
+    assert origin.heads == []
+
+
+@pytest.mark.parametrize("entry", [{"allowed": ("10.0.0.1/8",)}, {"only_hosts": ("a b",)}])
+def test_settings_of_no_use(entry: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="10|a b"):
+        Fetcher(FetchSettings(**entry))

@@ -1,0 +1,832 @@
+"""The cache of fetched images, against a real web server and a clock that the test sets."""
+
+import asyncio
+import gzip
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from email.utils import formatdate
+from typing import Any
+
+import httpx
+import pytest
+import uvloop
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import REGISTRY
+
+from server.errors import (
+    ImageFetchFailed,
+    ImageFetchTimeout,
+    ImageTooLarge,
+    ImageUrlBlocked,
+    InvalidImageUrl,
+    SaccadeError,
+)
+from server.ingest.fetch import Fetcher, FetchSettings
+from server.ingest.fetch_cache import ENTRY_BYTES, CacheStats, FetchCache
+from server.ingest.freshness import Header, ResponseHead
+from server.request import tenant
+from tests import pictures
+from tests.hostile_origin import HostileOrigin, Visit
+
+MIB = 1 << 20
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+
+
+class Clock:
+    """Both clocks of `time`. They stand still unless they are told otherwise."""
+
+    def __init__(self) -> None:
+        self.now = 1_800_000_000.0
+
+    def time(self) -> float:
+        return self.now
+
+    def monotonic(self) -> float:
+        return self.now - 1_000_000_000
+
+    def date(self, seconds: float = 0) -> str:
+        """The time in so many seconds, as HTTP writes it."""
+        return formatdate(self.now + seconds, usegmt=True)
+
+
+class Picture:
+    """What is at a path of the origin. A request that has its validator is answered by a 304.
+
+    `headers` go with the picture, `newer` with a 304 instead (None: those of the picture).
+    """
+
+    def __init__(self, *headers: str, body: bytes = b"picture") -> None:
+        self.headers = list(headers)
+        self.newer: list[str] | None = None
+        self.body = body
+        self.visits: list[Visit] = []
+        self._may_answer = asyncio.Event()
+        self._may_answer.set()
+
+    async def __call__(self, visit: Visit) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.visits.append(visit)
+        await self._may_answer.wait()
+        if self._is_known_to(visit):
+            lines = self.headers if self.newer is None else self.newer
+            await visit.send("\r\n".join(["HTTP/1.1 304 Not Modified", *lines, "", ""]).encode())
+        else:
+            await visit.respond("200 OK", self.body, *self.headers)
+
+    def hold(self) -> None:
+        """Answer nobody until `answer`."""
+        self._may_answer.clear()
+
+    def answer(self) -> None:
+        """Answer whoever has asked, and is going to."""
+        self._loop.call_soon_threadsafe(self._may_answer.set)
+
+    def _is_known_to(self, visit: Visit) -> bool:
+        asked = visit.header("If-None-Match"), visit.header("If-Modified-Since")
+        ours = self._field("ETag"), self._field("Last-Modified")
+        return any(a and a == b for a, b in zip(asked, ours, strict=True))
+
+    def _field(self, name: str) -> str:
+        lines = (line.partition(": ") for line in self.headers)
+        return next((value for key, _, value in lines if key == name), "")
+
+
+class Bench:
+    """A fetcher with a cache, a clock, and an origin with one picture."""
+
+    def __init__(self, origin: HostileOrigin, max_bytes: int = MIB) -> None:
+        self.origin = origin
+        self.clock = Clock()
+        self.cache = FetchCache(max_bytes, self.clock)
+        self.settings: dict[str, Any] = {"allow_private": True}
+        self.url = origin.url("/picture")
+
+    def put(self, *headers: str, body: bytes = b"picture", path: str = "/picture") -> Picture:
+        picture = Picture(*headers, body=body)
+        self.origin.routes[path] = picture
+        return picture
+
+    def fetcher(self, **settings: Any) -> Fetcher:
+        return Fetcher(FetchSettings(**{**self.settings, **settings}), cache=self.cache)
+
+    def outcome(self, fetches: int = 2) -> CacheStats:
+        """Fetch the picture so often, one after the other."""
+
+        async def fetch() -> None:
+            async with self.fetcher() as fetcher:
+                for _ in range(fetches):
+                    await fetcher.fetch(self.url)
+
+        asyncio.run(fetch())
+        return self.cache.stats()
+
+
+@pytest.fixture(params=[asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+def run(request: pytest.FixtureRequest) -> Run:
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    with HostileOrigin() as origin:
+        yield Bench(origin)
+
+
+async def failing(fetcher: Fetcher, url: str, max_bytes: int | None = None) -> SaccadeError:
+    with pytest.raises(SaccadeError) as caught:
+        await fetcher.fetch(url, max_bytes)
+    return caught.value
+
+
+def counted(result: str) -> float:
+    labels = {"result": result}
+    return REGISTRY.get_sample_value("saccade_fetch_cache_requests_total", labels) or 0.0
+
+
+# Fresh and stale.
+
+
+def test_what_is_fresh_is_not_asked_for(run: Run, bench: Bench) -> None:
+    picture = bench.put("Cache-Control: max-age=60")
+
+    async def fetch() -> None:
+        async with bench.fetcher() as fetcher:
+            first = await fetcher.fetch(bench.url)
+            bench.clock.now += 59
+            assert await fetcher.fetch(bench.url) is first
+            assert len(picture.visits) == 1
+            bench.clock.now += 1
+            assert await fetcher.fetch(bench.url) == first
+            assert len(picture.visits) == 2
+
+    run(fetch())
+    assert (bench.cache.stats().hits, bench.cache.stats().misses) == (1, 2)
+
+
+def test_what_is_stale_is_confirmed_and_fresh_again(run: Run, bench: Bench) -> None:
+    picture = bench.put("Cache-Control: max-age=60", 'ETag: "1"')
+
+    async def fetch() -> None:
+        async with bench.fetcher() as fetcher:
+            first = await fetcher.fetch(bench.url)
+            bench.clock.now += 100
+            assert await fetcher.fetch(bench.url) is first
+            assert picture.visits[1].header("If-None-Match") == '"1"'
+            bench.clock.now += 59
+            assert await fetcher.fetch(bench.url) is first
+            assert len(picture.visits) == 2
+            bench.clock.now += 1
+            assert await fetcher.fetch(bench.url) is first
+            assert len(picture.visits) == 3
+            assert bench.origin.connections == 1  # which a 304 does not use up
+
+    run(fetch())
+    stats = bench.cache.stats()
+    assert (stats.hits, stats.misses, stats.revalidated) == (1, 1, 2)
+
+
+def test_what_has_changed_is_replaced(bench: Bench) -> None:
+    bench.put("Cache-Control: max-age=60", 'ETag: "1"', body=b"old")
+
+    async def fetch() -> None:
+        async with bench.fetcher() as fetcher:
+            assert await fetcher.fetch(bench.url) == b"old"
+            bench.clock.now += 60
+            new = bench.put("Cache-Control: max-age=60", 'ETag: "2"', body=b"new")
+            for _ in range(2):
+                assert await fetcher.fetch(bench.url) == b"new"
+            assert len(new.visits) == 1
+
+    asyncio.run(fetch())
+    assert bench.cache.stats().entries == 1
+
+
+def test_what_must_not_be_kept_any_more_is_forgotten(bench: Bench) -> None:
+    bench.put("Cache-Control: max-age=60", 'ETag: "1"')
+    bench.outcome(1)
+    bench.clock.now += 60
+    bench.put("Cache-Control: no-store", 'ETag: "2"')
+    assert bench.outcome(1).entries == 0
+
+
+def test_a_304_can_forbid_to_keep_it(bench: Bench) -> None:
+    picture = bench.put("Cache-Control: max-age=60", 'ETag: "1"')
+    bench.outcome(1)
+    bench.clock.now += 60
+    picture.newer = ["Cache-Control: no-store"]
+    assert bench.outcome(1).entries == 0
+
+
+def test_a_304_updates_what_it_has(bench: Bench) -> None:
+    """And leaves the rest, save for the age and date of the first response."""
+    picture = bench.put(
+        f"Date: {bench.clock.date(-50)}", "Age: 50", "Cache-Control: max-age=60", 'ETag: "1"'
+    )
+    bench.outcome(1)
+    bench.clock.now += 1000
+    picture.newer = []
+    assert bench.outcome(1).revalidated == 1
+    bench.clock.now += 59
+    assert bench.outcome(1).hits == 1
+    bench.clock.now += 1
+    picture.newer = ["Cache-Control: max-age=1000"]
+    assert bench.outcome(1).revalidated == 2
+    bench.clock.now += 999
+    assert bench.outcome(1).hits == 2
+
+
+def test_a_304_about_another_picture_is_not_believed(bench: Bench) -> None:
+    picture = bench.put("Cache-Control: max-age=60", 'ETag: "1"', body=b"old")
+    bench.outcome(1)
+    bench.clock.now += 60
+    picture.newer, picture.body = ['ETag: "2"'], b"new"
+
+    async def fetch() -> None:
+        async with bench.fetcher() as fetcher:
+            assert await fetcher.fetch(bench.url) == b"new"
+
+    asyncio.run(fetch())
+    assert [bool(visit.header("If-None-Match")) for visit in picture.visits] == [False, True, False]
+
+
+@pytest.mark.parametrize("tag", ['"strong"', 'W/"weak"', '""', '"a,b"'])
+@pytest.mark.parametrize("newer", ["{}", "W/{}"])
+def test_entity_tags(bench: Bench, tag: str, newer: str) -> None:
+    picture = bench.put(f"ETag: {tag}")
+    picture.newer = [f"ETag: {newer.format(tag.removeprefix('W/'))}"]
+    assert bench.outcome().revalidated == 1
+    assert picture.visits[1].header("If-None-Match") == tag
+
+
+@pytest.mark.parametrize("tag", ["bare", 'w/"1"', '"1', '"1" ', '"a" "b"', "W/", '"' + "x" * 5000])
+def test_malformed_entity_tags_are_not_sent(bench: Bench, tag: str) -> None:
+    picture = bench.put("Cache-Control: no-cache", f"ETag: {tag}")
+    bench.outcome()
+    sent = picture.visits[1].header("If-None-Match")
+    assert sent == ('"1"' if tag == '"1" ' else "")  # HTTP does not count spaces at the end
+
+
+def test_without_a_tag_the_date_is_sent(bench: Bench) -> None:
+    modified = bench.clock.date(-5000)
+    picture = bench.put(f"Last-Modified: {modified}")
+    assert bench.outcome().revalidated == 1
+    assert picture.visits[1].header("If-Modified-Since") == modified
+    assert picture.visits[1].header("If-None-Match") == ""
+
+
+@pytest.mark.parametrize("modified", ["yesterday", "0", "Sun, 06 Nov 1994 08:49:37 EST"])
+def test_what_has_neither_lifetime_nor_validator_is_not_kept(bench: Bench, modified: str) -> None:
+    bench.put(f"Last-Modified: {modified}", f"Date: {bench.clock.date()}")
+    assert bench.outcome() == CacheStats(0, 0, MIB, hits=0, misses=2, revalidated=0)
+
+
+@pytest.mark.parametrize(
+    "failure", ["/reset", "/status?code=503", "/status?code=404", "/garbage", "/silent"]
+)
+def test_a_revalidation_that_fails_is_a_fetch_that_fails(bench: Bench, failure: str) -> None:
+    path, _, query = failure.partition("?")
+    bench.url += "?" + query
+    picture = bench.put("Cache-Control: max-age=60, stale-if-error=9999", 'ETag: "1"')
+    bench.outcome(1)
+    bench.clock.now += 60
+    bench.origin.routes["/picture"] = bench.origin.routes[path]
+
+    async def fetch() -> SaccadeError:
+        async with bench.fetcher(timeout_s=1 if path == "/silent" else 30) as fetcher:
+            return await failing(fetcher, bench.url)
+
+    error = asyncio.run(fetch())
+    assert isinstance(error, ImageFetchTimeout if path == "/silent" else ImageFetchFailed)
+    assert 'If-None-Match: "1"' in bench.origin.heads[-1]
+    bench.origin.routes["/picture"] = picture
+    assert bench.outcome(1).revalidated == 1
+
+
+# What may be kept, and for how long.
+
+
+@pytest.mark.parametrize(
+    ("control", "hits"),
+    [
+        ("max-age=60", 1),
+        ("MAX-AGE=60", 1),
+        ('max-age="60"', 1),
+        ("max-age=99999999999999999999999999", 1),
+        ("max-age=60, max-age=60", 1),
+        ("public, max-age=60, immutable", 1),
+        ("private, max-age=60", 1),
+        ('private="set-cookie", max-age=60', 1),
+        ("max-age=60, must-revalidate", 1),
+        ('max-age=60,, ,ext="no-store, \\" ",other', 1),
+        ("max-age=60, x-no-store", 1),
+        ("", 0),
+        ("max-age=0", 0),
+        ("max-age=-60", 0),
+        ("max-age=+60", 0),
+        ("max-age=6_0", 0),
+        ("max-age=1e3", 0),
+        ("max-age=60.5", 0),
+        ("max-age", 0),
+        ("max-age=", 0),
+        ("max-age = 60", 0),
+        ("max-age=60, max-age=61", 0),
+        ("max-age=\u00b2", 0),
+        ("s-maxage=60", 0),
+        ("max-age=60, no-store", 0),
+        ("max-age=60, No-Store", 0),
+        ("no-store=1, max-age=60", 0),
+        ("max-age=60, no-cache", 0),
+        ('max-age=60, no-cache="set-cookie"', 0),
+        ("max-age=60; public", 0),
+        ("max-age=60 no-store", 0),
+        ('max-age=60, ext="no-store', 0),
+    ],
+)
+def test_cache_control(bench: Bench, control: str, hits: int) -> None:
+    bench.put(f"Cache-Control: {control}")
+    assert bench.outcome().hits == hits
+
+
+def test_no_store_is_obeyed_with_a_validator_too(bench: Bench) -> None:
+    picture = bench.put("Cache-Control: no-store", 'ETag: "1"')
+    assert bench.outcome().entries == 0
+    assert picture.visits[1].header("If-None-Match") == ""
+
+
+def test_no_cache_is_asked_about_each_time(bench: Bench) -> None:
+    bench.put("Cache-Control: no-cache, max-age=60", 'ETag: "1"')
+    assert bench.outcome(3).revalidated == 2
+
+
+@pytest.mark.parametrize(
+    ("headers", "hits"),
+    [
+        (["Cache-Control: max-age=60", "Cache-Control: public"], 1),
+        (["Cache-Control: max-age=60", "Cache-Control: no-store"], 0),
+        (["Cache-Control: max-age=60", "Cache-Control: max-age=0"], 0),
+        (["Expires: {+60}", "Date: {}"], 1),
+        (["Expires: {+60}"], 1),
+        (["Expires: {+60}", "Expires: {+60}", "Date: {}"], 1),
+        (["Expires: {+60}", "Expires: {+90}"], 0),
+        (["Expires: {}", "Date: {}"], 0),
+        (["Expires: 0"], 0),
+        (["Expires: {+60}", "Cache-Control: max-age=0"], 0),
+        (["Expires: {+60}", "Cache-Control: max-age=soon"], 0),
+        (["Expires: {-60}", "Cache-Control: max-age=60"], 1),
+        (["Expires: {+60}", "Date: {+30}"], 1),
+        (["Expires: {+60}", "Date: {+60}"], 0),
+        (["Expires: {+60}", "Date: garbage"], 1),
+        (["Expires: Fri, 31 Dec 99999 23:59:59 GMT"], 0),
+        (["Expires: Fri, 31 Dec 2100 23:59:59 +0000"], 0),
+        (["Expires: Friday, 31-Dec-60 23:59:59 GMT"], 1),
+        (["Expires: Fri Dec 31 23:59:59 2060"], 1),
+        (["Cache-Control: max-age=60", "Date: {-59}"], 1),
+        (["Cache-Control: max-age=60", "Date: {-60}"], 0),
+        (["Cache-Control: max-age=60", "Date: {+9999}"], 1),
+        (["Cache-Control: max-age=60", "Age: 59"], 1),
+        (["Cache-Control: max-age=60", "Age: 60"], 0),
+        (["Cache-Control: max-age=60", "Age: -5"], 1),
+        (["Cache-Control: max-age=60", "Age: old"], 1),
+        (["Cache-Control: max-age=60", "Age: 99999999999999999999"], 0),
+        (["Cache-Control: max-age=60", "Age: 60, 1"], 0),
+        (["Cache-Control: max-age=60", "Age: 60", "Age: 1"], 0),
+        (["Cache-Control: max-age=60", "Age: 10", "Date: {-60}"], 0),
+        (["Cache-Control: max-age=60", "Vary: Accept-Encoding"], 1),
+        (["Cache-Control: max-age=60", "Vary: Accept, Origin"], 1),
+        (["Cache-Control: max-age=60", "Vary: *"], 0),
+        (["Cache-Control: max-age=60", "Vary: Accept", "Vary: Origin , *"], 0),
+        (["Cache-Control: max-age=60", "Set-Cookie: a=b", "Pragma: no-cache"], 1),
+        (["Cache-Control: max-age=60", 'ETag: "1"', 'ETag: "2"'], 1),
+    ],
+)
+def test_fields(bench: Bench, headers: list[str], hits: int) -> None:
+    def dated(line: str) -> str:
+        name, brace, rest = line.partition("{")
+        return name + bench.clock.date(float(rest[:-1] or 0)) if brace else line
+
+    bench.put(*map(dated, headers))
+    assert bench.outcome().hits == hits
+
+
+def test_a_lifetime_too_long_to_count_with_ends(bench: Bench) -> None:
+    bench.put("Cache-Control: max-age=" + "9" * 1000)
+    assert bench.outcome().hits == 1
+    bench.clock.now += (1 << 31) + 1
+    assert bench.outcome(1).hits == 1
+
+
+def test_the_time_of_the_fetch_counts(bench: Bench) -> None:
+    picture = bench.put("Cache-Control: max-age=60", "Age: 20")
+    picture.hold()
+
+    async def fetch() -> None:
+        async with bench.fetcher() as fetcher:
+            fetching = asyncio.create_task(fetcher.fetch(bench.url))
+            await asyncio.to_thread(bench.origin.wait, lambda _: bool(picture.visits))
+            bench.clock.now += 30
+            picture.answer()
+            await fetching
+            bench.clock.now += 9
+            await fetcher.fetch(bench.url)
+            assert len(picture.visits) == 1
+            bench.clock.now += 1
+            await fetcher.fetch(bench.url)
+            assert len(picture.visits) == 2
+
+    asyncio.run(fetch())
+
+
+def test_the_local_time_zone_does_not_count(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Pacific/Kiritimati")
+    time.tzset()
+    try:
+        head = ResponseHead.of([(b"expires", b"Sun Nov  6 08:49:37 1994")])
+        assert head.fresh_s(784111777.0 - 10, 0) == 10
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(
+                [b"age", b"cache-control", b"date", b"etag", b"expires", b"last-modified", b"vary"]
+            ),
+            st.one_of(
+                st.binary(max_size=80),
+                st.from_regex(rb'[a-zA-Z0-9 ,:="\\*+-]{0,60}(GMT|[0-9]{4})?', fullmatch=True),
+            ),
+        )
+    )
+)
+def test_no_head_is_too_strange(headers: list[Header]) -> None:
+    head = ResponseHead.of(headers)
+    head.may_be_kept()
+    head.conditions()
+    assert abs(head.fresh_s(1.8e9, 1.0)) < 1e12
+    assert ResponseHead.of(headers).updated(head).is_confirmed_by(head)
+
+
+def test_heads_are_read_in_linear_time() -> None:
+    """By counting on the test's timeout: in quadratic time this would take hours."""
+    for text in (b" " * 10**6 + b"\x00", b'a="' + b"\\" * 10**6, b"a" * 10**6 + b"\x00"):
+        ResponseHead.of([(b"cache-control", text)]).fresh_s(0, 0)
+
+
+# For whom.
+
+
+def test_groups_share_nothing(run: Run, bench: Bench) -> None:
+    picture = bench.put("Cache-Control: public, max-age=60")
+
+    async def fetch(fetcher: Fetcher, group: str) -> None:
+        tenant.enter(group)
+        await fetcher.fetch(bench.url)
+
+    async def each() -> None:
+        async with bench.fetcher() as fetcher:
+            for n, group in enumerate(["one", "two", "", "one", "two", ""]):
+                await asyncio.create_task(fetch(fetcher, group))
+                assert len(picture.visits) == min(n + 1, 3)
+
+    run(each())
+    assert bench.cache.stats().hits == 3
+
+
+def test_groups_share_no_flight(run: Run, bench: Bench) -> None:
+    picture = bench.put("Cache-Control: no-store")
+    picture.hold()
+
+    async def fetch(fetcher: Fetcher, group: str) -> None:
+        tenant.enter(group)
+        await fetcher.fetch(bench.url)
+
+    async def all_at_once() -> None:
+        async with bench.fetcher() as fetcher:
+            fetches = [
+                asyncio.create_task(fetch(fetcher, group)) for group in ("one", "two", "one", "")
+            ]
+            await asyncio.to_thread(bench.origin.wait, lambda it: it.busy == 3)
+            picture.answer()
+            await asyncio.gather(*fetches)
+
+    run(all_at_once())
+    assert len(picture.visits) == 3
+
+
+# Where it is.
+
+
+def test_what_is_asked_for_is_what_is_told_apart(bench: Bench) -> None:
+    picture = bench.put("Cache-Control: max-age=60")
+
+    async def fetch() -> None:
+        async with bench.fetcher() as fetcher:
+            for query in ("", "?", "?a", "?a=%41", "?a=A"):
+                await fetcher.fetch(bench.url + query)
+            assert len(picture.visits) == 5
+            await fetcher.fetch(bench.url + "#fragment")
+            await fetcher.fetch(bench.url.replace("http", "HTTP") + "?a#other")
+            assert len(picture.visits) == 5
+            await fetcher.fetch(bench.url.replace("127.0.0.1", "localhost"))
+            assert len(picture.visits) == 6
+
+    asyncio.run(fetch())
+
+
+def test_each_hop_is_a_url_of_its_own(bench: Bench) -> None:
+    """A redirect is asked for again, and what it leads to is kept by its own rules."""
+    picture = bench.put("Cache-Control: max-age=60")
+    redirects: list[Visit] = []
+
+    async def redirect(visit: Visit) -> None:
+        redirects.append(visit)
+        headers = ("Location: /picture", "Cache-Control: max-age=60")
+        await visit.respond("301 Moved Permanently", b"", *headers)
+
+    async def chain(visit: Visit) -> None:
+        redirects.append(visit)
+        await visit.respond("302 Found", b"", "Location: /redirect", "Cache-Control: no-store")
+
+    bench.origin.routes.update({"/redirect": redirect, "/chain": chain})
+
+    async def fetch() -> None:
+        async with bench.fetcher() as fetcher:
+            for path in ("/chain", "/chain", "/redirect", "/picture"):
+                assert await fetcher.fetch(bench.origin.url(path)) == b"picture"
+
+    asyncio.run(fetch())
+    assert (len(redirects), len(picture.visits)) == (5, 1)
+    assert bench.cache.stats().entries == 1
+
+
+def test_what_was_kept_and_is_now_elsewhere(bench: Bench) -> None:
+    bench.put("Cache-Control: max-age=60", 'ETag: "1"', body=b"old")
+    bench.put(body=b"new", path="/new")
+    bench.outcome(1)
+    bench.clock.now += 60
+
+    async def moved(visit: Visit) -> None:
+        await visit.respond("302 Found", b"", "Location: /new")
+
+    async def fetch() -> bytes:
+        async with bench.fetcher() as fetcher:
+            return await fetcher.fetch(bench.url)
+
+    bench.origin.routes["/picture"] = moved
+    assert asyncio.run(fetch()) == b"new"
+
+
+@pytest.mark.parametrize("path", ["/picture", "/redirect?to=/picture"])
+def test_what_is_blocked_is_not_served_although_it_is_kept(bench: Bench, path: str) -> None:
+    picture = bench.put("Cache-Control: max-age=60")
+    bench.url = bench.origin.url(path)
+    bench.outcome()
+
+    async def fetch() -> list[SaccadeError]:
+        async with bench.fetcher(only_hosts=("elsewhere.test",)) as fetcher:
+            return [
+                await failing(fetcher, bench.url),
+                await failing(fetcher, bench.url.replace("//", "//user@")),
+            ]
+
+    blocked, invalid = asyncio.run(fetch())
+    assert isinstance(blocked, ImageUrlBlocked)
+    assert isinstance(invalid, InvalidImageUrl)
+    assert len(picture.visits) == 1
+
+
+@pytest.mark.parametrize("path", ["/status?code=404", "/status?code=203", "/status?code=304"])
+def test_other_statuses_are_not_kept(bench: Bench, path: str) -> None:
+    async def answers(visit: Visit) -> None:
+        await visit.respond(f"{visit.query('code')} Whatever", b"", "Cache-Control: max-age=60")
+
+    bench.origin.routes["/status"] = answers
+
+    async def fetch() -> None:
+        async with bench.fetcher() as fetcher:
+            for _ in range(2):
+                assert isinstance(await failing(fetcher, bench.origin.url(path)), ImageFetchFailed)
+
+    asyncio.run(fetch())
+    assert len(bench.origin.heads) == 2
+    assert bench.cache.stats().entries == 0
+
+
+# Bodies and bytes.
+
+
+def test_compressed_bodies_are_kept_as_what_they_are(bench: Bench) -> None:
+    plain = b"x" * 1000
+    compressed = gzip.compress(plain)
+    bench.put("Cache-Control: max-age=60", "Content-Encoding: gzip", body=compressed)
+
+    async def fetch() -> None:
+        async with bench.fetcher() as fetcher:
+            for _ in range(2):
+                assert await fetcher.fetch(bench.url) == plain
+            assert isinstance(await failing(fetcher, bench.url, 999), ImageTooLarge)
+
+    asyncio.run(fetch())
+    stats = bench.cache.stats()
+    assert stats.entries == 1
+    assert stats.bytes > len(plain) + ENTRY_BYTES
+
+
+@pytest.mark.parametrize("later_s", [0, 60])
+def test_the_limit_of_one_fetch_holds_for_what_is_kept(bench: Bench, later_s: int) -> None:
+    bench.put("Cache-Control: max-age=60", 'ETag: "1"', body=b"x" * 1000)
+
+    async def fetch() -> None:
+        async with bench.fetcher() as fetcher:
+            await fetcher.fetch(bench.url)
+            bench.clock.now += later_s
+            assert isinstance(await failing(fetcher, bench.url, 999), ImageTooLarge)
+            assert len(await fetcher.fetch(bench.url, 1000)) == 1000
+
+    asyncio.run(fetch())
+
+
+def test_a_body_that_breaks_off_is_not_kept(bench: Bench) -> None:
+    async def breaks_off(visit: Visit) -> None:
+        head = b"HTTP/1.1 200 OK\r\nCache-Control: max-age=60\r\nContent-Length: 9\r\n\r\n"
+        await visit.send(head, b"half")
+        visit.writer.close()
+
+    bench.origin.routes["/picture"] = breaks_off
+
+    async def fetch() -> None:
+        async with bench.fetcher() as fetcher:
+            await failing(fetcher, bench.url)
+        assert bench.cache.stats().entries == 0
+
+    asyncio.run(fetch())
+
+
+def test_the_least_recently_used_go_first(bench: Bench) -> None:
+    each = 100_000
+    bench.put("Cache-Control: max-age=60", body=b"x" * each)
+
+    async def fetch() -> None:
+        async with bench.fetcher() as fetcher:
+            for n in range(10):
+                await fetcher.fetch(f"{bench.url}?{n}")
+            await fetcher.fetch(f"{bench.url}?0")
+            await fetcher.fetch(f"{bench.url}?10")
+            assert len(bench.origin.heads) == 11
+            await fetcher.fetch(f"{bench.url}?0")
+            assert len(bench.origin.heads) == 11
+            await fetcher.fetch(f"{bench.url}?1")
+            assert len(bench.origin.heads) == 12
+
+    asyncio.run(fetch())
+    stats = bench.cache.stats()
+    assert stats.entries == 10
+    assert 10 * each < stats.bytes <= stats.max_bytes == MIB
+    assert REGISTRY.get_sample_value("saccade_fetch_cache_bytes") == stats.bytes
+
+
+def test_empty_images_take_room_too(bench: Bench) -> None:
+    bench.cache = FetchCache(20 * ENTRY_BYTES, bench.clock)
+    bench.put("Cache-Control: max-age=60", body=b"")
+
+    async def fetch() -> None:
+        async with bench.fetcher() as fetcher:
+            for n in range(50):
+                await fetcher.fetch(f"{bench.url}?{n}")
+
+    asyncio.run(fetch())
+    assert 0 < bench.cache.stats().entries < 20
+
+
+@pytest.mark.parametrize(("size", "entries"), [(MIB // 8 - 3000, 1), (MIB // 8, 0)])
+def test_what_would_take_too_large_a_share_is_not_kept(
+    bench: Bench, size: int, entries: int
+) -> None:
+    bench.put("Cache-Control: max-age=60", body=b"x" * size)
+    assert bench.outcome().entries == entries
+
+
+def test_long_urls_and_heads_count(bench: Bench) -> None:
+    bench.put("Cache-Control: max-age=60", f'ETag: "{"x" * 3000}"')
+    bench.url += "?" + "x" * 5000
+    assert bench.outcome().bytes > ENTRY_BYTES + 8000
+
+
+@pytest.mark.parametrize("headers", [["Vary: " + "Accept, " * 1000], ["Vary:"] * 200])
+def test_heads_that_are_too_long_are_not_kept(bench: Bench, headers: list[str]) -> None:
+    bench.put("Cache-Control: max-age=60", *headers)
+    assert bench.outcome().entries == 0
+
+
+# At the same time.
+
+
+def test_those_who_ask_at_once_share_a_revalidation(run: Run, bench: Bench) -> None:
+    picture = bench.put("Cache-Control: max-age=60", 'ETag: "1"')
+
+    async def fetch() -> None:
+        async with bench.fetcher() as fetcher:
+            await fetcher.fetch(bench.url)
+            bench.clock.now += 60
+            bodies = await asyncio.gather(*(fetcher.fetch(bench.url) for _ in range(10)))
+            assert len({id(body) for body in bodies}) == 1
+
+    run(fetch())
+    assert len(picture.visits) == 2
+    assert bench.cache.stats().revalidated == 1
+
+
+def test_other_limits_at_once(run: Run, bench: Bench) -> None:
+    bench.put("Cache-Control: max-age=60", 'ETag: "1"', body=b"x" * 1000)
+
+    async def fetch() -> None:
+        async with bench.fetcher() as fetcher:
+            for _ in range(3):
+                await asyncio.gather(*(fetcher.fetch(bench.url, 1000 + n) for n in range(10)))
+                bench.clock.now += 60
+
+    run(fetch())
+    assert bench.cache.stats().entries == 1
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_who_leaves_changes_nothing(run: Run, bench: Bench, is_kept: bool) -> None:
+    picture = bench.put("Cache-Control: max-age=60", 'ETag: "1"')
+
+    async def fetch() -> None:
+        async with bench.fetcher() as fetcher:
+            if is_kept:
+                await fetcher.fetch(bench.url)
+                bench.clock.now += 60
+            before = bench.cache.stats()
+            picture.hold()
+            fetching = asyncio.create_task(fetcher.fetch(bench.url))
+            await asyncio.to_thread(bench.origin.wait, lambda it: it.busy == 1)
+            fetching.cancel()
+            await asyncio.wait([fetching])
+            assert bench.cache.stats() == before
+            picture.answer()
+            assert await fetcher.fetch(bench.url) == b"picture"
+            assert bench.cache.stats().revalidated == is_kept
+            assert await fetcher.fetch(bench.url) == b"picture"
+
+    run(fetch())
+    assert bench.cache.stats().hits == 1
+
+
+def test_clear(bench: Bench) -> None:
+    bench.put("Cache-Control: max-age=60")
+    assert bench.outcome().entries == 1
+    bench.cache.clear()
+    assert bench.cache.stats() == CacheStats(0, 0, MIB, hits=1, misses=1, revalidated=0)
+    assert bench.outcome(1).misses == 2
+
+
+def test_a_fetcher_without_a_cache(bench: Bench) -> None:
+    picture = bench.put("Cache-Control: max-age=60", 'ETag: "1"')
+
+    async def fetch() -> None:
+        async with Fetcher(FetchSettings(allow_private=True)) as fetcher:
+            assert fetcher.cache is None
+            for _ in range(2):
+                assert await fetcher.fetch(bench.url) == b"picture"
+
+    asyncio.run(fetch())
+    assert [visit.header("If-None-Match") for visit in picture.visits] == ["", ""]
+
+
+def test_every_outcome_is_counted(bench: Bench) -> None:
+    results = ("hit", "miss", "revalidated", "bypass")
+    before = [counted(result) for result in results]
+    bench.put("Cache-Control: max-age=60", 'ETag: "1"')
+    bench.outcome(4)
+    bench.clock.now += 60
+    bench.outcome(1)
+    bench.put("Cache-Control: no-store", path="/other")
+    bench.url = bench.origin.url("/other")
+    bench.outcome(2)
+    after = [counted(result) for result in results]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [3, 1, 1, 2]
+
+
+# Through the door.
+
+
+def test_the_server_asks_once_for_a_picture_that_is_fresh(http: httpx.Client, bench: Bench) -> None:
+    picture = bench.put("Cache-Control: max-age=600", body=pictures.encode(pictures.shape("red")))
+    part = {"type": "image_url", "image_url": {"url": bench.url}}
+    request = {
+        "model": "saccade-tiny",
+        "messages": pictures.user(part, pictures.text_part("What is in the image?")),
+        "max_tokens": 16,
+        "temperature": 0,
+    }
+    for _ in range(2):
+        response = http.post("/v1/chat/completions", json=request)
+        assert response.status_code == 200, response.text
+        assert response.json()["choices"][0]["message"]["content"] == "a red circle"
+    assert len(picture.visits) == 1
+    assert 'saccade_fetch_cache_requests_total{result="hit"}' in http.get("/metrics").text

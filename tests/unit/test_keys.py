@@ -1,0 +1,398 @@
+"""API keys: their file, the check of a request's key, and the names that groups make."""
+
+import argparse
+import asyncio
+import hashlib
+import json
+import logging
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import Depends, FastAPI
+from starlette.types import Receive, Scope, Send
+
+from server import settings as config
+from server.engine import groups
+from server.engine.serving import add_vllm_middleware, api_keys
+from server.errors import CannotStart
+from server.http import errors, key_file
+from server.http.keys import ApiKeys, KeyRing, key_ring, keys_for_vllm, require_admin
+from server.request import tenant
+from server.settings import AccessSettings
+
+A, B, ADMIN = "sk-secret-of-a", "sk-secret-of-b", "sk-secret-of-admin"
+
+
+def hashed(key: str) -> str:
+    return "sha256:" + hashlib.sha256(key.encode()).hexdigest()
+
+
+def write(path: Path, document: Any) -> Path:
+    path.write_text(document if isinstance(document, str) else json.dumps(document))
+    return path
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    document = {"groups": {"team-a": [A], "team-b": [hashed(B)]}, "admin": [ADMIN]}
+    return write(tmp_path / "keys.json", document)
+
+
+# ---------------------------------------------------------------------- the file
+
+
+def test_keys_are_known_plain_and_hashed(path: Path) -> None:
+    table, _ = key_file.read(path)
+    assert table.groups == {key_file.digest(A): "team-a", key_file.digest(B): "team-b"}
+    assert table.admins == {key_file.digest(ADMIN)}
+    assert A not in repr(table)
+
+
+BAD: list[tuple[Any, str]] = [
+    ('{"groups": {"a": ["sk-secret"]}', "not JSON: line 1"),
+    ("[" * 100_000, "not JSON"),
+    ("\ud800".encode("utf-8", "surrogatepass").decode("latin-1"), "not JSON"),
+    (["sk-secret"], "must be an object"),
+    ({"sk-secret": "team-a"}, "must be an object"),
+    ({"groups": ["sk-secret"]}, '"groups" must be an object'),
+    ({"groups": {"sk-secret": "team-a"}}, "group 1 must be a list"),
+    ({"groups": {"sk secret!": [A]}}, "the name of group 1"),
+    ({"groups": {"_admin": ["sk-secret"]}}, "the name of group 1"),
+    ({"groups": {"": ["sk-secret"]}}, "the name of group 1"),
+    ({"groups": {"a": ["sk-x", 7]}}, "key 2 of group 1"),
+    ({"groups": {"a": ["sk secret"]}}, "key 1 of group 1"),
+    ({"groups": {"a": ["sk-secret\n"]}}, "key 1 of group 1"),
+    ({"groups": {"a": [""]}}, "key 1 of group 1"),
+    ({"groups": {"a": ["sk-sécret"]}}, "key 1 of group 1"),
+    ({"groups": {"a": ["sha256:secret"]}}, "64 hexadecimal digits"),
+    ({"groups": {"a": ["sk-secret"], "b": ["sk-secret"]}}, "key 1 of group 2 is in another group"),
+    ({"groups": {"a": ["sk-secret"], "b": [hashed("sk-secret")]}}, "is in another group"),
+    ({"groups": {"a": ["sk-secret"]}, "admin": ["sk-secret"]}, "key 1 of admin is in a group"),
+    ('{"groups": {"a": ["sk-secret"], "a": ["sk-x"]}}', "a name stands twice"),
+    ({"groups": {}}, "no keys"),
+    ({"groups": {"a": []}, "admin": []}, "no keys"),
+    (" " * (1 << 20) + "{}", "more than 1048576 bytes"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(BAD)))
+def test_a_bad_file_stops_the_start_and_shows_no_key(tmp_path: Path, number: int) -> None:
+    document, message = BAD[number]
+    path = write(tmp_path / "keys.json", document)
+    with pytest.raises(CannotStart, match=re.escape(message)) as caught:
+        KeyRing(path, (), None)
+    assert str(path) in str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert hashed("sk-secret") not in str(caught.value)
+
+
+def test_what_is_no_file_stops_the_start(tmp_path: Path) -> None:
+    with pytest.raises(CannotStart, match="No such file"):
+        KeyRing(tmp_path / "none.json", (), None)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CannotStart, match="not a regular file"):
+        KeyRing(tmp_path / "pipe", (), None)
+
+
+def test_a_key_of_a_flag_may_not_be_in_a_group_too(path: Path) -> None:
+    for keys, admin in (([A], None), ([], A), (["sk-x"], "sk-x"), ([ADMIN], None)):
+        with pytest.raises(CannotStart, match="in two groups, or an admin's"):
+            KeyRing(path, keys, admin)
+    with pytest.raises(CannotStart, match="--admin-key is empty"):
+        KeyRing(None, (), " ")
+
+
+# ---------------------------------------------------------------------- the ring
+
+
+def group_of(ring: KeyRing, key: str) -> str | None:
+    ring._check_at = 0  # a second later
+    return asyncio.run(ring.group_of(key))
+
+
+def test_keys_of_flags_stand_beside_the_file(path: Path) -> None:
+    ring = KeyRing(path, ["sk-flag"], "sk-root")
+    assert group_of(ring, "sk-flag") == "default"
+    assert group_of(ring, A) == "team-a"
+    assert group_of(ring, hashed(B)) is None  # the hash of a key opens nothing
+    assert group_of(ring, "sk-root") == group_of(ring, ADMIN) == tenant.ADMIN
+    write(path, {"groups": {"team-c": [A]}})
+    assert group_of(ring, A) == "team-c"
+    assert group_of(ring, B) is None
+    assert group_of(ring, "sk-flag") == "default"
+    assert group_of(ring, "sk-root") == tenant.ADMIN
+
+
+def test_a_broken_new_version_keeps_the_old_keys(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ring = KeyRing(path, (), None)
+    path.write_text('{"groups": {"team-a": ["sk-other-secret"')
+    assert group_of(ring, A) == "team-a"
+    assert group_of(ring, A) == "team-a"
+    (record,) = caplog.records  # once a version
+    assert record.levelno == logging.ERROR
+    assert "not JSON" in record.getMessage()
+    assert "secret" not in caplog.text
+    path.unlink()
+    assert group_of(ring, A) == "team-a"
+    assert group_of(ring, A) == "team-a"
+    assert len(caplog.records) == 2
+    assert "No such file" in caplog.records[1].getMessage()
+    write(path, {"groups": {"team-b": [B]}})
+    assert group_of(ring, A) is None
+    assert group_of(ring, B) == "team-b"
+
+
+def test_a_link_that_moves_is_a_new_version(tmp_path: Path) -> None:
+    """As Kubernetes replaces secrets."""
+    for name, key in (("one", A), ("two", B)):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "keys.json", {"groups": {"team": [key]}})
+    (tmp_path / "now").symlink_to("one")
+    ring = KeyRing(tmp_path / "now" / "keys.json", (), None)
+    assert group_of(ring, B) is None
+    (tmp_path / "next").symlink_to("two")
+    os.replace(tmp_path / "next", tmp_path / "now")
+    assert group_of(ring, B) == "team"
+    assert group_of(ring, A) is None
+
+
+def test_the_file_is_looked_at_once_a_second(path: Path) -> None:
+    ring = KeyRing(path, (), None)
+
+    async def test() -> None:
+        assert await ring.group_of(A) == "team-a"
+        write(path, {"groups": {"team-c": [A]}})
+        assert await ring.group_of(A) == "team-a"
+        ring._check_at = 0
+        assert await ring.group_of(A) == "team-c"
+
+    asyncio.run(test())
+
+
+# ---------------------------------------------------------------------- the check of a request
+
+
+def app_with(ring: KeyRing, root_path: str = "") -> FastAPI:
+    app = FastAPI(root_path=root_path)
+    app.state.key_ring = ring
+    errors.add_error_handler(app)
+
+    async def group() -> str:
+        return await asyncio.create_task(asyncio.to_thread(tenant.group))
+
+    for path in ("/v1/group", "/group", "/inference/v1/group"):
+        app.add_api_route(path, group, methods=["GET", "OPTIONS"])
+    app.add_api_route("/v1/admin", group, dependencies=[Depends(require_admin)])
+    if ring.has_groups:
+        app.add_middleware(ApiKeys, ring=ring, guarded=("/v1", "/inference"))
+    app.add_middleware(errors.OpenAIErrors)
+    return app
+
+
+def ask(app: FastAPI, path: str, method: str = "GET", **headers: str) -> httpx.Response:
+    async def test() -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.request(method, path, headers=headers)
+
+    return asyncio.run(test())
+
+
+@pytest.mark.parametrize(
+    ("authorization", "group"),
+    [(f"Bearer {A}", "team-a"), (f"bearer {B}", "team-b"), (f"BEARER {ADMIN}", "_admin")],
+)
+def test_a_key_enters_its_group(path: Path, authorization: str, group: str) -> None:
+    app = app_with(KeyRing(path, (), None))
+    for route in ("/v1/group", "/inference/v1/group", "/group"):
+        assert ask(app, route, Authorization=authorization).json() == group
+    assert tenant.group() == ""
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Authorization": ""},
+        {"Authorization": "Bearer"},
+        {"Authorization": "Bearer "},
+        {"Authorization": f"Basic {A}"},
+        {"Authorization": A},
+        {"Authorization": f"Bearer  {A}"},
+        {"Authorization": f"Bearer {A}x"},
+        {"Authorization": f"Bearer {hashed(B)}"},
+        {"Authorization": "Bearer sk-\xe9"},
+    ],
+)
+def test_without_a_known_key_guarded_paths_are_closed(path: Path, headers: dict[str, str]) -> None:
+    app = app_with(KeyRing(path, (), None))
+    raw = {name: value.encode("latin-1") for name, value in headers.items()}
+    for route in ("/v1/group", "/v1/nothing", "/inference/v1/group"):
+        response = ask(app, route, **raw)  # type: ignore[arg-type]
+        assert response.status_code == 401
+        assert response.headers["WWW-Authenticate"] == "Bearer"
+        error = response.json()["error"]
+        assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
+        assert A not in response.text
+    assert ask(app, "/group", **raw).json() == "_anonymous"  # type: ignore[arg-type]
+    assert ask(app, "/group", "POST", **raw).status_code == 401  # type: ignore[arg-type]
+    assert ask(app, "/v1/group", "OPTIONS", **raw).json() == "_anonymous"  # type: ignore[arg-type]
+
+
+def test_paths_are_taken_below_the_root_path(path: Path) -> None:
+    app = app_with(KeyRing(path, (), None), root_path="/api")
+    assert ask(app, "/api/v1/group").status_code == 401
+    assert ask(app, "/v1/group").status_code == 401
+    assert ask(app, "/api/v1/group", Authorization=f"Bearer {A}").json() == "team-a"
+
+
+def test_nothing_is_read_of_a_request_without_a_key(path: Path) -> None:
+    read: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        read.append("app")
+
+    async def receive() -> Any:
+        read.append("body")
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    for kind in ("http", "websocket"):
+        scope = {"type": kind, "path": "/v1/x", "headers": []}
+        asyncio.run(ApiKeys(app, KeyRing(path, (), None), ("/v1",))(scope, receive, send))
+        assert sent[-2]["status"] == 401
+    assert read == []
+
+
+@pytest.mark.parametrize("file", [True, False])
+@pytest.mark.parametrize("admin_key", ["sk-root", None])
+def test_admin_routes(path: Path, file: bool, admin_key: str | None) -> None:
+    write(path, {"groups": {"team-a": [A]}})
+    app = app_with(KeyRing(path if file else None, (), admin_key))
+    refused = ask(app, "/v1/admin", Authorization=f"Bearer {A}")
+    assert refused.status_code == 403
+    assert refused.json()["error"]["code"] == "admin_key_required"
+    assert ("--admin-key" in refused.text) == (admin_key is None)
+    assert ask(app, "/v1/admin").status_code == (401 if file else 403)
+    if admin_key:
+        answer = ask(app, "/v1/admin", Authorization=f"Bearer {admin_key}")
+        assert (answer.status_code, answer.json()) == (200, tenant.ADMIN if file else "")
+
+
+@pytest.mark.parametrize(
+    ("flags", "known"),
+    [
+        ([], None),  # nobody checks
+        (["--admin-key", ADMIN], None),
+        (["--api-keys-file", "keys.json"], None),  # checked here, not by vLLM
+        (["--api-keys-file", "keys.json", "--admin-key", ADMIN], None),
+        (["--api-key"], {A}),
+        (["--api-key", "--admin-key", ADMIN], {A, ADMIN}),
+        (["--api-key", "--api-keys-file", "keys.json"], None),
+    ],
+)
+def test_the_keys_that_vllm_checks(flags: list[str], known: set[str] | None) -> None:
+    """Its own, and with them the admin key, unless they are in groups."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--api-key", action="store_const", const=[A])
+    config.add_flags(parser)
+    parsed = parser.parse_args(flags)
+    cors = {"allowed_origins": [], "allowed_methods": ["*"], "allowed_headers": ["*"]}
+    args = argparse.Namespace(
+        **cors,
+        api_key=parsed.api_key,
+        allow_credentials=False,
+        enable_request_id_headers=False,
+        middleware=[],
+    )
+    keys = keys_for_vllm(config.from_flags(parsed).access, api_keys(args))
+    app = FastAPI()
+    app.add_api_route("/v1/x", lambda: "in")
+    engine: Any = SimpleNamespace(get_supported_tasks=lambda: asyncio.sleep(0, ()))
+    asyncio.run(add_vllm_middleware(app, args, engine, keys))
+    for key in (None, A, B, ADMIN):
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        expected = 200 if known is None or key in known else 401
+        assert ask(app, "/v1/x", **headers).status_code == expected
+
+
+def test_the_admin_key_is_not_shown() -> None:
+    parser = argparse.ArgumentParser()
+    config.add_flags(parser)
+    settings = config.from_flags(parser.parse_args(["--admin-key", ADMIN]))
+    assert settings.access.admin_key is not None
+    assert settings.access.admin_key.get_secret_value() == ADMIN
+    assert ADMIN not in repr(settings)
+    empty = config.from_flags(parser.parse_args(["--admin-key", ""]))
+    with pytest.raises(CannotStart, match="--admin-key is empty"):
+        key_ring(empty.access, (), keeps_responses=False)
+    with pytest.raises(ValueError, match="image_workers") as caught:
+        config.from_flags(parser.parse_args(["--admin-key", ADMIN, "--image-workers", "no"]))
+    assert ADMIN not in str(caught.value)
+
+
+def test_responses_are_not_stored_for_all_groups_alike(path: Path) -> None:
+    access = AccessSettings(api_keys_file=path)
+    assert key_ring(access, (), keeps_responses=False).has_groups
+    with pytest.raises(CannotStart, match="VLLM_ENABLE_RESPONSES_API_STORE"):
+        key_ring(access, (), keeps_responses=True)
+    assert not key_ring(AccessSettings(), (), keeps_responses=True).has_groups
+
+
+# ---------------------------------------------------------------------- names and salts
+
+
+def in_group(group: str, work: Any, *args: Any) -> Any:
+    async def run() -> Any:
+        tenant.enter(group)
+        result = work(*args)
+        return await result if asyncio.iscoroutine(result) else result
+
+    return asyncio.run(run())
+
+
+def test_names_and_salts_are_of_one_group() -> None:
+    names = {group: in_group(group, tenant.own, "name") for group in ("", "a", "b")}
+    assert names[""] == "name"
+    assert len(set(names.values())) == 3
+    assert in_group("a", tenant.own, names["a"]) == names["a"]
+    assert in_group("b", tenant.own, names["a"]) not in (names["a"], names["b"])
+    salts = {(g, s): in_group(g, tenant.salt, s) for g in ("", "a", "b") for s in (None, "a", "b")}
+    assert [salts["", s] for s in (None, "a", "b")] == [None, "a", "b"]
+    assert len(set(salts.values())) == 9
+    # Also in another process, and on another machine.
+    assert names["a"] == "17762fddd969a453925d65717ac3eea2-name"
+
+
+def test_vllm_names_items_of_the_group_of_their_request() -> None:
+    """In a thread of vLLM's own, for names of clients and for hashes."""
+    processor: Any = SimpleNamespace(
+        _get_mm_hashes=lambda inputs: {"video": [inputs], "audio": ["0" * 64]}
+    )
+    groups.name_by_group(processor)
+    with ThreadPoolExecutor(1) as executor:
+        groups.carry_context(executor)
+        executor.submit(int).result()  # the thread is there before any group
+
+        async def names() -> Any:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(executor, processor._get_mm_hashes, "uuid")
+
+        found = {group: in_group(group, names) for group in ("", "a", "b")}
+    assert found[""] == {"video": ["uuid"], "audio": ["0" * 64]}
+    for group in ("a", "b"):
+        assert found[group] == {
+            "video": [in_group(group, tenant.own, "uuid")],
+            "audio": [in_group(group, tenant.own, "0" * 64)],
+        }

@@ -1,0 +1,187 @@
+"""The application around the app: what it makes of answers that do not go well."""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm.v1.engine import FinishReason
+
+from server.engine.arguments import parse
+from server.engine.outcomes import Outcomes
+from server.http.observe import Observed
+from server.telemetry import metrics, tracing
+from server.telemetry import record as records
+from server.telemetry.record import Record
+from server.telemetry.stages import Stage
+
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+EVENTS = [(b"content-type", b"text/event-stream")]
+
+
+def serve(
+    app: ASGIApp,
+    sent: list[Message] | None = None,
+    headers: Sequence[tuple[bytes, bytes]] = (),
+) -> Record:
+    """The record of one request that `app` answers."""
+    kept: list[Record] = []
+
+    async def keeping(scope: Scope, receive: Receive, send: Send) -> None:
+        kept.append(records.current())
+        await app(scope, receive, send)
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        if sent is not None:
+            sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/x", "headers": headers}
+    observed = Observed(keeping, server_timing=True, log_requests=False, traced=False)
+    asyncio.run(observed(scope, receive, send))
+    return kept[0]
+
+
+def answering(status: int, *bodies: bytes, ends: bool = True, headers: Any = EVENTS) -> ASGIApp:
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        for body in bodies:
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+        if not ends:
+            raise RuntimeError("cut off")
+        await send({"type": "http.response.body", "body": b""})
+
+    return app
+
+
+def count(outcome: str) -> float:
+    value: float = metrics.requests.labels(outcome)._value.get()
+    return value
+
+
+def test_a_stream_that_is_cut_off_has_failed() -> None:
+    failed, answered = count("failed"), count("answered")
+    with pytest.raises(RuntimeError, match="cut off"):
+        serve(answering(200, b"data: 1\n\n", ends=False))
+    assert (count("failed"), count("answered")) == (failed + 1, answered)
+
+
+@pytest.mark.parametrize(
+    "error", [b'data: {"error":{"message":"x"}}\n\n', b"event: error\ndata: {}\n\n"]
+)
+def test_an_error_in_a_stream_is_a_failure(error: bytes) -> None:
+    record = serve(answering(200, b"data: 1\n\n", error))
+    assert (record.outcome, record.error_code) == ("failed", "internal_error")
+
+
+def test_who_leaves_after_the_answer_was_answered() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await answering(200)(scope, receive, send)
+        await receive()
+
+    assert serve(app).outcome == "answered"
+
+
+def test_who_leaves_before_it_was_not() -> None:
+    async def app(_scope: Scope, receive: Receive, _send: Send) -> None:
+        await receive()
+
+    record = serve(app)
+    assert (record.outcome, record.left_in) == ("cancelled", Stage.UPLOAD)
+
+
+@pytest.mark.parametrize(
+    ("value", "trace_id"),
+    [
+        (f"00-{TRACE}-00f067aa0ba902b7-01", TRACE),
+        (f"00-{TRACE}-00f067aa0ba902b7-00", TRACE),
+        (f"00-{'0' * 32}-00f067aa0ba902b7-01", None),
+        ("nonsense", None),
+    ],
+)
+def test_the_trace_is_known_also_where_nothing_is_traced(value: str, trace_id: str | None) -> None:
+    headers = [(b"traceparent", value.encode())]
+    assert serve(answering(200), headers=headers).trace_id == trace_id
+    assert serve(answering(200)).trace_id is None
+
+
+def test_several_headers_of_a_trace_are_one() -> None:
+    headers = [(b"tracestate", b"a=1"), (b"x", b"y"), (b"tracestate", b"b=2")]
+    assert tracing._context_headers({"headers": headers}) == {"tracestate": "a=1,b=2"}
+
+
+@dataclass
+class Output:
+    """What the engine says of a step of a request."""
+
+    request_id: str
+    new_token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    ec_transfer_params: None = None
+
+
+def test_an_answer_is_generated_until_the_last_of_it_is() -> None:
+    outcomes, record = Outcomes(), Record()
+    record.timeline.begin(Stage.ENGINE_QUEUE, record.timeline.start)
+    for name in ("1", "2"):
+        outcomes._records[name] = record
+        record.under_way.add(name)
+
+    def step(name: str, left: dict[str, Any]) -> None:
+        state = SimpleNamespace(stats=None)
+        outcomes._follow([Output(name, [7], FinishReason.STOP)], [state], left)  # type: ignore[list-item]
+
+    step("1", {"2": None})
+    assert not record.timeline.began(Stage.RESPOND)
+    step("2", {})
+    assert record.timeline.began(Stage.RESPOND)
+    assert record.completion_tokens == 2
+
+
+def test_a_compressed_stream_is_left_as_it_is() -> None:
+    sent: list[Message] = []
+    serve(answering(200, b"\x1f\x8b", headers=[*EVENTS, (b"content-encoding", b"gzip")]), sent)
+    assert [message.get("body", b"") for message in sent[1:]] == [b"\x1f\x8b", b""]
+
+
+def test_what_fails_here_does_not_fail_the_request(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("server.http.observe._measure", lambda *_: 1 / 0)
+    sent: list[Message] = []
+    with caplog.at_level(logging.ERROR, "saccade"):
+        serve(answering(200, b"data: 1\n\n"), sent)
+    assert len(sent) == 3
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_what_cannot_be_followed_does_not_end_the_engine(caplog: pytest.LogCaptureFixture) -> None:
+    outcomes, record = Outcomes(), Record()
+    outcomes._records["1"] = record
+    outputs: Any = [Output("1", [7])]
+    with caplog.at_level(logging.ERROR, "saccade"):
+        result = outcomes._process(lambda outputs: "result", {"1": object()}, outputs)
+    assert result == "result"
+    assert "AttributeError" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--log-format", "json", "--log-config-file", "x.json"], "configured by a file"),
+        (["--otlp-traces-endpoint", "http://x", "--disable-log-stats"], "--disable-log-stats"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(
+    flags: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(flags)
+    assert ended.value.code == 2
+    assert reason in capsys.readouterr().err

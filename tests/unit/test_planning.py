@@ -1,0 +1,64 @@
+"""Which cap is named as the one that made an image smaller."""
+
+import asyncio
+
+import pytest
+
+from server.engine.planning import Cap, ImagePlanner
+from server.imaging.header import Header
+from server.imaging.sizing import NativeResolution
+from server.imaging.tokens import Count, MeasuredTokens, TokenRule
+from server.imaging.tokens.qwen import QwenTokens
+from server.ingest.encoded import EncodedImage, ImageOptions
+
+NATIVE = QwenTokens(NativeResolution(28, 56 * 56, 28 * 28 * 16384))
+MEASURED = MeasuredTokens(lambda width, height: Count(*[width * height // 28**2] * 2))
+# 100 tokens under both rules.
+SIDE = 280
+
+
+def image(options: ImageOptions) -> EncodedImage:
+    return EncodedImage(b"", "", "", Header("PNG", SIDE, SIDE, 1, False), options)
+
+
+@pytest.mark.parametrize("rule", [NATIVE, MEASURED], ids=["native", "measured"])
+@pytest.mark.parametrize(
+    ("server", "budget", "options", "named"),
+    [
+        (None, None, ImageOptions(), "none"),
+        (200, 200, ImageOptions(max_tokens=200), "none"),
+        (50, None, ImageOptions(), "server"),
+        (50, None, ImageOptions(max_tokens=80), "server"),
+        (80, None, ImageOptions(max_tokens=50), "image"),
+        (None, None, ImageOptions(max_tokens=50), "image"),
+        (None, 50, ImageOptions(), "request"),
+    ],
+)
+def test_the_cap_at_work(
+    rule: TokenRule, server: int | None, budget: int | None, options: ImageOptions, named: Cap
+) -> None:
+    planner, shown = ImagePlanner(lambda _: rule, server), image(options)
+    (plan,) = asyncio.run(planner.plan([shown], budget, {}))
+    if plan is None:  # what is not limited is not measured
+        assert named == "none"
+        return
+    assert (plan.tokens < 100) == (named != "none")
+    assert planner.cap_at_work(shown, plan, budget, {}) == named
+
+
+@pytest.mark.parametrize(
+    ("server", "budget", "options", "named"),
+    [
+        (80, 50, ImageOptions(), "request"),
+        (50, 80, ImageOptions(), "server"),
+        (None, 50, ImageOptions(max_tokens=80), "request"),
+        (90, 80, ImageOptions(max_tokens=50), "image"),
+    ],
+)
+def test_of_several_caps_the_one_that_binds(
+    server: int | None, budget: int, options: ImageOptions, named: Cap
+) -> None:
+    planner, shown = ImagePlanner(lambda _: NATIVE, server), image(options)
+    (plan,) = asyncio.run(planner.plan([shown], budget, {}))
+    assert plan is not None
+    assert planner.cap_at_work(shown, plan, budget, {}) == named

@@ -1,0 +1,465 @@
+"""The token rules against vLLM: what is planned for a picture is what its processor then makes."""
+
+import functools
+import inspect
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.feature_extraction_utils import BatchFeature
+from vllm.multimodal.inputs import MultiModalKwargsItems
+
+from server.engine import token_rules
+from server.errors import ImageAspectRatio, ImageTokenCap, InvalidImage
+from server.imaging.sizing import Size
+from server.imaging.tokens import Count, ImagePlan, TokenRule
+from tests import families
+
+Options = Mapping[str, Any]
+
+# Tiny, odd, prime, round, of extreme shape, and large.
+SIZES: list[Size] = [
+    (1, 1), (3, 2), (13, 17), (112, 112), (113, 111), (224, 112), (97, 331), (347, 251),
+    (640, 480), (480, 641), (400, 100), (1009, 211), (131, 1201), (1600, 7), (9, 1800), (1, 1248),
+    (1153, 944), (2000, 1500),
+]  # fmt: skip
+
+# Each family as it is published, and with options of the server's that change what is counted.
+PAN_AND_SCAN = {
+    "do_pan_and_scan": True,
+    "pan_and_scan_min_crop_size": 64,
+    "pan_and_scan_max_num_crops": 4,
+    "pan_and_scan_min_ratio_to_activate": 1.2,
+}
+MODELS: dict[str, tuple[str, Options]] = {
+    **{family: (family, {}) for family in [*families.FAMILIES, *families.PREPROCESSED]},
+    "qwen2_vl, fewer pixels": ("qwen2_vl", {"min_pixels": 15_680, "max_pixels": 70_560}),
+    "qwen3_vl, fewer pixels": ("qwen3_vl", {"min_pixels": 5000, "max_pixels": 99_999}),
+    "gemma3, pan and scan": ("gemma3", PAN_AND_SCAN),
+    "idefics3, larger": ("idefics3", {"size": {"longest_edge": 7 * 112}}),
+    "idefics3, unsplit": ("idefics3", {"do_image_splitting": False}),
+    "internvl, fewer tiles": ("internvl", {"max_patches": 5, "min_patches": 2}),
+    "internvl, uncropped": ("internvl", {"crop_to_patches": False}),
+    "internvl_chat, fewer tiles": ("internvl_chat", {"max_dynamic_patch": 7}),
+    "internvl_chat, no thumbnail": ("internvl_chat", {"use_thumbnail": False}),
+    "internvl_chat, one tile": ("internvl_chat", {"dynamic_image_size": False}),
+    "qwen2_5_vl, smaller": ("qwen2_5_vl", {"size": {"shortest_edge": 9, "longest_edge": 60_000}}),
+    "mistral3, smaller": ("mistral3", {"size": {"longest_edge": 299}}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Stand-ins for missing packages; and one thread, as in the workers."""
+    path = str(families.import_stubs(tmp_path_factory.mktemp("stubs")))
+    sys.path.insert(0, path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    sys.path.remove(path)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@functools.cache
+def processor(model: str, checkpoints: Path) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    family, options = MODELS[model]
+    args = AsyncEngineArgs(
+        model=str(families.build(family, checkpoints)),
+        dtype="float32",
+        max_model_len=4096,
+        mm_processor_kwargs=dict(options),
+        trust_remote_code=family == "internvl_chat",
+    )
+    return MULTIMODAL_REGISTRY.create_processor(args.create_model_config())
+
+
+@functools.cache
+def rule(model: str, checkpoints: Path) -> TokenRule:
+    found = token_rules.token_rule(processor(model, checkpoints), {})
+    assert found is not None
+    return found
+
+
+def caps(rule: TokenRule, natural: int, fewest: int) -> list[int]:
+    """Just what is possible, just less than the picture takes, and some between."""
+    between = [fewest + (natural - fewest) * part // 4 for part in (1, 2, 3)]
+    wanted = {fewest, fewest + 1, *between, rule.low, natural - 1, natural}
+    return sorted(cap for cap in wanted if fewest <= cap <= natural)
+
+
+def counted(processor: Any, width: int, height: int, plan: ImagePlan) -> Count:
+    return token_rules.count(processor, *(plan.resize or (width, height)), plan.options)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_plans_are_what_the_engine_uses(model: str, checkpoints: Path) -> None:
+    chosen, real = rule(model, checkpoints), processor(model, checkpoints)
+    check_sizes(chosen, real, SIZES)
+
+
+def check_sizes(chosen: TokenRule, real: Any, sizes: list[Size]) -> None:
+    measured = functools.cache(lambda size, options: token_rules.count(real, *size, dict(options)))
+    for width, height in sizes:
+        try:
+            natural = chosen.plan(width, height)
+        except ImageAspectRatio:
+            with pytest.raises((ValueError, RuntimeError)):
+                token_rules.count(real, width, height, {})
+            continue
+        assert natural.resize is None
+        assert natural.options == {}
+        fewest = chosen.fewest(width, height)
+        assert chosen.least <= fewest <= natural.tokens
+        assert chosen.most is not None
+        assert natural.tokens <= chosen.most
+        with pytest.raises(ImageTokenCap):
+            chosen.plan(width, height, fewest - 1)
+        for cap in [None, *caps(chosen, natural.tokens, fewest)]:
+            plan = chosen.plan(width, height, cap)
+            options = tuple((name, _frozen(value)) for name, value in plan.options.items())
+            real_count = measured(plan.resize or (width, height), options)
+            assert real_count == (plan.tokens, plan.prompt_tokens), (width, height, cap, plan)
+            assert cap is None or plan.tokens <= cap
+            if cap is not None and cap >= natural.tokens:
+                assert plan == natural
+
+
+def _frozen(value: Any) -> Any:
+    return _Frozen(value) if isinstance(value, dict) else value
+
+
+class _Frozen(dict[str, Any]):
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(self.items()))
+
+
+# ------------------------------------------------------------------ the placeholders in a prompt
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_placeholders_in_a_prompt(model: str, checkpoints: Path) -> None:
+    from vllm.multimodal.processing import ProcessorInputs, TimingContext
+
+    chosen, real = rule(model, checkpoints), processor(model, checkpoints)
+    text = real.dummy_inputs.get_dummy_text({"image": 1})
+    tokens = real.info.get_tokenizer().encode("what?" + text + "why?", add_special_tokens=False)
+    width, height = 530, 301
+    for cap in (None, max(chosen.fewest(width, height), chosen.plan(width, height).tokens - 1)):
+        plan = chosen.plan(width, height, cap)
+        image = Image.new("RGB", plan.resize or (width, height))
+        inputs = ProcessorInputs(
+            list(tokens),
+            real.info.parse_mm_data({"image": [image]}),
+            hf_processor_mm_kwargs=plan.options,
+        )
+        (placeholder,) = real.apply(inputs, TimingContext())["mm_placeholders"]["image"]
+        assert placeholder.get_num_embeds() == plan.tokens
+        assert placeholder.length == plan.prompt_tokens
+
+
+# ------------------------------------------------------------------ what the encoder sees
+
+SHAPES: list[Size] = [(347, 251), (113, 560), (900, 300), (61, 59)]
+
+
+def features(processor: Any, image: Image.Image, options: Options) -> Any:
+    items = processor.info.parse_mm_data({"image": [image]})
+    outputs = BatchFeature(dict(processor._apply_hf_processor_main(items, options)))
+    fields = processor._get_mm_fields_config(outputs, options)
+    item = MultiModalKwargsItems.from_hf_inputs(outputs, fields)["image"][0]
+    for name, part in item.items():
+        assert _elements(part.data) == _elements(outputs[name]), name  # nothing is left over
+    return item
+
+
+def _elements(data: Any) -> int:
+    if isinstance(data, torch.Tensor):
+        return data.numel()
+    return sum(map(_elements, data))
+
+
+def seen(model: str, item: Any, plan: ImagePlan) -> Size:
+    """(width, height) of what the encoder is given, from the features themselves."""
+    family = model.partition(",")[0]
+    if family.startswith("qwen"):
+        patch = 16 if family == "qwen3_vl" else 14
+        _, rows, columns = item["image_grid_thw"].data.tolist()
+        return columns * patch, rows * patch
+    pixels = item["pixel_values_flat" if family == "internvl_chat" else "pixel_values"].data
+    if family in ("llava_next", "llava_onevision"):
+        return white(pixels, plan)
+    height, width = pixels.shape[-2:]
+    tiles = 1 if pixels.ndim == 3 or family == "gemma3" else len(pixels)
+    if tiles == 1:
+        return width, height
+    columns, rows = plan.processed[0] // width, plan.processed[1] // height
+    thumbnail = model != "internvl_chat, no thumbnail"
+    assert columns * rows + thumbnail == tiles
+    return columns * width, rows * height
+
+
+def white(tiles: torch.Tensor, plan: ImagePlan) -> Size:
+    """The size of a white picture in the tiles of a grid, after the base view."""
+    side = tiles.shape[-1]
+    for rows in range(1, len(tiles)):
+        columns = (len(tiles) - 1) // rows
+        if rows * columns == len(tiles) - 1:
+            canvas = tiles[1:, 0].reshape(rows, columns, side, side).permute(0, 2, 1, 3)
+            bright = (canvas.reshape(rows * side, columns * side) > 0).numpy()
+            down, across = bright.any(axis=1).nonzero()[0], bright.any(axis=0).nonzero()[0]
+            filled = bright[np.ix_(down, across)].all()
+            centred = abs(int(down[0]) - (rows * side - 1 - int(down[-1]))) <= 1
+            if filled and centred and len(down) == down[-1] - down[0] + 1:
+                size = len(across), len(down)
+                if size == plan.processed:
+                    return size
+    return 0, 0
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_processed_is_what_the_encoder_sees(model: str, checkpoints: Path) -> None:
+    chosen, real = rule(model, checkpoints), processor(model, checkpoints)
+    for width, height in SHAPES:
+        natural = chosen.plan(width, height)
+        fewest = chosen.fewest(width, height)
+        for cap in {None, fewest, (fewest + natural.tokens) // 2}:
+            plan = chosen.plan(width, height, cap)
+            image = Image.new("RGB", plan.resize or (width, height), "white")
+            assert seen(model, features(real, image, plan.options), plan) == plan.processed
+
+
+@pytest.mark.parametrize("size", [(347, 251), (251, 347), (400, 112), (113, 500), (640, 640)])
+def test_region_is_where_the_crop_was(size: Size, checkpoints: Path) -> None:
+    """LLaVA-1.5 sees the middle: a ramp of brightness tells which part came through."""
+    chosen, real = rule("llava", checkpoints), processor("llava", checkpoints)
+    width, height = size
+    plan = chosen.plan(width, height)
+    x, y = np.meshgrid(np.arange(width) / width, np.arange(height) / height)
+    pixels = np.stack([x * 255, y * 255, 0 * x], axis=-1).astype(np.uint8)
+    made = features(real, Image.fromarray(pixels), {})["pixel_values"].data.numpy()
+    means, deviations = (0.48145466, 0.4578275), (0.26862954, 0.26130258)
+    for channel, side in ((0, width), (1, height)):
+        shown = (made[channel] * deviations[channel] + means[channel]) * side
+        along = shown.mean(axis=0 if channel == 0 else 1)
+        expected = [plan.original(i + 0.5, i + 0.5)[channel] for i in range(112)]
+        assert np.abs(along[2:-2] - np.array(expected)[2:-2]).max() < 0.02 * side
+
+
+@pytest.mark.parametrize("model", ["internvl", "internvl_chat", "idefics3", "smolvlm"])
+def test_tiles_lie_as_planned(model: str, checkpoints: Path) -> None:
+    """Put together row by row, the tiles give the ramps of brightness across and down."""
+    chosen, real = rule(model, checkpoints), processor(model, checkpoints)
+    for width, height in SHAPES:
+        x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+        image = Image.fromarray(np.stack([x, y, 0 * x], axis=-1).astype(np.uint8))
+        natural = chosen.plan(width, height)
+        for plan in (natural, chosen.plan(width, height, max(natural.tokens - 1, chosen.least))):
+            item = features(real, image, plan.options)
+            tiles = item["pixel_values_flat" if model == "internvl_chat" else "pixel_values"].data
+            side = tiles.shape[-1]
+            columns, rows = plan.processed[0] // side, plan.processed[1] // side
+            canvas = tiles[: rows * columns, :2].reshape(rows, columns, 2, side, side)
+            canvas = canvas.permute(2, 0, 3, 1, 4).reshape(2, rows * side, columns * side)
+            across, down = canvas[0].mean(dim=0).diff(), canvas[1].mean(dim=1).diff()
+            assert across.min() > -0.02
+            assert down.min() > -0.02
+
+
+# ------------------------------------------------------------------ the settings as published
+
+PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
+    "qwen2_vl": {"preprocessor_config": {"max_pixels": 28 * 28 * 16384}},
+    "qwen3_vl": {
+        "preprocessor_config": {"size": {"shortest_edge": 256**2, "longest_edge": 4096**2}},
+    },
+    "pixtral": {
+        "config": {"vision_config": {"image_size": 1024}},
+        "preprocessor_config": {"size": {"longest_edge": 1024}},
+    },
+    "mistral3": {"preprocessor_config": {"size": {"longest_edge": 1540}}},
+    "llava_next": {
+        "config": {
+            "vision_config": {"image_size": 336},
+            "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+        },
+        "preprocessor_config": {
+            "size": {"shortest_edge": 336},
+            "crop_size": {"height": 336, "width": 336},
+            "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+        },
+    },
+    "llava_onevision": {
+        "config": {
+            "vision_config": {"image_size": 384},
+            "image_grid_pinpoints": [[384 * i, 384 * j] for i in range(1, 7) for j in range(1, 7)],
+        },
+        "preprocessor_config": {
+            "size": {"height": 384, "width": 384},
+            "image_grid_pinpoints": [[384 * i, 384 * j] for i in range(1, 7) for j in range(1, 7)],
+        },
+    },
+    "internvl": {
+        "preprocessor_config": {"size": {"height": 448, "width": 448}},
+        "processor_config": {"image_seq_length": 256},
+    },
+    "internvl_chat": {"config": {"vision_config": {"image_size": 448}}},
+    "idefics3": {
+        "preprocessor_config": {
+            "size": {"longest_edge": 4 * 364},
+            "max_image_size": {"longest_edge": 364},
+        },
+        "processor_config": {"image_seq_len": 169},
+    },
+    "smolvlm": {
+        "preprocessor_config": {
+            "size": {"longest_edge": 4 * 512},
+            "max_image_size": {"longest_edge": 512},
+        },
+        "processor_config": {"image_seq_len": 64},
+    },
+    "gemma3": {
+        "preprocessor_config": {
+            "size": {"height": 896, "width": 896},
+            "do_pan_and_scan": True,
+            "pan_and_scan_min_crop_size": 256,
+            "pan_and_scan_max_num_crops": 4,
+            "pan_and_scan_min_ratio_to_activate": 1.2,
+        },
+        "processor_config": {"image_seq_length": 256},
+    },
+}
+"""What the large models set otherwise than the tiny checkpoints, file by file."""
+
+
+@functools.cache
+def published(family: str, checkpoints: Path) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    model = checkpoints / "published" / family
+    shutil.copytree(families.build(family, checkpoints), model)
+    for name, changes in PUBLISHED[family].items():
+        file = model / f"{name}.json"
+        content = json.loads(file.read_text())
+        for key, value in changes.items():
+            nested = key == "vision_config"
+            content[key] = {**content[key], **value} if nested else value
+        file.write_text(json.dumps(content))
+    args = AsyncEngineArgs(model=str(model), trust_remote_code=True, max_model_len=4096)
+    return MULTIMODAL_REGISTRY.create_processor(args.create_model_config())
+
+
+def predicted(real: Any, width: int, height: int, options: Options) -> int:
+    """vLLM's own prediction, which runs no processor."""
+    count = real.info.get_num_image_tokens
+    wanted = inspect.signature(count).parameters
+    possible = {
+        "image_width": width,
+        "image_height": height,
+        "mm_kwargs": options,
+        "processor": hf_processor(real, json.dumps(options)),
+        "image_processor": hf_processor(real, json.dumps(options)).image_processor,
+    }
+    return int(count(**{name: possible[name] for name in wanted}))
+
+
+@functools.cache
+def hf_processor(real: Any, options: str) -> Any:
+    return real.info.get_hf_processor(**json.loads(options))
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_published_settings(family: str, checkpoints: Path) -> None:
+    """Many sizes, at the real sizes of tiles."""
+    real = published(family, checkpoints)
+    chosen = token_rules.token_rule(real, {})
+    assert chosen is not None
+    random = Random(family)
+    sizes = [tuple(random.randint(200, 3000) for _ in "wh") for _ in range(250)]
+    sizes += [tuple(int(10 ** random.uniform(0, 3.8)) for _ in "wh") for _ in range(150)]
+    for width, height in sizes:
+        try:
+            natural = chosen.plan(width, height)
+        except ImageAspectRatio:
+            continue
+        assert predicted(real, width, height, {}) == natural.tokens, (width, height)
+        fewest = chosen.fewest(width, height)
+        for cap in (fewest, random.randint(fewest, natural.tokens), natural.tokens - 1):
+            if cap >= fewest:
+                plan = chosen.plan(width, height, cap)
+                size = plan.resize or (width, height)
+                tokens = predicted(real, *size, plan.options)
+                assert tokens == plan.tokens <= cap, (width, height, cap)
+
+
+# ------------------------------------------------------------------ which rule a model has
+
+
+def test_options_of_the_request(checkpoints: Path) -> None:
+    real = processor("qwen2_vl", checkpoints)
+    chosen = token_rules.token_rule(real, {"max_pixels": 28 * 28 * 50})
+    assert chosen is not None
+    assert chosen.most == max(50, 100)
+    assert chosen.plan(1000, 1000).tokens <= 50
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("qwen2_vl", {"do_resize": False}),
+        ("internvl_chat", {"min_dynamic_patch": 2}),
+        ("idefics3", {"max_image_size": {"longest_edge": 111}}),
+        ("llava_next", {"image_grid_pinpoints": [[112, 112]]}),
+        ("llava", {"do_center_crop": False}),
+    ],
+)
+def test_what_a_rule_does_not_foresee(model: str, options: Options, checkpoints: Path) -> None:
+    assert token_rules.token_rule(processor(model, checkpoints), options) is None
+
+
+def test_unknown_processor(checkpoints: Path) -> None:
+    real = processor("llava_next", checkpoints)
+    renamed = type("OtherProcessor", (type(real),), {})
+    other = renamed(real.info, real.dummy_inputs)
+    assert token_rules.token_rule(other, {}) is None
+
+
+@pytest.mark.parametrize("model", ["llava_next", "qwen2_vl", "pixtral", "idefics3"])
+def test_measured(model: str, checkpoints: Path) -> None:
+    chosen, real = rule(model, checkpoints), processor(model, checkpoints)
+    measured = token_rules.measured_rule(real, {})
+    for width, height in [(500, 333), (97, 331)]:
+        natural = chosen.plan(width, height)
+        plan = measured.plan(width, height)
+        assert (plan.tokens, plan.prompt_tokens) == (natural.tokens, natural.prompt_tokens)
+        fewest = measured.fewest(width, height)
+        if fewest == natural.tokens:  # resizing changes nothing
+            with pytest.raises(ImageTokenCap):
+                measured.plan(width, height, fewest - 1)
+            continue
+        for cap in (fewest, (fewest + natural.tokens) // 2, natural.tokens - 1):
+            plan = measured.plan(width, height, cap)
+            assert plan.tokens <= cap
+            assert counted(real, width, height, plan) == (plan.tokens, plan.prompt_tokens)
+
+
+def test_measured_refuses_what_the_processor_refuses(checkpoints: Path) -> None:
+    measured = token_rules.measured_rule(processor("qwen2_vl", checkpoints), {})
+    with pytest.raises(InvalidImage):
+        measured.plan(1000, 2)

@@ -1,0 +1,494 @@
+"""The arithmetic of image tokens: the numbers of the literature, and what holds for every size."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+
+from server.errors import ImageAspectRatio, ImageTokenCap
+from server.imaging.sizing import BestGrid, NativeResolution, Size
+from server.imaging.tokens import (
+    Claim,
+    Count,
+    Detail,
+    MeasuredTokens,
+    TokenRule,
+    detail_cap,
+    kv_bytes_per_token,
+    plan_together,
+    share,
+)
+from server.imaging.tokens.anyres import AnyResTokens
+from server.imaging.tokens.fixed import FixedTokens
+from server.imaging.tokens.gemma import GemmaTokens, PanAndScan
+from server.imaging.tokens.idefics import IdeficsTokens
+from server.imaging.tokens.internvl import InternVLTokens
+from server.imaging.tokens.pixtral import PixtralTokens
+from server.imaging.tokens.qwen import QwenTokens
+
+
+def tags(tokens: int) -> Callable[[int, int], int]:
+    """As a tokenizer may count: two tags a tile, a line break a row."""
+    return lambda rows, columns: (rows * columns + 1) * (tokens + 2) + rows + 1
+
+
+# As they are published.
+QWEN2 = QwenTokens(NativeResolution(28, 56 * 56, 28 * 28 * 16384))
+QWEN3 = QwenTokens(NativeResolution(32, 256 * 256, 4096 * 4096))
+PIXTRAL = PixtralTokens(16, 1024)
+MISTRAL3 = PixtralTokens(28, 1540)
+LLAVA = FixedTokens("llava", 576, 576, (336, 336), 336)
+PALIGEMMA = FixedTokens("paligemma", 1024, 1025, (448, 448))
+LLAVA_NEXT = AnyResTokens(
+    "llava_next",
+    BestGrid(((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))),
+    tile=336,
+    side=24,
+    base=576,
+)
+ONEVISION = AnyResTokens(
+    "llava_onevision",
+    BestGrid(tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7))),
+    tile=384,
+    side=27,
+    base=729,
+    shrinks=True,
+)
+INTERNVL = InternVLTokens((448, 448), 256, 1, 12, True, "max_patches")
+IDEFICS3 = IdeficsTokens(364, 4 * 364, 169, tags(169))
+SMOLVLM = IdeficsTokens(512, 4 * 512, 64, tags(64))
+GEMMA3 = GemmaTokens((896, 896), 256, lambda crops: 260 * (1 + crops), PanAndScan(256, 4, 1.2))
+
+RULES: dict[str, TokenRule] = {
+    "qwen2": QWEN2,
+    "qwen2, few pixels": QwenTokens(NativeResolution(28, 28 * 28 * 4, 28 * 28 * 60)),
+    "qwen3": QWEN3,
+    "pixtral": PIXTRAL,
+    "mistral3": MISTRAL3,
+    "pixtral, odd edge": PixtralTokens(16, 1000),
+    "llava": LLAVA,
+    "paligemma": PALIGEMMA,
+    "llava_next": LLAVA_NEXT,
+    "llava_onevision": ONEVISION,
+    "internvl": INTERNVL,
+    "internvl, no thumbnail": InternVLTokens((448, 448), 256, 1, 6, False, "max_patches"),
+    "idefics3": IDEFICS3,
+    "smolvlm": SMOLVLM,
+    "gemma3": GEMMA3,
+}
+
+
+# ------------------------------------------------------------------ the literature's numbers
+
+
+@pytest.mark.parametrize(
+    ("size", "patches"),
+    [
+        ((224, 224), 256), ((336, 336), 576), ((448, 448), 1024), ((672, 672), 2304),
+        ((896, 896), 4096), ((1344, 1344), 9216), ((1568, 784), 6272),
+    ],
+)  # fmt: skip
+def test_patches_of_14_pixels(size: Size, patches: int) -> None:
+    rule = QwenTokens(NativeResolution(14, 14 * 14, 14 * 14 * 10_000))
+    assert rule.plan(*size).tokens == patches
+    assert PixtralTokens(14, 2000).plan(*size).tokens == patches
+    merged = QWEN2.plan(*size)  # two by two
+    assert merged.tokens == patches // 4
+    assert merged.processed == size
+
+
+@pytest.mark.parametrize(
+    ("rule", "size", "tokens", "processed"),
+    [
+        (QWEN2, (1, 1), 4, (56, 56)),
+        (QWEN2, (1000, 700), 36 * 25, (1008, 700)),
+        (QWEN2, (8000, 6000), 147 * 110, (4116, 3080)),
+        (QWEN3, (100, 100), 64, (256, 256)),
+        (QWEN3, (1920, 1080), 60 * 34, (1920, 1088)),
+        (PIXTRAL, (1024, 1024), 4096, (1024, 1024)),
+        (PIXTRAL, (2048, 1024), 2048, (1024, 512)),
+        (PIXTRAL, (17, 16), 2, (32, 16)),
+        (MISTRAL3, (1540, 1540), 55 * 55, (1540, 1540)),
+        (LLAVA_NEXT, (672, 672), 576 + 48 * 48 + 48, (672, 672)),
+        (LLAVA_NEXT, (336, 336), 576 + 24 * 24 + 24, (336, 336)),
+        (LLAVA_NEXT, (1344, 672), 576 + 24 * 48 + 24, (672, 336)),
+        (ONEVISION, (384, 384), 729 + 27 * 27 + 27, (384, 384)),
+        (ONEVISION, (2304, 2304), 729 + 81 * 81 + 81, (2304, 2304)),
+        (INTERNVL, (448, 448), 256, (448, 448)),
+        (INTERNVL, (896, 448), 3 * 256, (896, 448)),
+        (INTERNVL, (4000, 3000), 13 * 256, (1792, 1344)),
+        (IDEFICS3, (3000, 3000), 17 * 169, (1456, 1456)),
+        (IDEFICS3, (1000, 250), 5 * 169, (1456, 364)),
+        (SMOLVLM, (1600, 1200), 13 * 64, (2048, 1536)),
+        (GEMMA3, (896, 896), 256, (896, 896)),
+        (GEMMA3, (2000, 1000), 3 * 256, (896, 896)),
+        (LLAVA, (4000, 3000), 576, (336, 336)),
+    ],
+)
+def test_tokens(rule: TokenRule, size: Size, tokens: int, processed: Size) -> None:
+    plan = rule.plan(*size)
+    assert (plan.tokens, plan.processed) == (tokens, processed)
+    assert (plan.resize, plan.options) == (None, {})
+
+
+def test_the_prompt_around_the_tokens() -> None:
+    assert PIXTRAL.plan(160, 320).prompt_tokens == (10 + 1) * 20
+    assert INTERNVL.plan(448, 448).prompt_tokens == 256 + 2
+    assert IDEFICS3.plan(1456, 728).prompt_tokens == 9 * 171 + 3
+    assert IDEFICS3.plan(1456, 728, 169).prompt_tokens == 171 + 1
+    assert GEMMA3.plan(2000, 1000).prompt_tokens == 3 * 260
+    assert PALIGEMMA.plan(10, 10).prompt_tokens == 1025
+
+
+@pytest.mark.parametrize(
+    ("rule", "most"),
+    [
+        (QWEN2, 16384), (QWEN3, 16384), (PIXTRAL, 4096), (MISTRAL3, 3025), (LLAVA, 576),
+        (LLAVA_NEXT, 2928), (INTERNVL, 3328), (IDEFICS3, 2873), (SMOLVLM, 1088), (GEMMA3, 1280),
+        (ONEVISION, 8829),
+    ],
+)  # fmt: skip
+def test_most(rule: TokenRule, most: int) -> None:
+    assert rule.most == rule.high == most
+
+
+def test_most_of_onevision_is_nearly_reached() -> None:
+    """By a picture that is just not shrunk; vLLM's own worst case is this one, lying."""
+    assert ONEVISION.plan(944, 1153).tokens == 729 + 98 * 81 + 98
+
+
+def test_kv_bytes() -> None:
+    assert kv_bytes_per_token(32, 8, 128, 2) == 128 * 1024  # Llama-3.1-8B, fp16
+    assert kv_bytes_per_token(32, 8, 128, 2) * 576 == 72 * 2**20
+    assert kv_bytes_per_token(32, 32, 128, 2) == 512 * 1024  # a 7B model without grouped heads
+
+
+# ------------------------------------------------------------------ caps, family by family
+
+
+@pytest.mark.parametrize(
+    ("rule", "size", "cap", "tokens", "processed"),
+    [
+        (QWEN2, (2000, 2000), 256, 256, (448, 448)),
+        (QWEN2, (4000, 3000), 1000, 36 * 27, (1008, 756)),
+        (QWEN2, (5600, 28), 100, 100, (2800, 28)),
+        (QWEN2, (500, 500), 1, 1, (28, 28)),
+        (QWEN3, (100, 100), 20, 9, (96, 96)),
+        (PIXTRAL, (1024, 1024), 1000, 31 * 31, (496, 496)),
+        (PIXTRAL, (4000, 10), 30, 30, (480, 16)),
+        (LLAVA_NEXT, (1000, 1000), 2000, 1176, (336, 336)),
+        (LLAVA_NEXT, (4000, 3000), 2000, 576 + 24 * 32 + 24, (448, 336)),
+        (ONEVISION, (4000, 3000), 5000, 729 + 54 * 73 + 54, (1024, 768)),
+        (INTERNVL, (4000, 3000), 3327, 7 * 256, (3 * 448, 2 * 448)),
+        (INTERNVL, (4000, 3000), 600, 256, (448, 448)),
+        (IDEFICS3, (3000, 3000), 2872, 10 * 169, (1092, 1092)),
+        (IDEFICS3, (3000, 3000), 845, 5 * 169, (728, 728)),
+        (IDEFICS3, (3000, 3000), 300, 169, (364, 364)),
+        (GEMMA3, (4000, 1000), 1000, 3 * 256, (896, 896)),
+        (GEMMA3, (4000, 1000), 767, 256, (896, 896)),
+    ],
+)
+def test_capped(rule: TokenRule, size: Size, cap: int, tokens: int, processed: Size) -> None:
+    plan = rule.plan(*size, cap)
+    assert (plan.tokens, plan.processed) == (tokens, processed)
+    assert plan.region == (0, 0, *size)
+
+
+def test_how_a_cap_is_met() -> None:
+    """By a size that the processor leaves alone, or by an option with few values."""
+    assert QWEN2.plan(2000, 2000, 256).resize == (448, 448)
+    assert QWEN2.plan(2000, 2000, 256).options == {}
+    tiny = QWEN3.plan(2000, 2000, 20)
+    assert tiny.resize == (128, 128)
+    assert tiny.options == {"min_pixels": 1024, "max_pixels": 4096 * 4096}
+    assert PIXTRAL.plan(2000, 1000, 100).resize == PIXTRAL.plan(2000, 1000, 100).processed
+    assert LLAVA_NEXT.plan(1000, 1000, 2000).resize == (336, 336)
+    assert INTERNVL.plan(4000, 3000, 2000).options == {"max_patches": 6}
+    assert IDEFICS3.plan(3000, 3000, 845).options == {"size": {"longest_edge": 728}}
+    assert GEMMA3.plan(4000, 1000, 1000).options == {"pan_and_scan_max_num_crops": 2}
+    assert GEMMA3.plan(4000, 1000, 256).options == {"do_pan_and_scan": False}
+
+
+@pytest.mark.parametrize(
+    ("rule", "size"),
+    [(QWEN2, (10_000, 49)), (QWEN3, (1, 201)), (PIXTRAL, (5000, 2)), (MISTRAL3, (1, 1541))],
+)
+def test_extreme_shapes(rule: TokenRule, size: Size) -> None:
+    for cap in (None, 100):
+        with pytest.raises(ImageAspectRatio):
+            rule.plan(*size, cap)
+    with pytest.raises(ImageAspectRatio):
+        rule.fewest(*size)
+
+
+@pytest.mark.parametrize("rule", [LLAVA, PALIGEMMA])
+def test_fixed_families_cannot_be_lowered(rule: FixedTokens) -> None:
+    assert rule.plan(50, 50, rule.tokens) == rule.plan(50, 50)
+    with pytest.raises(ImageTokenCap, match=f"at least {rule.tokens} tokens"):
+        rule.plan(50, 50, rule.tokens - 1)
+
+
+def test_regions() -> None:
+    assert PALIGEMMA.plan(600, 300).region == (0, 0, 600, 300)
+    assert LLAVA.plan(600, 300).region == (150, 0, 450, 300)  # the middle square
+    assert LLAVA.plan(300, 600).region == (0, 150, 300, 450)
+    assert LLAVA.plan(600, 300).original(168, 336) == (300, 300)
+    padded = FixedTokens("padded", 1, 1, (400, 400), 200).plan(200, 200)
+    assert padded.region == (-100, -100, 300, 300)
+    assert QWEN2.plan(2000, 1000, 100).original(0, 0) == (0, 0)
+    capped = QWEN2.plan(2000, 1000, 100)
+    assert capped.original(*capped.processed) == (2000, 1000)
+
+
+# ------------------------------------------------------------------ what holds for every picture
+
+sides = st.integers(1, 3000) | st.integers(1, 30_000) | st.sampled_from([28, 336, 384, 448, 1024])
+
+
+@pytest.mark.parametrize("name", RULES)
+@settings(max_examples=200, deadline=None)
+@given(width=sides, height=sides, part=st.floats(0, 1))
+@example(5600, 28, 0.5)
+@example(8200, 41, 0.86)
+@example(1, 1, 1.0)
+def test_the_cap_is_a_promise(name: str, width: int, height: int, part: float) -> None:
+    rule = RULES[name]
+    try:
+        natural = rule.plan(width, height)
+    except ImageAspectRatio:
+        assume(False)
+    fewest = rule.fewest(width, height)
+    assert 1 <= rule.least <= fewest <= natural.tokens
+    assert rule.most is not None
+    assert natural.tokens <= rule.most
+    assert rule.least <= rule.low <= rule.most
+    with pytest.raises(ImageTokenCap):
+        rule.plan(width, height, fewest - 1)
+    cap = fewest + int(part * (natural.tokens - fewest))
+    plan = rule.plan(width, height, cap)
+    assert fewest <= plan.tokens <= cap
+    assert plan.prompt_tokens >= plan.tokens
+    assert plan.region == natural.region
+    if plan.resize is not None and not plan.options:
+        again = rule.plan(*plan.resize)  # what the processor then sees
+        assert (again.tokens, again.prompt_tokens) == (plan.tokens, plan.prompt_tokens)
+        assert again.processed == plan.processed
+
+
+@pytest.mark.parametrize("name", RULES)
+@settings(max_examples=50, deadline=None)
+@given(width=sides, height=sides, low=st.integers(1, 6000), more=st.integers(0, 6000))
+def test_a_higher_cap_gives_no_fewer_tokens(
+    name: str, width: int, height: int, low: int, more: int
+) -> None:
+    rule = RULES[name]
+    try:
+        fewest = rule.fewest(width, height)
+    except ImageAspectRatio:
+        assume(False)
+    lower = rule.plan(width, height, fewest + low).tokens
+    assert lower <= rule.plan(width, height, fewest + low + more).tokens
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "pixtral", "mistral3"])
+@settings(max_examples=200, deadline=None)
+@given(width=st.integers(200, 6000), height=st.integers(200, 6000), cap=st.integers(400, 4000))
+def test_native_families_keep_the_shape_and_use_the_cap(
+    name: str, width: int, height: int, cap: int
+) -> None:
+    assume(max(width, height) < 8 * min(width, height))
+    rule = RULES[name]
+    natural, plan = rule.plan(width, height), rule.plan(width, height, cap)
+    shape = plan.processed[0] / plan.processed[1]
+    assert 0.8 < shape / (width / height) < 1.25
+    if natural.tokens > cap:
+        assert plan.tokens > 0.75 * cap
+        assert plan.processed[0] <= natural.processed[0]
+        assert plan.processed[1] <= natural.processed[1]
+
+
+@settings(max_examples=200, deadline=None)
+@given(width=st.integers(100, 4000), height=st.integers(100, 4000), cap=st.integers(4, 70))
+def test_qwen_caps_as_its_own_max_pixels_do(width: int, height: int, cap: int) -> None:
+    """Where no side is less than a square, the size is that of `max_pixels`."""
+    assume(max(width, height) < 3 * min(width, height))
+    plan = QWEN2.plan(width, height, cap)
+    own = NativeResolution(28, 28 * 28, cap * 28 * 28).target(width, height)
+    if plan.resize is not None:
+        assert plan.processed == own
+
+
+def test_few_sets_of_options() -> None:
+    """Each costs the workers a plan of their own."""
+    for rule, most in [(QWEN3, 2), (IDEFICS3, 4), (INTERNVL, 12), (GEMMA3, 5)]:
+        distinct = {
+            repr(rule.plan(width, height, cap).options)
+            for width in range(100, 4000, 390)
+            for height in range(100, 4000, 410)
+            for cap in (*range(rule.least, 512, 9), *range(512, 4000, 97))
+        }
+        assert 1 < len(distinct) <= most
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("size", [(40, 30), (1000, 700), (3000, 900), (700, 3000)])
+def test_detail(name: str, size: Size) -> None:
+    rule = RULES[name]
+
+    def tokens(detail: Detail) -> int:
+        return rule.plan(*size, detail_cap(rule, detail, *size)).tokens
+
+    assert tokens("low") <= tokens("high") == tokens("auto")
+    assert tokens("low") <= max(rule.low, rule.fewest(*size))
+
+
+# ------------------------------------------------------------------ measuring
+
+
+def by_size(rule: TokenRule) -> Callable[[int, int], Count]:
+    return lambda width, height: Count(*_both(rule, width, height))
+
+
+def _both(rule: TokenRule, width: int, height: int) -> tuple[int, int]:
+    plan = rule.plan(width, height)
+    return plan.tokens, plan.prompt_tokens
+
+
+@settings(max_examples=200, deadline=None)
+@given(width=st.integers(1, 4000), height=st.integers(1, 4000), cap=st.integers(1, 5000))
+@pytest.mark.parametrize("name", ["pixtral", "llava_next", "llava_onevision", "gemma3"])
+def test_measured_caps_are_a_promise(name: str, width: int, height: int, cap: int) -> None:
+    real = RULES[name]
+    assume(max(width, height) < 200 * min(width, height))
+    rule = MeasuredTokens(by_size(real))
+    try:
+        plan = rule.plan(width, height, cap)
+    except ImageTokenCap:
+        assert cap < rule.fewest(width, height)
+        return
+    natural = real.plan(width, height)
+    assert plan.tokens <= cap
+    if natural.tokens <= cap:
+        assert plan.resize is None
+    else:
+        assert plan.resize == plan.processed
+        assert real.plan(*plan.processed).tokens == plan.tokens
+
+
+def test_measured_is_near_the_best_and_measures_little() -> None:
+    asked: list[Size] = []
+
+    def count(width: int, height: int) -> Count:
+        asked.append((width, height))
+        return Count(math.ceil(width / 10) * math.ceil(height / 10), 0)
+
+    rule = MeasuredTokens(count)
+    plan = rule.plan(4000, 3000, 2000)
+    assert 0.95 * 2000 < plan.tokens <= 2000
+    assert plan.processed[0] / plan.processed[1] == pytest.approx(4 / 3, rel=0.01)
+    assert len(asked) == len(set(asked)) < 20
+    before = len(asked)
+    assert rule.plan(4000, 3000, 2000) == plan
+    assert len(asked) == before  # remembered
+
+
+def test_measured_does_not_assume_that_smaller_is_fewer() -> None:
+    """A model that takes fewest for middling pictures: what is returned was measured."""
+    rule = MeasuredTokens(lambda width, _: Count(100 if 300 <= width <= 340 else 900, 0))
+    plan = rule.plan(1000, 1000, 200)
+    assert plan.tokens == 100
+    assert 300 <= plan.processed[0] <= 340
+    with pytest.raises(ImageTokenCap, match="at least 100 tokens"):
+        rule.plan(1000, 1000, 99)
+
+
+# ------------------------------------------------------------------ one budget for many images
+
+claims = st.lists(
+    st.builds(
+        lambda area, least, low, more: Claim(area, max(least, low) + more, least, low),
+        st.integers(1, 20_000_000),
+        st.integers(1, 600),
+        st.integers(1, 600),
+        st.integers(0, 16_000),
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(claims, st.integers(1, 60_000))
+def test_share(claims: list[Claim], budget: int) -> None:
+    if sum(claim.least for claim in claims) > budget:
+        with pytest.raises(ImageTokenCap):
+            share(budget, claims)
+        return
+    caps = share(budget, claims)
+    assert sum(caps) <= budget
+    wanted = [claim.tokens for claim in claims]
+    assert all(claim.least <= cap <= claim.tokens for claim, cap in zip(claims, caps, strict=True))
+    if sum(wanted) <= budget:
+        assert caps == wanted
+    elif caps != wanted:  # but for rounding, nothing is left over while an image wants more
+        assert budget - sum(caps) <= len(claims)
+    useful = [min(claim.tokens, max(claim.low, claim.least)) for claim in claims]
+    if sum(useful) <= budget:  # no image below its useful minimum, small ones untouched
+        assert all(cap >= least for cap, least in zip(caps, useful, strict=True))
+    else:  # and none above it
+        assert all(cap <= most for cap, most in zip(caps, useful, strict=True))
+
+
+@settings(max_examples=200, deadline=None)
+@given(claims, st.integers(1, 60_000), st.randoms(use_true_random=False))
+def test_share_follows_the_order(claims: list[Claim], budget: int, random: object) -> None:
+    assume(sum(claim.least for claim in claims) <= budget)
+    order = list(range(len(claims)))
+    random.shuffle(order)  # type: ignore[attr-defined]
+    caps = share(budget, claims)
+    assert share(budget, [claims[index] for index in order]) == [caps[index] for index in order]
+
+
+def test_share_by_area() -> None:
+    large, half, small = Claim(200, 900, 1, 50), Claim(100, 900, 1, 50), Claim(2, 40, 1, 50)
+    assert share(640, [large, half, small]) == [400, 200, 40]
+    assert share(640, [half, small, large]) == [200, 40, 400]
+    thrifty = Claim(200, 100, 1, 50)  # large, but it needs little
+    assert share(640, [thrifty, half, small]) == [100, 500, 40]
+    assert share(60, [large, half, small]) == [39, 19, 1]  # below what is useful, as evenly
+
+
+@pytest.mark.parametrize("name", RULES)
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(50, 4000), st.integers(50, 4000)), min_size=1, max_size=6),
+    st.integers(100, 20_000),
+    st.none() | st.integers(2000, 5000),
+)
+def test_plan_together(name: str, sizes: list[Size], budget: int, cap: int | None) -> None:
+    rule = RULES[name]
+    least = sum(rule.fewest(*size) for size in sizes)
+    caps = [cap] * len(sizes)
+    if least > budget:
+        with pytest.raises(ImageTokenCap):
+            plan_together(rule, sizes, budget, caps)
+        return
+    plans = plan_together(rule, sizes, budget, caps)
+    assert sum(plan.tokens for plan in plans) <= budget
+    assert cap is None or all(plan.tokens <= cap for plan in plans)
+    alone = [rule.plan(*size, cap) for size in sizes]
+    if sum(plan.tokens for plan in alone) <= budget:
+        assert plans == alone
+    assert plan_together(rule, sizes, None, caps) == alone
+
+
+def test_tiles_that_do_not_use_their_share() -> None:
+    """Four images share 4000: 1000 each, of which two tiles and a thumbnail use 768. What is left
+    is too little for the next step of all three large ones, so none of them is preferred."""
+    sizes = [(2000, 1000)] * 3 + [(1000, 500)]
+    plans = plan_together(INTERNVL, sizes, 4000, [None] * 4)
+    assert [plan.tokens for plan in plans] == [768, 768, 768, 256]
+    plans = plan_together(INTERNVL, [*sizes[:2], (1000, 500)], 6000, [None] * 3)
+    assert [plan.tokens for plan in plans] == [2304, 2304, 768]
