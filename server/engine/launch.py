@@ -32,13 +32,15 @@ from server.engine.planning import ImagePlanner
 from server.engine.renderer import PooledRenderer, is_image_by_image
 from server.engine.token_rules import measured_rule, token_rule
 from server.errors import CannotStart, ImageTokenCap
+from server.imaging.encoded import encoded
 from server.imaging.limits import Limits
 from server.imaging.tokens import TokenRule
-from server.ingest.encoded import encoded
 from server.ingest.load import ImageLoader
+from server.request.context import RequestContext, entered
 from server.request.prepare import Bounds
 from server.settings import Settings
 from server.telemetry import metrics
+from server.telemetry.record import Record
 from server.workers.pool import ImagePool
 from server.workers.worker import WorkerSpec
 
@@ -217,7 +219,8 @@ async def _agrees(renderer: PooledRenderer) -> bool:
     picture.save(file, "PNG")
     data = encoded(file.getvalue(), Limits(1 << 20, 1 << 20, 1 << 10, 10))
     try:
-        ours = await renderer._process_images(prompt, {"image": [data]}, None, None)
+        with entered(RequestContext(Record())):
+            ours = await renderer._process_images(prompt, {"image": [data]}, None, None)
         theirs = renderer._process_multimodal(prompt, {"image": [picture]}, None, None)
     except Exception:
         logger.exception("the image pool failed on the test picture")

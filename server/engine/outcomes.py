@@ -2,7 +2,7 @@
 
 Requests are followed from their sending to their last output, by what passes between the server and
 the engine core. For which images the encoder ran, the embedding cache sends with the last output of
-a request; it goes into the `ImageRequest`, from which the answer is completed, and not into the
+a request; it goes into the `RequestContext`, from which the answer is completed, and not into the
 answer as vLLM would have it.
 """
 
@@ -19,7 +19,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from server.engine.cache import SendRequest
 from server.engine.embedding_cache.scheduler import ENCODED
 from server.request import context as requests
-from server.request.context import ImageRequest
+from server.request.context import RequestContext
 from server.telemetry import record as records
 from server.telemetry.record import Prompt, Record
 from server.telemetry.stages import Stage
@@ -31,7 +31,7 @@ class Outcomes:
     """Follows requests by their ids in the engine."""
 
     def __init__(self) -> None:
-        self._images: WeakValueDictionary[str, ImageRequest] = WeakValueDictionary()
+        self._images: WeakValueDictionary[str, RequestContext] = WeakValueDictionary()
         self._records: WeakValueDictionary[str, Record] = WeakValueDictionary()
         self._model = ""
 
@@ -132,7 +132,7 @@ def _prompt(request: EngineCoreRequest) -> Prompt:
     return Prompt(len(request.prompt_token_ids or ()), len(images), tokens)
 
 
-def note(request: ImageRequest | None, encoded: Sequence[bool]) -> None:
+def note(request: RequestContext | None, encoded: Sequence[bool]) -> None:
     """Add what one of the answers to `request` tells; there may be several to one prompt."""
     if request is None:
         return

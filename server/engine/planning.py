@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from server.errors import ImageAspectRatio, ImageTokenCap
+from server.imaging.encoded import EncodedImage, ImageOptions
 from server.imaging.sizing import Size
 from server.imaging.tokens import ImagePlan, MeasuredTokens, TokenRule, detail_cap, plan_together
-from server.ingest.encoded import EncodedImage, ImageOptions
 
 # Options of a request's own make a rule of their own; few clients send any.
 _RULES = 64

@@ -36,8 +36,8 @@ from server.engine.planning import ImagePlanner
 from server.engine.shapes import blank, tensor
 from server.engine.tasks import all_or_none
 from server.errors import ImageTokenCap, SaccadeError, UnknownImage
+from server.imaging.encoded import EncodedImage, ImageOptions
 from server.imaging.tokens import ImagePlan
-from server.ingest.encoded import EncodedImage, ImageOptions
 from server.request import context as requests
 from server.request import tenant
 from server.request.context import ShownImage

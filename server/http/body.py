@@ -11,7 +11,8 @@ from server.http.errors import respond, with_length
 from server.ingest.load import in_thread
 from server.request import context as request
 from server.request import payloads
-from server.request.context import ImageRequest
+from server.request.context import RequestContext
+from server.request.image_request import ImageRequest
 from server.request.payloads import MIN_PAYLOAD_BYTES
 from server.request.prepare import ReadRequest, RequestPreparer
 from server.settings import HttpSettings
@@ -52,6 +53,7 @@ class BodyReader:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
+            request.enter(RequestContext(record.current()))
             await self._app(scope, receive, send)
             return
         try:
@@ -75,13 +77,13 @@ class BodyReader:
         large = sum(map(len, chunks)) >= MIN_PAYLOAD_BYTES
         body = b"" if large else b"".join(chunks)
         if self._preparer is None or not is_json:
-            request.enter(ImageRequest())
+            request.enter(ImageRequest(record.current()))
             return await asyncio.to_thread(_joined, chunks) if large else body
         if not large and not any(mark in body for mark in _MARKS):
-            request.enter(ImageRequest(body))
+            request.enter(ImageRequest(record.current(), body=body))
             return body
         stored = _path(scope) in self._stored
-        request.enter(ImageRequest(body))  # for the errors of what follows
+        request.enter(ImageRequest(record.current(), body=body))  # for the errors of what follows
         if large:
             read = await in_thread(self._take_out_and_read, chunks, stored)
         else:

@@ -38,7 +38,8 @@ def respond(error: SaccadeError) -> JSONResponse:
     """The response for `error`, naming the part of the request it is about."""
     param = error.param
     if param is None and error.part:
-        param = requests.current().path_of(error.part)
+        context: Any = requests.current()
+        param = context.path_of(error.part)
     if error.status >= 500:
         log.warning("%s: %s", error.code, error.message)
     record.current().error_code = error.code

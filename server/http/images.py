@@ -9,9 +9,9 @@ from server.engine.costs import image_costs
 from server.engine.serving import validate_json_request
 from server.errors import ClientError
 from server.http.usage import detail
+from server.imaging.encoded import ImageOptions
 from server.imaging.limits import check_size
 from server.imaging.tokens import Detail
-from server.ingest.encoded import ImageOptions
 from server.request import context as requests
 from server.request import parts
 

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.http.errors import with_length
 from server.request import context as requests
-from server.request.context import ImageRequest, ShownImage
+from server.request.context import RequestContext, ShownImage
 
 _PATHS = ("/v1/chat/completions", "/v1/responses", "/v1/messages")
 _DATA = b"data: {"
@@ -51,7 +51,7 @@ class ImageUsage:
         await self._app(scope, receive, complete)
 
 
-def _completed_events(events: bytes, request: ImageRequest) -> bytes:
+def _completed_events(events: bytes, request: RequestContext) -> bytes:
     if b'"usage":' not in events:
         return events
     lines = events.split(b"\n")
@@ -61,7 +61,7 @@ def _completed_events(events: bytes, request: ImageRequest) -> bytes:
     return b"\n".join(lines)
 
 
-def completed(body: bytes, request: ImageRequest) -> bytes:
+def completed(body: bytes, request: RequestContext) -> bytes:
     """The JSON object `body` with the images' part of its usage, if it has a usage."""
     if b'"usage":' not in body:
         return body
@@ -75,13 +75,13 @@ def completed(body: bytes, request: ImageRequest) -> bytes:
     for holder in (answer, answer.get("response"), answer.get("message")):
         if isinstance(holder, dict) and isinstance(holder.get("usage"), dict):
             _complete(holder["usage"], request)
-            if request.include_details:
+            if request.include_image_details:
                 holder["image_details"] = details(request)
             changed = True
     return _dump(answer) if changed else body
 
 
-def _complete(usage: dict[str, Any], request: ImageRequest) -> None:
+def _complete(usage: dict[str, Any], request: RequestContext) -> None:
     image_tokens = sum(image.tokens for image in request.shown)
     if "prompt_tokens" in usage:
         holder = usage["prompt_tokens_details"] = usage.get("prompt_tokens_details") or {}
@@ -96,7 +96,7 @@ def _complete(usage: dict[str, Any], request: ImageRequest) -> None:
     holder["image_tokens"] = image_tokens
 
 
-def details(request: ImageRequest) -> list[dict[str, Any]]:
+def details(request: RequestContext) -> list[dict[str, Any]]:
     """`image_details` of an answer: see `ShownImage` for what they mean.
 
     `cached` is the furthest stage whose work was there already: "embedding" (the encoder did not

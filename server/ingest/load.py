@@ -22,12 +22,13 @@ from server.errors import (
     InvalidImageUrl,
     SaccadeError,
 )
+from server.imaging.encoded import EncodedImage, encoded
 from server.imaging.limits import Limits
-from server.ingest.encoded import EncodedImage, encoded
 from server.ingest.fetch import Fetcher
 from server.ingest.files import FileStore
 from server.request import context as request
 from server.request import payloads, tenant
+from server.request.image_request import ImageRequest
 from server.request.parts import STORED_SCHEME, split_options
 from server.telemetry import metrics, record
 
@@ -73,8 +74,8 @@ class ImageLoader:
             ClientError: any of those about images, with `part` set to `name`.
         """
         url, options = split_options(name)
-        if url in (prepared := request.current().prepared):
-            return prepared[url]
+        if (image := _prepared(url)) is not None:
+            return image
         try:
             with _fetching(url):
                 if url[:5].lower() == "data:" and payloads.is_small(url):
@@ -138,6 +139,11 @@ class ImageLoader:
         if len(data) > max_bytes:
             raise ImageTooLarge(f"the image has more than {max_bytes} bytes, which is the limit")
         return data
+
+
+def _prepared(url: str) -> EncodedImage | None:
+    context = request.current()
+    return context.prepared.get(url) if isinstance(context, ImageRequest) else None
 
 
 @contextlib.contextmanager

@@ -1,13 +1,17 @@
-"""What one request says about its images, and what becomes of them.
+"""One request from the moment when its body has been read until its answer is complete.
 
-There is one `ImageRequest` a request. The body reader enters it, the loader and the renderer find
-it by `current`, and the answer is completed from it.
+A `RequestContext` is an argument of whatever works for the request. The one context variable is for
+the moments when vLLM calls back in the middle of its own work, and is only read there.
 """
 
+import contextlib
+from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from server.ingest.encoded import EncodedImage
+from server.imaging.encoded import EncodedImage
+from server.request.media import MediaRef
+from server.telemetry.record import Record
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,7 @@ class ShownImage:
 
     `size` is the upright original. `processed` is what the encoder gets, and covers `region` of the
     original: (left, top, right, bottom) in its pixels, which reaches beyond it where the processor
-    pads. `tokens` are visual tokens. `cached`: the features were there already.
+    pads. `tokens` are visual tokens. `cached`: the features were already cached.
     """
 
     size: tuple[int, int]
@@ -27,43 +31,66 @@ class ShownImage:
     cached: bool = False
 
 
-@dataclass
-class ImageRequest:
-    """`body` is the request without its long `payloads`, which stand in it as tokens.
+@dataclass(eq=False)
+class RequestContext:
+    """What is known of one request.
 
-    `parts` are (path, name) of each image or file part: where the client wrote it, and the URL or
-    uuid by which the loader will be asked for it. `prepared` are images that were made while the
-    body was read: pages of a file, frames of an animation. `shown` is filled by the renderer, in
-    the order of the prompt; `encoded` tells, in the same order, for which of them the encoder ran,
-    and is None until the end of the answer, or where nobody tells.
+    Attributes:
+        record: its id, its group of API keys and its times, for the log, metrics and traces.
+        media: its media parts, in the order of the body.
+        max_image_tokens: the budget of visual tokens for all its images together.
+        include_image_details: whether the answer is to tell of each image.
+        deadline: when nothing more is started for it, on `time.monotonic()`; None: never.
+        shown: the images of its prompt, in order; filled when the prompt is rendered.
+        encoded: for which of `shown` the vision encoder ran; None until the end of the answer, or
+            where that is not known.
     """
 
-    body: bytes = b""
-    payloads: dict[str, memoryview] = field(default_factory=dict)
-    parts: list[tuple[str, str]] = field(default_factory=list)
-    prepared: dict[str, EncodedImage] = field(default_factory=dict)
+    record: Record
+    media: list[MediaRef] = field(default_factory=list)
     max_image_tokens: int | None = None
-    include_details: bool = False
+    include_image_details: bool = False
+    deadline: float | None = None
     shown: list[ShownImage] = field(default_factory=list)
     encoded: list[bool] | None = None
+    _handles: dict[str, tuple[MediaRef, EncodedImage | None]] = field(default_factory=dict)
 
-    def path_of(self, name: str) -> str | None:
-        """Where the client wrote the part that is called `name`, or of which `name` is made:
-        "messages[0].content[1].image_url"."""
-        for path, own_name in self.parts:
-            if own_name and name.endswith(own_name):
-                return path
-        return None
+    @property
+    def group(self) -> str:
+        """The group of API keys that the request belongs to; "" where keys are in no groups."""
+        return self.record.key_group or ""
 
+    def bind(self, handle: str, ref: MediaRef, image: EncodedImage | None = None) -> None:
+        """Let `handle` stand for `ref`; `image`, if given, is the one of `ref.images` it means."""
+        self._handles[handle] = (ref, image)
 
-_current: ContextVar[ImageRequest | None] = ContextVar("saccade_image_request", default=None)
-
-
-def enter(request: ImageRequest) -> None:
-    """Make `request` the one that the current task serves."""
-    _current.set(request)
+    def resolve(self, handle: str) -> tuple[MediaRef, EncodedImage | None] | None:
+        """What `handle` stands for; None if it is not a handle of this request."""
+        return self._handles.get(handle)
 
 
-def current() -> ImageRequest:
-    """The request that the current task serves; an empty one outside of any."""
-    return _current.get() or ImageRequest()
+_current: ContextVar[RequestContext] = ContextVar("saccade_request")
+
+
+def current() -> RequestContext:
+    """The request that vLLM is working for when it calls back.
+
+    Raises:
+        LookupError: outside of any request.
+    """
+    return _current.get()
+
+
+def enter(context: RequestContext) -> None:
+    """Make `context` the one that the current task works for."""
+    _current.set(context)
+
+
+@contextlib.contextmanager
+def entered(context: RequestContext) -> Iterator[RequestContext]:
+    """Make `context` the current one of the task meanwhile."""
+    token = _current.set(context)
+    try:
+        yield context
+    finally:
+        _current.reset(token)

@@ -21,8 +21,8 @@ from typing import Any, Literal, get_args
 from urllib.parse import parse_qsl, urlencode
 
 from server.errors import ClientError, InvalidFile, InvalidImageUrl
+from server.imaging.encoded import ImageOptions
 from server.imaging.tokens import Detail
-from server.ingest.encoded import ImageOptions
 
 _SCHEME = "saccade:"
 STORED_SCHEME = "saccade-file"

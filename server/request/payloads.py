@@ -124,7 +124,8 @@ def load_data_url(url: str, max_bytes: int) -> bytes:
     payload: str | memoryview = _after_header(url)
     if isinstance(payload, str) and payload.startswith(_TOKEN_PREFIX):
         # Loaded once: the body is freed as soon as all its payloads are.
-        taken = request.current().payloads.pop(payload, None)
+        context: Any = request.current()
+        taken = context.payloads.pop(payload, None)
         if taken is None:
             raise _not_base64()
         payload = taken

@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.errors import ClientError, ImageFrameMissing, InvalidFile, SaccadeError, TooManyImages
+from server.imaging.encoded import EncodedImage, ImageOptions, digest, encoded
 from server.imaging.header import Header
 from server.imaging.limits import Limits, check_bytes, check_size
-from server.ingest.encoded import EncodedImage, ImageOptions, digest, encoded
 from server.ingest.load import ImageLoader, in_thread
 from server.request import parts, tenant
-from server.request.context import ImageRequest
+from server.request.image_request import ImageRequest
 from server.request.parts import Part, Wish
 from server.request.payloads import TakenOut
-from server.telemetry import metrics
+from server.telemetry import metrics, record
 
 _PDF_MAGIC = b"%PDF-"
 # A PDF may begin with other bytes; readers look for its head this far.
@@ -71,7 +71,7 @@ class RequestPreparer:
         Raises:
             ClientError: a wrong option; TooManyImages; InvalidImageUrl; UnknownFile; FilesDisabled.
         """
-        request = ImageRequest(taken.body, taken.payloads)
+        request = ImageRequest(record.current(), body=taken.body, payloads=taken.payloads)
         result = ReadRequest(request, taken.document, False, [])
         if not isinstance(taken.document, dict):
             return result
@@ -267,8 +267,8 @@ def _take_request_options(document: dict[str, Any], request: ImageRequest) -> bo
     if details is not None and not isinstance(details, bool):
         raise ClientError("include_image_details must be a boolean", param="include_image_details")
     request.max_image_tokens = budget
-    request.include_details = bool(details)
-    if request.include_details and document.get("stream") and "messages" in document:
+    request.include_image_details = bool(details)
+    if request.include_image_details and document.get("stream") and "messages" in document:
         # The details come with the usage, so a stream must end with it.
         stream_options = document.get("stream_options") or {}
         if isinstance(stream_options, dict):

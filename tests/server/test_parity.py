@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from server.imaging import header as headers
-from server.ingest.encoded import ImageOptions
+from server.imaging.encoded import ImageOptions
 from server.request.parts import with_options
 from server.workers.pool import ImagePool
 from tests import families, pictures

@@ -18,7 +18,7 @@ from server.errors import (
     ImageTooLarge,
     UnknownFile,
 )
-from server.ingest.encoded import digest
+from server.imaging.encoded import digest
 from server.ingest.files import FileStore, Quota, StoredFile
 from server.ingest.files import store as store_module
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from server.errors import ClientError, InvalidFile, InvalidImageUrl
-from server.ingest.encoded import ImageOptions
+from server.imaging.encoded import ImageOptions
 from server.request import parts
 from server.request.parts import Part
 

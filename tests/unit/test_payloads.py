@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from server.errors import ImageTooLarge, InvalidImageUrl
 from server.request import context as request
 from server.request import payloads
-from server.request.context import ImageRequest
+from server.request.image_request import ImageRequest
 from server.request.parts import parts_of
 from server.request.payloads import MIN_PAYLOAD_BYTES
+from server.telemetry.record import Record
 
 DATA = os.urandom(MIN_PAYLOAD_BYTES)
 URL = "data:image/png;base64," + base64.b64encode(DATA).decode()
@@ -32,7 +33,7 @@ def split(document: Any, **dump: Any) -> payloads.TakenOut:
 
 def enter(taken: payloads.TakenOut) -> None:
     parts = [(part.path, part.name) for part in parts_of(taken.document)]
-    request.enter(ImageRequest(taken.body, taken.payloads, parts))
+    request.enter(ImageRequest(Record(), body=taken.body, payloads=taken.payloads, parts=parts))
 
 
 def url_of(request: Any) -> str:
@@ -119,7 +120,7 @@ def test_a_token_means_nothing_in_another_request() -> None:
     url = url_of(json.loads(taken.body))
 
     async def other_request() -> None:
-        request.enter(ImageRequest())
+        request.enter(ImageRequest(Record()))
         with pytest.raises(InvalidImageUrl, match="not valid base64"):
             payloads.load_data_url(url, LIMIT)
 

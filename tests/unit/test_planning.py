@@ -5,11 +5,11 @@ import asyncio
 import pytest
 
 from server.engine.planning import Cap, ImagePlanner
+from server.imaging.encoded import EncodedImage, ImageOptions
 from server.imaging.header import Header
 from server.imaging.sizing import NativeResolution
 from server.imaging.tokens import Count, MeasuredTokens, TokenRule
 from server.imaging.tokens.qwen import QwenTokens
-from server.ingest.encoded import EncodedImage, ImageOptions
 
 NATIVE = QwenTokens(NativeResolution(28, 56 * 56, 28 * 28 * 16384))
 MEASURED = MeasuredTokens(lambda width, height: Count(*[width * height // 28**2] * 2))

@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 
 from server.errors import ClientError, ImageFrameMissing, InvalidFile, TooManyImages
+from server.imaging.encoded import EncodedImage, ImageOptions
 from server.imaging.limits import Limits
-from server.ingest.encoded import EncodedImage, ImageOptions
 from server.ingest.fetch import Fetcher, FetchSettings
 from server.ingest.load import ImageLoader
 from server.request import context as request
 from server.request import payloads
-from server.request.context import ImageRequest
+from server.request.image_request import ImageRequest
 from server.request.prepare import Bounds, RequestPreparer
 from server.workers.worker import inspect as worker_inspect
 from tests import pictures
@@ -85,7 +85,7 @@ def test_a_request_without_options_stays_byte_for_byte() -> None:
 def test_the_budget_and_the_wish_for_details_leave_the_body() -> None:
     part = pictures.image_part(pictures.encode(pictures.shape("red")))
     prepared = prepare(chat(part, max_image_tokens=99, include_image_details=True, stream=True))
-    assert (prepared.max_image_tokens, prepared.include_details) == (99, True)
+    assert (prepared.max_image_tokens, prepared.include_image_details) == (99, True)
     left = json.loads(prepared.body)
     assert left.keys() == {"messages", "stream", "stream_options"}
     assert left["stream_options"] == {"include_usage": True}

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Literal, Self, TypeVar
 from blake3 import blake3
 
 from server.errors import FileQuotaExceeded, FileStorageFailed, ImageTooLarge
-from server.ingest.encoded import digest
+from server.imaging.encoded import digest
 from server.ingest.files.disk import FileDisk
 from server.ingest.files.record import Purpose, StoredFile, new_file, unknown_file
 from server.telemetry import metrics

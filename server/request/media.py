@@ -1,0 +1,64 @@
+"""One media part of a request: where its bytes are, what it asks for, and what became of it."""
+
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from server.imaging.encoded import EncodedImage, ImageOptions
+
+Kind = Literal["image", "file", "video", "audio"]
+
+
+@dataclass(frozen=True)
+class Inline:
+    """Bytes inside the body: a base64 text, or a `data:` URL. It is a view of the body where it is
+    long, and may then hold JSON escapes of line breaks and slashes."""
+
+    text: str | memoryview = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Remote:
+    """Bytes at an `http:`, `https:` or `file:` URL."""
+
+    url: str
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """Bytes of a file that was sent to `/v1/files` before."""
+
+    file_id: str
+
+
+@dataclass(frozen=True)
+class SentBefore:
+    """No bytes: an image that an earlier request sent under the same uuid."""
+
+
+Source: TypeAlias = Inline | Remote | Uploaded | SentBefore
+
+
+@dataclass(eq=False)
+class MediaRef:
+    """A media part.
+
+    Attributes:
+        kind: what the part claims to be. An image may turn out to be a PDF, and a file an image.
+        path: where it stands in the request: "messages[0].content[1].image_url".
+        source: where its bytes are.
+        options: what it asks of each of its images.
+        frames: the frames of an animation or the pages of a file, counted from 0; or how many to
+            spread over all of them; None: the first frame, all pages.
+        uuid: the client's own name for the image, under which it may be sent again without data.
+        images: what was loaded: one image, or one for each page or frame.
+        data: what was loaded of a video or an audio clip.
+    """
+
+    kind: Kind
+    path: str
+    source: Source
+    options: ImageOptions = field(default_factory=ImageOptions)
+    frames: tuple[int, ...] | int | None = None
+    uuid: str | None = None
+    images: list[EncodedImage] = field(default_factory=list)
+    data: bytes = field(default=b"", repr=False)
