@@ -18,10 +18,11 @@ import uvicorn
 from fastapi import FastAPI
 
 from server import __version__, lifeline, notify
-from server.engine import cpu_waits, launch, serving
-from server.engine.caches import EngineCaches
-from server.engine.encode_times import EncodeTimes
-from server.engine.outcomes import Outcomes
+from server.engine import launch, vllm_http
+from server.engine.vllm_adapter import cpu_waits
+from server.engine.vllm_adapter.encode_timing import EncodeTimes
+from server.engine.vllm_adapter.engine_caches import EngineCaches
+from server.engine.vllm_adapter.outcomes import Outcomes
 from server.errors import CannotStart
 from server.http import (
     body,
@@ -62,11 +63,11 @@ async def run(args: Namespace, settings: Settings, report: Report) -> int:
     """Serve until a signal or the engine's death; returns the exit status."""
     keep_freed_memory(_KEPT_HEAP_BYTES)
     lifeline.ask()
-    keeps_responses = bool(serving.paths_that_keep_bodies())
+    keeps_responses = bool(vllm_http.paths_that_keep_bodies())
     key_ring = keys.key_ring(
-        settings.access, serving.api_keys(args), keeps_responses=keeps_responses
+        settings.access, vllm_http.api_keys(args), keeps_responses=keeps_responses
     )
-    address, sock = serving.setup_server(args, reuse_port=False)
+    address, sock = vllm_http.setup_server(args, reuse_port=False)
     with sock:
         async with _running(args, settings, report) as parts:
             app = await build_app(args, settings, parts, key_ring)
@@ -75,7 +76,7 @@ async def run(args: Namespace, settings: Settings, report: Report) -> int:
             app.state.server = server
             refresher = None
             if args.enable_ssl_refresh:
-                refresher = serving.refresh_certificates(config, args)
+                refresher = vllm_http.refresh_certificates(config, args)
             server.on_started = lambda: _tell(report, _invitation(args, address, sock))
             try:
                 return await _serve(server, sock, parts.engine, app)
@@ -90,7 +91,7 @@ async def run(args: Namespace, settings: Settings, report: Report) -> int:
 class _Parts:
     """What runs behind the app. `preparer` is None where images stay vLLM's own affair."""
 
-    engine: serving.AsyncLLM
+    engine: vllm_http.AsyncLLM
     caches: EngineCaches
     fetch_cache: FetchCache | None
     pool: ImagePool | None
@@ -185,7 +186,7 @@ async def build_app(
     docs = not args.disable_fastapi_docs
     app = FastAPI(
         title="Saccade",
-        lifespan=serving.lifespan,
+        lifespan=vllm_http.lifespan,
         openapi_url="/openapi.json" if docs else None,
         docs_url=None if args.enable_offline_docs else "/docs",
         redoc_url=None if args.enable_offline_docs else "/redoc",
@@ -205,7 +206,7 @@ async def build_app(
         app.include_router(router)
     ours = {route.path for router in routers for route in router.routes}  # type: ignore[attr-defined]
     mine = list(app.router.routes)
-    await serving.add_vllm_routes(app, args, engine)
+    await vllm_http.add_vllm_routes(app, args, engine)
     app.router.routes[:] = [
         route
         for route in app.router.routes
@@ -214,7 +215,7 @@ async def build_app(
     errors.add_error_handler(app)
     if parts.preparer is not None:  # else nobody here knows of images
         app.add_middleware(usage.ImageUsage)
-    stored = serving.paths_that_keep_bodies()
+    stored = vllm_http.paths_that_keep_bodies()
     app.add_middleware(
         body.BodyReader,
         settings=settings.http,
@@ -223,9 +224,9 @@ async def build_app(
         limits={files.PATH: settings.images.max_image_bytes + forms.MAX_OVERHEAD_BYTES},
     )
     if key_ring.has_groups:
-        app.add_middleware(keys.ApiKeys, ring=key_ring, guarded=serving.GUARDED_PREFIX)
-    checked = keys.keys_for_vllm(settings.access, serving.api_keys(args))
-    await serving.add_vllm_middleware(app, args, engine, checked)
+        app.add_middleware(keys.ApiKeys, ring=key_ring, guarded=vllm_http.GUARDED_PREFIX)
+    checked = keys.keys_for_vllm(settings.access, vllm_http.api_keys(args))
+    await vllm_http.add_vllm_middleware(app, args, engine, checked)
     app.add_middleware(errors.OpenAIErrors)
     return app
 
@@ -238,7 +239,7 @@ def _observed(app: FastAPI, args: Namespace, settings: Settings) -> observe.Obse
     metrics.build.info(
         {
             "version": __version__,
-            "vllm": serving.vllm_version,
+            "vllm": vllm_http.vllm_version,
             "python": platform.python_version(),
             "device": app.state.vllm_config.device_config.device_type,
             "model": _model_name(args),
@@ -273,7 +274,7 @@ def _uvicorn_config(app: observe.Observed, args: Namespace, settings: Settings) 
     return uvicorn.Config(
         app,
         loop="none",
-        log_config=serving.get_uvicorn_log_config(args) or uvicorn.config.LOGGING_CONFIG,
+        log_config=vllm_http.get_uvicorn_log_config(args) or uvicorn.config.LOGGING_CONFIG,
         log_level=args.uvicorn_log_level,
         access_log=not (
             args.disable_uvicorn_access_log or settings.observability.log_format == "json"
@@ -290,7 +291,7 @@ def _uvicorn_config(app: observe.Observed, args: Namespace, settings: Settings) 
 
 
 async def _serve(
-    server: _Server, sock: socket.socket, engine: serving.AsyncLLM, app: FastAPI
+    server: _Server, sock: socket.socket, engine: vllm_http.AsyncLLM, app: FastAPI
 ) -> int:
     """Serve until a signal; the first one drains, a second one does not wait."""
 
@@ -312,9 +313,9 @@ async def _serve(
     return 1 if engine.errored else 0
 
 
-async def _watch(server: _Server, engine: serving.AsyncLLM) -> None:
+async def _watch(server: _Server, engine: vllm_http.AsyncLLM) -> None:
     """A dead engine cannot come back: stop, so that whoever supervises us starts us anew."""
-    if serving.stays_up_without_engine():
+    if vllm_http.stays_up_without_engine():
         return
     while not engine.errored:  # noqa: ASYNC110 - the engine offers nothing to wait for
         await asyncio.sleep(_ENGINE_CHECK_INTERVAL_S)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from server.engine import cpu_waits, torchvision_ops
+from server.engine import torchvision_ops
+from server.engine.vllm_adapter import cpu_waits
 
 torchvision_ops.register()  # vLLM imports torchvision while its parser is made
 

@@ -21,16 +21,17 @@ from vllm.renderers.registry import RENDERER_REGISTRY
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from server.engine import connector, groups
-from server.engine.cache import settle_on_send
-from server.engine.caches import EngineCaches
+from server.engine import connector
 from server.engine.embedding_cache import setup
 from server.engine.embedding_cache.control import ControlServer
 from server.engine.extractor import worker_spec
-from server.engine.outcomes import Outcomes
 from server.engine.planning import ImagePlanner
-from server.engine.renderer import PooledRenderer, is_image_by_image
 from server.engine.token_rules import measured_rule, token_rule
+from server.engine.vllm_adapter import groups
+from server.engine.vllm_adapter.engine_caches import EngineCaches
+from server.engine.vllm_adapter.outcomes import Outcomes
+from server.engine.vllm_adapter.processor_cache import settle_on_send
+from server.engine.vllm_adapter.renderer import PooledRenderer, is_image_by_image
 from server.errors import CannotStart, ImageTokenCap
 from server.imaging.encoded import encoded
 from server.imaging.limits import Limits
@@ -59,7 +60,7 @@ class EnginePlan:
 def plan(args: Namespace, settings: Settings) -> EnginePlan:
     """Read the model's configuration and put our parts in the place of vLLM's."""
     os.environ["VLLM_MEDIA_CONNECTOR"] = connector.NAME
-    RENDERER_REGISTRY.renderers["hf"] = ("server.engine.renderer", "PooledRenderer")
+    RENDERER_REGISTRY.renderers["hf"] = ("server.engine.vllm_adapter.renderer", "PooledRenderer")
     engine_args = AsyncEngineArgs.from_cli_args(args)
     propagate_flash_late_interaction(args, engine_args)
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
@@ -125,8 +126,8 @@ async def running(plan: EnginePlan, outcomes: Outcomes) -> AsyncIterator[AsyncLL
         disable_log_stats=plan.engine_args.disable_log_stats,
     )
     renderer: Any = engine.renderer  # vLLM types it as its base class
-    if isinstance(renderer, PooledRenderer) and renderer.deferred_cache is not None:
-        settle_on_send(engine, renderer.deferred_cache)
+    if isinstance(renderer, PooledRenderer) and renderer.processor_cache is not None:
+        settle_on_send(engine, renderer.processor_cache)
     groups.keep_apart(engine)
     outcomes.follow(engine)
     setup.keep_item_limit(engine)
@@ -149,7 +150,7 @@ class ImagePath:
 def caches_of(engine: AsyncLLM, embeddings: ControlServer | None) -> EngineCaches:
     """The caches of a running engine."""
     renderer: Any = engine.renderer
-    features = renderer.deferred_cache if isinstance(renderer, PooledRenderer) else None
+    features = renderer.processor_cache if isinstance(renderer, PooledRenderer) else None
     if features is not None:
         metrics.features_bytes.set_function(lambda: features.size().bytes or 0)
     return EngineCaches(engine, features, embeddings)

@@ -7,12 +7,24 @@ import asyncio
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from server.errors import ImageAspectRatio, ImageTokenCap
 from server.imaging.encoded import EncodedImage, ImageOptions
 from server.imaging.sizing import Size
-from server.imaging.tokens import ImagePlan, MeasuredTokens, TokenRule, detail_cap, plan_together
+from server.imaging.tokens import (
+    ImagePlan,
+    MeasuredTokens,
+    TokenRule,
+    detail_cap,
+    kv_bytes_per_token,
+    plan_together,
+)
+from server.request.context import ShownImage
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.engine.async_llm import AsyncLLM
 
 # Options of a request's own make a rule of their own; few clients send any.
 _RULES = 64
@@ -128,3 +140,42 @@ def _least(*caps: int | None) -> int | None:
 
 def _limited(options: ImageOptions) -> bool:
     return options.detail != "auto" or options.max_tokens is not None
+
+
+# ---------------------------------------------------------------------- costs
+
+
+async def image_costs(
+    engine: "AsyncLLM", sized: Sized, budget: int | None
+) -> list[tuple[ShownImage, int]]:
+    """For each picture of a known size how it would be shown, and its KV cache in bytes. The model
+    does not run.
+
+    Raises:
+        ImageTokenCap, ImageAspectRatio: as a request with these images would.
+    """
+    renderer: Any = engine.renderer  # vLLM types it as its base class
+    planner: ImagePlanner = renderer.planner
+    plans = await planner.costs(sized, budget)
+    bytes_per_token = _kv_bytes_per_token(engine.vllm_config)
+    return [
+        (
+            ShownImage(size, plan.tokens, plan.processed, plan.region, options.frame),
+            plan.prompt_tokens * bytes_per_token,
+        )
+        for (size, options), plan in zip(sized, plans, strict=True)
+    ]
+
+
+def _kv_bytes_per_token(config: "VllmConfig") -> int:
+    """Over all layers and all ranks. A model that compresses keys and values, or keeps only a
+    window of them, takes less."""
+    model, cache_dtype = config.model_config, config.cache_config.cache_dtype
+    if cache_dtype == "auto":
+        dtype: Any = model.dtype
+        dtype_bytes = int(dtype.itemsize)
+    else:
+        dtype_bytes = 1 if "8" in cache_dtype else 2
+    layers = int(model.hf_text_config.num_hidden_layers)
+    heads, head_dim = model.get_total_num_kv_heads(), model.get_head_size()
+    return kv_bytes_per_token(layers, heads, head_dim, dtype_bytes)

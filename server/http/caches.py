@@ -4,7 +4,7 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 
-from server.engine.caches import EngineCaches
+from server.engine.vllm_adapter.engine_caches import EngineCaches
 from server.http.keys import require_admin
 from server.ingest.fetch_cache import FetchCache
 

@@ -5,7 +5,7 @@ from http import HTTPStatus
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from server.engine.serving import (
+from server.engine.vllm_http import (
     ChatCompletionRequest,
     ChatCompletionResponse,
     ErrorResponse,

@@ -5,7 +5,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import State
 
 from server import __version__
-from server.engine.serving import EngineDeadError, vllm_version
+from server.engine.vllm_http import EngineDeadError, vllm_version
 from server.errors import error_body
 
 router = APIRouter()

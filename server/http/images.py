@@ -5,8 +5,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from server.engine.costs import image_costs
-from server.engine.serving import validate_json_request
+from server.engine.planning import image_costs
+from server.engine.vllm_http import validate_json_request
 from server.errors import ClientError
 from server.http.usage import detail
 from server.imaging.encoded import ImageOptions

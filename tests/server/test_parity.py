@@ -65,7 +65,7 @@ class Rig:
 async def rig(model: Path, decode: str = "exact") -> AsyncIterator[Rig]:
     from server.engine import launch
     from server.engine.arguments import parse
-    from server.engine.outcomes import Outcomes
+    from server.engine.vllm_adapter.outcomes import Outcomes
     from server.ingest.fetch import Fetcher, FetchSettings
     from server.ingest.load import ImageLoader
 

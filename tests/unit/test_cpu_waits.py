@@ -6,7 +6,8 @@ import sys
 import pytest
 
 CODE = """
-from server.engine import cpu_waits, torchvision_ops
+from server.engine import torchvision_ops
+from server.engine.vllm_adapter import cpu_waits
 torchvision_ops.register()
 from vllm.distributed.device_communicators import shm_broadcast
 from vllm.distributed.utils import sched_yield

@@ -18,8 +18,8 @@ from fastapi import Depends, FastAPI
 from starlette.types import Receive, Scope, Send
 
 from server import settings as config
-from server.engine import groups
-from server.engine.serving import add_vllm_middleware, api_keys
+from server.engine.vllm_adapter import groups
+from server.engine.vllm_http import add_vllm_middleware, api_keys
 from server.errors import CannotStart
 from server.http import errors, key_file
 from server.http.keys import ApiKeys, KeyRing, key_ring, keys_for_vllm, require_admin

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.v1.engine import FinishReason
 
 from server.engine.arguments import parse
-from server.engine.outcomes import Outcomes
+from server.engine.vllm_adapter.outcomes import Outcomes
 from server.http.observe import Observed
 from server.telemetry import metrics, tracing
 from server.telemetry import record as records

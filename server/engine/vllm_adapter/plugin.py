@@ -8,13 +8,13 @@ environment stays what it is.
 def register() -> None:
     """Entry point of the group `vllm.general_plugins`."""
     from server import lifeline
-    from server.engine import cpu_waits, encode_times
+    from server.engine.vllm_adapter import cpu_waits, encode_timing
     from server.telemetry import log
 
     lifeline.register()
     log.register()
     cpu_waits.register()
-    encode_times.register()
+    encode_timing.register()
 
 
 def register_platform() -> None:

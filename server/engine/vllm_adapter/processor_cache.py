@@ -52,7 +52,7 @@ class PooledItem(MultiModalKwargsItem):
     refill: Callable[[], Awaitable[MultiModalKwargsItem]] | None = None
 
 
-class DeferredCache(BaseMultiModalProcessorCache):
+class ProcessorCache(BaseMultiModalProcessorCache):
     """Stands in for vLLM's P0 cache: reads it at once, updates it when a request is sent."""
 
     def __init__(self, cache: BaseMultiModalProcessorCache) -> None:
@@ -129,7 +129,7 @@ class DeferredCache(BaseMultiModalProcessorCache):
         """What the cache may keep of a feature: never memory that is lent for one request."""
         assert feature.data is not None
         if self._keeps_data and isinstance(feature.data, PooledItem):
-            return own(feature.data)
+            return copied(feature.data)
         return feature.data
 
     def take_back(self, keys: Sequence[str]) -> None:
@@ -168,7 +168,7 @@ class DeferredCache(BaseMultiModalProcessorCache):
         self._cache.close()
 
 
-def own(item: MultiModalKwargsItem) -> MultiModalKwargsItem:
+def copied(item: MultiModalKwargsItem) -> MultiModalKwargsItem:
     """A copy of `item` in memory of its own."""
     return MultiModalKwargsItem(
         {name: replace(elem, data=_copy(elem.data)) for name, elem in item.items()}
@@ -185,13 +185,15 @@ def _key(feature: MultiModalFeatureSpec) -> str:
     return feature.mm_hash or feature.identifier
 
 
-def settle_on_send(engine: AsyncLLM, cache: DeferredCache) -> None:
+def settle_on_send(engine: AsyncLLM, cache: ProcessorCache) -> None:
     """Make every request of `engine` pass through `send` on its way to the engine core."""
     core = engine.engine_core
     core.add_request_async = functools.partial(send, cache, core.add_request_async)
 
 
-async def send(cache: DeferredCache, send_to_core: SendRequest, request: EngineCoreRequest) -> None:
+async def send(
+    cache: ProcessorCache, send_to_core: SendRequest, request: EngineCoreRequest
+) -> None:
     """Settle the cache for `request` and send it, in one go.
 
     Raises:
@@ -227,7 +229,7 @@ async def _refill(features: Sequence[MultiModalFeatureSpec]) -> None:
             item.update(await item.refill())
 
 
-def _let_go(features: Sequence[MultiModalFeatureSpec], cache: DeferredCache) -> None:
+def _let_go(features: Sequence[MultiModalFeatureSpec], cache: ProcessorCache) -> None:
     """Free what a sent request would hold until its answer is complete: features and bytes."""
     for feature in features:
         if isinstance(feature.data, PooledItem) and cache.is_cached_item(_key(feature)):

@@ -14,7 +14,7 @@ import asyncio
 import functools
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -31,10 +31,9 @@ from vllm.multimodal.processing import BaseMultiModalProcessor, EncDecMultiModal
 from vllm.multimodal.processing.processor import MultiModalProcessingResult
 from vllm.renderers.hf import HfRenderer
 
-from server.engine.cache import DeferredCache, PooledItem, Updates, own
 from server.engine.planning import ImagePlanner
-from server.engine.shapes import blank, tensor
-from server.engine.tasks import all_or_none
+from server.engine.vllm_adapter.processor_cache import PooledItem, ProcessorCache, Updates, copied
+from server.engine.vllm_adapter.processors import blank, tensor
 from server.errors import ImageTokenCap, SaccadeError, UnknownImage
 from server.imaging.encoded import EncodedImage, ImageOptions
 from server.imaging.tokens import ImagePlan
@@ -90,7 +89,7 @@ class PooledRenderer(HfRenderer):
     def __init__(self, config: VllmConfig, tokenizer: Any) -> None:
         super().__init__(config, tokenizer)
         if self._mm_processor_cache is not None:
-            self._mm_processor_cache = DeferredCache(self._mm_processor_cache)
+            self._mm_processor_cache = ProcessorCache(self._mm_processor_cache)
         self._pool: ImagePool | None = None
         self._pooled = False
         self.planner: Any = None
@@ -107,9 +106,9 @@ class PooledRenderer(HfRenderer):
             self._mm_processor_only_cache.clear_cache()
 
     @property
-    def deferred_cache(self) -> DeferredCache | None:
+    def processor_cache(self) -> ProcessorCache | None:
         cache = self._mm_processor_cache
-        return cache if isinstance(cache, DeferredCache) else None
+        return cache if isinstance(cache, ProcessorCache) else None
 
     def attach(
         self, settings: Settings, pool: ImagePool, planner: ImagePlanner, *, pooled: bool
@@ -227,7 +226,7 @@ class PooledRenderer(HfRenderer):
         return ImageJob(image, plan, tenant.own(hasher.hexdigest()), options)
 
     async def _process_image(self, job: ImageJob) -> tuple[MultiModalKwargsItem, Updates]:
-        cache = self.deferred_cache
+        cache = self.processor_cache
         item = PooledItem()
         if job.image.data:
             item.refill = functools.partial(self._features_of, job)
@@ -249,7 +248,7 @@ class PooledRenderer(HfRenderer):
             return item, updates  # type: ignore[return-value]
         item, updates = await self._process(job)
         if cache is not None:
-            kept = await asyncio.to_thread(own, item)  # the copy grows with the image
+            kept = await asyncio.to_thread(copied, item)  # the copy grows with the image
             cache.get_and_update_item((kept, updates), job.key)
         return item, updates
 
@@ -390,3 +389,20 @@ def _common_options(plans: Sequence[ImagePlan | None], kwargs: Mapping[str, Any]
     if any(options != wanted[0] for options in wanted):
         raise ImageTokenCap("this model takes one token cap for all images of a request")
     return {**kwargs, **wanted[0]}
+
+
+async def all_or_none(work: Iterable[Any]) -> list[Any]:
+    """Gather; the first failure cancels the rest, whose results nobody would use."""
+    async with _unwrapped(), asyncio.TaskGroup() as group:
+        tasks = [group.create_task(part) for part in work]
+    return [task.result() for task in tasks]
+
+
+class _unwrapped:
+    """Raises the first error of a task group as itself."""
+
+    async def __aenter__(self) -> None: ...
+
+    async def __aexit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, BaseExceptionGroup):
+            raise error.exceptions[0] from None

@@ -17,8 +17,8 @@ import torch
 import uvloop
 
 from server.engine.arguments import DEMO_MODEL
-from server.engine.encode_times import EncoderRun, EncodeTimes
-from server.engine.encode_times_worker import CudaTimer, WallTimer, connected, send, timed
+from server.engine.vllm_adapter.encode_timer import CudaTimer, WallTimer, connected, send, timed
+from server.engine.vllm_adapter.encode_timing import EncoderRun, EncodeTimes
 
 VARIABLE = "_SACCADE_ENCODE_TIMES"
 WAIT_S = 30
@@ -211,7 +211,7 @@ def what_register_does() -> tuple[bool, bool, set[str]]:
     from vllm.v1.executor import Executor  # noqa: F401  - as every engine process has
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-    from server.engine.encode_times import register
+    from server.engine.vllm_adapter.encode_timing import register
 
     before, execute_model = set(sys.modules), WorkerWrapperBase.execute_model
     register()
@@ -235,7 +235,7 @@ torchvision_ops.register()
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
-from server.engine.encode_times import EncodeTimes
+from server.engine.vllm_adapter.encode_timing import EncodeTimes
 
 PROMPT = "<|im_start|>user\\n{}<|vision_start|><|image_pad|><|vision_end|>" \\
          "What?<|im_end|>\\n<|im_start|>assistant\\n"

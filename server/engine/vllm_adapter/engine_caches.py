@@ -9,8 +9,8 @@ from typing import Any
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from server.engine.cache import DeferredCache, SendRequest
 from server.engine.embedding_cache.control import ControlServer
+from server.engine.vllm_adapter.processor_cache import ProcessorCache, SendRequest
 
 # What an operator reads of each tier; the histograms are for the metrics.
 _SIZES = ("entries", "bytes", "tokens", "max_bytes", "max_tokens")
@@ -22,7 +22,7 @@ class EngineCaches:
     caches; each None where there is none."""
 
     def __init__(
-        self, engine: AsyncLLM, features: DeferredCache | None, embeddings: ControlServer | None
+        self, engine: AsyncLLM, features: ProcessorCache | None, embeddings: ControlServer | None
     ) -> None:
         self._engine = engine
         self._features = features

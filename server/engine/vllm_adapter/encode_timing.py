@@ -104,7 +104,7 @@ def register() -> None:
     def first_step(worker: WorkerWrapperBase, scheduler_output: Any) -> Any:
         base.execute_model = execute_model
         try:
-            from server.engine.encode_times_worker import watch
+            from server.engine.vllm_adapter.encode_timer import watch
 
             watch(worker, address)
         except Exception as error:

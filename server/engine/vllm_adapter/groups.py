@@ -19,7 +19,7 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from server.engine.cache import SendRequest
+from server.engine.vllm_adapter.processor_cache import SendRequest
 from server.request import tenant
 
 

@@ -1,4 +1,4 @@
-"""Times the vision encoder in vLLM's worker process, and tells the server (`encode_times.py`).
+"""Times the vision encoder in vLLM's worker process, and tells the server (`encode_timing.py`).
 
 Neither waits for the device nor lets a step fail: the first thing that goes wrong ends it.
 """
@@ -16,7 +16,7 @@ import msgspec
 import torch
 import zmq
 
-from server.engine.encode_times import EncoderRun
+from server.engine.vllm_adapter.encode_timing import EncoderRun
 
 log = logging.getLogger("saccade.encode_times")
 

@@ -14,7 +14,7 @@ from vllm.multimodal.inputs import (
     PlaceholderRange,
 )
 
-from server.engine.cache import DeferredCache, PooledItem, send
+from server.engine.vllm_adapter.processor_cache import PooledItem, ProcessorCache, send
 
 
 def feature(item: PooledItem | None) -> MultiModalFeatureSpec:
@@ -35,7 +35,7 @@ def test_features_stay_after_a_request_let_them_go() -> None:
     config: Any = SimpleNamespace(
         get_multimodal_config=lambda: SimpleNamespace(mm_processor_cache_gb=0.01)
     )
-    cache = DeferredCache(MultiModalProcessorOnlyCache(config))
+    cache = ProcessorCache(MultiModalProcessorOnlyCache(config))
     cache.remember("k", ())
     sent: list[Any] = []
 
@@ -58,7 +58,7 @@ def test_an_unsent_request_leaves_no_trace() -> None:
     config: Any = SimpleNamespace(
         get_multimodal_config=lambda: SimpleNamespace(mm_processor_cache_gb=0.01)
     )
-    cache = DeferredCache(LruKeyReplicatedSenderCache(config))
+    cache = ProcessorCache(LruKeyReplicatedSenderCache(config))
     cache.remember("k", ())
 
     async def broken(request: Any) -> None:

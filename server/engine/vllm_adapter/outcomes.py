@@ -16,8 +16,8 @@ from weakref import WeakValueDictionary
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from server.engine.cache import SendRequest
 from server.engine.embedding_cache.scheduler import ENCODED
+from server.engine.vllm_adapter.processor_cache import SendRequest
 from server.request import context as requests
 from server.request.context import RequestContext
 from server.telemetry import record as records
