@@ -14,8 +14,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageFont
 
-from server.demo.pictures import COLORS, Lettering, draw_shape
-from server.demo.words import ORDINALS, article
+from server.demo.drawing import COLORS, Lettering, draw_shape
+from server.demo.training.words import ORDINALS, article
 from server.imaging.sizing import Size
 from tests import encoded, pictures, profiles
 from tests.unit.test_decode import STORED_AS

@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 
-from server.demo import phrases
-from server.demo.batches import collate
-from server.demo.examples import Example
-from server.demo.network import Network
-from server.demo.targets import Grid
-from server.demo.vocabulary import Codec
+from server.demo.training import phrases
+from server.demo.training.batches import collate
+from server.demo.training.examples import Example
+from server.demo.training.network import Network
+from server.demo.training.targets import Grid
+from server.demo.training.vocabulary import Codec
 
 FPS = 2.0
 
@@ -37,7 +37,7 @@ class Chance(random.Random):
 
 @dataclass
 class Twins:
-    """The two models of a folder that `server.demo.checkpoint` has written."""
+    """The two models of a folder that `server.demo.training.checkpoint` has written."""
 
     folder: Path
     network: Network = field(init=False)

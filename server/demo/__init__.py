@@ -1,1 +1,4 @@
-"""The embedded demo model: its data, its training, its evaluation and its weights."""
+"""The embedded demo model: its checkpoint and the command `saccade demo`.
+
+`training/`, which is not in the wheel, has its data, training and evaluation.
+"""

@@ -1,35 +1,38 @@
-"""`saccade demo [DIR] [--ask URL]`: writes sample pictures, and asks a server about them."""
+"""`saccade demo [DIR] [--ask URL]`: writes sample pictures and asks a server about them."""
 
 import argparse
-import base64
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 
+from server.demo.media import image_part, video_part
 from server.demo.samples import Sample, samples
 from server.demo.scoring import Answer
 
 _QUESTIONS = "questions.md"
-_RIGHT = 0.5  # the least score; for a box, how far it overlaps
-_ANSWER_LIMIT_S = 120
+_RIGHT = 0.5  # lowest score that counts as right; a box scores its overlap
+_ANSWER_TIMEOUT_S = 120
 _MAX_TOKENS = 64
 _INTRODUCTION = """# Sample pictures for the demo model
 
 Boxes are [left, top, right, bottom] in thousandths of the picture.
 
-`saccade demo DIR --ask http://127.0.0.1:8000`, where DIR is this folder, asks a server all of it.
+To ask a server all of these questions, where DIR is this folder:
+
+    saccade demo DIR --ask http://127.0.0.1:8000
 """
 
 
 def main(argv: list[str]) -> None:
-    """Run the command; ends the process with status 1 if it fails, 2 on a wrong call."""
+    """Runs the command; exits with status 1 if it fails and 2 if its arguments are wrong."""
     options = _parse(argv)
     try:
         made = samples()
         write(made, options.folder)
-        print(f"{options.folder} has the pictures, and their questions in {_QUESTIONS}")
+        print(f"wrote the pictures and {_QUESTIONS} to {options.folder}")
         if options.ask:
             _show(made, options.ask)
     except (OSError, httpx.HTTPError) as error:
@@ -40,7 +43,7 @@ def main(argv: list[str]) -> None:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="saccade demo",
-        description="Write sample pictures, and questions that the demo model answers.",
+        description="Write sample pictures and questions that the demo model answers.",
     )
     parser.add_argument(
         "folder",
@@ -55,9 +58,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def write(made: list[Sample], folder: Path) -> None:
-    """Write all files and the questions into a folder, which may have them already.
+    """Writes all files and the questions into a folder, which may already contain some of them.
 
-    Raises `FileExistsError`, and writes nothing, where the folder has anything else.
+    Raises `FileExistsError` and writes nothing if the folder contains anything else.
     """
     files = {name: data for sample in made for name, data in sample.files.items()}
     files[_QUESTIONS] = _listed(made).encode()
@@ -65,7 +68,7 @@ def write(made: list[Sample], folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         same = path.name in files and path.is_file() and path.read_bytes() == files[path.name]
         if not same:
-            raise FileExistsError(f"{path} is not of this demo; name a new or empty folder")
+            raise FileExistsError(f"{path} is not part of this demo; use a new or empty folder")
     for name, data in files.items():
         (folder / name).write_bytes(data)
 
@@ -82,7 +85,7 @@ def _listed(made: list[Sample]) -> str:
 
 
 def _link(name: str) -> str:
-    """A picture to be shown, a clip to be opened."""
+    """Markdown that shows a picture, or links to a clip."""
     return f"{'!' if name.endswith('.png') else ''}[{name}]({name})"
 
 
@@ -91,9 +94,9 @@ def _title(sample: Sample) -> str:
 
 
 def _show(made: list[Sample], url: str) -> None:
-    """Ask everything and print the answers as they come; raises `httpx.HTTPError`."""
+    """Asks all questions and prints the answers as they arrive; raises `httpx.HTTPError`."""
     answers = []
-    with httpx.Client(base_url=url, timeout=_ANSWER_LIMIT_S) as client:
+    with httpx.Client(base_url=url, timeout=_ANSWER_TIMEOUT_S) as client:
         for sample in made:
             print(f"\n{_title(sample)}")
             for answer in ask(client, sample):
@@ -105,7 +108,7 @@ def _show(made: list[Sample], url: str) -> None:
 
 
 def ask(client: httpx.Client, sample: Sample) -> Iterator[Answer]:
-    """The answers of a server to a sample's questions, one by one; raises `httpx.HTTPError`."""
+    """Asks a server a sample's questions one after another; raises `httpx.HTTPError`."""
     pictures = [_part(name, data) for name, data in sample.files.items()]
     for question in sample.questions:
         content = [*pictures, {"type": "text", "text": question.text}]
@@ -121,8 +124,5 @@ def ask(client: httpx.Client, sample: Sample) -> Iterator[Answer]:
         yield Answer(question.task, question.text, question.answer, got)
 
 
-def _part(name: str, data: bytes) -> dict[str, object]:
-    """A PNG or AVI file as a part of a message."""
-    kind, media = ("image", "image/png") if name.endswith(".png") else ("video", "video/x-msvideo")
-    url = f"data:{media};base64,{base64.b64encode(data).decode()}"
-    return {"type": f"{kind}_url", f"{kind}_url": {"url": url}}
+def _part(name: str, data: bytes) -> dict[str, Any]:
+    return image_part(data) if name.endswith(".png") else video_part(data)

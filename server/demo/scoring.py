@@ -1,37 +1,20 @@
-"""Scores of answers, and the bars that the demo model's scores must reach."""
+"""How right an answer of the demo model is."""
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
-# The least score of a task, for those that have one.
-BARS = {
-    "color": 0.95,
-    "shape": 0.95,
-    "what": 0.95,
-    "background": 0.95,
-    "yes_no": 0.95,
-    "side": 0.95,
-    "tallest": 0.95,
-    "position": 0.90,
-    "caption": 0.90,
-    "pair": 0.90,
-    "count": 0.90,
-    "json": 0.90,
-    "outside": 0.90,
-    "read": 0.85,
-    "motion": 0.85,
-    "box": 0.60,
-}
-
-_REFUSAL = "tiny demo model"
-_MISS = 0.5  # below it an answer counts as wrong
+OUTSIDE = (
+    "I am only a tiny demo model: I know drawn shapes, short texts and bar charts, not pictures "
+    "like this one."
+)
+"""The answer to a picture that the model was not made for."""
+_REFUSAL = "tiny demo model"  # in every answer that counts as such a refusal
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the model said. `size` is the class of its pictures, empty if it saw none."""
+    """The model's answer to a question. `size` is the class of its pictures, empty without any."""
 
     task: str
     question: str
@@ -45,49 +28,11 @@ class Answer:
         return score(self.task, self.expected, self.got)
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """The answers to the questions of one task; at least one."""
-
-    task: str
-    answers: list[Answer]
-
-    @property
-    def score(self) -> float:
-        """The mean of the answers' scores."""
-        return mean(self.answers)
-
-    @property
-    def bar(self) -> float | None:
-        return BARS.get(self.task)
-
-    @property
-    def passed(self) -> bool:
-        """Whether the score reaches the bar; also true if there is none."""
-        return self.bar is None or self.score >= self.bar
-
-    @property
-    def misses(self) -> list[Answer]:
-        return [answer for answer in self.answers if answer.score < _MISS]
-
-    def groups(self, key: Callable[[Answer], str]) -> dict[str, list[Answer]]:
-        """The answers by what `key` says of them, in the order of it."""
-        found: dict[str, list[Answer]] = {}
-        for answer in sorted(self.answers, key=key):
-            found.setdefault(key(answer), []).append(answer)
-        return found
-
-
-def mean(answers: list[Answer]) -> float:
-    """The mean score of at least one answer."""
-    return math.fsum(answer.score for answer in answers) / len(answers)
-
-
 def score(task: str, expected: str, got: str) -> float:
-    """How right an answer is, from 0 to 1.
+    """The score of an answer, from 0 to 1.
 
-    A box scores its intersection over union, JSON its equality as JSON, a picture outside the
-    model's world that the model says so. All else must be the expected text.
+    A box scores its intersection over union, JSON its equality as JSON, and a picture that the
+    model was not made for scores if the answer says so. Everything else must be the expected text.
     """
     got = got.strip()
     if task == "box":
@@ -100,7 +45,7 @@ def score(task: str, expected: str, got: str) -> float:
 
 
 def _canonical(text: str) -> str | None:
-    """JSON without the freedoms of its writing; None if it is none. 1, 1.0 and true differ."""
+    """JSON with sorted keys and uniform spacing; None if invalid. 1, 1.0 and true differ."""
     try:
         return json.dumps(json.loads(text), sort_keys=True)
     except ValueError:
@@ -108,7 +53,7 @@ def _canonical(text: str) -> str | None:
 
 
 def _box(text: str) -> tuple[float, float, float, float] | None:
-    """The box [x1, y1, x2, y2] that a text is; None if it is none or has no area."""
+    """Parses [x1, y1, x2, y2]; None if the text is something else or the box has no area."""
     try:
         values = json.loads(text)
     except ValueError:

@@ -10,12 +10,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.demo import vision
+from server.demo.training import vision
 from tests import demo_pictures
 from tests.conftest import Server, serving
 from tests.demo_pictures import Asked
 
-CHECKPOINT = Path(vision.__file__).parent
+CHECKPOINT = Path(vision.__file__).parents[1]
 CONNECTIONS = 64
 
 

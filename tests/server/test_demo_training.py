@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from server.demo import vocabulary
-from server.demo.examples import single
+from server.demo.training import vocabulary
+from server.demo.training.examples import single
 from tests.demo_twins import Twins
 
 STEPS = 40  # two lines of the log
@@ -25,7 +25,7 @@ STEPS = 40  # two lines of the log
 def start(output: Path, *more: str, path: Path | None = None) -> subprocess.Popen[str]:
     """A small run in a process group of its own; packages in a folder come before others."""
     small = ["--steps", str(STEPS), "--budget", "200", "--no-compile", *more]
-    command = [sys.executable, "-m", "server.demo.train", "--output", str(output), *small]
+    command = [sys.executable, "-m", "server.demo.training.train", "--output", str(output), *small]
     environment = os.environ | ({"PYTHONPATH": str(path)} if path else {})
     return subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True

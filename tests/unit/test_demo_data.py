@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from server.demo import fonts, objects, outside, phrases, vocabulary, words
-from server.demo.batches import joined
-from server.demo.curriculum import draw
-from server.demo.examples import several, single
-from server.demo.targets import known
-from server.demo.writing import write
+from server.demo.training import fonts, objects, outside, phrases, vocabulary, words
+from server.demo.training.batches import joined
+from server.demo.training.curriculum import draw
+from server.demo.training.examples import several, single
+from server.demo.training.targets import known
+from server.demo.training.writing import write
 
 FACES = [
     face
@@ -77,7 +77,7 @@ def test_a_seed_gives_the_same_fonts():
 
 
 def test_a_missing_package_says_what_to_install():
-    with pytest.raises(ModuleNotFoundError, match=r"saccade\[demo-train\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"\.\[demo-train\]"):
         fonts._files("font_of_nobody", ("*.ttf",))
 
 
@@ -120,7 +120,7 @@ def test_wordings_held_out_are_never_in_training():
 
 
 def test_the_shipped_tokens_are_those_of_the_data():
-    shipped = Path(vocabulary.__file__).with_name("tokenizer.json")
+    shipped = Path(vocabulary.__file__).parents[1] / "tokenizer.json"
     assert json.loads(shipped.read_text()) == json.loads(vocabulary.build().to_str())
 
 

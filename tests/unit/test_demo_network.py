@@ -5,10 +5,10 @@ import random
 import pytest
 import torch
 
-from server.demo import checkpoint, vocabulary
-from server.demo.examples import Example, several, single
-from server.demo.network import Network
-from server.demo.targets import Grid
+from server.demo.training import checkpoint, vocabulary
+from server.demo.training.examples import Example, several, single
+from server.demo.training.network import Network
+from server.demo.training.targets import Grid
 from tests.demo_twins import Twins
 
 CODEC = vocabulary.Codec(vocabulary.build())

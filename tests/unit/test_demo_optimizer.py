@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from server.demo.optimizer import Optimizer, orthogonal
+from server.demo.training.optimizer import Optimizer, orthogonal
 
 MATRICES = ("one.weight", "other.weight")
 MUON, ADAM, DECAY = 0.02, 0.02, 0.9

@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
-from server.demo import asking, report, words
-from server.demo.examples import TASKS
-from server.demo.scoring import BARS, Answer, Outcome, score
+from server.demo import media
+from server.demo.scoring import OUTSIDE, Answer, score
+from server.demo.training import asking, report, words
+from server.demo.training.examples import TASKS
+from server.demo.training.report import BARS, Outcome
 
 BOX = "[100, 100, 300, 300]"
 FACTS = '{"color": "red", "count": 1}'
 DIGEST = """
 import hashlib, sys
-from server.demo import asking
+from server.demo.training import asking
 made = [repr(asking.prepare(7, task, 3)) for task in sys.argv[1:]]
 print(hashlib.sha256("".join(made).encode()).hexdigest())
 """
@@ -31,9 +33,9 @@ print(hashlib.sha256("".join(made).encode()).hexdigest())
         ("read", "A1", "A1", 1),
         ("chat", words.HELLO, words.HELLO, 1),
         ("chat", words.HELLO, words.ABILITIES, 0),
-        ("outside", words.OUTSIDE, words.OUTSIDE, 1),
-        ("outside", words.OUTSIDE, "This is not for a tiny demo model.", 1),
-        ("outside", words.OUTSIDE, "a red circle", 0),
+        ("outside", OUTSIDE, OUTSIDE, 1),
+        ("outside", OUTSIDE, "This is not for a tiny demo model.", 1),
+        ("outside", OUTSIDE, "a red circle", 0),
         ("json", FACTS, '{"count":1,"color":"red"}', 1),
         ("json", FACTS, '{"color": "red", "count": "1"}', 0),
         ("json", FACTS, '{"color": "red", "count": true}', 0),
@@ -157,7 +159,7 @@ def test_examples_depend_on_seed_task_and_number_alone():
 def test_the_model_is_shown_every_frame_as_it_was_drawn(count):
     made = (asking.example(1, "motion", index).pictures[0].frames for index in range(20))
     frames = (next(made) * 2)[:count]
-    shown, about = VIDEO_LOADER_REGISTRY.load("qwen3_vl").load_bytes(asking.avi(frames))
+    shown, about = VIDEO_LOADER_REGISTRY.load("qwen3_vl").load_bytes(media.avi(frames))
     assert about["frames_indices"] == list(range(count))
-    assert about["fps"] == asking.CLIP_FPS
+    assert about["fps"] == media.CLIP_FPS
     np.testing.assert_array_equal(shown, np.stack([np.asarray(frame) for frame in frames]))

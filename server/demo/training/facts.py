@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from server.demo.targets import UNKNOWN
-from server.demo.vocabulary import COORDINATES, Codec
+from server.demo.training.targets import UNKNOWN
+from server.demo.training.vocabulary import COORDINATES, Codec
 
 COORDINATE_FACTS = ("x0", "y0", "x1", "y1")
 # Facts of which "nothing" is not learned: they are asked only of tokens that have them.

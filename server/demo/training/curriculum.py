@@ -2,14 +2,14 @@
 
 import random
 
-from server.demo.batches import Batch, collate
-from server.demo.examples import Example, chat, several, single
-from server.demo.objects import mosaic, traffic
-from server.demo.scene import Size
-from server.demo.targets import Grid
-from server.demo.texts import page
-from server.demo.vision import CELL
-from server.demo.vocabulary import Codec
+from server.demo.drawing import Size
+from server.demo.training.batches import Batch, collate
+from server.demo.training.examples import Example, chat, several, single
+from server.demo.training.objects import mosaic, traffic
+from server.demo.training.targets import Grid
+from server.demo.training.texts import page
+from server.demo.training.vision import CELL
+from server.demo.training.vocabulary import Codec
 
 SMALL: tuple[Grid, ...] = ((2, 2), (2, 3), (3, 2), (3, 3), (3, 4), (4, 3), (4, 4), (3, 5), (2, 5))
 MEDIUM: tuple[Grid, ...] = (

@@ -4,10 +4,10 @@ import random
 import re
 from collections.abc import Mapping
 
-from server.demo import phrases, vocabulary
-from server.demo.examples import Example
-from server.demo.scene import Question
-from server.demo.targets import Grid
+from server.demo.training import phrases, vocabulary
+from server.demo.training.examples import Example
+from server.demo.training.scene import Question
+from server.demo.training.targets import Grid
 
 QUESTIONS = 8  # about a small picture
 MOST_QUESTIONS = 16  # about a large one: its encoding costs more than they do

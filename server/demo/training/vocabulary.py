@@ -12,8 +12,9 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from server.demo import phrases, words
-from server.demo.pictures import COLORS, SHAPES
+from server.demo.drawing import COLORS, SHAPES
+from server.demo.scoring import OUTSIDE
+from server.demo.training import phrases, words
 
 SPECIAL = (
     "<|endoftext|>",
@@ -61,7 +62,7 @@ TEMPLATE = """\
 
 # One answer of each kind that is more than a name.
 _ANSWERS = (
-    words.OUTSIDE,
+    OUTSIDE,
     words.HELLO,
     words.ABILITIES,
     words.UNKNOWN,

@@ -2,10 +2,11 @@
 
 import random
 
-from server.demo import words
-from server.demo.fonts import font
-from server.demo.pictures import Box, Lettering, Picture, Thing, alike, contrasting, rgb
-from server.demo.scene import Asker, Mention, Scene, Size, Spelling, blank, caption
+from server.demo.drawing import Box, Lettering, Size, rgb
+from server.demo.training import words
+from server.demo.training.fonts import font
+from server.demo.training.pictures import Picture, Thing, alike, contrasting, glyphs_of
+from server.demo.training.scene import Asker, Mention, Scene, Spelling, blank, caption
 
 _DARK = frozenset({"black", "blue", "purple", "brown", "green", "red"})
 
@@ -48,7 +49,7 @@ def chart(rng: random.Random, size: Size, held_out: bool) -> Scene:
             shown = Lettering.of(str(value), letters)
             start = x + (pitch * share - shown.width) / 2, box[1] - shown.height - 3
             shown.draw(picture.image, *start, line_color)
-            glyphs = shown.glyphs(*start, {"owner": color})
+            glyphs = glyphs_of(shown, *start, {"owner": color})
             picture.glyphs += glyphs
             spellings.append(Spelling.of(str(value), glyphs, size))
     picture.facts["count"] = str(count)

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from server.demo import vocabulary
-from server.demo.language import TextConfig
-from server.demo.network import configuration
-from server.demo.vision import CELL, DEVIATION, FRAMES, MEAN, MERGE, PATCH, VisionConfig
+from server.demo.training import vocabulary
+from server.demo.training.language import TextConfig
+from server.demo.training.network import configuration
+from server.demo.training.vision import CELL, DEVIATION, FRAMES, MEAN, MERGE, PATCH, VisionConfig
 
 MIN_PIXELS = (2 * CELL) ** 2
 MAX_PIXELS = 640 * 480

@@ -15,12 +15,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from server.demo import vocabulary
-from server.demo.examples import Example
-from server.demo.pictures import Picture
-from server.demo.targets import FACTS, MENTIONED, Grid, known, mentioned
-from server.demo.vision import CELL, MERGE, PATCH, in_token_order
-from server.demo.writing import write
+from server.demo.training import vocabulary
+from server.demo.training.examples import Example
+from server.demo.training.pictures import Picture
+from server.demo.training.targets import FACTS, MENTIONED, Grid, known, mentioned
+from server.demo.training.vision import CELL, MERGE, PATCH, in_token_order
+from server.demo.training.writing import write
 
 
 @dataclass(slots=True)

@@ -4,11 +4,11 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from server.demo import words
-from server.demo.phrases import wording
-from server.demo.pictures import Box, Glyph, Picture, background, background_color
+from server.demo.drawing import Box, Size
+from server.demo.training import words
+from server.demo.training.phrases import wording
+from server.demo.training.pictures import Glyph, Picture, background, background_color
 
-Size = tuple[int, int]
 MARGIN = 0.05  # how far, as a share of the picture, a position stays from where its name changes
 ROWS = ("top", "center", "bottom")
 COLUMNS = ("left", "center", "right")

@@ -5,8 +5,9 @@ from functools import cache
 
 import numpy as np
 
-from server.demo import vocabulary, words
-from server.demo.pictures import COLORS, SHAPES, Picture
+from server.demo.drawing import COLORS, SHAPES
+from server.demo.training import vocabulary, words
+from server.demo.training.pictures import Picture
 
 Grid = tuple[int, int]  # rows and columns of tokens
 # The facts, and the words for each.

@@ -10,30 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageFilter
 
-Box = tuple[float, float, float, float]
-Rgb = tuple[int, int, int]
+from server.demo.drawing import COLORS, Box, Lettering, rgb
+
 Pattern = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
-
-SUPERSAMPLING = 3
-
-# Each color is a mixture of its anchors, and a little more.
-COLORS: dict[str, tuple[Rgb, ...]] = {
-    "red": ((220, 30, 30), (255, 0, 0), (200, 20, 40), (230, 40, 20)),
-    "green": ((30, 160, 50), (0, 128, 0), (40, 180, 40), (0, 200, 0), (20, 120, 50)),
-    "blue": ((35, 70, 220), (0, 0, 255), (20, 60, 180), (50, 90, 230)),
-    "yellow": ((240, 220, 30), (255, 255, 0), (250, 210, 20)),
-    "orange": ((245, 140, 20), (255, 128, 0), (255, 150, 30)),
-    "purple": ((130, 40, 170), (128, 0, 128), (110, 40, 180), (150, 50, 190)),
-    "pink": ((250, 130, 185), (255, 105, 180), (255, 160, 200)),
-    "black": ((15, 15, 15), (0, 0, 0), (30, 30, 32)),
-    "white": ((250, 250, 250), (255, 255, 255), (240, 240, 238)),
-    "gray": ((128, 128, 128), (110, 112, 115), (150, 150, 150)),
-    "brown": ((120, 70, 30), (139, 69, 19), (100, 60, 30)),
-    "cyan": ((40, 210, 220), (0, 255, 255), (0, 190, 210)),
-}
-SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
 
 # Pairs that are too near each other to be told apart with certainty, or to be seen on each other.
 _ALIKE = frozenset(
@@ -62,7 +43,6 @@ _ALIKE = frozenset(
         "black/green",
     ]
 )
-_JITTER = 9
 _BACKGROUNDS = (
     *("plain", "plain", "gradient", "grain", "clouds", "stripes", "speckles"),
     *("checks", "waves"),
@@ -89,6 +69,20 @@ class Glyph:
     facts: Mapping[str, str]
 
 
+def glyphs_of(line: Lettering, x: float, y: float, facts: Mapping[str, str]) -> list[Glyph]:
+    """The characters of a text whose ink is drawn at (x, y), numbered from 1, without spaces."""
+    start = x - line.ink[0]
+    middle = y + line.height / 2
+    ends = [line.font.getlength(line.text[: end + 1]) for end in range(len(line.text))]
+    glyphs = []
+    for index, (left, right) in enumerate(zip([0.0, *ends], ends, strict=False)):
+        char = line.text[index]
+        if char != " ":
+            known = {**facts, "char": char, "index": str(index + 1)}
+            glyphs.append(Glyph(start + (left + right) / 2, middle, right - left, known))
+    return glyphs
+
+
 @dataclass(slots=True)
 class Picture:
     """A picture, or a clip of frames of one size, with what is in it."""
@@ -110,17 +104,6 @@ class Picture:
 def alike(one: str, other: str) -> bool:
     """Whether two colors are the same or too near each other."""
     return one == other or frozenset((one, other)) in _ALIKE
-
-
-def rgb(rng: random.Random, color: str) -> Rgb:
-    """A value that people call by this name."""
-    one, other = rng.choice(COLORS[color]), rng.choice(COLORS[color])
-    share = rng.random()
-    red, green, blue = (
-        min(255, max(0, round(a + (b - a) * share) + rng.randint(-_JITTER, _JITTER)))
-        for a, b in zip(one, other, strict=True)
-    )
-    return red, green, blue
 
 
 def contrasting(rng: random.Random, background: str) -> str:
@@ -185,99 +168,6 @@ def _pattern(kind: str, noise: np.random.Generator, width: int, height: int) -> 
         return dots
     weave: Pattern = (across + along) * np.float32(0.5)
     return weave
-
-
-def _outline(shape: str) -> list[tuple[float, float]]:
-    """The corners of a shape in the square from (-1, -1) to (1, 1)."""
-    if shape == "circle":
-        return [(math.cos(t * math.pi / 36), math.sin(t * math.pi / 36)) for t in range(72)]
-    if shape == "square":
-        return [(-1, -1), (1, -1), (1, 1), (-1, 1)]
-    if shape == "triangle":
-        return [(0, -1), (1, 1), (-1, 1)]
-    if shape == "diamond":
-        return [(0, -1), (1, 0), (0, 1), (-1, 0)]
-    if shape == "star":
-        points = []
-        for corner in range(10):
-            radius = 1.0 if corner % 2 == 0 else 0.42
-            angle = -math.pi / 2 + corner * math.pi / 5
-            points.append((radius * math.cos(angle), radius * math.sin(angle)))
-        return points
-    arm = 0.34
-    quarter = [(arm, -1.0), (arm, -arm), (1.0, -arm)]
-    points = []
-    for _ in range(4):
-        points += quarter
-        quarter = [(-y, x) for x, y in quarter]
-    return points
-
-
-OUTLINES = {shape: _outline(shape) for shape in SHAPES}
-
-
-def draw_shape(
-    rng: random.Random, image: Image.Image, shape: str, color: str, box: Box, tilt: float = 0.0
-) -> None:
-    """Draws a shape with smooth edges into its box; `tilt` in degrees, a few at most."""
-    left, top = math.floor(box[0]), math.floor(box[1])
-    width, height = math.ceil(box[2]) - left, math.ceil(box[3]) - top
-    mask = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING))
-    cos, sin = math.cos(math.radians(tilt)), math.sin(math.radians(tilt))
-    center = ((box[0] + box[2]) / 2 - left, (box[1] + box[3]) / 2 - top)
-    radii = (box[2] - box[0]) / 2, (box[3] - box[1]) / 2
-    points = [
-        (
-            (center[0] + (x * cos - y * sin) * radii[0]) * SUPERSAMPLING,
-            (center[1] + (x * sin + y * cos) * radii[1]) * SUPERSAMPLING,
-        )
-        for x, y in OUTLINES[shape]
-    ]
-    ImageDraw.Draw(mask).polygon(points, fill=255)
-    image.paste(rgb(rng, color), (left, top), mask.reduce(SUPERSAMPLING))
-
-
-@dataclass(frozen=True, slots=True)
-class Lettering:
-    """A text that can be drawn: its font, and where its ink lies from the drawing point."""
-
-    text: str
-    font: ImageFont.FreeTypeFont
-    stroke: int
-    ink: Box
-
-    @property
-    def width(self) -> float:
-        return self.ink[2] - self.ink[0]
-
-    @property
-    def height(self) -> float:
-        return self.ink[3] - self.ink[1]
-
-    @classmethod
-    def of(cls, text: str, font: ImageFont.FreeTypeFont, stroke: int = 0) -> "Lettering":
-        return cls(text, font, stroke, font.getbbox(text, stroke_width=stroke))
-
-    def draw(self, image: Image.Image, x: float, y: float, color: Rgb) -> Box:
-        """Draws it with its ink's corner at (x, y); returns the box of the ink."""
-        start = (x - self.ink[0], y - self.ink[1])
-        ImageDraw.Draw(image).text(
-            start, self.text, fill=color, font=self.font, stroke_width=self.stroke
-        )
-        return x, y, x + self.width, y + self.height
-
-    def glyphs(self, x: float, y: float, facts: Mapping[str, str], first: int = 1) -> list[Glyph]:
-        """Its characters when drawn at (x, y), numbered from `first`; spaces are left out."""
-        start = x - self.ink[0]
-        middle = y + self.height / 2
-        ends = [self.font.getlength(self.text[: end + 1]) for end in range(len(self.text))]
-        glyphs = []
-        for index, (left, right) in enumerate(zip([0.0, *ends], ends, strict=False)):
-            char = self.text[index]
-            if char != " ":
-                known = {**facts, "char": char, "index": str(index + first)}
-                glyphs.append(Glyph(start + (left + right) / 2, middle, right - left, known))
-        return glyphs
 
 
 def place(

@@ -1,6 +1,6 @@
 """Evaluates the demo model through the server, on pictures and questions it was not trained on.
 
-    python -m server.demo.evaluate [--samples N] [--tasks a,b] [--output FILE.json]
+    python -m server.demo.training.evaluate [--samples N] [--tasks a,b] [--output FILE.json]
 
 Starts the server on the embedded model, or another checkpoint, or asks a running server. The exit
 status is 1 if a score misses its bar.
@@ -22,10 +22,9 @@ from pathlib import Path
 
 import httpx
 
-from server.demo import report
-from server.demo.asking import Asker, served_model
-from server.demo.examples import TASKS
-from server.demo.scoring import Outcome
+from server.demo.training import report
+from server.demo.training.asking import Asker, served_model
+from server.demo.training.examples import TASKS
 
 _SEED = 20261120
 _PAINTERS = 2  # processes that make pictures
@@ -90,7 +89,7 @@ def _positive(text: str) -> int:
     return number
 
 
-async def _evaluate(url: str, options: argparse.Namespace) -> list[Outcome]:
+async def _evaluate(url: str, options: argparse.Namespace) -> list[report.Outcome]:
     """Asks task by task, and prints the table as it grows."""
     print(report.row(report.HEADER), flush=True)
     outcomes = []
@@ -100,7 +99,7 @@ async def _evaluate(url: str, options: argparse.Namespace) -> list[Outcome]:
             asker = Asker(client, await served_model(client), pool, options.concurrency)
             for task in options.tasks:
                 answers = await asker.answers(options.seed, task, options.samples)
-                outcomes.append(Outcome(task, answers))
+                outcomes.append(report.Outcome(task, answers))
                 print(report.row(report.cells(outcomes[-1])), flush=True)
     return outcomes
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from server.demo import vocabulary
-from server.demo.language import Language, TextConfig
-from server.demo.vision import Vision, VisionConfig
+from server.demo.training import vocabulary
+from server.demo.training.language import Language, TextConfig
+from server.demo.training.vision import Vision, VisionConfig
 
 
 def configuration(text: TextConfig, vision: VisionConfig) -> dict[str, Any]:

@@ -5,23 +5,13 @@ import math
 import random
 from dataclasses import dataclass
 
-from server.demo import words
-from server.demo.pictures import (
-    COLORS,
-    SHAPES,
-    Box,
-    Picture,
-    Thing,
-    alike,
-    contrasting,
-    draw_shape,
-    place,
-)
-from server.demo.scene import (
+from server.demo.drawing import COLORS, SHAPES, Box, Size, draw_shape
+from server.demo.training import words
+from server.demo.training.pictures import Picture, Thing, alike, contrasting, place
+from server.demo.training.scene import (
     Asker,
     Mention,
     Scene,
-    Size,
     blank,
     caption,
     cell,

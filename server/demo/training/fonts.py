@@ -15,6 +15,8 @@ from types import MappingProxyType
 
 from PIL import ImageFont
 
+from server.demo.drawing import embedded_font
+
 CHARACTERS = string.ascii_letters + string.digits + " !#$%&'()*+,-./:;=?@[]"
 """What every face draws as itself. Computer Modern puts other glyphs at the rest of ASCII."""
 
@@ -91,7 +93,7 @@ def _files(package: str, patterns: tuple[str, ...]) -> list[Path]:
     }
     if not paths:
         raise ModuleNotFoundError(
-            f'no fonts in the package {package}; run: pip install "saccade[demo-train]"',
+            f'no fonts in the package {package}; run: pip install -e ".[demo-train]"',
             name=package,
         )
     return sorted(paths, key=lambda path: path.name)
@@ -99,9 +101,7 @@ def _files(package: str, patterns: tuple[str, ...]) -> list[Path]:
 
 @lru_cache(maxsize=600)
 def _load(face: Face, size: int) -> ImageFont.FreeTypeFont:
-    # The basic layout is the same wherever Pillow runs; Raqm is an optional part of it.
     if face.path:
+        # The basic layout is the same wherever Pillow runs; Raqm is an optional part of it.
         return ImageFont.truetype(face.path, size, layout_engine=ImageFont.Layout.BASIC)
-    embedded = ImageFont.load_default(size)
-    assert isinstance(embedded, ImageFont.FreeTypeFont)
-    return embedded.font_variant(layout_engine=ImageFont.Layout.BASIC)
+    return embedded_font(size)

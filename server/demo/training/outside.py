@@ -75,7 +75,7 @@ def _photo(name: str) -> Image.Image:
             break
     else:
         raise ModuleNotFoundError(
-            f'no photo {name} of scikit-image; run: pip install "saccade[demo-train]"',
+            f'no photo {name} in scikit-image; run: pip install -e ".[demo-train]"',
             name="skimage",
         )
     with Image.open(path) as file:

@@ -10,9 +10,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from server.demo import checkpoint
-from server.demo.batches import Batch
-from server.demo.optimizer import Optimizer
+from server.demo.training import checkpoint
+from server.demo.training.batches import Batch
+from server.demo.training.optimizer import Optimizer
 
 LOG, STATE = "log.jsonl", "state.pt"
 SAVE_EVERY_S = 240

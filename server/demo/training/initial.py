@@ -14,13 +14,13 @@ import random
 import torch
 from torch import Tensor
 
-from server.demo.batches import patches
-from server.demo.language import TextLayer
-from server.demo.network import Network
-from server.demo.objects import mosaic
-from server.demo.texts import page
-from server.demo.vision import CELL, FRAMES, PATCH, Vision, VisionBlock
-from server.demo.vocabulary import COORDINATES
+from server.demo.training.batches import patches
+from server.demo.training.language import TextLayer
+from server.demo.training.network import Network
+from server.demo.training.objects import mosaic
+from server.demo.training.texts import page
+from server.demo.training.vision import CELL, FRAMES, PATCH, Vision, VisionBlock
+from server.demo.training.vocabulary import COORDINATES
 
 _GRAY, _CHROMA, _MOVING = 88, 40, 24  # filters: of gray, of each of two colors, of motion
 _FLOOR = 0.1  # the least deviation of what a filter gives, so that noise is not blown up

@@ -1,14 +1,18 @@
 """Examples: pictures with questions, as training and the evaluation take them."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from server.demo import phrases, words
-from server.demo.objects import clip, objects
-from server.demo.pictures import Picture
-from server.demo.scene import Asker, Mention, Question, Scene, Size
-from server.demo.scenes import make
-from server.demo.texts import text
+from server.demo.drawing import COLORS, SHAPES, Size
+from server.demo.scoring import OUTSIDE
+from server.demo.training import phrases, words
+from server.demo.training.charts import chart
+from server.demo.training.objects import clip, crowd, objects
+from server.demo.training.outside import outside
+from server.demo.training.pictures import Picture, wear
+from server.demo.training.scene import Asker, Mention, Question, Scene
+from server.demo.training.texts import lines, note, text
 
 TASKS = (
     "color",
@@ -65,6 +69,51 @@ class Example:
         return any(len(picture.frames) > 1 for picture in self.pictures)
 
 
+def _photo(rng: random.Random, size: Size, held_out: bool) -> Scene:
+    """A picture outside the model's world, about which anything may be asked."""
+    image = outside(rng, *size, held_out=held_out)
+    picture = Picture([image], {"kind": "photo"})
+    ask = Asker(rng, held_out)
+    shape, color = rng.choice(SHAPES), rng.choice(list(COLORS))
+    for kind, slots in (
+        ("what", {}),
+        ("caption", {}),
+        ("read", {}),
+        ("color_only", {}),
+        ("count", {}),
+        ("shape_only", {}),
+        ("background", {}),
+        ("tallest", {}),
+        ("box", {"object": f"{color} {shape}"}),
+        ("position", {"object": f"{color} {shape}"}),
+        ("json", {"keys": "color and shape"}),
+    ):
+        weight = 4.0 if kind in {"what", "caption"} else 1.0
+        ask("outside", kind, OUTSIDE, weight, **slots)
+    return Scene(picture, ask.questions, OUTSIDE)
+
+
+Maker = Callable[[random.Random, Size, bool], Scene]
+_MAKERS: dict[str, Maker] = {
+    "objects": objects,
+    "crowd": crowd,
+    "text": text,
+    "lines": lines,
+    "note": note,
+    "chart": chart,
+    "photo": _photo,
+    "clip": clip,
+}
+
+
+def _scene(rng: random.Random, kind: str, size: Size, held_out: bool) -> Scene:
+    """A scene of a kind. Training pictures are degraded a little, evaluation pictures are not."""
+    scene = _MAKERS[kind](rng, size, held_out)
+    if not held_out and kind != "clip":
+        scene.picture.frames = [wear(rng, scene.picture.image)]
+    return scene
+
+
 def single(
     rng: random.Random,
     kind: str,
@@ -74,9 +123,7 @@ def single(
     frames: int | None = None,
 ) -> Example:
     """One picture, or one clip of a number of frames."""
-    scene = (
-        clip(rng, size, held_out, frames) if frames else make(rng, kind, size, held_out=held_out)
-    )
+    scene = clip(rng, size, held_out, frames) if frames else _scene(rng, kind, size, held_out)
     return Example([scene.picture], scene.questions)
 
 

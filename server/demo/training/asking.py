@@ -1,25 +1,18 @@
 """Questions of the evaluation: made from seeds, asked over HTTP."""
 
 import asyncio
-import base64
-import io
 import random
-import tempfile
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import cv2
 import httpx
-import numpy as np
 from PIL import Image
 
-from server.demo.examples import Example, evaluated
+from server.demo.media import avi, image_part, png, video_part
 from server.demo.scoring import Answer
+from server.demo.training.examples import Example, evaluated
 
-# Qwen3-VL is shown two frames of each second, but at least four: up to this rate, all of them.
-CLIP_FPS = 1.0
 _MAX_TOKENS = 64
 
 
@@ -56,28 +49,7 @@ def _size_class(made: Example) -> str:
 
 def _part(frames: list[Image.Image]) -> dict[str, Any]:
     """One picture as PNG, several frames as AVI."""
-    if len(frames) > 1:
-        url = _data_url("video/x-msvideo", avi(frames))
-        return {"type": "video_url", "video_url": {"url": url}}
-    with io.BytesIO() as file:
-        frames[0].save(file, "PNG", compress_level=1)
-        url = _data_url("image/png", file.getvalue())
-    return {"type": "image_url", "image_url": {"url": url}}
-
-
-def _data_url(kind: str, data: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def avi(frames: list[Image.Image]) -> bytes:
-    """A video of RGB frames of one size, without loss (FFV1)."""
-    with tempfile.NamedTemporaryFile(suffix=".avi") as file:  # OpenCV writes to files only
-        codec = cv2.VideoWriter.fourcc(*"FFV1")
-        writer = cv2.VideoWriter(file.name, cv2.CAP_FFMPEG, codec, CLIP_FPS, frames[0].size)
-        for frame in frames:
-            writer.write(cv2.cvtColor(np.asarray(frame), cv2.COLOR_RGB2BGR))
-        writer.release()
-        return Path(file.name).read_bytes()
+    return video_part(avi(frames)) if len(frames) > 1 else image_part(png(frames[0], fast=True))
 
 
 class Asker:

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 from PIL import ImageDraw
 
-from server.demo import words
-from server.demo.fonts import font
-from server.demo.pictures import Box, Lettering, Picture, Thing, alike, contrasting, rgb
-from server.demo.scene import Asker, Mention, Scene, Size, Spelling, blank, caption, place_facts
+from server.demo.drawing import Box, Lettering, Size, rgb
+from server.demo.training import words
+from server.demo.training.fonts import font
+from server.demo.training.pictures import Picture, Thing, alike, contrasting, glyphs_of
+from server.demo.training.scene import Asker, Mention, Scene, Spelling, blank, caption, place_facts
 
 MIN_FONT = 20  # pixels
 LARGEST_FONT = 96  # pixels, of most texts
@@ -62,7 +63,7 @@ def text(rng: random.Random, size: Size, held_out: bool, glyph: float | None = N
         _rule(rng, picture, behind, box)
     facts = {"color": color, "shape": "text"}
     picture.things.append(Thing(box, facts | place_facts(box, size)))
-    picture.glyphs += line.glyphs(x, y, {})
+    picture.glyphs += glyphs_of(line, x, y, {})
     spelling = Spelling.of(content, picture.glyphs, size)
     ask = Asker(rng, held_out)
     ask("read", "read", content, 4, spelling)
@@ -144,13 +145,13 @@ def _write_lines(
         facts = {"line": words.ORDINALS[number - 1]}
         picture.things.append(Thing(box, {**facts, "shape": "text"}))
         if label:
-            picture.glyphs += Lettering.of(label, letters).glyphs(x, y, facts)
+            picture.glyphs += glyphs_of(Lettering.of(label, letters), x, y, facts)
         owner = {"owner": label.strip(" :").lower()} if label else {}
         start = x + letters.getlength(label)
         shown = Lettering.of(value, letters)
         glyphs = [
             replace(glyph, y=y + line.height / 2)
-            for glyph in shown.glyphs(start + shown.ink[0], y, facts | owner)
+            for glyph in glyphs_of(shown, start + shown.ink[0], y, facts | owner)
         ]
         picture.glyphs += glyphs
         written.append((number, Spelling.of(value, glyphs, picture.size)))
@@ -197,7 +198,7 @@ def page(rng: random.Random, size: Size) -> Picture:
                 break
             box = line.draw(picture.image, x, y, rgb(rng, color))
             picture.things.append(Thing(box, {"color": color, "shape": "text"}))
-            picture.glyphs += line.glyphs(x, y, {})
+            picture.glyphs += glyphs_of(line, x, y, {})
             below = max(below, box[3])
             x += line.width + letters.size * rng.uniform(0.4, 1)
         y = max(below, y + letters.size * 0.3) + rng.uniform(4, 14)

@@ -1,4 +1,4 @@
-"""Trains the demo model from nothing: ``python -m server.demo.train --output DIR``.
+"""Trains the demo model from nothing: ``python -m server.demo.training.train --output DIR``.
 
 Two processes of one thread each compute the gradients of a half of each batch; this is the fastest
 way on two cores. With ``--device cuda`` one process computes those of the whole, and others draw
@@ -27,18 +27,18 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from server.demo import vocabulary
-from server.demo.batches import Batch, joined
-from server.demo.curriculum import draw
-from server.demo.facts import Facts, blurred, total
-from server.demo.initial import initialize
-from server.demo.language import TextLayer
-from server.demo.network import Network
-from server.demo.optimizer import Optimizer
-from server.demo.record import STATE, Record
-from server.demo.targets import FACTS, MENTIONED
-from server.demo.vision import VisionBlock
-from server.demo.vocabulary import COORDINATES
+from server.demo.training import vocabulary
+from server.demo.training.batches import Batch, joined
+from server.demo.training.curriculum import draw
+from server.demo.training.facts import Facts, blurred, total
+from server.demo.training.initial import initialize
+from server.demo.training.language import TextLayer
+from server.demo.training.network import Network
+from server.demo.training.optimizer import Optimizer
+from server.demo.training.record import STATE, Record
+from server.demo.training.targets import FACTS, MENTIONED
+from server.demo.training.vision import VisionBlock
+from server.demo.training.vocabulary import COORDINATES
 
 STEPS = 7_000  # of 1.1 to 1.6 seconds on two cores, about 2:50 hours
 SHARES = 4  # of a batch, drawn each by itself
@@ -257,7 +257,9 @@ def _in_any(flag: bool) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m server.demo.train", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m server.demo.training.train", description=__doc__
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder of the run")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--budget", type=float, default=BUDGET, help="size of a share of a batch")

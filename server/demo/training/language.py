@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from server.demo import vocabulary
-from server.demo.vision import attend, rotate
+from server.demo.training import vocabulary
+from server.demo.training.vision import attend, rotate
 
 _MASKED = -30000.0
 

@@ -6,10 +6,6 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 ORDINALS = ("first", "second", "third", "fourth", "fifth")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
-OUTSIDE = (
-    "I am only a tiny demo model: I know drawn shapes, short texts and bar charts, not pictures "
-    "like this one."
-)
 HELLO = (
     "Hello! I am saccade-tiny, a tiny demo model. I answer questions about drawn shapes, short "
     "texts and bar charts."

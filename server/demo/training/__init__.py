@@ -1,0 +1,1 @@
+"""Training and evaluation of the demo model. They are only in the repository, not in the wheel."""
