@@ -6,9 +6,10 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numba
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -361,10 +362,45 @@ def test_the_longest_symbols_end_with_the_data() -> None:
     assert all(decode(data, scale) is None for data in _longest_scans() for scale in SCALES)
 
 
+def _line(length: int) -> npt.NDArray[np.float32]:
+    return np.zeros(length, np.float32)
+
+
+def _bytes(length: int) -> Pixels:
+    return np.zeros(length, np.uint8)
+
+
+_SHORT = _line(3)
+_BLOCK = np.zeros((10, 4), np.int16)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        (jpeg_reduced._fill_grey, (_SHORT, np.zeros(4, np.uint8))),
+        (jpeg_reduced._fill_rgb, (_SHORT, _SHORT, _SHORT[:2], np.zeros(9, np.uint8))),
+        (jpeg_reduced._fill_line_of_few, (_BLOCK, np.zeros(5, np.float32), 2, _line(10))),
+        (jpeg_reduced._fill_line_of_few, (_BLOCK, np.zeros(4, np.float32), 2, _line(8))),
+        (jpeg_reduced._fill_line_of_few, (_BLOCK[:4], np.zeros(5, np.float32), 2, _line(8))),
+        (jpeg_reduced._fill_line_of_few, (_BLOCK, np.zeros(5, np.float32), 9, _line(8))),
+        (jpeg_reduced._fill_line_of_ten, (_BLOCK, np.zeros(10, np.float32), 2, _line(10))),
+        (jpeg_reduced._fill_line_of_ten, (_BLOCK[:9], np.zeros(10, np.float32), 2, _line(8))),
+        (jpeg_reduced._word, (np.zeros(8, np.uint8), np.uint64(1))),
+        (jpeg_reduced._copy, (_bytes(8), np.uint64(7), _bytes(8), np.uint64(0), np.uint64(2))),
+        (jpeg_reduced._copy, (_bytes(8), np.uint64(0), _bytes(8), np.uint64(7), np.uint64(2))),
+        (jpeg_reduced._long_value, (np.uint64(1 << 63), np.zeros(9, np.uint16), 0)),
+    ],
+)
+def test_an_index_outside_its_array_is_an_error(
+    function: Callable[..., object], arguments: tuple[object, ...]
+) -> None:
+    with pytest.raises(IndexError):
+        function(*arguments)
+
+
 def _decode_with_checked_bounds() -> None:
     """Runs in a process of its own, where every index is checked."""
-    with pytest.raises(IndexError):  # they are
-        jpeg_reduced._fill_grey(np.zeros(1, np.float32), np.zeros(9, np.uint8))
+    assert numba.config.BOUNDSCHECK
     for data, scale in _damaged(1500, 2):
         decode(data, scale)
     for data in (*_others().values(), *_longest_scans()):
@@ -375,7 +411,7 @@ def _decode_with_checked_bounds() -> None:
 
 def test_no_index_leaves_its_array(tmp_path: Path) -> None:
     checked = {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
-    code = "from tests import test_decode_jpeg_reduced as t; t._decode_with_checked_bounds()"
+    code = "from tests.unit import test_decode_jpeg_reduced as t; t._decode_with_checked_bounds()"
     subprocess.run([sys.executable, "-c", code], env=os.environ | checked, check=True, timeout=800)
 
 
@@ -389,7 +425,7 @@ def test_it_agrees_with_libjpeg_here() -> None:
 def test_it_runs_where_nothing_can_be_kept_on_disk() -> None:
     environ = os.environ | {"NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator"}
     environ.pop("NUMBA_CACHE_DIR", None)
-    code = "from tests import test_decode_jpeg_reduced as t; t._decode_a_line_without_cache()"
+    code = "from tests.unit import test_decode_jpeg_reduced as t; t._decode_a_line_without_cache()"
     subprocess.run([sys.executable, "-c", code], env=environ, check=True, timeout=800)
 
 

@@ -12,10 +12,12 @@ coding, greyscale or YCbCr, luma sampled once or twice as often as chroma, one s
 up on damage to the scan that libjpeg would only warn about. Giving up is an answer: what is not
 decoded here goes to libjpeg, which has the last word.
 
-The loops are compiled by numba without bounds checks, so no index may depend on the data alone:
-looked-up bits are shifted down to the size of their table, a block's place comes from the header,
-and the reader's position is checked after each MCU, the data being padded by more than one takes.
-They are all in this file: of a function kept on disk, numba only checks that its own file is the
+The loops are compiled by numba with bounds checks, which cost 3% of the time. In the few functions
+where they would cost far more, one check ahead of the loop covers all of its indices: see
+`_checks_ahead`. The code does not rely on the checks: looked-up bits are shifted down to the size
+of their table, a block's place comes from the header, and the reader's position is checked after
+each MCU, the data being padded by more bytes than one takes.
+All loops are in this file: of a function kept on disk, numba only checks that its own file is the
 same, not those of the functions it calls.
 """
 
@@ -74,9 +76,13 @@ _UNRESOLVED = 127
 _PADDING = 2048
 
 
-def _compiled(function: _Function, inline: bool = False) -> _Function:
-    """`function` as machine code, kept on disk where there is a place for it."""
-    options = {"nogil": True, "boundscheck": False, "forceinline": inline}
+def _compiled(function: _Function, inline: bool = False, checked: bool = True) -> _Function:
+    """`function` as machine code, kept on disk where there is a place for it.
+
+    An index outside its array raises IndexError, if `checked`. NUMBA_BOUNDSCHECK=1 in the
+    environment checks every function: the tests and `tests/fuzz/fuzz_jpeg.py` run so.
+    """
+    options = {"nogil": True, "boundscheck": checked, "forceinline": inline}
     try:
         compiled: _Function = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # neither this folder nor the user's cache can be written
@@ -87,6 +93,12 @@ def _compiled(function: _Function, inline: bool = False) -> _Function:
 def _inlined(function: _Function) -> _Function:
     """As `_compiled`, and put into its callers: calls would cost a seventh of the time."""
     return _compiled(function, inline=True)
+
+
+def _checks_ahead(function: _Function) -> _Function:
+    """As `_inlined`, without a check at each index, which would keep LLVM from using vectors or
+    wide loads. `function` raises IndexError before it touches what is outside its arrays."""
+    return _compiled(function, inline=True, checked=False)
 
 
 # ---------------------------------------------------------------------- tables
@@ -228,9 +240,11 @@ class _Reader(NamedTuple):
     valid: _Bits
 
 
-@_inlined
+@_checks_ahead
 def _word(data: Bytes, at: _Bits) -> _Bits:
     """Eight bytes as one number. LLVM makes one load of it, if it is one expression."""
+    if at + _EIGHT > _Bits(len(data)):
+        raise IndexError
     return (
         (_Bits(data[at]) << _Bits(56))
         | (_Bits(data[at + _Bits(1)]) << _Bits(48))
@@ -257,6 +271,14 @@ def _next_ff(data: Bytes, at: _Bits) -> _Bits:
     return at
 
 
+@_checks_ahead
+def _copy(data: Bytes, at: _Bits, out: Bytes, to: _Bits, size: _Bits) -> None:
+    if at + size > _Bits(len(data)) or to + size > _Bits(len(out)):
+        raise IndexError
+    for i in range(size):
+        out[to + i] = data[at + i]
+
+
 @_compiled
 def _unstuff(data: Bytes, out: Bytes, ends: _Ints) -> bool:
     """Copy the scan without stuffed zeros and markers; `ends` gets where each interval ends.
@@ -271,8 +293,7 @@ def _unstuff(data: Bytes, out: Bytes, ends: _Ints) -> bool:
             return False
         marker = data[found + _ONE]
         size = found - at + _Bits(marker == 0)
-        for i in range(size):
-            out[to + i] = data[at + i]
+        _copy(data, at, out, to, size)
         to += size
         at = found + _Bits(2)
         if marker == 0:
@@ -445,9 +466,16 @@ def _harmonics() -> _Samples:
 _HARMONIC = _harmonics()
 
 
-@_compiled
+@_inlined
+def _has(block: _Blocks, coefficients: int, columns: int) -> bool:
+    return bool(block.shape[0] >= coefficients and block.shape[1] >= columns)
+
+
+@_checks_ahead
 def _fill_line_of_few(block: _Blocks, weights: _Samples, n: int, out: _Samples) -> None:
     """Samples of one line through a row of blocks, `n` (1 or 2) a block."""
+    if not (1 <= n <= 2 and len(weights) >= _FEW and _has(block, _FEW, len(out) // n)):
+        raise IndexError
     near = _HARMONIC[n, 1, 0]
     for j in range(len(out) // n):
         even = np.float32(block[0, j]) * weights[0] + np.float32(block[2, j]) * weights[2]
@@ -459,9 +487,11 @@ def _fill_line_of_few(block: _Blocks, weights: _Samples, n: int, out: _Samples) 
             out[2 * j + 1] = even - odd * near
 
 
-@_compiled
+@_checks_ahead
 def _fill_line_of_ten(block: _Blocks, weights: _Samples, n: int, out: _Samples) -> None:
     """As `_fill_line_of_few`, with ten coefficients and for `n` of 2 or 4."""
+    if not (2 <= n <= 4 and len(weights) >= _TEN and _has(block, _TEN, len(out) // n)):
+        raise IndexError
     near, far = _HARMONIC[n, :, 0], _HARMONIC[n, :, 1]
     for j in range(len(out) // n):
         first = np.float32(block[0, j]) * weights[0] + np.float32(block[2, j]) * weights[2]
@@ -484,9 +514,11 @@ def _byte(sample: Any) -> Any:
     return np.uint8(min(max(sample, np.float32(0)), np.float32(255)))
 
 
-@_compiled
+@_checks_ahead
 def _fill_rgb(luma: _Samples, blue: _Samples, red: _Samples, out: Bytes) -> None:
     """YCbCr to RGB as JFIF defines it (ITU-T T.871, 7); samples are centred on zero."""
+    if min(len(luma), len(blue), len(red)) < len(out) // 3:
+        raise IndexError
     for x in range(len(out) // 3):
         y = luma[x] + np.float32(128.5)
         out[3 * x] = _byte(y + np.float32(1.402) * red[x])
@@ -494,8 +526,10 @@ def _fill_rgb(luma: _Samples, blue: _Samples, red: _Samples, out: Bytes) -> None
         out[3 * x + 2] = _byte(y + np.float32(1.772) * blue[x])
 
 
-@_compiled
+@_checks_ahead
 def _fill_grey(luma: _Samples, out: Bytes) -> None:
+    if len(luma) < len(out):
+        raise IndexError
     for x in range(len(out)):
         out[x] = _byte(luma[x] + np.float32(128.5))
 
