@@ -16,11 +16,11 @@ import numpy as np
 
 from benchmarks import environment
 from benchmarks.photos import photo
+from server.workers.jobs import ProcessJob
 from server.workers.worker import Array, Extractor
 
 _SIZES = ((1280, 720), (1920, 1080), (4000, 3000), (8000, 6000))
 _QUALITY = 88
-_OPTIONS: dict[str, Any] = {"processor": {}, "io": {}}
 
 
 def main() -> None:
@@ -51,10 +51,11 @@ def _extractor(model: str, *, fast: bool) -> Extractor:
 
 def _row(fast: Extractor, exact: Extractor, size: tuple[int, int]) -> dict[str, Any]:
     file = photo(*size, 1, _QUALITY)
-    decoded = fast.decode(file, _OPTIONS)
-    moved = _pixels(fast, file)
-    whole = _pixels(exact, file)
-    other = _pixels(exact, photo(*size, 1, _QUALITY - 1))
+    job = ProcessJob("JPEG", size)
+    decoded = fast.decode(file, job)
+    moved = _pixels(fast, file, job)
+    whole = _pixels(exact, file, job)
+    other = _pixels(exact, photo(*size, 1, _QUALITY - 1), job)
     return {
         "size": f"{size[0]}x{size[1]}",
         "decoded_at": f"{decoded.image.width}x{decoded.image.height}",
@@ -65,8 +66,10 @@ def _row(fast: Extractor, exact: Extractor, size: tuple[int, int]) -> dict[str, 
     }
 
 
-def _pixels(extractor: Extractor, file: bytes) -> np.ndarray[Any, np.dtype[np.float64]]:
-    value = extractor.features(extractor.decode(file, _OPTIONS), _OPTIONS)["pixel_values"]
+def _pixels(
+    extractor: Extractor, file: bytes, job: ProcessJob
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    value = extractor.features(extractor.decode(file, job), job)["pixel_values"]
     assert isinstance(value, Array)
     assert value.dtype == "uint8"
     return value.data.astype(np.float64)

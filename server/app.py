@@ -136,7 +136,7 @@ async def _running(args: Namespace, settings: Settings, report: Report) -> Async
             yield _Parts(engine, engine_caches, fetcher.cache, None, None)
             return
         bounds = launch.bounds(engine, settings)
-        preparer = RequestPreparer(loader, pool.inspect, bounds)
+        preparer = RequestPreparer(loader, pool, bounds)
         yield _Parts(engine, engine_caches, fetcher.cache, pool, preparer)
 
 

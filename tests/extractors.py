@@ -3,15 +3,14 @@
 import os
 import signal
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from server.errors import InvalidImage
 from server.imaging.decode import Decoded
+from server.workers.jobs import PictureJob, ProcessJob, decode_kwargs
 from server.workers.worker import Array, Extractor, Feature
 
 
@@ -21,11 +20,11 @@ class Commanded:
     def __init__(self) -> None:
         self._data = b""
 
-    def decode(self, data: bytes, options: Mapping[str, Any]) -> Decoded:
+    def decode(self, data: bytes, job: PictureJob) -> Decoded:
         self._data = data
         return Decoded(Image.new("RGB", (8, 6)), (8, 6))
 
-    def features(self, decoded: Decoded, options: Mapping[str, Any]) -> dict[str, Feature]:
+    def features(self, decoded: Decoded, job: ProcessJob) -> dict[str, Feature]:
         command, _, argument = self._data[:200].decode(errors="replace").partition(" ")
         argument = argument.split("\n")[0]
         if command == "sleep":
@@ -49,7 +48,7 @@ class Commanded:
             "bytes": Array("uint8", np.frombuffer(self._data, np.uint8)),
             "floats": Array("float32", np.full((2, size), os.getpid(), np.float32)),
             "list": [Array("int64", np.arange(3)), 7, "text", None],
-            "options": str(options.get("option")),
+            "option": str(decode_kwargs(job.kwargs).get("option")),
         }
 
 

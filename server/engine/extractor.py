@@ -7,7 +7,6 @@ processor's own bits.
 """
 
 import functools
-import json
 import logging
 import warnings
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from server.errors import InvalidImage
 from server.imaging import pdf, sizing
 from server.imaging.decode import Decoded, DecodeOptions, Planner, decode
 from server.imaging.tokens import TokenRule
+from server.workers.jobs import PictureJob, ProcessJob, decode_kwargs, encode_kwargs
 from server.workers.worker import Array, Extractor, Feature, WorkerSpec
 
 if TYPE_CHECKING:
@@ -83,66 +83,59 @@ class ImageExtractor:
         self._processor = processor
         self._fast = fast
         self._max_pixels = max_pixels
-        self._plans = functools.lru_cache(maxsize=64)(self._make_plan)
+        self._plan = functools.lru_cache(maxsize=64)(self._make_plan)
         # Checked once here, before the fork, rather than in each worker.
-        if isinstance(rule := self._plan({}).rule, sizing.NativeResolution):
-            self._plan({"min_pixels": rule.factor**2, "max_pixels": rule.max_pixels})
+        if isinstance(rule := self._plan(encode_kwargs({})).rule, sizing.NativeResolution):
+            capped = {"min_pixels": rule.factor**2, "max_pixels": rule.max_pixels}
+            self._plan(encode_kwargs(capped))
 
-    def decode(self, data: bytes, options: Mapping[str, Any]) -> Decoded:
-        """Decode under `options`: `io` with `image_mode` and `rgba_background_color` as in vLLM,
-        the `format` and upright `size` that the header told, the `frame` or page, and `resize`,
-        the size that the picture will be brought to, if to any.
+    def decode(self, data: bytes, job: PictureJob) -> Decoded:
+        """The picture as `job` wants it; `Decoded.size` is what the processor chooses its output
+        size by.
 
         Raises:
-            InvalidImage: damaged, or not of that size.
+            InvalidImage: damaged, or not of `job.size`.
         """
-        resize, size = _size(options.get("resize")), _size(options.get("size"))
-        if options.get("format") == "PDF":
-            resize = resize or size or (1, 1)
-            decoded = Decoded(pdf.render(data, options["frame"], resize), resize)
+        resize = job.resize
+        if job.format == "PDF":
+            resize = resize or job.size
+            decoded = Decoded(pdf.render(data, job.frame, resize), resize)
         else:
-            decoded = decode(data, self._decode_options(options), self._planner(resize, options))
-            if size is not None and decoded.size != size:
-                raise InvalidImage("the image is not of the size that its header tells")
+            decoded = decode(data, self._decode_options(job), self._planner(job))
+            if decoded.size != job.size:
+                raise InvalidImage("the image does not have the size that its header says")
         if resize is None:
             return decoded
-        if self._fused(decoded.image, options) is not None:
-            return Decoded(decoded.image, resize)  # resized with the rest, in one go
+        if self._fused(decoded.image, job) is not None:
+            return Decoded(decoded.image, resize)  # `features` resizes it
         return Decoded(_resized(decoded.image, resize), resize)
 
-    def _decode_options(self, options: Mapping[str, Any]) -> DecodeOptions:
-        io = options["io"]
-        return DecodeOptions(
-            mode=io.get("image_mode", "RGB"),
-            background=tuple(io.get("rgba_background_color", (255, 255, 255))),
-            max_pixels=self._max_pixels,
-            frame=options.get("frame", 0),
-        )
+    def _decode_options(self, job: PictureJob) -> DecodeOptions:
+        return DecodeOptions(job.io.image_mode, job.io.background, self._max_pixels, job.frame)
 
-    def _planner(self, resize: sizing.Size | None, options: Mapping[str, Any]) -> Planner | None:
+    def _planner(self, job: PictureJob) -> Planner | None:
         """How far decoding may shrink; None: not at all."""
         if not self._fast:
             return None
-        if resize is not None:
-            return lambda width, height: resize
-        plan = self._plan(options["processor"])
-        if plan.rule is None or options.get("pixels"):
+        if job.resize is not None:
+            return lambda width, height: job.resize
+        if not isinstance(job, ProcessJob):
+            return None
+        plan = self._plan(job.kwargs)
+        if plan.rule is None:
             return None
         return functools.partial(_reducible, plan.rule, plan.tokens)
 
-    def features(self, decoded: Decoded, options: Mapping[str, Any]) -> dict[str, Feature]:
-        """The fields the model wants, as vLLM's processor would give them for one picture; or,
-        with `pixels` in `options`, the picture itself: uint8 (height, width, channels)."""
-        if options.get("pixels"):
-            return {"pixels": Array("uint8", np.asarray(decoded.image))}
-        patches = self._fused(decoded.image, options)
+    def features(self, decoded: Decoded, job: ProcessJob) -> dict[str, Feature]:
+        """The fields that the model wants, as vLLM's processor would give them for one picture."""
+        patches = self._fused(decoded.image, job)
         features = patches.features(decoded.image, decoded.size) if patches is not None else None
-        return features or self._processed(decoded.image, options["processor"])
+        return features or self._processed(decoded.image, decode_kwargs(job.kwargs))
 
-    def _fused(self, image: Image.Image, options: Mapping[str, Any]) -> "_NativePatches | None":
-        if options.get("pixels") or image.mode != "RGB":
+    def _fused(self, image: Image.Image, job: PictureJob) -> "_NativePatches | None":
+        if not isinstance(job, ProcessJob) or image.mode != "RGB":
             return None
-        return self._plan(options["processor"]).patches
+        return self._plan(job.kwargs).patches
 
     def _processed(self, image: Image.Image, kwargs: Mapping[str, Any]) -> dict[str, Feature]:
         outputs, fields = self._run_processor(image, kwargs)
@@ -157,11 +150,8 @@ class ImageExtractor:
 
     # ------------------------------------------------------------------ plans
 
-    def _plan(self, kwargs: Mapping[str, Any]) -> _Plan:
-        return self._plans(json.dumps(kwargs, sort_keys=True))
-
-    def _make_plan(self, kwargs_json: str) -> _Plan:
-        kwargs = json.loads(kwargs_json)
+    def _make_plan(self, encoded_kwargs: bytes) -> _Plan:
+        kwargs = decode_kwargs(encoded_kwargs)
         image_processor = getattr(self._processor.info.get_hf_processor(), "image_processor", None)
         if image_processor is None:
             return _Plan(None)
@@ -279,12 +269,8 @@ def _resize(pixels: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArr
     return resized
 
 
-def _size(value: Any) -> sizing.Size | None:
-    return (value[0], value[1]) if value else None
-
-
-def _resized(image: Image.Image, size: sizing.Size | None) -> Image.Image:
-    if size is None or image.size == size:
+def _resized(image: Image.Image, size: sizing.Size) -> Image.Image:
+    if image.size == size:
         return image
     if image.mode != "RGB":
         return image.resize(size, Image.Resampling.BICUBIC)

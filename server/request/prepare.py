@@ -9,9 +9,9 @@ It happens before the request is parsed by its route, which then sees images onl
 import json
 import math
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from server.errors import ClientError, ImageFrameMissing, InvalidFile, SaccadeError, TooManyImages
 from server.imaging.encoded import EncodedImage, ImageOptions, digest, encoded
@@ -23,6 +23,7 @@ from server.request.image_request import ImageRequest
 from server.request.parts import Part, Wish
 from server.request.payloads import TakenOut
 from server.telemetry import metrics, record
+from server.telemetry.stages import Timeline
 
 _PDF_MAGIC = b"%PDF-"
 # A PDF may begin with other bytes; readers look for its head this far.
@@ -30,9 +31,19 @@ _PDF_HEAD_BYTES = 1024
 _POINTS_PER_INCH = 72
 _LARGE_DOCUMENT_BYTES = 64 * 1024
 
-# (data, kind, most) -> the sizes of the first `most` pages of a PDF in points, or a frame each; and
-# how many there are in all.
-Inspect = Callable[[bytes, str, int], Awaitable[tuple[Sequence[tuple[float, float]], int]]]
+
+class Inspector(Protocol):
+    """Looks into files without decoding them; implemented by `workers.pool.ImagePool`."""
+
+    async def inspect_pdf(
+        self, data: bytes, max_pages: int, timeline: Timeline
+    ) -> tuple[Sequence[tuple[float, float]], int]:
+        """The sizes of the first `max_pages` pages in points, and the number of all pages."""
+        ...
+
+    async def count_frames(self, data: bytes, timeline: Timeline) -> int:
+        """The number of frames or pages of an image."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -60,9 +71,9 @@ class ReadRequest:
 class RequestPreparer:
     """Makes an `ImageRequest` of a body."""
 
-    def __init__(self, loader: ImageLoader, inspect: Inspect, bounds: Bounds) -> None:
+    def __init__(self, loader: ImageLoader, inspector: Inspector, bounds: Bounds) -> None:
         self.loader = loader
-        self._inspect = inspect
+        self._inspector = inspector
         self.bounds = bounds
 
     def read(self, taken: TakenOut) -> ReadRequest:
@@ -173,7 +184,7 @@ class RequestPreparer:
         """
         check_bytes(len(data), self.bounds.limits)
         if _is_pdf(data):
-            await self._inspect(data, "pdf", 1)
+            await self._inspector.inspect_pdf(data, 1, record.current().timeline)
         else:
             await in_thread(encoded, data, self.bounds.limits)
 
@@ -194,7 +205,7 @@ class RequestPreparer:
             raise _too_many("frames", wanted, self.bounds.max_frames)
         if not image.header.animated or wanted == 1:
             return (0,)
-        _, count = await self._inspect(image.data, "frames", 0)
+        count = await self._inspector.count_frames(image.data, record.current().timeline)
         if count <= wanted:
             return tuple(range(count))
         return tuple(round(i * (count - 1) / (wanted - 1)) for i in range(wanted))
@@ -217,9 +228,8 @@ class RequestPreparer:
         assert not isinstance(wanted, int)
         if wanted is not None and len(wanted) > most:
             raise _too_many("pages", len(wanted), most)
-        sizes, count = await self._inspect(
-            data, "pdf", max(wanted, default=0) + 1 if wanted else most
-        )
+        inspected = max(wanted) + 1 if wanted else most
+        sizes, count = await self._inspector.inspect_pdf(data, inspected, record.current().timeline)
         if wanted is None:
             if count > most:
                 raise TooManyImages(

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from server.workers.messages import ArraySpec, Done, FeatureSpec, ListSpec, ValueSpec
+from server.imaging.sizing import Size
+from server.workers.protocol import ArraySpec, Done, FeatureSpec, ListSpec, ValueSpec
 
 # Turns (dtype name, shape, buffer, offset in bytes) into the consumer's kind of array. The array
 # must keep `buffer` alive: the memory is used again when `buffer` goes.
@@ -17,12 +18,13 @@ class Features:
     """The processor's output for one picture.
 
     `buffer` is a ctypes array over shared memory; its end gives the memory back to the worker.
-    `size` is the upright picture as the processor saw it: (width, height) in pixels.
+    `size` is the upright picture as the processor saw it: (width, height) in pixels; None if the
+    file was only inspected.
     """
 
     specs: Mapping[str, FeatureSpec]
     buffer: ctypes.Array[ctypes.c_char]
-    size: tuple[int, int]
+    size: Size | None
     decode_s: float
     preprocess_s: float
 

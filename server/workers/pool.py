@@ -1,6 +1,6 @@
 """The image worker pool, as the event loop sees it: bytes in, features out.
 
-    features = await pool.process(key, data, options)
+    features = await pool.process(key, data, job, timeline)
 
 Requests for one `key` run once. Waiting work whose callers have all left is never started. A
 worker that dies takes only its own picture along, which is tried once more on another worker; the
@@ -15,7 +15,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -25,20 +25,28 @@ import numpy as np
 
 from server.errors import (
     WORKER_ERRORS,
-    ClientError,
     ImageProcessingFailed,
     ImageProcessingTimeout,
     SaccadeError,
     ServerBusy,
 )
 from server.settings import ImageSettings
-from server.telemetry import metrics, record
-from server.telemetry.stages import ImageWork
-from server.workers import messages
+from server.telemetry import metrics
+from server.telemetry.stages import ImageWork, Timeline
+from server.workers import protocol
+from server.workers.channel import WorkerLink
 from server.workers.features import Features
+from server.workers.forkserver import Nursery
 from server.workers.health import Health
-from server.workers.link import WorkerLink
-from server.workers.nursery import Nursery
+from server.workers.jobs import (
+    MAX_INT32,
+    CountFrames,
+    InspectPdf,
+    Job,
+    PixelsJob,
+    ProcessJob,
+    encode_job,
+)
 from server.workers.worker import WorkerSpec
 
 log = logging.getLogger("saccade.images")
@@ -54,7 +62,7 @@ class _Task:
 
     key: str
     data: bytes
-    options: bytes
+    job: bytes
     result: asyncio.Future[Features]
     work: ImageWork
     waiters: int = 0
@@ -166,24 +174,50 @@ class ImagePool:
         """Process ids of the workers that are up."""
         return [seat.link.pid for seat in self._seats if seat.link is not None and seat.link.ready]
 
-    async def process(self, key: str, data: bytes, options: Mapping[str, Any]) -> Features:
-        """The features of the encoded picture `data`; `key` must name data and options.
+    async def process(
+        self, key: str, data: bytes, job: PixelsJob | ProcessJob, timeline: Timeline
+    ) -> Features:
+        """What a worker makes of the encoded picture `data`; `key` must name data and job.
+        `timeline` is the one of the request that waits.
 
         Raises:
-            ClientError: the options are more than a worker takes.
             ServerBusy: the queue is full, or the server is shutting down.
             InvalidImage, ImageTooLarge: the worker refused the picture.
             ImageProcessingTimeout: it took longer than `image_timeout_s`.
-            ImageProcessingFailed: it took its worker down, twice.
+            ImageProcessingFailed: two workers died on it.
         """
+        return await self._run(key, data, job, timeline)
+
+    async def inspect_pdf(
+        self, data: bytes, max_pages: int, timeline: Timeline
+    ) -> tuple[list[tuple[float, float]], int]:
+        """The sizes of the first `max_pages` pages as (width, height) in points, and the number
+        of all pages.
+
+        Raises:
+            InvalidFile: the PDF is damaged, encrypted, or has no pages.
+            Otherwise as `process`.
+        """
+        job = InspectPdf(min(max_pages, MAX_INT32))
+        features = await self._run(f"pdf-{max_pages}-{id(data)}", data, job, timeline)
+        found = features.arrays(_numbers)
+        return [(width, height) for width, height in found["sizes"]], found["count"]
+
+    async def count_frames(self, data: bytes, timeline: Timeline) -> int:
+        """The number of frames or pages of an image. Raises as `process`."""
+        features = await self._run(f"frames-{id(data)}", data, CountFrames(), timeline)
+        count: int = features.arrays(_numbers)["count"]
+        return count
+
+    async def _run(self, key: str, data: bytes, job: Job, timeline: Timeline) -> Features:
         came = time.monotonic()
         task = self._tasks.get(key)
         if task is None:
-            task = self._enqueue(key, data, _encode(options))
+            task = self._enqueue(key, data, encode_job(job))
         else:
             metrics.images_joined.inc()
         task.waiters += 1
-        record.current().timeline.join(task.work, came)
+        timeline.join(task.work, came)
         try:
             return await asyncio.shield(task.result)
         finally:
@@ -191,22 +225,9 @@ class ImagePool:
             if task.waiters == 0 and not task.result.done():
                 self._abandon(task)
 
-    async def inspect(
-        self, data: bytes, kind: str, most: int
-    ) -> tuple[list[tuple[float, float]], int]:
-        """The sizes of the first `most` pages of a PDF (`kind` "pdf"), as (width, height) in
-        points, and the number of all; or (`kind` "frames") the number of an image's frames.
-
-        Raises: as `process` does.
-        """
-        key = f"inspect-{kind}-{most}-{id(data)}"
-        features = await self.process(key, data, {"inspect": kind, "most": most})
-        found = features.arrays(_numbers)
-        return [(width, height) for width, height in found.get("sizes", ())], found["count"]
-
     # ------------------------------------------------------------------ the queue
 
-    def _enqueue(self, key: str, data: bytes, options: bytes) -> _Task:
+    def _enqueue(self, key: str, data: bytes, job: bytes) -> _Task:
         if self._closing:
             raise ServerBusy("the server is shutting down")
         if self._health.is_hopeless and not self.worker_pids:
@@ -217,7 +238,7 @@ class ImagePool:
                 f"{self._settings.image_queue}; try again later"
             )
         result = asyncio.get_running_loop().create_future()
-        task = _Task(key, data, options, result, ImageWork(time.monotonic()))
+        task = _Task(key, data, job, result, ImageWork(time.monotonic()))
         self._tasks[key] = task
         self._queue.append(task)
         self._dispatch()
@@ -254,11 +275,11 @@ class ImagePool:
         self._on_work()
         loop = asyncio.get_running_loop()
         seat.timer = loop.call_later(self._settings.image_timeout_s, self._time_out, seat)
-        if len(task.data) <= messages.INLINE_BYTES:
-            seat.link.send_inline(self._next_id, task.data, task.options)
+        if len(task.data) <= protocol.INLINE_BYTES:
+            seat.link.send_inline(self._next_id, task.data, task.job)
         else:  # the copy into shared memory grows with the picture: not on the event loop
             link = seat.link
-            args = (self._next_id, task.data, task.options)
+            args = (self._next_id, task.data, task.job)
             sending = loop.run_in_executor(self._threads, link.send, *args)
             sending.add_done_callback(functools.partial(_kill_if_unsent, link))
 
@@ -269,8 +290,8 @@ class ImagePool:
 
     # ------------------------------------------------------------------ answers
 
-    def _on_reply(self, seat: _Seat, reply: messages.FromWorker, features: Features | None) -> None:
-        if isinstance(reply, messages.Ready):
+    def _on_reply(self, seat: _Seat, reply: protocol.FromWorker, features: Features | None) -> None:
+        if isinstance(reply, protocol.Ready):
             if len(self.worker_pids) == len(self._seats):
                 self._health.started.set()
             self._dispatch()
@@ -278,12 +299,12 @@ class ImagePool:
         task = self._vacate(seat)
         self._health.note_finished()
         if task is not None:
-            if isinstance(reply, messages.Failed):
+            if isinstance(reply, protocol.Failed):
                 self._fail(task, WORKER_ERRORS.get(reply.code, SaccadeError)(reply.message))
             else:
                 assert features is not None
                 task.work.preprocess_s = features.preprocess_s
-                if reply.size != (0, 0):  # else the file was only inspected
+                if reply.size is not None:  # else the file was only inspected
                     metrics.image_decode.observe(features.decode_s)
                     metrics.image_preprocess.observe(features.preprocess_s)
                 self._finish(task, features)
@@ -373,19 +394,6 @@ class ImagePool:
 def _numbers(dtype: str, shape: tuple[int, ...], buffer: Any, offset: int) -> Any:
     count = math.prod(shape)
     return np.frombuffer(buffer, dtype, count, offset).reshape(shape).tolist()
-
-
-def _encode(options: Mapping[str, Any]) -> bytes:
-    try:
-        encoded = messages.encoder.encode(dict(options))
-    except (TypeError, ValueError, OverflowError):
-        raise ClientError("the image processor options are not valid") from None
-    if len(encoded) > messages.MAX_OPTIONS_BYTES:
-        raise ClientError(
-            f"the image processor options take {len(encoded)} bytes, "
-            f"the limit is {messages.MAX_OPTIONS_BYTES}"
-        )
-    return encoded
 
 
 def _kill_if_unsent(link: WorkerLink, sending: asyncio.Future[None]) -> None:

@@ -11,8 +11,8 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import msgspec
@@ -25,7 +25,15 @@ from server.errors import WORKER_ERRORS, SaccadeError
 from server.imaging import pdf
 from server.imaging.decode import Decoded, frame_count
 from server.lifeline import die_with_parent
-from server.workers import messages
+from server.workers import protocol
+from server.workers.jobs import (
+    CountFrames,
+    InspectPdf,
+    Job,
+    PictureJob,
+    PixelsJob,
+    ProcessJob,
+)
 from server.workers.memory import ArrayWriter, FreedMemory, Segment, keep_freed_memory
 
 # Heap that a worker keeps between pictures: the 36 MB of a 12-megapixel picture several times.
@@ -49,11 +57,16 @@ Feature: TypeAlias = "Array | Sequence[Feature] | int | float | str | None"
 
 
 class Extractor(Protocol):
-    """What a worker is handed: decoding and preprocessing for one model."""
+    """Decoding and preprocessing for one model."""
 
-    def decode(self, data: bytes, options: Mapping[str, Any]) -> Decoded: ...
+    def decode(self, data: bytes, job: PictureJob) -> Decoded:
+        """The picture in the size and mode that `job` wants; a `ProcessJob` may be decoded at a
+        smaller scale where the processor would shrink it anyway."""
+        ...
 
-    def features(self, decoded: Decoded, options: Mapping[str, Any]) -> dict[str, Feature]: ...
+    def features(self, decoded: Decoded, job: ProcessJob) -> dict[str, Feature]:
+        """What the model's processor makes of `decoded`."""
+        ...
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):
@@ -68,33 +81,48 @@ class WorkerSpec(msgspec.Struct, frozen=True):
         return build(self.payload)
 
 
-@dataclass
 class _Segments:
-    """The worker's result segments, by number; `free` may be written again."""
+    """The worker's result segments by number; those in `free` may be written again."""
 
-    all: dict[int, Segment]
-    free: list[int]
-    next_id: int = 0
+    def __init__(self) -> None:
+        self.free: list[int] = []
+        self._all: dict[int, Segment] = {}
+        self._next_number = 0
 
-    def take(self, nbytes: int) -> tuple[int, Segment, bool]:
-        """The smallest free segment that holds `nbytes`, or a new one (then True)."""
-        fitting = [number for number in self.free if self.all[number].capacity >= nbytes]
+    @contextmanager
+    def taken(self, nbytes: int) -> Iterator[tuple[int, Segment, bool]]:
+        """The smallest free segment that holds `nbytes`, or a new one (then True). Whoever reads
+        the result frees it; if there is none, it is taken back."""
+        number, is_new = self._take(nbytes)
+        try:
+            yield number, self._all[number], is_new
+        except BaseException:
+            if is_new:  # the other side does not know it
+                self._all.pop(number).close()
+            else:
+                self.free.append(number)
+            raise
+
+    def _take(self, nbytes: int) -> tuple[int, bool]:
+        fitting = [number for number in self.free if self._all[number].capacity >= nbytes]
         if fitting:
-            number = min(fitting, key=lambda n: self.all[n].capacity)
+            number = min(fitting, key=lambda number: self._all[number].capacity)
             self.free.remove(number)
-            return number, self.all[number], False
-        number, self.next_id = self.next_id, self.next_id + 1
-        self.all[number] = Segment.create(nbytes)
-        return number, self.all[number], True
+            return number, False
+        number, self._next_number = self._next_number, self._next_number + 1
+        self._all[number] = Segment.create(nbytes)
+        return number, True
 
-    def shrink(self) -> list[int]:
-        """Give surplus free segments back, smallest first; returns their numbers."""
-        self.free.sort(key=lambda number: self.all[number].capacity)
-        surplus = self.free[: max(0, len(self.free) - _KEPT_SEGMENTS)]
-        self.free = self.free[len(surplus) :]
-        for number in surplus:
-            self.all.pop(number).close()
-        return surplus
+    def surplus(self) -> list[int]:
+        """Free segments that are more than the next pictures need, smallest first."""
+        self.free.sort(key=lambda number: self._all[number].capacity)
+        return self.free[: max(0, len(self.free) - _KEPT_SEGMENTS)]
+
+    def drop(self, numbers: Sequence[int]) -> None:
+        """Give free segments back to the system."""
+        for number in numbers:
+            self.free.remove(number)
+            self._all.pop(number).close()
 
 
 class Worker:
@@ -103,21 +131,21 @@ class Worker:
     def __init__(self, connection: socket.socket, extractor: Extractor) -> None:
         self._connection = connection
         self._extractor = extractor
-        self._segments = _Segments({}, [])
+        self._segments = _Segments()
         self._input: Segment | None = None
         self._freed = FreedMemory(_GROWTH_BYTES)
 
     def run(self) -> None:
-        self._send(messages.Ready(os.getpid()))
+        self._send(protocol.Ready())
         while True:
-            data, fds, _, _ = socket.recv_fds(self._connection, messages.MAX_MESSAGE_BYTES, 1)
+            data, fds, _, _ = socket.recv_fds(self._connection, protocol.MAX_MESSAGE_BYTES, 1)
             if not data:
                 return
-            job = messages.job_decoder.decode(data)
-            if job.input_grown:
+            request = protocol.request_decoder.decode(data)
+            if request.input_grown:
                 self._replace_input(fds[0])
-            self._segments.free += job.released
-            self._serve(job)
+            self._segments.free += request.released
+            self._serve(request)
             self._freed.check()
 
     def _replace_input(self, fd: int) -> None:
@@ -125,77 +153,85 @@ class Worker:
             self._input.close()
         self._input = Segment(fd, os.fstat(fd).st_size)
 
-    def _serve(self, job: messages.Job) -> None:
+    def _serve(self, request: protocol.WorkRequest) -> None:
         try:
-            self._answer(job, self._encoded(job))
+            self._answer(request.id, protocol.job_decoder.decode(request.job), self._file(request))
         except SaccadeError as error:
-            self._fail(job, error)
+            self._fail(request.id, error)
         except MemoryError:
-            self._fail(job, SaccadeError("the image worker ran out of memory"))
-        except Exception as error:  # the processor's own refusal of a picture
+            self._fail(request.id, SaccadeError("the image worker ran out of memory"))
+        except Exception as error:  # the processor refuses the picture
             kind = WORKER_ERRORS["invalid_image"] if isinstance(error, ValueError) else SaccadeError
-            self._fail(job, kind("the model's image processor cannot process this image"))
+            message = "the model's image processor cannot process this image"
+            self._fail(request.id, kind(message))
 
-    def _encoded(self, job: messages.Job) -> bytes:
-        if job.inline is not None:
-            return job.inline
+    def _file(self, request: protocol.WorkRequest) -> bytes:
+        if request.inline is not None:
+            return request.inline
         assert self._input is not None
-        return self._input.map[: job.length]
+        return self._input.map[: request.length]
 
-    def _answer(self, job: messages.Job, data: bytes) -> None:
+    def _answer(self, id_: int, job: Job, data: bytes) -> None:
         started = decoded_at = time.perf_counter()
-        options = messages.options_decoder.decode(job.options)
-        size = (0, 0)
-        if "inspect" in options:
-            outputs = inspect(data, options)
+        size = None
+        if isinstance(job, InspectPdf | CountFrames):
+            outputs = inspect(data, job)
         else:
-            decoded = self._extractor.decode(data, options)
+            decoded = self._extractor.decode(data, job)
             decoded_at, size = time.perf_counter(), decoded.image.size
-            outputs = self._extractor.features(decoded, options)
+            if isinstance(job, ProcessJob):
+                outputs = self._extractor.features(decoded, job)
+            else:
+                outputs = _pixels(decoded, job)
         writer = ArrayWriter()
         features = {name: _describe(value, writer) for name, value in outputs.items()}
-        number, segment, is_new = self._segments.take(writer.nbytes)
-        writer.write(segment.map)
-        reply = messages.Done(
-            id=job.id,
-            segment=number,
-            capacity=segment.capacity,
-            is_new=is_new,
-            dropped=self._segments.shrink(),
-            features=features,
-            size=size,
-            decode_s=decoded_at - started,
-            preprocess_s=time.perf_counter() - decoded_at,
-        )
-        self._send(reply, segment.fd if is_new else None)
+        with self._segments.taken(writer.nbytes) as (number, segment, is_new):
+            writer.write(segment.map)
+            reply = protocol.Done(
+                id=id_,
+                segment=number,
+                capacity=segment.capacity,
+                is_new=is_new,
+                dropped=self._segments.surplus(),
+                features=features,
+                size=size,
+                decode_s=decoded_at - started,
+                preprocess_s=time.perf_counter() - decoded_at,
+            )
+            self._send(reply, segment.fd if is_new else None)
+        self._segments.drop(reply.dropped)
 
-    def _fail(self, job: messages.Job, error: SaccadeError) -> None:
-        self._send(messages.Failed(job.id, error.code, error.message))
+    def _fail(self, id_: int, error: SaccadeError) -> None:
+        self._send(protocol.Failed(id_, error.code, error.message))
 
-    def _send(self, message: messages.FromWorker, fd: int | None = None) -> None:
-        data = messages.encoder.encode(message)
+    def _send(self, message: protocol.FromWorker, fd: int | None = None) -> None:
+        data = protocol.encoder.encode(message)
         ancillary = []
         if fd is not None:
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
         self._connection.sendmsg([data], ancillary)
 
 
-def inspect(data: bytes, options: Mapping[str, Any]) -> dict[str, Feature]:
-    """What is in a file, without its pictures: `count` of frames or pages and, of a PDF, the
-    `sizes` of the first `most`: float64 (pages, 2), width and height in points."""
-    if options["inspect"] == "pdf":
-        sizes, count = pdf.page_sizes(data, options["most"])
+def inspect(data: bytes, job: InspectPdf | CountFrames) -> dict[str, Feature]:
+    """What is in a file, without decoding its pictures; see the jobs."""
+    if isinstance(job, InspectPdf):
+        sizes, count = pdf.page_sizes(data, job.max_pages)
         return {"sizes": Array("float64", np.array(sizes, np.float64)), "count": count}
     return {"count": frame_count(data)}
 
 
-def _describe(value: Feature, writer: ArrayWriter) -> messages.FeatureSpec:
+def _pixels(decoded: Decoded, job: PixelsJob) -> dict[str, Feature]:
+    pixels = np.asarray(decoded.image)
+    return {"pixels": Array(pixels.dtype.name, pixels)}
+
+
+def _describe(value: Feature, writer: ArrayWriter) -> protocol.FeatureSpec:
     if isinstance(value, Array):
-        return messages.ArraySpec(value.dtype, value.data.shape, writer.add(value.data))
+        return protocol.ArraySpec(value.dtype, value.data.shape, writer.add(value.data))
     if isinstance(value, list | tuple):
-        return messages.ListSpec([_describe(item, writer) for item in value])
+        return protocol.ListSpec([_describe(item, writer) for item in value])
     if isinstance(value, int | float | str | None):
-        return messages.ValueSpec(value)
+        return protocol.ValueSpec(value)
     raise TypeError(f"an image processor returned {type(value).__name__}, which has no encoding")
 
 

@@ -302,6 +302,7 @@ def test_frames_of_an_animation_are_images(http: httpx.Client) -> None:
         (capped(SMALL, max_tokens=0), "invalid_request", "image_url.max_tokens"),
         (capped(SMALL, detail="medium"), "invalid_request", "image_url.detail"),
         (capped(gif(3), frames=[3]), "image_frame_missing", "image_url"),
+        (capped(gif(3), frames=[10**30]), "image_frame_missing", "image_url"),
         (file_part(pdf((9, 9)), pages="2"), "image_frame_missing", "file"),
         (file_part(b"%PDF-1.4"), "invalid_file", "file"),
         (image_part(pdf((9, 9))), "unsupported_image_format", "image_url"),
@@ -320,14 +321,36 @@ def test_too_many_images_are_refused(http: httpx.Client) -> None:
     assert refusal(http, "/v1/chat/completions", body)["code"] == "too_many_images"
 
 
-def test_the_server_caps_every_image() -> None:
-    flags = ("--max-model-len", "2048", "--max-image-tokens", "30")
+BAD_OPTIONS = {
+    '{"mm_processor_kwargs": {"max_pixels": NaN}}': "mm_processor_kwargs",
+    '{"mm_processor_kwargs": {"max_pixels": 36893488147419103232}}': "mm_processor_kwargs",
+    '{"mm_processor_kwargs": {"x": "\\ud800"}}': "mm_processor_kwargs",
+    '{"media_io_kwargs": {"image": {"image_mode": "infrared"}}}': (
+        "media_io_kwargs.image.image_mode"
+    ),
+    '{"media_io_kwargs": {"image": {"rgba_background_color": [0, 0, 256]}}}': (
+        "media_io_kwargs.image.rgba_background_color"
+    ),
+}
+
+
+def test_the_server_caps_every_image_and_checks_processor_options() -> None:
+    flags = ("--max-model-len", "2048", "--max-image-tokens", "30", "--trust-request-mm-kwargs")
     with serving(*flags) as server, httpx.Client(base_url=server.url, timeout=60) as http:
         for part in (image_part(LARGE), capped(LARGE, detail="high", max_tokens=500)):
             usage = ask(http, part, WHAT)["usage"]
             assert 20 <= usage["prompt_tokens_details"]["image_tokens"] <= 30
         usage = ask(http, capped(LARGE, max_tokens=9), WHAT)["usage"]
         assert usage["prompt_tokens_details"]["image_tokens"] <= 9
+        for options, param in BAD_OPTIONS.items():
+            body = json.dumps({"model": MODEL, "messages": user(image_part(SMALL))})
+            answer = http.post(
+                "/v1/chat/completions",
+                content=f"{body[:-1]}, {options[1:]}",
+                headers={"Content-Type": "application/json"},
+            )
+            assert answer.status_code == 400, (options, answer.text)
+            assert answer.json()["error"]["param"] == param, (options, answer.text)
 
 
 @pytest.mark.parametrize(

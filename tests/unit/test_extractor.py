@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from server.workers.jobs import ProcessJob, encode_kwargs
 from server.workers.worker import Array, Extractor
 from tests import families, pictures
 
-OPTIONS: dict[str, Any] = {"processor": {}, "io": {}}
+JOB = ProcessJob("JPEG", (3584, 2688))
 LARGE = pictures.encode(pictures.photo((3584, 2688), 1), "JPEG", quality=92)
 # Families whose resize rule is known, so that JPEG is decoded at reduced scale.
 REDUCED = ["qwen2_vl", "qwen2_5_vl", "llava", "llava_next", "idefics3", "gemma3", "paligemma"]
@@ -40,10 +41,10 @@ def pair(family: str, models: Path) -> tuple[Extractor, Extractor]:
 @pytest.mark.parametrize("family", REDUCED)
 def test_fast_shrinks_early_and_stays_near(family: str, models: Path) -> None:
     fast, exact = pair(family, models)
-    reduced, whole = fast.decode(LARGE, OPTIONS), exact.decode(LARGE, OPTIONS)
+    reduced, whole = fast.decode(LARGE, JOB), exact.decode(LARGE, JOB)
     assert whole.image.size == whole.size == reduced.size == (3584, 2688)
     assert reduced.image.width < whole.image.width
-    ours, theirs = fast.features(reduced, OPTIONS), exact.features(whole, OPTIONS)
+    ours, theirs = fast.features(reduced, JOB), exact.features(whole, JOB)
     assert ours.keys() == theirs.keys()
     for name in theirs.keys() - {"image_sizes"}:  # llava_next's: the size of what it was given
         near(ours[name], theirs[name])
@@ -61,8 +62,9 @@ def near(ours: Any, theirs: Any) -> None:
 def test_only_jpeg_differs(kind: str, models: Path) -> None:
     fast, exact = pair("qwen2_vl", models)
     data = pictures.encode(pictures.photo((800, 600), 2), kind)
-    ours = fast.features(fast.decode(data, OPTIONS), OPTIONS)
-    theirs = exact.features(exact.decode(data, OPTIONS), OPTIONS)
+    job = ProcessJob(kind, (800, 600))
+    ours = fast.features(fast.decode(data, job), job)
+    theirs = exact.features(exact.decode(data, job), job)
     for name, value in theirs.items():
         mine = ours[name]
         assert isinstance(value, Array)
@@ -73,15 +75,16 @@ def test_only_jpeg_differs(kind: str, models: Path) -> None:
 def test_a_picture_the_processor_refuses(models: Path) -> None:
     fast, _ = pair("qwen2_vl", models)
     thin = pictures.encode(pictures.photo((2010, 10), 3), "JPEG")
+    job = ProcessJob("JPEG", (2010, 10))
     with pytest.raises(ValueError):
-        fast.features(fast.decode(thin, OPTIONS), OPTIONS)
+        fast.features(fast.decode(thin, job), job)
 
 
 def test_options_change_the_plan(models: Path) -> None:
     fast, exact = pair("qwen2_vl", models)
-    options = {"processor": {"max_pixels": 200 * 200}, "io": {}}
+    job = ProcessJob("JPEG", (3584, 2688), kwargs=encode_kwargs({"max_pixels": 200 * 200}))
     for extractor in (fast, exact):
-        made = extractor.features(extractor.decode(LARGE, options), options)
+        made = extractor.features(extractor.decode(LARGE, job), job)
         grid = made["image_grid_thw"]
         assert isinstance(grid, Array)
         assert int(grid.data.prod()) * 14 * 14 <= 200 * 200

@@ -5,7 +5,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import psutil
 import pytest
 
 from server.errors import (
-    ClientError,
     ImageProcessingFailed,
     ImageProcessingTimeout,
     InvalidImage,
@@ -22,13 +21,15 @@ from server.errors import (
     ServerBusy,
 )
 from server.settings import ImageSettings
+from server.telemetry.stages import Timeline
 from server.workers.features import Features
+from server.workers.jobs import ProcessJob, encode_kwargs
 from server.workers.memory import Segment
 from server.workers.pool import ImagePool
 from server.workers.worker import WorkerSpec
 
 SPEC = WorkerSpec("tests.extractors:load", b"payload")
-OPTIONS = {"option": "set"}
+JOB = ProcessJob("PNG", (8, 6), kwargs=encode_kwargs({"option": "set"}))
 
 
 def _numpy(dtype: str, shape: tuple[int, ...], buffer: Any, offset: int) -> Any:
@@ -54,6 +55,10 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(bounded())
 
 
+def process(pool: ImagePool, key: str, data: bytes) -> Coroutine[Any, Any, Features]:
+    return pool.process(key, data, JOB, Timeline(time.monotonic()))
+
+
 async def until(condition: Callable[[], bool]) -> None:
     while not condition():
         await asyncio.sleep(0.01)
@@ -63,13 +68,13 @@ def test_features_come_back_as_they_were_made() -> None:
     async def test() -> None:
         async with running() as pool:
             for data in (b"x", os.urandom(200_000), b"large 300000", os.urandom(3_000_000)):
-                result = await pool.process(str(len(data)), data, OPTIONS)
+                result = await process(pool, str(len(data)), data)
                 made = arrays(result)
                 assert made["bytes"].tobytes() == data
                 assert int(made["floats"][0, 0]) in pool.worker_pids
                 assert [int(x) for x in made["list"][0]] == [0, 1, 2]
                 assert made["list"][1:] == [7, "text", None]
-                assert made["options"] == "set"
+                assert made["option"] == "set"
                 assert result.size == (8, 6)
 
     run(test)
@@ -78,13 +83,13 @@ def test_features_come_back_as_they_were_made() -> None:
 def test_memory_is_used_again_and_never_while_it_is_read() -> None:
     async def test() -> None:
         async with running(image_workers=1) as pool:
-            held = [await pool.process(f"h{i}", b"%d" % i, OPTIONS) for i in range(6)]
+            held = [await process(pool, f"h{i}", b"%d" % i) for i in range(6)]
             seats = pool._seats[0].link
             assert seats is not None
             assert len(seats._results) == 6
             for i in range(50):
                 data = os.urandom(100_000)
-                made = arrays(await pool.process(f"k{i}", data, OPTIONS))
+                made = arrays(await process(pool, f"k{i}", data))
                 assert made["bytes"].tobytes() == data
                 del made
             assert len(seats._results) <= 12
@@ -99,12 +104,10 @@ def test_requests_for_one_key_run_once(tmp_path: Path) -> None:
         async with running() as pool:
             counter = tmp_path / "count"
             command = f"count {counter}\n".encode()
-            results = await asyncio.gather(
-                *(pool.process("same", command, OPTIONS) for _ in range(20))
-            )
+            results = await asyncio.gather(*(process(pool, "same", command) for _ in range(20)))
             assert counter.read_text() == "x"
             assert len({id(result) for result in results}) == 1
-            await pool.process("same", command, OPTIONS)  # not a cache: asked again, run again
+            await process(pool, "same", command)  # not a cache: asked again, run again
             assert counter.read_text() == "xx"
 
     run(test)
@@ -115,13 +118,13 @@ def test_waiting_work_whose_callers_left_is_never_started(tmp_path: Path) -> Non
         async with running(image_workers=1) as pool:
             counter, go = tmp_path / "count", tmp_path / "go"
             command = f"wait-for {go}\n".encode()
-            busy = asyncio.create_task(pool.process("busy", command, OPTIONS))
+            busy = asyncio.create_task(process(pool, "busy", command))
             await asyncio.sleep(0.05)
             left = [
-                asyncio.create_task(pool.process(f"k{i}", f"count {counter}\n".encode(), OPTIONS))
+                asyncio.create_task(process(pool, f"k{i}", f"count {counter}\n".encode()))
                 for i in range(5)
             ]
-            shared = asyncio.create_task(pool.process("k0", b"", OPTIONS))
+            shared = asyncio.create_task(process(pool, "k0", b""))
             await until(lambda: pool.queued == 5)
             for task in left:
                 task.cancel()
@@ -130,21 +133,6 @@ def test_waiting_work_whose_callers_left_is_never_started(tmp_path: Path) -> Non
             await asyncio.gather(busy, shared)
             assert counter.read_text() == "x"
             assert pool.queued == 0
-
-    run(test)
-
-
-@pytest.mark.parametrize(
-    "options", [{"much": "x" * 300_000}, {"big": 1 << 80}, {"lone": "\ud800"}, {"odd": object()}]
-)
-def test_options_that_no_message_can_carry(options: dict[str, Any]) -> None:
-    async def test() -> None:
-        async with running() as pool:
-            pids = sorted(pool.worker_pids)
-            with pytest.raises(ClientError, match="options"):
-                await pool.process("k", b"x", options)
-            await pool.process("k", b"x", OPTIONS)
-            assert sorted(pool.worker_pids) == pids
 
     run(test)
 
@@ -164,7 +152,7 @@ def test_a_picture_that_cannot_be_handed_over_is_tried_again(
         async with running() as pool:
             monkeypatch.setattr(Segment, "create", scarce)
             data = os.urandom(500_000)
-            made = arrays(await pool.process("k", data, OPTIONS))
+            made = arrays(await process(pool, "k", data))
             assert made["bytes"].tobytes() == data
             assert not failures
             await until(lambda: len(pool.worker_pids) == 2)
@@ -181,7 +169,7 @@ def test_refusals_are_typed_and_leak_nothing(command: bytes, error: type[Excepti
         async with running() as pool:
             pids = sorted(pool.worker_pids)
             with pytest.raises(error) as caught:
-                await pool.process("k", command, OPTIONS)
+                await process(pool, "k", command)
             assert type(caught.value) is error
             assert "/etc" not in str(caught.value)
             assert sorted(pool.worker_pids) == pids
@@ -193,9 +181,9 @@ def test_a_killed_worker_costs_nobody_an_answer(tmp_path: Path) -> None:
     async def test() -> None:
         async with running() as pool:
             victim = asyncio.create_task(
-                pool.process("v", f"die-once {tmp_path / 'died'}\n".encode(), OPTIONS)
+                process(pool, "v", f"die-once {tmp_path / 'died'}\n".encode())
             )
-            others = [pool.process(f"k{i}", b"%d" % i, OPTIONS) for i in range(20)]
+            others = [process(pool, f"k{i}", b"%d" % i) for i in range(20)]
             results = await asyncio.gather(victim, *others)
             assert len(results) == 21
             await until(lambda: len(pool.worker_pids) == 2)
@@ -208,8 +196,8 @@ def test_a_picture_that_kills_every_worker_is_given_up() -> None:
     async def test() -> None:
         async with running() as pool:
             with pytest.raises(ImageProcessingFailed):
-                await pool.process("v", b"die", OPTIONS)
-            made = arrays(await pool.process("k", b"fine", OPTIONS))
+                await process(pool, "v", b"die")
+            made = arrays(await process(pool, "k", b"fine"))
             assert made["bytes"].tobytes() == b"fine"
             await until(lambda: len(pool.worker_pids) == 2)
 
@@ -221,9 +209,9 @@ def test_a_picture_that_takes_too_long_is_ended() -> None:
         async with running(image_timeout_s=3) as pool:
             started = time.monotonic()
             with pytest.raises(ImageProcessingTimeout, match="longer than 3 s"):
-                await pool.process("v", b"sleep 60", OPTIONS)
+                await process(pool, "v", b"sleep 60")
             assert time.monotonic() - started < 30
-            await pool.process("k", b"fine", OPTIONS)
+            await process(pool, "k", b"fine")
 
     run(test)
 
@@ -233,12 +221,12 @@ def test_a_full_queue_refuses_at_once(tmp_path: Path) -> None:
         async with running(image_workers=1, image_queue=2) as pool:
             go = tmp_path / "go"
             command = f"wait-for {go}\n".encode()
-            busy = [asyncio.create_task(pool.process("k0", command, OPTIONS))]
+            busy = [asyncio.create_task(process(pool, "k0", command))]
             await asyncio.sleep(0.05)
-            busy += [asyncio.create_task(pool.process(f"k{i}", b"", OPTIONS)) for i in (1, 2)]
+            busy += [asyncio.create_task(process(pool, f"k{i}", b"")) for i in (1, 2)]
             await until(lambda: pool.queued == 2)
             with pytest.raises(ServerBusy, match="the limit is 2"):
-                await pool.process("k3", b"", OPTIONS)
+                await process(pool, "k3", b"")
             go.touch()
             await asyncio.gather(*busy)
 
@@ -250,10 +238,10 @@ def test_workers_dying_in_a_row_make_the_pool_unready_until_one_works() -> None:
         async with running(image_workers=1) as pool:
             for i in range(3):
                 with pytest.raises((ImageProcessingFailed, ServerBusy)):
-                    await pool.process(f"k{i}", b"die", OPTIONS)
+                    await process(pool, f"k{i}", b"die")
             await until(lambda: bool(pool.worker_pids))
             assert not pool.ready
-            await pool.process("k", b"fine", OPTIONS)
+            await process(pool, "k", b"fine")
             assert pool.ready
 
     run(test)
@@ -265,7 +253,7 @@ def test_the_pool_heals_when_the_process_it_forks_from_is_killed() -> None:
             parent = psutil.Process(pool.worker_pids[0]).ppid()
             os.kill(parent, signal.SIGKILL)  # its children go with it
             await until(lambda: not psutil.pid_exists(parent) or not pool.worker_pids)
-            made = arrays(await pool.process("k", b"fine", OPTIONS))
+            made = arrays(await process(pool, "k", b"fine"))
             assert made["bytes"].tobytes() == b"fine"
 
     run(test)
@@ -278,7 +266,7 @@ def test_no_process_or_file_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     async def test() -> None:
         async with running() as pool:
             assert len(pool.worker_pids) == 2
-            task = asyncio.create_task(pool.process("k", b"sleep 30", OPTIONS))
+            task = asyncio.create_task(process(pool, "k", b"sleep 30"))
             await asyncio.sleep(0.1)
         with pytest.raises(ServerBusy, match="shutting down"):
             await task

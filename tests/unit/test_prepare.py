@@ -19,23 +19,33 @@ from server.request import context as request
 from server.request import payloads
 from server.request.image_request import ImageRequest
 from server.request.prepare import Bounds, RequestPreparer
-from server.workers.worker import inspect as worker_inspect
+from server.telemetry.stages import Timeline
+from server.workers.jobs import CountFrames, InspectPdf
+from server.workers.worker import inspect
 from tests import pictures
 
 LIMITS = Limits(50 << 20, 100_000_000, 32_768, 200)
 BOUNDS = Bounds(max_images=8, max_frames=5, max_pages=4, pdf_dpi=144, limits=LIMITS)
 
 
-async def inspect(data: bytes, kind: str, most: int) -> tuple[Sequence[tuple[float, float]], int]:
+class Inspector:
     """What an image worker does, in this process."""
-    found: Any = worker_inspect(data, {"inspect": kind, "most": most})
-    sizes = found["sizes"].data.tolist() if "sizes" in found else []
-    return [tuple(size) for size in sizes], found["count"]
+
+    async def inspect_pdf(
+        self, data: bytes, max_pages: int, timeline: Timeline
+    ) -> tuple[Sequence[tuple[float, float]], int]:
+        found: Any = inspect(data, InspectPdf(max_pages))
+        return [tuple(size) for size in found["sizes"].data.tolist()], found["count"]
+
+    async def count_frames(self, data: bytes, timeline: Timeline) -> int:
+        found: Any = inspect(data, CountFrames())
+        count: int = found["count"]
+        return count
 
 
 def prepare(document: Any, *, stored: bool = False) -> ImageRequest:
     loader = ImageLoader(Fetcher(FetchSettings()), LIMITS, None)
-    preparer = RequestPreparer(loader, inspect, BOUNDS)
+    preparer = RequestPreparer(loader, Inspector(), BOUNDS)
     taken = payloads.take_out(json.dumps(document).encode())
 
     async def run() -> ImageRequest:

@@ -34,7 +34,7 @@ from vllm.renderers.hf import HfRenderer
 from server.engine.planning import ImagePlanner
 from server.engine.vllm_adapter.processor_cache import PooledItem, ProcessorCache, Updates, copied
 from server.engine.vllm_adapter.processors import blank, tensor
-from server.errors import ImageTokenCap, SaccadeError, UnknownImage
+from server.errors import ClientError, ImageTokenCap, SaccadeError, UnknownImage
 from server.imaging.encoded import EncodedImage, ImageOptions
 from server.imaging.tokens import ImagePlan
 from server.request import context as requests
@@ -42,8 +42,9 @@ from server.request import tenant
 from server.request.context import ShownImage
 from server.request.parts import split_options
 from server.settings import Settings
-from server.telemetry import metrics
+from server.telemetry import metrics, record
 from server.workers.features import Features
+from server.workers.jobs import DecodeIO, PixelsJob, ProcessJob, encode_job, encode_kwargs
 from server.workers.pool import ImagePool
 
 log = logging.getLogger("saccade.engine")
@@ -64,12 +65,14 @@ Announce = Callable[[Sequence[tuple[str, int]]], None]
 
 @dataclass(frozen=True)
 class ImageJob:
-    """One image of a prompt: its plan, the key of what comes out, and a worker's options."""
+    """One image of a prompt: its plan, a worker's job, the key of what comes out, and the keyword
+    arguments of the model's processor."""
 
     image: EncodedImage
     plan: ImagePlan | None
     key: str
-    options: Mapping[str, Any]
+    work: ProcessJob
+    kwargs: Mapping[str, Any]
 
 
 def is_image_by_image(processor: BaseMultiModalProcessor[Any] | None) -> bool:
@@ -120,7 +123,7 @@ class PooledRenderer(HfRenderer):
         self.planner = planner
         model = self.model_config
         parts = (
-            "features-2",
+            "features-3",
             vllm_version,
             str(model.dtype),
             settings.images.image_decode,
@@ -152,7 +155,8 @@ class PooledRenderer(HfRenderer):
                 skip_mm_cache=skip_mm_cache,
             )  # fmt: skip
         kwargs = dict(mm_processor_kwargs or {})
-        io = dict((media_io_kwargs or {}).get("image") or {})
+        encode_kwargs(kwargs)  # refuses what is not JSON, before the planner reads it
+        io = DecodeIO.of((media_io_kwargs or {}).get("image") or {})
         uuids = (mm_uuids or {}).get("image") or [None] * len(images)
         named = [self._named(image, uuid) for image, uuid in zip(images, uuids, strict=True)]
         plans = await self.planner.plan(named, requests.current().max_image_tokens, kwargs)
@@ -208,22 +212,27 @@ class PooledRenderer(HfRenderer):
         image: EncodedImage,
         plan: ImagePlan | None,
         kwargs: Mapping[str, Any],
-        io: Mapping[str, Any],
+        io: DecodeIO,
     ) -> ImageJob:
         """What a worker has to do for `image`. Its key is the hash of the image's bytes, of what
         is done with them, and of the model, as the group of the request has it."""
-        options = {
-            "processor": {**kwargs, **(plan.options if plan else {})},
-            "io": io,
-            "format": image.header.format,
-            "size": image.size,
-            "frame": image.options.frame,
-            "resize": plan.resize if plan else None,
-        }
+        kwargs = {**kwargs, **(plan.options if plan else {})}
+        try:
+            work = ProcessJob(
+                format=image.header.format,
+                size=image.size,
+                frame=image.options.frame,
+                resize=plan.resize if plan else None,
+                io=io,
+                kwargs=encode_kwargs(kwargs),
+            )
+        except ClientError as error:
+            error.part = image.url
+            raise
         hasher = blake3(self._fingerprint)
-        hasher.update(json.dumps(options, sort_keys=True, default=str).encode())
+        hasher.update(encode_job(work))
         hasher.update(image.digest.encode())
-        return ImageJob(image, plan, tenant.own(hasher.hexdigest()), options)
+        return ImageJob(image, plan, tenant.own(hasher.hexdigest()), work, kwargs)
 
     async def _process_image(self, job: ImageJob) -> tuple[MultiModalKwargsItem, Updates]:
         cache = self.processor_cache
@@ -257,10 +266,10 @@ class PooledRenderer(HfRenderer):
         return item
 
     async def _process(self, job: ImageJob) -> tuple[MultiModalKwargsItem, Updates]:
-        features = await self._in_pool(job.key, job)
-        return self._to_item(features, job.options["processor"])
+        features = await self._in_pool(job.key, job, job.work)
+        return self._to_item(features, job.kwargs)
 
-    async def _in_pool(self, key: str, job: ImageJob, **more: Any) -> Features:
+    async def _in_pool(self, key: str, job: ImageJob, work: PixelsJob | ProcessJob) -> Features:
         assert self._pool is not None
         if not job.image.data:
             raise UnknownImage(
@@ -268,7 +277,7 @@ class PooledRenderer(HfRenderer):
                 part=job.image.url,
             )
         try:
-            return await self._pool.process(key, job.image.data, {**job.options, **more})
+            return await self._pool.process(key, job.image.data, work, record.current().timeline)
         except SaccadeError as error:  # all who wait for this picture get the same one
             raise type(error)(error.message, part=job.image.url) from None
 
@@ -324,6 +333,7 @@ class PooledRenderer(HfRenderer):
     ) -> tuple[MultiModalKwargsItem, Updates]:
         """One image's features as vLLM's item, and what they put into the prompt."""
         processor = self.get_mm_processor()
+        assert features.size is not None
         outputs = BatchFeature(features.arrays(tensor))
         config = processor._get_mm_fields_config(outputs, kwargs)
         items = MultiModalKwargsItems.from_hf_inputs(outputs, config)
@@ -364,7 +374,9 @@ class PooledRenderer(HfRenderer):
         """The picture for vLLM's own processor; None if the client has not sent it this time."""
         if not job.image.data:
             return None
-        features = await self._in_pool(f"pixels-{job.key}", job, pixels=True)
+        work = job.work
+        pixels_only = PixelsJob(work.format, work.size, work.frame, work.resize, work.io)
+        features = await self._in_pool(f"pixels-{job.key}", job, pixels_only)
         pixels = features.arrays(tensor)["pixels"]
         return await asyncio.to_thread(lambda: Image.fromarray(pixels.numpy().copy()))
 

@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 
 import msgspec
 
-from server.workers import messages
+from server.workers import protocol
 from server.workers.features import Features
 from server.workers.memory import Segment
 
@@ -33,7 +33,7 @@ class WorkerLink:
         process: BaseProcess,
         connection: socket.socket,
         *,
-        on_reply: Callable[[messages.FromWorker, Features | None], None],
+        on_reply: Callable[[protocol.FromWorker, Features | None], None],
         on_death: Callable[[], None],
     ) -> None:
         self.ready = False
@@ -55,11 +55,11 @@ class WorkerLink:
     def pid(self) -> int:
         return self._process.pid or -1
 
-    def send_inline(self, number: int, data: bytes, options: bytes) -> None:
+    def send_inline(self, number: int, data: bytes, job: bytes) -> None:
         """Send a small picture inside the message; does not block."""
-        self._send_job(number, options, inline=data, length=len(data), fd=None)
+        self._send_job(number, job, inline=data, length=len(data), fd=None)
 
-    def send(self, number: int, data: bytes, options: bytes) -> None:
+    def send(self, number: int, data: bytes, job: bytes) -> None:
         """Copy a large picture into shared memory and tell the worker; call it in a thread."""
         with self._sending:
             if self._closed:
@@ -71,30 +71,31 @@ class WorkerLink:
                 self._input = Segment.create(len(data))
                 fd = self._input.fd
             os.pwrite(self._input.fd, data, 0)  # releases the GIL, unlike a slice assignment
-            self._send_job(number, options, inline=None, length=len(data), fd=fd)
+            self._send_job(number, job, inline=None, length=len(data), fd=fd)
 
     def _send_job(
         self,
         number: int,
-        options: bytes,
+        job: bytes,
         *,
         inline: bytes | None,
         length: int,
         fd: int | None,
     ) -> None:
         released = [self._released.popleft() for _ in range(len(self._released))]
-        raw = msgspec.Raw(options)
-        job = messages.Job(number, raw, inline, length, fd is not None, released)
+        request = protocol.WorkRequest(
+            number, msgspec.Raw(job), inline, length, fd is not None, released
+        )
         ancillary = []
         if fd is not None:
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
         # A worker has one job at a time, so its socket has room; a dead one is found by the reader.
         with contextlib.suppress(ConnectionError):
-            self._connection.sendmsg([messages.encoder.encode(job)], ancillary)
+            self._connection.sendmsg([protocol.encoder.encode(request)], ancillary)
 
     def _readable(self) -> None:
         try:
-            data, fds, _, _ = socket.recv_fds(self._connection, messages.MAX_MESSAGE_BYTES, 1)
+            data, fds, _, _ = socket.recv_fds(self._connection, protocol.MAX_MESSAGE_BYTES, 1)
         except BlockingIOError:
             return
         except ConnectionError:
@@ -102,15 +103,15 @@ class WorkerLink:
         if not data:
             self._lost()
             return
-        reply = messages.reply_decoder.decode(data)
+        reply = protocol.reply_decoder.decode(data)
         features = None
-        if isinstance(reply, messages.Ready):
+        if isinstance(reply, protocol.Ready):
             self.ready = True
-        elif isinstance(reply, messages.Done):
+        elif isinstance(reply, protocol.Done):
             features = self._features(reply, fds)
         self._on_reply(reply, features)
 
-    def _features(self, reply: messages.Done, fds: list[int]) -> Features:
+    def _features(self, reply: protocol.Done, fds: list[int]) -> Features:
         if reply.is_new:
             segment = Segment(fds[0], reply.capacity)
             os.close(fds[0])  # the mapping is enough on this side

@@ -1,0 +1,93 @@
+"""Messages between the pool and a worker, and the description of arrays in shared memory.
+
+Both sides send msgpack over a sequenced-packet socket. Large pictures and all features travel in
+shared memory; a message describes the features by `ArraySpec`. Nothing is pickled: a compromised
+worker can return wrong numbers, but no code.
+"""
+
+from typing import TypeAlias
+
+import msgspec
+
+from server.imaging.sizing import Size
+from server.workers.jobs import Job
+
+# A message must fit the socket's buffer (at least 208 KiB on Linux), so it has no unbounded part.
+MAX_MESSAGE_BYTES = 160 * 1024
+# Encoded pictures up to this size travel inside the request's message.
+INLINE_BYTES = 64 * 1024
+
+
+class ArraySpec(msgspec.Struct, frozen=True, tag="array"):
+    """An array in a shared segment: numpy-style dtype name, shape, offset in bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+class ListSpec(msgspec.Struct, frozen=True, tag="list"):
+    items: list["ArraySpec | ListSpec | ValueSpec"]
+
+
+class ValueSpec(msgspec.Struct, frozen=True, tag="value"):
+    """A plain number, text or None that needs no shared memory."""
+
+    value: int | float | bool | str | None
+
+
+FeatureSpec: TypeAlias = ArraySpec | ListSpec | ValueSpec
+
+
+class WorkRequest(msgspec.Struct, frozen=True):
+    """A job on one file: `inline`, or the first `length` bytes of the input segment.
+
+    `job` is an encoded `Job`. `input_grown`: the message carries a new input segment as a file
+    descriptor. `released`: result segments of this worker that nobody reads any more.
+    """
+
+    id: int
+    job: msgspec.Raw
+    inline: bytes | None
+    length: int
+    input_grown: bool
+    released: list[int]
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """First message of a worker: it can take jobs."""
+
+
+class Done(msgspec.Struct, frozen=True, tag="done"):
+    """Features of job `id` in segment `segment` of `capacity` bytes.
+
+    `is_new`: the message carries that segment as a file descriptor. `dropped`: segments that the
+    worker has freed. `size`: the upright picture as the processor saw it, (width, height); None
+    if the file was only inspected. Durations are in seconds.
+    """
+
+    id: int
+    segment: int
+    capacity: int
+    is_new: bool
+    dropped: list[int]
+    features: dict[str, FeatureSpec]
+    size: Size | None
+    decode_s: float
+    preprocess_s: float
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """Job `id` has no result; `code` is one of `errors.WORKER_ERRORS`."""
+
+    id: int
+    code: str
+    message: str
+
+
+FromWorker: TypeAlias = Ready | Done | Failed
+
+encoder = msgspec.msgpack.Encoder()
+request_decoder = msgspec.msgpack.Decoder(WorkRequest)
+job_decoder: msgspec.msgpack.Decoder[Job] = msgspec.msgpack.Decoder(Job)
+reply_decoder: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
