@@ -145,3 +145,8 @@ def small_text(**options: Any) -> Asked:
     with io.BytesIO() as file:
         written(SMALL, (640, 480), SMALL_GLYPH).save(file, "PNG")
         return asked(file.getvalue(), question=READ, answer=SMALL, **options)
+
+
+def unreadable_text() -> bytes:
+    """A PNG file with text whose letters are 4 pixels high: the model can only guess."""
+    return pictures.encode(written(SMALL, (224, 224), 4))

@@ -1,26 +1,30 @@
 """Answers follow the picture, through everything that lies between the file and the engine."""
 
 import asyncio
+import base64
 import json
 import random
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from server.demo.training import vision
-from tests import demo_pictures
+from tests import demo_pictures, pictures
 from tests.conftest import Server, serving
 from tests.demo_pictures import Asked
 
 CHECKPOINT = Path(vision.__file__).parents[1]
 CONNECTIONS = 64
+JSON = {"Content-Type": "application/json"}
 
 
 async def answers(url: str, questions: Iterable[Asked]) -> list[str]:
-    """The greedy answers to questions that are asked at the same time."""
+    """The greedy answers to questions that are asked concurrently."""
     limits = httpx.Limits(max_connections=CONNECTIONS)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
         (model,) = (await client.get("/v1/models")).json()["data"]
@@ -46,6 +50,65 @@ def ask(server: Server, *questions: Asked) -> list[str]:
 
 def wanted(questions: Iterable[Asked]) -> list[str]:
     return [question.answer for question in questions]
+
+
+def test_the_first_request_of_the_readme_always_gets_the_right_answer(
+    http: httpx.Client, repository: Path
+) -> None:
+    """It sets no temperature."""
+    readme = (repository / "README.md").read_text()
+    body = re.findall(r"-d @- <<END\n(.*?)\nEND\n", readme, re.DOTALL)[0]
+    picture = base64.b64encode((repository / "clients/examples/red_circle.png").read_bytes())
+    body = body.replace("$(base64 -w0 clients/examples/red_circle.png)", picture.decode())
+    assert "temperature" not in json.loads(body)
+    for _ in range(5):
+        response = http.post("/v1/chat/completions", content=body, headers=JSON)
+        assert response.json()["choices"][0]["message"]["content"] == "a red circle"
+
+
+def said(http: httpx.Client, path: str, picture: bytes, **more: Any) -> set[str]:
+    """Different answers to eight requests about a text, at one of the three APIs."""
+    url, read = pictures.data_url(picture), demo_pictures.READ
+    parts: dict[str, list[dict[str, Any]]] = {
+        "chat/completions": [pictures.image_part(picture), pictures.text_part(read)],
+        "responses": [
+            {"type": "input_image", "image_url": url},
+            {"type": "input_text", "text": read},
+        ],
+        "messages": [
+            {"type": "image", "source": {"type": "url", "url": url}},
+            {"type": "text", "text": read},
+        ],
+    }
+    limit = "max_output_tokens" if path == "responses" else "max_tokens"
+    message = [{"role": "user", "content": parts[path]}]
+    body = {
+        "model": "saccade-tiny",
+        "input" if path == "responses" else "messages": message,
+        limit: 16,
+        **more,
+    }
+
+    def text() -> str:
+        response = http.post(f"/v1/{path}", json=body)
+        assert response.status_code == 200, response.text
+        answer = response.json()
+        if path == "chat/completions":
+            return str(answer["choices"][0]["message"]["content"])
+        content = answer["output"][0]["content"] if path == "responses" else answer["content"]
+        return str(content[0]["text"])
+
+    return {text() for _ in range(8)}
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "responses", "messages"])
+def test_answers_are_random_only_if_a_temperature_is_set(http: httpx.Client, path: str) -> None:
+    """The text is too small to be read, so sampling gives a different guess nearly every time."""
+    picture = demo_pictures.unreadable_text()
+    greedy = said(http, "chat/completions", picture, temperature=0)
+    assert len(greedy) == 1
+    assert said(http, path, picture) == greedy
+    assert len(said(http, path, picture, temperature=1)) > 1
 
 
 @pytest.mark.parametrize("turn", range(2))

@@ -1,10 +1,12 @@
 """The network that is trained is the one that is served: Transformers computes the same."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
+from server.demo import scoring
 from server.demo.training import checkpoint, vocabulary
 from server.demo.training.examples import Example, several, single
 from server.demo.training.network import Network
@@ -48,3 +50,12 @@ def test_transformers_computes_the_same(twins: Twins, make, worded: bool) -> Non
     assert ours == theirs
     assert expected.std() > 0.3  # it is not the same because it is nothing
     assert (logits - expected).abs().max() < 1e-3
+
+
+def test_a_saved_checkpoint_has_the_shipped_configuration(twins: Twins) -> None:
+    """Only the weights differ."""
+    shipped = Path(scoring.__file__).parent
+    names = {path.name for path in twins.folder.iterdir()} - {"model.safetensors"}
+    assert names == {path.name for path in shipped.iterdir() if path.suffix in {".json", ".jinja"}}
+    for name in names:
+        assert (twins.folder / name).read_bytes() == (shipped / name).read_bytes(), name

@@ -37,6 +37,8 @@ def save(weights: dict[str, Tensor], tokenizer: Tokenizer, folder: Path) -> None
         "bos_token_id": vocabulary.END_OF_TEXT,
         "eos_token_id": vocabulary.END,
         "pad_token_id": vocabulary.END_OF_TEXT,
+        "do_sample": False,  # read by Transformers
+        "temperature": 0.0,  # vLLM's default for requests that set none
     }
     _write(folder / "generation_config.json", generation)
     processor = {
