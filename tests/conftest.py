@@ -1,6 +1,9 @@
 """Fixtures: the real server with the embedded model, clients for it, a real image origin."""
 
+from __future__ import annotations
+
 import contextlib
+import importlib.abc
 import os
 import re
 import signal
@@ -8,16 +11,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import hypothesis
 import psutil
 import pytest
-from openai import AsyncOpenAI, OpenAI
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI, OpenAI
 
 # Before anything imports vLLM or transformers.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,9 +31,24 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from server.engine import torchvision_ops
 
-torchvision_ops.register()  # before a test imports transformers
+class _TorchvisionHook(importlib.abc.MetaPathFinder):
+    """Makes `import torchvision` work beside a CPU torch, in those tests that come to it.
+
+    To do so at once would import torch for every test.
+    """
+
+    was_imported = False
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: object = None) -> None:
+        if fullname == "torchvision" and not self.was_imported:
+            self.was_imported = True
+            from server.engine import torchvision_ops
+
+            torchvision_ops.register()
+
+
+sys.meta_path.insert(0, _TorchvisionHook())
 
 hypothesis.settings.register_profile("unhurried", deadline=None)  # machines are noisy
 hypothesis.settings.load_profile("unhurried")
@@ -147,12 +168,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def client(server: Server) -> Iterator[OpenAI]:
+    from openai import OpenAI
+
     with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as openai:
         yield openai
 
 
 @pytest.fixture
 def async_client(server: Server) -> AsyncOpenAI:
+    from openai import AsyncOpenAI
+
     return AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 

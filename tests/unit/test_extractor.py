@@ -12,7 +12,7 @@ from server.workers.worker import Array, Extractor
 from tests import families, pictures
 
 JOB = ProcessJob("JPEG", (3584, 2688))
-LARGE = pictures.encode(pictures.photo((3584, 2688), 1), "JPEG", quality=92)
+LARGE = pictures.encode(pictures.photo((896, 672), 1).resize((3584, 2688)), "JPEG", quality=92)
 # Families whose resize rule is known, so that JPEG is decoded at reduced scale.
 REDUCED = ["qwen2_vl", "qwen2_5_vl", "llava", "llava_next", "idefics3", "gemma3", "paligemma"]
 
