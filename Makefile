@@ -1,6 +1,7 @@
 # make serve   set everything up and serve the embedded model on 127.0.0.1:8000
-# make test    set everything up and run the tests; SERVICES=required fails where one cannot run
-# make check   lint, types, tests
+# make test    set everything up and run all tests; SERVICES=required fails where one cannot run
+# make test-fast   only those that start no server
+# make check   lint, types, all tests
 # make docs    build the documentation into site/
 # make lock    pin what the container images install, in deploy/requirements-*.txt
 # make sbom    write what the container images install to build/sbom-*.json, in CycloneDX's form
@@ -13,7 +14,10 @@ ARGS  ?=
 TESTS ?=
 ROOTS ?= build/image
 
-.PHONY: setup serve test lint types check benchmark docs lock sbom image-check clean
+PYTEST = $(VENV)/bin/python -m pytest
+PARALLEL = --numprocesses logical --maxprocesses 4 --dist loadfile
+
+.PHONY: setup serve test test-fast lint types check benchmark docs lock sbom image-check clean
 .DEFAULT_GOAL := serve
 
 setup: $(VENV)/.installed
@@ -28,7 +32,15 @@ serve: setup
 test: setup
 	@deploy/test_services.sh $(VENV)/services
 	@$(VENV)/bin/python -m tests.kubernetes_tools $(VENV)/services/bin
-	$(VENV)/bin/python -m pytest $(TESTS)
+ifeq ($(TESTS),)
+	$(PYTEST) $(PARALLEL) tests/unit
+	$(PYTEST) tests/server tests/deploy
+else
+	$(PYTEST) $(TESTS)
+endif
+
+test-fast: setup
+	$(PYTEST) $(PARALLEL) tests/unit
 
 lint: setup
 	$(VENV)/bin/ruff check .

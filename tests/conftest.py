@@ -33,16 +33,13 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 class _TorchvisionHook(importlib.abc.MetaPathFinder):
-    """Makes `import torchvision` work beside a CPU torch, in those tests that come to it.
+    """Lets torchvision work beside a CPU torch before a test imports what would import it.
 
-    To do so at once would import torch for every test.
+    Doing so at once would import torch for every test.
     """
 
-    was_imported = False
-
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: object = None) -> None:
-        if fullname == "torchvision" and not self.was_imported:
-            self.was_imported = True
+        if fullname in ("transformers", "vllm"):
             from server.engine import torchvision_ops
 
             torchvision_ops.register()

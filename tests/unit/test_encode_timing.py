@@ -1,12 +1,8 @@
-"""Runs of the vision encoder, as vLLM's worker tells them: line, timers, the real engine."""
+"""Runs of the vision encoder, as vLLM's worker tells them: line and timers."""
 
 import asyncio
 import contextlib
-import json
-import multiprocessing
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +12,6 @@ import pytest
 import torch
 import uvloop
 
-from server.engine.arguments import DEMO_MODEL
 from server.engine.vllm_adapter.encode_timer import CudaTimer, WallTimer, connected, send, timed
 from server.engine.vllm_adapter.encode_timing import EncoderRun, EncodeTimes
 
@@ -203,101 +198,3 @@ def test_a_run_on_a_gpu_is_timed() -> None:
         time.sleep(0.001)
     (run,) = runs
     assert before - 0.01 < run.start_s < queued < run.end_s < time.monotonic()
-
-
-def what_register_does() -> tuple[bool, bool, set[str]]:
-    """In a process like those of vLLM: whether it changes the worker, unasked and asked, and which
-    of vLLM's modules are imported for it."""
-    from vllm.v1.executor import Executor  # noqa: F401  - as every engine process has
-    from vllm.v1.worker.worker_base import WorkerWrapperBase
-
-    from server.engine.vllm_adapter.encode_timing import register
-
-    before, execute_model = set(sys.modules), WorkerWrapperBase.execute_model
-    register()
-    unasked = WorkerWrapperBase.execute_model is not execute_model
-    os.environ[VARIABLE] = "ipc:///nonexistent/encoder"
-    register()
-    asked = WorkerWrapperBase.execute_model is not execute_model
-    return unasked, asked, set(sys.modules) - before
-
-
-def test_vllm_is_changed_only_on_request() -> None:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(what_register_does) == (False, True, set())
-
-
-ENGINE = """
-import asyncio, io, json, sys
-from PIL import Image
-from server.engine import torchvision_ops
-torchvision_ops.register()
-from vllm import SamplingParams
-from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.v1.engine.async_llm import AsyncLLM
-from server.engine.vllm_adapter.encode_timing import EncodeTimes
-
-PROMPT = "<|im_start|>user\\n{}<|vision_start|><|image_pad|><|vision_end|>" \\
-         "What?<|im_end|>\\n<|im_start|>assistant\\n"
-
-async def main():
-    runs, ids, asked = [], {}, []
-    async with EncodeTimes(lambda *run: runs.append(run)):
-        engine = AsyncLLM.from_engine_args(AsyncEngineArgs(
-            model=sys.argv[1], enforce_eager=True, dtype="float32", max_model_len=1024,
-            enable_prefix_caching=False))
-        send = engine.engine_core.add_request_async
-
-        async def add_request(request):
-            ids[request.external_req_id] = request.request_id
-            await send(request)
-
-        engine.engine_core.add_request_async = add_request
-
-        async def ask(name, color, text):
-            prompt = {"prompt": PROMPT.format(text)}
-            if color:
-                image = Image.new("RGB", (224, 224), color)
-                prompt["multi_modal_data"] = {"image": image}
-            else:
-                prompt["prompt"] = text
-            params = SamplingParams(max_tokens=3, temperature=0)
-            async for output in engine.generate(prompt, params, name):
-                pass
-            times = output.metrics
-            asked.append((name, ids[name], times.scheduled_ts, times.first_token_ts))
-
-        await ask("first", "red", "a")
-        await asyncio.gather(ask("blue", "blue", "a"), ask("green", "green", "b"))
-        await ask("again", "red", "b")
-        await ask("text", None, "hello")
-        await asyncio.sleep(0.2)
-        engine.shutdown()
-    print(json.dumps({"runs": runs, "asked": asked}))
-
-asyncio.run(main())
-"""
-
-
-def test_the_real_engine_tells_when_its_encoder_ran() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", ENGINE, str(DEMO_MODEL)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout.splitlines()[-1])
-    asked = {name: times for name, *times in told["asked"]}
-    encoded: dict[str, tuple[float, float]] = {}
-    for request_ids, start_s, end_s in told["runs"]:
-        assert start_s < end_s
-        for request_id in request_ids:
-            assert request_id not in encoded
-            encoded[request_id] = start_s, end_s
-    assert set(encoded) == {asked[name][0] for name in ("first", "blue", "green")}
-    for request_id, scheduled_s, first_token_s in asked.values():
-        if request_id in encoded:
-            start_s, end_s = encoded[request_id]
-            assert scheduled_s < start_s < end_s < first_token_s
