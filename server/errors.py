@@ -84,6 +84,56 @@ class ImageProcessingFailed(ClientError):
     code = "image_processing_failed"
 
 
+class InvalidVideo(ClientError):
+    """The video is damaged, has no pictures, or refers to other files for them."""
+
+    code = "invalid_video"
+
+
+class UnsupportedVideoFormat(ClientError):
+    """The data is none of the video formats that are opened."""
+
+    code = "unsupported_video_format"
+
+
+class VideoTooLarge(ClientError):
+    """The video has more bytes or pixels, or its frames take more memory, than the limits allow."""
+
+    status = 413
+    code = "video_too_large"
+
+
+class InvalidAudio(ClientError):
+    """The audio clip is damaged, or has no sound."""
+
+    code = "invalid_audio"
+
+
+class UnsupportedAudioFormat(ClientError):
+    """The data is none of the audio formats that are opened."""
+
+    code = "unsupported_audio_format"
+
+
+class AudioTooLarge(ClientError):
+    """The audio clip has more bytes, or takes more memory once decoded, than the limits allow."""
+
+    status = 413
+    code = "audio_too_large"
+
+
+class MediaProcessingTimeout(ClientError):
+    """Decoding the video or audio clip took too long."""
+
+    code = "media_processing_timeout"
+
+
+class MediaProcessingFailed(ClientError):
+    """The process that decodes the video or audio clip died on it."""
+
+    code = "media_processing_failed"
+
+
 class ImageTokenCap(ClientError):
     """The model cannot show the image, or the images, in as few tokens as the cap allows."""
 

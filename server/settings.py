@@ -76,6 +76,32 @@ class ImageSettings(_Group):
     )
 
 
+class VideoSettings(_Group):
+    """Videos and audio."""
+
+    max_video_bytes: int = Field(
+        256 * MIB, ge=1, description="Largest encoded video or audio clip, in bytes."
+    )
+    video_workers: int = Field(
+        4, ge=1, le=1024, description="Videos and audio clips that are decoded at a time."
+    )
+    video_queue: int = Field(
+        256, ge=1, description="Videos and audio clips that may wait before requests get a 503."
+    )
+    video_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Longest time that decoding one video or audio clip may take, in seconds.",
+    )
+    video_max_memory_mb: int = Field(
+        4096,
+        ge=64,
+        description="Most memory that decoding one video or audio clip may take, with its frames, "
+        "in MiB.",
+    )
+
+
 class HttpSettings(_Group):
     """Requests, fetches and shutdown."""
 
@@ -233,6 +259,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="forbid")
 
     images: ImageSettings = ImageSettings()
+    videos: VideoSettings = VideoSettings()
     http: HttpSettings = HttpSettings()
     caches: CacheSettings = CacheSettings()
     files: FileSettings = FileSettings()

@@ -1,0 +1,291 @@
+"""Videos and audio clips as vLLM decodes them: its loaders, run in a child process.
+
+`video_options` reads what vLLM would decode by, in the server. `prepare` runs in the child.
+"""
+
+import base64
+import binascii
+import functools
+import importlib
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from io import BytesIO
+from typing import Annotated, Any, Literal
+
+import cv2
+import msgspec
+import numpy as np
+from PIL import Image
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.multimodal.media.audio import AudioMediaIO
+from vllm.multimodal.media.image import ImageMediaIO
+from vllm.multimodal.media.video import VideoMediaIO
+from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
+from vllm.multimodal.video_decoders import VideoSourceMetadata, VideoTargetMetadata
+
+from server.errors import (
+    AudioTooLarge,
+    ClientError,
+    InvalidAudio,
+    InvalidVideo,
+    SaccadeError,
+    VideoTooLarge,
+)
+from server.imaging.containers import refuse_references
+from server.ingest.video import (
+    AudioAnswer,
+    AudioJob,
+    FramesJob,
+    VideoAnswer,
+    VideoJob,
+    VideoOptions,
+)
+from server.workers.sandbox import Output
+
+logger = init_logger(__name__)
+
+PREPARE = "server.engine.clips:prepare"
+
+_FFMPEG_OPTIONS = "OPENCV_FFMPEG_CAPTURE_OPTIONS"
+# FFmpeg's names of the containers that it may open; see `imaging.containers`.
+_DEMUXERS = {"mp4": "mov", "matroska": "matroska", "avi": "avi"}
+_MAX_COUNT = 1 << 16
+# How the pictures begin that a video may be sent as: JPEG, PNG, WebP.
+_PICTURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")
+_HEAD_CHARACTERS = 16
+_GPU_OPTIONS = ("backend", "device", "hw_decoders", "pool_size", "timeout_sec")
+
+
+# ---------------------------------------------------------------------- options, in the server
+
+
+def _positive_or_unset(value: float) -> float:
+    if value != -1 and value <= 0:
+        raise ValueError
+    return value
+
+
+_Unset = AfterValidator(_positive_or_unset)
+_Count = Annotated[int, Field(ge=1, le=_MAX_COUNT, description="a positive integer")] | None
+_AnyCount = Annotated[int, Field(le=_MAX_COUNT, description="a positive integer, or -1"), _Unset]
+_Rate = Annotated[
+    float, Field(le=1e4, allow_inf_nan=False, description="a positive number, or -1"), _Unset
+]
+_Index = Annotated[int, Field(ge=0)]
+
+
+class _Options(BaseModel):
+    """What vLLM's loaders take, and in which range. What is not given is left to the loader, and a
+    loader may take more, which passes if it is JSON."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    __pydantic_extra__: dict[str, JsonValue]
+
+    num_frames: _AnyCount = -1
+    fps: _Rate = -1
+    max_duration: _Rate = -1
+    min_frames: _Count = None
+    max_frames: _Count = None
+    max_fps: _Count = None
+    sampling_fps: _Count = None
+    frame_recovery: Annotated[bool, Field(description="a boolean")] = False
+    do_sample_frames: Annotated[bool, Field(description="a boolean")] = False
+    backend: Annotated[
+        Literal["opencv", "torchcodec"], Field(description="'opencv' or 'torchcodec'")
+    ] = "opencv"
+    device: Annotated[Literal["cpu"], Field(description="'cpu'")] = "cpu"
+    seek_mode: Annotated[
+        Literal["exact", "approximate"], Field(description="'exact' or 'approximate'")
+    ] = "exact"
+    num_ffmpeg_threads: Annotated[
+        int, Field(ge=0, le=64, description="an integer from 0 to 64")
+    ] = 0
+    frames_indices: Annotated[
+        list[_Index] | None, Field(max_length=_MAX_COUNT, description="a list of frame numbers")
+    ] = None
+    total_num_frames: _Count = None
+    duration: Annotated[
+        float | None, Field(ge=0, allow_inf_nan=False, description="a number from 0")
+    ] = None
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Hold `media_io_kwargs.video` against what vLLM's loaders take.
+
+    Raises:
+        ClientError: a value is of another type or out of range; `param` names it.
+    """
+    try:
+        _Options.model_validate(dict(options))
+    except ValidationError as error:
+        name = str(error.errors()[0]["loc"][0])
+        field = _Options.model_fields.get(name)
+        path = f"media_io_kwargs.video.{name}"
+        raise ClientError(
+            f"{path} must be {field.description if field else 'JSON'}", param=path
+        ) from None
+    loader = options.get("video_backend")
+    if loader is not None and loader not in VIDEO_LOADER_REGISTRY.name2class:
+        path = "media_io_kwargs.video.video_backend"
+        raise ClientError(f"{path} is not the name of a video loader", param=path)
+
+
+def video_options(io: VideoMediaIO) -> VideoOptions:
+    """How `io` would decode a video."""
+    loader = type(io.video_loader)
+    return VideoOptions(
+        loader=f"{loader.__module__}:{loader.__qualname__}",
+        num_frames=io.num_frames,
+        options=io.kwargs,
+        image=io.image_io.kwargs | {"image_mode": io.image_io.image_mode},
+    )
+
+
+def use_cpu_decoders(config: VllmConfig) -> None:
+    """Take decoders that need a GPU out of the engine's configuration: videos are decoded in
+    processes of their own, which have none."""
+    multimodal = config.model_config.multimodal_config
+    options = multimodal.media_io_kwargs.get("video", {}) if multimodal is not None else {}
+    names = (options.get("video_backend"), options.get("backend"))
+    on_gpu = [name for name in names if name and VIDEO_LOADER_REGISTRY.backend_requires_gpu(name)]
+    if options.get("device") not in (None, "cpu"):
+        on_gpu.append(f"device {options['device']}")
+    if not on_gpu:
+        return
+    logger.warning("videos are decoded on the CPU; not using %s", ", ".join(on_gpu))
+    for name in _GPU_OPTIONS:
+        options.pop(name, None)
+    if options.get("video_backend") in on_gpu:
+        del options["video_backend"]
+
+
+# ---------------------------------------------------------------------- decoding, in the child
+
+
+def prepare(job: bytes) -> Callable[[bytes], Output]:
+    """Import what the job needs; see `sandbox.Prepare`."""
+    wanted = msgspec.msgpack.decode(job, type=VideoJob | FramesJob | AudioJob)
+    if isinstance(wanted, AudioJob):
+        return functools.partial(_audio, AudioMediaIO(audio_backend=wanted.backend))
+    os.environ["VLLM_MAX_IMAGE_PIXELS"] = str(wanted.max_pixels)
+    module, _, name = wanted.sampling.loader.partition(":")
+    loader = getattr(importlib.import_module(module), name)()
+    if isinstance(wanted, FramesJob):
+        Image.init()  # imports the readers of all formats
+        return functools.partial(_frames, wanted.sampling)
+    _prepare_decoder(loader, wanted)
+    return functools.partial(_video, loader, wanted)
+
+
+def _prepare_decoder(loader: Any, job: VideoJob) -> None:
+    """Load what is loaded late, and keep FFmpeg from formats that it would take the file for."""
+    given = os.environ.get(_FFMPEG_OPTIONS)
+    allowed = f"format_whitelist;{_DEMUXERS[job.container]}|protocol_whitelist;none"
+    os.environ[_FFMPEG_OPTIONS] = f"{given}|{allowed}" if given else allowed
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    cv2.getNumberOfCPUs()  # reads files the first time
+    options = job.sampling.options
+    importlib.import_module(f"vllm.multimodal.video_decoders.{options.get('backend', 'opencv')}")
+    with suppress(Exception):  # some choose frames with the help of modules that they import then
+        loader.compute_frames_index_to_sample(
+            source=VideoSourceMetadata(total_frames_num=8, original_fps=2.0, duration=4.0),
+            target=VideoTargetMetadata(num_frames=4, fps=1, max_duration=4),
+        )
+
+
+def _video(loader: Any, job: VideoJob, data: bytes) -> Output:
+    if job.container == "mp4":
+        refuse_references(data)
+    if job.sampling.options.get("backend", "opencv") == "opencv":
+        _check_pictures(data, job.max_pixels)
+    try:
+        frames, metadata = loader.load_bytes(
+            data, num_frames=job.sampling.num_frames, **job.sampling.options
+        )
+    except Exception as error:
+        raise _video_error(error) from error
+    return _video_output(frames, metadata, data)
+
+
+def _check_pictures(data: bytes, max_pixels: int) -> None:
+    """Raises InvalidVideo or VideoTooLarge. Reads no more than FFmpeg does to open the file."""
+    stream: Any = BytesIO(data)  # OpenCV's types lack this overload
+    capture = cv2.VideoCapture(stream, cv2.CAP_FFMPEG, [])
+    if not capture.isOpened():
+        raise InvalidVideo("the video is damaged, or has no pictures")
+    width = int(capture.get(cv2.CAP_PROP_FRAME_WIDTH))
+    height = int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
+    if width < 1 or height < 1:
+        raise InvalidVideo("the video has no pictures that can be decoded")
+    if width * height > max_pixels:
+        raise VideoTooLarge(
+            f"the video has {width}x{height} = {width * height} pixels, "
+            f"the limit is {max_pixels} pixels"
+        )
+
+
+def _frames(sampling: VideoOptions, text: bytes) -> Output:
+    pieces = text.decode("latin-1")
+    for piece in pieces.split(","):
+        _check_picture(piece)
+    io = VideoMediaIO(ImageMediaIO(**sampling.image), sampling.num_frames, **sampling.options)
+    try:
+        frames, metadata = io.load_base64("video/jpeg", pieces).media
+    except Exception as error:
+        raise _video_error(error) from error
+    return _video_output(frames, metadata, text)
+
+
+def _check_picture(piece: str) -> None:
+    """Raises InvalidVideo if a picture of a sequence is none by its first bytes."""
+    try:
+        head = base64.b64decode(piece[:_HEAD_CHARACTERS])
+    except binascii.Error:
+        head = b""
+    if not head.startswith(_PICTURES):
+        raise InvalidVideo("the frames of the video must be JPEG, PNG or WebP pictures in base64")
+
+
+def _video_output(frames: Any, metadata: dict[str, Any], data: bytes) -> Output:
+    if not isinstance(frames, np.ndarray) or not len(frames):
+        raise InvalidVideo("no frame of the video could be decoded")
+    whole = [name for name, value in metadata.items() if value is data]
+    kept = {name: value for name, value in metadata.items() if name not in whole}
+    return Output(msgspec.msgpack.encode(VideoAnswer(kept, whole), enc_hook=_plain), [frames])
+
+
+def _plain(value: Any) -> Any:
+    """A number or array of numpy's as Python's."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise NotImplementedError
+
+
+def _video_error(error: Exception) -> SaccadeError:
+    if _is_out_of_memory(error):
+        return VideoTooLarge("the frames of the video take more memory than the limit allows")
+    if isinstance(error, ImportError):
+        return ClientError("the video decoder that was asked for is not installed")
+    return InvalidVideo("the video could not be decoded as it was asked for")
+
+
+def _audio(io: AudioMediaIO, data: bytes) -> Output:
+    if data[4:8] == b"ftyp":
+        refuse_references(data)
+    try:
+        waveform, rate = io.load_bytes(data)
+    except ImportError:
+        raise SaccadeError("no audio decoder is installed") from None
+    except Exception as error:
+        if _is_out_of_memory(error):
+            raise AudioTooLarge("the audio clip takes more memory than the limit allows") from error
+        raise InvalidAudio("the audio clip could not be decoded, or is too long") from error
+    answer = msgspec.msgpack.encode(AudioAnswer(rate), enc_hook=_plain)
+    return Output(answer, [np.asarray(waveform, np.float32)])
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or getattr(error, "code", None) == cv2.Error.StsNoMem

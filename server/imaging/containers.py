@@ -1,0 +1,120 @@
+"""Which container a video or an audio clip is, told by its first bytes, before a decoder sees it.
+
+FFmpeg guesses the format of what it is given, and some formats are lists of other files and
+addresses, which it then opens. So only containers that hold all of their data are let through.
+"""
+
+import struct
+from collections.abc import Iterator
+from typing import Literal, TypeAlias
+
+from server.errors import (
+    InvalidImage,
+    InvalidVideo,
+    UnsupportedAudioFormat,
+    UnsupportedVideoFormat,
+)
+from server.imaging.header.boxes import FULL, Box, boxes, whole
+
+VideoContainer: TypeAlias = Literal["mp4", "matroska", "avi"]
+AudioContainer: TypeAlias = Literal["wav", "flac", "ogg", "mp3"] | VideoContainer
+
+# Where an MP4 file says in which file the samples of a track are.
+_TO_REFERENCES = (b"moov", b"trak", b"mdia", b"minf", b"dinf", b"dref")
+# Version and flags of a box, and a count.
+_REFERENCE_FIELDS = FULL + 4
+_ID3_HEADER_BYTES = 10
+_ID3_HAS_FOOTER = 0x10
+
+
+def video_container(data: bytes) -> VideoContainer:
+    """The container of a video.
+
+    Raises:
+        UnsupportedVideoFormat: it is none of those that are opened.
+    """
+    container = _with_pictures(data)
+    if container is None:
+        raise UnsupportedVideoFormat(
+            "the video is in none of the formats that are opened: MP4, MOV, Matroska, WebM, AVI"
+        )
+    return container
+
+
+def audio_container(data: bytes) -> AudioContainer:
+    """The container of an audio clip; a video has one as well, since it may have sound.
+
+    Raises:
+        UnsupportedAudioFormat: it is none of those that are opened.
+    """
+    if data[:4] in (b"RIFF", b"RF64") and data[8:12] == b"WAVE":
+        return "wav"
+    if data[:4] == b"fLaC":
+        return "flac"
+    if data[:4] == b"OggS":
+        return "ogg"
+    # What follows a tag is looked at as well: a decoder skips the tag before it guesses.
+    start = _behind_id3(data)
+    if data[start : start + 1] == b"\xff" and data[start + 1 : start + 2] >= b"\xe0":
+        return "mp3"
+    if data[start : start + 4] == b"fLaC":
+        return "flac"
+    container = _with_pictures(data)
+    if container is None:
+        raise UnsupportedAudioFormat(
+            "the audio is in none of the formats that are opened: "
+            "WAV, FLAC, Ogg, MP3, MP4, M4A, Matroska, WebM"
+        )
+    return container
+
+
+def refuse_references(data: bytes) -> None:
+    """Refuse an MP4 file that has tracks whose samples lie in another file.
+
+    FFmpeg does not follow such references unless it is told to; the check is there to say what
+    is wrong with the file. A damaged file is left to the decoder. The time grows with the file.
+
+    Raises:
+        InvalidVideo: there is such a track.
+    """
+    try:
+        locations = any(
+            any(data[entry.start + FULL : entry.end])
+            for references in _boxes_at(data, whole(data), _TO_REFERENCES)
+            for entry in boxes(data, references, _REFERENCE_FIELDS)
+        )
+    except (InvalidImage, struct.error):  # damaged
+        return
+    if locations:
+        raise InvalidVideo("the video refers to other files or addresses for its data")
+
+
+def _with_pictures(data: bytes) -> VideoContainer | None:
+    if data[4:8] == b"ftyp":
+        return "mp4"
+    if data[:4] == b"\x1aE\xdf\xa3":
+        return "matroska"
+    if data[:4] == b"RIFF" and data[8:12] == b"AVI ":
+        return "avi"
+    return None
+
+
+def _behind_id3(data: bytes) -> int:
+    """The offset of what follows the ID3v2 tag with which `data` may begin."""
+    if data[:3] != b"ID3" or len(data) < _ID3_HEADER_BYTES:
+        return 0
+    size = 0
+    for byte in data[6:_ID3_HEADER_BYTES]:
+        size = size << 7 | byte & 0x7F
+    footer = _ID3_HEADER_BYTES if data[5] & _ID3_HAS_FOOTER else 0
+    return _ID3_HEADER_BYTES + size + footer
+
+
+def _boxes_at(data: bytes, parent: Box, path: tuple[bytes, ...]) -> Iterator[Box]:
+    """Every box that lies at `path` below `parent`."""
+    for box in boxes(data, parent):
+        if box.kind == path[0]:
+            if len(path) == 1:
+                yield box
+            else:
+                yield from _boxes_at(data, box, path[1:])

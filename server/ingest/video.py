@@ -1,0 +1,188 @@
+"""From the bytes of a video or an audio clip to frames or sound, decoded in a child process.
+
+What decodes them is named by the caller, as "module:function"; this package does not know it. It
+gets a `VideoJob`, a `FramesJob` or an `AudioJob` in msgpack.
+"""
+
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from server.errors import (
+    AudioTooLarge,
+    ClientError,
+    InvalidAudio,
+    InvalidVideo,
+    MediaProcessingFailed,
+    MediaProcessingTimeout,
+    SaccadeError,
+    VideoTooLarge,
+)
+from server.imaging.containers import VideoContainer, audio_container, video_container
+from server.settings import VideoSettings
+from server.workers.sandbox import (
+    JobDied,
+    JobRefused,
+    JobTimedOut,
+    Output,
+    Sandbox,
+    SandboxLimits,
+)
+
+T = TypeVar("T")
+
+_MIB = 1 << 20
+# Errors that a job may report by their code.
+_JOB_ERRORS: dict[str, type[SaccadeError]] = {
+    error.code: error
+    for error in (AudioTooLarge, ClientError, InvalidAudio, InvalidVideo, VideoTooLarge)
+}
+
+
+class VideoOptions(msgspec.Struct, frozen=True):
+    """How a video is sampled. `loader` is the "module:class" that chooses and decodes the frames;
+    it gets `num_frames` and `options`. `image` are the options for frames that come as images."""
+
+    loader: str
+    num_frames: int
+    options: dict[str, Any]
+    image: dict[str, Any]
+
+
+class VideoJob(msgspec.Struct, frozen=True, tag="video"):
+    """Decode the file as `sampling` asks; a frame has at most `max_pixels`."""
+
+    container: VideoContainer
+    sampling: VideoOptions
+    max_pixels: int
+
+
+class FramesJob(msgspec.Struct, frozen=True, tag="frames"):
+    """Decode the file, which is base64 texts of pictures with commas between them."""
+
+    sampling: VideoOptions
+    max_pixels: int
+
+
+class AudioJob(msgspec.Struct, frozen=True, tag="audio"):
+    """Decode the file to a waveform, with the library that `backend` names."""
+
+    backend: str | None
+
+
+class VideoAnswer(msgspec.Struct, frozen=True):
+    """What is known of the decoded video. The entries of `metadata` in `whole_file` are the file
+    itself, which is not sent back."""
+
+    metadata: dict[str, Any]
+    whole_file: list[str] = []
+
+
+class AudioAnswer(msgspec.Struct, frozen=True):
+    sample_rate: int | float
+
+
+class DecodedVideo(NamedTuple):
+    """`frames`: uint8 (frames, height, width, 3), RGB."""
+
+    frames: npt.NDArray[np.uint8]
+    metadata: dict[str, Any]
+
+
+class DecodedAudio(NamedTuple):
+    """`waveform`: float32 (samples,); `sample_rate` is in samples a second."""
+
+    waveform: npt.NDArray[np.float32]
+    sample_rate: int | float
+
+
+class ClipDecoder:
+    """Decodes videos and audio clips. `close` ends it."""
+
+    def __init__(self, prepare: str, settings: VideoSettings, max_pixels: int) -> None:
+        """`prepare` is the "module:function" that prepares for a job; see `sandbox.Prepare`."""
+        self.max_bytes = settings.max_video_bytes
+        self._prepare = prepare
+        self._settings = settings
+        self._max_pixels = max_pixels
+        self._sandbox = Sandbox(
+            SandboxLimits(
+                processes=settings.video_workers,
+                queue=settings.video_queue,
+                timeout_s=settings.video_timeout_s,
+                max_memory_bytes=settings.video_max_memory_mb * _MIB,
+            )
+        )
+
+    def close(self) -> None:
+        """Take no more clips."""
+        self._sandbox.close()
+
+    async def load_video(self, data: bytes, options: VideoOptions) -> DecodedVideo:
+        """The frames of the video file `data` that `options` choose.
+
+        Raises:
+            UnsupportedVideoFormat, InvalidVideo, VideoTooLarge
+            MediaProcessingTimeout, MediaProcessingFailed
+            ServerBusy: too many clips wait.
+        """
+        job = VideoJob(video_container(data), options, self._max_pixels)
+        return self._video(await self._run("video", job, data), data)
+
+    async def load_frames(self, text: bytes, options: VideoOptions) -> DecodedVideo:
+        """The video that `text` gives as base64 of one picture after the other, with commas between
+        them.
+
+        Raises: as `load_video` does.
+        """
+        job = FramesJob(options, self._max_pixels)
+        return self._video(await self._run("video", job, text), text)
+
+    async def load_audio(self, data: bytes, backend: str | None = None) -> DecodedAudio:
+        """The sound of the file `data`, at its own sample rate.
+
+        Raises:
+            UnsupportedAudioFormat, InvalidAudio, AudioTooLarge
+            MediaProcessingTimeout, MediaProcessingFailed
+            ServerBusy: too many clips wait.
+        """
+        audio_container(data)
+        output = await self._run("audio clip", AudioJob(backend), data)
+        answer, waveform = _checked(output, AudioAnswer, "float32", 1)
+        return DecodedAudio(waveform, answer.sample_rate)
+
+    def _video(self, output: Output, data: bytes) -> DecodedVideo:
+        answer, frames = _checked(output, VideoAnswer, "uint8", 4)
+        return DecodedVideo(frames, answer.metadata | dict.fromkeys(answer.whole_file, data))
+
+    async def _run(
+        self,
+        kind: Literal["video", "audio clip"],
+        job: VideoJob | FramesJob | AudioJob,
+        data: bytes,
+    ) -> Output:
+        try:
+            return await self._sandbox.run(self._prepare, msgspec.msgpack.encode(job), data)
+        except JobTimedOut:
+            limit = self._settings.video_timeout_s
+            raise MediaProcessingTimeout(f"the {kind} took longer than {limit:g} s") from None
+        except JobDied:
+            raise MediaProcessingFailed(f"the {kind} could not be processed") from None
+        except JobRefused as error:
+            raise _JOB_ERRORS.get(error.code, SaccadeError)(error.message) from None
+
+
+def _checked(
+    output: Output, kind: type[T], dtype: str, dimensions: int
+) -> tuple[T, npt.NDArray[Any]]:
+    """The answer and the one array of a job, which a hostile file may have taken over."""
+    try:
+        (array,) = output.arrays
+        answer = msgspec.msgpack.decode(output.answer, type=kind)
+    except (ValueError, msgspec.MsgspecError):
+        raise MediaProcessingFailed("the clip could not be processed") from None
+    if array.dtype != dtype or array.ndim != dimensions:
+        raise MediaProcessingFailed("the clip could not be processed")
+    return answer, array

@@ -1,0 +1,146 @@
+"""Videos and sounds for tests, and jobs for a sandbox that do what their file says."""
+
+import os
+import signal
+import socket
+import struct
+import tempfile
+import time
+import wave
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from server.errors import InvalidVideo
+from server.workers.sandbox import Output
+
+# A session description, which FFmpeg takes for a live stream: it opens sockets and waits for it.
+SDP = (
+    b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\n"
+    b"m=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n"
+)
+PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nhttp://127.0.0.1:9/x.ts\n"
+CONCAT = b"ffconcat version 1.0\nfile '/etc/passwd'\n"
+
+
+def video(
+    suffix: str = ".mp4",
+    codec: str = "FFV1",
+    *,
+    frames: int = 8,
+    size: tuple[int, int] = (64, 48),
+    fps: float = 4.0,
+) -> bytes:
+    """A video of noise, (width, height) in pixels, in the container of `suffix`."""
+    noise = np.random.default_rng(0)
+    with tempfile.NamedTemporaryFile(suffix=suffix) as file:
+        writer = cv2.VideoWriter(
+            file.name, cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*codec), fps, size
+        )
+        assert writer.isOpened()
+        for _ in range(frames):
+            writer.write(noise.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+        writer.release()
+        return Path(file.name).read_bytes()
+
+
+def referring(mp4: bytes, kind: bytes, location: bytes) -> bytes:
+    """`mp4` with its samples said to lie in another file: a data reference of `kind`."""
+    entry = struct.pack(">I4sI", 12 + len(location), kind, 0) + location
+    return _with_references(mp4, (b"moov", b"trak", b"mdia", b"minf", b"dinf", b"dref"), entry)
+
+
+def _with_references(box: bytes, path: tuple[bytes, ...], entry: bytes) -> bytes:
+    """The boxes in `box`, with `entry` as the only one of the box at `path`."""
+    if not path:
+        return struct.pack(">II", 0, 1) + entry
+    out, at = b"", 0
+    while at < len(box):
+        size, kind = struct.unpack_from(">I4s", box, at)
+        contents = box[at + 8 : at + size]
+        if kind == path[0]:
+            contents = _with_references(contents, path[1:], entry)
+        out += struct.pack(">I4s", 8 + len(contents), kind) + contents
+        at += size
+    return out
+
+
+def sound(seconds: float = 0.1) -> bytes:
+    """A WAV file of a tone at 8 kHz."""
+    with BytesIO() as file:
+        with wave.open(file, "wb") as writer:
+            writer.setnchannels(1)
+            writer.setsampwidth(2)
+            writer.setframerate(8000)
+            tone = np.sin(np.arange(int(8000 * seconds)) / 5) * 20000
+            writer.writeframes(tone.astype("<i2").tobytes())
+        return file.getvalue()
+
+
+# ---------------------------------------------------------------------- jobs of a sandbox
+
+
+def prepare(job: bytes) -> Callable[[bytes], Output]:
+    """Do what the file says: "echo", "hang", "spin", "die", "grow 100", "open PATH", ..."""
+
+    def work(data: bytes) -> Output:
+        command, _, argument = data[:200].decode().partition(" ")
+        return _COMMANDS[command](job, argument)
+
+    return work
+
+
+def _echo(job: bytes, argument: str) -> Output:
+    numbers = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    return Output(job, [numbers, np.full((1,), 0.5, np.float32), np.empty((0, 4), np.uint8)])
+
+
+def _hang(job: bytes, argument: str) -> Output:
+    Path(argument).touch() if argument else None
+    time.sleep(600)
+    return Output(job)
+
+
+def _spin(job: bytes, argument: str) -> Output:
+    while True:
+        pass
+
+
+def _die(job: bytes, argument: str) -> Output:
+    os.kill(os.getpid(), signal.SIGSEGV)
+    return Output(job)
+
+
+def _grow(job: bytes, argument: str) -> Output:
+    try:
+        return Output(job, [np.zeros(int(argument) << 20, np.uint8)])
+    except MemoryError:
+        raise InvalidVideo("too much memory") from None
+
+
+def _open(job: bytes, argument: str) -> Output:
+    opened = []
+    for name, opening in (
+        ("file", lambda: os.open("/etc/hostname", os.O_RDONLY)),
+        ("socket", lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)),
+        ("pipe", os.pipe),
+    ):
+        try:
+            opening()
+        except OSError:
+            continue
+        opened.append(name)
+    return Output(",".join(opened).encode())
+
+
+_COMMANDS: dict[str, Callable[[bytes, str], Output]] = {
+    "echo": _echo,
+    "hang": _hang,
+    "spin": _spin,
+    "die": _die,
+    "grow": _grow,
+    "open": _open,
+}

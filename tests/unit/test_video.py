@@ -1,0 +1,399 @@
+"""Videos and audio clips: which files reach a decoder, and what a decoder may do."""
+
+import asyncio
+import base64
+import multiprocessing
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import numpy as np
+import psutil
+import pytest
+from vllm.multimodal.media import ImageMediaIO, VideoMediaIO
+from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
+
+from server.engine.clips import PREPARE, check_options, video_options
+from server.errors import (
+    ClientError,
+    InvalidVideo,
+    MediaProcessingFailed,
+    MediaProcessingTimeout,
+    ServerBusy,
+    UnsupportedAudioFormat,
+    UnsupportedVideoFormat,
+    VideoTooLarge,
+)
+from server.imaging.containers import audio_container, refuse_references, video_container
+from server.ingest.video import ClipDecoder, VideoJob, VideoOptions
+from server.settings import VideoSettings
+from server.workers.sandbox import (
+    JobDied,
+    JobRefused,
+    JobTimedOut,
+    Output,
+    Sandbox,
+    SandboxLimits,
+)
+from tests import clips, pictures
+
+COMMANDED = "tests.clips:prepare"
+MAX_PIXELS = 1_000_000
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forking() -> Iterator[None]:
+    """The process that decoders are forked from, with vLLM loaded as in a server."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["server.engine.clips"])
+    forkserver.ensure_running()
+    yield
+    cast(Any, forkserver)._forkserver._stop()
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(240):
+            await test()
+
+    asyncio.run(bounded())
+
+
+# ---------------------------------------------------------------------- containers
+
+
+@pytest.mark.parametrize(
+    ("data", "container"),
+    [
+        (clips.video(".mp4"), "mp4"),
+        (clips.video(".mov", "png "), "mp4"),
+        (clips.video(".mkv"), "matroska"),
+        (clips.video(".webm", "VP80"), "matroska"),
+        (clips.video(".avi"), "avi"),
+    ],
+)
+def test_containers_that_hold_all_of_their_data_are_known(data: bytes, container: str) -> None:
+    assert video_container(data) == container
+    assert audio_container(data) == container
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        clips.SDP,
+        clips.PLAYLIST,
+        clips.CONCAT,
+        b"RIFF\x10\0\0\0CDXA",
+        b"\0\0\0\x10moov",
+        clips.sound(),
+        pictures.encode(pictures.shape("red")),
+    ],
+)
+def test_whatever_else_is_no_video(data: bytes) -> None:
+    with pytest.raises(UnsupportedVideoFormat):
+        video_container(data)
+
+
+ID3 = b"ID3\4\0\0\0\0\1\0" + bytes(128)
+
+
+@pytest.mark.parametrize(
+    ("data", "container"),
+    [
+        (clips.sound(), "wav"),
+        (b"fLaC\0\0\0\x22", "flac"),
+        (b"OggS\0\2", "ogg"),
+        (b"\xff\xfb\x90\x64", "mp3"),
+        (ID3 + b"\xff\xfb\x90\x64", "mp3"),
+        (ID3 + b"fLaC\0\0\0\x22", "flac"),
+    ],
+)
+def test_sounds_are_known(data: bytes, container: str) -> None:
+    assert audio_container(data) == container
+
+
+@pytest.mark.parametrize("data", [b"", clips.SDP, clips.PLAYLIST, ID3 + clips.PLAYLIST, ID3])
+def test_a_tag_does_not_make_a_sound_of_a_playlist(data: bytes) -> None:
+    """FFmpeg skips the tag before it guesses the format."""
+    with pytest.raises(UnsupportedAudioFormat):
+        audio_container(data)
+
+
+@pytest.mark.parametrize(
+    ("kind", "location"),
+    [(b"url ", b"http://127.0.0.1:9/x.mp4\0"), (b"alis", bytes(160) + b"/etc/passwd")],
+)
+def test_an_mp4_file_whose_samples_lie_elsewhere_is_refused(kind: bytes, location: bytes) -> None:
+    mp4 = clips.video(".mp4")
+    refuse_references(mp4)
+    refuse_references(clips.referring(mp4, kind, b"\0"))
+    with pytest.raises(InvalidVideo, match="refers to other files"):
+        refuse_references(clips.referring(mp4, kind, location))
+
+
+def test_a_damaged_mp4_file_is_left_to_the_decoder() -> None:
+    refuse_references(clips.video(".mp4")[:-3])
+    refuse_references(b"\0\0\0\x10ftypisom\0\0\0\1")
+
+
+# ---------------------------------------------------------------------- the sandbox
+
+
+def sandbox(**limits: Any) -> Sandbox:
+    given = {"processes": 1, "queue": 8, "timeout_s": 60.0, "max_memory_bytes": 256 * MIB}
+    return Sandbox(SandboxLimits(**{**given, **limits}))
+
+
+def test_a_job_gives_an_answer_and_arrays() -> None:
+    async def test() -> None:
+        output = await sandbox().run(COMMANDED, b"the job", b"echo")
+        assert output.answer == b"the job"
+        numbers, half, empty = output.arrays
+        np.testing.assert_array_equal(numbers, np.arange(6, dtype=np.uint8).reshape(2, 3))
+        assert (half.dtype, half.tolist(), empty.shape) == (np.float32, [0.5], (0, 4))
+
+    run(test)
+
+
+def test_a_job_can_open_neither_files_nor_sockets() -> None:
+    async def test() -> None:
+        assert await sandbox().run(COMMANDED, b"", b"open") == Output(b"", [])
+
+    run(test)
+
+
+@pytest.mark.parametrize("command", [b"hang", b"spin"])
+def test_a_job_without_end_is_killed(command: bytes) -> None:
+    async def test() -> None:
+        with pytest.raises(JobTimedOut):
+            await sandbox(timeout_s=0.5).run(COMMANDED, b"", command)
+
+    run(test)
+
+
+def test_a_job_that_dies_takes_nothing_along() -> None:
+    async def test() -> None:
+        jobs = sandbox()
+        with pytest.raises(JobDied):
+            await jobs.run(COMMANDED, b"", b"die")
+        assert (await jobs.run(COMMANDED, b"next", b"echo")).answer == b"next"
+
+    run(test)
+
+
+def test_memory_has_a_limit() -> None:
+    async def test() -> None:
+        jobs = sandbox(max_memory_bytes=128 * MIB)
+        assert (await jobs.run(COMMANDED, b"", b"grow 32")).arrays[0].shape == (32 * MIB,)
+        with pytest.raises(JobRefused) as refused:
+            await jobs.run(COMMANDED, b"", b"grow 200")
+        assert refused.value.code == "invalid_video"
+
+    run(test)
+
+
+def test_a_caller_that_leaves_takes_the_process_along(tmp_path: Path) -> None:
+    async def test() -> None:
+        started = tmp_path / "started"
+        jobs = sandbox()
+        # The job may not open the file: whether it runs is told by its process.
+        work = asyncio.create_task(jobs.run(COMMANDED, b"", b"hang"))
+        while not decoders():
+            await asyncio.sleep(0.01)
+        work.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await work
+        assert not started.exists()
+        assert (await jobs.run(COMMANDED, b"next", b"echo")).answer == b"next"
+        assert not decoders()
+
+    run(test)
+
+
+def decoders() -> list[psutil.Process]:
+    """The processes of jobs that run."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        try:
+            if "VideoDecoder" in child.cmdline()[0]:
+                found.append(child)
+        except (psutil.Error, IndexError):
+            continue
+    return found
+
+
+def test_too_many_jobs_are_refused_at_once() -> None:
+    async def test() -> None:
+        jobs = sandbox(queue=1)
+        first = asyncio.create_task(jobs.run(COMMANDED, b"", b"hang"))
+        await asyncio.sleep(0)
+        second = asyncio.create_task(jobs.run(COMMANDED, b"", b"echo"))
+        await asyncio.sleep(0)
+        with pytest.raises(ServerBusy):
+            await jobs.run(COMMANDED, b"", b"echo")
+        first.cancel()
+        assert (await second).answer == b""
+
+    run(test)
+
+
+# ---------------------------------------------------------------------- decoding
+
+
+def decoder(**settings: Any) -> ClipDecoder:
+    return ClipDecoder(PREPARE, VideoSettings(**settings), MAX_PIXELS)
+
+
+def vllm_io(**options: Any) -> VideoMediaIO:
+    return VideoMediaIO(ImageMediaIO(), **options)
+
+
+VIDEOS = {
+    "mp4": clips.video(".mp4"),
+    "mkv": clips.video(".mkv"),
+    "avi": clips.video(".avi"),
+    "webm": clips.video(".webm", "VP90", frames=30, size=(320, 240), fps=30),
+}
+
+
+@pytest.mark.parametrize("loader", ["opencv", "opencv_dynamic", "qwen3_vl", "nemotron_vl"])
+def test_frames_and_metadata_are_those_of_vllm(loader: str) -> None:
+    async def test() -> None:
+        for data in VIDEOS.values():
+            for asked in ({}, {"num_frames": 3}, {"num_frames": -1, "fps": 1}):
+                io = vllm_io(video_backend=loader, **asked)
+                frames, metadata = io.load_bytes(data).media
+                ours = await decoder().load_video(data, video_options(io))
+                np.testing.assert_array_equal(ours.frames, frames)
+                assert ours.metadata == metadata
+
+    run(test)
+
+
+def test_frames_sent_as_pictures_are_those_of_vllm() -> None:
+    async def test() -> None:
+        encoded = [pictures.encode(pictures.shape(color), "JPEG") for color in ("red", "blue")]
+        text = ",".join(base64.b64encode(each).decode() for each in encoded)
+        io = vllm_io(num_frames=8, fps=2, total_num_frames=20, frames_indices=[0, 10])
+        theirs = io.load_base64("video/jpeg", text)
+        ours = await decoder().load_frames(text.encode(), video_options(io))
+        np.testing.assert_array_equal(ours.frames, theirs.media[0])
+        assert ours.metadata == theirs.media[1]
+
+    run(test)
+
+
+def refusal(work: Callable[[ClipDecoder], Awaitable[Any]], **settings: Any) -> ClientError:
+    caught: list[ClientError] = []
+
+    async def test() -> None:
+        with pytest.raises(ClientError) as refused:
+            await work(decoder(**settings))
+        caught.append(refused.value)
+
+    run(test)
+    return caught[0]
+
+
+OPTIONS = video_options(vllm_io())
+
+
+@pytest.mark.parametrize(
+    ("data", "error"),
+    [
+        (clips.SDP, UnsupportedVideoFormat),
+        (VIDEOS["mp4"][:100], InvalidVideo),
+        (VIDEOS["mkv"][:200], InvalidVideo),
+        (VIDEOS["avi"][:64], InvalidVideo),
+        (b"\0\0\0\x18ftypisom" + clips.SDP, InvalidVideo),
+        (clips.referring(VIDEOS["mp4"], b"url ", b"http://127.0.0.1:9/x\0"), InvalidVideo),
+        (clips.video(".avi", "MJPG", frames=1, size=(1280, 1024)), VideoTooLarge),
+    ],
+)
+def test_bad_videos_are_refused(data: bytes, error: type[ClientError]) -> None:
+    assert type(refusal(lambda decoder: decoder.load_video(data, OPTIONS))) is error
+
+
+@pytest.mark.parametrize("text", [b"", b"AAAA", b"!", base64.b64encode(clips.SDP), b"/9j/,AAAA"])
+def test_bad_pictures_of_a_video_are_refused(text: bytes) -> None:
+    assert type(refusal(lambda decoder: decoder.load_frames(text, OPTIONS))) is InvalidVideo
+
+
+def test_frames_that_take_too_much_memory_are_refused() -> None:
+    data = clips.video(".mkv", "MJPG", frames=48, size=(1024, 768))
+    options = video_options(vllm_io(num_frames=-1))
+    found = refusal(lambda decoder: decoder.load_video(data, options), video_max_memory_mb=80)
+    assert type(found) is VideoTooLarge
+
+
+def test_a_decoder_that_takes_too_long_is_killed() -> None:
+    data = clips.video(".mkv", "MJPG", frames=200, size=(1024, 768))
+    options = video_options(vllm_io(num_frames=-1))
+    found = refusal(lambda decoder: decoder.load_video(data, options), video_timeout_s=0.05)
+    assert type(found) is MediaProcessingTimeout
+
+
+def test_ffmpeg_is_held_to_the_container_that_was_found() -> None:
+    """Also where it would take the file for something else."""
+
+    async def test() -> None:
+        for container in ("mp4", "matroska", "avi"):
+            job = VideoJob(container, OPTIONS, MAX_PIXELS)
+            started = time.monotonic()
+            with pytest.raises(JobRefused) as refused:
+                await sandbox(max_memory_bytes=1 << 30).run(
+                    PREPARE, msgspec.msgpack.encode(job), clips.SDP
+                )
+            assert refused.value.code == "invalid_video"
+            assert time.monotonic() - started < 8  # FFmpeg waits 10 s for packets of a live stream
+
+    run(test)
+
+
+def test_a_process_that_cannot_begin_is_reported() -> None:
+    options = VideoOptions("server.no_such_module:Loader", 32, {}, {})
+    found = refusal(lambda decoder: decoder.load_video(VIDEOS["mp4"], options))
+    assert type(found) is MediaProcessingFailed
+
+
+# ---------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_frames", 0),
+        ("num_frames", -2),
+        ("num_frames", 1 << 20),
+        ("num_frames", "8"),
+        ("num_frames", True),
+        ("fps", -3),
+        ("fps", float("nan")),
+        ("fps", "2"),
+        ("max_frames", 0),
+        ("frame_recovery", 1),
+        ("backend", "gstreamer"),
+        ("device", "cuda"),
+        ("video_backend", "no-such-loader"),
+        ("frames_indices", [0, -1]),
+        ("duration", -1),
+    ],
+)
+def test_options_out_of_range_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(ClientError) as refused:
+        check_options({name: value})
+    assert refused.value.param == f"media_io_kwargs.video.{name}"
+    assert "pydantic" not in refused.value.message
+
+
+def test_options_of_all_loaders_pass() -> None:
+    check_options({})
+    check_options({"num_frames": -1, "fps": 0.5, "max_duration": 300, "frame_recovery": True})
+    check_options({"num_frames": 8, "backend": "opencv", "frame_sample_mode": "fps"})
+    check_options({"overflow_strategy": None, "frames_indices": [0, 4], "total_num_frames": 9})
+    for name in VIDEO_LOADER_REGISTRY.name2class:
+        check_options({"video_backend": name})
