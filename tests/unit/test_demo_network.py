@@ -1,18 +1,24 @@
 """The network that is trained is the one that is served: Transformers computes the same."""
 
+import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 
 from server.demo import scoring
-from server.demo.training import checkpoint, vocabulary
+from server.demo.training import checkpoint, vision, vocabulary, words
 from server.demo.training.examples import Example, several, single
 from server.demo.training.network import Network
 from server.demo.training.targets import Grid
+from tests import demo_pictures
 from tests.demo_twins import Twins
+from tests.pictures import text_part
 
+SHIPPED = Path(scoring.__file__).parent
 CODEC = vocabulary.Codec(vocabulary.build())
 
 
@@ -54,8 +60,40 @@ def test_transformers_computes_the_same(twins: Twins, make, worded: bool) -> Non
 
 def test_a_saved_checkpoint_has_the_shipped_configuration(twins: Twins) -> None:
     """Only the weights differ."""
-    shipped = Path(scoring.__file__).parent
     names = {path.name for path in twins.folder.iterdir()} - {"model.safetensors"}
-    assert names == {path.name for path in shipped.iterdir() if path.suffix in {".json", ".jinja"}}
+    assert names == {path.name for path in SHIPPED.iterdir() if path.suffix in {".json", ".jinja"}}
     for name in names:
-        assert (twins.folder / name).read_bytes() == (shipped / name).read_bytes(), name
+        assert (twins.folder / name).read_bytes() == (SHIPPED / name).read_bytes(), name
+
+
+def test_the_processor_normalizes_as_in_the_training() -> None:
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        processor = json.loads((SHIPPED / name).read_text())
+        assert processor["image_mean"] == list(vision.MEAN)
+        assert processor["image_std"] == list(vision.DEVIATION)
+
+
+def right_answers(model: Any, processor: Any) -> float:
+    """The share of pictures that the model describes correctly."""
+    shapes = demo_pictures.SHAPES[::5]
+    message = {"role": "user", "content": [{"type": "image"}, text_part(demo_pictures.WHAT)]}
+    prompt = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    images = [demo_pictures.drawn(*shape) for shape in shapes]
+    inputs = processor(text=[prompt] * len(images), images=images, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=6)[:, inputs["input_ids"].shape[1] :]
+    answers = processor.batch_decode(ids, skip_special_tokens=True)
+    right = sum(
+        answer == words.article(f"{color} {shape}")
+        for answer, (color, shape, _) in zip(answers, shapes, strict=True)
+    )
+    return right / len(shapes)
+
+
+def test_answers_depend_on_the_normalization() -> None:
+    """A server that normalizes in another way fails the tests of its answers."""
+    model = Qwen3VLForConditionalGeneration.from_pretrained(SHIPPED, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(SHIPPED)
+    assert right_answers(model, processor) == 1
+    processor.image_processor.image_mean = [0.0] * 3
+    processor.image_processor.image_std = [1 / 255] * 3
+    assert right_answers(model, processor) < 0.5

@@ -1,4 +1,4 @@
-"""Questions of the evaluation: made from seeds, asked over HTTP."""
+"""Questions of the evaluation: drawn from seeds and asked over HTTP."""
 
 import asyncio
 import random
@@ -18,7 +18,7 @@ _MAX_TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A question as it is sent. `size` is the class of its pictures, empty if it has none."""
+    """A question as it is sent. `size` is the class of its pictures, empty without any."""
 
     question: str
     expected: str
@@ -27,12 +27,12 @@ class Asked:
 
 
 def example(seed: int, task: str, index: int) -> Example:
-    """The example of this number, always the same."""
+    """The example with this index, the same at every call."""
     return evaluated(random.Random(f"{seed}/{task}/{index}"), task)
 
 
 def prepare(seed: int, task: str, index: int) -> Asked:
-    """The example of this number as the content of a message: pictures or clip, then question."""
+    """The example with this index as message content: pictures or a clip, then the question."""
     made = example(seed, task, index)
     (question,) = made.questions
     content = [_part(picture.frames) for picture in made.pictures]
@@ -53,17 +53,17 @@ def _part(frames: list[Image.Image]) -> dict[str, Any]:
 
 
 class Asker:
-    """Asks a server greedily; `pool` makes the pictures."""
+    """Asks a server with greedy decoding; `pool` draws the pictures."""
 
     def __init__(
         self, client: httpx.AsyncClient, model: str, pool: Executor, concurrency: int
     ) -> None:
-        """`concurrency`: how many questions are in memory, and with the server, at a time."""
+        """`concurrency` limits the questions that are in memory or sent at any time."""
         self._client, self._model, self._pool = client, model, pool
         self._free = asyncio.Semaphore(concurrency)
 
     async def answers(self, seed: int, task: str, samples: int) -> list[Answer]:
-        """The answers to the first questions of a task; raises `httpx.HTTPError`."""
+        """The answers to the first `samples` questions of a task; raises `httpx.HTTPError`."""
         async with asyncio.TaskGroup() as group:
             asking = [
                 group.create_task(self._answer(seed, task, index)) for index in range(samples)
@@ -91,7 +91,7 @@ class Asker:
 
 
 async def served_model(client: httpx.AsyncClient) -> str:
-    """The name of the model that a server has; raises `httpx.HTTPError`."""
+    """The name of the model that a server serves; raises `httpx.HTTPError`."""
     response = await client.get("/v1/models")
     name: str = response.raise_for_status().json()["data"][0]["id"]
     return name

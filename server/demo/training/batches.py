@@ -1,8 +1,7 @@
-"""Batches of examples as tensors: patches, tokens, what may be seen from where, and facts.
+"""Batches of examples as tensors: patches, tokens, attention masks and facts.
 
-The pictures of a batch have one grid, so that nothing of them is padding. Several questions about
-a picture share it: each is a branch that sees the prefix and itself, at the positions it would have
-alone.
+The pictures of a batch share one grid, so none is padded. Several questions about a picture share
+its prefix: each is a branch that sees the prefix and itself, at the positions it would have alone.
 """
 
 import itertools
@@ -25,7 +24,7 @@ from server.demo.training.writing import write
 
 @dataclass(slots=True)
 class Batch:
-    """Examples of one form. B examples, T tokens, V vision tokens, M mentions of something."""
+    """Examples of one form: B examples, T tokens, V vision tokens, M mentions."""
 
     pictures: list[tuple[Tensor, Grid]]  # uint8 patches (B, patches, pixels of a patch)
     ids: Tensor  # int64 (B, T)
@@ -39,13 +38,13 @@ class Batch:
 
     @property
     def mask(self) -> Tensor:
-        """bool (B, T, T): what each token may see."""
+        """bool (B, T, T): which tokens each token attends to."""
         branches = self.branches
         mask = branches[:, None, :] == branches[:, :, None]
         return (mask | (branches[:, None, :] == 0)).tril()
 
     def to(self, device: torch.device) -> "Batch":
-        """The same on a device."""
+        """A copy on a device."""
         return Batch(
             [(seen.to(device), grid) for seen, grid in self.pictures],
             self.ids.to(device),
@@ -60,7 +59,7 @@ class Batch:
 
 
 def joined(parts: list[Batch]) -> Batch:
-    """Batches of the same grids and kind as one batch."""
+    """Concatenates batches of the same grids and kind."""
     if len(parts) == 1:
         return parts[0]
     length = max(part.ids.shape[1] for part in parts)
@@ -116,8 +115,8 @@ def patches(frames: list[Image.Image], grid: Grid) -> Tensor:
 def collate(
     codec: vocabulary.Codec, rng: random.Random, examples: list[Example], grids: list[Grid]
 ) -> Batch:
-    """A batch of examples with as many pictures each as there are grids (pairs of frames, of a
-    clip). Examples without questions give pictures with facts alone."""
+    """A batch of examples. Each has one picture per grid, or a clip with a pair of frames per grid.
+    Examples without questions contribute only pictures and facts."""
     fps = rng.choice([1.0, 2.0, 4.0, 5.0, 8.0, 10.0, 24.0])
     written = [write(codec, rng, example, grids, fps) for example in examples if example.questions]
     length = max((len(writer.ids) for writer in written), default=0)

@@ -12,7 +12,7 @@ _DARK = frozenset({"black", "blue", "purple", "brown", "green", "red"})
 
 
 def chart(rng: random.Random, size: Size, held_out: bool) -> Scene:
-    """A bar chart: bars of different colors, most with their values above them."""
+    """A bar chart: bars of different colors, most of them with their value above."""
     picture, behind = blank(rng, size, "chart", held_out)
     width, height = size
     colors: list[str] = []

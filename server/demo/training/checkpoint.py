@@ -1,4 +1,4 @@
-"""A trained network as a folder that can be served, and its learning curve as a picture."""
+"""Writes a trained network as a folder that can be served, and its learning curve."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ _SMOOTHED = 15  # lines of the log
 
 
 def save(weights: dict[str, Tensor], tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes all that a server needs; weights in bfloat16."""
+    """Writes everything that a server needs; weights in bfloat16."""
     folder.mkdir(parents=True, exist_ok=True)
     shipped = {
         name.removeprefix(_PREFIX): weight.to(torch.bfloat16).contiguous()
@@ -62,8 +62,7 @@ def _write(path: Path, content: object) -> None:
 
 
 def draw_learning_curve(log: Path) -> None:
-    """Draws a log as learning_curve.png beside it: the loss, and the share of right answers by
-    task."""
+    """Draws learning_curve.png beside a log: the loss, and the share of right answers by task."""
     mpl.use("agg")
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     minutes = [line["seconds"] / 60 for line in lines]

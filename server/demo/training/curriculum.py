@@ -1,4 +1,4 @@
-"""What is trained when: kinds of examples, sizes of pictures, sizes of batches."""
+"""The schedule of training data: kinds of examples, sizes of pictures, sizes of batches."""
 
 import random
 
@@ -19,27 +19,27 @@ LARGE: tuple[Grid, ...] = (
     (9, 10), (10, 9), (7, 12), (12, 8), (10, 10), (9, 14), (14, 9), (12, 12), (11, 16), (15, 11),
     (15, 20), (20, 15),
 )  # fmt: skip
-# Kinds of which much can be asked, and those of which little can. A batch has kinds of one group,
-# so that little of it is padding.
+# Kinds with many possible questions, and kinds with few. A batch has kinds of one group, to limit
+# its padding.
 MUCH = {"objects": 0.45, "text": 0.42, "chart": 0.09, "photo": 0.04}
 LITTLE = {"crowd": 0.84, "lines": 0.08, "note": 0.08}
 SEVERAL, CLIPS, CHATS = 0.3, 0.03, 0.015  # shares of the batches
-SEVERAL_GROW = 0.5  # the progress at which several pictures stop being small
-SEVERAL_POOLS = (0.1, 0.5, 0.4)  # shares of small, medium and large ones from then on
-SEVERAL_LAST = (0.05, 0.35, 0.6)  # and at the end
-SEVERAL_MOST = 1.6  # the most that one example of them costs, as a share of a batch's budget
-LAST = 0.94  # the progress from which most pictures are large
-LITTLES = 0.45  # share of the batches of one picture
-LARGER = 2.0  # how much more often these are large, up to a share: counting is harder in them
-LARGEST = 0.7
+SEVERAL_GROW = 0.5  # progress from which these pictures are no longer all small
+SEVERAL_POOLS = (0.1, 0.5, 0.4)  # shares of small, medium and large pictures from then on
+SEVERAL_LAST = (0.05, 0.35, 0.6)  # the same from LAST on
+SEVERAL_MOST = 1.6  # maximum cost of one such example, as a share of a batch's budget
+LAST = 0.94  # progress from which most pictures are large
+LITTLES = 0.45  # share among batches of single pictures
+LARGER = 2.0  # factor on their share of large pictures, in which counting is harder
+LARGEST = 0.7  # maximum share of large pictures
 CHAT_BATCH = 24
-SEEING, SEEING_UNTIL = (0.85, 0.1), 0.18  # shares of batches without questions, first and then
-TRAFFIC = 0.15  # share of these in which things move
-QUESTIONS_COST, FEW_COST = 360.0, 180.0  # of an example: of its questions
+SEEING, SEEING_UNTIL = (0.85, 0.1), 0.18  # share of batches without questions, before and after
+TRAFFIC = 0.15  # share of these batches whose objects move
+QUESTIONS_COST, FEW_COST = 360.0, 180.0  # cost of an example's questions
 
 
 def cost(grids: list[Grid]) -> float:
-    """The work for the pictures of one example; 18 are about a millisecond on one core."""
+    """The cost of one example's pictures; 18 units are about a millisecond on one core."""
     tokens = sum(rows * columns for rows, columns in grids)
     attention = sum((rows * columns) ** 2 for rows, columns in grids)
     return 9.0 * tokens + 0.05 * attention
@@ -48,10 +48,10 @@ def cost(grids: list[Grid]) -> float:
 def draw(
     codec: Codec, rng: random.Random, form: random.Random, progress: float, budget: float
 ) -> Batch:
-    """A batch of about `budget` in cost. With `progress`, from 0 to 1, pictures become larger.
+    """Draws a batch that costs about `budget`. As `progress` goes from 0 to 1, pictures grow.
 
-    `form` decides what kind of batch it is, and the grids of its pictures: batches of the same one
-    can be joined, and take equally long.
+    `form` decides the kind of batch and the grids of its pictures: batches of equal `form` can be
+    joined, and cost the same.
     """
     if form.random() < (SEEING[0] if progress < SEEING_UNTIL else SEEING[1]):
         return _seeing(codec, rng, form, progress, budget)
@@ -104,7 +104,7 @@ def _several(form: random.Random, progress: float, budget: float) -> list[Grid]:
 def _seeing(
     codec: Codec, rng: random.Random, form: random.Random, progress: float, budget: float
 ) -> Batch:
-    """Pictures full of things and glyphs, from which only the vision encoder learns."""
+    """Pictures full of shapes and glyphs, from which only the vision encoder learns."""
     grid = form.choice(_pool(form, min(1.0, 2 * progress)))
     count = _batch_size([grid], budget, 0.0)
     makers = (traffic,) if form.random() < TRAFFIC else (page, page, mosaic)
@@ -129,7 +129,7 @@ def _pool(form: random.Random, progress: float, larger: float = 1.0) -> tuple[Gr
 
 
 def _size(rng: random.Random, grid: Grid) -> Size:
-    """The size at which a picture of a grid is drawn: mostly its own, else it will be resized."""
+    """The size at which a picture is drawn: mostly its grid's, otherwise it is resized later."""
     height, width = (side * CELL for side in grid)
     if rng.random() < 0.6:
         return width, height

@@ -1,9 +1,9 @@
-"""Evaluates the demo model through the server, on pictures and questions it was not trained on.
+"""Evaluates the demo model through the server, on pictures and questions not used in training.
 
     python -m server.demo.training.evaluate [--samples N] [--tasks a,b] [--output FILE.json]
 
-Starts the server on the embedded model, or another checkpoint, or asks a running server. The exit
-status is 1 if a score misses its bar.
+Starts the server with the embedded model or another checkpoint, or asks a running server. The exit
+status is 1 if a score is below its bar.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from server.demo.training.asking import Asker, served_model
 from server.demo.training.examples import TASKS
 
 _SEED = 20261120
-_PAINTERS = 2  # processes that make pictures
+_DRAWERS = 2  # processes that draw pictures
 _START_LIMIT_S = 600
 _STOP_LIMIT_S = 30
 _ANSWER_LIMIT_S = 600
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     options = _parse(argv)
     card = report.CARD.read_text() if options.card else ""
     if options.card:
-        report.split_card(card)  # before the long work
+        report.split_card(card)  # fails early if the card has no place for the table
     with contextlib.ExitStack() as stack:
         url = options.url or stack.enter_context(_serving(options.model))
         outcomes = asyncio.run(_evaluate(url, options))
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.card:
         report.CARD.write_text(report.filled_card(card, outcomes))
     missed = [outcome.task for outcome in outcomes if not outcome.passed]
-    print(f"missed: {', '.join(missed)}" if missed else "every bar is reached")
+    print(f"missed: {', '.join(missed)}" if missed else "all scores reach their bars")
     return 1 if missed else 0
 
 
@@ -66,11 +66,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     served = parser.add_mutually_exclusive_group()
     served.add_argument("--url", help="a running server, http://HOST:PORT")
     served.add_argument("--model", type=Path, help="a checkpoint (default: the embedded model)")
-    parser.add_argument("--tasks", type=_tasks, default=TASKS, help="separated by commas")
-    parser.add_argument("--samples", type=_positive, default=300, help="questions of each task")
+    parser.add_argument("--tasks", type=_tasks, default=TASKS, help="comma-separated")
+    parser.add_argument("--samples", type=_positive, default=300, help="questions per task")
     parser.add_argument("--seed", type=int, default=_SEED)
-    parser.add_argument("--concurrency", type=_positive, default=32, help="questions at a time")
-    parser.add_argument("--output", type=Path, help="JSON file for the scores and the misses")
+    parser.add_argument("--concurrency", type=_positive, default=32, help="concurrent questions")
+    parser.add_argument("--output", type=Path, help="JSON file for scores and wrong answers")
     parser.add_argument("--card", action="store_true", help="write the scores into the model card")
     return parser.parse_args(argv)
 
@@ -78,7 +78,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def _tasks(text: str) -> tuple[str, ...]:
     tasks = tuple(text.split(","))
     if unknown := set(tasks) - set(TASKS):
-        raise argparse.ArgumentTypeError(f"no such task: {', '.join(sorted(unknown))}")
+        raise argparse.ArgumentTypeError(f"unknown task: {', '.join(sorted(unknown))}")
     return tasks
 
 
@@ -90,11 +90,11 @@ def _positive(text: str) -> int:
 
 
 async def _evaluate(url: str, options: argparse.Namespace) -> list[report.Outcome]:
-    """Asks task by task, and prints the table as it grows."""
+    """Asks task by task and prints each row of the table when it is known."""
     print(report.row(report.HEADER), flush=True)
     outcomes = []
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(_PAINTERS, mp_context=spawn) as pool:
+    with ProcessPoolExecutor(_DRAWERS, mp_context=spawn) as pool:
         async with httpx.AsyncClient(base_url=url, timeout=_ANSWER_LIMIT_S) as client:
             asker = Asker(client, await served_model(client), pool, options.concurrency)
             for task in options.tasks:
@@ -106,7 +106,7 @@ async def _evaluate(url: str, options: argparse.Namespace) -> list[report.Outcom
 
 @contextlib.contextmanager
 def _serving(model: Path | None) -> Iterator[str]:
-    """Starts the server on a free port and gives its URL; in the end it is stopped."""
+    """Starts the server on a free port, yields its URL, and stops it."""
     chosen = [str(model)] if model else []
     flags = ["--host", "127.0.0.1", "--port", "0", "--mm-processor-cache-gb", "1"]
     command = [sys.executable, "-m", "server", "serve", *chosen, *flags]
@@ -124,7 +124,7 @@ def _serving(model: Path | None) -> Iterator[str]:
 
 
 def _await_ready(process: subprocess.Popen[bytes], log: Path) -> str:
-    """The URL once it answers; raises `RuntimeError` with the end of the log if it never does."""
+    """The URL of the ready server; raises `RuntimeError` with the end of its log if it fails."""
     deadline = time.monotonic() + _START_LIMIT_S
     while time.monotonic() < deadline and process.poll() is None:
         if match := re.search(r"ready: .* on (http://\S+)", log.read_text()):

@@ -1,4 +1,4 @@
-"""Examples: pictures with questions, as training and the evaluation take them."""
+"""Examples for training and evaluation: pictures with questions."""
 
 import random
 from collections.abc import Callable
@@ -38,7 +38,7 @@ TASKS = (
     "chat",
 )
 
-# Which kinds of scenes a task is asked about in the evaluation.
+# The kinds of scenes in which the evaluation asks a task; "objects" for all others.
 _SCENES = {
     "count": ("crowd",),
     "read": ("text",),
@@ -52,13 +52,13 @@ _SCENES = {
     "json": ("objects", "objects", "crowd"),
     "caption": ("objects", "objects", "crowd"),
 }
-_READ_GLYPH = 24.0  # pixels: the least height of what "read" asks for
+_READ_GLYPH = 24.0  # pixels: minimum height of the text that "read" asks for
 _READ_LENGTHS = range(2, 7)
 
 
 @dataclass(slots=True)
 class Example:
-    """Pictures (or one clip) and questions, each of which stands for itself."""
+    """Pictures (or one clip) and independent questions about them."""
 
     pictures: list[Picture]
     questions: list[Question]
@@ -70,7 +70,7 @@ class Example:
 
 
 def _photo(rng: random.Random, size: Size, held_out: bool) -> Scene:
-    """A picture outside the model's world, about which anything may be asked."""
+    """A picture outside the model's world. Every question about it has the same answer."""
     image = outside(rng, *size, held_out=held_out)
     picture = Picture([image], {"kind": "photo"})
     ask = Asker(rng, held_out)
@@ -122,7 +122,7 @@ def single(
     held_out: bool = False,
     frames: int | None = None,
 ) -> Example:
-    """One picture, or one clip of a number of frames."""
+    """One picture, or one clip if the number of `frames` is given."""
     scene = clip(rng, size, held_out, frames) if frames else _scene(rng, kind, size, held_out)
     return Example([scene.picture], scene.questions)
 
@@ -171,7 +171,7 @@ def _one_of_several(rng: random.Random, size: Size, held_out: bool) -> Scene:
 
 
 def _similar(rng: random.Random, other: Scene, size: Size, held_out: bool) -> Scene:
-    """A scene whose object has the other's color or shape, or both."""
+    """A scene whose object has the same color, shape or both as another scene's."""
     wanted = rng.choice([(True, True), (True, False), (False, True)])
     while True:
         scene = objects(rng, size, held_out, 1)
@@ -180,7 +180,7 @@ def _similar(rng: random.Random, other: Scene, size: Size, held_out: bool) -> Sc
 
 
 def chat(rng: random.Random, *, held_out: bool = False) -> Example:
-    """Conversation without a picture."""
+    """Questions without a picture."""
     questions = []
     for kind, answer in (
         ("hello", words.HELLO),
@@ -194,7 +194,7 @@ def chat(rng: random.Random, *, held_out: bool = False) -> Example:
 
 
 def evaluated(rng: random.Random, task: str) -> Example:
-    """An example of the evaluation, with one question of a task. Its sizes are 224 to 640x480."""
+    """An example of the evaluation with one question. Its pictures are 224x224 to 640x480."""
     while True:
         example = _held_out(rng, task)
         fitting = [question for question in example.questions if question.task == task]
@@ -217,7 +217,7 @@ def _held_out(rng: random.Random, task: str) -> Example:
 
 
 def _size(rng: random.Random) -> Size:
-    """Half the sizes are 224 by 224, the rest lie between that and 640 by 480."""
+    """224 x 224 half of the time, otherwise up to 640 x 480 or 480 x 640."""
     if rng.random() < 0.5:
         return 224, 224
     return rng.choice([(640, 480), (480, 640), (rng.randint(224, 640), rng.randint(224, 480))])

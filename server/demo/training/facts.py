@@ -1,10 +1,9 @@
-"""The auxiliary losses: tokens say what they stand for, in the language model's words.
+"""The auxiliary losses: tokens predict what they stand for, in the language model's embeddings.
 
-Each vision token says what is at its place, and each name in a question, midway through the
-language model, what it names. A head per fact turns a token into a vector, and its product with the
-embeddings of the words for that fact are the logits. The embeddings are the language model's own,
-so that what is learned is at once in the form in which the language model says it. The heads are
-not shipped.
+Each vision token predicts what is at its place. Each name in a question predicts, halfway through
+the language model, what it names. A head per fact turns a token into a vector; the logits are its
+products with the embeddings of the words for that fact. These are the language model's own, so the
+features have the form that the language model needs. The heads are not shipped.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,9 +16,9 @@ from server.demo.training.targets import UNKNOWN
 from server.demo.training.vocabulary import COORDINATES, Codec
 
 COORDINATE_FACTS = ("x0", "y0", "x1", "y1")
-# Facts of which "nothing" is not learned: they are asked only of tokens that have them.
+# Facts without a class "nothing": only tokens that have them predict them.
 _ONLY_WHERE_KNOWN = (*COORDINATE_FACTS, "row", "column")
-_NOTHING_WEIGHT = 0.1  # most tokens have nothing: their share of the loss is lowered
+_NOTHING_WEIGHT = 0.1  # most tokens have nothing, so they weigh less in the loss
 _WEIGHTS = {
     "char": 2.0,
     "next": 1.0,
@@ -29,11 +28,11 @@ _WEIGHTS = {
     "rank": 0.7,
 } | dict.fromkeys(COORDINATE_FACTS, 0.3)
 _WEIGHT = 0.4
-_BLUR = 1.5  # steps: how far a coordinate's target spreads
+_BLUR = 1.5  # steps over which a coordinate's target spreads
 
 
 class Facts(nn.Module):
-    """The heads for some facts, each with its words."""
+    """The heads of some facts, each with its words."""
 
     means: Tensor
 
@@ -57,8 +56,11 @@ class Facts(nn.Module):
         self.heads.weight.copy_(torch.eye(width).repeat(len(self.facts), 1))
 
     def forward(self, hidden: Tensor, targets: Tensor, embeddings: Tensor) -> dict[str, Tensor]:
-        """The loss of each fact that occurs, from hidden states (..., width), targets (facts, ...)
-        and the embeddings (vocabulary, width)."""
+        """The loss of each fact that occurs in the targets.
+
+        Takes hidden states (..., width), targets int64 (facts, ...) and embeddings (vocabulary,
+        width).
+        """
         width = hidden.shape[-1]
         tokens = functional.rms_norm(hidden, (width,)).reshape(-1, width)
         heads = self.heads.weight.view(-1, width, width).unbind(0)
@@ -88,13 +90,13 @@ def _loss(fact: str, logits: Tensor, target: Tensor) -> Tensor:
 
 
 def blurred(target: Tensor, count: int) -> Tensor:
-    """Coordinates (n,) as probabilities (n, count): the near ones are nearly right."""
+    """Coordinates (n,) as target probabilities (n, count), which neighbors share."""
     distance = (torch.arange(count, device=target.device) - target[:, None]).abs()
     return functional.softmax(-distance / _BLUR, -1)
 
 
 def total(losses: dict[str, Tensor]) -> Tensor:
-    """The sum of the losses by their weights; what stands before a fact's name does not matter."""
+    """The weighted sum of the losses; only the last word of a fact's name chooses its weight."""
     return torch.stack(
         [loss * _WEIGHTS.get(fact.split()[-1], _WEIGHT) for fact, loss in losses.items()]
     ).sum()

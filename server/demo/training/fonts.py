@@ -1,7 +1,7 @@
-"""The fonts that the demo model's pictures are drawn with.
+"""The fonts of the demo model's pictures.
 
-They come with the packages of the extra ``demo-train`` and with Pillow. Some families are held
-out: the evaluation draws with them, the training never does.
+They come from the packages of the extra ``demo-train`` and from Pillow. Some families are held
+out: only the evaluation draws with them.
 """
 
 import random
@@ -18,12 +18,12 @@ from PIL import ImageFont
 from server.demo.drawing import embedded_font
 
 CHARACTERS = string.ascii_letters + string.digits + " !#$%&'()*+,-./:;=?@[]"
-"""What every face draws as itself. Computer Modern puts other glyphs at the rest of ASCII."""
+"""Characters that every face draws; Computer Modern has other glyphs in the rest of ASCII."""
 
 _AILERON = "Aileron"
 
-# family: (package, patterns of its files in the package). Hairline weights, variable fonts and a
-# face's second file format are left out; so is cmti10, which draws a pound sign for the dollar.
+# family: (package, patterns of its files). Hairline weights, variable fonts and a face's second
+# file format are excluded; so is cmti10, which draws a pound sign for the dollar.
 _WEIGHTS = "-[!ETV]*"  # not -ExtraLight, -Thin, -VariableFont
 _TRAINING = {
     "Amatic SC": ("font_amatic_sc", ("AmaticSC-Bold.ttf",)),
@@ -60,7 +60,7 @@ class Face:
 def font(rng: random.Random, size: int, *, held_out: bool) -> ImageFont.FreeTypeFont:
     """A random face at ``size`` pixels per em: each family is equally likely, then each face.
 
-    Raises ModuleNotFoundError where a package of fonts is missing.
+    Raises ModuleNotFoundError if a font package is missing.
     """
     families = faces(held_out=held_out)
     return rng.choice(families[rng.choice(list(families))]).load(size)
@@ -70,7 +70,7 @@ def font(rng: random.Random, size: int, *, held_out: bool) -> ImageFont.FreeType
 def faces(*, held_out: bool) -> Mapping[str, tuple[Face, ...]]:
     """The faces of each family, in the same order on every machine.
 
-    Raises ModuleNotFoundError where a package of fonts is missing.
+    Raises ModuleNotFoundError if a font package is missing.
     """
     found = {
         family: tuple(Face(family, path) for path in _files(package, patterns))
@@ -82,7 +82,7 @@ def faces(*, held_out: bool) -> Mapping[str, tuple[Face, ...]]:
 
 
 def _files(package: str, patterns: tuple[str, ...]) -> list[Path]:
-    # The package is not imported: several need setuptools for that.
+    # The package is not imported, because several need setuptools for that.
     spec = find_spec(package)
     roots = (spec and spec.submodule_search_locations) or ()
     paths = {

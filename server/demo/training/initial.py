@@ -1,11 +1,11 @@
-"""Weights to begin with, which spare the training what is known beforehand.
+"""Initial weights that encode what is known before training.
 
-- What is added to the residual stream starts at zero.
-- Patches are embedded by whitened cosines, so that fine strokes count as much as large areas
+- Layers add nothing to the residual stream at first.
+- Patches are embedded by whitened cosines, so fine strokes count as much as large areas
   (whitening as in the first layer of Keller Jordan's CIFAR-10 networks, 2024).
 - Heads of the first vision layers look at a neighbor each, as a convolution does (compare Trockman
   and Kolter, Mimetic Initialization of Self-Attention Layers, 2023).
-- Positions and coordinates start as Fourier features, so that near ones are alike.
+- Positions and coordinates start as Fourier features, so near ones are similar.
 """
 
 import math
@@ -23,9 +23,9 @@ from server.demo.training.vision import CELL, FRAMES, PATCH, Vision, VisionBlock
 from server.demo.training.vocabulary import COORDINATES
 
 _GRAY, _CHROMA, _MOVING = 88, 40, 24  # filters: of gray, of each of two colors, of motion
-_FLOOR = 0.1  # the least deviation of what a filter gives, so that noise is not blown up
+_FLOOR = 0.1  # minimum deviation of a filter's output, to avoid amplifying noise
 _SAMPLE = 200  # pictures
-# Rows and columns (of patches) to the neighbor that a head looks at.
+# Offset in patches (rows, columns) of the neighbor that each head looks at, by layer.
 _NEIGHBORS = (
     ((0, 1), (0, -1), (1, 0), (-1, 0)),
     ((1, 1), (-1, -1), (1, -1), (-1, 1)),
@@ -33,7 +33,7 @@ _NEIGHBORS = (
     ((0, 1), (0, -1), (1, 0), (-1, 0)),
 )
 _SHARPNESS = 25.0
-_FREQUENCIES = 3  # of the rotary embedding: the others hardly turn within a picture
+_FREQUENCIES = 3  # of the rotary embedding; the others hardly rotate within a picture
 
 
 @torch.no_grad()
@@ -115,8 +115,7 @@ def _embed_patches(vision: Vision, rng: random.Random) -> None:
 
 
 def _look_at_neighbors(vision: Vision) -> None:
-    """Biases of queries and keys whose product, turned by the rotary embedding, is largest at an
-    offset."""
+    """Sets biases of queries and keys so that attention is highest at each head's offset."""
     dim = vision.head_dim
     frequencies = 10000.0 ** (-torch.arange(0, dim // 2, 2).float() / (dim // 2))
     size = math.sqrt(_SHARPNESS)

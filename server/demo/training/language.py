@@ -63,7 +63,8 @@ class TextAttention(nn.Module):
         query = self.q_norm(split(self.q_proj(x), self.heads)).transpose(1, 2)
         key = self.k_norm(split(self.k_proj(x), self.shared)).transpose(1, 2)
         value = split(self.v_proj(x), self.shared).transpose(1, 2)
-        # The query heads of one key head are as one with more queries: no key is repeated.
+        # The query heads that share a key head are computed as one head with more queries, so no
+        # key is repeated.
         grouped = rotate(query, cos, sin).reshape(batch, self.shared, -1, query.shape[-1])
         repeated = mask.repeat(1, 1, self.heads // self.shared, 1)
         mixed = attend(grouped, rotate(key, cos, sin), value, repeated)
@@ -117,9 +118,11 @@ class Language(nn.Module):
         self.register_buffer("axes", axes, persistent=False)
 
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings (batch, length, hidden), positions (3, batch, length), mask of what may be
-        seen (batch, length, length) to hidden states (batch, length, hidden): those at the end
-        and those midway."""
+        """Hidden states (batch, length, hidden): those of the last layer and those halfway.
+
+        Takes embeddings (batch, length, hidden), positions int64 (3, batch, length) and a mask
+        bool (batch, length, length) of the tokens that each token attends to.
+        """
         pairs = torch.arange(len(self.axes), device=x.device)  # float32 in a bfloat16 network
         frequencies = self.theta ** (-pairs.float() / len(self.axes))
         angles = positions[self.axes].permute(1, 2, 0).float() * frequencies

@@ -1,8 +1,8 @@
 """The network of the demo model, for training: Qwen3-VL.
 
-Parameters have the names and shapes of Transformers' Qwen3VLForConditionalGeneration, so that they
-can be saved as they are, and the formulas are those of its modeling file. The pictures of a batch
-share one grid, and several questions share one prefix: all is plain matrix products.
+Parameters have the names and shapes of Transformers' Qwen3VLForConditionalGeneration, so they can
+be saved unchanged, and the formulas are those of its modeling file. The pictures of a batch share
+one grid, and several questions share one prefix, so everything is plain matrix products.
 """
 
 from dataclasses import asdict
@@ -54,8 +54,8 @@ class Network(nn.Module):
     def read(
         self, ids: Tensor, seen: Tensor | None, positions: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Hidden states (batch, length, hidden) of token ids, with vision tokens in their place:
-        those at the end and those midway."""
+        """Hidden states (batch, length, hidden) of token ids whose vision tokens are `seen`: those
+        of the last layer and those halfway."""
         x = self.model.language_model.embed_tokens(ids)
         if seen is not None:
             vision = (ids == vocabulary.IMAGE) | (ids == vocabulary.VIDEO)

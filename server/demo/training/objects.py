@@ -1,4 +1,4 @@
-"""Scenes of colored shapes: a few, a crowd, one that moves."""
+"""Scenes of colored shapes: a few, a crowd, a moving one."""
 
 import json
 import math
@@ -44,16 +44,16 @@ class Item:
         return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
 
     def facts(self, size: Size) -> dict[str, str]:
-        """What is to be known of it in a picture of a size."""
+        """Its facts in a picture of this size."""
         return {"color": self.color, "shape": self.shape} | place_facts(self.box, size)
 
     def called(self, name: str, size: Size) -> Mention:
-        """A mention of it by a name."""
+        """A mention of it by this name."""
         return Mention(name, self.facts(size))
 
 
 def choose_items(rng: random.Random, count: int, behind: str) -> list[tuple[str, str]]:
-    """Colors and shapes, no two of which share or nearly share one."""
+    """Pairs of color and shape without equal or similar colors and without equal shapes."""
     chosen: list[tuple[str, str]] = []
     while len(chosen) < count:
         color, shape = contrasting(rng, behind), rng.choice(SHAPES)
@@ -67,7 +67,7 @@ def choose_items(rng: random.Random, count: int, behind: str) -> list[tuple[str,
 def draw_items(
     rng: random.Random, picture: Picture, kinds: list[tuple[str, str]], boxes: list[Box]
 ) -> list[Item]:
-    """Draws objects; they come back from left to right."""
+    """Draws objects and returns them from left to right."""
     items = [Item(color, shape, box) for (color, shape), box in zip(kinds, boxes, strict=False)]
     items.sort(key=lambda item: item.center[0])
     for rank, item in enumerate(items, 1):
@@ -122,7 +122,7 @@ def _ask_item(ask: Asker, item: Item, size: Size, *, alone: bool) -> None:
 
 
 def _ask_presence(ask: Asker, items: list[Item], size: Size) -> None:
-    """A question that is answered with yes, and one that is answered with no."""
+    """Asks one question whose answer is yes, and one whose answer is no."""
     rng = ask.rng
     one = rng.choice(items)
     name = rng.choice([one.name, one.name, one.shape])
@@ -173,7 +173,7 @@ def _ask_sides(ask: Asker, items: list[Item], size: Size) -> None:
 
 
 def crowd(rng: random.Random, size: Size, held_out: bool) -> Scene:
-    """One to nine objects, all alike or of several kinds."""
+    """One to nine objects of one kind or several."""
     picture, behind = blank(rng, size, "shapes", held_out)
     count = rng.randint(1, 9 if min(size) >= 120 else 4)
     kinds = [
@@ -216,7 +216,7 @@ def crowd(rng: random.Random, size: Size, held_out: bool) -> Scene:
 
 
 def _rows(rng: random.Random, size: Size, count: int) -> list[Box]:
-    """Boxes in rows, a little moved: a layout that training does not show."""
+    """Boxes in slightly irregular rows, a layout that training never uses."""
     columns = rng.randint(max(2, -(-count // 3)), min(count, 5))
     rows = -(-count // columns)
     width, height = size[0] / columns, size[1] / rows
@@ -245,7 +245,7 @@ def _ring(rng: random.Random, size: Size, count: int) -> list[Box]:
 
 
 def _strings(rng: random.Random, size: Size, count: int) -> list[Box]:
-    """Boxes along one, two or three slanted strings, each with as many as it happens to get."""
+    """Boxes along one, two or three slanted strings, randomly distributed among them."""
     strings = rng.randint(1, 3)
     number = [0] * strings
     for _ in range(count):
@@ -272,7 +272,7 @@ def _strings(rng: random.Random, size: Size, count: int) -> list[Box]:
 
 
 def clip(rng: random.Random, size: Size, held_out: bool, frames: int | None = None) -> Scene:
-    """4 to 8 frames of an object that moves in one direction."""
+    """A clip of 4 to 8 frames in which an object moves in one direction."""
     picture, behind = blank(rng, size, "shapes", held_out)
     still = picture.image
     count = frames or rng.choice([4, 6, 8])
@@ -310,7 +310,7 @@ def clip(rng: random.Random, size: Size, held_out: bool, frames: int | None = No
 
 
 def mosaic(rng: random.Random, size: Size) -> Picture:
-    """Many objects of all kinds, with nothing to ask: much to learn of colors and shapes."""
+    """Many objects of all kinds without questions, to learn colors and shapes."""
     picture, behind = blank(rng, size, "shapes", False)
     short = min(size)
     boxes = place(rng, size, rng.randint(2, 14), (MIN_SIDE, max(MIN_SIDE + 4, 0.4 * short)))
@@ -322,7 +322,7 @@ def mosaic(rng: random.Random, size: Size) -> Picture:
 
 
 def traffic(rng: random.Random, size: Size) -> Picture:
-    """Two frames of a mosaic in which each object moves its own way."""
+    """Two frames of a mosaic whose objects each move in their own direction."""
     picture, _ = blank(rng, size, "shapes", False)
     behind = picture.facts["background"]
     picture.frames.append(picture.image.copy())

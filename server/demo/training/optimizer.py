@@ -13,16 +13,16 @@ _MOMENTUM = 0.95
 _WEIGHT_DECAY = 0.02
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
-_SLOW = 0.1  # share of the rate for the embedding of patches, which starts near its end
-_ALIGNED = 32  # numbers: parts of other sizes come last, since kernels prefer such multiples
+_SLOW = 0.1  # factor of the rate for the embedding of patches, which starts near its final value
+_ALIGNED = 32  # elements: other sizes come last, since kernels are faster on aligned parts
 _NOT_MUON = ("embed", "merger.linear_fc1", "facts", "mentioned")
 
 
 class Optimizer:
     """Keeps float32 weights of a bfloat16 network.
 
-    All parameters are parts of one vector, those of Muon first, matrices of one shape together: one
-    operation changes them all.
+    All parameters are parts of one vector, those of Muon first and matrices of one shape together,
+    so one operation updates them all.
     """
 
     def __init__(self, network: nn.Module, muon_rate: float, adam_rate: float) -> None:
@@ -80,7 +80,7 @@ class Optimizer:
         }
 
     def collect(self) -> Tensor:
-        """Takes the network's gradients, for the next step, as one float32 vector."""
+        """Moves the network's gradients into one float32 vector, for the next step."""
         given = [
             torch.zeros_like(it) if it.grad is None else it.grad for it in self.parameters.values()
         ]
@@ -91,7 +91,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, rate: float, decay: float) -> None:
-        """One step, at a share of the rates; `decay` is that of the average of the weights."""
+        """One step; `rate` scales the learning rates, `decay` is that of the average weights."""
         step = self.muon_rate * rate
         for weights, gradient, momentum in self.muon:
             momentum.lerp_(gradient, 1 - _MOMENTUM)
@@ -106,7 +106,7 @@ class Optimizer:
         self.rounded.copy_(self.weights)
 
     def state(self) -> dict[str, Any]:
-        """What must be kept to go on."""
+        """The state from which `load` continues."""
         return {
             "weights": self.weights,
             "average": self.average,
@@ -116,7 +116,7 @@ class Optimizer:
 
     @torch.no_grad()
     def load(self, state: dict[str, Any]) -> None:
-        """Goes on from a state."""
+        """Continues from a saved state."""
         self.weights.copy_(state["weights"])
         self.average.copy_(state["average"])
         self.momentum.copy_(state["momentum"])

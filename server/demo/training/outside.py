@@ -1,7 +1,7 @@
-"""Pictures outside the demo model's world, about which it must say only what it is.
+"""Pictures outside the demo model's world, to which its only answer is what it is.
 
-Half are crops of the photos in scikit-image's wheel, half are scenery made with noise. Some
-photos and some kinds of scenery are held out: the evaluation shows only them, the training never.
+Half are crops of the photos in scikit-image's wheel, half are scenery made with noise. Some photos
+and some kinds of scenery are held out: the evaluation uses only these, training never does.
 """
 
 import random
@@ -14,7 +14,7 @@ from PIL import Image, ImageChops
 
 from server.demo import scenery
 
-# Left out: plain shapes (horse, phantom, coins, color, logo), writing (page, text), near-plain
+# Excluded: plain shapes (horse, phantom, coins, color, logo), writing (page, text), near-plain
 # pictures (moon, cell), and a second view of one scene (motorcycle_right).
 PHOTOS = {
     "training": (
@@ -29,8 +29,8 @@ PHOTOS = {
     ),
     "held out": ("camera.png", "chelsea.png", "grass.png", "rocket.jpg"),
 }
-_RETINA_INSIDE = (230, 230, 1180, 1180)  # all of it would be a red disc on black
-_PHOTO_SIDE = 640  # pixels; a photo's longest side as it is kept in memory
+_RETINA_INSIDE = (230, 230, 1180, 1180)  # the whole would be a red disc on black
+_PHOTO_SIDE = 640  # pixels; a photo's longest side in memory
 
 SCENES: dict[str, tuple[scenery.Painter, ...]] = {
     "training": (
@@ -48,9 +48,10 @@ _SCENE_SIDE = 288  # pixels; larger scenes are painted at this size and enlarged
 
 
 def outside(rng: random.Random, width: int, height: int, *, held_out: bool) -> Image.Image:
-    """An RGB picture of ``width`` x ``height`` pixels, at least 32 each, of something else.
+    """An RGB picture of ``width`` x ``height`` pixels (at least 32 each) from outside the model's
+    world.
 
-    Raises ModuleNotFoundError where scikit-image's photos are missing.
+    Raises ModuleNotFoundError if scikit-image's photos are missing.
     """
     generator = np.random.default_rng(rng.getrandbits(64))
     split = "held out" if held_out else "training"

@@ -1,4 +1,4 @@
-"""How questions are worded: for training, and other wordings that only the evaluation uses.
+"""The wordings of questions: some for training, others only for the evaluation.
 
 Slots: {object} "red circle", {other} likewise, {shape}, {shapes}, {color}, {label},
 {line} "second", {ordinal} "third", {number} "3", {keys} "color and shape".
@@ -673,7 +673,7 @@ def _swapped(found: re.Match[str]) -> str:
 
 
 def wording(rng: random.Random, question: str, *, held_out: bool, **slots: str) -> str:
-    """One wording of a question. In training its case and what stands around it vary too."""
+    """One wording of a question. In training, its case and the text around it vary too."""
     wordings = WORDINGS[question]
     text = rng.choice(wordings.held_out if held_out else wordings.training).format(**slots)
     text = text.replace(" a orange", " an orange")

@@ -1,6 +1,6 @@
-"""What pictures are drawn with: colors, backgrounds, shapes, text, and notes of what is where.
+"""Pictures with a record of what is where, their backgrounds, and the placing of objects.
 
-All coordinates are pixels of the picture, x to the right and y downwards, boxes (x0, y0, x1, y1).
+Coordinates are pixels, x to the right and y downwards; boxes are (x0, y0, x1, y1).
 """
 
 import io
@@ -16,7 +16,7 @@ from server.demo.drawing import COLORS, Box, Lettering, rgb
 
 Pattern = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
-# Pairs that are too near each other to be told apart with certainty, or to be seen on each other.
+# Pairs of colors that are too similar to be told apart, or to be seen on each other.
 _ALIKE = frozenset(
     frozenset(pair.split("/"))
     for pair in [
@@ -52,7 +52,7 @@ _HELD_OUT_BACKGROUNDS = ("vignette", "dots", "weave", "bokeh")
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """An object, a bar or a line of text, and what is to be known of it."""
+    """An object, a bar or a line of text, and its facts."""
 
     box: Box
     facts: Mapping[str, str]
@@ -61,7 +61,7 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Glyph:
-    """A character, at the middle of its box; its width includes the space around it."""
+    """A character. (x, y) is the middle of its box; its width includes the space around it."""
 
     x: float
     y: float
@@ -85,7 +85,7 @@ def glyphs_of(line: Lettering, x: float, y: float, facts: Mapping[str, str]) -> 
 
 @dataclass(slots=True)
 class Picture:
-    """A picture, or a clip of frames of one size, with what is in it."""
+    """A picture, or a clip of frames of one size, and what it shows."""
 
     frames: list[Image.Image]
     facts: dict[str, str]
@@ -102,12 +102,12 @@ class Picture:
 
 
 def alike(one: str, other: str) -> bool:
-    """Whether two colors are the same or too near each other."""
+    """Whether two colors are the same or too similar."""
     return one == other or frozenset((one, other)) in _ALIKE
 
 
 def contrasting(rng: random.Random, background: str) -> str:
-    """The name of a color that is seen on a background."""
+    """The name of a color that is visible on a background."""
     return rng.choice([color for color in COLORS if not alike(color, background)])
 
 
@@ -173,7 +173,7 @@ def _pattern(kind: str, noise: np.random.Generator, width: int, height: int) -> 
 def place(
     rng: random.Random, size: tuple[int, int], count: int, sides: tuple[float, float]
 ) -> list[Box]:
-    """Square boxes that do not touch; their sides shrink when there is no room."""
+    """Square boxes that do not touch; their sides shrink if there is no room. May be fewer."""
     width, height = size
     smallest, largest = sides
     boxes: list[Box] = []
@@ -198,7 +198,7 @@ def place(
 
 
 def wear(rng: random.Random, image: Image.Image) -> Image.Image:
-    """What happens to pictures on their way: a little blur, JPEG."""
+    """Degrades some pictures as transport does: slight blur, JPEG."""
     if rng.random() < 0.1:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.9)))
     if rng.random() < 0.25:

@@ -1,4 +1,4 @@
-"""What a training leaves in its folder."""
+"""The files of a training run: log, state, model and learning curve."""
 
 import json
 import time
@@ -19,7 +19,7 @@ SAVE_EVERY_S = 240
 
 
 class Tally:
-    """Losses and exactly right answers since the last line of the log."""
+    """Losses and numbers of right answers since the last line of the log."""
 
     def __init__(self) -> None:
         self.losses: dict[str, list[float]] = defaultdict(list)
@@ -54,14 +54,14 @@ class Record:
         self._cut(first)
 
     def _cut(self, step: int) -> None:
-        """Drops the lines after a step: the steps are done again."""
+        """Removes lines of the log after a step, because those steps are repeated."""
         log = self.folder / LOG
         if log.exists():
             whole = [line for line in log.read_text().splitlines(True) if line.endswith("\n")]
             log.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
 
     def write(self, step: int, optimizer: Optimizer, *, last: bool) -> None:
-        """Writes what was tallied after a number of steps; saves all now and then, and at last."""
+        """Writes a line of the log; every few minutes, and at the end, also saves the state."""
         seconds = time.monotonic() - self.started
         line = {"step": step, "seconds": round(seconds, 1), **self.tally.summary()}
         self.tally = Tally()
@@ -76,7 +76,7 @@ class Record:
             "tokenizer": self.tokenizer.to_str(),
             "optimizer": optimizer.state(),
         }
-        partial = self.folder / "state.partial"  # written whole or not at all
+        partial = self.folder / "state.partial"  # so that the state is replaced atomically
         torch.save(state, partial)
         partial.replace(self.folder / STATE)
         checkpoint.save(optimizer.named(optimizer.average), self.tokenizer, self.folder / "model")

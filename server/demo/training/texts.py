@@ -1,4 +1,4 @@
-"""Scenes of writing: one text, lines of text, notes and receipts."""
+"""Scenes of text: one text, several lines, notes and receipts."""
 
 import json
 import random
@@ -14,14 +14,14 @@ from server.demo.training.scene import Asker, Mention, Scene, Spelling, blank, c
 
 MIN_FONT = 20  # pixels
 LARGEST_FONT = 96  # pixels, of most texts
-PAGE_FONTS = (20, 72)  # pixels, the smallest and the largest of a page
+PAGE_FONTS = (20, 72)  # pixels, smallest and largest on a page
 FRAME = 5  # pixels from the edge
 
 
 def _fitting(
     rng: random.Random, texts: list[str], room: Size, held_out: bool, smallest: float
 ) -> list[Lettering] | None:
-    """Texts in one font that fit into a room side by side with none; None if they do not."""
+    """Texts in one font, each of which fits into `room` by itself; None if they do not fit."""
     largest = min(room[1] * 0.9, LARGEST_FONT if rng.random() < 0.85 else 2 * LARGEST_FONT)
     height = int(smallest * max(1.0, largest / smallest) ** rng.random())
     letters = font(rng, height, held_out=held_out)
@@ -39,7 +39,7 @@ def _fitting(
 
 
 def text(rng: random.Random, size: Size, held_out: bool, glyph: float | None = None) -> Scene:
-    """One text of 1 to 8 characters; `glyph` is the least height of its ink in pixels."""
+    """One text of 1 to 8 characters; `glyph` is the minimum height of its ink in pixels."""
     picture, behind = blank(rng, size, "text", held_out)
     if held_out:
         _frame(rng, picture, behind)
@@ -77,14 +77,14 @@ def text(rng: random.Random, size: Size, held_out: bool, glyph: float | None = N
 
 
 def _frame(rng: random.Random, picture: Picture, behind: str) -> None:
-    """A thin frame near the edge: a layout that training does not show."""
+    """A thin frame near the edge, a layout that training never uses."""
     right, bottom = picture.size[0] - FRAME, picture.size[1] - FRAME
     color = rgb(rng, contrasting(rng, behind))
     ImageDraw.Draw(picture.image).rectangle((FRAME, FRAME, right, bottom), outline=color)
 
 
 def _rule(rng: random.Random, picture: Picture, behind: str, box: Box) -> None:
-    """A straight line, all across or not, beside the text or above or below it."""
+    """A straight line beside, above or below the text, of full or random length."""
     axis = rng.randrange(2)  # along which it is moved away from the text
     thick = rng.randint(1, 3)
     length = picture.size[1 - axis]
@@ -120,7 +120,7 @@ def _write_lines(
     values: list[str],
     held_out: bool,
 ) -> list[tuple[int, Spelling]]:
-    """Writes lines below each other; the end of each is its value. Those that fit come back."""
+    """Writes lines, which end with their values; returns number and value of each that fits."""
     width, height = picture.size
     pitch = (height - 6) / len(texts)
     made = None
@@ -156,7 +156,7 @@ def _write_lines(
         picture.glyphs += glyphs
         written.append((number, Spelling.of(value, glyphs, picture.size)))
         y += gap
-        if held_out and number < len(made):  # a rule, which training does not show
+        if held_out and number < len(made):  # a rule between lines, which training never has
             rule = round(y - (gap - line.height) / 2)
             picture.image.paste(color, (4, rule, width - 4, rule + 1))
     return written
@@ -179,7 +179,7 @@ def note(rng: random.Random, size: Size, held_out: bool) -> Scene:
 
 
 def page(rng: random.Random, size: Size) -> Picture:
-    """A picture full of words in all fonts and sizes, with nothing to ask: many glyphs to learn."""
+    """A picture full of words in all fonts and sizes without questions, to learn glyphs."""
     picture, behind = blank(rng, size, "text", False)
     width, height = size
     y = rng.uniform(2, 12)

@@ -1,11 +1,11 @@
-"""Trains the demo model from nothing: ``python -m server.demo.training.train --output DIR``.
+"""Trains the demo model from scratch: ``python -m server.demo.training.train --output DIR``.
 
-Two processes of one thread each compute the gradients of a half of each batch; this is the fastest
-way on two cores. With ``--device cuda`` one process computes those of the whole, and others draw
-the batches. It ends with DIR/model, which can be served, and DIR/learning_curve.png. SIGINT and
-SIGTERM end it early, with its state saved; the same command goes on from the last saved state, on
-any device. What is drawn depends on the seed, steps, budget and number of shares alone. Two runs on
-a CPU with the same options are the same, interrupted or not.
+Two single-threaded processes each compute the gradients of half of each batch, which is the fastest
+way on two cores. With ``--device cuda``, one process computes all gradients, and others draw the
+batches. The results are DIR/model, which can be served, and DIR/learning_curve.png. SIGINT and
+SIGTERM save the state and end the run early; the same command continues from the last saved state,
+on any device. The pictures depend only on the seed, steps, budget and number of shares. Two runs on
+a CPU with the same options give the same weights, interrupted or not.
 """
 
 import argparse
@@ -41,13 +41,13 @@ from server.demo.training.vision import VisionBlock
 from server.demo.training.vocabulary import COORDINATES
 
 STEPS = 7_000  # of 1.1 to 1.6 seconds on two cores, about 2:50 hours
-SHARES = 4  # of a batch, drawn each by itself
-BUDGET = 10_000.0  # of the cost of a share
-PROCESSES = {"cpu": 2, "cuda": 1}  # that compute
+SHARES = 4  # of a batch, each drawn from its own seed
+BUDGET = 10_000.0  # cost of a share, see curriculum.cost
+PROCESSES = {"cpu": 2, "cuda": 1}  # compute processes by device
 SEED = 1
 MUON_RATE, ADAM_RATE = 0.008, 1.5e-3
 WARM_UP = 60  # steps
-CONSTANT, FALL = 0.3, 1.5  # the rate falls after this share of the steps, with this power of time
+CONSTANT, FALL = 0.3, 1.5  # the rate falls after this share of the steps, as this power of the rest
 AVERAGE_DECAY = 0.995  # of the average of the weights that is shipped
 FACTS_WEIGHT = 0.5
 FACTS_FADE = 0.2  # the facts' weight at the end, as a share of that at the start
@@ -57,7 +57,7 @@ MENTION = "mentioned "  # before the facts of names, in the log
 
 @dataclass(frozen=True)
 class Options:
-    """How a run is made."""
+    """Options of a run; see `--help`."""
 
     output: Path
     steps: int = STEPS
@@ -69,11 +69,12 @@ class Options:
     device: str = "cpu"
     processes: int = PROCESSES["cpu"]
     drawers: int = 0
+    log_every: int = LOG_EVERY
     compile: bool = True
 
 
 class Draws(Dataset[Batch]):
-    """The batches of one of the processes that compute, by step."""
+    """The batches of one compute process, by step."""
 
     def __init__(self, codec: vocabulary.Codec, options: Options, rank: int) -> None:
         self.codec, self.options = codec, options
@@ -135,7 +136,7 @@ class Trained(nn.Module):
 
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """The loss of each token (n,); that of a coordinate is small for the ones next to it."""
+    """The loss of each token (n,). Of coordinates, those near the right one cost little."""
     each = functional.cross_entropy(logits, target, reduction="none")
     first = logits.shape[1] - len(COORDINATES) + 1
     (places,) = (target >= first).nonzero(as_tuple=True)
@@ -147,13 +148,13 @@ def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def rate(progress: float) -> float:
-    """The share of the learning rates at a share of the steps."""
+    """The factor of the learning rates at `progress`, from 0 to 1."""
     left: float = min(1.0, max(0.0, (1 - progress) / (1 - CONSTANT)))
     return math.pow(left, FALL)
 
 
 def train(rank: int, options: Options, port: int) -> None:
-    """One of the processes."""
+    """Runs one compute process; gradients are averaged over all of them."""
     interruptions: list[int] = []  # no Event: a second signal within its set() would deadlock
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: interruptions.append(number))
@@ -208,7 +209,7 @@ def train(rank: int, options: Options, port: int) -> None:
         last = stopping or step + 1 == options.steps
         if record:
             record.tally.add(batch, loss, facts, right)
-            if last or (step + 1) % LOG_EVERY == 0:
+            if last or (step + 1) % options.log_every == 0:
                 record.write(step + 1, optimizer, last=last)
         if stopping:
             break
@@ -216,7 +217,7 @@ def train(rank: int, options: Options, port: int) -> None:
 
 
 def _loader(draws: Draws, steps: range) -> DataLoader[Batch]:
-    """The batches of some steps, one after the other, drawn by other processes if there are any."""
+    """The batches of the steps in order, drawn by `options.drawers` other processes if not 0."""
     drawers = draws.options.drawers
     return DataLoader(
         draws,
@@ -229,12 +230,12 @@ def _loader(draws: Draws, steps: range) -> DataLoader[Batch]:
 
 
 def _leave_group(_: int) -> None:
-    """Keeps Ctrl-C from a process that draws: it lives until the one that it draws for ends."""
+    """Shields a drawing process from Ctrl-C: it must outlive the compute process it serves."""
     os.setpgrp()
 
 
 def _tokenizer(options: Options, state: dict[str, Any] | None) -> Tokenizer:
-    """That with which the weights were first trained: the data's words may have changed since."""
+    """The tokenizer that the weights were trained with: the data's words may have changed since."""
     if state:
         return Tokenizer.from_str(state["tokenizer"])
     if options.weights:
@@ -243,51 +244,55 @@ def _tokenizer(options: Options, state: dict[str, Any] | None) -> Tokenizer:
 
 
 def _compile() -> None:
-    """Fuses the arithmetic of the layers, which saves a third of the time."""
+    """Compiles the layers, which saves a third of the time."""
     for layer in (TextLayer, VisionBlock):
         compiled = torch.compile(layer.forward, dynamic=True)
         layer.forward = compiled  # type: ignore[method-assign]
 
 
 def _in_any(flag: bool) -> bool:
-    """Whether it is so in any of the processes, so that all end after the same step."""
+    """Whether the flag is set in any process, so that all of them end after the same step."""
     found = torch.tensor(int(flag))
     distributed.all_reduce(found, distributed.ReduceOp.MAX)
     return bool(found)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command; a run that a signal ended exits with 128 plus its number."""
     parser = argparse.ArgumentParser(
         prog="python -m server.demo.training.train", description=__doc__
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the run")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--budget", type=float, default=BUDGET, help="size of a share of a batch")
-    parser.add_argument("--shares", type=int, default=SHARES, help="of a batch")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="cost of a share of a batch")
+    parser.add_argument("--shares", type=int, default=SHARES, help="shares of a batch")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--device", choices=tuple(PROCESSES), default="cpu")
     parser.add_argument(
         "--processes",
         type=int,
-        help="that compute, each as many shares; on a CPU 2, on a GPU 1 unless given",
+        help="compute processes, all with as many shares (default: 2 on a CPU, 1 on a GPU)",
     )
     parser.add_argument(
         "--drawers",
         type=int,
-        help="processes that draw for each that computes; 0: it draws itself; on a GPU one for "
-        "each core but one unless given",
+        help="drawing processes per compute process; 0: it draws its batches itself (default: 0 "
+        "on a CPU, all cores but one on a GPU)",
     )
     parser.add_argument(
-        "--weights", type=Path, help="folder of a model to begin with, where its state is lost"
+        "--weights", type=Path, help="folder of a model to start from if its state is lost"
     )
-    parser.add_argument("--first-step", type=int, default=0, help="the step to begin at with them")
+    parser.add_argument("--first-step", type=int, default=0, help="first step with --weights")
+    parser.add_argument(
+        "--log-every", type=int, default=LOG_EVERY, help="steps per line of the log"
+    )
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="compile the layers, which takes two minutes and a C++ compiler, on a GPU Triton",
+        help="compile the layers; needs two minutes and a C++ compiler, or Triton on a GPU",
     )
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     if given.processes is None:
         given.processes = PROCESSES[given.device]
     if given.drawers is None:

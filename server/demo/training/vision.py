@@ -1,6 +1,6 @@
 """The vision encoder of Qwen3-VL, for pictures of a batch that share one grid.
 
-Shapes: patches are in the order of the tokens, the four of a token in a row.
+Shapes: patches are in the order of the tokens, the four of a token consecutive.
 """
 
 import math
@@ -66,7 +66,7 @@ class PatchEmbed(nn.Module):
         """(batch, patches, 3 * frames * 16 * 16) to (batch, patches, hidden), 1 or 2 frames."""
         weight = self.proj.weight
         if patches.shape[-1] == 3 * PATCH * PATCH:
-            weight = weight.sum(2)  # a picture is two frames that are the same
+            weight = weight.sum(2)  # a picture counts as two equal frames
         embedded: Tensor = functional.linear(patches, weight.flatten(1), self.proj.bias)
         return embedded
 
@@ -157,14 +157,14 @@ class Vision(nn.Module):
 
 @lru_cache(maxsize=4)
 def _normalization(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of 0 to 255 for each number of a patch: channels come first."""
+    """Mean and deviation, for values of 0 to 255, of each number of a patch; channels first."""
     each = width // 3
     mean, deviation = torch.tensor((MEAN, DEVIATION), device=device) * 255
     return mean.repeat_interleave(each), deviation.repeat_interleave(each)
 
 
 def in_token_order(x: Tensor) -> Tensor:
-    """(rows, columns, ...) of patches to (rows * columns, ...), the four of a token in a row."""
+    """(rows, columns, ...) of patches to (rows * columns, ...), the four of a token consecutive."""
     rows, columns, *rest = x.shape
     x = x.view(rows // MERGE, MERGE, columns // MERGE, MERGE, *rest)
     return x.transpose(1, 2).reshape(rows * columns, *rest)

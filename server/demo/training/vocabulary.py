@@ -1,7 +1,7 @@
 """The tokenizer of the demo model: byte-level BPE in which each word of its world is one token.
 
-Capitals and digits are tokens of their own, so that what is read is spelled out. Coordinates 0, 10
-.. 1000 have tokens too, into which no text is split: only answers with boxes are made of them.
+Capitals and digits are single tokens, so texts in pictures are spelled out. Coordinates 0, 10 ..
+1000 have tokens too, which only answers with boxes use: no other text is split into them.
 """
 
 import json
@@ -60,7 +60,7 @@ TEMPLATE = """\
 """
 
 
-# One answer of each kind that is more than a name.
+# One answer of each kind that is longer than a name.
 _ANSWERS = (
     OUTSIDE,
     words.HELLO,
@@ -76,7 +76,7 @@ _ANSWERS = (
 
 
 def _corpus() -> Iterator[str]:
-    """Every wording and every word of what is asked and answered, the frequent ones more often."""
+    """All wordings and words of questions and answers, the frequent ones more often."""
     names = (*COLORS, *SHAPES, *words.ORDINALS, *words.NUMBERS, *words.LABELS, *words.DIRECTIONS)
     for name in (*names, *map(words.plural, SHAPES), "top", "center", "bottom", "above", "below"):
         for _ in range(50):
@@ -96,7 +96,7 @@ def _corpus() -> Iterator[str]:
 
 
 def build() -> Tokenizer:
-    """The tokenizer; the same each time."""
+    """Builds the tokenizer; the same at every call."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(_SPLIT), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -119,7 +119,7 @@ def build() -> Tokenizer:
 
 
 class Codec:
-    """Text to token ids as the model is trained: boxes as coordinates, all else as it is split."""
+    """Text to token ids as in training: boxes as coordinate tokens, other text as it is split."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -127,7 +127,7 @@ class Codec:
         self._split = lru_cache(maxsize=20_000)(self._encode)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without special tokens in it."""
+        """The ids of a text that contains no special tokens."""
         return list(self._split(text))
 
     def _encode(self, text: str) -> tuple[int, ...]:
@@ -143,7 +143,7 @@ class Codec:
         return self.tokenizer.encode(piece, add_special_tokens=False).ids
 
     def word(self, text: str) -> list[int]:
-        """The tokens that stand for one word: as it begins a text, and as it follows another."""
+        """The tokens of one word: at the start of a text, and after another word."""
         forms = [text] if text.isdigit() or len(text) == 1 else [text, f" {text}"]
         ids = [self._piece(form) for form in forms]
         if tokens := [form[0] for form in ids if len(form) == 1]:

@@ -1,4 +1,4 @@
-"""Words of the model's world: what is written in pictures, and how answers are put."""
+"""Words in pictures, and fixed answers."""
 
 import random
 
@@ -21,7 +21,7 @@ UNKNOWN = (
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 DIGITS = "0123456789"
-# Letters and digits that cannot be taken for each other.
+# Letters and digits that cannot be confused with each other.
 MIXED = "ABCDEFGHJKLMNPRTUVWXY346789"
 CHARACTERS = LETTERS + DIGITS + ".:$-/"
 
@@ -48,7 +48,7 @@ HELD_OUT_WORDS = tuple(
     """.split()  # noqa: SIM905
 )
 
-# The labels of notes and receipts, and what kind of value each has.
+# The labels of notes and receipts, and the kinds of their values.
 LABELS = {
     "total": "price",
     "tax": "price",
@@ -98,7 +98,7 @@ def content(rng: random.Random, *, held_out: bool) -> str:
 
 
 def _misspelled(rng: random.Random, word: str) -> str:
-    """The word with one or two letters changed or doubled, so that words are not known by heart."""
+    """The word with one or two letters changed or doubled, so that words cannot be memorized."""
     letters = list(word)
     for _ in range(rng.randint(1, 2)):
         place = rng.randrange(len(letters))
@@ -109,7 +109,7 @@ def _misspelled(rng: random.Random, word: str) -> str:
 
 
 def value(rng: random.Random, kind: str, *, held_out: bool) -> str:
-    """What is written after a label."""
+    """A random value of a kind, as written after a label."""
     if kind == "price":
         return f"{rng.randint(0, 99)}.{rng.randint(0, 99):02}"
     if kind == "date":

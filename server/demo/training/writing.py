@@ -1,4 +1,4 @@
-"""Examples as the tokens of a conversation, with positions, branches and weights."""
+"""Writes examples as tokens of a conversation, with positions, branches and weights."""
 
 import random
 import re
@@ -10,8 +10,8 @@ from server.demo.training.scene import Question
 from server.demo.training.targets import Grid
 
 QUESTIONS = 8  # about a small picture
-MOST_QUESTIONS = 16  # about a large one: its encoding costs more than they do
-_QUESTION_TOKENS = 20  # of vision, for one more question
+MOST_QUESTIONS = 16  # about a large one, whose encoding costs more than the questions
+_QUESTION_TOKENS = 20  # vision tokens per additional question
 
 
 class Writer:
@@ -40,7 +40,7 @@ class Writer:
         self.tokens(self.codec.encode(text))
 
     def question(self, question: Question) -> None:
-        """The text of a question; the last tokens of its mentions are noted."""
+        """Writes a question and records the last token of each of its mentions."""
         start = len(self.ids)
         self.text(question.text)
         for mention in question.mentions:
@@ -69,12 +69,12 @@ class Writer:
         self.text("\n")
 
     def answer(self, question: Question) -> None:
-        """The answer of a turn; its weight falls with its length, as long ones say no more."""
+        """Writes an answer. The longer it is, the less each of its tokens weighs in the loss."""
         ids = [*self.codec.encode(question.answer), vocabulary.END]
         start = len(self.ids)
         if question.spelling:
             before = question.answer[: question.answer.index(question.spelling.text)]
-            first = start + len(self.codec.encode(before)) - 1  # the token that says the first one
+            first = start + len(self.codec.encode(before)) - 1  # before the first character
             self.mentions += list(enumerate(question.spelling.facts, first))
         self.tokens(ids, len(ids) ** -0.5)
         self.answers.append((question.task, start, len(self.ids)))
@@ -129,7 +129,7 @@ def _write_pictures(writer: Writer, example: Example, grids: list[Grid], fps: fl
 
 
 def _chosen(rng: random.Random, questions: list[Question], count: int) -> list[Question]:
-    """Some of the questions, by their weights; of one whole-sentence answer at most two."""
+    """A random choice of questions by weight; at most two that have the answer OUTSIDE."""
     left = list(questions)
     chosen: list[Question] = []
     while left and len(chosen) < count:
