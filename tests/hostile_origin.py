@@ -11,7 +11,9 @@ import asyncio
 import contextlib
 import functools
 import gzip
+import socket
 import ssl
+import struct
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -86,7 +88,11 @@ async def chunked(visit: Visit) -> None:
 
 
 async def status(visit: Visit) -> None:
-    await visit.respond(f"{visit.query('code')} Whatever", b"a secret")
+    code = visit.query("code")
+    if code in ("204", "304"):  # they have no body
+        await visit.send(f"HTTP/1.1 {code} Whatever\r\n\r\n".encode())
+    else:
+        await visit.respond(f"{code} Whatever", b"a secret")
 
 
 async def html(visit: Visit) -> None:
@@ -217,6 +223,39 @@ async def interim_flood(visit: Visit) -> None:
         await visit.send(b"HTTP/1.1 100 Continue\r\n\r\n" * 1000)
 
 
+async def responses_behind_a_response(visit: Visit) -> None:
+    """More responses than anybody asked for, in the same breath as the first."""
+    first = b"HTTP/1.1 200 OK\r\nContent-Length: 10000\r\n\r\n" + b"x" * 10_000
+    await visit.send(first + b"HTTP/1.1 100 Continue\r\n\r\n" * 10_000)
+
+
+async def long_head(visit: Visit) -> None:
+    """A hundred header fields of 1,000 bytes."""
+    await visit.send(b"HTTP/1.1 200 OK\r\n" + (b"X: " + b"x" * 1000 + b"\r\n") * 100)
+    await visit.reader.read()
+
+
+async def half_a_head(visit: Visit) -> None:
+    await visit.send(b"HTTP/1.1 200 OK\r\nContent-Le")
+    visit.writer.close()
+
+
+async def bad_chunks(visit: Visit) -> None:
+    await visit.begin()
+    await visit.chunk(b"x" * 100)
+    await visit.send(b"what?\r\n")
+    await visit.reader.read()
+
+
+async def reset_without_framing(visit: Visit) -> None:
+    """A body that ends with its connection, which is reset."""
+    await visit.send(b"HTTP/1.0 200 OK\r\n\r\n", b"x" * 400)
+    await asyncio.sleep(0.05)
+    socket_ = visit.writer.get_extra_info("socket")
+    socket_.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    visit.reset()
+
+
 async def garbage(visit: Visit) -> None:
     await visit.send(b"220 mail.example ESMTP\r\n\r\n")
     await visit.reader.read()
@@ -252,6 +291,11 @@ BEHAVIOURS: dict[str, Behaviour] = {
     "/silent": silent,
     "/many-headers": many_headers,
     "/interim-flood": interim_flood,
+    "/responses-behind-a-response": responses_behind_a_response,
+    "/long-head": long_head,
+    "/half-a-head": half_a_head,
+    "/bad-chunks": bad_chunks,
+    "/reset-without-framing": reset_without_framing,
     "/garbage": garbage,
     "/sets-cookie": sets_cookie,
 }

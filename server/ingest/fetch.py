@@ -1,18 +1,17 @@
 """Fetches http(s) images: one deadline, one limit of bytes, and the guard on every hop."""
 
 import asyncio
+import contextlib
 import functools
-import ssl
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextvars import Context
 from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple, Self
 
-import h11
+import aiohttp
 import httpx
 
-from server import __version__
 from server.errors import (
     ImageFetchFailed,
     ImageFetchTimeout,
@@ -22,14 +21,11 @@ from server.errors import (
     SaccadeError,
     ServerBusy,
 )
-from server.ingest.connection import Connection, IdleConnections, Origin
-from server.ingest.dial import Dialler, Resolver, SystemResolver
-from server.ingest.fetch_body import FAILURES, inflated, read_body, too_large
-from server.ingest.fetch_cache import Answer, FetchCache, Key
-from server.ingest.freshness import Header
+from server.ingest.fetch_cache import CacheKey, FetchCache, FetchedResponse
+from server.ingest.freshness import HttpHeader
 from server.ingest.guard import Policy, canonical, check_host, check_url
-from server.ingest.slots import Slots
-from server.request import tenant
+from server.ingest.http_client import HttpClient, Origin, inflated, read_body, too_large
+from server.ingest.resolver import GuardedResolver, Lookup, SystemLookup
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _COMPRESSED = frozenset({"gzip", "x-gzip", "deflate"})
@@ -41,10 +37,10 @@ class FetchSettings:
 
     Attributes:
         timeout_s: the deadline of a whole fetch, from its place in the queue to the last byte.
-        max_bytes: the largest image as it was encoded, in bytes.
-        max_redirects: how often one image may be somewhere else.
-        max_connections: fetches at a time; as many idle connections are kept besides.
-        max_connections_per_host: fetches at a time from one host.
+        max_bytes: the largest image file, in bytes.
+        max_redirects: how many redirects are followed for one image.
+        max_connections: concurrent fetches; about as many idle connections are kept besides.
+        max_connections_per_host: concurrent fetches from one host.
         allow_private, allowed, only_hosts: as in `guard.Policy.of`.
     """
 
@@ -59,7 +55,7 @@ class FetchSettings:
 
 
 class _Wanted(NamedTuple):
-    """What is fetched, and for which group; who wants the same shares a fetch."""
+    """What is fetched, and for which group. Callers that want the same share a flight."""
 
     group: str
     url: str
@@ -68,7 +64,7 @@ class _Wanted(NamedTuple):
 
 @dataclass
 class _Flight:
-    """A fetch that all who ask for the same image at the same time wait for."""
+    """A fetch for which all callers wait that ask for the same file at the same time."""
 
     task: asyncio.Task[bytes]
     waiters: int = 0
@@ -78,7 +74,7 @@ class Fetcher:
     """Fetches images while its `async with` lasts.
 
     Attributes:
-        cache: what it keeps of them, if anything.
+        cache: the fetched images that it keeps; None if it keeps none.
     """
 
     def __init__(
@@ -86,18 +82,16 @@ class Fetcher:
         settings: FetchSettings,
         *,
         cache: FetchCache | None = None,
-        resolve: Resolver | None = None,
+        lookup: Lookup | None = None,
     ) -> None:
-        """Raises ValueError if an entry of `allowed` or `only_hosts` is of no use."""
+        """Raises ValueError if an entry of `allowed` or `only_hosts` is invalid."""
         self.cache = cache
         self._settings = settings
         self._policy = Policy.of(settings.allow_private, settings.allowed, settings.only_hosts)
-        self._system_resolver = SystemResolver()
-        self._dialler = Dialler(self._policy, resolve or self._system_resolver)
-        self._tls = ssl.create_default_context()
-        self._tls.set_alpn_protocols(["http/1.1"])
-        self._slots = Slots(settings.max_connections, settings.max_connections_per_host)
-        self._idle = IdleConnections(settings.max_connections)
+        self._system_lookup = SystemLookup()
+        resolver = GuardedResolver(self._policy, lookup or self._system_lookup)
+        self._http = HttpClient(resolver, max_idle=settings.max_connections)
+        self._slots = _Slots(settings.max_connections, settings.max_connections_per_host)
         self._flights: dict[_Wanted, _Flight] = {}
 
     async def __aenter__(self) -> Self:
@@ -113,21 +107,21 @@ class Fetcher:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._idle.close()
-        self._system_resolver.close()
+        await self._http.close()
+        await self._system_lookup.close()
 
-    async def fetch(self, url: str, max_bytes: int | None = None) -> bytes:
+    async def fetch(self, url: str, group: str, max_bytes: int | None = None) -> bytes:
         """The file at `url`, of at most `max_bytes` (default: that of the settings).
 
-        Who asks for what is being fetched already for the same group waits for that fetch, under
-        its deadline.
+        Callers of the same `group` of API keys that ask for the same file at the same time share
+        one fetch, under the deadline of the first. The fetch ends when all of them have left.
 
         Raises:
             InvalidImageUrl, ImageUrlBlocked, ImageFetchFailed, ImageFetchTimeout, ImageTooLarge
             ServerBusy: the fetcher was closed meanwhile.
         """
         most = self._settings.max_bytes if max_bytes is None else max_bytes
-        wanted = _Wanted(tenant.group(), url, most)
+        wanted = _Wanted(group, url, most)
         flight = self._flights.get(wanted) or self._start(wanted)
         flight.waiters += 1
         try:
@@ -177,82 +171,81 @@ class Fetcher:
         raise ImageFetchFailed(f"the image's server redirected more than {redirects} times")
 
     async def _hop(self, group: str, url: httpx.URL, max_bytes: int) -> bytes | httpx.URL:
-        """The body at `url`, or where it is instead."""
-        check_host(_host(url), self._policy)  # also of what is kept
+        """The body at `url`, or the URL that it redirects to."""
+        check_host(_host(url), self._policy)  # also before what is cached is served
         ask = functools.partial(self._get, group, url, max_bytes)
         if self.cache is None:
-            answer = await ask(())
-            return answer.body if isinstance(answer, Answer) else answer
-        found = await self.cache.get(Key(group, url.scheme, url.netloc, url.raw_path), ask)
+            response = await ask(())
+            return response.body if isinstance(response, FetchedResponse) else response
+        found = await self.cache.get(CacheKey(group, url.scheme, url.netloc, url.raw_path), ask)
         if isinstance(found, bytes) and len(found) > max_bytes:
             raise too_large(max_bytes)
         return found
 
     async def _get(
-        self, group: str, url: httpx.URL, max_bytes: int, conditions: Sequence[Header]
-    ) -> Answer | httpx.URL:
-        """The answer at `url`, its body not compressed, or where the image is instead."""
+        self, group: str, url: httpx.URL, max_bytes: int, conditions: Sequence[HttpHeader]
+    ) -> FetchedResponse | httpx.URL:
+        """The response at `url`, its body not compressed, or the URL that it redirects to."""
         host = _host(url)
-        origin = (url.scheme, host, url.port or (443 if url.scheme == "https" else 80), group)
-        async with self._slots.take(canonical(host)):
-            connection, response = await self._ask(origin, url, conditions)
-            try:
-                if response.status_code in _REDIRECTS and _header(response, b"location"):
-                    return _redirected(url, response)
-                if response.status_code == 304 and conditions:
-                    await read_body(connection, 0)  # there is none, but it has an end
-                    return Answer(304, list(response.headers), b"")
-                compressed = _check(response, max_bytes)
-                body = await read_body(connection, max_bytes)
-            finally:
-                self._idle.put(origin, connection)
-        if compressed:
+        origin = Origin(url.scheme, url.netloc.decode("ascii"), host, group)
+        target = url.raw_path.decode("ascii")
+        async with (
+            self._slots.take(canonical(host)),
+            self._http.get(origin, target, conditions) as response,
+        ):
+            location = _field(response, b"location")
+            if response.status in _REDIRECTS and location:
+                return _redirected(url, location)
+            headers = [(name.lower(), value) for name, value in response.raw_headers]
+            if response.status == 304 and conditions:
+                return FetchedResponse(304, headers, b"")
+            is_compressed = _check(response, max_bytes)
+            body = await read_body(response, max_bytes)
+        if is_compressed:
             body = await asyncio.to_thread(inflated, body, max_bytes)
-        return Answer(200, list(response.headers), body)
+        return FetchedResponse(200, headers, body)
 
-    async def _ask(
-        self, origin: Origin, url: httpx.URL, conditions: Sequence[Header]
-    ) -> tuple[Connection, h11.Response]:
-        """Send the request; once more, by a new connection, if the server has said nothing."""
-        scheme, host, port, _ = origin
-        tls = self._tls if scheme == "https" else None
-        headers = [*_headers(url), *conditions]
-        for is_last in (False, True):
-            connection = None if is_last else self._idle.take(origin)
-            try:
-                connection = connection or await self._dialler.connect(host, port, tls)
-                return connection, await connection.get(url.raw_path, headers)
-            except ssl.SSLError:
-                message = "no secure connection to the image's server could be made"
-                raise ImageFetchFailed(message) from None
-            except FAILURES:
-                if connection is not None and connection.heard:
-                    raise ImageFetchFailed("the image's server did not answer in HTTP") from None
-                if is_last:
-                    break
-        raise ImageFetchFailed("the image's server could not be reached")
+
+@dataclass
+class _HostSlots:
+    slots: asyncio.Semaphore
+    users: int = 0
+
+
+class _Slots:
+    """Concurrency limits, global and per host."""
+
+    def __init__(self, total: int, per_host: int) -> None:
+        self._total = asyncio.Semaphore(total)
+        self._per_host = per_host
+        self._hosts: dict[str, _HostSlots] = {}
+
+    @contextlib.asynccontextmanager
+    async def take(self, host: str) -> AsyncIterator[None]:
+        """Hold a slot of `host` and a global one; waiting for a busy host holds no global slot."""
+        entry = self._hosts.setdefault(host, _HostSlots(asyncio.Semaphore(self._per_host)))
+        entry.users += 1
+        try:
+            async with entry.slots, self._total:
+                yield
+        finally:
+            entry.users -= 1
+            if not entry.users:
+                del self._hosts[host]
 
 
 def _host(url: httpx.URL) -> str:
     return url.raw_host.decode("ascii")
 
 
-def _headers(url: httpx.URL) -> list[Header]:
-    return [  # nothing but the URL may change them: `ingest.freshness` relies on it
-        (b"Host", url.netloc),
-        (b"User-Agent", f"saccade/{__version__}".encode()),
-        (b"Accept", b"*/*"),
-        (b"Accept-Encoding", b"identity"),
-    ]
+def _field(response: aiohttp.ClientResponse, name: bytes) -> bytes:
+    """The first value of a header field; empty if there is none."""
+    return next((value for key, value in response.raw_headers if key.lower() == name), b"")
 
 
-def _header(response: h11.Response, name: bytes) -> str:
-    return next((value for key, value in response.headers if key == name), b"").decode("latin-1")
-
-
-def _redirected(url: httpx.URL, response: h11.Response) -> httpx.URL:
+def _redirected(url: httpx.URL, location: bytes) -> httpx.URL:
     try:
-        target = url.join(_header(response, b"location").encode("latin-1").decode())
+        target = url.join(location.decode())
         if target.scheme not in ("http", "https"):
             raise ImageUrlBlocked(
                 "the image's server redirected to a URL that is not http or https"
@@ -262,14 +255,18 @@ def _redirected(url: httpx.URL, response: h11.Response) -> httpx.URL:
         raise ImageFetchFailed("the image's server redirected to an invalid URL") from None
 
 
-def _check(response: h11.Response, max_bytes: int) -> bool:
-    """Whether the body is compressed. Raises if it is not worth reading."""
-    if response.status_code != 200:
-        raise ImageFetchFailed(f"the image's server answered with status {response.status_code}")
-    length = int(_header(response, b"content-length") or 0)
+def _check(response: aiohttp.ClientResponse, max_bytes: int) -> bool:
+    """Whether the body is compressed.
+
+    Raises:
+        ImageFetchFailed, ImageTooLarge: the body is not worth reading.
+    """
+    if response.status != 200:
+        raise ImageFetchFailed(f"the image's server answered with status {response.status}")
+    length = response.content_length or 0
     if length > max_bytes:
         raise ImageTooLarge(f"the image has {length} bytes, the limit is {max_bytes} bytes")
-    encoding = _header(response, b"content-encoding").lower()
+    encoding = _field(response, b"content-encoding").decode("latin-1").lower()
     if encoding not in _COMPRESSED | {"", "identity"}:
         raise ImageFetchFailed("the image's server compressed it, which it was not asked to")
     return encoding in _COMPRESSED

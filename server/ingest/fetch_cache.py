@@ -1,14 +1,20 @@
 """Keeps fetched images in memory, as HTTP caching (RFC 9111) allows.
 
-To each group of API keys (`request.tenant`) the cache is a private one of its own: what was fetched
-for one group is never served to another, be it ever so public. Otherwise the time that an answer
-takes would tell whether another group had fetched a URL. Where keys are in no groups, all share.
+For each group of API keys the cache is a private one of its own: what was fetched for one group is
+never served to another, even if publicly cacheable. Otherwise the time that an answer takes would
+tell whether another group had fetched a URL. Where keys are in no groups, all share.
 
-A response is kept under the URL that it came from, with status 200 only. Redirects are asked for
-anew each time, so that a kept image is reached just as long as what leads to it does. Nothing stale
-is served: a revalidation that fails is a fetch that fails.
+A response is kept under the URL that it came from, with status 200 only. Redirects are always
+followed anew, so that a cached image is reachable only as long as its redirects lead to it. Nothing
+stale is served: if a revalidation fails, the fetch fails.
 
 The cache is used on the event loop, where nothing it does grows with a body.
+
+hishel 2.0 was tried and does not do this: it computes a response's age from `Date` alone, so that
+`max-age=60` with `Age: 60` and contradictory lifetimes are served as fresh, and it gives everything
+with a `Last-Modified` a heuristic lifetime, which no option turns off. It has adapters for httpx
+and requests but not for aiohttp, stores in SQLite and Redis only, and has no clock but
+`time.time()`.
 """
 
 import time
@@ -19,7 +25,7 @@ from typing import NamedTuple, Protocol
 import httpx
 from cachetools import LRUCache
 
-from server.ingest.freshness import Header, ResponseHead
+from server.ingest.freshness import HttpHeader, ResponseHead
 from server.telemetry import metrics
 
 # The largest share of the cache that one image may take.
@@ -36,8 +42,8 @@ class Clock(Protocol):
     def monotonic(self) -> float: ...
 
 
-class Key(NamedTuple):
-    """For whom a request is sent, and everything that it says."""
+class CacheKey(NamedTuple):
+    """The group of API keys that a request is sent for, and everything that the request says."""
 
     group: str
     scheme: str
@@ -46,20 +52,20 @@ class Key(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Answer:
+class FetchedResponse:
     """A response with status 200; or with 304 and no body, if a condition was sent."""
 
     status: int
-    headers: Sequence[Header]
+    headers: Sequence[HttpHeader]
     body: bytes = field(repr=False)
 
 
-Ask = Callable[[Sequence[Header]], Awaitable[Answer | httpx.URL]]
-"""(conditions) -> the answer to a request with these fields, or where the image is instead."""
+Ask = Callable[[Sequence[HttpHeader]], Awaitable[FetchedResponse | httpx.URL]]
+"""(conditions) -> the response to a request with these fields, or the URL that it redirects to."""
 
 
 @dataclass(frozen=True)
-class _Entry:
+class _CachedResponse:
     """`stale_at` is by the monotonic clock; `size` in bytes, with all that belongs to the entry."""
 
     head: ResponseHead
@@ -86,35 +92,37 @@ class FetchCache:
 
     def __init__(self, max_bytes: int, clock: Clock = time) -> None:
         self._clock = clock
-        self._entries: LRUCache[Key, _Entry] = LRUCache(max_bytes, lambda entry: entry.size)
+        self._entries: LRUCache[CacheKey, _CachedResponse] = LRUCache(
+            max_bytes, lambda entry: entry.size
+        )
         self._hits = self._misses = self._revalidated = 0
 
-    async def get(self, key: Key, ask: Ask) -> bytes | httpx.URL:
-        """The image of `key`, or where it is instead. Raises what `ask` raises."""
+    async def get(self, key: CacheKey, ask: Ask) -> bytes | httpx.URL:
+        """The image of `key`, or the URL that it redirects to. Raises what `ask` raises."""
         entry = self._entries.get(key)
         if entry is not None and self._clock.monotonic() < entry.stale_at:
             self._hits += 1
             metrics.fetch_cache_requests.labels("hit").inc()
             return entry.body
         asked_at = self._clock.monotonic()
-        answer = await ask(entry.head.conditions() if entry else ())
-        if entry is not None and isinstance(answer, Answer) and answer.status == 304:
-            newer = ResponseHead.of(answer.headers)
+        response = await ask(entry.head.conditions() if entry else ())
+        if entry is not None and isinstance(response, FetchedResponse) and response.status == 304:
+            newer = ResponseHead.of(response.headers)
             if entry.head.is_confirmed_by(newer):
                 self._keep(key, entry.head.updated(newer), entry.body, asked_at)
                 self._revalidated += 1
                 metrics.fetch_cache_requests.labels("revalidated").inc()
                 return entry.body
-            answer = await ask(())
-        if isinstance(answer, httpx.URL):
-            return answer
-        is_kept = self._keep(key, ResponseHead.of(answer.headers), answer.body, asked_at)
+            response = await ask(())
+        if isinstance(response, httpx.URL):
+            return response
+        is_kept = self._keep(key, ResponseHead.of(response.headers), response.body, asked_at)
         self._misses += 1
         metrics.fetch_cache_requests.labels("miss" if is_kept else "bypass").inc()
-        return answer.body
+        return response.body
 
     def stats(self) -> CacheStats:
-        """What the cache holds, and what it was good for since it was made."""
+        """What the cache holds, and its hits and misses since it was made."""
         return CacheStats(
             entries=len(self._entries),
             bytes=int(self._entries.currsize),
@@ -129,8 +137,8 @@ class FetchCache:
         self._entries.clear()
         metrics.fetch_cache_bytes.set(0)
 
-    def _keep(self, key: Key, head: ResponseHead, body: bytes, asked_at: float) -> bool:
-        """Replace the entry of `key`; without one, if the response may not or need not be kept."""
+    def _keep(self, key: CacheKey, head: ResponseHead, body: bytes, asked_at: float) -> bool:
+        """Replace the entry of `key`, or remove it if the response may not or need not be kept."""
         entry = self._entry(key, head, body, asked_at)
         if entry is not None:
             self._entries[key] = entry
@@ -139,7 +147,9 @@ class FetchCache:
         metrics.fetch_cache_bytes.set(self._entries.currsize)
         return entry is not None
 
-    def _entry(self, key: Key, head: ResponseHead, body: bytes, asked_at: float) -> _Entry | None:
+    def _entry(
+        self, key: CacheKey, head: ResponseHead, body: bytes, asked_at: float
+    ) -> _CachedResponse | None:
         size = ENTRY_BYTES + sum(map(len, key)) + head.size + len(body)
         if size > self._entries.maxsize / LARGEST_SHARE or not head.may_be_kept():
             return None
@@ -147,4 +157,4 @@ class FetchCache:
         fresh_s = head.fresh_s(self._clock.time(), now - asked_at)
         if fresh_s <= 0 and not head.conditions():
             return None
-        return _Entry(head, body, now + fresh_s, size)
+        return _CachedResponse(head, body, now + fresh_s, size)

@@ -14,16 +14,16 @@ from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import Self
 
-Header = tuple[bytes, bytes]
+HttpHeader = tuple[bytes, bytes]
 """(name, value). Names of responses are in lower case."""
 
 MAX_HEAD_BYTES = 4096
 _LINE_BYTES = 64
-# Section 1.2.2: what a number of seconds that is too large to count with is taken for.
+# Section 1.2.2: the value to use for a number of seconds that is too large to represent.
 MAX_SECONDS = 1 << 31
 
 _FIELDS = (b"age", b"cache-control", b"date", b"etag", b"expires", b"last-modified", b"vary")
-# They tell when one message was made, and not how long the picture is good for.
+# They describe one message, and not how long the picture stays fresh.
 _OF_ONE_MESSAGE = (b"age", b"date")
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
@@ -43,7 +43,7 @@ class ResponseHead:
     fields: Mapping[bytes, Sequence[bytes]]
 
     @classmethod
-    def of(cls, headers: Iterable[Header]) -> Self:
+    def of(cls, headers: Iterable[HttpHeader]) -> Self:
         """The head of a response with these `headers`."""
         fields: dict[bytes, list[bytes]] = {}
         for name, value in headers:
@@ -77,7 +77,7 @@ class ResponseHead:
         age = max(apparent_age, stated_age + delay_s)  # section 4.2.3
         return self._lifetime(received_at if date is None else date) - age
 
-    def conditions(self) -> list[Header]:
+    def conditions(self) -> list[HttpHeader]:
         """The request fields that ask whether the response still holds (section 4.3.1)."""
         conditions = []
         if tag := self._entity_tag():
@@ -145,7 +145,7 @@ def _seconds(text: bytes) -> int | None:
 
 
 def _date(text: bytes | None) -> float | None:
-    """Seconds since the epoch; None for what is no date of HTTP's (RFC 9110, section 5.6.7)."""
+    """Seconds since the epoch; None if `text` is not a date of HTTP (RFC 9110, section 5.6.7)."""
     if text is None or not _DATE_END.search(text):
         return None
     try:

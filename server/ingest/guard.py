@@ -1,6 +1,6 @@
 """Decides which hosts and addresses images are fetched from.
 
-Everything here is arithmetic; `ingest.dial` asks it about each address that it would dial.
+Everything here is arithmetic; `ingest.resolver` asks it about each address before it is dialled.
 """
 
 import ipaddress

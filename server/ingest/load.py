@@ -111,7 +111,7 @@ class ImageLoader:
             file_id = url.partition(":")[2]
             return await in_thread(self.files.read, tenant.group(), file_id, max_bytes)
         if scheme in ("http", "https"):
-            return await self._fetcher.fetch(url, max_bytes)
+            return await self._fetcher.fetch(url, tenant.group(), max_bytes)
         raise InvalidImageUrl("the image URL must be a data, http, https or file URL")
 
     def _read(self, url: str, max_bytes: int) -> bytes:

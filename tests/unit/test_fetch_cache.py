@@ -24,12 +24,12 @@ from server.errors import (
 )
 from server.ingest.fetch import Fetcher, FetchSettings
 from server.ingest.fetch_cache import ENTRY_BYTES, CacheStats, FetchCache
-from server.ingest.freshness import Header, ResponseHead
-from server.request import tenant
+from server.ingest.freshness import HttpHeader, ResponseHead
 from tests import pictures
 from tests.hostile_origin import HostileOrigin, Visit
 
 MIB = 1 << 20
+GROUP = "customers"
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
 
@@ -116,7 +116,7 @@ class Bench:
         async def fetch() -> None:
             async with self.fetcher() as fetcher:
                 for _ in range(fetches):
-                    await fetcher.fetch(self.url)
+                    await fetcher.fetch(self.url, GROUP)
 
         asyncio.run(fetch())
         return self.cache.stats()
@@ -135,7 +135,7 @@ def bench() -> Iterator[Bench]:
 
 async def failing(fetcher: Fetcher, url: str, max_bytes: int | None = None) -> SaccadeError:
     with pytest.raises(SaccadeError) as caught:
-        await fetcher.fetch(url, max_bytes)
+        await fetcher.fetch(url, GROUP, max_bytes)
     return caught.value
 
 
@@ -152,12 +152,12 @@ def test_what_is_fresh_is_not_asked_for(run: Run, bench: Bench) -> None:
 
     async def fetch() -> None:
         async with bench.fetcher() as fetcher:
-            first = await fetcher.fetch(bench.url)
+            first = await fetcher.fetch(bench.url, GROUP)
             bench.clock.now += 59
-            assert await fetcher.fetch(bench.url) is first
+            assert await fetcher.fetch(bench.url, GROUP) is first
             assert len(picture.visits) == 1
             bench.clock.now += 1
-            assert await fetcher.fetch(bench.url) == first
+            assert await fetcher.fetch(bench.url, GROUP) == first
             assert len(picture.visits) == 2
 
     run(fetch())
@@ -169,15 +169,15 @@ def test_what_is_stale_is_confirmed_and_fresh_again(run: Run, bench: Bench) -> N
 
     async def fetch() -> None:
         async with bench.fetcher() as fetcher:
-            first = await fetcher.fetch(bench.url)
+            first = await fetcher.fetch(bench.url, GROUP)
             bench.clock.now += 100
-            assert await fetcher.fetch(bench.url) is first
+            assert await fetcher.fetch(bench.url, GROUP) is first
             assert picture.visits[1].header("If-None-Match") == '"1"'
             bench.clock.now += 59
-            assert await fetcher.fetch(bench.url) is first
+            assert await fetcher.fetch(bench.url, GROUP) is first
             assert len(picture.visits) == 2
             bench.clock.now += 1
-            assert await fetcher.fetch(bench.url) is first
+            assert await fetcher.fetch(bench.url, GROUP) is first
             assert len(picture.visits) == 3
             assert bench.origin.connections == 1  # which a 304 does not use up
 
@@ -191,11 +191,11 @@ def test_what_has_changed_is_replaced(bench: Bench) -> None:
 
     async def fetch() -> None:
         async with bench.fetcher() as fetcher:
-            assert await fetcher.fetch(bench.url) == b"old"
+            assert await fetcher.fetch(bench.url, GROUP) == b"old"
             bench.clock.now += 60
             new = bench.put("Cache-Control: max-age=60", 'ETag: "2"', body=b"new")
             for _ in range(2):
-                assert await fetcher.fetch(bench.url) == b"new"
+                assert await fetcher.fetch(bench.url, GROUP) == b"new"
             assert len(new.visits) == 1
 
     asyncio.run(fetch())
@@ -244,7 +244,7 @@ def test_a_304_about_another_picture_is_not_believed(bench: Bench) -> None:
 
     async def fetch() -> None:
         async with bench.fetcher() as fetcher:
-            assert await fetcher.fetch(bench.url) == b"new"
+            assert await fetcher.fetch(bench.url, GROUP) == b"new"
 
     asyncio.run(fetch())
     assert [bool(visit.header("If-None-Match")) for visit in picture.visits] == [False, True, False]
@@ -422,16 +422,16 @@ def test_the_time_of_the_fetch_counts(bench: Bench) -> None:
 
     async def fetch() -> None:
         async with bench.fetcher() as fetcher:
-            fetching = asyncio.create_task(fetcher.fetch(bench.url))
+            fetching = asyncio.create_task(fetcher.fetch(bench.url, GROUP))
             await asyncio.to_thread(bench.origin.wait, lambda _: bool(picture.visits))
             bench.clock.now += 30
             picture.answer()
             await fetching
             bench.clock.now += 9
-            await fetcher.fetch(bench.url)
+            await fetcher.fetch(bench.url, GROUP)
             assert len(picture.visits) == 1
             bench.clock.now += 1
-            await fetcher.fetch(bench.url)
+            await fetcher.fetch(bench.url, GROUP)
             assert len(picture.visits) == 2
 
     asyncio.run(fetch())
@@ -461,7 +461,7 @@ def test_the_local_time_zone_does_not_count(bench: Bench, monkeypatch: pytest.Mo
         )
     )
 )
-def test_no_head_is_too_strange(headers: list[Header]) -> None:
+def test_no_head_is_too_strange(headers: list[HttpHeader]) -> None:
     head = ResponseHead.of(headers)
     head.may_be_kept()
     head.conditions()
@@ -481,14 +481,13 @@ def test_heads_are_read_in_linear_time() -> None:
 def test_groups_share_nothing(run: Run, bench: Bench) -> None:
     picture = bench.put("Cache-Control: public, max-age=60")
 
-    async def fetch(fetcher: Fetcher, group: str) -> None:
-        tenant.enter(group)
-        await fetcher.fetch(bench.url)
+    async def of_group(fetcher: Fetcher, group: str) -> None:
+        await fetcher.fetch(bench.url, group)
 
     async def each() -> None:
         async with bench.fetcher() as fetcher:
             for n, group in enumerate(["one", "two", "", "one", "two", ""]):
-                await asyncio.create_task(fetch(fetcher, group))
+                await asyncio.create_task(of_group(fetcher, group))
                 assert len(picture.visits) == min(n + 1, 3)
 
     run(each())
@@ -499,14 +498,13 @@ def test_groups_share_no_flight(run: Run, bench: Bench) -> None:
     picture = bench.put("Cache-Control: no-store")
     picture.hold()
 
-    async def fetch(fetcher: Fetcher, group: str) -> None:
-        tenant.enter(group)
-        await fetcher.fetch(bench.url)
+    async def of_group(fetcher: Fetcher, group: str) -> None:
+        await fetcher.fetch(bench.url, group)
 
     async def all_at_once() -> None:
         async with bench.fetcher() as fetcher:
             fetches = [
-                asyncio.create_task(fetch(fetcher, group)) for group in ("one", "two", "one", "")
+                asyncio.create_task(of_group(fetcher, group)) for group in ("one", "two", "one", "")
             ]
             await asyncio.to_thread(bench.origin.wait, lambda it: it.busy == 3)
             picture.answer()
@@ -525,12 +523,12 @@ def test_what_is_asked_for_is_what_is_told_apart(bench: Bench) -> None:
     async def fetch() -> None:
         async with bench.fetcher() as fetcher:
             for query in ("", "?", "?a", "?a=%41", "?a=A"):
-                await fetcher.fetch(bench.url + query)
+                await fetcher.fetch(bench.url + query, GROUP)
             assert len(picture.visits) == 5
-            await fetcher.fetch(bench.url + "#fragment")
-            await fetcher.fetch(bench.url.replace("http", "HTTP") + "?a#other")
+            await fetcher.fetch(bench.url + "#fragment", GROUP)
+            await fetcher.fetch(bench.url.replace("http", "HTTP") + "?a#other", GROUP)
             assert len(picture.visits) == 5
-            await fetcher.fetch(bench.url.replace("127.0.0.1", "localhost"))
+            await fetcher.fetch(bench.url.replace("127.0.0.1", "localhost"), GROUP)
             assert len(picture.visits) == 6
 
     asyncio.run(fetch())
@@ -555,7 +553,7 @@ def test_each_hop_is_a_url_of_its_own(bench: Bench) -> None:
     async def fetch() -> None:
         async with bench.fetcher() as fetcher:
             for path in ("/chain", "/chain", "/redirect", "/picture"):
-                assert await fetcher.fetch(bench.origin.url(path)) == b"picture"
+                assert await fetcher.fetch(bench.origin.url(path), GROUP) == b"picture"
 
     asyncio.run(fetch())
     assert (len(redirects), len(picture.visits)) == (5, 1)
@@ -573,7 +571,7 @@ def test_what_was_kept_and_is_now_elsewhere(bench: Bench) -> None:
 
     async def fetch() -> bytes:
         async with bench.fetcher() as fetcher:
-            return await fetcher.fetch(bench.url)
+            return await fetcher.fetch(bench.url, GROUP)
 
     bench.origin.routes["/picture"] = moved
     assert asyncio.run(fetch()) == b"new"
@@ -626,7 +624,7 @@ def test_compressed_bodies_are_kept_as_what_they_are(bench: Bench) -> None:
     async def fetch() -> None:
         async with bench.fetcher() as fetcher:
             for _ in range(2):
-                assert await fetcher.fetch(bench.url) == plain
+                assert await fetcher.fetch(bench.url, GROUP) == plain
             assert isinstance(await failing(fetcher, bench.url, 999), ImageTooLarge)
 
     asyncio.run(fetch())
@@ -641,10 +639,10 @@ def test_the_limit_of_one_fetch_holds_for_what_is_kept(bench: Bench, later_s: in
 
     async def fetch() -> None:
         async with bench.fetcher() as fetcher:
-            await fetcher.fetch(bench.url)
+            await fetcher.fetch(bench.url, GROUP)
             bench.clock.now += later_s
             assert isinstance(await failing(fetcher, bench.url, 999), ImageTooLarge)
-            assert len(await fetcher.fetch(bench.url, 1000)) == 1000
+            assert len(await fetcher.fetch(bench.url, GROUP, 1000)) == 1000
 
     asyncio.run(fetch())
 
@@ -672,13 +670,13 @@ def test_the_least_recently_used_go_first(bench: Bench) -> None:
     async def fetch() -> None:
         async with bench.fetcher() as fetcher:
             for n in range(10):
-                await fetcher.fetch(f"{bench.url}?{n}")
-            await fetcher.fetch(f"{bench.url}?0")
-            await fetcher.fetch(f"{bench.url}?10")
+                await fetcher.fetch(f"{bench.url}?{n}", GROUP)
+            await fetcher.fetch(f"{bench.url}?0", GROUP)
+            await fetcher.fetch(f"{bench.url}?10", GROUP)
             assert len(bench.origin.heads) == 11
-            await fetcher.fetch(f"{bench.url}?0")
+            await fetcher.fetch(f"{bench.url}?0", GROUP)
             assert len(bench.origin.heads) == 11
-            await fetcher.fetch(f"{bench.url}?1")
+            await fetcher.fetch(f"{bench.url}?1", GROUP)
             assert len(bench.origin.heads) == 12
 
     asyncio.run(fetch())
@@ -695,7 +693,7 @@ def test_empty_images_take_room_too(bench: Bench) -> None:
     async def fetch() -> None:
         async with bench.fetcher() as fetcher:
             for n in range(50):
-                await fetcher.fetch(f"{bench.url}?{n}")
+                await fetcher.fetch(f"{bench.url}?{n}", GROUP)
 
     asyncio.run(fetch())
     assert 0 < bench.cache.stats().entries < 20
@@ -729,9 +727,9 @@ def test_those_who_ask_at_once_share_a_revalidation(run: Run, bench: Bench) -> N
 
     async def fetch() -> None:
         async with bench.fetcher() as fetcher:
-            await fetcher.fetch(bench.url)
+            await fetcher.fetch(bench.url, GROUP)
             bench.clock.now += 60
-            bodies = await asyncio.gather(*(fetcher.fetch(bench.url) for _ in range(10)))
+            bodies = await asyncio.gather(*(fetcher.fetch(bench.url, GROUP) for _ in range(10)))
             assert len({id(body) for body in bodies}) == 1
 
     run(fetch())
@@ -745,7 +743,9 @@ def test_other_limits_at_once(run: Run, bench: Bench) -> None:
     async def fetch() -> None:
         async with bench.fetcher() as fetcher:
             for _ in range(3):
-                await asyncio.gather(*(fetcher.fetch(bench.url, 1000 + n) for n in range(10)))
+                await asyncio.gather(
+                    *(fetcher.fetch(bench.url, GROUP, 1000 + n) for n in range(10))
+                )
                 bench.clock.now += 60
 
     run(fetch())
@@ -759,19 +759,19 @@ def test_who_leaves_changes_nothing(run: Run, bench: Bench, is_kept: bool) -> No
     async def fetch() -> None:
         async with bench.fetcher() as fetcher:
             if is_kept:
-                await fetcher.fetch(bench.url)
+                await fetcher.fetch(bench.url, GROUP)
                 bench.clock.now += 60
             before = bench.cache.stats()
             picture.hold()
-            fetching = asyncio.create_task(fetcher.fetch(bench.url))
+            fetching = asyncio.create_task(fetcher.fetch(bench.url, GROUP))
             await asyncio.to_thread(bench.origin.wait, lambda it: it.busy == 1)
             fetching.cancel()
             await asyncio.wait([fetching])
             assert bench.cache.stats() == before
             picture.answer()
-            assert await fetcher.fetch(bench.url) == b"picture"
+            assert await fetcher.fetch(bench.url, GROUP) == b"picture"
             assert bench.cache.stats().revalidated == is_kept
-            assert await fetcher.fetch(bench.url) == b"picture"
+            assert await fetcher.fetch(bench.url, GROUP) == b"picture"
 
     run(fetch())
     assert bench.cache.stats().hits == 1
@@ -792,7 +792,7 @@ def test_a_fetcher_without_a_cache(bench: Bench) -> None:
         async with Fetcher(FetchSettings(allow_private=True)) as fetcher:
             assert fetcher.cache is None
             for _ in range(2):
-                assert await fetcher.fetch(bench.url) == b"picture"
+                assert await fetcher.fetch(bench.url, GROUP) == b"picture"
 
     asyncio.run(fetch())
     assert [visit.header("If-None-Match") for visit in picture.visits] == ["", ""]
