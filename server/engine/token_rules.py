@@ -19,14 +19,11 @@ from vllm.multimodal.processing import cached_encode
 from server.errors import ImageAspectRatio, InvalidImage
 from server.imaging import sizing
 from server.imaging.tokens.anyres import AnyResTokens
-from server.imaging.tokens.fixed import FixedTokens
-from server.imaging.tokens.gemma import GemmaTokens, PanAndScan
-from server.imaging.tokens.idefics import IdeficsTokens
-from server.imaging.tokens.internvl import InternVLTokens
 from server.imaging.tokens.measured import Count, MeasuredTokens
-from server.imaging.tokens.pixtral import PixtralTokens
+from server.imaging.tokens.native import PixtralTokens, QwenTokens
 from server.imaging.tokens.plan import TokenRule
-from server.imaging.tokens.qwen import QwenTokens
+from server.imaging.tokens.tiles import IdeficsTokens, InternVLTokens
+from server.imaging.tokens.views import FixedTokens, GemmaTokens, PanAndScan
 
 if TYPE_CHECKING:
     from vllm.multimodal.processing import BaseMultiModalProcessor

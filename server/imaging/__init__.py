@@ -1,1 +1,1 @@
-"""From encoded bytes to model features, in supervised child processes."""
+"""Image files: their headers and limits, decoding to upright pictures, and their cost in tokens."""

@@ -1,7 +1,7 @@
-"""A Pillow picture over an array, so that neither is copied into the other's layout in vain.
+"""A Pillow picture backed by an array, which avoids needless copies; turning pictures upright.
 
-Pillow keeps RGB in four bytes a pixel. To go through it costs two copies, which take as long as a
-third of a JPEG's decoding.
+Pillow keeps RGB in four bytes a pixel. Converting to that layout and back takes a third as long as
+decoding a JPEG.
 """
 
 from collections.abc import Iterator
@@ -11,14 +11,16 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from server.imaging.codecs.base import opencv
+
 _BAND_ROWS = 64
 
 
 class ArrayImage(Image.Image):
     """An RGB picture whose pixels are `pixels`, uint8 (height, width, 3), C-contiguous.
 
-    numpy reads these; Pillow makes its own copy of them when it needs one, and from then on that
-    copy counts.
+    numpy reads these. When Pillow needs its own copy it makes one, and from then on only that copy
+    is used.
     """
 
     def __init__(self, pixels: npt.NDArray[np.uint8]) -> None:
@@ -47,7 +49,7 @@ class ArrayImage(Image.Image):
 
 
 def bands(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
-    """A picture in bands of few rows, each with its place: what becomes of them is small."""
+    """A picture in bands of few rows, each with its place, to keep intermediate pictures small."""
     width, height = image.size
     for top in range(0, height, _BAND_ROWS):
         bottom = min(top + _BAND_ROWS, height)
@@ -61,3 +63,40 @@ def pixels_of(image: Image.Image) -> npt.NDArray[np.uint8]:
     for rows, band in bands(image):
         pixels[rows] = np.asarray(band)
     return pixels
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def upright(image: Image.Image, orientation: int) -> Image.Image:
+    """`image` turned from EXIF's `orientation`, 1 to 8."""
+    if orientation == 1:
+        return image
+    if isinstance(image, ArrayImage) and image.pixels is not None:
+        return ArrayImage(_turned(image.pixels, orientation))
+    return image.transpose(_TURNS[orientation])
+
+
+def _turned(pixels: Any, orientation: int) -> Any:
+    """OpenCV is four times as fast at this as numpy and Pillow."""
+    cv2 = opencv()
+    if orientation in (2, 4):
+        return cv2.flip(pixels, 1 if orientation == 2 else 0)
+    if orientation == 5:
+        return cv2.transpose(pixels)
+    if orientation == 7:
+        return cv2.flip(cv2.transpose(pixels), -1)
+    turns = {
+        3: cv2.ROTATE_180,
+        6: cv2.ROTATE_90_CLOCKWISE,
+        8: cv2.ROTATE_90_COUNTERCLOCKWISE,
+    }
+    return cv2.rotate(pixels, turns[orientation])

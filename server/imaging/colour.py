@@ -4,8 +4,7 @@ import numpy as np
 from PIL import Image
 
 from server.imaging.array_image import ArrayImage, bands, pixels_of
-from server.imaging.codecs.base import Indexed, Pixels, Stored
-from server.imaging.opencv import opencv
+from server.imaging.codecs.base import Indexed, Pixels, Stored, opencv
 from server.imaging.profiles import change_of, writable
 
 RGB = tuple[int, int, int]
@@ -16,9 +15,9 @@ _ALPHA = frozenset(("RGBA", "LA", "PA"))
 def to_mode(
     picture: Stored, profile: bytes | None, mode: str | None, background: RGB
 ) -> Image.Image:
-    """`picture`, whose colours are those of `profile`, in Pillow's `mode`; None keeps its own.
+    """Convert `picture`, whose colours are those of `profile`, to sRGB in Pillow's `mode`.
 
-    In "RGB" it lies on `background`.
+    Without a `mode`, the picture keeps its own. With "RGB", `background` lies under transparency.
     """
     if mode == "RGB":
         return ArrayImage(_rgb(picture, profile, background))
@@ -46,7 +45,7 @@ def _rgb(picture: Stored, profile: bytes | None, background: RGB) -> Pixels:
 
 
 def _looked_up(picture: Indexed, profile: bytes | None, background: RGB) -> Pixels:
-    """Its 256 colours go through all of this instead of its pixels."""
+    """Convert its 256 colours instead of its pixels."""
     from server.imaging.codecs import kernels
 
     colours = _converted(picture.entries, profile, background)[0]
@@ -68,7 +67,7 @@ def _entries(image: Image.Image) -> Image.Image:
 
 
 def _converted(image: Image.Image, profile: bytes | None, background: RGB) -> Pixels:
-    """By Pillow's conversions, a band at a time."""
+    """Convert with Pillow, a band at a time."""
     pixels = np.empty((image.height, image.width, 3), np.uint8)
     for rows, band in bands(image):
         band = _managed(band, profile)
@@ -80,7 +79,7 @@ def _converted(image: Image.Image, profile: bytes | None, background: RGB) -> Pi
 
 
 def _in_mode(image: Image.Image, mode: str | None) -> Image.Image:
-    """Converted if need be: Pillow makes a copy also where there is none."""
+    """Converted if needed: Pillow copies the picture even if it has the mode already."""
     return image if mode in (None, image.mode) else image.convert(mode)
 
 
@@ -89,7 +88,7 @@ def _laid_on(pixels: Pixels, background: RGB) -> Pixels:
     from server.imaging.codecs import kernels
 
     cv2 = opencv()
-    if cv2.extractChannel(pixels, 3).min() == 255:  # nothing shines through
+    if cv2.extractChannel(pixels, 3).min() == 255:  # opaque everywhere
         opaque: Pixels = cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB)
         return opaque
     flat = np.empty((*pixels.shape[:2], 3), np.uint8)
@@ -115,7 +114,7 @@ def _as_image(picture: Stored) -> Image.Image:
 
 
 def _managed(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """`image` in sRGB, as RGB or RGBA, if its profile is of its kind and makes a difference."""
+    """`image` in sRGB, as RGB or RGBA, if its profile fits its mode and makes a difference."""
     if profile is None and image.mode != "LAB":
         return image
     alpha = None

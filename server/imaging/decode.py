@@ -2,7 +2,7 @@
 
     header -> decoder -> size checked -> decoded, maybe smaller -> colours -> upright
 
-Only the formats of `_OPENERS` can be reached, whatever the bytes claim inside.
+Only the formats in `_OPENERS` are ever opened, whatever the bytes claim.
 """
 
 import struct
@@ -15,13 +15,13 @@ from PIL import Image
 from server.errors import ImageTooLarge, InvalidImage, SaccadeError
 from server.imaging import colour, sizing
 from server.imaging import header as headers
+from server.imaging.array_image import upright
 from server.imaging.codecs import pillow, webp
-from server.imaging.codecs.base import SIDEWAYS, Source, reduced
-from server.imaging.codecs.heif import HeifSource
+from server.imaging.codecs.base import SIDEWAYS, Source, opencv, reduced
+from server.imaging.codecs.heif import AvifSource, HeifSource
 from server.imaging.codecs.jpeg import JpegSource
-from server.imaging.codecs.pillow import AvifSource, BmpSource, GifSource, TiffSource
+from server.imaging.codecs.pillow import BmpSource, GifSource, TiffSource
 from server.imaging.codecs.png import open_png
-from server.imaging.upright import upright
 
 # (upright width, height) -> the size wanted, or None for the whole picture.
 Planner = Callable[[int, int], sizing.Size | None]
@@ -42,7 +42,7 @@ _WITH_FRAMES = frozenset(("GIF", "PNG", "TIFF", "AVIF"))
 # In pixels: a quarter of one still leaves 40 dB.
 _MAX_DRIFT = 0.25
 
-# What libraries raise on damaged files; TypeError is Pillow's for a TIFF file without a width.
+# What libraries raise on damaged files. Pillow raises TypeError on a TIFF file without a width.
 _DAMAGE = (
     TypeError,
     OSError,
@@ -83,13 +83,15 @@ def decode(data: bytes, options: DecodeOptions, planner: Planner | None = None) 
 
     `planner(width, height)` gets the upright size and answers the size wanted, or None for the
     whole picture. Without a planner, or with the answer None, the pixels of a picture in sRGB with
-    eight bits equal those of vLLM's own loader; other pictures get the colours that they mean.
+    eight bits equal those of vLLM's own loader; other pictures get the colours that their profile
+    or format defines.
 
     Both sides may be divided by a whole number, and rounded up: in JPEG by 2, 4 or 8, in WebP and
     large PNG and TIFF files by any up to 32.
 
     Raises:
-        UnsupportedImageFormat: the bytes begin like none of `FORMATS`, or hold what is not opened.
+        UnsupportedImageFormat: the bytes do not begin like any of `FORMATS`, or have a compression
+            that is not supported.
         InvalidImage: truncated or damaged.
         ImageTooLarge: more than `options.max_pixels`, or too many to reach the frame.
         ImageFrameMissing: there is no such frame.
@@ -108,25 +110,24 @@ def decode(data: bytes, options: DecodeOptions, planner: Planner | None = None) 
 
 
 def warm_up() -> None:
-    """Load what decoders compile or import, before workers are forked: they share it then.
+    """Load what decoders compile or import before workers are forked, so that they share it.
 
-    Left to the workers are libraries that start threads or that few pictures need.
+    Libraries that start threads, or that few pictures need, are left to the workers.
     """
     import deflate  # noqa: F401
     import simplejpeg  # noqa: F401
 
     from server.imaging.codecs import jpeg, kernels  # noqa: F401
-    from server.imaging.opencv import opencv
 
     opencv()
     jpeg.warm_up()
 
 
 def frame_count(data: bytes) -> int:
-    """How many frames or pages the file has; counting stops at `MAX_FRAMES`.
+    """The number of frames or pages in the file; counting stops at `MAX_FRAMES`.
 
     Raises:
-        UnsupportedImageFormat: the bytes begin like none of `FORMATS`.
+        UnsupportedImageFormat: the bytes do not begin like any of `FORMATS`.
         InvalidImage: truncated or damaged.
     """
     try:
@@ -155,7 +156,7 @@ def _check_size(size: sizing.Size, max_pixels: int) -> None:
 
 
 def _factor(source: Source, size: sizing.Size, planner: Planner | None) -> int:
-    """By what to divide the sides, so that they still cover what the planner answers."""
+    """The factor to divide the sides by, so that they still cover the planner's answer."""
     allowed = source.reductions
     target = planner(*size) if planner is not None and allowed.reserves else None
     if planner is None or target is None:
@@ -171,12 +172,12 @@ def _factor(source: Source, size: sizing.Size, planner: Planner | None) -> int:
         )
         if keeps and (is_planned or planner(*smaller) == target):
             return factor
-        is_planned = False  # planners plan the largest that covers, and know nothing of these
+        is_planned = False  # the planner has only checked the largest factor that covers
     return 1
 
 
 def _drift(factor: int, side: int, reduced_side: int, wanted: int) -> float:
-    """How far the last pixel is off its place, in pixels of the size wanted."""
+    """How far the last pixel is displaced, in pixels of the wanted size."""
     return wanted * (reduced_side * factor - side) / side
 
 

@@ -6,7 +6,7 @@ from blake3 import blake3
 
 from server.errors import InvalidImage
 from server.imaging import header as headers
-from server.imaging.header import Header
+from server.imaging.header import ImageHeader
 from server.imaging.limits import Limits, check_bytes, check_size
 from server.imaging.tokens import Detail
 
@@ -32,7 +32,7 @@ class EncodedImage:
     data: bytes = field(repr=False)
     digest: str
     url: str = field(repr=False)
-    header: Header
+    header: ImageHeader
     options: ImageOptions = ImageOptions()
 
     @property

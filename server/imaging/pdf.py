@@ -1,6 +1,6 @@
-"""Pages of PDF files: how many there are, how large, and their pictures (PDFium).
+"""PDF files with PDFium: the number of pages, their sizes and their pictures.
 
-Runs in image workers only: PDFium is a large parser that reads what strangers send.
+Runs in image workers only: PDFium is a large parser of untrusted bytes.
 """
 
 import math
@@ -16,7 +16,7 @@ from server.imaging.sizing import Size
 if TYPE_CHECKING:
     import pypdfium2
 
-# PDF readers assume US Letter where a page tells no size.
+# Bounds of a page's sides. PDFium assumes US Letter where a page gives no size.
 _MIN_POINTS, _MAX_POINTS = 1.0, 200_000.0
 
 
@@ -55,7 +55,7 @@ def render(data: bytes, page: int, size: Size) -> Image.Image:
 def _size(points: tuple[float, float]) -> tuple[float, float]:
     width, height = points
     if not all(math.isfinite(side) for side in points):
-        raise InvalidFile("a page of the PDF has no size")
+        raise InvalidFile("a page of the PDF has no valid size")
     return (
         min(max(width, _MIN_POINTS), _MAX_POINTS),
         min(max(height, _MIN_POINTS), _MAX_POINTS),
@@ -64,7 +64,7 @@ def _size(points: tuple[float, float]) -> tuple[float, float]:
 
 @contextmanager
 def _opened(data: bytes) -> Iterator["pypdfium2.PdfDocument"]:
-    # Loaded where it is used: few workers ever see a PDF, and PDFium does not survive a fork.
+    # Imported here: few workers ever see a PDF, and PDFium does not survive a fork.
     import pypdfium2
 
     with _translated():

@@ -1,8 +1,8 @@
 """ICC profiles: from the colours of a file to sRGB, by LittleCMS (Pillow's ImageCms).
 
-Profiles that make no difference, which are most, are recognised by what they do and then cost
-nothing. Those of RGB spaces with a matrix, such as Display P3 of phones, are applied by a compiled
-loop that is checked against LittleCMS, in a quarter of its time.
+Most profiles make no difference. They are recognised by their effect, and then cost nothing.
+Profiles of RGB spaces with a matrix, such as the Display P3 of phones, are applied by a compiled
+loop that is checked against LittleCMS and takes a quarter of its time.
 """
 
 import functools
@@ -17,7 +17,7 @@ from PIL import Image, ImageCms
 
 from server.imaging.codecs.base import Pixels
 
-# What the colour space of a profile must be for a picture of a mode.
+# The colour space that a profile must have for a picture of a mode.
 _SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}
 # Levels of 255 by which two spaces may differ and still count as the same.
 _SAME = 2
@@ -25,7 +25,7 @@ _LATTICE_STEPS = 9
 _KEPT_PROFILES = 16
 # One in the fixed-point numbers of `kernels.shape`.
 _ONE = 1 << 14
-# Limits of what is read of a profile here.
+# Limits on reading a profile here.
 _MAX_TAGS, _MAX_POINTS = 100, 4096
 # Parameters of the curves of the type "para", by their form.
 _PARAMETERS = {0: "g", 1: "gab", 2: "gabc", 3: "gabcd", 4: "gabcdef"}
@@ -40,7 +40,7 @@ class Shaper:
     encoded: Pixels
 
     def applied(self, pixels: Pixels) -> Pixels:
-        """Of uint8 (height, width, 3 or 4); it may change them in place. Alpha stays."""
+        """Convert uint8 (height, width, 3 or 4), possibly in place. Alpha stays."""
         from server.imaging.codecs import kernels
 
         pixels = writable(pixels)
@@ -51,7 +51,7 @@ class Shaper:
 
 @dataclass(frozen=True)
 class Change:
-    """From a profile's space to sRGB. `shaper` does the same faster, where there is one."""
+    """From a profile's space to sRGB. `shaper`, if any, does the same faster."""
 
     transform: Any
     shaper: Shaper | None
@@ -63,14 +63,14 @@ class Change:
 
 
 def writable(pixels: Pixels) -> Pixels:
-    """Contiguous, and of the type that the compiled loops take."""
+    """`pixels` as the compiled loops take them: contiguous and writable."""
     return np.require(pixels, requirements=("C", "W"))
 
 
 def change_of(profile: bytes | None, mode: str) -> Change | None:
-    """What `profile` asks for in a picture of Pillow's `mode`: RGB, L, CMYK or LAB.
+    """The change that `profile` asks for in a picture of Pillow's `mode`: RGB, L, CMYK or LAB.
 
-    None: nothing, or the profile is of another kind of picture, or broken.
+    None if it makes no difference, belongs to another kind of picture, or is broken.
     """
     if mode == "LAB":
         return _lab()
@@ -133,7 +133,7 @@ def _array(image: Image.Image | None) -> npt.NDArray[np.int16]:
 def _shaper(
     profile: bytes, source: ImageCms.ImageCmsProfile, transform: ImageCms.ImageCmsTransform
 ) -> Shaper | None:
-    """The profile's curves and matrix; None unless they do what LittleCMS makes of it."""
+    """The profile's curves and matrix; None unless they agree with LittleCMS."""
     primaries, ours = _primaries(source), _primaries(_srgb())
     curves = [_curve(profile, name) for name in (b"rTRC", b"gTRC", b"bTRC")]
     if primaries is None or ours is None or any(curve is None for curve in curves):

@@ -1,7 +1,7 @@
 """How large a picture must be decoded so that the processor still only shrinks it.
 
-Pure arithmetic on widths and heights in pixels. A rule answers for an upright picture of
-`width` x `height`: the smallest size that loses nothing the processor would have kept. None means
+Pure arithmetic on widths and heights in pixels. A rule gives, for an upright picture of
+`width` x `height`, the smallest size that loses nothing the processor would have kept. None means
 that the whole picture is wanted.
 """
 
@@ -17,14 +17,14 @@ Size = tuple[int, int]
 
 
 class ResizeRule(Protocol):
-    """What one family's image processor does with the size of a picture."""
+    """How one family's image processor changes the size of a picture."""
 
     def target(self, width: int, height: int) -> Size | None: ...
 
 
 @dataclass(frozen=True)
 class NativeResolution:
-    """Qwen2-VL and its kin: sides become multiples of `factor`, the area stays in a range.
+    """Qwen2-VL to Qwen3-VL: sides become multiples of `factor`, the area stays in a range.
 
     The formula is `smart_resize` of the Qwen2-VL image processor (transformers).
     """
@@ -35,7 +35,7 @@ class NativeResolution:
 
     def target(self, width: int, height: int) -> Size | None:
         if max(width, height) > 200 * min(width, height):
-            return None  # the processor refuses it, in its own words
+            return None  # the processor refuses it with an error of its own
         w = round(width / self.factor) * self.factor
         h = round(height / self.factor) * self.factor
         if w * h > self.max_pixels:

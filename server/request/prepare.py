@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from server.errors import ClientError, ImageFrameMissing, InvalidFile, SaccadeError, TooManyImages
 from server.imaging.encoded import EncodedImage, ImageOptions, digest, encoded
-from server.imaging.header import Header
+from server.imaging.header import ImageHeader
 from server.imaging.limits import Limits, check_bytes, check_size
 from server.ingest.load import ImageLoader, in_thread
 from server.request import parts, tenant
@@ -243,7 +243,7 @@ class RequestPreparer:
             for page in wanted
         ]
 
-    def _page_header(self, points: tuple[float, float]) -> Header:
+    def _page_header(self, points: tuple[float, float]) -> ImageHeader:
         """A page of so many points at the resolution for PDFs, or less if the limits want it."""
         limits, (width, height) = self.bounds.limits, points
         scale = min(
@@ -253,7 +253,7 @@ class RequestPreparer:
         )
         size = max(1, math.floor(width * scale)), max(1, math.floor(height * scale))
         check_size(size, limits)
-        return Header("PDF", *size, orientation=1, animated=False)
+        return ImageHeader("PDF", *size, orientation=1, animated=False)
 
 
 def _is_pdf(data: bytes) -> bool:

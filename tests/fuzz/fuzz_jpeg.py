@@ -93,7 +93,7 @@ class _Checks:
 
         self._read_header, self._decode = header.read, decode.decode
         self._reduced, self._parse = jpeg_reduced, jpeg_header.parse
-        self._not_for_us = jpeg_header.NotForUs
+        self._unsupported = jpeg_header.Unsupported
         self._counters = counters
         self._options = decode.DecodeOptions(max_pixels=MAX_PIXELS)
         assert jpeg_reduced.agrees_with_libjpeg()
@@ -123,7 +123,7 @@ class _Checks:
     def _is_parsed(self, data: bytes) -> bool:
         try:
             self._parse(data)
-        except self._not_for_us:
+        except self._unsupported:
             return False
         return True
 

@@ -81,7 +81,7 @@ def test_the_way_to_a_frame_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pillow, "MAX_ANIMATED_PIXELS", 3 * SIZE[0] * SIZE[1])
     data = _animation("GIF")
     decode(data, DecodeOptions(frame=2))
-    with pytest.raises(ImageTooLarge, match="frame 4 is reached through 4800 pixels.*3600"):
+    with pytest.raises(ImageTooLarge, match="decoding up to frame 4 takes 4800 pixels.*3600"):
         decode(data, DecodeOptions(frame=3))
 
 

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 
 from server.errors import ClientError, InvalidImage, UnsupportedImageFormat
 from server.imaging import header
-from server.imaging.header import Header
+from server.imaging.header import ImageHeader
 from tests.fuzz.fuzz_header import (
     ORIENTATION,
     SIZE,
@@ -73,12 +73,12 @@ def test_every_format_mode_size_and_orientation(
 ) -> None:
     image = picture(mode, size)
     plain = encode(image, kind)
-    assert header.read(plain) == Header(kind, *size)
+    assert header.read(plain) == ImageHeader(kind, *size)
     assert decoded_size(plain) == size
     for orientation in () if kind in WITHOUT_ORIENTATION else range(1, 9):
         data = encode(image, kind, **_turned(kind, orientation))
         found = header.read(data)
-        assert found == Header(kind, *size, orientation)
+        assert found == ImageHeader(kind, *size, orientation)
         assert found.size == (size if orientation < 5 else size[::-1]) == decoded_size(data)
 
 
@@ -129,7 +129,7 @@ def test_exif_orientation_of_any_type(
 ) -> None:
     values = (6, 1)[: len(form)] if form != "HH" else (6, 3)
     data = _jpeg(exif=_exif_value(order, type_, count, struct.pack(order + form, *values)))
-    assert header.read(data) == Header("JPEG", WIDTH, HEIGHT, orientation)
+    assert header.read(data) == ImageHeader("JPEG", WIDTH, HEIGHT, orientation)
     assert header.read(data).size == decoded_size(data)
 
 
@@ -137,7 +137,7 @@ def test_the_first_exif_orientation_counts_behind_one_that_claims_too_much() -> 
     entries = [(271, 2, 1 << 30, 0), (274, 3, 1, 6 << 16), (274, 3, 1, 3 << 16)]
     data = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, len(entries))
     data += b"".join(struct.pack(">HHII", *entry) for entry in entries) + bytes(4)
-    assert header.read(_jpeg(exif=data)) == Header("JPEG", WIDTH, HEIGHT, 6)
+    assert header.read(_jpeg(exif=data)) == ImageHeader("JPEG", WIDTH, HEIGHT, 6)
     assert decoded_size(_jpeg(exif=data)) == SIZE[::-1]
 
 
@@ -187,7 +187,7 @@ def test_damaged_exif_is_taken_as_pillow_takes_it(name: str, kind: str) -> None:
 def test_xmp(text: bytes, orientation: int) -> None:
     for kind in ("JPEG", "WEBP"):
         data = encode(picture(), kind, xmp=text)
-        assert header.read(data) == Header(kind, WIDTH, HEIGHT, orientation)
+        assert header.read(data) == ImageHeader(kind, WIDTH, HEIGHT, orientation)
         assert header.read(data).size == decoded_size(data)
 
 
@@ -219,14 +219,14 @@ THUMBNAIL = encode(picture(size=(160, 120)), "JPEG")
     ],
 )
 def test_only_the_jpegs_own_frame_counts(data: bytes) -> None:
-    assert header.read(data) == Header("JPEG", WIDTH, HEIGHT)
+    assert header.read(data) == ImageHeader("JPEG", WIDTH, HEIGHT)
     assert decoded_size(data) == SIZE
 
 
 @pytest.mark.parametrize("marker", [0xC0, 0xC1, 0xC2, 0xC3, 0xC9, 0xCA])
 def test_jpeg_frames_that_are_decoded(marker: int) -> None:
     data = b"\xff\xd8" + _frame(marker) + SCAN
-    assert header.read(data) == Header("JPEG", WIDTH, HEIGHT)
+    assert header.read(data) == ImageHeader("JPEG", WIDTH, HEIGHT)
 
 
 def _chunks(data: bytes, length: int) -> bytes:
@@ -245,8 +245,8 @@ def test_png_metadata_behind_many_chunks(length: int) -> None:
     many = _chunks(encode(Image.effect_noise((40, 30), 99), "PNG"), length)
     turned = with_chunks_at_end(many, chunk(b"IDAT", b""), chunk(b"eXIf", exif(6)[6:]))
     assert many.count(b"IDAT") > 128
-    assert header.read(many) == Header("PNG", 40, 30)
-    assert header.read(turned) == Header("PNG", 40, 30, 6)
+    assert header.read(many) == ImageHeader("PNG", 40, 30)
+    assert header.read(turned) == ImageHeader("PNG", 40, 30, 6)
     assert decoded_size(turned) == (30, 40)
 
 
@@ -285,7 +285,7 @@ def test_webp_metadata_counts_only_if_it_is_announced() -> None:
 def test_gif_with_comments_behind_its_only_frame_is_not_animated() -> None:
     comment = b"!\xfe\5hello\0"
     data = SEEDS["gif"][:-1] + comment * 3 + b";"
-    assert header.read(data) == Header("GIF", WIDTH, HEIGHT)
+    assert header.read(data) == ImageHeader("GIF", WIDTH, HEIGHT)
 
 
 def test_gif_of_very_many_blocks_may_be_animated() -> None:
@@ -307,7 +307,7 @@ def test_bmp_headers(length: int) -> None:
     else:
         fields = struct.pack("<IiiHH", length, 5, -7, 1, 24).ljust(length, b"\0")
     data = b"BM" + struct.pack("<8xI", 14 + length) + fields + bytes(16 * 7)
-    assert header.read(data) == Header("BMP", 5, 7)
+    assert header.read(data) == ImageHeader("BMP", 5, 7)
     assert decoded_size(data) == (5, 7)
 
 
@@ -317,7 +317,7 @@ def test_tiff_whose_pages_end_where_they_began() -> None:
     (entries,) = struct.unpack_from("<H", data, first)
     for following, animated in ((0, False), (first, False), (first + 1, True)):
         struct.pack_into("<I", data, first + 2 + 12 * entries, following)
-        assert header.read(bytes(data)) == Header("TIFF", WIDTH, HEIGHT, animated=animated)
+        assert header.read(bytes(data)) == ImageHeader("TIFF", WIDTH, HEIGHT, animated=animated)
         assert Image.open(io.BytesIO(data)).is_animated == animated
 
 
@@ -374,13 +374,13 @@ def test_crops_of_heif(properties: list[bytes]) -> None:
 
 def test_crops_of_avif_are_left_undone() -> None:
     data = with_properties(SEEDS["avif"], clap(20, 10), irot(1))
-    assert header.read(data) == Header("AVIF", WIDTH, HEIGHT, 8)
+    assert header.read(data) == ImageHeader("AVIF", WIDTH, HEIGHT, 8)
     assert decoded_size(data) == SIZE[::-1]
 
 
 def test_avif_metadata_of_another_item_is_not_the_pictures() -> None:
     data = SEEDS["avif xmp"].replace(b"cdsc", b"thmb")
-    assert header.read(data) == Header("AVIF", WIDTH, HEIGHT)
+    assert header.read(data) == ImageHeader("AVIF", WIDTH, HEIGHT)
     assert decoded_size(data) == SIZE
 
 

@@ -6,10 +6,10 @@ import pytest
 
 from server.engine.planning import Cap, ImagePlanner
 from server.imaging.encoded import EncodedImage, ImageOptions
-from server.imaging.header import Header
+from server.imaging.header import ImageHeader
 from server.imaging.sizing import NativeResolution
 from server.imaging.tokens import Count, MeasuredTokens, TokenRule
-from server.imaging.tokens.qwen import QwenTokens
+from server.imaging.tokens.native import QwenTokens
 
 NATIVE = QwenTokens(NativeResolution(28, 56 * 56, 28 * 28 * 16384))
 MEASURED = MeasuredTokens(lambda width, height: Count(*[width * height // 28**2] * 2))
@@ -18,7 +18,7 @@ SIDE = 280
 
 
 def image(options: ImageOptions) -> EncodedImage:
-    return EncodedImage(b"", "", "", Header("PNG", SIDE, SIDE, 1, False), options)
+    return EncodedImage(b"", "", "", ImageHeader("PNG", SIDE, SIDE, 1, False), options)
 
 
 @pytest.mark.parametrize("rule", [NATIVE, MEASURED], ids=["native", "measured"])

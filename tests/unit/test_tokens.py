@@ -21,12 +21,9 @@ from server.imaging.tokens import (
     share,
 )
 from server.imaging.tokens.anyres import AnyResTokens
-from server.imaging.tokens.fixed import FixedTokens
-from server.imaging.tokens.gemma import GemmaTokens, PanAndScan
-from server.imaging.tokens.idefics import IdeficsTokens
-from server.imaging.tokens.internvl import InternVLTokens
-from server.imaging.tokens.pixtral import PixtralTokens
-from server.imaging.tokens.qwen import QwenTokens
+from server.imaging.tokens.native import PixtralTokens, QwenTokens
+from server.imaging.tokens.tiles import IdeficsTokens, InternVLTokens
+from server.imaging.tokens.views import FixedTokens, GemmaTokens, PanAndScan
 
 
 def tags(tokens: int) -> Callable[[int, int], int]:

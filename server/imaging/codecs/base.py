@@ -1,12 +1,13 @@
-"""What all decoders share: how a picture comes out of one, and what may go wrong."""
+"""What decoders share: the forms in which they return a picture, its metadata, their errors."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageChops
 
 from server.errors import ImageFrameMissing, InvalidImage
 from server.imaging.sizing import Size
@@ -25,9 +26,9 @@ MAX_PROFILE_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class Indexed:
-    """A picture of one number a pixel: `indices` uint8 (height, width).
+    """A picture with one number per pixel: `indices` uint8 (height, width).
 
-    `entries` is a picture of 256x1 pixels that shows what each number stands for, with its palette
+    `entries` is a picture of 256x1 pixels that shows the colour of each number, with its palette
     and transparency.
     """
 
@@ -41,15 +42,15 @@ Stored: TypeAlias = Image.Image | Indexed | Pixels
 
 @dataclass(frozen=True)
 class Reductions:
-    """By what a decoder can divide both sides, rounding up; it can always leave them as they are.
+    """The factors by which a decoder can divide both sides, rounding up. Factor 1 always works.
 
-    `reserves` has the factors, largest first, and for each how many times the sides wanted the
-    reduced sides must be: a filter worse than the one that makes the final size has to leave that
-    one something to do. They keep 40 dB on photos and 35 dB on legible text.
+    `reserves` maps each factor, largest first, to the number of times that the reduced sides must
+    exceed the wanted ones: where the decoder's filter is worse than the one that makes the final
+    size, that one needs some shrinking to do. They keep 40 dB on photos and 35 dB on legible text.
 
-    `drifts`: where a side is no multiple of the factor, its last pixels stand for less than the
-    others, and the picture is stretched by a part of one. `is_planned`: the planner knows of the
-    factors and has seen to it that the model's processor does the same with the reduced picture.
+    `drifts`: where a side is not a multiple of the factor, its last pixels stand for less than the
+    others, and the picture is stretched by a fraction of a pixel. `is_planned`: the planner knows
+    the factors and has made sure that the model's processor treats the reduced picture alike.
     """
 
     reserves: Mapping[int, float] = field(default_factory=dict)
@@ -58,9 +59,9 @@ class Reductions:
 
 
 NO_REDUCTIONS = Reductions()
-# libjpeg leaves coefficients out, which is less work than the whole picture.
+# libjpeg skips coefficients, which takes less work than decoding the whole picture.
 BY_DCT = Reductions({8: 1.2, 4: 1.2, 2: 1.2}, drifts=True, is_planned=True)
-# libvips and libwebp take means over pixels.
+# libvips and libwebp average pixels.
 BY_MEANS = Reductions(dict.fromkeys(range(32, 1, -1), 1.5))
 
 
@@ -82,9 +83,9 @@ def reduced(size: Size, factor: int) -> Size:
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8, of a picture whose `info` has the metadata; else XMP's; or 1."""
+    """The orientation, 1 to 8, from the EXIF or else the XMP in `image.info`; 1 if missing."""
     try:
-        # The class's own method: PNG's would decode the picture to see what comes behind it.
+        # The base class's method: PNG's would decode the picture to read the chunks behind it.
         value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
         return int(value) if value in range(1, 9) else 1
     except Exception:  # damaged EXIF says nothing about the pixels
@@ -92,7 +93,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def profile(image: Any) -> bytes | None:
-    """The colour profile in the `info` of a picture of Pillow's or pillow_heif's."""
+    """The colour profile in the `info` of a Pillow or pillow_heif picture."""
     found: bytes | None = image.info.get("icc_profile")
     return found if found and len(found) <= MAX_PROFILE_BYTES else None
 
@@ -112,3 +113,71 @@ def truncated() -> InvalidImage:
 
 def damaged() -> InvalidImage:
     return InvalidImage("the image is damaged and cannot be decoded")
+
+
+@functools.cache
+def opencv() -> Any:
+    """OpenCV without threads of its own: one picture a process. It is the fastest at turning
+    pictures and exchanging channels, and has libwebp."""
+    import cv2
+
+    cv2.setNumThreads(1)
+    return cv2
+
+
+# ---------------------------------------------------------------------- more than eight bits
+# Pillow's own conversion clips such samples, which makes most of them white.
+
+_PREMULTIPLIED = {"RGBa": "RGBA", "La": "LA"}
+
+
+def eight_bits(image: Image.Image, bits: int = 16, white_is_zero: bool = False) -> Image.Image:
+    """The same picture with eight bits a sample, in a mode that Pillow converts to RGB.
+
+    16-bit grey keeps its upper 8 of `bits`, as Pillow's 16-bit RGB does. 32-bit grey is taken as it
+    is if it fits into 8 or 16 bits, floats if they fit into 0..1 or 0..255; else the range from the
+    least to the greatest value becomes 0..255. Infinite values become the greatest or the least
+    finite value, NaN the least. `white_is_zero` says that the greatest value is black.
+    """
+    if image.mode in _PREMULTIPLIED:
+        return image.convert(_PREMULTIPLIED[image.mode])
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        grey = Image.fromarray(_upper(values, bits))
+        grey.info = image.info
+        key = image.info.get("transparency")
+        if key is not None:
+            grey = _transparent(grey, values == key)
+    elif image.mode in ("I", "F"):
+        grey = Image.fromarray(_scaled(np.asarray(image)))
+    else:
+        return image
+    return ImageChops.invert(grey) if white_is_zero else grey
+
+
+def _upper(values: npt.NDArray[np.uint16], bits: int) -> npt.NDArray[np.uint8]:
+    """The upper 8 of `bits`, without another array of 16."""
+    upper = np.empty(values.shape, np.uint8)
+    np.right_shift(values, bits - 8, out=upper, casting="unsafe")
+    return upper
+
+
+def _transparent(grey: Image.Image, hidden: npt.NDArray[np.bool_]) -> Image.Image:
+    alpha = Image.fromarray(np.where(hidden, np.uint8(0), np.uint8(255)))
+    return Image.merge("LA", (grey, alpha))
+
+
+def _scaled(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """uint8 of int32 or float32."""
+    whole = values.dtype.kind == "i"
+    numbers: npt.NDArray[Any] = values.astype(np.float32)
+    finite = numbers[np.isfinite(numbers)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    np.nan_to_num(numbers, copy=False, nan=low, posinf=high, neginf=low)
+    if low < 0 or high > (65535 if whole else 255):
+        numbers = (numbers - low) * (255 / ((high - low) or 1))
+    elif whole and high > 255:
+        numbers = numbers / 256
+    elif not whole and high <= 1:
+        numbers = numbers * 255
+    return (numbers if whole and high > 255 else np.rint(numbers)).astype(np.uint8)

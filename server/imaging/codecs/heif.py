@@ -1,15 +1,28 @@
-"""HEIF (HEIC) by libheif, which turns and crops the picture itself."""
+"""HEIF (HEIC) by libheif, which turns and crops the picture itself, and AVIF by Pillow."""
 
 import io
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import AvifImagePlugin, Image
 
-from server.imaging.codecs.base import NO_REDUCTIONS, Pixels, Stored, damaged, only_first, profile
-from server.imaging.codecs.boxes import check_boxes
-from server.imaging.codecs.depth import eight_bits
+from server.imaging.codecs.base import (
+    NO_REDUCTIONS,
+    Pixels,
+    Stored,
+    damaged,
+    eight_bits,
+    only_first,
+    profile,
+    truncated,
+)
+from server.imaging.codecs.pillow import PillowSource
 from server.imaging.sizing import Size
+
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # one picture a process
+
+# A file has about four.
+_MAX_BOXES = 1000
 
 
 class HeifSource:
@@ -22,7 +35,7 @@ class HeifSource:
         import pillow_heif
 
         only_first(frame)
-        check_boxes(data)
+        _check_boxes(data)
         options = pillow_heif.options
         options.DECODE_THREADS = 1  # one picture a process
         options.THUMBNAILS = options.DEPTH_IMAGES = options.AUX_IMAGES = False
@@ -41,3 +54,32 @@ class HeifSource:
             return eight_bits(shown)
         pixels: Pixels = np.asarray(image)
         return pixels
+
+
+class AvifSource(PillowSource):
+    def __init__(self, data: bytes, frame: int) -> None:
+        _check_boxes(data)
+        super().__init__(data, frame, "AVIF")
+
+
+def _check_boxes(data: bytes) -> None:
+    """Check that the file is not cut off, by its outermost boxes.
+
+    Raises:
+        InvalidImage: a box ends behind the end of the data, or none can.
+    """
+    at = 0
+    for _ in range(_MAX_BOXES):
+        if at == len(data):
+            return
+        size = int.from_bytes(data[at : at + 4], "big")
+        if size == 1:
+            size = int.from_bytes(data[at + 8 : at + 16], "big")
+        if size == 0:  # it ends with the file
+            return
+        if at + 8 > len(data) or at + size > len(data):
+            raise truncated()
+        if size < 8:
+            raise damaged()
+        at += size
+    raise damaged()

@@ -25,29 +25,28 @@ from server.imaging.codecs.base import (
     truncated,
 )
 
-# Each scan of a progressive file goes over the whole picture. Encoders make about ten; this many
+# Each scan of a progressive file covers the whole picture. Encoders make about ten scans; this many
 # pixels take a minute.
 _MAX_SCANS, _MAX_SCANNED_PIXELS = 500, 5_000_000_000
 _START_OF_SCAN, _END_OF_IMAGE, _TABLES = b"\xff\xda", b"\xff\xd9", b"\xff\xc4"
 _MAX_SEGMENTS = 10_000
 _SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
 
-# Warnings about what does not reach the pixels, and what TurboJPEG says of a subsampling that it
-# does not know.
+# Warnings that do not concern pixels, and TurboJPEG's about a subsampling that it does not know.
 _HARMLESS = re.compile(
     "unknown JFIF revision|Unknown Adobe color transform|Invalid SOS parameters for sequential"
     "|bad ICC marker|determine subsampling"
 )
 _EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0x([0-9a-f]{2})")
-# Some webcams leave a few bytes before a restart. A block that damage left over is rarely as short.
+# Some webcams leave a few bytes before a restart. Damage rarely leaves as few.
 _RESTARTS, _MAX_LEFT_BYTES = range(0xD0, 0xD8), 3
 _END, _MAX_PADDING_BYTES = 0xD9, 64
-# What stands before the first scan, where there are no pixels yet: quantization tables, frame
-# header, restart interval, application data, comments.
+# Markers before the first scan, where there are no pixels yet: quantization tables, frame header,
+# restart interval, application data, comments.
 _HEADERS = frozenset((0xC0, 0xC1, 0xC2, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE))
 
-# Disks and interrupted transfers leave holes of zeros, which are valid codes as a rule. So many of
-# them stand for whole blocks in which each number is -1, as no picture has, unless the shortest
+# Disks and interrupted transfers leave holes of zeros, which are usually valid codes. This many
+# stand for whole blocks whose coefficients are all -1, which no picture has, unless the shortest
 # code is that of an empty block.
 _HOLE = bytes(32)
 _END_OF_BLOCK = 0
@@ -75,21 +74,22 @@ class JpegSource:
             try:
                 pixels = _decode(self._data, space, width, height)
             except ValueError as error:
-                self._weigh(str(error))
-                # TurboJPEG gives no picture with its first warning, nor the second one.
+                self._check_warning(str(error))
+                # TurboJPEG returns no picture with a warning, and reports only the first one.
                 return self._by_pillow(factor)
         if _HOLE in self._data and self._has_hole():
             raise damaged()
         if space != "CMYK":
             return pixels
-        # Adobe stores ink upside down, and with it everyone.
+        # Adobe stores inks inverted, and so does everyone else.
         inks = np.invert(pixels, out=pixels)
         return Image.frombuffer("CMYK", inks.shape[1::-1], inks, "raw", "CMYK", 0, 1)
 
-    def _weigh(self, warning: str) -> None:
-        """
+    def _check_warning(self, warning: str) -> None:
+        """Accept libjpeg's first warning if it is harmless.
+
         Raises:
-            InvalidImage: the warning is about pixels.
+            InvalidImage: the warning concerns pixels.
         """
         if "Premature end" in warning:
             raise truncated()
@@ -111,10 +111,10 @@ class JpegSource:
         return self._image
 
     def _has_hole(self) -> bool:
-        """Whether zeros in the only scan stand for what no picture has."""
+        """Whether the only scan has a run of zeros that no picture has."""
         image: Any = self._image
         if image.info.get("progressive"):
-            return False  # there they can stand for many blocks without a number
+            return False  # there zeros can stand for many empty blocks
         tables, scan = _read_tables(self._data)
         in_one_scan = self._data[scan : scan + 1] == bytes((image.layers,))
         if not in_one_scan or not tables or tables[0] == _END_OF_BLOCK:
@@ -130,9 +130,9 @@ def _check_scans(scans: int, pixels: int) -> None:
 
 @functools.cache
 def warm_up() -> bool:
-    """Compile, or load, the decoder for reduced pictures; whether it can be used.
+    """Compile or load the decoder for reduced pictures; False if it cannot be used.
 
-    Called once before workers are forked, which share what it takes.
+    Called once before workers are forked, so that they share its memory.
     """
     from server.imaging.codecs import jpeg_reduced
 
@@ -140,7 +140,7 @@ def warm_up() -> bool:
 
 
 def _decode_reduced(data: bytes, factor: int) -> Pixels | None:
-    """What `_decode` would give, or None if this picture is not for the faster decoder."""
+    """As `_decode`; None if the faster decoder does not support this picture."""
     if factor not in (4, 8) or not warm_up():
         return None
     from server.imaging.codecs import jpeg_reduced
@@ -164,8 +164,8 @@ def _decode(data: bytes, space: str, width: int, height: int) -> Pixels:
 
 
 def _read_tables(data: bytes) -> tuple[list[int], int]:
-    """What the shortest code, of zeros, stands for in each table of the numbers behind a block's
-    first; and where the first scan begins, behind the length of its header."""
+    """The symbol of the shortest code, which is all zeros, in each AC table; and the offset of the
+    first scan's header, behind its length field."""
     codes: list[int] = []
     at = 2
     for _ in range(_MAX_SEGMENTS):

@@ -1,4 +1,4 @@
-"""The header of a JPEG, for the decoder of reduced pictures: strictly, and only what it takes."""
+"""The header of a JPEG for the reduced decoder, which is strict: any oddity is unsupported."""
 
 from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias
@@ -13,8 +13,8 @@ USED_FACTORS = 10
 _MAX_SEGMENTS = 256
 
 
-class NotForUs(Exception):
-    """The file is not one that this decoder takes."""
+class Unsupported(Exception):
+    """This decoder does not take the file."""
 
 
 class Component(NamedTuple):
@@ -27,7 +27,7 @@ class Component(NamedTuple):
     tables: tuple[int, int]
 
 
-class Header(NamedTuple):
+class JpegHeader(NamedTuple):
     """What precedes the scan. `interval` is in MCUs, 0: no restarts; `scan` is an offset."""
 
     size: tuple[int, int]
@@ -40,7 +40,7 @@ class Header(NamedTuple):
 
 def expect(condition: bool) -> None:
     if not condition:
-        raise NotForUs
+        raise Unsupported
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, bytes, int]]:
@@ -53,10 +53,10 @@ def _segments(data: bytes) -> Iterator[tuple[int, bytes, int]]:
         expect(at + 4 <= end <= len(data))
         yield data[at + 1], data[at + 4 : end], end
         at = end
-    raise NotForUs
+    raise Unsupported
 
 
-def parse(data: bytes) -> Header:
+def parse(data: bytes) -> JpegHeader:
     quantisers: dict[int, Factors] = {}
     huffman: dict[int, bytes] = {}
     interval, frame = 0, b""
@@ -76,12 +76,12 @@ def parse(data: bytes) -> Header:
                 components = _components(frame, content)
                 size = int.from_bytes(frame[3:5]), int.from_bytes(frame[1:3])
                 tables = tuple(sorted(huffman.items()))
-                return Header(size, components, quantisers, tables, interval, end)
+                return JpegHeader(size, components, quantisers, tables, interval, end)
             case 0xEE if content.startswith(b"Adobe"):
                 expect(len(content) >= 12 and content[11] == 1)  # else it is RGB or CMYK
             case _:
                 expect(0xE0 <= marker <= 0xEF or marker == 0xFE)
-    raise NotForUs
+    raise Unsupported
 
 
 def _huffman(content: bytes) -> Iterator[tuple[int, bytes]]:

@@ -1,16 +1,15 @@
 """Baseline JPEG straight to a quarter or an eighth of its size, in half of libjpeg's time.
 
-Nearly all of libjpeg's time for a reduced picture goes into reading DCT coefficients that the
+libjpeg spends nearly all of its time for a reduced picture on reading DCT coefficients that the
 reduced picture does not show. Here a block's DC and, for 2x2 samples, its four lowest AC
 coefficients are read, nine where subsampled chroma needs 4x4; the rest is parsed only to find the
-block's end, several Huffman symbols a table lookup. The coefficients are transformed at the
+block's end, with several Huffman symbols per table lookup. The coefficients are transformed at the
 reduced size. The tests compare the pictures with libjpeg's reduced ones: they are about as near
 to the whole picture filtered, and nearer at 4:2:2, where libjpeg's chroma is coarse.
 
-The decoder takes the common case and nothing else: 8-bit baseline or extended sequential Huffman
-coding, greyscale or YCbCr, luma sampled once or twice as often as chroma, one scan. It also gives
-up on damage to the scan that libjpeg would only warn about. Giving up is an answer: what is not
-decoded here goes to libjpeg, which has the last word.
+The decoder takes the common case only: 8-bit baseline or extended sequential Huffman coding,
+greyscale or YCbCr, luma sampled once or twice as often as chroma, one scan. It also gives up on
+damage to the scan that libjpeg would only warn about. What is not decoded here goes to libjpeg.
 
 The loops are compiled by numba with bounds checks, which cost 3% of the time. In the few functions
 where they would cost far more, one check ahead of the loop covers all of its indices: see
@@ -35,8 +34,8 @@ from PIL import Image
 from server.imaging.codecs.jpeg_header import (
     USED_FACTORS,
     Component,
-    Header,
-    NotForUs,
+    JpegHeader,
+    Unsupported,
     expect,
     parse,
 )
@@ -68,7 +67,7 @@ _EACH_LOW, _EACH_HIGH = _Bits(0x0101010101010101), _Bits(0x8080808080808080)
 
 # Coefficients that are read, in zigzag order: for 2x2 samples of a block, and for 4x4.
 _FEW, _TEN = 5, USED_FACTORS
-# How far the end of a block advances; that of a skip entry says so by a flag.
+# How far the end of a block advances; in a skip entry, a flag says so.
 _END, _END_FLAG = 64, 512
 # The advance of a skip entry that one lookup cannot resolve.
 _UNRESOLVED = 127
@@ -123,11 +122,11 @@ class _Tables(NamedTuple):
 
 @_compiled
 def _fill_symbols(counts: Bytes, values: Bytes, out: _Symbols) -> bool:
-    """Fill the 65536 entries of a table as it is in a file; False if these are no codes."""
+    """Fill the 65536 entries of a table given as in a file; False if its codes are invalid."""
     code, k = 0, 0
     for length in range(1, 17):
         count = _int64(counts[length - 1])
-        if count and code + count >= 1 << length:  # nor may a code be all ones
+        if count and code + count >= 1 << length:  # a code must not be all ones either
             return False
         span = 1 << (16 - length)
         for _ in range(count):
@@ -208,7 +207,7 @@ def _fill_ac(symbols: _Symbols, head: _Ints, skip: _Symbols) -> None:
 def _lookups(huffman: tuple[tuple[int, bytes], ...]) -> _Tables:
     """Lookups for tables given as (class << 4 | number, counts and values).
 
-    One that the file lacks has no valid symbol, and no entry that would use and advance nothing.
+    A table that the file lacks has no valid symbol, and no entry that uses and advances nothing.
     """
     tables = _Tables(
         dc=np.zeros(2 * _TABLE, np.int32),
@@ -308,7 +307,7 @@ def _unstuff(data: Bytes, out: Bytes, ends: _Ints) -> bool:
 
 @_inlined
 def _refilled(data: Bytes, reader: _Reader) -> _Reader:
-    """The same with 56 valid bits at least; bits that are set beyond those are right as well."""
+    """The reader with at least 56 valid bits; any bits set beyond those are correct too."""
     at, bits, valid = reader
     bits |= _word(data, at) >> valid
     return _Reader(at + ((_Bits(63) - valid) >> _Bits(3)), bits, valid | _Bits(56))
@@ -452,8 +451,9 @@ _DOWN = np.array([0, 0, 1, 2, 1, 0, 0, 1, 2, 3])
 def _harmonics() -> _Samples:
     """The DCT's cosines by samples a block has, frequency and sample, as `_HARMONIC`.
 
-    Each is the mean over the part of the block that the sample stands for. Without it, that is
-    with the DCT cut off, pictures that are not shrunk further alias more than libjpeg's.
+    Each is the mean over the part of the block that the sample stands for. Without
+    the mean, that is with the DCT cut off, pictures that are not shrunk further alias more than
+    libjpeg's.
     """
     cosine = np.cos(np.outer(np.arange(4), 2 * np.arange(8) + 1) * np.pi / 16)
     cosine[1:] *= np.sqrt(2)
@@ -599,21 +599,21 @@ def _decode_scan(
 
 
 def decode(data: bytes, scale: int) -> Bytes | None:
-    """Decode a JPEG at 1/`scale` of its size; None: this file, or this scale, is not for us.
+    """Decode a JPEG at 1/`scale` of its size; None if the file or the scale is not supported.
 
     The answer is RGB of (height, width, 3) or grey of (height, width), with sides divided by
-    `scale` and rounded up, as libjpeg's. EXIF orientation is not applied. None is also the answer
-    to a file in which damage can be seen, so every None should go to libjpeg. That the picture is
-    not too large is for the caller to check: a byte can hold four blocks, that is 256 pixels.
+    `scale` and rounded up, as libjpeg's. EXIF orientation is not applied. A file with visible
+    damage also gives None, so every None should go to libjpeg. The caller checks that the picture
+    is not too large: a byte can hold four blocks, which are 256 pixels.
     """
     try:
         expect(scale in SCALES)
         return _decode(data, parse(data), scale)
-    except NotForUs:
+    except Unsupported:
         return None
 
 
-def _decode(data: bytes, header: Header, scale: int) -> Bytes:
+def _decode(data: bytes, header: JpegHeader, scale: int) -> Bytes:
     (width, height), components = header.size, header.components
     h, v = components[0].h, components[0].v
     across, down = -(-width // (8 * h)), -(-height // (8 * v))
@@ -636,8 +636,8 @@ def _decode(data: bytes, header: Header, scale: int) -> Bytes:
     return out.reshape(len(out), -1, channels) if channels > 1 else out
 
 
-def _check_plausible(header: Header, mcus: int, interval: int, length: int) -> None:
-    """Refuse what announces more than its bytes can hold, before memory is taken for it."""
+def _check_plausible(header: JpegHeader, mcus: int, interval: int, length: int) -> None:
+    """Refuse a header that announces more than the file can hold, before memory is allocated."""
     blocks = mcus * sum(c.h * c.v for c in header.components)
     expect(0 < 2 * blocks <= 8 * length)  # a block has two symbols at least
     expect(3 * (mcus // interval) <= length)  # and a restart interval a byte and a marker
@@ -666,14 +666,14 @@ _LIKENESS = 3.0
 
 
 def agrees_with_libjpeg() -> bool:
-    """Whether small pictures come out as libjpeg's do, in every sampling and scale.
+    """Whether small pictures come out like libjpeg's, in every sampling and scale.
 
-    Call it once before workers are forked: all that `decode` needs is compiled here, or loaded.
+    Call it once before workers are forked: it compiles or loads all that `decode` needs.
     """
     try:
         return all(_is_alike(file, scale) for file in _waves() for scale in SCALES)
-    except Exception:  # of numba's, or of LLVM's: a server can do without this decoder
-        log.exception("reduced JPEG cannot be decoded here; libjpeg will do it")
+    except Exception:  # from numba or LLVM; a server can do without this decoder
+        log.exception("the reduced JPEG decoder does not work here; using libjpeg instead")
         return False
 
 

@@ -1,35 +1,35 @@
-"""What Pillow decodes: GIF, BMP, TIFF, AVIF, PNG that `png` leaves, and frames of animations."""
+"""What Pillow decodes: GIF, BMP, TIFF, and for other modules PNG, AVIF and frames of animations."""
 
 import io
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
-from PIL import AvifImagePlugin, Image
+from PIL import Image
 
 from server.errors import ImageTooLarge, InvalidImage, UnsupportedImageFormat
-from server.imaging.codecs import gif
 from server.imaging.codecs.base import (
     BY_MEANS,
     MAX_FRAMES,
     NO_REDUCTIONS,
     Stored,
+    damaged,
+    eight_bits,
     no_frame,
     orientation,
     profile,
     truncated,
 )
-from server.imaging.codecs.boxes import check_boxes
-from server.imaging.codecs.depth import eight_bits
 from server.imaging.sizing import Size
 
-# Pillow checks its own limit while it opens a file, without a word on the size. Ours replaces it.
+# Pillow checks a limit of its own while it opens a file, and does not report the size. Our limit
+# replaces it.
 Image.MAX_IMAGE_PIXELS = None
-AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # one picture a process
 
 # Frames of an animation are laid over each other, so one is decoded with all before it.
 MAX_ANIMATED_PIXELS = 1_000_000_000
 
-# Of TIFF's codings those in use: none, fax, LZW, JPEG, deflate, run lengths.
+# The TIFF compressions in use: none, fax, LZW, JPEG, deflate, run lengths.
 _CODINGS = frozenset(
     (
         *("raw", "packbits", "tiff_lzw", "jpeg", "tiff_adobe_deflate", "tiff_deflate"),
@@ -57,7 +57,7 @@ class PillowSource:
         self.profile = profile(self._image)
 
     def _canvas(self, data: bytes) -> Size:
-        """The size of the frame that is wanted, before it is sought."""
+        """The size of the wanted frame, before seeking to it."""
         if self._frame >= min(getattr(self._image, "n_frames", 1), MAX_FRAMES):
             raise no_frame(self._frame)
         return self._image.size
@@ -74,22 +74,16 @@ class BmpSource(PillowSource):
     def __init__(self, data: bytes, frame: int) -> None:
         super().__init__(data, frame, "BMP")
         for tile in self._image.tile:
-            # Pillow does not miss the bytes that fill the last row up.
+            # Pillow does not notice when bytes that pad the last row are missing.
             if tile.codec_name == "raw" and isinstance(tile.args, tuple):
                 _, row_bytes, _ = tile.args
                 if tile.offset + row_bytes * self.size[1] > len(data):
                     raise truncated()
 
 
-class AvifSource(PillowSource):
-    def __init__(self, data: bytes, frame: int) -> None:
-        check_boxes(data)
-        super().__init__(data, frame, "AVIF")
-
-
 class GifSource(PillowSource):
     def __init__(self, data: bytes, frame: int) -> None:
-        if not gif.has_end(data):
+        if not _has_end(data):
             raise truncated()
         super().__init__(data, frame, "GIF")
 
@@ -97,7 +91,7 @@ class GifSource(PillowSource):
         """Frames may reach beyond the first, and Pillow then makes the picture larger."""
         if not self._frame:
             return self._image.size
-        reaches = list(itertools.islice(gif.frames(data), min(self._frame + 1, MAX_FRAMES)))
+        reaches = list(itertools.islice(_gif_frames(data), min(self._frame + 1, MAX_FRAMES)))
         if len(reaches) <= self._frame:
             raise no_frame(self._frame)
         widths, heights = zip(self._image.size, *reaches, strict=True)
@@ -105,7 +99,7 @@ class GifSource(PillowSource):
 
 
 class TiffSource:
-    """A page, which Pillow turns upright itself and gives the size of that."""
+    """A page. Pillow turns it upright itself and gives its upright size."""
 
     orientation = 1
 
@@ -138,7 +132,7 @@ class TiffSource:
 def count_frames(data: bytes, format_: str) -> int:
     """Frames or pages, up to `MAX_FRAMES`."""
     if format_ == "GIF":
-        return sum(1 for _ in itertools.islice(gif.frames(data), MAX_FRAMES))
+        return sum(1 for _ in itertools.islice(_gif_frames(data), MAX_FRAMES))
     image = Image.open(io.BytesIO(data), formats=(format_,))
     if format_ != "TIFF":
         return min(getattr(image, "n_frames", 1), MAX_FRAMES)
@@ -153,8 +147,8 @@ def count_frames(data: bytes, format_: str) -> int:
 def _check_coding(image: Any) -> None:
     """
     Raises:
-        UnsupportedImageFormat: pixels coded in a way that is not in use.
-        InvalidImage: tiles of a size that no picture has.
+        UnsupportedImageFormat: the compression is not supported.
+        InvalidImage: the tiles are larger than in any real picture.
     """
     coding = image.info.get("compression")
     if coding not in _CODINGS:
@@ -167,7 +161,7 @@ def _check_coding(image: Any) -> None:
 def _check_extent(image: Any, data: bytes) -> None:
     """
     Raises:
-        InvalidImage: data of the page, its directory or the next lie behind the file's end.
+        InvalidImage: the page's data, its directory or the next one lie beyond the file's end.
     """
     tags = image.tag_v2
     starts, counts = (tags.get(strips) or tags.get(tiles) or () for strips, tiles in _PLACES)
@@ -182,7 +176,7 @@ def _check_extent(image: Any, data: bytes) -> None:
 
 
 def _streams(image: Any) -> bool:
-    """Whether the picture is large, and libvips makes the same of it as Pillow."""
+    """Whether the picture is large, and libvips decodes it to the same pixels as Pillow."""
     tags = image.tag_v2
     plain = image.mode == "RGB" and set(tags.get(_BITS, ())) == {8} and tags[_PHOTOMETRIC] == _RGB
     return plain and image.width * image.height > _MAX_WHOLE_PIXELS
@@ -192,7 +186,7 @@ def _check_work(size: Size, frame: int) -> None:
     pixels = size[0] * size[1] * (frame + 1)
     if pixels > MAX_ANIMATED_PIXELS:
         raise ImageTooLarge(
-            f"frame {frame + 1} is reached through {pixels} pixels, "
+            f"decoding up to frame {frame + 1} takes {pixels} pixels, "
             f"the limit is {MAX_ANIMATED_PIXELS} pixels"
         )
 
@@ -202,3 +196,68 @@ def _seek(image: Any, frame: int) -> None:
         image.seek(frame)
     except EOFError as error:
         raise no_frame(frame) from error
+
+
+# ---------------------------------------------------------------------- frames of GIF
+# Found without decoding them (GIF89a specification).
+
+_EXTENSION, _IMAGE, _END = 0x21, 0x2C, 0x3B
+_SCREEN_BYTES = 13
+# Blocks have up to 255 bytes, and encoders fill them.
+_MAX_BLOCKS = 2_000_000
+
+
+def _has_end(data: bytes) -> bool:
+    """Whether the file is complete. Some writers pad it or append other data."""
+    if data.rstrip(b"\0\r\n ")[-1:] == bytes((_END,)):
+        return True
+    try:
+        for _ in _gif_frames(data):
+            pass
+    except InvalidImage:
+        return False
+    return True
+
+
+def _gif_frames(data: bytes) -> Iterator[Size]:
+    """The extent of each frame from the upper left corner: (width, height) in pixels.
+
+    Raises:
+        InvalidImage: the file ends within a frame, or has an unknown block.
+    """
+    try:
+        yield from _each_gif_frame(data)
+    except IndexError:
+        raise truncated() from None
+
+
+def _each_gif_frame(data: bytes) -> Iterator[Size]:
+    at = _SCREEN_BYTES + _table_bytes(data[10])
+    left = _MAX_BLOCKS
+    while left:
+        kind = data[at]
+        if kind == _END:
+            return
+        if kind == _EXTENSION:
+            at, left = _skip_blocks(data, at + 2, left)
+        elif kind == _IMAGE:
+            x, y, width, height = (
+                int.from_bytes(data[at + i : at + i + 2], "little") for i in (1, 3, 5, 7)
+            )
+            at, left = _skip_blocks(data, at + 11 + _table_bytes(data[at + 9]), left)
+            yield x + width, y + height
+        else:
+            raise damaged()
+    raise damaged()
+
+
+def _table_bytes(flags: int) -> int:
+    return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
+
+
+def _skip_blocks(data: bytes, at: int, left: int) -> tuple[int, int]:
+    """The offset behind the blocks that begin at `at`, and how many more may be read."""
+    while data[at] and left:
+        at += data[at] + 1
+        left -= 1
+    return at + 1, max(left - 1, 0)

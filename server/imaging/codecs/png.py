@@ -1,7 +1,7 @@
 """PNG of up to eight bits a sample and not interlaced, as nearly all are; Pillow reads the rest.
 
-Inflating with libdeflate and undoing the filters in compiled loops takes 40 % of the time that
-Pillow takes. Every checksum of what is shown is checked.
+Inflating with libdeflate and undoing the filters in compiled loops takes 40 % of Pillow's time. The
+checksums of all chunks that are shown are checked.
 """
 
 import io
@@ -30,7 +30,7 @@ _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _FRAME = struct.Struct(">I4s")
 _HEADER = struct.Struct(">IIBBBBB")
 _CRITICAL = frozenset((b"IHDR", b"PLTE", b"IDAT", b"IEND"))
-# Chunks that are of no use without the image data or the other frames.
+# Chunks that are useless without the image data or the other frames.
 _LEFT_OUT = frozenset((b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT"))
 
 _UNPACKED = frozenset((b"iCCP", b"zTXt", b"iTXt"))
@@ -42,7 +42,7 @@ _PACKED = (1, 2, 4)  # bits a sample, of which bytes hold several
 
 # Encoders cut the image data into chunks of 8 KiB or more.
 _MAX_CHUNKS = 200_000
-# Encoders that give more than the rows are known; libpng and Pillow ignore it.
+# Some encoders add data behind the rows; libpng and Pillow ignore it.
 _SURPLUS_BYTES = 1 << 16
 # In RGB about 100 MB. Larger pictures are streamed.
 _MAX_WHOLE_PIXELS = 32_000_000
@@ -73,7 +73,7 @@ class PngSource:
         transparent = "transparency" in image.info
         packed = bits in _PACKED and (colour == _PALETTE or (colour == _GREY and not transparent))
         self._plain = not interlaced and colour in _CHANNELS and (bits == 8 or packed)
-        # What libvips makes the same of.
+        # libvips decodes these to the same pixels.
         streams = bits == 8 and colour in (_GREY, _RGB, _RGBA) and not transparent
         self._large = self._plain and streams and width * height > _MAX_WHOLE_PIXELS
         self.reductions = BY_MEANS if self._large else NO_REDUCTIONS
@@ -127,11 +127,11 @@ def open_png(data: bytes, frame: int) -> "PngSource | PillowSource":
 def _read(data: bytes) -> _Chunks:
     """
     Raises:
-        InvalidImage: the file ends before its end, a checksum is wrong, or it has no header.
+        InvalidImage: the file is truncated, a checksum is wrong, or it has no header.
     """
     chunks = _Chunks(())
     for kind, start, end in _walk(data):
-        if (kind == b"IHDR") == bool(chunks.header):  # it is the first one, and the only
+        if (kind == b"IHDR") == bool(chunks.header):  # it comes first, and once
             raise damaged()
         if kind == b"IHDR":
             chunks.header = _HEADER.unpack_from(data, start)
@@ -143,16 +143,16 @@ def _read(data: bytes) -> _Chunks:
             chunks.rest.append(data[start - 8 : end + 4])
     if not chunks.data:
         raise damaged()
-    # Pillow stops reading where the image data begins, and wants to see that it does.
+    # Pillow reads up to the image data, and fails without the start of it.
     chunks.rest = [_SIGNATURE, *chunks.rest, _FRAME.pack(0, b"IDAT") + bytes(4)]
     return chunks
 
 
 def _opened(chunks: list[bytes]) -> Image.Image:
-    """What the chunks say: mode, palette, transparency, profile, EXIF and XMP."""
+    """The picture that the chunks describe: mode, palette, transparency, profile, EXIF and XMP."""
     try:
         return Image.open(io.BytesIO(b"".join(chunks)), formats=("PNG",))
-    except ValueError:  # a profile or text that unpacks to more than Pillow wants
+    except ValueError:  # a profile or text that unpacks to more than Pillow allows
         plain = [chunk for chunk in chunks if chunk[4:8] not in _UNPACKED]
         return Image.open(io.BytesIO(b"".join(plain)), formats=("PNG",))
 
@@ -188,7 +188,7 @@ def _unpacked(packed: Pixels, bits: int, width: int) -> Pixels:
     count = 8 // bits
     shifts = np.arange(8 - bits, -1, -bits, dtype=np.uint8)
     numbers = (np.arange(256, dtype=np.uint8)[:, None] >> shifts) & ((1 << bits) - 1)
-    # All numbers of a byte are one of numpy's, and looked up at once.
+    # The numbers in a byte form one wider number for numpy, so that one lookup finds them all.
     together = numbers.view(f"u{count}").ravel()[packed]
     return together.view(np.uint8)[:, :width]
 
@@ -198,7 +198,7 @@ def _has_palette(image: Image.Image) -> bool:
 
 
 def _entries(image: Image.Image, bits: int) -> Image.Image:
-    """What the 256 numbers stand for; of fewer bits, the numbers that they have come first."""
+    """The colours of the 256 numbers. With fewer bits, only the first ones occur."""
     if image.mode != "P":
         greys = np.arange(256) % (1 << bits) * 255 // ((1 << bits) - 1)
         entries = Image.fromarray(greys.astype(np.uint8)[None])

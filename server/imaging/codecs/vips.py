@@ -1,6 +1,6 @@
 """Large pictures through libvips, which shrinks them while it reads them.
 
-It is loaded where it is used: its threads would not survive the fork that makes a worker, and most
+It is imported on first use: its threads would not survive the fork that makes a worker, and most
 workers never need it.
 """
 
@@ -19,7 +19,7 @@ def _library() -> Any:
 
     pyvips.vips_lib.vips_concurrency_set(1)  # one picture a process
     pyvips.cache_set_max(0)
-    pyvips.block_untrusted_set(True)  # readers are named below, but they might name others
+    pyvips.block_untrusted_set(True)  # our readers are named below; they must not call others
     return pyvips
 
 
@@ -47,7 +47,7 @@ def load(reader: str, data: bytes, size: Size, factor: int) -> Pixels:
 
 def _shrunk(image: Any, width: int, height: int) -> Any:
     """Exactly `width` x `height`: where they do not divide the sides, means over whole pixels would
-    shift the picture. Colours under transparency do not count."""
+    shift the picture. The colours of transparent pixels do not matter."""
     across, down = width / image.width, height / image.height
     if not image.hasalpha():
         return image.resize(across, vscale=down, kernel="cubic")

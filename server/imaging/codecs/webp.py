@@ -16,23 +16,23 @@ from server.imaging.codecs.base import (
     damaged,
     no_frame,
     only_first,
+    opencv,
     orientation,
     profile,
     truncated,
 )
 from server.imaging.codecs.pillow import PillowSource
-from server.imaging.opencv import opencv
 from server.imaging.sizing import Size
 
 _CHUNK = struct.Struct("<4sI")
 _FIRST = 12  # behind RIFF, its length and WEBP
 _ANIMATED, _ALPHA = 0x02, 0x10
 _INFO = {b"ICCP": "icc_profile", b"EXIF": "exif", b"XMP ": "xmp"}
-# A still picture has up to seven, and an animation one a frame.
+# A still picture has up to seven chunks, and an animation one per frame.
 _MAX_CHUNKS = 100_000
 
 
-# In RGBA about 64 MB. Larger pictures are shrunk while they are read, which is slower but small.
+# In RGBA about 64 MB. Larger pictures are shrunk while they are read: slower, with less memory.
 _MAX_WHOLE_PIXELS = 16_000_000
 
 
@@ -58,7 +58,7 @@ class WebpSource:
 
 
 class WebpAnimation:
-    """One frame, by Pillow, which opens the file only in `load`: it makes room for two canvases."""
+    """One frame, by Pillow. It opens the file only in `load`, since it allocates two canvases."""
 
     reductions = NO_REDUCTIONS
 
@@ -83,7 +83,7 @@ def _decode(data: bytes, size: Size) -> Pixels:
     cv2 = opencv()
     flag = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     try:
-        # With alpha there is no flag that gives red first.
+        # No flag gives red first and keeps alpha.
         how = cv2.IMREAD_UNCHANGED if _may_have_alpha(data) else flag
         pixels: Pixels | None = cv2.imdecode(np.frombuffer(data, np.uint8), how)
     except cv2.error as error:

@@ -1,9 +1,9 @@
 """Format, size and orientation of an encoded picture, from its header alone.
 
-Made for the event loop and for hostile bytes: pure Python on lengths and offsets; no pixel is
-decoded, and nothing allocated by what a header claims. The result is what the decoders (Pillow,
-and libheif for HEIF) make of the file after turning it upright. Where a header is so damaged that
-they might differ, the picture is refused or, beyond the bounds, taken as it is stored.
+It runs on the event loop and reads hostile bytes: pure Python on lengths and offsets, which decodes
+no pixel and allocates nothing on the word of a header. The result is what the decoders (Pillow, and
+libheif for HEIF) make of the file after turning it upright. Where a header is so damaged that they
+might differ, the picture is refused or, beyond the bounds, taken as it is stored.
 
 The bounds: a reader follows at most a dozen lists of segments, chunks, blocks, boxes or entries,
 each for at most `MAX_STEPS` length fields (in PNG there is one list, of 4096), and looks through at
@@ -14,29 +14,56 @@ import struct
 from collections.abc import Callable
 
 from server.errors import InvalidImage, UnsupportedImageFormat
-from server.imaging.header import avif, bmp, gif, heif, jpeg, png, tiff, webp
-from server.imaging.header.base import Header
+from server.imaging.header import avif, gif, heif, jpeg, png, tiff, webp
+from server.imaging.header.base import ImageHeader, damaged
 
-__all__ = ["FORMATS", "Header", "read"]
+__all__ = ["FORMATS", "ImageHeader", "read"]
 
-# What `Header.format` can be; they are also Pillow's names of the formats.
+# What `ImageHeader.format` can be; they are also Pillow's names of the formats.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
 
-_MAGIC: tuple[tuple[bytes, Callable[[bytes], Header]], ...] = (
+# BMP: the file's own header is 14 bytes long, and that of OS/2 1.x behind it 12.
+_BMP_FILE_HEADER, _BMP_OS2 = 14, 12
+_BMP_WINDOWS = frozenset((40, 52, 56, 64, 108, 124))
+# A height is negative where the rows go from top to bottom; Pillow accepts it up to this one.
+_BMP_MAX_TOP_DOWN = 1 << 24
+
+
+def _read_bmp(data: bytes) -> ImageHeader:
+    """The size from the header of OS/2 1.x, or of Windows and OS/2 2.x.
+
+    Raises:
+        InvalidImage: the header is truncated or has an unknown length.
+    """
+    (length,) = struct.unpack_from("<I", data, _BMP_FILE_HEADER)
+    if len(data) < _BMP_FILE_HEADER + length:
+        raise damaged("BMP", "it is truncated")
+    if length == _BMP_OS2:
+        width, height = struct.unpack_from("<HH", data, _BMP_FILE_HEADER + 4)
+    elif length in _BMP_WINDOWS:
+        width, height = struct.unpack_from("<ii", data, _BMP_FILE_HEADER + 4)
+        if -_BMP_MAX_TOP_DOWN <= height < 0:
+            height = -height
+    else:
+        raise damaged("BMP", f"a header of {length} bytes")
+    return ImageHeader("BMP", width, height)
+
+
+_MAGIC: tuple[tuple[bytes, Callable[[bytes], ImageHeader]], ...] = (
     (b"\xff\xd8\xff", jpeg.read),
     (b"\x89PNG\r\n\x1a\n", png.read),
     (b"GIF87a", gif.read),
     (b"GIF89a", gif.read),
     *((start, tiff.read) for start in tiff.MAGIC),
-    (b"BM", bmp.read),
+    (b"BM", _read_bmp),
 )
 
 
-def read(data: bytes) -> Header:
-    """The header of the encoded picture `data`; the magic bytes alone decide on the format.
+def read(data: bytes) -> ImageHeader:
+    """The header of the encoded picture `data`; the magic bytes alone decide the format.
 
     Raises:
-        UnsupportedImageFormat: the data begins like none of the formats.
+        UnsupportedImageFormat: the data does not begin like any of the formats.
         InvalidImage: the header is truncated or damaged, or a side is zero.
     """
     if not data:
@@ -51,7 +78,7 @@ def read(data: bytes) -> Header:
     return header
 
 
-def _reader(data: bytes) -> Callable[[bytes], Header]:
+def _reader(data: bytes) -> Callable[[bytes], ImageHeader]:
     for magic, reader in _MAGIC:
         if data.startswith(magic):
             return reader

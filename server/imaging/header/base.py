@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from server.errors import InvalidImage
 
-# No reader takes more steps than this along one list of segments, chunks, blocks, boxes, directory
-# entries and the like. A step is one length field and takes less than a microsecond.
+# No reader takes more steps than this along one list of segments, chunks, blocks, boxes or entries
+# of a directory. A step reads one length field and takes less than a microsecond.
 MAX_STEPS = 1024
 
-# XMP, and EXIF in hexadecimal, are looked through, and unpacked, up to this many bytes.
+# XMP, and EXIF in hexadecimal, are searched and unpacked up to this many bytes.
 MAX_TEXT_BYTES = 160 << 10
 
 # EXIF orientations that swap width and height.
@@ -16,13 +16,14 @@ SIDEWAYS = range(5, 9)
 
 
 @dataclass(frozen=True)
-class Header:
+class ImageHeader:
     """What the header of an encoded picture says.
 
     `format` is one of `FORMATS`. `width` and `height` are in pixels and as stored, but with HEIF's
     crops done. `orientation` is how a viewer turns them: EXIF's 1 to 8, with 1 also for a missing
-    or senseless one. In TIFF and HEIF the decoder does that itself; in all others whoever calls it.
-    `animated` says that there may be more frames or pages; the size is that of the first.
+    or invalid one. The decoders of TIFF and HEIF turn pictures themselves; for all other formats
+    the caller does. `animated` says that there may be more frames or pages; the size is that of the
+    first.
     """
 
     format: str

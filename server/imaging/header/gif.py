@@ -3,21 +3,21 @@
 import struct
 
 from server.errors import InvalidImage
-from server.imaging.header.base import MAX_STEPS, Header, damaged
+from server.imaging.header.base import MAX_STEPS, ImageHeader, damaged
 
 _SCREEN = struct.Struct("<HHB")
 _FRAME = struct.Struct("<HHHHB")
 _EXTENSION, _IMAGE, _TRAILER = b"!,;"
 _COMMENT = 0xFE
 
-# Blocks of 255 bytes, the largest there are, that are stepped over at once.
+# This many blocks of 255 bytes, the largest possible, are skipped at once.
 _STRIDE = 256
 _FULL = b"\xff" * _STRIDE
 
 
-def read(data: bytes) -> Header:
-    """At most `MAX_STEPS` blocks each are looked at before, in and behind the first frame; 256
-    full ones in a row count as one.
+def read(data: bytes) -> ImageHeader:
+    """At most `MAX_STEPS` blocks each are read before, in and behind the first frame; 256 full
+    blocks in a row count as one.
 
     Raises:
         InvalidImage: no frame.
@@ -28,7 +28,7 @@ def read(data: bytes) -> Header:
         raise damaged("GIF", "no frame")
     left, top, frame_width, frame_height, flags = _FRAME.unpack_from(data, at)
     at += _FRAME.size + _palette_bytes(flags) + 1  # one byte: the bits of a code
-    return Header(
+    return ImageHeader(
         "GIF",
         max(width, left + frame_width),
         max(height, top + frame_height),
@@ -57,7 +57,7 @@ def _next_frame(data: bytes, at: int) -> int | None:
         if kind == _IMAGE:
             return at
         if kind == _EXTENSION:
-            # Pillow takes a first block for granted, even an empty one, except in a comment.
+            # Pillow assumes a first block, even an empty one, except in a comment.
             at += 1 if data[at] == _COMMENT else data[at + 1] + 2
             at, left = _skip_blocks(data, at, left)
     raise damaged("GIF", "too many blocks before a frame")

@@ -3,9 +3,8 @@
 import struct
 from collections.abc import Iterator
 
-from server.imaging.header.base import MAX_STEPS, Header, damaged
-from server.imaging.header.directory import Span
-from server.imaging.header.exif import orientation
+from server.imaging.header.base import MAX_STEPS, ImageHeader, damaged
+from server.imaging.header.tiff import Span, orientation
 
 _LENGTH = struct.Struct(">H")
 _SIZE = struct.Struct(">HH")
@@ -28,15 +27,15 @@ _XMP = b"http://ns.adobe.com/xap/1.0/\0"
 
 # Cameras pad between segments; decoders skip over any bytes up to the next marker.
 _MAX_JUNK_BYTES = 4096
-# EXIF above 64 kB goes on in further segments.
+# EXIF above 64 kB continues in further segments.
 _MAX_EXIF_SEGMENTS = 8
 
 
-def read(data: bytes) -> Header:
-    """At most `MAX_STEPS` markers are looked at; pictures within segments are not.
+def read(data: bytes) -> ImageHeader:
+    """At most `MAX_STEPS` markers are read. Pictures within segments are ignored.
 
     Raises:
-        InvalidImage: no frame before the image data, several, or one that is not decoded.
+        InvalidImage: no frame before the image data, several, or one of an unsupported type.
     """
     sizes: list[tuple[int, int]] = []
     exif: list[tuple[int, int]] = []
@@ -45,7 +44,7 @@ def read(data: bytes) -> Header:
         if marker in _FRAMES and end - start >= _FRAME_BYTES:
             sizes.append(_SIZE.unpack_from(data, start + 1))
         elif marker in _OTHER_FRAMES:
-            raise damaged("JPEG", f"frames of type 0x{marker:02x} are not decoded")
+            raise damaged("JPEG", f"frames of type 0x{marker:02x} are not supported")
         elif marker == _APP1 and data.startswith(_EXIF, start, end):
             exif.append((start, end))
         elif marker == _APP1 and data.startswith(_XMP, start, end):
@@ -53,14 +52,14 @@ def read(data: bytes) -> Header:
     if len(sizes) != 1:
         raise damaged("JPEG", f"{len(sizes)} frames before the image data")
     height, width = sizes[0]
-    return Header("JPEG", width, height, orientation(_whole_exif(data, exif), xmp))
+    return ImageHeader("JPEG", width, height, orientation(_whole_exif(data, exif), xmp))
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """The segments before the image data: marker, and offsets of its contents' start and end.
 
     Raises:
-        InvalidImage: bytes that are no segment, or too many segments.
+        InvalidImage: bytes that are not a segment, or too many segments.
         IndexError: no image data.
     """
     at = 2

@@ -9,9 +9,8 @@ import struct
 import zlib
 from dataclasses import dataclass, field
 
-from server.imaging.header.base import MAX_TEXT_BYTES, Header, damaged
-from server.imaging.header.directory import Span
-from server.imaging.header.exif import orientation
+from server.imaging.header.base import MAX_TEXT_BYTES, ImageHeader, damaged
+from server.imaging.header.tiff import Span, orientation
 
 _CHUNK = struct.Struct(">I4s")
 _CHUNK_TYPE = re.compile(rb"\w{4}")
@@ -20,8 +19,8 @@ _FIRST = 8  # the signature is before it
 _IHDR_BYTES = 13
 
 _MAX_CHUNKS = 4096
-# Chunks of image data follow one another, and most encoders make them all but the last one alike
-# (libpng: 8 KiB). So this many are passed over at once if the one behind them is like the first.
+# Chunks of image data follow one another, and most encoders give all but the last one the same
+# length (libpng: 8 KiB). So this many are skipped at once if the one behind them is like the first.
 _LEAP = 64
 
 _EXIF = b"exif"
@@ -35,7 +34,8 @@ _MAX_KEYWORD = 80
 class _Found:
     """`texts` are the last chunks by keyword: (type, start behind the keyword, end).
 
-    `frames` are those announced for an animation, which the image data is one of if `framed`.
+    `frames` is the number of frames that an animation announces; the image data is one of them if
+    `framed`.
     """
 
     width: int
@@ -51,8 +51,8 @@ class _Found:
         return self.frames > (1 if self.framed else 0)
 
 
-def read(data: bytes) -> Header:
-    """At most 4096 chunks are looked at; checksums are not. What comes later is not seen.
+def read(data: bytes) -> ImageHeader:
+    """At most 4096 chunks are read; later ones are ignored, and so are checksums.
 
     Raises:
         InvalidImage: no header first, or no image data.
@@ -67,7 +67,7 @@ def read(data: bytes) -> Header:
         text = _text(data, *found.texts[_XMP])
         xmp = Span(text, 0, len(text))
     turned = orientation(exif, xmp)
-    return Header("PNG", found.width, found.height, turned, found.animated)
+    return ImageHeader("PNG", found.width, found.height, turned, found.animated)
 
 
 def _walk(data: bytes) -> _Found:
@@ -95,8 +95,8 @@ def _walk(data: bytes) -> _Found:
 
 
 def _see(data: bytes, kind: bytes, place: tuple[int, int], found: _Found) -> bool:
-    """Note what a chunk other than IDAT says; False where the first frame's chunks end, be it that
-    what follows is no chunk."""
+    """Note what a chunk other than IDAT says. False where the first frame's chunks end, or where
+    the data is not a chunk."""
     start, end = place
     if kind == b"IHDR" and not found.pixels:
         raise damaged("PNG", "several headers")
@@ -132,13 +132,13 @@ def _see_text(data: bytes, kind: bytes, place: tuple[int, int], found: _Found) -
 
 
 def _text(data: bytes, kind: bytes, start: int, end: int) -> bytes:
-    """A text chunk's text as bytes; none where it is damaged.
+    """A text chunk's text as bytes; empty if it is damaged.
 
-    What is compressed, and what comes out, are cut off after `MAX_TEXT_BYTES`.
+    The text is cut off after `MAX_TEXT_BYTES`, both before and after unpacking.
     """
     compressed = kind == b"zTXt"
     if compressed:
-        start += 1  # the method, of which there is one
+        start += 1  # the method; there is only one
     elif kind == b"iTXt":
         compressed, method = data[start] != 0, data[start + 1]
         limit = min(end, start + MAX_TEXT_BYTES)
@@ -157,7 +157,7 @@ def _text(data: bytes, kind: bytes, start: int, end: int) -> bytes:
 
 
 def _from_profile(text: bytes) -> Span:
-    """EXIF of a profile in hexadecimal, which its name and length precede on lines of their own."""
+    """EXIF from a profile in hexadecimal, whose first lines are its name and length."""
     lines = text.split(b"\n", 3)
     digits = lines[3].translate(None, b"\n") if len(lines) == 4 else b""
     if len(text) == MAX_TEXT_BYTES:  # cut off, maybe within a byte

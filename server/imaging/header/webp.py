@@ -2,9 +2,8 @@
 
 import struct
 
-from server.imaging.header.base import MAX_STEPS, Header, damaged
-from server.imaging.header.directory import Span
-from server.imaging.header.exif import orientation
+from server.imaging.header.base import MAX_STEPS, ImageHeader, damaged
+from server.imaging.header.tiff import Span, orientation
 
 _CHUNK = struct.Struct("<4sI")
 _U32 = struct.Struct("<I")
@@ -15,8 +14,8 @@ _ANIMATED = 0x02
 _METADATA = {b"XMP ": 0x04, b"EXIF": 0x08}
 
 
-def read(data: bytes) -> Header:
-    """At most `MAX_STEPS` chunks are looked at; metadata behind more frames than that is not seen.
+def read(data: bytes) -> ImageHeader:
+    """At most `MAX_STEPS` chunks are read; metadata behind more frames than that is ignored.
 
     Raises:
         InvalidImage: the file is shorter than it says, or has no frame or canvas first.
@@ -29,14 +28,14 @@ def read(data: bytes) -> Header:
         return _extended(data, end)
     if kind == b"VP8 " and data[23:26] == b"\x9d\x01\x2a":
         width, height = struct.unpack_from("<HH", data, 26)
-        return Header("WEBP", width & 0x3FFF, height & 0x3FFF)
+        return ImageHeader("WEBP", width & 0x3FFF, height & 0x3FFF)
     if kind == b"VP8L" and data[20] == 0x2F:
         (bits,) = _U32.unpack_from(data, 21)
-        return Header("WEBP", (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1)
+        return ImageHeader("WEBP", (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1)
     raise damaged("WebP", "no frame where the first should be")
 
 
-def _extended(data: bytes, end: int) -> Header:
+def _extended(data: bytes, end: int) -> ImageHeader:
     flags = data[20]
     width = int.from_bytes(data[24:27], "little") + 1
     height = int.from_bytes(data[27:30], "little") + 1
@@ -53,4 +52,4 @@ def _extended(data: bytes, end: int) -> Header:
             found[kind] = Span(data, start, start + length)
         at = start + length + (length & 1)
     turned = orientation(found.get(b"EXIF"), found.get(b"XMP "))
-    return Header("WEBP", width, height, turned, animated=bool(flags & _ANIMATED))
+    return ImageHeader("WEBP", width, height, turned, animated=bool(flags & _ANIMATED))

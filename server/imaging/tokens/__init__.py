@@ -1,12 +1,20 @@
 """How many tokens a picture costs, and how to keep it within a cap; pure arithmetic.
 
-One small module a family behind one protocol, `TokenRule`. The engine chooses the rule of a model
+Each family of models has a rule behind one protocol, `TokenRule`. The engine chooses a model's rule
 by its processor's configuration (`server.engine.token_rules`).
 """
 
-from server.imaging.tokens.budget import Claim, kv_bytes_per_token, plan_together, share
 from server.imaging.tokens.measured import Count, MeasuredTokens
-from server.imaging.tokens.plan import Detail, ImagePlan, TokenRule, detail_cap
+from server.imaging.tokens.plan import (
+    Claim,
+    Detail,
+    ImagePlan,
+    TokenRule,
+    detail_cap,
+    kv_bytes_per_token,
+    plan_together,
+    share,
+)
 
 __all__ = [
     "Claim",

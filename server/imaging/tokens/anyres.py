@@ -8,9 +8,9 @@ where it is more than 1.1 times (in side) nine tiles' worth.
 
 The model packs the features by the picture's size and its own list of grids, so options cannot
 choose another grid. A smaller picture can: one that just fills a grid is put into it, or into a
-smaller grid that holds it too. Every grid's filling is tried, and the one with most tokens within
-the cap taken. That loses nothing: the picture is shown in the grid at this size in any case.
-The base view is taken from the smaller picture then.
+smaller grid that holds it too. A cap is met by trying the size that fills each grid and taking the
+one with the most tokens within the cap. That loses nothing: the picture is shown in the grid at
+this size in any case. The base view is then taken from the smaller picture.
 
 `detail: low` is the smallest grid that the picture can have: for a square one 1176 tokens
 (LLaVA-NeXT) or 1485 (LLaVA-OneVision). `high` is the largest.

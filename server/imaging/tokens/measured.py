@@ -1,9 +1,9 @@
 """Any other model: its tokens are measured on a blank picture, and a cap is met by shrinking.
 
-Nothing is assumed of how the count depends on the size, except in the search for the largest size
-within the cap, whose result is measured before it is used.
+The search for the largest size within the cap assumes that smaller pictures take fewer tokens, but
+every size is measured before it is used.
 
-`detail: low` is 256 tokens where the model can do so little, `high` what it takes by itself.
+`detail: low` is 256 tokens where the model can go that low, and `high` is what it takes by itself.
 """
 
 import functools
