@@ -225,18 +225,19 @@ class _Run:
         return None
 
     def _report(self, index: int, problem: str) -> None:
-        """Save the input, unless the same has been found before."""
-        where = problem.rpartition("\n  File ")[2]
+        """Save the input, unless an exception from the same line has been found before."""
+        _, raised, where = problem.rpartition("\n  File ")
         print(f"input {index}: {problem}", file=sys.stderr, flush=True)
         if where in self._seen or len(self.findings) >= MAX_SAVED:
             return
-        self._seen.add(where)
+        if raised:
+            self._seen.add(where)
         data = mutated(self.options.seed, index)
         self.options.findings.mkdir(parents=True, exist_ok=True)
         name = f"{hashlib.sha256(data).hexdigest()[:16]}.jpg"
         (self.options.findings / name).write_bytes(data)
         finding = {"index": index, "file": name, "problem": problem.strip().splitlines()[-1]}
-        self.findings.append(finding | {"where": where.partition("\n")[0]})
+        self.findings.append(finding | ({"where": where.partition("\n")[0]} if raised else {}))
 
     def result(self) -> dict[str, Any]:
         counts = dict(zip(COUNTERS, self._counters, strict=True))
