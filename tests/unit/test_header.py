@@ -460,11 +460,11 @@ IDAT = chunk(b"IDAT", b"")
     ("data", "message"),
     [
         (b"", "empty"),
-        (b"\xff\xd8" + _frame(0xC0, (37, 0)) + SCAN, "37x0 pixels"),  # DNL would tell the height
+        (b"\xff\xd8" + _frame(0xC0, (37, 0)) + SCAN, "37x0 pixels"),  # DNL would give the height
         (b"\xff\xd8" + _frame(0xC0) * 2 + SCAN, "2 frames"),
         (b"\xff\xd8" + SCAN, "0 frames"),
         (b"\xff\xd8" + segment(0xC0, b"\x08") + SCAN, "0 frames"),
-        (b"\xff\xd8" + _frame(0xC5) + SCAN, "not decoded"),
+        (b"\xff\xd8" + _frame(0xC5) + SCAN, "not supported"),
         (b"\xff\xd8" + _frame(0xC0), "truncated"),
         (b"\xff\xd8\xff\x01" + _frame(0xC0), "unknown marker"),
         (b"\xff\xd8\xff\xd9" + bytes(5000) + _frame(0xC0) + SCAN, "no marker"),
@@ -486,7 +486,7 @@ IDAT = chunk(b"IDAT", b"")
         (box(b"ftyp", b"avis\0\0\0\0avif"), "'moov'"),
         (with_properties(SEEDS["heif"], clap(0, 0)), "0x0 pixels"),
         (with_properties(SEEDS["heif"], clap(9, 9, (1, 0))), "divides by zero"),
-        (_heif(1, box(b"ipma", struct.pack(">IIHBB", 0, 1, 1, 1, 9))), "not there"),
+        (_heif(1, box(b"ipma", struct.pack(">IIHBB", 0, 1, 1, 1, 9))), "does not exist"),
         (_heif(1, box(b"ipma", struct.pack(">IIHBBB", 0, 1, 1, 2, 1, 2))), "2 sizes"),
         (_heif(1, b"\0\0\xff\xffipma"), "reaches beyond"),
     ],

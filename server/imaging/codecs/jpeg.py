@@ -1,7 +1,7 @@
-"""JPEG by TurboJPEG, which tells what libjpeg only warns about: damage in the middle of a file.
+"""JPEG by TurboJPEG, which reports what libjpeg only warns about: damage in the middle of a file.
 
-What cannot be told: a flipped bit that leaves the codes in step changes a few blocks, or the
-brightness of those behind it, and nothing in the format says that they were different.
+Some damage cannot be detected: a flipped bit that leaves the codes in step changes a few blocks, or
+the brightness of those behind it, and the format has no checksum.
 """
 
 import functools

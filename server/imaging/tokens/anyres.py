@@ -85,7 +85,7 @@ class AnyResTokens:
         return ImagePlan(way.tokens, way.tokens, content, whole(width, height), resize)
 
     def _way(self, width: int, height: int) -> "_Way":
-        """What the processor makes of a picture of this size."""
+        """The tokens that the processor makes of a picture of this size."""
         features = self._unpadded(self._features(self.rule.best(width, height)), width, height)
         return _Way((width, height), self.base + self._packed(features))
 
