@@ -38,11 +38,13 @@ from server.http import (
     observe,
     usage,
 )
+from server.ingest.expand import Expander
 from server.ingest.fetch import Fetcher, FetchSettings
 from server.ingest.fetch_cache import FetchCache
 from server.ingest.files import FileStore, Quota
-from server.ingest.load import ImageLoader
-from server.request.prepare import RequestPreparer
+from server.ingest.load import MediaLoader
+from server.request.context import RetainedMedia
+from server.request.read import RequestReader
 from server.settings import GIB, Settings
 from server.telemetry import metrics, tracing
 from server.workers.memory import keep_freed_memory
@@ -89,13 +91,14 @@ async def run(args: Namespace, settings: Settings, report: Report) -> int:
 
 @dataclass(frozen=True)
 class _Parts:
-    """What runs behind the app. `preparer` is None where images stay vLLM's own affair."""
+    """What runs behind the app. `pool` and `loader` are None where the model takes no media."""
 
     engine: vllm_http.AsyncLLM
     caches: EngineCaches
     fetch_cache: FetchCache | None
     pool: ImagePool | None
-    preparer: RequestPreparer | None
+    reader: RequestReader
+    loader: MediaLoader | None
 
 
 @contextlib.asynccontextmanager
@@ -125,19 +128,18 @@ async def _running(args: Namespace, settings: Settings, report: Report) -> Async
         if pool is not None:
             report(f"starting {settings.images.image_workers} image workers")
             await stack.enter_async_context(pool)
-        if pool is None:
-            yield _Parts(engine, engine_caches, fetcher.cache, None, None)
+        limits = launch.media_limits(engine, settings)
+        embeds = launch.accepted_embeddings(engine)
+        reader = RequestReader(limits, embeds, settings.http.max_request_json_bytes)
+        if pool is None or limits is None:
+            yield _Parts(engine, engine_caches, fetcher.cache, pool, reader, None)
             return
-        loader = ImageLoader(fetcher, launch.limits(settings), args.allowed_local_media_path, store)
-        path = await launch.connect(engine, settings, pool, loader, embeddings)
+        expander = Expander(pool, limits)
+        loader = MediaLoader(fetcher, limits, args.allowed_local_media_path, store, expander)
+        path = await launch.connect(engine, settings, pool, embeddings)
         if not path.encoded:
-            report("this model keeps vLLM's own way of images")
-            await pool.stop()
-            yield _Parts(engine, engine_caches, fetcher.cache, None, None)
-            return
-        bounds = launch.bounds(engine, settings)
-        preparer = RequestPreparer(loader, pool, bounds)
-        yield _Parts(engine, engine_caches, fetcher.cache, pool, preparer)
+            report("this model preprocesses its images in vLLM")
+        yield _Parts(engine, engine_caches, fetcher.cache, pool, reader, loader)
 
 
 def _fetcher(args: Namespace, settings: Settings) -> Fetcher:
@@ -194,13 +196,13 @@ async def build_app(
     app.root_path = args.root_path
     app.state.args = args
     app.state.image_pool = parts.pool
-    app.state.preparer = parts.preparer
+    app.state.loader = parts.loader
     app.state.engine_caches = parts.caches
     app.state.fetch_cache = parts.fetch_cache
     app.state.key_ring = key_ring
     app.state.draining = False
     routers = [health.router, chat.router, messages.router, caches.router]
-    if parts.preparer is not None:
+    if parts.loader is not None:
         routers += [images.router, files.router]
     for router in routers:
         app.include_router(router)
@@ -213,14 +215,15 @@ async def build_app(
         if route in mine or getattr(route, "path", None) not in ours
     ]
     errors.add_error_handler(app)
-    if parts.preparer is not None:  # else nobody here knows of images
+    if parts.loader is not None:  # else there are no images
         app.add_middleware(usage.ImageUsage)
     stored = vllm_http.paths_that_keep_bodies()
     app.add_middleware(
         body.BodyReader,
         settings=settings.http,
-        preparer=parts.preparer,
-        stored=stored,
+        reader=parts.reader,
+        loader=parts.loader,
+        retained=RetainedMedia(int(settings.http.retained_media_gb * GIB)) if stored else None,
         limits={files.PATH: settings.images.max_image_bytes + forms.MAX_OVERHEAD_BYTES},
     )
     if key_ring.has_groups:

@@ -18,12 +18,10 @@ class SaccadeError(Exception):
     type = "server_error"
     retry_after_s: int | None = None
 
-    def __init__(self, message: str, *, part: str | None = None, param: str | None = None) -> None:
-        """`part` names the image the error is about as the request does, by its URL or its uuid;
-        `param` is the path to what is wrong, where it is known."""
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        """`param` is the path of what is wrong in the request, where it is known."""
         super().__init__(message)
         self.message = message
-        self.part = part
         self.param = param
 
 

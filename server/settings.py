@@ -113,6 +113,17 @@ class HttpSettings(_Group):
         return tuple(item.strip() for item in value.split(",") if item.strip())
 
     max_request_bytes: int = Field(256 * MIB, ge=1, description="Largest request body, in bytes.")
+    max_request_json_bytes: int = Field(
+        8 * MIB,
+        ge=1,
+        description="Largest request body besides its images and files, in bytes.",
+    )
+    retained_media_gb: float = Field(
+        1.0,
+        ge=0,
+        description="Memory for the images of stored responses, in GiB; used with "
+        "VLLM_ENABLE_RESPONSES_API_STORE.",
+    )
     request_read_timeout_s: float = Field(
         60.0, gt=0, description="Longest silence while a request body is sent, in seconds."
     )

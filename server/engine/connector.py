@@ -1,45 +1,60 @@
-"""Loads image parts as encoded bytes, in the place of vLLM's connector, which would decode them."""
+"""Hands the media of a request to vLLM, in the place of vLLM's connector, which would fetch them.
+
+vLLM asks for media by the URLs in the messages. These are handles of the request's context; their
+media are loaded already. Nothing else is loaded: a URL that reaches vLLM stood where no media part
+belongs, and is refused.
+"""
 
 import asyncio
 from typing import Any, ClassVar
 
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, MediaIO
 
-from server.ingest.load import ImageLoader
+from server.errors import InvalidImageUrl
+from server.request import context as contexts
+from server.request.context import Resolved
 
 NAME = "saccade"
 
 
 @MEDIA_CONNECTOR_REGISTRY.register(NAME)
-class EncodedImageConnector(MediaConnector):
-    """Images stay encoded; what else is fetched, such as videos, is vLLM's to decode.
+class HandleConnector(MediaConnector):
+    """vLLM makes one for each request that has media, so what it needs beyond vLLM's own arguments
+    is set once on the class."""
 
-    vLLM makes one for each request that has media, so what it needs beyond vLLM's own arguments
-    is set once on the class, by `configure`.
-    """
-
-    loader: ClassVar[ImageLoader | None] = None
-
-    @classmethod
-    def configure(cls, loader: ImageLoader) -> None:
-        """Switch from vLLM's own decoding to encoded images."""
-        cls.loader = loader
+    keeps_encoded: ClassVar[bool] = False
+    """Whether images stay encoded, for a renderer that takes them so."""
 
     async def fetch_image_async(self, image_url: str, *, image_mode: str | None = "RGB") -> Any:
-        """The image at a data, http(s) or file URL as an `EncodedImage`.
+        """The image of a handle, as an `EncodedImage` or decoded by vLLM.
 
         Raises:
-            ClientError: the URL or the image is refused.
+            InvalidImageUrl: it is not a handle.
         """
-        if self.loader is None:
-            return await super().fetch_image_async(image_url, image_mode=image_mode)
-        return await self.loader.image(image_url)
+        if self.keeps_encoded:
+            return _resolved(image_url).image
+        return await super().fetch_image_async(image_url, image_mode=image_mode)
 
     async def load_from_url_async(
         self, url: str, media_io: MediaIO[Any], *, fetch_timeout: int | None = None
     ) -> Any:
-        """Media of any kind; over HTTP they are fetched as images are, under the same guard."""
-        if self.loader is None or url.partition(":")[0].lower() not in ("http", "https"):
-            return await super().load_from_url_async(url, media_io, fetch_timeout=fetch_timeout)
-        data = await self.loader.data(url, media_io.get_max_bytes())
-        return await asyncio.to_thread(media_io.load_bytes, data)
+        """Media of any kind, decoded by vLLM."""
+        return await asyncio.to_thread(media_io.load_bytes, _bytes(url))
+
+    def load_from_url(
+        self, url: str, media_io: MediaIO[Any], *, fetch_timeout: int | None = None
+    ) -> Any:
+        """The same for callers that block."""
+        return media_io.load_bytes(_bytes(url))
+
+
+def _resolved(handle: str) -> Resolved:
+    found = contexts.current().resolve(handle)
+    if found is None:
+        raise InvalidImageUrl("media must stand in content parts of messages")
+    return found
+
+
+def _bytes(handle: str) -> bytes:
+    ref, image = _resolved(handle)
+    return ref.data if image is None else image.data

@@ -36,9 +36,8 @@ from server.errors import CannotStart, ImageTokenCap
 from server.imaging.encoded import encoded
 from server.imaging.limits import Limits
 from server.imaging.tokens import TokenRule
-from server.ingest.load import ImageLoader
 from server.request.context import RequestContext, entered
-from server.request.prepare import Bounds
+from server.request.media import MediaLimits
 from server.settings import Settings
 from server.telemetry import metrics
 from server.telemetry.record import Record
@@ -87,18 +86,30 @@ def limits(settings: Settings) -> Limits:
     )
 
 
-def bounds(engine: AsyncLLM, settings: Settings) -> Bounds:
-    """How many images a request may have; of our limit and that of the model, the stricter."""
-    processor = engine.renderer.get_mm_processor()
-    allowed = processor.info.allowed_mm_limits.get("image", 0)
+def media_limits(engine: AsyncLLM, settings: Settings) -> MediaLimits | None:
+    """How much media a request may have; of our limits and those of the model, the stricter. None
+    if the model takes no media."""
+    if engine.renderer.mm_processor is None:
+        return None
+    allowed = engine.renderer.get_mm_processor().info.allowed_mm_limits
     images = settings.images
-    return Bounds(
-        max_images=min(images.max_request_images, allowed),
+    return MediaLimits(
+        max_images=min(images.max_request_images, allowed.get("image", 0)),
+        max_clips={kind: allowed[kind] for kind in ("video", "audio") if kind in allowed},
         max_frames=images.max_image_frames,
         max_pages=images.pdf_max_pages,
         pdf_dpi=images.pdf_dpi,
-        limits=limits(settings),
+        image=limits(settings),
     )
+
+
+def accepted_embeddings(engine: AsyncLLM) -> frozenset[str]:
+    """The types of content parts with embeddings that the server's flags let in."""
+    model = engine.model_config
+    accepted = {"prompt_embeds"} if model.enable_prompt_embeds else set()
+    if model.multimodal_config is not None and model.multimodal_config.enable_mm_embeds:
+        accepted |= {"image_embeds", "audio_embeds", "video_embeds"}
+    return frozenset(accepted)
 
 
 def add_embedding_cache(plan: EnginePlan, settings: Settings) -> ControlServer | None:
@@ -160,10 +171,9 @@ async def connect(
     engine: AsyncLLM,
     settings: Settings,
     pool: ImagePool,
-    loader: ImageLoader,
     embeddings: ControlServer | None,
 ) -> ImagePath:
-    """Lead the images of `engine` through `loader` and `pool`, as far as the model allows it.
+    """Lead the images of `engine` through `pool`, as far as the model allows it.
 
     A model whose processor looks at the prompt as a whole, or for which the pool's result differs
     from vLLM's on a test picture, keeps vLLM's own preprocessing. One with a renderer of its own,
@@ -180,7 +190,7 @@ async def connect(
     planner = _planner(renderer, settings)
     fits = is_image_by_image(renderer.mm_processor)
     renderer.attach(settings, pool, planner, pooled=fits)
-    connector.EncodedImageConnector.configure(loader)
+    connector.HandleConnector.keeps_encoded = True
     if fits and not await _agrees(renderer):
         logger.warning("the image pool does not fit this model; using vLLM's own preprocessing")
         renderer.attach(settings, pool, planner, pooled=False)
@@ -218,10 +228,10 @@ async def _agrees(renderer: PooledRenderer) -> bool:
     noise = np.random.default_rng(0).integers(0, 256, (222, 333, 3), dtype=np.uint8)
     picture, file = Image.fromarray(noise), io.BytesIO()
     picture.save(file, "PNG")
-    data = encoded(file.getvalue(), Limits(1 << 20, 1 << 20, 1 << 10, 10))
+    image = encoded(file.getvalue(), Limits(1 << 20, 1 << 20, 1 << 10, 10))
     try:
         with entered(RequestContext(Record())):
-            ours = await renderer._process_images(prompt, {"image": [data]}, None, None)
+            ours = await renderer._process_images(prompt, {"image": [image]}, None, None)
         theirs = renderer._process_multimodal(prompt, {"image": [picture]}, None, None)
     except Exception:
         logger.exception("the image pool failed on the test picture")

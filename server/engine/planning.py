@@ -73,8 +73,7 @@ class ImagePlanner:
         try:
             return list(await self._planned(rule, sized, budget))
         except (ImageTokenCap, ImageAspectRatio) as error:
-            error.part = self._culprit(rule, images)
-            error.param = None if error.part else "max_image_tokens"
+            error.param = self._culprit(rule, images) or "max_image_tokens"
             raise
 
     def limited(self, images: Sequence[EncodedImage], budget: int | None) -> bool:
@@ -120,12 +119,12 @@ class ImagePlanner:
         return _least(self._cap, _own_cap(rule, size, options))
 
     def _culprit(self, rule: TokenRule, images: Sequence[EncodedImage]) -> str | None:
-        """The first image that cannot be planned by itself."""
+        """The path of the first image that cannot be planned by itself."""
         for image in images:
             try:
                 self._plans(rule, [(image.size, image.options)], None)
             except (ImageTokenCap, ImageAspectRatio):
-                return image.url
+                return image.path
         return None
 
 

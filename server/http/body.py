@@ -1,102 +1,115 @@
-"""The way of a request body into the server: bounded, and without its image payloads."""
+"""The way of a request body into the server.
+
+socket -> whole body, under a limit -> RequestReader -> RequestContext -> media loaded -> route
+"""
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import RequestTimeout, RequestTooLarge, SaccadeError
 from server.http.errors import respond, with_length
-from server.ingest.load import in_thread
-from server.request import context as request
-from server.request import payloads
-from server.request.context import RequestContext
-from server.request.image_request import ImageRequest
+from server.ingest.load import MediaLoader, needs_waiting
+from server.request import context as contexts
+from server.request.context import RequestContext, RetainedMedia
+from server.request.dialects import dialect_of
 from server.request.payloads import MIN_PAYLOAD_BYTES
-from server.request.prepare import ReadRequest, RequestPreparer
+from server.request.read import ReadRequest, RequestReader
 from server.settings import HttpSettings
+from server.tasks import in_thread
 from server.telemetry import record
 from server.telemetry.stages import Stage
 
-# A JSON body without any of these has no image, no file and no option of ours.
-_MARKS = (b"image", b'file"', b"document")
+CONTEXT = "saccade.context"
+"""The key of an ASGI scope under which the `RequestContext` is."""
 
 
-class _Disconnected(Exception):
-    """The client left before its request was complete."""
+class _ClientLeft(Exception):
+    """The client left before its request was complete, or before its media were loaded."""
 
 
 class BodyReader:
-    """Reads bodies whole, up to a limit, takes image payloads out of JSON, and has what remains
-    prepared: options read, files turned into images.
+    """Reads bodies whole, up to a limit, makes a `RequestContext` of each request, and loads its
+    media. The routes behind it see handles in the place of media.
 
-    The paths in `limits` have lower limits, in bytes. On the paths in `stored` bodies keep their
-    payloads, since the server keeps the request. With `preparer` None, all bodies pass as they
-    are.
+    Of requests without a JSON body the context has no media.
     """
 
     def __init__(
         self,
         app: ASGIApp,
         settings: HttpSettings,
-        preparer: RequestPreparer | None,
-        stored: frozenset[str],
+        reader: RequestReader,
+        loader: MediaLoader | None,
+        retained: RetainedMedia | None,
         limits: Mapping[str, int],
     ) -> None:
+        """`loader` is None where the model takes no media, `retained` where the server keeps no
+        responses. The paths in `limits` have lower limits, in bytes."""
         self._app = app
         self._max_bytes = settings.max_request_bytes
         self._timeout_s = settings.request_read_timeout_s
-        self._preparer = preparer
-        self._stored = stored
+        self._reader = reader
+        self._loader = loader
+        self._retained = retained
         self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
-            request.enter(RequestContext(record.current()))
-            await self._app(scope, receive, send)
+            await self._pass(RequestContext(record.current()), scope, receive, send)
             return
+        timeline = record.current().timeline
         try:
             max_bytes = min(self._max_bytes, self._limits.get(_path(scope), self._max_bytes))
             chunks = await self._read(dict(scope["headers"]), receive, max_bytes)
-            timeline = record.current().timeline
             timeline.begin(Stage.ADMISSION, time.monotonic())
-            body = await self._prepared(scope, chunks)
+            context, body = await self._prepared(scope, chunks, receive)
             timeline.begin(Stage.RENDER, time.monotonic())
         except SaccadeError as error:
             await respond(error)(scope, receive, send)
             return
-        except _Disconnected:
+        except _ClientLeft:
             return
         scope = dict(scope) | {"headers": with_length(scope, len(body))}
-        await self._app(scope, _replay(body, receive), send)
+        await self._pass(context, scope, _replay(body, receive), send)
 
-    async def _prepared(self, scope: Scope, chunks: list[bytes]) -> bytes:
-        """The body for the route; the current task can load its images from now on."""
-        is_json = _content_type(scope).startswith(b"application/json")
-        large = sum(map(len, chunks)) >= MIN_PAYLOAD_BYTES
-        body = b"" if large else b"".join(chunks)
-        if self._preparer is None or not is_json:
-            request.enter(ImageRequest(record.current()))
-            return await asyncio.to_thread(_joined, chunks) if large else body
-        if not large and not any(mark in body for mark in _MARKS):
-            request.enter(ImageRequest(record.current(), body=body))
-            return body
-        stored = _path(scope) in self._stored
-        request.enter(ImageRequest(record.current(), body=body))  # for the errors of what follows
-        if large:
-            read = await in_thread(self._take_out_and_read, chunks, stored)
+    async def _pass(
+        self, context: RequestContext, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        scope[CONTEXT] = context
+        contexts.enter(context)
+        await self._app(scope, receive, send)
+
+    async def _prepared(
+        self, scope: Scope, chunks: list[bytes], receive: Receive
+    ) -> tuple[RequestContext, bytes]:
+        """The context of a request, its media loaded, and the body for the route."""
+        size = sum(map(len, chunks))
+        if not size or not _is_json(scope):
+            return RequestContext(record.current()), await _joined(chunks, size)
+        body = await _joined(chunks, size)
+        args = (body, dialect_of(_path(scope)), record.current())
+        del body  # `read` holds it as long as it is needed
+        if size < MIN_PAYLOAD_BYTES:
+            read = self._reader.read(*args)
         else:
-            read = self._preparer.read(payloads.parsed(body))
-        request.enter(read.request)
-        request.enter(await self._preparer.complete(read, stored=stored))
-        return read.request.body
+            read = await in_thread(self._reader.read, *args)
+        del args
+        await self._load(read, receive)
+        read.context.retained = self._retained
+        return read.context, read.rewritten()
 
-    def _take_out_and_read(self, chunks: list[bytes], stored: bool) -> ReadRequest:
-        assert self._preparer is not None
-        body = _joined(chunks)
-        taken = payloads.parsed(body) if stored else payloads.take_out(body)
-        return self._preparer.read(taken)
+    async def _load(self, read: ReadRequest, receive: Receive) -> None:
+        media = read.context.media
+        if not media or self._loader is None:
+            return
+        loading = self._loader.load(read.context)
+        if needs_waiting(media):
+            await _while_connected(loading, receive)
+        else:
+            await loading
 
     async def _read(
         self, headers: dict[bytes, bytes], receive: Receive, max_bytes: int
@@ -115,7 +128,7 @@ class BodyReader:
                     f"the request body stopped for {self._timeout_s:g} s"
                 ) from None
             if message["type"] == "http.disconnect":
-                raise _Disconnected
+                raise _ClientLeft
             chunk = message.get("body", b"")
             received += len(chunk)
             _check(received, max_bytes)
@@ -124,9 +137,36 @@ class BodyReader:
                 return chunks
 
 
-def _joined(chunks: list[bytes]) -> bytes:
-    """The body, which is not to be held twice from here on."""
-    body = b"".join(chunks)
+async def _while_connected(work: Awaitable[None], receive: Receive) -> None:
+    """Wait for `work`; cancel it if the client leaves.
+
+    Raises:
+        _ClientLeft
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_until_left(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise _ClientLeft
+        working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _until_left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _joined(chunks: list[bytes], size: int) -> bytes:
+    """The body, which is not held twice from here on."""
+    if size < MIN_PAYLOAD_BYTES or len(chunks) == 1:
+        body = b"".join(chunks)
+    else:
+        body = await in_thread(b"".join, chunks)
     chunks.clear()
     return body
 
@@ -144,8 +184,13 @@ def _check(nbytes: int, max_bytes: int) -> None:
         )
 
 
-def _content_type(scope: Scope) -> bytes:
-    return dict(scope["headers"]).get(b"content-type", b"").lower()  # type: ignore[no-any-return]
+def _is_json(scope: Scope) -> bool:
+    """Whether FastAPI will take the body for JSON: also without a type, and with a suffix."""
+    given: bytes = dict(scope["headers"]).get(b"content-type", b"").lower()
+    media_type = given.partition(b";")[0].strip()
+    if not media_type:
+        return True
+    return media_type.startswith(b"application/") and media_type.endswith((b"/json", b"+json"))
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -12,7 +12,6 @@ from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import STATUS_CODES, SaccadeError, error_body, error_classes
-from server.request import context as requests
 from server.telemetry import record
 
 log = logging.getLogger("saccade.api")
@@ -36,15 +35,11 @@ async def _answer(request: Request, error: Exception) -> JSONResponse:
 
 def respond(error: SaccadeError) -> JSONResponse:
     """The response for `error`, naming the part of the request it is about."""
-    param = error.param
-    if param is None and error.part:
-        context: Any = requests.current()
-        param = context.path_of(error.part)
     if error.status >= 500:
         log.warning("%s: %s", error.code, error.message)
     record.current().error_code = error.code
     headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s else None
-    body = error_body(error.message, error.type, error.code, param)
+    body = error_body(error.message, error.type, error.code, error.param)
     return JSONResponse(body, status_code=error.status, headers=headers)
 
 

@@ -8,11 +8,13 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from server.errors import ClientError, UnknownFile
+from server.http.body import CONTEXT
 from server.http.forms import Field, read_form
 from server.ingest.files import PURPOSES, FileStore, Purpose, StoredFile
-from server.ingest.load import in_thread
+from server.ingest.load import MediaLoader
 from server.request import tenant
-from server.request.prepare import RequestPreparer
+from server.request.context import RequestContext
+from server.tasks import in_thread
 
 PATH = "/v1/files"
 _CHUNK_BYTES = 256 * 1024
@@ -26,13 +28,14 @@ router = APIRouter()
 @router.post(PATH)
 async def create_file(raw_request: Request) -> JSONResponse:
     """Keep an image or a PDF; the form has `file`, `purpose` and perhaps `expires_after`."""
-    store, preparer = _store(raw_request), _preparer(raw_request)
+    loader, store = _loader(raw_request), _store(raw_request)
+    context: RequestContext = raw_request.scope[CONTEXT]
     content_type = raw_request.headers.get("content-type", "")
     body = (await raw_request.receive())["body"]  # all of it, uncopied: the body reader has read it
     form = await in_thread(read_form, content_type, body)
     file, purpose, lifetime_s = _required(form, "file"), _purpose(form), _lifetime_s(form)
     try:
-        await preparer.check(file.data)
+        await loader.check_upload(file.data, context)
     except ClientError as error:
         error.param = "file"
         raise
@@ -95,14 +98,14 @@ async def delete_file(file_id: str, raw_request: Request) -> JSONResponse:
     return JSONResponse({"id": file_id, "object": "file", "deleted": True})
 
 
-def _preparer(raw_request: Request) -> RequestPreparer:
-    preparer: RequestPreparer = raw_request.app.state.preparer
-    return preparer
+def _loader(raw_request: Request) -> MediaLoader:
+    loader: MediaLoader = raw_request.app.state.loader
+    return loader
 
 
 def _store(raw_request: Request) -> FileStore:
     """Raises FilesDisabled."""
-    return _preparer(raw_request).loader.files
+    return _loader(raw_request).files
 
 
 def _shown(file: StoredFile) -> dict[str, Any]:

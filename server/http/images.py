@@ -8,12 +8,13 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from server.engine.planning import image_costs
 from server.engine.vllm_http import validate_json_request
 from server.errors import ClientError
+from server.http.body import CONTEXT
 from server.http.usage import detail
 from server.imaging.encoded import ImageOptions
 from server.imaging.limits import check_size
 from server.imaging.tokens import Detail
-from server.request import context as requests
-from server.request import parts
+from server.ingest.load import MediaLoader
+from server.request.context import RequestContext
 
 router = APIRouter()
 
@@ -48,23 +49,21 @@ async def image_tokens(body: ImageTokensRequest, raw_request: Request) -> dict[s
 
     Nothing is decoded and the model does not run.
     """
-    document = {**(body.model_extra or {}), "images": None}
-    found = list(parts.parts_of(document))
-    if not found and not body.images:
+    context: RequestContext = raw_request.scope[CONTEXT]
+    loader: MediaLoader = raw_request.app.state.loader
+    if not context.media and not body.images:
         raise ClientError("the request has no images", param="messages")
-    preparer = raw_request.app.state.preparer
     sized = []
-    for part in found:
-        if not part.has_data:
-            raise ClientError("an image without data has no size", param=part.path)
-        image = await preparer.loader.image(parts.url_of(part))
-        sized.append((image.size, image.options))
+    for ref in context.media:
+        if not ref.images:
+            raise ClientError(f"a {ref.kind} part has no image tokens", param=ref.path)
+        sized += [(image.size, image.options) for image in ref.images]
     for named in body.images:
-        check_size((named.width, named.height), preparer.bounds.limits)
+        check_size((named.width, named.height), loader.limits.image)
         options = ImageOptions(named.detail, named.max_tokens)
         sized.append(((named.width, named.height), options))
     engine = raw_request.app.state.engine_client
-    costs = await image_costs(engine, sized, requests.current().max_image_tokens)
+    costs = await image_costs(engine, sized, context.max_image_tokens)
     rows = [
         {"index": index, **detail(image), "kv_bytes": kv_bytes}
         for index, (image, kv_bytes) in enumerate(costs)

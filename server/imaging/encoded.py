@@ -1,6 +1,6 @@
-"""An image as it came: its file, what its header says, and how the request wants it shown."""
+"""An image as it was sent: its file, what its header says, and how the request wants it shown."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from blake3 import blake3
 
@@ -23,26 +23,29 @@ class ImageOptions:
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An image file and the hash of its bytes. `url` is how the request named it.
+    """An image file and the hash of its bytes.
 
     A page of a PDF is an image as well: its file is the PDF, and `header` tells the page's size in
     pixels at the resolution that is set for PDFs.
+
+    Attributes:
+        data: the file; empty where only its hash is known any more.
+        digest: BLAKE3 of the file, in hexadecimal.
+        header: what its header says.
+        options: how the request wants it shown.
+        path: the place of its part in the request, for errors.
     """
 
     data: bytes = field(repr=False)
     digest: str
-    url: str = field(repr=False)
     header: ImageHeader
     options: ImageOptions = ImageOptions()
+    path: str = ""
 
     @property
     def size(self) -> tuple[int, int]:
         """Upright (width, height), in pixels."""
         return self.header.size
-
-    def named(self, url: str, options: ImageOptions) -> "EncodedImage":
-        """The same file under another name and other options."""
-        return replace(self, url=url, options=options)
 
 
 def digest(data: bytes) -> str:
@@ -50,20 +53,15 @@ def digest(data: bytes) -> str:
     return blake3(data).hexdigest()
 
 
-def encoded(data: bytes, limits: Limits, url: str = "") -> EncodedImage:
+def encoded(data: bytes, limits: Limits) -> EncodedImage:
     """Hash `data`, read its header and hold both against `limits`.
 
     Raises:
-        InvalidImage, UnsupportedImageFormat, ImageTooLarge, ImageAspectRatio: each with `part` set
-            to `url`.
+        InvalidImage, UnsupportedImageFormat, ImageTooLarge, ImageAspectRatio
     """
-    try:
-        if not data:
-            raise InvalidImage("the image is empty")
-        check_bytes(len(data), limits)
-        header = headers.read(data)
-        check_size(header.size, limits)
-    except Exception as error:
-        error.part = url  # type: ignore[attr-defined]
-        raise
-    return EncodedImage(data, digest(data), url, header)
+    if not data:
+        raise InvalidImage("the image is empty")
+    check_bytes(len(data), limits)
+    header = headers.read(data)
+    check_size(header.size, limits)
+    return EncodedImage(data, digest(data), header)

@@ -1,17 +1,20 @@
-"""From the URL of an image or a file to its bytes, whatever the URL's scheme."""
+"""Loads the media of a request: bytes from wherever they are, and what their headers say.
+
+    MediaRef -> bytes (body | web, past the guard | file | upload) -> hash, header, limits -> images
+
+All parts of a request load side by side. The first failure, or the end of the request, ends them
+all.
+"""
 
 import asyncio
 import contextlib
-import contextvars
-import functools
 import math
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from server.errors import (
@@ -19,42 +22,43 @@ from server.errors import (
     ImageFetchFailed,
     ImageTooLarge,
     ImageUrlBlocked,
-    InvalidImageUrl,
     SaccadeError,
+    TooManyImages,
 )
 from server.imaging.encoded import EncodedImage, encoded
-from server.imaging.limits import Limits
+from server.ingest.expand import Expander, is_pdf
 from server.ingest.fetch import Fetcher
 from server.ingest.files import FileStore
-from server.request import context as request
-from server.request import payloads, tenant
-from server.request.image_request import ImageRequest
-from server.request.parts import STORED_SCHEME, split_options
-from server.telemetry import metrics, record
-
-T = TypeVar("T")
-
-# Where a URL leads, by its scheme; else to the web.
-_SOURCES = {"data": "data", "file": "file", STORED_SCHEME: "stored"}
-
-# base64 and hashing let go of the GIL; more threads than this only wait for memory.
-_threads = ThreadPoolExecutor(4, "image-load")
+from server.ingest.named import NamedImages
+from server.request import payloads
+from server.request.context import RequestContext
+from server.request.media import Inline, MediaLimits, MediaRef, Remote, SentBefore, Uploaded
+from server.tasks import all_or_none, in_thread
+from server.telemetry import metrics
 
 
-class ImageLoader:
-    """Loads `data:`, `http(s):` and, below `local_path`, `file:` URLs, and uploaded files."""
+class MediaLoader:
+    """Loads the media of requests, within the limits."""
 
     def __init__(
         self,
         fetcher: Fetcher,
-        limits: Limits,
+        limits: MediaLimits,
         local_path: str | None,
-        files: FileStore | None = None,
+        files: FileStore | None,
+        expander: Expander,
     ) -> None:
+        """`file:` URLs lead below `local_path`, or nowhere."""
         self._fetcher = fetcher
         self._limits = limits
         self._local_path = Path(local_path).resolve() if local_path else None
         self._files = files
+        self._expander = expander
+        self._named = NamedImages()
+
+    @property
+    def limits(self) -> MediaLimits:
+        return self._limits
 
     @property
     def files(self) -> FileStore:
@@ -67,56 +71,100 @@ class ImageLoader:
             raise FilesDisabled("this server keeps no files; it was started without --files-dir")
         return self._files
 
-    async def image(self, name: str) -> EncodedImage:
-        """The image at the URL `name`, which may have options before it, within the limits.
+    async def load(self, context: RequestContext) -> None:
+        """Fill `images`, or the `data` of a clip, of each media part of `context`.
 
         Raises:
-            ClientError: any of those about images, with `part` set to `name`.
+            ClientError: any of those about images, with `param` set to the path of the part.
+            TimeoutError: the deadline of the request has passed.
         """
-        url, options = split_options(name)
-        if (image := _prepared(url)) is not None:
-            return image
+        media = context.media
+        self._check_uploads(context)
+        async with asyncio.timeout_at(_on_loop(context.deadline)):
+            if len(media) == 1:
+                await self._load(media[0], context)
+            else:
+                await all_or_none([self._load(ref, context) for ref in media])
+        self._check_count(media)
+
+    async def check_upload(self, data: bytes, context: RequestContext) -> None:
+        """Hold a file that is to be kept against the rules for images and PDFs.
+
+        Raises:
+            ClientError: a request that showed it would be refused as well.
+        """
+        await self._expander.check_upload(data, context.record.timeline)
+
+    def _check_uploads(self, context: RequestContext) -> None:
+        """Find unknown files before anything is fetched."""
+        for ref in context.media:
+            if isinstance(ref.source, Uploaded):
+                try:
+                    self.files.get(context.group, ref.source.file_id)
+                except SaccadeError as error:
+                    error.param = ref.path
+                    raise
+
+    def _check_count(self, media: list[MediaRef]) -> None:
+        images, most = 0, self._limits.max_images
+        for ref in media:
+            images += len(ref.images)
+            if images > most:
+                raise TooManyImages(
+                    f"the request has more than {most} images, which is the limit", param=ref.path
+                )
+
+    async def _load(self, ref: MediaRef, context: RequestContext) -> None:
         try:
-            with _fetching(url):
-                if url[:5].lower() == "data:" and payloads.is_small(url):
-                    data = payloads.load_data_url(url, self._limits.max_bytes)
-                    image = encoded(data, self._limits)
-                else:
-                    data = await self._data(url, self._limits.max_bytes)
-                    image = await in_thread(encoded, data, self._limits)
+            if ref.kind in ("video", "audio"):
+                if not isinstance(ref.source, SentBefore):
+                    ref.data = await self._bytes(ref, context)
+            elif isinstance(ref.source, SentBefore):
+                assert ref.uuid is not None
+                image = self._named.get(context.group, ref.uuid)
+                ref.images = [replace(image, options=ref.options, path=ref.path)]
+            else:
+                ref.images = await self._images(ref, context)
         except SaccadeError as error:
-            error.part = name
+            error.param = error.param or ref.path
             raise
-        metrics.image_bytes.observe(len(image.data))
-        metrics.image_pixels.observe(math.prod(image.size))
-        return image.named(name, options)
+        ref.source = None  # frees the body, whose views payloads are
 
-    async def data(self, url: str, max_bytes: int | None = None) -> bytes:
-        """The bytes at `url`, at most `max_bytes` or else as many as an image may have.
+    async def _images(self, ref: MediaRef, context: RequestContext) -> list[EncodedImage]:
+        is_small = isinstance(ref.source, Inline) and payloads.is_small(ref.source.text)
+        data = await self._bytes(ref, context)
+        metrics.image_bytes.observe(len(data))
+        if is_pdf(data):
+            images = await self._expander.pages(data, ref, context.record.timeline)
+        else:
+            limits = self._limits.image
+            image = encoded(data, limits) if is_small else await in_thread(encoded, data, limits)
+            images = await self._expander.frames(image, ref, context.record.timeline)
+        for image in images:
+            metrics.image_pixels.observe(math.prod(image.size))
+        if ref.uuid is not None:
+            self._named.put(context.group, ref.uuid, images)
+        return images
 
-        Raises:
-            InvalidImageUrl, ImageUrlBlocked, ImageFetchFailed, ImageFetchTimeout, ImageTooLarge
-            UnknownFile, FilesDisabled, FileStorageFailed
-        """
-        with _fetching(url):
-            return await self._data(url, max_bytes or self._limits.max_bytes)
-
-    async def _data(self, url: str, max_bytes: int) -> bytes:
-        scheme = url.partition(":")[0].lower()
-        if scheme == "data":
-            return await in_thread(payloads.load_data_url, url, max_bytes)
-        if scheme == "file":
-            return await in_thread(self._read, url, max_bytes)
-        if scheme == STORED_SCHEME:
-            file_id = url.partition(":")[2]
-            return await in_thread(self.files.read, tenant.group(), file_id, max_bytes)
-        if scheme in ("http", "https"):
-            return await self._fetcher.fetch(url, tenant.group(), max_bytes)
-        raise InvalidImageUrl("the image URL must be a data, http, https or file URL")
+    async def _bytes(self, ref: MediaRef, context: RequestContext) -> bytes:
+        """Raises InvalidImageUrl, ImageUrlBlocked, ImageFetchFailed, ImageFetchTimeout,
+        ImageTooLarge, UnknownFile, FilesDisabled or FileStorageFailed."""
+        source, most = ref.source, self._limits.image.max_bytes
+        with _timed(context, source):
+            if isinstance(source, Inline):
+                if payloads.is_small(source.text):
+                    return payloads.decode(source.text, most)
+                return await in_thread(payloads.decode, source.text, most)
+            if isinstance(source, Uploaded):
+                read = self.files.read
+                return await in_thread(read, context.group, source.file_id, most)
+            assert isinstance(source, Remote)
+            if source.url[:5].lower() == "file:":
+                return await in_thread(self._read, source.url, most)
+            return await self._fetcher.fetch(source.url, context.group, most)
 
     def _read(self, url: str, max_bytes: int) -> bytes:
-        """Read a local file. What lies elsewhere and what does not exist are told apart by
-        nobody who may not read it."""
+        """Read a local file. A client that may not read a file cannot learn whether it exists."""
         blocked = ImageUrlBlocked("the file is not below --allowed-local-media-path")
         if self._local_path is None:
             raise blocked
@@ -141,25 +189,39 @@ class ImageLoader:
         return data
 
 
-def _prepared(url: str) -> EncodedImage | None:
-    context = request.current()
-    return context.prepared.get(url) if isinstance(context, ImageRequest) else None
+def needs_waiting(media: list[MediaRef]) -> bool:
+    """Whether loading may take longer than it takes to notice that a client has left."""
+    return any(
+        not isinstance(ref.source, Inline)
+        or not payloads.is_small(ref.source.text)
+        or ref.kind != "image"
+        or ref.frames is not None
+        for ref in media
+    )
+
+
+def _on_loop(deadline: float | None) -> float | None:
+    """A time of `time.monotonic()` on the clock of the event loop."""
+    if deadline is None:
+        return None
+    return asyncio.get_running_loop().time() + deadline - time.monotonic()
 
 
 @contextlib.contextmanager
-def _fetching(url: str) -> Iterator[None]:
-    """Note how long it takes to load what is at `url`, also where that fails."""
+def _timed(context: RequestContext, source: object) -> Iterator[None]:
+    """Note how long it takes to load what is at `source`, also where that fails."""
     started = time.monotonic()
-    fetch = record.current().timeline.fetch(started)
+    fetch = context.record.timeline.fetch(started)
     try:
         yield
     finally:
         fetch.end = time.monotonic()
-        source = _SOURCES.get(url.partition(":")[0].lower(), "http")
-        metrics.image_fetch.labels(source).observe(fetch.end - started)
+        metrics.image_fetch.labels(_kind_of(source)).observe(fetch.end - started)
 
 
-async def in_thread(work: Callable[..., T], *args: Any) -> T:
-    """Run `work` in a thread, within the context of the request."""
-    run = functools.partial(contextvars.copy_context().run, work, *args)
-    return await asyncio.get_running_loop().run_in_executor(_threads, run)
+def _kind_of(source: object) -> str:
+    if isinstance(source, Inline):
+        return "data"
+    if isinstance(source, Uploaded):
+        return "stored"
+    return "file" if isinstance(source, Remote) and source.url[:5].lower() == "file:" else "http"

@@ -8,6 +8,9 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from cachetools import LRUCache
 
 from server.imaging.encoded import EncodedImage
 from server.request.media import MediaRef
@@ -31,6 +34,33 @@ class ShownImage:
     cached: bool = False
 
 
+class Resolved(NamedTuple):
+    """A media part, and which of its images a handle stands for; None of a clip."""
+
+    ref: MediaRef
+    image: EncodedImage | None
+
+
+class RetainedMedia:
+    """What handles stood for in earlier requests, where vLLM keeps these for later turns."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._kept: LRUCache[str, Resolved] = LRUCache(max_bytes, getsizeof=_size_of)
+
+    def put(self, handle: str, resolved: Resolved) -> None:
+        """Keep it, unless it alone is more than the limit."""
+        if _size_of(resolved) <= self._kept.maxsize:
+            self._kept[handle] = resolved
+
+    def get(self, handle: str) -> Resolved | None:
+        return self._kept.get(handle)
+
+
+def _size_of(resolved: Resolved) -> int:
+    image = resolved.image
+    return 1024 + len(resolved.ref.data if image is None else image.data)
+
+
 @dataclass(eq=False)
 class RequestContext:
     """What is known of one request.
@@ -44,6 +74,7 @@ class RequestContext:
         shown: the images of its prompt, in order; filled when the prompt is rendered.
         encoded: for which of `shown` the vision encoder ran; None until the end of the answer, or
             where that is not known.
+        retained: media of earlier requests, where vLLM keeps responses for later turns.
     """
 
     record: Record
@@ -53,7 +84,8 @@ class RequestContext:
     deadline: float | None = None
     shown: list[ShownImage] = field(default_factory=list)
     encoded: list[bool] | None = None
-    _handles: dict[str, tuple[MediaRef, EncodedImage | None]] = field(default_factory=dict)
+    retained: "RetainedMedia | None" = None
+    _handles: dict[str, Resolved] = field(default_factory=dict)
 
     @property
     def group(self) -> str:
@@ -62,11 +94,16 @@ class RequestContext:
 
     def bind(self, handle: str, ref: MediaRef, image: EncodedImage | None = None) -> None:
         """Let `handle` stand for `ref`; `image`, if given, is the one of `ref.images` it means."""
-        self._handles[handle] = (ref, image)
+        self._handles[handle] = Resolved(ref, image)
+        if self.retained is not None:
+            self.retained.put(handle, self._handles[handle])
 
-    def resolve(self, handle: str) -> tuple[MediaRef, EncodedImage | None] | None:
+    def resolve(self, handle: str) -> Resolved | None:
         """What `handle` stands for; None if it is not a handle of this request."""
-        return self._handles.get(handle)
+        found = self._handles.get(handle)
+        if found is None and self.retained is not None:
+            return self.retained.get(handle)
+        return found
 
 
 _current: ContextVar[RequestContext] = ContextVar("saccade_request")

@@ -1,9 +1,11 @@
 """One media part of a request: where its bytes are, what it asks for, and what became of it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from server.imaging.encoded import EncodedImage, ImageOptions
+from server.imaging.limits import Limits
 
 Kind = Literal["image", "file", "video", "audio"]
 
@@ -35,6 +37,28 @@ class SentBefore:
     """No bytes: an image that an earlier request sent under the same uuid."""
 
 
+@dataclass(frozen=True)
+class MediaLimits:
+    """How much media a request may have.
+
+    Attributes:
+        max_images: images of a request, with all pages and frames.
+        max_clips: video and audio clips of a request, by kind. A kind that is missing is not taken
+            by the model.
+        max_frames: frames of an animation.
+        max_pages: pages of a PDF.
+        pdf_dpi: the resolution of pages in dots per inch.
+        image: what one image or file may be.
+    """
+
+    max_images: int
+    max_clips: Mapping[str, int]
+    max_frames: int
+    max_pages: int
+    pdf_dpi: float
+    image: Limits
+
+
 Source: TypeAlias = Inline | Remote | Uploaded | SentBefore
 
 
@@ -45,7 +69,7 @@ class MediaRef:
     Attributes:
         kind: what the part claims to be. An image may turn out to be a PDF, and a file an image.
         path: where it stands in the request: "messages[0].content[1].image_url".
-        source: where its bytes are.
+        source: where its bytes are; None once they are loaded.
         options: what it asks of each of its images.
         frames: the frames of an animation or the pages of a file, counted from 0; or how many to
             spread over all of them; None: the first frame, all pages.
@@ -56,7 +80,7 @@ class MediaRef:
 
     kind: Kind
     path: str
-    source: Source
+    source: Source | None
     options: ImageOptions = field(default_factory=ImageOptions)
     frames: tuple[int, ...] | int | None = None
     uuid: str | None = None

@@ -1,93 +1,113 @@
-"""Takes the base64 payloads out of a JSON body before anything parses it.
+"""Takes base64 payloads out of a JSON body before it is parsed, and decodes them.
 
 A 12-megapixel photo is 6 MB of base64 inside a JSON string. Parsed the usual way it is scanned,
 copied and validated several times, all of it on the event loop. Instead the body is scanned once,
 in a thread, each long payload is replaced by a short token, and what remains is a small ordinary
-request. The token is resolved when the image is loaded, inside the same request only.
+document. The reader of a media part claims the token that stands in it; what nobody claims, since
+it stands where no media belongs, is put back.
 """
 
-import json
 import re
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
+import msgspec
 import pybase64
 
-from server.errors import ImageTooLarge, InvalidImageUrl
-from server.request import context as request
-from server.request.parts import parts_of
+from server.errors import ClientError, ImageTooLarge, InvalidImageUrl
 
 # Shorter payloads stay where they are: parsing them costs less than taking them out.
 MIN_PAYLOAD_BYTES = 16 * 1024
 
-_TOKEN_PREFIX = "saccade-payload-"  # noqa: S105
-# Where a payload may begin: after the header of a data URL, as Anthropic's `source.data`, or as
-# OpenAI's `file_data`.
+# Where a payload may begin: after the header of a data URL, as `data` of an Anthropic source or of
+# an audio clip, or as OpenAI's `file_data`.
 _START = re.compile(
-    rb'"data:[\w.+-]{1,40}/[\w.+-]{1,80};base64,|"(?:file_)?data"\s{0,8}:\s{0,8}"', re.IGNORECASE
+    rb'"\s{0,8}data:[\w.+-]{1,40}/[\w.+-]{1,80}(?:;[\w.+-]{1,40}=[\w.+-]{1,80}){0,4};base64,'
+    rb'|"(?:file_)?data"\s{0,8}:\s{0,8}"',
+    re.IGNORECASE,
 )
-_MAX_HEADER_BYTES = 200
+_TOKEN = re.compile(rb"saccade-payload-[0-9a-f]{32}-[0-9]+;")
+_TOKEN_PREFIX = "saccade-payload-"  # noqa: S105
+_MAX_HEADER_BYTES = 512
+# JSON escapes that may stand inside of base64: line breaks, tabs and slashes.
+_OTHER_ESCAPE = re.compile(rb"\\[^nrt/]")
+_BLANKS = b" \t\r\n\f\v"
+_STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
+_UTF8_BOM = b"\xef\xbb\xbf"
 
 
-@dataclass
-class TakenOut:
-    """A body without its `payloads`, which are views of the original; `document` is the small
-    body parsed, or None if it is not JSON."""
+class Payloads:
+    """The payloads of one body, and the small body that is left without them.
 
-    body: bytes
-    payloads: dict[str, memoryview] = field(default_factory=dict)
-    document: Any = None
-
-
-def parsed(body: bytes) -> TakenOut:
-    """`body` with its payloads left where they are."""
-    return TakenOut(body, {}, _parse(body))
-
-
-def take_out(body: bytes) -> TakenOut:
-    """Split `body` into a small body with tokens and the payloads that the tokens stand for.
-
-    A payload is only taken out of where an image's or a file's data belongs; a text that happens
-    to look like one stays as it is.
+    Attributes:
+        small: the body, with a token in the place of each payload.
     """
-    spans = list(_payload_spans(body))
-    if not spans:
-        return parsed(body)
-    secret = secrets.token_hex(16)  # so that no client can know a token before it is made
-    names = [f"{_TOKEN_PREFIX}{secret}-{number}." for number in range(len(spans))]
-    named = dict(zip(names, spans, strict=True))
-    small = _replace(body, named)
-    document = _parse(small)
-    if document is None:  # the route will refuse it
-        return TakenOut(small)
-    rightly = {_token_of(part.name) for part in parts_of(document)}
-    kept = {name: span for name, span in named.items() if name in rightly}
-    if len(kept) < len(spans):
-        small = _replace(body, kept)
-        document = _parse(small)
-    view = memoryview(body)
-    payloads = {name: view[start:end] for name, (start, end) in kept.items()}
-    return TakenOut(small, payloads, document)
+
+    def __init__(self, body: bytes) -> None:
+        """Scans `body`; its time grows with the body."""
+        spans = list(_payload_spans(body))
+        secret = secrets.token_hex(16)  # so that no client can write a token
+        tokens = [f"{_TOKEN_PREFIX}{secret}-{number};" for number in range(len(spans))]
+        self._body = body
+        self._spans = dict(zip(tokens, spans, strict=True))
+        self._claimed: set[str] = set()
+        self.small = self._without(body) if spans else body
+
+    def _without(self, body: bytes) -> bytes:
+        view, done = memoryview(body), 0
+        pieces: list[bytes | memoryview] = []
+        for token, (start, end) in self._spans.items():
+            pieces += [view[done:start], token.encode()]
+            done = end
+        pieces.append(view[done:])
+        return b"".join(pieces)
+
+    def claim(self, text: str) -> str | memoryview:
+        """The payload whose token ends `text`, as a view of the body; `text` itself if none does.
+
+        A `data:` URL ahead of the token is dropped: what is taken out of one is base64.
+        """
+        at = text.find(_TOKEN_PREFIX) if self._spans else -1
+        span = self._spans.get(text[at:]) if at >= 0 else None
+        if span is None:
+            return text
+        self._claimed.add(text[at:])
+        return memoryview(self._body)[slice(*span)]
+
+    @property
+    def unclaimed_bytes(self) -> int:
+        """How many bytes `restored` would add."""
+        left = self._spans.keys() - self._claimed
+        return sum(end - start for start, end in map(self._spans.__getitem__, left))
+
+    @property
+    def all_unclaimed(self) -> bool:
+        return not self._claimed
+
+    def restored(self, document: bytes) -> bytes:
+        """`document`, JSON with tokens in it, with the payloads that nobody has claimed."""
+        if len(self._claimed) == len(self._spans):
+            return document
+
+        def original(match: re.Match[bytes]) -> bytes:
+            span = self._spans.get(match[0].decode())
+            return match[0] if span is None else self._body[slice(*span)]
+
+        return _TOKEN.sub(original, document)
 
 
-def _parse(body: bytes) -> Any:
+def parse(body: bytes) -> Any:
+    """The JSON document `body`.
+
+    Raises:
+        ClientError: it is not JSON, or cannot be represented: lone surrogates, infinite numbers.
+    """
     try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _replace(body: bytes, spans: dict[str, tuple[int, int]]) -> bytes:
-    """`body` with each span, in order, replaced by its name."""
-    view, done = memoryview(body), 0
-    pieces: list[bytes | memoryview] = []
-    for name, (start, end) in spans.items():
-        pieces += [view[done:start], name.encode()]
-        done = end
-    pieces.append(view[done:])
-    return b"".join(pieces)
+        return msgspec.json.decode(body.removeprefix(_UTF8_BOM))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        raise ClientError("the request body is not valid JSON") from None
 
 
 def _payload_spans(body: bytes) -> Iterator[tuple[int, int]]:
@@ -99,54 +119,86 @@ def _payload_spans(body: bytes) -> Iterator[tuple[int, int]]:
         if end < 0:
             return
         position = end
-        escaped = body[match.start() - 1 : match.start()] == b"\\"
-        long_enough = end - start >= MIN_PAYLOAD_BYTES
-        if long_enough and not escaped and body.find(b"\\", start, end) < 0:
+        is_key_escaped = body[match.start() - 1 : match.start()] == b"\\"
+        is_long = end - start >= MIN_PAYLOAD_BYTES
+        if is_long and not is_key_escaped and _is_plain(body, start, end):
             yield start, end
 
 
-def _token_of(text: str) -> str:
-    return text[text.find(_TOKEN_PREFIX) :] if _TOKEN_PREFIX in text else ""
+def _is_plain(body: bytes, start: int, end: int) -> bool:
+    """Whether a JSON string holds nothing but itself and escapes that base64 may have."""
+    if body.find(b"\\", start, end) < 0:
+        return True
+    return body[end - 1 : end] != b"\\" and _OTHER_ESCAPE.search(body, start, end) is None
 
 
-def is_small(url: str) -> bool:
-    """Whether the data URL `url` is cheap enough to load on the event loop."""
-    return _TOKEN_PREFIX not in url and len(url) < 4 * MIN_PAYLOAD_BYTES
+def is_small(text: str | memoryview) -> bool:
+    """Whether `text` is cheap enough to decode on the event loop."""
+    return len(text) < 4 * MIN_PAYLOAD_BYTES
 
 
-def load_data_url(url: str, max_bytes: int) -> bytes:
-    """Decode a `data:` URL strictly, also one whose payload was taken out of this request.
+def decode(text: str | memoryview, max_bytes: int) -> bytes:
+    """The bytes of a `data:` URL (RFC 2397), base64 or percent-encoded, or of base64 alone.
+
+    Base64 may have line breaks and blanks, lack its padding, or be of the alphabet for URLs.
 
     Raises:
-        InvalidImageUrl: not base64, or damaged.
+        InvalidImageUrl: it is neither.
         ImageTooLarge: more than `max_bytes` once decoded.
     """
-    payload: str | memoryview = _after_header(url)
-    if isinstance(payload, str) and payload.startswith(_TOKEN_PREFIX):
-        # Loaded once: the body is freed as soon as all its payloads are.
-        context: Any = request.current()
-        taken = context.payloads.pop(payload, None)
-        if taken is None:
-            raise _not_base64()
-        payload = taken
-        start = bytes(taken[:_MAX_HEADER_BYTES])
-        if start[:5].lower() == b"data:":
-            payload = taken[len(start) - len(_after_header(start.decode("latin-1"))) :]
-    nbytes = len(payload) // 4 * 3
-    if nbytes > max_bytes + 2:
-        raise ImageTooLarge(f"the image has {nbytes} bytes, the limit is {max_bytes} bytes")
+    raw = _ascii(text)
+    if bytes(raw[:5]).lower() == b"data:":
+        header, raw = _split(raw)
+        if not header.lower().replace(b" ", b"").endswith(b";base64"):
+            return _bounded(unquote_to_bytes(bytes(raw)), max_bytes)
+    if len(raw) // 4 * 3 > 2 * max_bytes + 2:  # also if half of it were blanks
+        raise _too_large(max_bytes)
     try:
-        return pybase64.b64decode(payload, validate=True)
+        return _bounded(pybase64.b64decode(raw, validate=True), max_bytes)
+    except ValueError:
+        return _bounded(_decoded_leniently(bytes(raw), text), max_bytes)
+
+
+def _ascii(text: str | memoryview) -> memoryview:
+    if isinstance(text, memoryview):
+        return text
+    try:
+        return memoryview(text.strip().encode("ascii"))
+    except UnicodeEncodeError:
+        raise _not_base64() from None
+
+
+def _split(url: memoryview) -> tuple[bytes, memoryview]:
+    """The header of a data URL, without `data:`, and what follows its comma."""
+    header, comma, _ = bytes(url[:_MAX_HEADER_BYTES]).partition(b",")
+    if not comma:
+        raise InvalidImageUrl("the data URL is not of the form data:<type>;base64,<data>")
+    return header[5:], url[len(header) + 1 :]
+
+
+def _decoded_leniently(raw: bytes, text: str | memoryview) -> bytes:
+    if isinstance(text, memoryview):  # a view of the body, where JSON's escapes still stand
+        for escape in (b"\\n", b"\\r", b"\\t"):
+            raw = raw.replace(escape, b"")
+        raw = raw.replace(b"\\/", b"/")
+    if b"%" in raw:
+        raw = unquote_to_bytes(raw)
+    raw = raw.translate(_STANDARD_ALPHABET, _BLANKS).rstrip(b"=")
+    try:
+        return pybase64.b64decode(raw + b"=" * (-len(raw) % 4), validate=True)
     except ValueError:
         raise _not_base64() from None
 
 
-def _after_header(url: str) -> str:
-    header, comma, rest = url[5:].partition(",")
-    if not comma or not header.lower().endswith(";base64"):
-        raise InvalidImageUrl("the data URL is not of the form data:<type>;base64,<data>")
-    return rest
+def _bounded(data: bytes, max_bytes: int) -> bytes:
+    if len(data) > max_bytes:
+        raise _too_large(max_bytes)
+    return data
+
+
+def _too_large(max_bytes: int) -> ImageTooLarge:
+    return ImageTooLarge(f"the image has more than {max_bytes} bytes, which is the limit")
 
 
 def _not_base64() -> InvalidImageUrl:
-    return InvalidImageUrl("the data URL is not valid base64")
+    return InvalidImageUrl("the data is not valid base64")

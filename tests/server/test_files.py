@@ -22,15 +22,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from server.errors import ClientError
 from server.http import body, errors, files, forms, images
 from server.http.forms import read_form
-from server.ingest.fetch import Fetcher, FetchSettings
 from server.ingest.files import FileStore, Quota
-from server.ingest.load import ImageLoader
-from server.request import parts, tenant
-from server.request.prepare import RequestPreparer
+from server.request import tenant
 from server.settings import HttpSettings
+from server.telemetry import record
+from server.telemetry.record import Record
 from tests.conftest import Server
-from tests.pictures import data_url, encode, image_part, photo, shape, text_part, user
-from tests.unit.test_prepare import BOUNDS, LIMITS, gif, inspect, pdf
+from tests.media import gif, media_loader, pdf, reader
+from tests.pictures import encode, image_part, photo, shape, text_part, user
 
 MODEL = "saccade-tiny"
 RED = encode(shape("red"))
@@ -357,24 +356,26 @@ class GroupOfHeader:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            tenant.enter(dict(scope["headers"]).get(b"group", b"").decode())
+            group = dict(scope["headers"]).get(b"group", b"").decode()
+            record.enter(Record(key_group=group))
+            tenant.enter(group)
         await self._app(scope, receive, send)
 
 
 @contextlib.asynccontextmanager
 async def small_app(store: FileStore | None) -> AsyncIterator[httpx.AsyncClient]:
     """The routes of files and what lies before them, without an engine."""
-    loader = ImageLoader(Fetcher(FetchSettings()), LIMITS, None, store)
     app = FastAPI()
-    app.state.preparer = RequestPreparer(loader, inspect, BOUNDS)
+    app.state.loader = media_loader(store)
     app.include_router(files.router)
     app.include_router(images.router)
     errors.add_error_handler(app)
     app.add_middleware(
         body.BodyReader,
         settings=HttpSettings(),
-        preparer=app.state.preparer,
-        stored=frozenset(),
+        reader=reader(),
+        loader=app.state.loader,
+        retained=None,
         limits={files.PATH: 100_000},
     )
     app.add_middleware(GroupOfHeader)
@@ -421,7 +422,7 @@ def test_groups_do_not_see_each_others_files(tmp_path: Path) -> None:
                 for answer in asked:
                     assert answer.status_code == 404
                     assert answer.json() == unknown.json()
-                for name in ({"file_id": foreign}, {"url": f"{parts.STORED_SCHEME}:{foreign}"}):
+                for name in ({"file_id": foreign}, {"file_id": foreign, "detail": "low"}):
                     part = {"type": "image_url", "image_url": name}
                     request = {"messages": user(part)}
                     shown = await client.post("/v1/images/tokens", json=request, headers=headers)
@@ -543,37 +544,3 @@ def test_a_form_of_almost_delimiters_is_refused_without_reading_it_all() -> None
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 100_000
-
-
-DIALECTS = {
-    "image_url": {"type": "image_url", "image_url": {"file_id": ABSENT}},
-    "image_file": {"type": "image_file", "image_file": {"file_id": ABSENT, "detail": "low"}},
-    "input_image": {"type": "input_image", "file_id": ABSENT, "detail": "auto"},
-    "image": {"type": "image", "source": {"type": "file", "file_id": ABSENT}},
-}
-
-
-@pytest.mark.parametrize("name", DIALECTS)
-def test_an_id_is_written_as_a_url_that_the_routes_know(name: str) -> None:
-    document = {"messages": user(json.loads(json.dumps(DIALECTS[name])))}
-    (part,) = parts.parts_of(document)
-    assert part.file_id == ABSENT
-    assert parts.url_of(part) == part.name == f"saccade-file:{ABSENT}"
-    parts.take_wish(part)
-    parts.set_name(part, parts.url_of(part))
-    assert "file_id" not in json.dumps(document)
-    (again,) = parts.parts_of(document)
-    assert again.name == part.name
-
-
-def test_a_uuid_is_no_id() -> None:
-    named = {"type": "image_url", "image_url": {}, "uuid": f"saccade-file:{ABSENT}"}
-    (part,) = parts.parts_of({"messages": user(named)})
-    assert part.file_id is None
-
-
-def test_a_url_goes_before_an_id() -> None:
-    url = data_url(RED)
-    both = {"type": "image_url", "image_url": {"url": url, "file_id": ABSENT}}
-    (part,) = parts.parts_of({"messages": user(both)})
-    assert (part.name, part.file_id) == (url, None)

@@ -15,6 +15,7 @@ from openai import OpenAI
 
 from tests import families
 from tests.conftest import Server, serving
+from tests.media import file_part, gif, pdf
 from tests.pictures import (
     TOKEN_PIXELS,
     data_url,
@@ -25,7 +26,6 @@ from tests.pictures import (
     text_part,
     user,
 )
-from tests.unit.test_prepare import file_part, gif, pdf
 
 MODEL = "saccade-tiny"
 WHAT = text_part("What is in the image?")
@@ -314,6 +314,31 @@ def test_what_cannot_be_shown_is_named(
     body = {"model": MODEL, "messages": user(WHAT, part), "max_tokens": 4}
     error = refusal(http, "/v1/chat/completions", body)
     assert (error["code"], error["param"]) == (code, f"messages[0].content[1].{param}")
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ('{"mm_processor_kwargs": {"max_pixels": NaN}}', "mm_processor_kwargs"),
+        ('{"mm_processor_kwargs": {"max_pixels": 1e400}}', "mm_processor_kwargs"),
+        ('{"mm_processor_kwargs": {"max_pixels": 36893488147419103232}}', "mm_processor_kwargs"),
+        ('{"mm_processor_kwargs": {"x": 36893488147419103232}}', "mm_processor_kwargs"),
+        ('{"mm_processor_kwargs": {"x": "\\ud800"}}', "mm_processor_kwargs"),
+        (
+            '{"media_io_kwargs": {"image": {"image_mode": "infrared"}}}',
+            "media_io_kwargs.image.image_mode",
+        ),
+        (
+            '{"media_io_kwargs": {"image": {"rgba_background_color": [0, 0, 256]}}}',
+            "media_io_kwargs.image.rgba_background_color",
+        ),
+    ],
+)
+def test_options_of_the_processor_are_checked(http: httpx.Client, options: str, param: str) -> None:
+    body = json.dumps({"model": MODEL, "messages": user(image_part(SMALL)), "max_tokens": 4})
+    answer = http.post("/v1/chat/completions", content=f"{body[:-1]}, {options[1:]}")
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == param
 
 
 def test_too_many_images_are_refused(http: httpx.Client) -> None:

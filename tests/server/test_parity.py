@@ -6,6 +6,7 @@ unchanged, with its own media connector and preprocessing.
 
 import asyncio
 import contextlib
+import json
 import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -15,10 +16,15 @@ from typing import Any
 import pytest
 
 from server.imaging import header as headers
-from server.imaging.encoded import ImageOptions
-from server.request.parts import with_options
+from server.ingest.load import MediaLoader
+from server.request import context as contexts
+from server.request.context import RequestContext
+from server.request.dialects import dialect_of
+from server.request.read import RequestReader
+from server.telemetry.record import Record
 from server.workers.pool import ImagePool
 from tests import families, pictures
+from tests.media import CHAT, MAX_JSON_BYTES
 
 FALLBACK = {"paligemma"}
 SINGLE_IMAGE = {"paligemma"}
@@ -32,6 +38,7 @@ class Rig:
     engine: Any
     theirs: Any
     pooled: bool
+    loader: MediaLoader
 
     async def render(self, renderer: Any, messages: list[dict[str, Any]], **options: Any) -> Any:
         from vllm.renderers import ChatParams
@@ -42,7 +49,13 @@ class Rig:
         return rendered
 
     async def ours(self, messages: list[dict[str, Any]]) -> Any:
-        return await self.render(self.engine.renderer, messages)
+        reader = RequestReader(self.loader.limits, frozenset(), MAX_JSON_BYTES)
+        body = json.dumps({"messages": messages}).encode()
+        found = reader.read(body, dialect_of(CHAT), Record())
+        await self.loader.load(found.context)
+        handles = json.loads(found.rewritten())["messages"]
+        contexts.enter(found.context)
+        return await self.render(self.engine.renderer, handles)
 
     async def plain(self, messages: list[dict[str, Any]]) -> Any:
         return await self.render(self.theirs, messages, skip_mm_cache=True)
@@ -52,6 +65,7 @@ class Rig:
         from vllm import SamplingParams
 
         self.count = getattr(self, "count", 0) + 1
+        contexts.enter(RequestContext(Record()))
         params = SamplingParams(temperature=0, max_tokens=8, logprobs=0, ignore_eos=True)
         async for output in self.engine.generate(rendered, params, f"r{self.count}"):
             final = output.outputs[0]
@@ -66,8 +80,8 @@ async def rig(model: Path, decode: str = "exact") -> AsyncIterator[Rig]:
     from server.engine import launch
     from server.engine.arguments import parse
     from server.engine.vllm_adapter.outcomes import Outcomes
+    from server.ingest.expand import Expander
     from server.ingest.fetch import Fetcher, FetchSettings
-    from server.ingest.load import ImageLoader
 
     flags = ["--image-workers", "2", "--image-decode", decode, "--max-model-len", "4096"]
     args, settings = parse([str(model), *flags, "--mm-processor-cache-gb", "0.1"])
@@ -82,13 +96,16 @@ async def rig(model: Path, decode: str = "exact") -> AsyncIterator[Rig]:
         await stack.enter_async_context(embeddings)
         engine = await stack.enter_async_context(launch.running(plan, Outcomes()))
         await stack.enter_async_context(pool)
-        loader = ImageLoader(Fetcher(FetchSettings()), launch.limits(settings), None)
-        used = await launch.connect(engine, settings, pool, loader, embeddings)
+        limits = launch.media_limits(engine, settings)
+        assert limits is not None
+        expander = Expander(pool, limits)
+        loader = MediaLoader(Fetcher(FetchSettings()), limits, None, None, expander)
+        used = await launch.connect(engine, settings, pool, embeddings)
         from vllm.renderers.hf import HfRenderer
 
         theirs = HfRenderer(plan.config, engine.renderer.tokenizer)
         assert used.encoded
-        yield Rig(engine, theirs, used.pooled)
+        yield Rig(engine, theirs, used.pooled, loader)
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
@@ -118,9 +135,7 @@ async def check_caps(both: Rig, images: list[bytes]) -> None:
         size = headers.read(data).size
         fewest, natural = rule.fewest(*size), rule.plan(*size).tokens
         caps.append((fewest + natural) // 2)
-        part = pictures.image_part(data)
-        url = with_options(part["image_url"]["url"], ImageOptions(max_tokens=caps[-1]))
-        parts.append({"type": "image_url", "image_url": {"url": url}})
+        parts.append(pictures.image_part(data, max_tokens=caps[-1]))
     rendered = await both.ours(pictures.user(*parts, TEXT))
     tokens = [place.get_num_embeds() for place in rendered["mm_placeholders"]["image"]]
     planned = [

@@ -14,13 +14,12 @@ import asyncio
 import functools
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 from blake3 import blake3
-from cachetools import LRUCache
 from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from vllm import __version__ as vllm_version
@@ -35,14 +34,14 @@ from server.engine.planning import ImagePlanner
 from server.engine.vllm_adapter.processor_cache import PooledItem, ProcessorCache, Updates, copied
 from server.engine.vllm_adapter.processors import blank, tensor
 from server.errors import ClientError, ImageTokenCap, SaccadeError, UnknownImage
-from server.imaging.encoded import EncodedImage, ImageOptions
+from server.imaging.encoded import EncodedImage
 from server.imaging.tokens import ImagePlan
 from server.request import context as requests
 from server.request import tenant
 from server.request.context import ShownImage
-from server.request.parts import split_options
 from server.settings import Settings
-from server.telemetry import metrics, record
+from server.tasks import all_or_none
+from server.telemetry import metrics
 from server.workers.features import Features
 from server.workers.jobs import DecodeIO, PixelsJob, ProcessJob, encode_job, encode_kwargs
 from server.workers.pool import ImagePool
@@ -57,7 +56,6 @@ _WHOLE_PROMPT_METHODS = (
     "_merge_mm_kwargs",
     "_maybe_apply_prompt_updates",
 )
-_REMEMBERED_UUIDS = 100_000
 
 Announce = Callable[[Sequence[tuple[str, int]]], None]
 """Takes the key and the tokens of each image of a prompt. Returns at once."""
@@ -98,8 +96,6 @@ class PooledRenderer(HfRenderer):
         self.planner: Any = None
         self._fingerprint = b""
         self.announce: Announce | None = None
-        # By the hash of the group and the uuid, which may be long.
-        self._sent_as: LRUCache[bytes, EncodedImage] = LRUCache(_REMEMBERED_UUIDS)
         self._vllm_process_multimodal = self._process_multimodal_async
         self._process_multimodal_async = self._process_images
 
@@ -148,7 +144,7 @@ class PooledRenderer(HfRenderer):
             not isinstance(images, list)
             or not images
             or self._pool is None
-            or not all(image is None or isinstance(image, EncodedImage) for image in images)
+            or not all(isinstance(image, EncodedImage) for image in images)
         ):
             return await self._vllm_process_multimodal(
                 prompt, mm_data, mm_uuids, mm_processor_kwargs, media_io_kwargs,
@@ -157,11 +153,9 @@ class PooledRenderer(HfRenderer):
         kwargs = dict(mm_processor_kwargs or {})
         encode_kwargs(kwargs)  # refuses what is not JSON, before the planner reads it
         io = DecodeIO.of((media_io_kwargs or {}).get("image") or {})
-        uuids = (mm_uuids or {}).get("image") or [None] * len(images)
-        named = [self._named(image, uuid) for image, uuid in zip(images, uuids, strict=True)]
-        plans = await self.planner.plan(named, requests.current().max_image_tokens, kwargs)
+        plans = await self.planner.plan(images, requests.current().max_image_tokens, kwargs)
         if self._pooled and set(mm_data) == {"image"}:
-            jobs = [self._job(*pair, kwargs, io) for pair in zip(named, plans, strict=True)]
+            jobs = [self._job(*pair, kwargs, io) for pair in zip(images, plans, strict=True)]
             if self.announce is not None and not skip_mm_cache:
                 self.announce([(job.key, job.plan.tokens) for job in jobs if job.plan])
             process = self._process_here if skip_mm_cache else self._process_image
@@ -170,7 +164,7 @@ class PooledRenderer(HfRenderer):
             cached = [not item and not skip_mm_cache for item, _ in items]
         else:
             kwargs = _common_options(plans, kwargs)
-            jobs = [self._job(*pair, kwargs, io) for pair in zip(named, plans, strict=True)]
+            jobs = [self._job(*pair, kwargs, io) for pair in zip(images, plans, strict=True)]
             decoded = await all_or_none(map(self._decode, jobs))
             rendered = await self._vllm_process_multimodal(
                 prompt,
@@ -184,28 +178,11 @@ class PooledRenderer(HfRenderer):
         placeholders = _placeholders(rendered)
         if len(placeholders) == len(jobs):
             budget = requests.current().max_image_tokens
-            capped = self.planner.limited(named, budget)
+            capped = self.planner.limited(images, budget)
             shown = self._shown(jobs, placeholders, cached, capped=capped)
             requests.current().shown = shown
             self._measure(jobs, shown, budget, kwargs)
         return rendered
-
-    def _named(self, image: EncodedImage | None, uuid: str | None) -> EncodedImage:
-        """`image`, or else what was sent before under `uuid`, without its data. A client's uuid is
-        a name for bytes it has sent, never a key."""
-        name, options = split_options(uuid) if uuid is not None else (None, ImageOptions())
-        if image is not None:
-            if name is not None:
-                self._sent_as[_uuid_key(name)] = replace(image, data=b"", url="")
-            return image
-        sent = self._sent_as.get(_uuid_key(name)) if name is not None else None
-        if sent is None:
-            raise UnknownImage(
-                "the part has no image data, and its uuid names none that was sent before",
-                part=uuid,
-            )
-        assert uuid is not None
-        return sent.named(uuid, options)
 
     def _job(
         self,
@@ -227,7 +204,7 @@ class PooledRenderer(HfRenderer):
                 kwargs=encode_kwargs(kwargs),
             )
         except ClientError as error:
-            error.part = image.url
+            error.param = image.path
             raise
         hasher = blake3(self._fingerprint)
         hasher.update(encode_job(work))
@@ -274,12 +251,14 @@ class PooledRenderer(HfRenderer):
         if not job.image.data:
             raise UnknownImage(
                 "an image named by its uuid is no longer cached; send it again",
-                part=job.image.url,
+                param=job.image.path,
             )
         try:
-            return await self._pool.process(key, job.image.data, work, record.current().timeline)
+            return await self._pool.process(
+                key, job.image.data, work, requests.current().record.timeline
+            )
         except SaccadeError as error:  # all who wait for this picture get the same one
-            raise type(error)(error.message, part=job.image.url) from None
+            raise type(error)(error.message, param=job.image.path) from None
 
     def _shown(
         self,
@@ -300,7 +279,7 @@ class PooledRenderer(HfRenderer):
             if plan is not None and tokens != plan.tokens:
                 log.error("an image has %d tokens instead of %d", tokens, plan.tokens)
                 if capped and tokens > plan.tokens:
-                    raise ImageTokenCap("the model takes more tokens", part=job.image.url)
+                    raise ImageTokenCap("the model takes more tokens", param=job.image.path)
             shown.append(
                 ShownImage(
                     size=job.image.size,
@@ -381,10 +360,6 @@ class PooledRenderer(HfRenderer):
         return await asyncio.to_thread(lambda: Image.fromarray(pixels.numpy().copy()))
 
 
-def _uuid_key(uuid: str) -> bytes:
-    return blake3(f"{tenant.group()}\n{uuid}".encode()).digest()
-
-
 def _placeholders(rendered: Any) -> Sequence[Any]:
     """Where the images are in a prompt; nowhere, if they went into an encoder of its own."""
     ranges: Sequence[Any] = rendered.get("mm_placeholders", {}).get("image", ())
@@ -401,20 +376,3 @@ def _common_options(plans: Sequence[ImagePlan | None], kwargs: Mapping[str, Any]
     if any(options != wanted[0] for options in wanted):
         raise ImageTokenCap("this model takes one token cap for all images of a request")
     return {**kwargs, **wanted[0]}
-
-
-async def all_or_none(work: Iterable[Any]) -> list[Any]:
-    """Gather; the first failure cancels the rest, whose results nobody would use."""
-    async with _unwrapped(), asyncio.TaskGroup() as group:
-        tasks = [group.create_task(part) for part in work]
-    return [task.result() for task in tasks]
-
-
-class _unwrapped:
-    """Raises the first error of a task group as itself."""
-
-    async def __aenter__(self) -> None: ...
-
-    async def __aexit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, BaseExceptionGroup):
-            raise error.exceptions[0] from None

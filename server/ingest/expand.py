@@ -1,0 +1,153 @@
+"""Several images of one file: the pages of a PDF, the frames of an animation."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from server.errors import ImageFrameMissing, InvalidFile, TooManyImages
+from server.imaging.encoded import EncodedImage, digest, encoded
+from server.imaging.header import ImageHeader
+from server.imaging.limits import check_bytes, check_size
+from server.request.media import MediaLimits, MediaRef
+from server.tasks import in_thread
+from server.telemetry.stages import Timeline
+
+_PDF_MAGIC = b"%PDF-"
+# A PDF may begin with other bytes; readers look for its head this far.
+_PDF_HEAD_BYTES = 1024
+_POINTS_PER_INCH = 72
+
+
+class Inspector(Protocol):
+    """Looks into files; the image pool does, in its workers."""
+
+    async def inspect_pdf(
+        self, data: bytes, max_pages: int, timeline: Timeline
+    ) -> tuple[Sequence[tuple[float, float]], int]:
+        """(width, height) in points of the first `max_pages` pages, and the number of all."""
+        ...
+
+    async def count_frames(self, data: bytes, timeline: Timeline) -> int: ...
+
+
+def is_pdf(data: bytes) -> bool:
+    """Whether a file is a PDF, by its first bytes."""
+    return _PDF_MAGIC in data[:_PDF_HEAD_BYTES]
+
+
+class Expander:
+    """Makes of a file the images that a part asks for."""
+
+    def __init__(self, inspector: Inspector, limits: MediaLimits) -> None:
+        self._inspector = inspector
+        self._limits = limits
+
+    async def check_upload(self, data: bytes, timeline: Timeline) -> None:
+        """Hold a file that is to be kept against the rules for images and PDFs.
+
+        Raises:
+            ClientError: a request that showed it would be refused as well.
+        """
+        check_bytes(len(data), self._limits.image)
+        if is_pdf(data):
+            await self._inspector.inspect_pdf(data, 1, timeline)
+        else:
+            await in_thread(encoded, data, self._limits.image)
+
+    # ------------------------------------------------------------------ frames
+
+    async def frames(
+        self, image: EncodedImage, ref: MediaRef, timeline: Timeline
+    ) -> list[EncodedImage]:
+        """The frames of `image` that `ref` asks for; the first if it does not ask.
+
+        Raises:
+            InvalidFile: `ref` asks for pages.
+            TooManyImages: more frames than the limit.
+        """
+        wanted = ref.frames
+        if ref.kind == "file" and wanted is not None:
+            raise InvalidFile("the file is an image and has no pages")
+        if isinstance(wanted, int):
+            wanted = await self._spread(image, wanted, timeline)
+        if wanted is None:
+            return [replace(image, options=ref.options, path=ref.path)]
+        if len(wanted) > self._limits.max_frames:
+            raise _too_many("frames", len(wanted), self._limits.max_frames)
+        return [self._at(image, ref, frame) for frame in wanted]
+
+    async def _spread(
+        self, image: EncodedImage, wanted: int, timeline: Timeline
+    ) -> tuple[int, ...]:
+        """`wanted` frames at equal distances, from the first to the last; or all there are."""
+        if wanted > self._limits.max_frames:
+            raise _too_many("frames", wanted, self._limits.max_frames)
+        if not image.header.animated or wanted == 1:
+            return (0,)
+        count = await self._inspector.count_frames(image.data, timeline)
+        return _evenly(count, wanted)
+
+    # ------------------------------------------------------------------ pages
+
+    async def pages(self, data: bytes, ref: MediaRef, timeline: Timeline) -> list[EncodedImage]:
+        """The pages of a PDF that `ref` asks for; all if it does not ask.
+
+        Raises:
+            InvalidFile: the PDF is damaged or encrypted.
+            TooManyImages: more pages than the limit.
+            ImageFrameMissing: there is no such page.
+        """
+        most, wanted = self._limits.max_pages, ref.frames
+        check_bytes(len(data), self._limits.image)
+        if isinstance(wanted, tuple) and len(wanted) > most:
+            raise _too_many("pages", len(wanted), most)
+        if isinstance(wanted, int) and wanted > most:
+            raise _too_many("pages", wanted, most)
+        if ref.uuid is not None:
+            raise InvalidFile("a part with a uuid is one image: it cannot be a PDF")
+        name = await in_thread(digest, data)
+        if isinstance(wanted, int):
+            _, count = await self._inspector.inspect_pdf(data, 1, timeline)
+            wanted = _evenly(count, wanted)
+        first = max(wanted, default=0) + 1 if wanted is not None else most
+        sizes, count = await self._inspector.inspect_pdf(data, first, timeline)
+        if wanted is None and count > most:
+            raise TooManyImages(
+                f"the file has {count} pages, the limit is {most}; choose some with `pages`"
+            )
+        if wanted is None:
+            wanted = tuple(range(count))
+        if missing := [page for page in wanted if page >= count]:
+            raise ImageFrameMissing(f"the file has {count} pages, and no page {missing[0] + 1}")
+        return [
+            self._at(EncodedImage(data, name, self._page_header(sizes[page])), ref, page)
+            for page in wanted
+        ]
+
+    def _page_header(self, points: tuple[float, float]) -> ImageHeader:
+        """A page of so many points at the resolution for PDFs, or less if the limits want it."""
+        limits, (width, height) = self._limits.image, points
+        scale = min(
+            self._limits.pdf_dpi / _POINTS_PER_INCH,
+            math.sqrt(limits.max_pixels / (width * height)),
+            limits.max_side / max(width, height),
+        )
+        size = max(1, math.floor(width * scale)), max(1, math.floor(height * scale))
+        check_size(size, limits)
+        return ImageHeader("PDF", *size, orientation=1, animated=False)
+
+    def _at(self, image: EncodedImage, ref: MediaRef, frame: int) -> EncodedImage:
+        return replace(image, options=replace(ref.options, frame=frame), path=ref.path)
+
+
+def _evenly(count: int, wanted: int) -> tuple[int, ...]:
+    if count <= wanted:
+        return tuple(range(count))
+    if wanted == 1:
+        return (0,)
+    return tuple(round(i * (count - 1) / (wanted - 1)) for i in range(wanted))
+
+
+def _too_many(what: str, wanted: int, limit: int) -> TooManyImages:
+    return TooManyImages(f"{wanted} {what} were asked for, the limit is {limit}")

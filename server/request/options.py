@@ -1,0 +1,95 @@
+"""What a media part asks for beside its bytes: `detail`, `max_tokens`, `frames`, `pages`."""
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from server.errors import ClientError
+from server.imaging.encoded import ImageOptions
+from server.imaging.tokens import Detail
+
+OPTIONS = ("detail", "max_tokens", "frames", "pages")
+_MAX_PAGES = 10_000
+
+Frames = tuple[int, ...] | int | None
+
+
+def image_options(given: Mapping[str, Any], path: str) -> ImageOptions:
+    """`detail` and `max_tokens` of `given`, which stands at `path`.
+
+    Raises:
+        ClientError: a value that the option does not take; `param` names it.
+    """
+    return ImageOptions(_detail(given, path), _max_tokens(given, path))
+
+
+def frames_of(given: Mapping[str, Any], path: str) -> Frames:
+    """`frames`: how many frames of an animation, spread over all of it, or which, from 0.
+
+    Raises:
+        ClientError: the value is neither; `param` names it.
+    """
+    value = given.get("frames")
+    if value is None or is_positive(value):
+        return value
+    if isinstance(value, list) and value and all(map(_is_index, value)):
+        return tuple(value)
+    must = "must be a positive integer or a list of frame numbers from 0"
+    raise _wrong("frames", must, path)
+
+
+def pages_of(given: Mapping[str, Any], path: str) -> tuple[int, ...] | None:
+    """`pages` as numbers from 0, of a list of numbers from 1 or of a text such as "1-3,7".
+
+    Raises:
+        ClientError: the value is neither; `param` names it.
+    """
+    value = given.get("pages")
+    if value is None:
+        return None
+    texts = [str(item) for item in value] if isinstance(value, list) else str(value).split(",")
+    pages: list[int] = []
+    for text in texts:
+        first, dash, last = (piece.strip() for piece in text.partition("-"))
+        bounds = (first, last if dash else first)
+        if not all(bound.isascii() and bound.isdigit() and len(bound) <= 6 for bound in bounds):
+            raise _wrong("pages", 'must be page numbers from 1, such as "1-3,7"', path)
+        start, end = int(bounds[0]), int(bounds[1])
+        if start < 1 or end < start:
+            raise _wrong("pages", 'must be page numbers from 1, such as "1-3,7"', path)
+        pages += range(start - 1, min(end, start + _MAX_PAGES))
+        if len(pages) > _MAX_PAGES:
+            raise _wrong("pages", f"must name at most {_MAX_PAGES} pages", path)
+    return tuple(pages)
+
+
+def is_positive(value: Any) -> bool:
+    """Whether `value` is an integer above 0; JSON's `true` is not."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_index(value: Any) -> bool:
+    return is_positive(value) or (value == 0 and not isinstance(value, bool))
+
+
+def _detail(given: Mapping[str, Any], path: str) -> Detail:
+    value = given.get("detail")
+    if value is None:
+        return "auto"
+    if value == "original":  # OpenAI's name for all the detail that there is
+        return "high"
+    for detail in get_args(Detail):
+        if value == detail:
+            found: Detail = detail
+            return found
+    raise _wrong("detail", "must be one of 'auto', 'low', 'high' and 'original'", path)
+
+
+def _max_tokens(given: Mapping[str, Any], path: str) -> int | None:
+    value = given.get("max_tokens")
+    if value is not None and not is_positive(value):
+        raise _wrong("max_tokens", "must be a positive integer", path)
+    return value
+
+
+def _wrong(option: str, must: str, path: str) -> ClientError:
+    return ClientError(f"{option} {must}", param=f"{path}.{option}")

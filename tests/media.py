@@ -1,0 +1,127 @@
+"""Requests with media, read and loaded as the server does it, without a server."""
+
+import asyncio
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from server.imaging import pdf as pdfs
+from server.imaging.decode import frame_count
+from server.imaging.encoded import EncodedImage
+from server.imaging.limits import Limits
+from server.ingest.expand import Expander
+from server.ingest.fetch import Fetcher, FetchSettings
+from server.ingest.files import FileStore
+from server.ingest.load import MediaLoader
+from server.request.context import RequestContext
+from server.request.dialects import dialect_of
+from server.request.media import MediaLimits
+from server.request.read import ReadRequest, RequestReader
+from server.telemetry.record import Record
+from server.telemetry.stages import Timeline
+from tests import pictures
+
+LIMITS = MediaLimits(
+    max_images=8,
+    max_clips={"video": 2, "audio": 2},
+    max_frames=5,
+    max_pages=4,
+    pdf_dpi=144,
+    image=Limits(50 << 20, 100_000_000, 32_768, 200),
+)
+MAX_JSON_BYTES = 1 << 20
+CHAT = "/v1/chat/completions"
+EMBEDDINGS = frozenset({"image_embeds"})
+
+
+class InProcess:
+    """Looks into files as the image workers do, in this process."""
+
+    async def inspect_pdf(
+        self, data: bytes, max_pages: int, timeline: Timeline
+    ) -> tuple[Sequence[tuple[float, float]], int]:
+        sizes, count = pdfs.page_sizes(data, max_pages)
+        return [(width, height) for width, height in sizes], count
+
+    async def count_frames(self, data: bytes, timeline: Timeline) -> int:
+        return frame_count(data)
+
+
+def reader(
+    limits: MediaLimits | None = LIMITS, embeddings: frozenset[str] = frozenset()
+) -> RequestReader:
+    return RequestReader(limits, embeddings, MAX_JSON_BYTES)
+
+
+def read(document: Any, path: str = CHAT, **more: Any) -> ReadRequest:
+    """A body, or what becomes one, as it is read for the route at `path`."""
+    body = document if isinstance(document, bytes) else json.dumps(document).encode()
+    return reader(**more).read(body, dialect_of(path), Record())
+
+
+def media_loader(store: FileStore | None = None) -> MediaLoader:
+    expander = Expander(InProcess(), LIMITS)
+    return MediaLoader(Fetcher(FetchSettings()), LIMITS, None, store, expander)
+
+
+@dataclass
+class Prepared:
+    """A request as its route sees it: `body`, whose handles `context` resolves."""
+
+    context: RequestContext
+    body: bytes
+
+    @property
+    def document(self) -> Any:
+        return json.loads(self.body)
+
+    def content(self, key: str = "messages") -> list[Any]:
+        """The parts of the first message."""
+        parts: list[Any] = self.document[key][0]["content"]
+        return parts
+
+    def image(self, handle: str) -> EncodedImage:
+        resolved = self.context.resolve(handle)
+        assert resolved is not None
+        assert resolved.image is not None
+        return resolved.image
+
+    def shown(self) -> list[EncodedImage]:
+        """The images that the route will ask for, in the order of the body."""
+        urls = [p["image_url"]["url"] for p in self.content() if p["type"] == "image_url"]
+        return [self.image(url) for url in urls]
+
+
+def prepare(document: Any, path: str = CHAT, loader: MediaLoader | None = None) -> Prepared:
+    """Read a request and load its media."""
+    found = read(document, path)
+    asyncio.run((loader or media_loader()).load(found.context))
+    return Prepared(found.context, found.rewritten())
+
+
+def chat(*parts: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"messages": pictures.user(*parts), **more}
+
+
+def pdf(*sizes: tuple[int, int], color: str = "white") -> bytes:
+    """A PDF with a page of so many points for each size."""
+    pages = [Image.new("RGB", size, color) for size in sizes]
+    file = io.BytesIO()
+    pages[0].save(file, "PDF", save_all=True, append_images=pages[1:], resolution=72)
+    return file.getvalue()
+
+
+def gif(frames: int) -> bytes:
+    """An animation of so many frames, each of another red."""
+    images = [Image.new("RGB", (40, 30), (index * 10, 0, 0)) for index in range(frames)]
+    return pictures.encode(images[0], "GIF", save_all=True, append_images=images[1:])
+
+
+def file_part(data: bytes, **more: Any) -> dict[str, Any]:
+    """A chat part with a file."""
+    url = pictures.data_url(data, "application/pdf")
+    return {"type": "file", "file": {"file_data": url, "filename": "a.pdf", **more}}

@@ -1,0 +1,252 @@
+"""Bodies become requests: JSON, options, payloads, and handles in the place of media."""
+
+import base64
+import json
+import os
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.errors import ClientError, RequestTooLarge, TooManyImages
+from server.request.media import Inline
+from server.request.payloads import MIN_PAYLOAD_BYTES, decode
+from tests import pictures
+from tests.media import CHAT, MAX_JSON_BYTES, chat, prepare, read
+
+DATA = os.urandom(MIN_PAYLOAD_BYTES)
+B64 = base64.b64encode(DATA).decode()
+URL = "data:image/png;base64," + B64
+SMALL = pictures.encode(pictures.shape("red"))
+LIMIT = 1 << 30
+MESSAGES = "/v1/messages"
+
+
+def loaded(part: Any, path: str = CHAT, **dump: Any) -> list[bytes]:
+    """The bytes of each media part, and that nothing of them is in the small body."""
+    body = json.dumps(chat(part), **dump).encode()
+    found = read(body, path)
+    assert len(found.payloads.small) < 1000
+    texts = [ref.source.text for ref in found.context.media if isinstance(ref.source, Inline)]
+    assert all(isinstance(text, memoryview) for text in texts)
+    return [decode(text, LIMIT) for text in texts]
+
+
+@pytest.mark.parametrize("dump", [{}, {"separators": (",", ":")}, {"indent": 2}])
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": {"url": URL}},
+        {"type": "image_url", "image_url": URL},
+        {"type": "image_url", "image_url": {"url": "data:image/png;a=b;base64," + B64}},
+        {"type": "image_url", "image_url": {"url": " " + URL}},
+        {"type": "file", "file": {"file_data": URL}},
+        {"type": "file", "file": {"file_data": B64}},
+        {"type": "input_audio", "input_audio": {"data": B64, "format": "wav"}},
+        {"type": "video_url", "video_url": {"url": "data:video/mp4;base64," + B64}},
+    ],
+)
+def test_a_long_payload_is_taken_out_and_found_again(part: Any, dump: Any) -> None:
+    assert loaded(part, **dump) == [DATA]
+
+
+@pytest.mark.parametrize("data", [B64, URL])
+def test_anthropic_sources_are_taken_out(data: str) -> None:
+    source = {"type": "base64", "media_type": "image/png", "data": data}
+    assert loaded({"type": "image", "source": source}, MESSAGES) == [DATA]
+
+
+def test_line_breaks_and_slashes_are_escaped_in_json() -> None:
+    lines = base64.encodebytes(DATA).decode()
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + lines}}
+    assert loaded(part) == [DATA]
+    body = json.dumps(chat(part)).replace("/", "\\/").replace("data:image\\/", "data:image/")
+    (ref,) = read(body.encode()).context.media
+    assert isinstance(ref.source, Inline)
+    assert isinstance(ref.source.text, memoryview)
+    assert decode(ref.source.text, LIMIT) == DATA
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        chat({"type": "text", "text": URL}),
+        chat({"type": "text", "text": f'he said "{URL}"'}),
+        {"prompt": URL},
+        {"data": B64},
+        {"messages": [{"role": "user", "content": "a"}], "metadata": {"data": B64}},
+    ],
+)
+def test_what_only_looks_like_a_payload_stays(document: Any) -> None:
+    found = read(document)
+    assert json.loads(found.rewritten()) == document
+
+
+def test_images_and_lookalikes_in_one_request() -> None:
+    picture = pictures.encode(pictures.photo((120, 120)), "PNG")
+    url = pictures.data_url(picture)
+    assert len(url) > MIN_PAYLOAD_BYTES
+    texts = [{"type": "text", "text": url}, {"type": "image_url", "image_url": {"url": url}}] * 4
+    prepared = prepare(chat(*texts))
+    content = prepared.content()
+    assert [part["text"] == url for part in content[::2]] == [True] * 4
+    assert len({part["image_url"]["url"] for part in content[1::2]}) == 4
+    assert all(image.data == picture for image in prepared.shown())
+
+
+def test_many_misplaced_payloads_are_put_back_in_one_go() -> None:
+    document = chat(*[{"type": "text", "text": URL}] * 40)
+    assert (json.loads(read(document).rewritten()) == document) is True
+
+
+def test_a_written_token_is_only_a_text() -> None:
+    found = read(chat({"type": "image_url", "image_url": {"url": URL}}))
+    (token,) = found.payloads._spans
+    again = chat({"type": "text", "text": URL}, {"type": "text", "text": token})
+    assert json.loads(read(again).rewritten()) == again
+    with pytest.raises(ClientError):
+        read(chat({"type": "image_url", "image_url": {"url": token}}))
+
+
+KEYS = st.sampled_from(["image_url", "url", "data", "source", "type", "text"])
+VALUES = st.none() | st.text() | st.sampled_from(["<url>", "image", "image_url"])
+
+
+@given(st.recursive(VALUES, lambda inner: st.lists(inner) | st.dictionaries(KEYS, inner)))
+def test_any_document_without_messages_survives(shape: Any) -> None:
+    text = json.dumps(shape).replace("<url>", URL)
+    if len(text) < MAX_JSON_BYTES:
+        assert (json.loads(read(text.encode()).rewritten()) == json.loads(text)) is True
+
+
+# ---------------------------------------------------------------------- JSON
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"{", b'{"a": NaN}', b'{"a": 1e999}', b'{"a": "\\ud800"}', b"[" * 100_000, b'{"a": "\xff"}',
+     b'{"a": "data:image/png;base64,', b"nul"],
+)  # fmt: skip
+def test_what_is_not_json_is_refused(body: bytes) -> None:
+    with pytest.raises(ClientError, match="not valid JSON"):
+        read(body)
+
+
+@pytest.mark.parametrize("body", [b"[]", b"5", b'"a"', b"null", b'\xef\xbb\xbf{"a": 1}'])
+def test_json_without_an_object_is_left_to_the_route(body: bytes) -> None:
+    assert read(body).rewritten() == body
+
+
+def test_json_besides_the_media_is_limited() -> None:
+    url = "data:image/png;base64," + base64.b64encode(bytes(2 * MAX_JSON_BYTES)).decode()
+    image = {"type": "image_url", "image_url": {"url": url}}
+    assert len(read(chat(image)).context.media) == 1
+    for document in (
+        {"messages": [1] * MAX_JSON_BYTES},
+        chat({"type": "text", "text": "a" * MAX_JSON_BYTES}),
+        chat({"type": "text", "text": url}),  # put back, it counts
+    ):
+        with pytest.raises(RequestTooLarge, match=f"more than {MAX_JSON_BYTES} bytes besides"):
+            read(document)
+
+
+def test_escapes_in_keys_change_nothing() -> None:
+    body = b'{"messages":[{"role":"user","content":[{"type":"im\\u0061ge_url","im\\u0061ge_url":'
+    body += b'{"url":"https://a.example/","det\\u0061il":"no"}}]}]}'
+    with pytest.raises(ClientError, match="detail"):
+        read(body)
+
+
+# ---------------------------------------------------------------------- what the route gets
+
+
+def test_a_request_without_media_stays_byte_for_byte() -> None:
+    body = json.dumps(chat({"type": "text", "text": "a"}), indent=3).encode()
+    assert read(body).rewritten() is body
+
+
+def test_handles_stand_for_media_in_this_request_only() -> None:
+    first, second = (prepare(chat(pictures.image_part(SMALL))) for _ in range(2))
+    (part,) = first.content()
+    assert part["type"] == "image_url"
+    handle = part["image_url"]["url"]
+    assert first.image(handle).data == SMALL
+    assert second.context.resolve(handle) is None
+
+
+def test_other_keys_of_a_part_go_on_to_the_template() -> None:
+    part = {**pictures.image_part(SMALL), "caption": "a", "detail": "low", "uuid": "U"}
+    assert prepare(chat(part)).content()[0].keys() == {"type", "image_url", "caption"}
+
+
+def test_a_text_with_a_uuid_stays_a_text() -> None:
+    """vLLM looks for media in any part with a uuid."""
+    part = {"type": "text", "text": "a", "uuid": "U", "image_url": "http://127.0.0.1/"}
+    content = prepare(chat(part)).content()
+    assert content == [{"type": "text", "text": "a", "image_url": "http://127.0.0.1/"}]
+
+
+def test_the_budget_and_the_request_for_details_leave_the_body() -> None:
+    prepared = prepare(
+        chat(pictures.image_part(SMALL), max_image_tokens=99, include_image_details=True,
+             stream=True)
+    )  # fmt: skip
+    context = prepared.context
+    assert (context.max_image_tokens, context.include_image_details) == (99, True)
+    assert prepared.document.keys() == {"messages", "stream", "stream_options"}
+    assert prepared.document["stream_options"] == {"include_usage": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_image_tokens", 0), ("max_image_tokens", "9"), ("include_image_details", 1)],
+)
+def test_a_wrong_request_option_is_named(name: str, value: object) -> None:
+    with pytest.raises(ClientError, match=name) as refusal:
+        read(chat(pictures.text_part("image"), **{name: value}))
+    assert refusal.value.param == name
+
+
+def test_texts_of_anthropic_documents_become_text() -> None:
+    image = {
+        "type": "image",
+        "source": {"type": "base64", "data": base64.b64encode(SMALL).decode()},
+    }
+    inner = {"type": "content", "content": ["one", {"type": "text", "text": "two"}, image]}
+    blocks = [
+        image,
+        {"type": "document", "source": {"type": "text", "data": "first"}, "title": "Title"},
+        {"type": "document", "source": inner},
+        {"type": "document", "source": {"type": "content", "content": "last"}},
+    ]
+    prepared = prepare({"messages": [{"role": "user", "content": blocks}]}, MESSAGES)
+    content = prepared.content()
+    shown = [part.get("text", part["type"]) for part in content]
+    assert shown == ["image", "Title", "first", "one", "two", "image", "last"]
+    handles = [part["source"]["url"] for part in content if part["type"] == "image"]
+    assert [prepared.image(handle).path for handle in handles] == [
+        "messages[0].content[0].source",
+        "messages[0].content[2].source.content[2].source",
+    ]
+
+
+@pytest.mark.parametrize(
+    "source", [{"type": "text"}, {"type": "text", "data": 5}, {"type": "content", "content": None}]
+)
+def test_a_document_without_text_is_refused(source: dict[str, Any]) -> None:
+    body = {"messages": [{"role": "user", "content": [{"type": "document", "source": source}]}]}
+    with pytest.raises(ClientError, match="no text") as refusal:
+        read(body, MESSAGES)
+    assert (refusal.value.param or "").startswith("messages[0].content[0].source.")
+
+
+def test_parts_are_counted_before_they_are_loaded() -> None:
+    part = {"type": "image_url", "image_url": {"url": "https://a.example/"}}
+    assert len(read(chat(*[part] * 8)).context.media) == 8
+    with pytest.raises(TooManyImages, match="more than 8 images") as refusal:
+        read(chat(*[part] * 9))
+    assert refusal.value.param == "messages[0].content[8].image_url"
+    clip = {"type": "video_url", "video_url": {"url": "https://a.example/"}}
+    with pytest.raises(TooManyImages, match="more than 2 video parts"):
+        read(chat(*[clip] * 3))
