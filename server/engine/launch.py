@@ -177,20 +177,19 @@ async def connect(
 
     A model whose processor looks at the prompt as a whole, or for which the pool's result differs
     from vLLM's on a test picture, keeps vLLM's own preprocessing. One with a renderer of its own,
-    or with one modality for images and videos, keeps vLLM's way from the start.
+    or with one modality for images and videos, gets decoded pictures.
 
     Raises:
         CannotStart: the model cannot keep images below `max_image_tokens`.
     """
     renderer: Any = engine.renderer  # vLLM types it as its base class
-    if not isinstance(renderer, PooledRenderer):
-        return ImagePath(encoded=False, pooled=False)
-    if renderer.mm_processor is None or renderer.use_unified_vision_chunk:
+    takes_encoded = isinstance(renderer, PooledRenderer) and not renderer.use_unified_vision_chunk
+    connector.HandleConnector.pool = None if takes_encoded else pool
+    if not takes_encoded:
         return ImagePath(encoded=False, pooled=False)
     planner = _planner(renderer, settings)
     fits = is_image_by_image(renderer.mm_processor)
     renderer.attach(settings, pool, planner, pooled=fits)
-    connector.HandleConnector.keeps_encoded = True
     if fits and not await _agrees(renderer):
         logger.warning("the image pool does not fit this model; using vLLM's own preprocessing")
         renderer.attach(settings, pool, planner, pooled=False)
