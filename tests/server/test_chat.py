@@ -134,7 +134,7 @@ def test_bad_pictures_are_named(http: httpx.Client, name: str) -> None:
     ("url", "code"),
     [
         ("data:image/png;base64,@@@", "invalid_image_url"),
-        ("data:image/png,plain", "invalid_image_url"),
+        ("data:image/png,plain", "unsupported_image_format"),
         ("ftp://127.0.0.1/x.png", "invalid_image_url"),
         ("file:///etc/passwd", "image_url_blocked"),
         ("no url", "invalid_image_url"),

@@ -316,44 +316,15 @@ def test_what_cannot_be_shown_is_named(
     assert (error["code"], error["param"]) == (code, f"messages[0].content[1].{param}")
 
 
-@pytest.mark.parametrize(
-    ("options", "param"),
-    [
-        ('{"mm_processor_kwargs": {"max_pixels": NaN}}', None),
-        ('{"mm_processor_kwargs": {"max_pixels": 1e400}}', None),
-        ('{"mm_processor_kwargs": {"max_pixels": 36893488147419103232}}', "mm_processor_kwargs"),
-        ('{"mm_processor_kwargs": {"x": 36893488147419103232}}', "mm_processor_kwargs"),
-        ('{"mm_processor_kwargs": {"x": "\\ud800"}}', None),
-        (
-            '{"media_io_kwargs": {"image": {"image_mode": "infrared"}}}',
-            "media_io_kwargs.image.image_mode",
-        ),
-        (
-            '{"media_io_kwargs": {"image": {"rgba_background_color": [0, 0, 256]}}}',
-            "media_io_kwargs.image.rgba_background_color",
-        ),
-    ],
-)
-def test_options_of_the_processor_are_checked(
-    http: httpx.Client, options: str, param: str | None
-) -> None:
-    body = json.dumps({"model": MODEL, "messages": user(image_part(SMALL)), "max_tokens": 4})
-    headers = {"Content-Type": "application/json"}
-    content = f"{body[:-1]}, {options[1:]}"
-    answer = http.post("/v1/chat/completions", content=content, headers=headers)
-    assert answer.status_code == 400, answer.text
-    assert answer.json()["error"]["param"] == param
-
-
 def test_too_many_images_are_refused(http: httpx.Client) -> None:
     body = {"model": MODEL, "messages": user(*[image_part(SMALL)] * 129, WHAT), "max_tokens": 4}
     assert refusal(http, "/v1/chat/completions", body)["code"] == "too_many_images"
 
 
 BAD_OPTIONS = {
-    '{"mm_processor_kwargs": {"max_pixels": NaN}}': "mm_processor_kwargs",
+    '{"mm_processor_kwargs": {"max_pixels": NaN}}': None,
     '{"mm_processor_kwargs": {"max_pixels": 36893488147419103232}}': "mm_processor_kwargs",
-    '{"mm_processor_kwargs": {"x": "\\ud800"}}': "mm_processor_kwargs",
+    '{"mm_processor_kwargs": {"x": "\\ud800"}}': None,
     '{"media_io_kwargs": {"image": {"image_mode": "infrared"}}}': (
         "media_io_kwargs.image.image_mode"
     ),
