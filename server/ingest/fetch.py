@@ -132,11 +132,11 @@ class Fetcher:
                 flight.task.cancel()
                 self._forget(wanted, flight)
         if flight.task.cancelled():
-            raise ServerBusy("the server is shutting down", part=url)
+            raise ServerBusy("the server is shutting down")
         try:
             return flight.task.result()
         except SaccadeError as error:  # one for each waiter: they go different ways
-            raise type(error)(error.message, part=url) from None
+            raise type(error)(error.message) from None
 
     def _start(self, wanted: _Wanted) -> _Flight:
         # In a context of its own: the first request's data must not stay as long as the flight.
