@@ -94,7 +94,6 @@ async def one(url: str, names: Names | None = None, **settings: Any) -> bytes:
 async def failing(fetcher: Fetcher, url: str) -> SaccadeError:
     with pytest.raises(SaccadeError) as caught:
         await fetch(fetcher, url)
-    assert caught.value.part == url
     return caught.value
 
 

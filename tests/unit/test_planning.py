@@ -18,7 +18,7 @@ SIDE = 280
 
 
 def image(options: ImageOptions) -> EncodedImage:
-    return EncodedImage(b"", "", "", ImageHeader("PNG", SIDE, SIDE, 1, False), options)
+    return EncodedImage(b"", "", ImageHeader("PNG", SIDE, SIDE, 1, False), options)
 
 
 @pytest.mark.parametrize("rule", [NATIVE, MEASURED], ids=["native", "measured"])
