@@ -37,7 +37,7 @@ from benchmarks import environment, photos
 from server.engine import torchvision_ops
 from server.imaging.decode import DecodeOptions, decode
 from server.imaging.sizing import FixedSize
-from server.workers.memory import keep_freed_memory
+from server.workers.heap import keep_freed_memory
 
 Pixels = NDArray[np.uint8]
 Size = tuple[int, int]

@@ -47,7 +47,7 @@ from server.request.context import RetainedMedia
 from server.request.read import RequestReader
 from server.settings import GIB, Settings
 from server.telemetry import metrics, tracing
-from server.workers.memory import keep_freed_memory
+from server.workers.heap import keep_freed_memory
 from server.workers.pool import ImagePool
 
 log = logging.getLogger("saccade")

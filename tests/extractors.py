@@ -1,16 +1,22 @@
 """An extractor for pool tests that does what the picture's bytes say."""
 
+import contextlib
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from PIL import Image
 
 from server.errors import InvalidImage
+from server.imaging import pdf
 from server.imaging.decode import Decoded
+from server.workers import protocol
 from server.workers.jobs import PictureJob, ProcessJob, decode_kwargs
+from server.workers.shared_memory import Segment
 from server.workers.worker import Array, Extractor, Feature
 
 
@@ -39,6 +45,12 @@ class Commanded:
             if command == "die-once":
                 Path(argument).touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        elif command == "render":  # a real PDF
+            pdf.render(self._data.split(b"\n", 1)[1], 0, (4000, 4000))
+        elif command == "too-long":
+            return {"list": list(range(100_000))}
+        elif command == "rogue":
+            _send_rogue_reply(*argument.split())
         elif command == "refuse":
             raise InvalidImage("refused")
         elif command == "raise":
@@ -50,6 +62,29 @@ class Commanded:
             "list": [Array("int64", np.arange(3)), 7, "text", None],
             "option": str(decode_kwargs(job.kwargs).get("option")),
         }
+
+
+def _send_rogue_reply(kind: str, job_id: str) -> None:
+    """Send what a compromised worker might send, over the worker's own socket."""
+    done = protocol.Done(int(job_id), 99, 1 << 30, False, [], {}, (8, 6), 0.0, 0.0)
+    fds: list[int] = []
+    if kind == "other-job":
+        done = msgspec.structs.replace(done, id=int(job_id) + 7)
+    elif kind == "unknown-dropped":
+        done = msgspec.structs.replace(done, dropped=[7])
+    elif kind == "no-descriptor":
+        done = msgspec.structs.replace(done, is_new=True)
+    elif kind == "too-small":
+        done, fds = msgspec.structs.replace(done, is_new=True), [Segment.create(1).fd]
+    elif kind == "no-memory":
+        done, fds = msgspec.structs.replace(done, is_new=True), [os.open("/dev/null", os.O_RDWR)]
+    data = b"\xc1 garbage" if kind == "garbage" else protocol.encoder.encode(done)
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):
+            connection = socket.socket(fileno=os.dup(fd))
+            if connection.type == socket.SOCK_SEQPACKET:
+                socket.send_fds(connection, [data], fds)
+    time.sleep(60)
 
 
 def load(payload: bytes) -> Extractor:

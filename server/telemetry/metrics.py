@@ -120,7 +120,7 @@ image_worker_restarts = Counter(
     "saccade_image_worker_restarts_total", "Image workers that were started in the place of others."
 )
 images_dropped = Counter(
-    "saccade_images_dropped_total", "Waiting images dropped because their callers had left."
+    "saccade_images_dropped_total", "Images dropped or stopped because their callers had left."
 )
 
 # ---------------------------------------------------------------------- caches and files

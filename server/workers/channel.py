@@ -1,164 +1,203 @@
-"""The event loop's end of one worker: its process, its socket, its shared memory."""
+"""The event loop's end of one worker: its socket and its shared memory."""
 
 import array
 import asyncio
-import contextlib
 import ctypes
+import fcntl
+import logging
 import os
 import socket
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 
 import msgspec
 
 from server.workers import protocol
 from server.workers.features import Features
-from server.workers.memory import Segment
+from server.workers.forkserver import WorkerProcess
+from server.workers.shared_memory import Segment
 
-_JOIN_TIMEOUT_S = 5.0
+log = logging.getLogger("saccade.images")
 
 
-class WorkerLink:
-    """Sends jobs to one worker and hears its answers. `options` is a map in msgpack.
+class ProtocolError(Exception):
+    """A worker sent something that no worker should send."""
 
-    Callbacks run on the event loop. `on_death` is called once, when the worker has gone without
-    having been closed.
+
+class WorkerChannel:
+    """Sends jobs to one worker and receives its replies.
+
+    Callbacks run on the event loop. `on_end` is called once, when the worker has gone without
+    having been closed. A worker that breaks the protocol is killed.
     """
 
     def __init__(
         self,
-        process: BaseProcess,
-        connection: socket.socket,
+        worker: WorkerProcess,
         *,
         on_reply: Callable[[protocol.FromWorker, Features | None], None],
-        on_death: Callable[[], None],
+        on_end: Callable[[], None],
     ) -> None:
+        self.pid = worker.pid
         self.ready = False
-        self._process = process
-        self._connection = connection
+        self._worker = worker
+        self._connection = worker.connection
         self._on_reply = on_reply
-        self._on_death = on_death
+        self._on_end = on_end
+        self._job_id: int | None = None
         self._input: Segment | None = None
         self._results: dict[int, Segment] = {}
         # Filled by finalizers in any thread.
         self._released: deque[int] = deque()
+        # Held while a thread sends, so that no descriptor is closed meanwhile.
         self._sending = threading.Lock()
+        self._killed = False
         self._closed = False
-        connection.setblocking(False)
+        self._connection.setblocking(False)
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(connection.fileno(), self._readable)
+        self._loop.add_reader(self._connection.fileno(), self._readable)
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid or -1
+    def send_inline(self, job_id: int, data: bytes, job: bytes) -> None:
+        """Send a small picture and its encoded job in one message; does not block."""
+        try:
+            self._send(job_id, job, inline=data, length=len(data), fd=None)
+        except OSError as error:
+            self._fail_to_send(error)
 
-    def send_inline(self, number: int, data: bytes, job: bytes) -> None:
-        """Send a small picture inside the message; does not block."""
-        self._send_job(number, job, inline=data, length=len(data), fd=None)
-
-    def send(self, number: int, data: bytes, job: bytes) -> None:
-        """Copy a large picture into shared memory and tell the worker; call it in a thread."""
+    def send(self, job_id: int, data: bytes, job: bytes) -> None:
+        """Copy a large picture into shared memory and send its encoded job; call it in a thread."""
         with self._sending:
             if self._closed:
                 return
-            fd = None
-            if self._input is None or self._input.capacity < len(data):
-                if self._input is not None:
-                    self._input.close()
-                self._input = Segment.create(len(data))
-                fd = self._input.fd
-            os.pwrite(self._input.fd, data, 0)  # releases the GIL, unlike a slice assignment
-            self._send_job(number, job, inline=None, length=len(data), fd=fd)
+            try:
+                grown = self._copy_to_input(data)
+                self._send(job_id, job, inline=None, length=len(data), fd=grown)
+            except Exception as error:  # nothing else would notice: nobody reads the result
+                self._fail_to_send(error)
 
-    def _send_job(
-        self,
-        number: int,
-        job: bytes,
-        *,
-        inline: bytes | None,
-        length: int,
-        fd: int | None,
+    def _copy_to_input(self, data: bytes) -> int | None:
+        """The descriptor of the input segment, if the worker does not have it yet."""
+        grown = None
+        if self._input is None or self._input.capacity < len(data):
+            if self._input is not None:
+                self._input.close()
+                self._input = None
+            self._input = Segment.create(len(data))
+            grown = self._input.fd
+        os.pwrite(self._input.fd, data, 0)  # releases the GIL, unlike a slice assignment
+        return grown
+
+    def _send(
+        self, job_id: int, job: bytes, *, inline: bytes | None, length: int, fd: int | None
     ) -> None:
+        self._job_id = job_id
         released = [self._released.popleft() for _ in range(len(self._released))]
         request = protocol.WorkRequest(
-            number, msgspec.Raw(job), inline, length, fd is not None, released
+            job_id, msgspec.Raw(job), inline, length, fd is not None, released
         )
         ancillary = []
         if fd is not None:
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
-        # A worker has one job at a time, so its socket has room; a dead one is found by the reader.
-        with contextlib.suppress(ConnectionError):
-            self._connection.sendmsg([protocol.encoder.encode(request)], ancillary)
+        # A worker has one job at a time, so its socket has room.
+        self._connection.sendmsg([protocol.encoder.encode(request)], ancillary)
+
+    def _fail_to_send(self, error: Exception) -> None:
+        """Replace a worker that did not get its picture; its end brings the picture back."""
+        if not isinstance(error, ConnectionError):  # else it has died, and the reader finds out
+            log.warning("failed to send an image to worker %d: %s", self.pid, error)
+        self.kill()
+
+    # ------------------------------------------------------------------ replies
 
     def _readable(self) -> None:
+        fds: list[int] = []
         try:
-            data, fds, _, _ = socket.recv_fds(self._connection, protocol.MAX_MESSAGE_BYTES, 1)
+            data, fds, _, _ = socket.recv_fds(
+                self._connection, protocol.MAX_MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC
+            )
+            if not data:
+                self._lose()
+                return
+            reply, features = self._received(data, fds)
         except BlockingIOError:
             return
         except ConnectionError:
-            data, fds = b"", []
-        if not data:
-            self._lost()
+            self._lose()
             return
-        reply = protocol.reply_decoder.decode(data)
-        features = None
-        if isinstance(reply, protocol.Ready):
-            self.ready = True
-        elif isinstance(reply, protocol.Done):
-            features = self._features(reply, fds)
+        except Exception as error:  # whatever a compromised worker may send
+            log.error("image worker %d broke the protocol: %r", self.pid, error)
+            self._lose()
+            return
+        finally:
+            for fd in fds:
+                os.close(fd)  # a mapping is enough on this side
         self._on_reply(reply, features)
+
+    def _received(self, data: bytes, fds: list[int]) -> tuple[protocol.FromWorker, Features | None]:
+        reply = protocol.reply_decoder.decode(data)
+        if isinstance(reply, protocol.Ready):
+            if self._job_id is not None or self.ready:
+                raise ProtocolError("a second greeting")
+            self.ready = not self._killed
+            return reply, None
+        if reply.id != self._job_id:
+            raise ProtocolError(f"a reply to job {reply.id} instead of {self._job_id}")
+        self._job_id = None
+        return reply, self._features(reply, fds) if isinstance(reply, protocol.Done) else None
 
     def _features(self, reply: protocol.Done, fds: list[int]) -> Features:
         if reply.is_new:
-            segment = Segment(fds[0], reply.capacity)
-            os.close(fds[0])  # the mapping is enough on this side
-            segment.fd = -1
-            self._results[reply.segment] = segment
+            if reply.segment in self._results:
+                raise ProtocolError(f"segment {reply.segment} is not new")
+            # Reading memory that was cut off would kill this process.
+            fcntl.fcntl(fds[0], fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+            self._results[reply.segment] = Segment.received(fds[0], reply.capacity)
         for number in reply.dropped:
             self._results.pop(number).close()
         segment = self._results[reply.segment]
-        buffer = (ctypes.c_char * reply.capacity).from_buffer(segment.map)
+        buffer = (ctypes.c_char * segment.capacity).from_buffer(segment.map)
         weakref.finalize(buffer, self._released.append, reply.segment)
         return Features.of(reply, buffer)
 
-    def _lost(self) -> None:
+    # ------------------------------------------------------------------ the end
+
+    def _lose(self) -> None:
         if self._closed:
             return
         self.close()
-        self._on_death()
+        self._on_end()
 
     def kill(self) -> None:
-        """End the worker at once, whatever it does; its death is reported as any other."""
-        with contextlib.suppress(ProcessLookupError, AttributeError):
-            self._process.kill()
+        """Kill the worker, whatever it does. It gets no more jobs, and `on_end` follows. May be
+        called from any thread."""
+        self._killed = True
+        self.ready = False
+        self._worker.kill()
 
     def kill_unless_ready(self) -> None:
-        """End a worker that has not come up."""
+        """Kill a worker that has not come up."""
         if not self.ready:
             self.kill()
 
     def close(self) -> None:
-        """Stop listening; the worker ends itself when it notices, at the latest in `join`."""
+        """Stop listening. `end` must follow."""
         if self._closed:
             return
         self._closed = True
         self.ready = False
         self._loop.remove_reader(self._connection.fileno())
-        self._connection.close()
         for segment in self._results.values():
             segment.close()
         self._results.clear()
 
-    def join(self) -> None:
-        """Wait for the process to end, by force if need be. Blocks: call it in a thread."""
+    def end(self) -> None:
+        """Kill the worker, wait for its end and close the descriptors. Blocks: call it in a
+        thread."""
+        self._worker.kill()
         with self._sending:
             if self._input is not None:
                 self._input.close()
                 self._input = None
-        self._process.join(0.2)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join(_JOIN_TIMEOUT_S)
+            self._worker.end()

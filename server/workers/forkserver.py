@@ -1,4 +1,4 @@
-"""Where image workers come from: a process that has everything loaded, of which they are forks."""
+"""Starts worker processes by forking a process that has everything loaded (the forkserver)."""
 
 import contextlib
 import multiprocessing
@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import tempfile
+import threading
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -16,8 +17,45 @@ import msgspec
 from server.workers import preload
 from server.workers.worker import WorkerSpec, main
 
+_JOIN_TIMEOUT_S = 5.0
 
-class Nursery:
+
+class WorkerProcess:
+    """A started worker process and `connection`, our end of its socket."""
+
+    def __init__(self, process: BaseProcess, connection: socket.socket) -> None:
+        self.connection = connection
+        self.pid = process.pid or -1
+        self._process: BaseProcess | None = process  # None when it has ended
+        self._lock = threading.Lock()
+        self._pidfd = _pidfd(self.pid)
+
+    def kill(self) -> None:
+        """Kill the process at once. Does not block, and may be called from any thread."""
+        with self._lock:
+            if self._process is None:
+                return
+            with contextlib.suppress(ProcessLookupError):
+                if self._pidfd is None:
+                    self._process.kill()
+                else:  # names the process itself: its pid may belong to another one by now
+                    signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def end(self) -> None:
+        """Kill the process, wait for its end and close the descriptors. Blocks."""
+        self.kill()
+        if (process := self._process) is not None:
+            process.join(_JOIN_TIMEOUT_S)
+        with self._lock:
+            if self._process is None:
+                return
+            self._process = None  # closes its descriptor as well
+            self.connection.close()
+            if self._pidfd is not None:
+                os.close(self._pidfd)
+
+
+class Forkserver:
     """Starts workers for `spec`."""
 
     def __init__(self, spec: WorkerSpec) -> None:
@@ -40,8 +78,8 @@ class Nursery:
         self._context.set_forkserver_preload(["server.workers.preload"])
         forkserver.ensure_running()
 
-    def start(self, name: str) -> tuple[BaseProcess, socket.socket]:
-        """Start a worker; returns it with our end of its socket. Blocks.
+    def start(self, name: str) -> WorkerProcess:
+        """Start a worker. Blocks.
 
         Raises OSError or EOFError if the process that workers are forked from has died; the next
         start renews it.
@@ -51,10 +89,10 @@ class Nursery:
             process = self._context.Process(target=main, args=(theirs,), name=name, daemon=True)
             try:
                 process.start()
+                return WorkerProcess(process, ours)
             except BaseException:
-                ours.close()
+                ours.close()  # a worker that was started ends itself
                 raise
-        return process, ours
 
     def close(self) -> None:
         """End the process that workers are forked from, and with it any worker left."""
@@ -68,3 +106,13 @@ class Nursery:
             self._spec_file.unlink(missing_ok=True)
             self._spec_file = None
             os.environ.pop(preload.SPEC_VARIABLE, None)
+
+
+def _pidfd(pid: int) -> int | None:
+    """A descriptor of the process; None where the kernel or a sandbox has no such thing."""
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        raise
+    except OSError:
+        return None

@@ -26,6 +26,7 @@ from server.imaging import pdf
 from server.imaging.decode import Decoded, frame_count
 from server.lifeline import die_with_parent
 from server.workers import protocol
+from server.workers.heap import FreedMemory, keep_freed_memory
 from server.workers.jobs import (
     CountFrames,
     InspectPdf,
@@ -34,7 +35,7 @@ from server.workers.jobs import (
     PixelsJob,
     ProcessJob,
 )
-from server.workers.memory import ArrayWriter, FreedMemory, Segment, keep_freed_memory
+from server.workers.shared_memory import ArrayWriter, Segment
 
 # Heap that a worker keeps between pictures: the 36 MB of a 12-megapixel picture several times.
 _KEPT_HEAP_BYTES = 192 << 20
@@ -206,6 +207,8 @@ class Worker:
 
     def _send(self, message: protocol.FromWorker, fd: int | None = None) -> None:
         data = protocol.encoder.encode(message)
+        if len(data) > protocol.MAX_MESSAGE_BYTES:
+            raise SaccadeError("the image processor returned too many lists and numbers")
         ancillary = []
         if fd is not None:
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]

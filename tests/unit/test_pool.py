@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from pathlib import Path
@@ -21,11 +23,14 @@ from server.errors import (
     ServerBusy,
 )
 from server.settings import ImageSettings
+from server.telemetry import metrics
 from server.telemetry.stages import Timeline
+from server.workers import pool as pools
 from server.workers.features import Features
+from server.workers.forkserver import Forkserver, WorkerProcess
 from server.workers.jobs import ProcessJob, encode_kwargs
-from server.workers.memory import Segment
 from server.workers.pool import ImagePool
+from server.workers.shared_memory import Segment
 from server.workers.worker import WorkerSpec
 
 SPEC = WorkerSpec("tests.extractors:load", b"payload")
@@ -84,15 +89,15 @@ def test_memory_is_used_again_and_never_while_it_is_read() -> None:
     async def test() -> None:
         async with running(image_workers=1) as pool:
             held = [await process(pool, f"h{i}", b"%d" % i) for i in range(6)]
-            seats = pool._seats[0].link
-            assert seats is not None
-            assert len(seats._results) == 6
+            channel = pool._slots.all[0].channel
+            assert channel is not None
+            assert len(channel._results) == 6
             for i in range(50):
                 data = os.urandom(100_000)
                 made = arrays(await process(pool, f"k{i}", data))
                 assert made["bytes"].tobytes() == data
                 del made
-            assert len(seats._results) <= 12
+            assert len(channel._results) <= 12
             for i, features in enumerate(held):
                 assert arrays(features)["bytes"].tobytes() == b"%d" % i
 
@@ -257,6 +262,181 @@ def test_the_pool_heals_when_the_process_it_forks_from_is_killed() -> None:
             assert made["bytes"].tobytes() == b"fine"
 
     run(test)
+
+
+def slow_pdf() -> bytes:
+    """A page that takes PDFium many seconds: large overlapping shapes, drawn with transparency."""
+    shape = b"0 0 200 200 re 100 100 m 0 200 l 200 200 l 50 0 l h f*\n"
+    return one_page_pdf(b"/G gs\n" + shape * 20_000)
+
+
+def one_page_pdf(content: bytes) -> bytes:
+    objects = [
+        b"<</Type/Catalog/Pages 2 0 R>>",
+        b"<</Type/Pages/Kids[3 0 R]/Count 1>>",
+        b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 200 200]/Contents 4 0 R"
+        b"/Resources<</ExtGState<</G<</ca .5>>>>>>>>",
+        b"<</Length %d>>stream\n%s\nendstream" % (len(content), content),
+    ]
+    body = b"%PDF-1.4\n"
+    for number, item in enumerate(objects, 1):
+        body += b"%d 0 obj\n%s\nendobj\n" % (number, item)
+    return body + b"trailer<</Root 1 0 R>>\n%%EOF"
+
+
+def test_work_that_nobody_waits_for_is_stopped_with_its_worker() -> None:
+    async def test() -> None:
+        async with running(image_workers=1, image_timeout_s=600) as pool:
+            (pid,) = pool.worker_pids
+            deaths, restarts = (
+                value(metrics.image_worker_deaths),
+                value(metrics.image_worker_restarts),
+            )
+            slow = asyncio.create_task(process(pool, "slow", b"render pdf\n" + slow_pdf()))
+            await until(lambda: pool._slots.all[0].task is not None)
+            slow.cancel()
+            made = arrays(await process(pool, "k", b"fine"))
+            assert made["bytes"].tobytes() == b"fine"
+            assert pool.worker_pids != [pid]
+            assert pool.ready
+            assert value(metrics.image_worker_deaths) == deaths
+            assert value(metrics.image_worker_restarts) == restarts + 1
+            assert pool._slots.health.restart_delay_s == 0
+
+    run(test)
+
+
+def value(counter: Any) -> float:
+    found: float = counter._value.get()
+    return found
+
+
+def test_quick_work_that_nobody_waits_for_keeps_its_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pools, "ABANDONED_GRACE_S", 60.0)
+
+    async def test() -> None:
+        async with running(image_workers=1, image_timeout_s=600) as pool:
+            pids, go = pool.worker_pids, tmp_path / "go"
+            left = asyncio.create_task(process(pool, "left", f"wait-for {go}\n".encode()))
+            await until(lambda: pool._slots.all[0].task is not None)
+            left.cancel()
+            go.touch()
+            await process(pool, "k", b"fine")
+            assert pool.worker_pids == pids
+
+    run(test)
+
+
+def test_a_worker_whose_start_fails_is_started_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    start, failures = Forkserver.start, [RuntimeError("no threads"), ValueError("odd")]
+
+    def failing(self: Forkserver, name: str) -> WorkerProcess:
+        if failures:
+            raise failures.pop()
+        return start(self, name)
+
+    async def test() -> None:
+        async with running(image_workers=1) as pool:
+            (pid,) = pool.worker_pids
+            monkeypatch.setattr(Forkserver, "start", failing)
+            os.kill(pid, signal.SIGKILL)
+            await until(lambda: not failures and len(pool.worker_pids) == 1)
+            await process(pool, "k", b"fine")
+            assert caplog.text.count("failed to start image worker") == 2
+
+    run(test)
+
+
+def test_a_result_that_no_message_can_carry_leaks_no_memory() -> None:
+    async def test() -> None:
+        async with running(image_workers=1) as pool:
+            (pid,) = pool.worker_pids
+            for i in range(12):
+                with pytest.raises(SaccadeError, match="too many"):
+                    await process(pool, f"k{i}", b"too-long")
+            await process(pool, "k", b"fine")
+            assert pool.worker_pids == [pid]
+            maps = [found.path for found in psutil.Process(pid).memory_maps(grouped=False)]
+            assert sum("memfd:saccade-image" in path for path in maps) == 1
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["garbage", "other-job", "unknown-segment", "unknown-dropped", "no-descriptor", "too-small",
+     "no-memory"],
+)  # fmt: skip
+def test_a_worker_that_breaks_the_protocol_is_replaced(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test() -> None:
+        async with running(image_workers=1, image_timeout_s=600) as pool:
+            await process(pool, "before", b"fine")
+            (pid,) = pool.worker_pids
+            gc.collect()
+            fds = len(os.listdir("/proc/self/fd"))
+            command = f"rogue {kind} {pool._next_id + 1}\n".encode()
+            with pytest.raises(ImageProcessingFailed):
+                await process(pool, "v", command)
+            made = arrays(await process(pool, "k", b"fine"))
+            assert made["bytes"].tobytes() == b"fine"
+            assert pool.worker_pids != [pid]
+            del made
+            gc.collect()
+            assert len(os.listdir("/proc/self/fd")) == fds
+            assert f"image worker {pid} broke the protocol" in caplog.text
+
+    run(test)
+
+
+def test_no_descriptor_is_closed_while_a_picture_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number could belong to another connection by then, which would get the picture."""
+    create, begun, go = Segment.create, threading.Event(), threading.Event()
+
+    def waiting(nbytes: int) -> Segment:
+        begun.set()
+        go.wait()
+        return create(nbytes)
+
+    async def test() -> None:
+        async with running(image_workers=1) as pool:
+            channel = pool._slots.all[0].channel
+            assert channel is not None
+            monkeypatch.setattr(Segment, "create", waiting)
+            sent = asyncio.create_task(process(pool, "k", os.urandom(500_000)))
+            try:
+                await until(begun.is_set)
+                os.kill(channel.pid, signal.SIGKILL)
+                await until(lambda: pool._slots.all[0].channel is not channel)
+                assert channel._connection.fileno() >= 0
+            finally:
+                go.set()
+            await sent
+            assert channel._connection.fileno() == -1
+
+    run(test)
+
+
+def test_a_pool_leaves_no_descriptor_open() -> None:
+    async def use() -> None:
+        async with running() as pool:
+            os.kill(pool.worker_pids[0], signal.SIGKILL)
+            await process(pool, "k", os.urandom(500_000))
+            left = asyncio.create_task(process(pool, "left", b"sleep 60"))
+            await asyncio.sleep(0)
+            left.cancel()
+
+    run(use)
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    run(use)
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_no_process_or_file_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

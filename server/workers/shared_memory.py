@@ -5,8 +5,6 @@ leave behind, and is freed by the kernel with its last user.
 """
 
 import contextlib
-import ctypes
-import functools
 import mmap
 import os
 from typing import Any
@@ -14,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-PAGE = mmap.PAGESIZE
 ALIGNMENT = 64
 MIN_SEGMENT_BYTES = 1 << 20
 
@@ -29,12 +26,23 @@ class Segment:
         self.map = mmap.mmap(fd, capacity)
 
     @classmethod
+    def received(cls, fd: int, capacity: int) -> "Segment":
+        """Maps `fd`, which stays the caller's. Raises ValueError if it is smaller."""
+        segment = cls(fd, capacity)
+        segment.fd = -1
+        return segment
+
+    @classmethod
     def create(cls, nbytes: int) -> "Segment":
         """A new segment for at least `nbytes`, rounded up so that it can be used again."""
         capacity = max(MIN_SEGMENT_BYTES, 1 << (nbytes - 1).bit_length())
-        fd = os.memfd_create("saccade-image", os.MFD_CLOEXEC)
-        os.ftruncate(fd, capacity)
-        return cls(fd, capacity)
+        fd = os.memfd_create("saccade-image", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, capacity)
+            return cls(fd, capacity)
+        except BaseException:
+            os.close(fd)
+            raise
 
     def close(self) -> None:
         """Close the descriptor; the mapping goes when the last array on it does."""
@@ -68,53 +76,3 @@ class ArrayWriter:
                 place = np.frombuffer(buffer, np.uint8, array.nbytes, offset)
                 place.view(array.dtype).reshape(array.shape)[...] = array
             offset += array.nbytes
-
-
-def keep_freed_memory(limit_bytes: int) -> None:
-    """Let this process keep up to `limit_bytes` of freed heap instead of returning it each time.
-
-    By default glibc maps every large buffer afresh and the kernel zeroes it page by page: for a
-    12-megapixel picture that is half of the decoding time. A no-op where there is no glibc.
-
-    The limit is for the top of the heap. What is freed below something that stays is kept without
-    limit: see `FreedMemory`.
-    """
-    m_trim_threshold, m_mmap_max = -1, -4
-    if (libc := _libc()) is not None:
-        libc.mallopt(m_trim_threshold, limit_bytes)
-        libc.mallopt(m_mmap_max, 0)
-
-
-class FreedMemory:
-    """Gives freed heap back, wherever it lies, once the process has grown by `limit_bytes`."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
-        self._most_bytes = private_bytes() + limit_bytes
-
-    def check(self) -> None:
-        """Cheap, unless there is much to give back."""
-        libc = _libc()
-        if libc is None or private_bytes() <= self._most_bytes:
-            return
-        libc.malloc_trim(0)
-        # What is left is in use: growth is counted from there.
-        self._most_bytes = max(self._most_bytes, private_bytes() + self._limit_bytes // 2)
-
-
-def private_bytes() -> int:
-    """Resident memory of this process that is not shared with a file or another process's."""
-    with open("/proc/self/statm") as file:
-        _, resident, shared = (int(pages) for pages in file.read().split()[:3])
-    return (resident - shared) * PAGE
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL | None:
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        assert libc.mallopt
-        assert libc.malloc_trim
-    except (OSError, AttributeError):  # no glibc
-        return None
-    return libc

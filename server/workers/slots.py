@@ -1,0 +1,253 @@
+"""Slots for image workers: each one is kept filled with a live worker."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from server.telemetry import metrics
+from server.telemetry.stages import ImageWork
+from server.workers import protocol
+from server.workers.channel import WorkerChannel
+from server.workers.features import Features
+from server.workers.forkserver import Forkserver, WorkerProcess
+
+log = logging.getLogger("saccade.images")
+
+START_TIMEOUT_S = 120.0
+# This many deaths in a row without a finished picture make the pool unhealthy, until a picture is
+# finished or no worker has died for a while.
+_UNHEALTHY_DEATHS = 5
+_CALM_S = 15.0
+_RESTART_DELAYS_S = (0.0, 0.1, 0.5, 2.0, 5.0)
+
+
+@dataclass(eq=False)
+class Task:
+    """An encoded job on one file, and the result that all its callers wait for."""
+
+    key: str
+    data: bytes
+    job: bytes
+    result: asyncio.Future[Features]
+    work: ImageWork
+    waiters: int = 0
+    attempts: int = 0
+
+
+class Ending(StrEnum):
+    """Why a worker ended."""
+
+    DIED = "died"
+    TIMED_OUT = "timed out"
+    ABANDONED = "was stopped: nobody waits for its image"
+
+
+@dataclass(eq=False)
+class Slot:
+    """The place of one worker, which may be replaced; `since` is when it was given `task`, on
+    `time.monotonic()`. `timer` limits the time of its start or of its task."""
+
+    number: int
+    channel: WorkerChannel | None = None
+    task: Task | None = None
+    since: float = 0.0
+    timer: asyncio.TimerHandle | None = None
+    ending: Ending = Ending.DIED
+
+    @property
+    def up(self) -> bool:
+        return self.channel is not None and self.channel.ready
+
+    @property
+    def idle(self) -> bool:
+        return self.up and self.task is None
+
+    def limit(self, at: float, then: Callable[..., None], *args: Any) -> None:
+        """Replace the timer by one that calls `then` at this time of the event loop."""
+        if self.timer is not None:
+            self.timer.cancel()
+        self.timer = asyncio.get_running_loop().call_at(at, then, *args)
+
+    def release(self) -> Task | None:
+        """Take the task out, and stop the timer."""
+        task, self.task = self.task, None
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+        return task
+
+    def stop(self, why: Ending) -> None:
+        """Kill the worker; it is replaced when it has ended."""
+        if self.channel is not None and self.channel.ready:
+            self.ending = why
+            self.channel.kill()
+
+
+class Health:
+    """Deaths of workers since the last finished picture."""
+
+    def __init__(self) -> None:
+        self._died_at: list[float] = []
+
+    def note_death(self) -> None:
+        self._died_at.append(time.monotonic())
+
+    def note_finished(self) -> None:
+        self._died_at.clear()
+
+    @property
+    def unhealthy(self) -> bool:
+        return self._deaths() >= _UNHEALTHY_DEATHS
+
+    @property
+    def restart_delay_s(self) -> float:
+        """The pause before the next start of a worker; it grows with the deaths in a row."""
+        return _RESTART_DELAYS_S[min(self._deaths(), len(_RESTART_DELAYS_S) - 1)]
+
+    def _deaths(self) -> int:
+        """Deaths in a row; a quiet period ends the row, as a finished picture does."""
+        if self._died_at and time.monotonic() - self._died_at[-1] > _CALM_S:
+            self._died_at.clear()
+        return len(self._died_at)
+
+
+@dataclass(frozen=True)
+class SlotEvents:
+    """What the pool is told, on the event loop."""
+
+    on_ready: Callable[[], None]
+    """A worker can take jobs."""
+
+    on_reply: Callable[[Slot, protocol.Done | protocol.Failed, Features | None], None]
+
+    on_lost: Callable[[Task | None, Ending], None]
+    """A worker ended, or could not be started; with the task that it had."""
+
+
+class WorkerSlots:
+    """Starts workers, and replaces those that end."""
+
+    def __init__(self, forkserver: Forkserver, count: int, events: SlotEvents) -> None:
+        self.all = [Slot(number) for number in range(count)]
+        self.health = Health()
+        self.settled = asyncio.Event()
+        """Set when all workers are up for the first time, or the pool is unhealthy."""
+        self._forkserver = forkserver
+        self._events = events
+        self._threads = ThreadPoolExecutor(2, "image-workers")
+        # Filled by threads that start workers; a cancelled start leaves its process here.
+        self._processes: set[WorkerProcess] = set()
+        self._background: set[asyncio.Task[None]] = set()
+        self._closing = False
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the workers that are up."""
+        return [slot.channel.pid for slot in self.all if slot.channel and slot.channel.ready]
+
+    @property
+    def ready(self) -> bool:
+        """Whether some worker can take jobs, or is replaced by one that can, and they do not die
+        one after the other."""
+        usable = any(slot.up or slot.ending is Ending.ABANDONED for slot in self.all)
+        return usable and not self.health.unhealthy and not self._closing
+
+    def start(self) -> None:
+        """Begin to start all workers."""
+        for slot in self.all:
+            self._spawn(self._fill(slot))
+
+    async def close(self) -> None:
+        """End the workers and the process that they are forked from."""
+        self._closing = True
+        for task in list(self._background):
+            task.cancel()
+        for slot in self.all:
+            slot.release()
+            if slot.channel is not None:
+                slot.channel.close()
+        self._forkserver.close()  # also ends a start that waits for it
+        await asyncio.to_thread(self._end_processes)
+
+    def _end_processes(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
+        self._forkserver.close()  # a start may have renewed it
+        for slot in self.all:
+            if slot.channel is not None:
+                slot.channel.end()
+        for process in list(self._processes):
+            process.end()
+
+    # ------------------------------------------------------------------ one slot
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _replace(self, slot: Slot, channel: WorkerChannel, process: WorkerProcess) -> None:
+        metrics.image_worker_restarts.inc()
+        await asyncio.get_running_loop().run_in_executor(self._threads, channel.end)
+        self._processes.discard(process)
+        await self._fill(slot)
+
+    async def _fill(self, slot: Slot) -> None:
+        """Put a new worker into `slot`, after a pause that grows with the deaths in a row."""
+        loop = asyncio.get_running_loop()
+        while slot.channel is None:
+            await asyncio.sleep(self.health.restart_delay_s)
+            try:
+                process = await loop.run_in_executor(self._threads, self._start, slot.number)
+                slot.channel = self._channel(slot, process)
+            except Exception as error:
+                log.warning("failed to start image worker: %r", error)
+                slot.ending = Ending.DIED
+                self._note_death()
+                self._events.on_lost(None, Ending.DIED)
+        slot.limit(loop.time() + START_TIMEOUT_S, slot.channel.kill_unless_ready)
+
+    def _start(self, number: int) -> WorkerProcess:
+        process = self._forkserver.start(f"saccade-image-{number}")
+        self._processes.add(process)
+        return process
+
+    def _channel(self, slot: Slot, process: WorkerProcess) -> WorkerChannel:
+        return WorkerChannel(
+            process,
+            on_reply=lambda reply, features: self._on_reply(slot, reply, features),
+            on_end=lambda: self._on_end(slot, process),
+        )
+
+    def _on_reply(self, slot: Slot, reply: protocol.FromWorker, features: Features | None) -> None:
+        if not isinstance(reply, protocol.Ready):
+            self._events.on_reply(slot, reply, features)
+            return
+        slot.release()
+        slot.ending = Ending.DIED
+        if all(slot.up for slot in self.all):
+            self.settled.set()
+        self._events.on_ready()
+
+    def _on_end(self, slot: Slot, process: WorkerProcess) -> None:
+        channel, slot.channel = slot.channel, None
+        if self._closing or channel is None:
+            return
+        task, ending = slot.release(), slot.ending
+        if ending is Ending.ABANDONED:
+            log.info("image worker %d %s", channel.pid, ending)
+        else:
+            log.warning("image worker %d %s", channel.pid, ending)
+            self._note_death()
+        self._events.on_lost(task, ending)
+        self._spawn(self._replace(slot, channel, process))
+
+    def _note_death(self) -> None:
+        self.health.note_death()
+        metrics.image_worker_deaths.inc()
+        if self.health.unhealthy:
+            self.settled.set()  # a start of the pool that waits for the workers gives up
