@@ -232,6 +232,14 @@ class ServerBusy(SaccadeError):
     retry_after_s = 1
 
 
+class Unavailable(SaccadeError):
+    """The server cannot serve requests now: it is shutting down, its engine has died, or no image
+    worker can take work. `/health` and `/ready` say so, and proxies that reach no server."""
+
+    status = 503
+    code = "unavailable"
+
+
 class FileStorageFailed(SaccadeError):
     """The disk with the uploaded files is full, or cannot be read or written."""
 

@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from server.cores import usable_cores
+
 PREFIX = "SACCADE_"
 
 MIB = 1 << 20
@@ -25,18 +27,15 @@ class _Group(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
 class ImageSettings(_Group):
     """Decoding and preprocessing."""
 
     image_workers: int = Field(
-        default_factory=_usable_cores,
+        default_factory=usable_cores,
         ge=1,
         le=1024,
-        description="Image worker processes (default: the cores this process may use).",
+        description="Image worker processes (default: the cores this process may use, by affinity "
+        "and CPU quota).",
     )
     image_decode: Literal["fast", "exact"] = Field(
         "fast",

@@ -1,5 +1,6 @@
 """The one way out for errors: the OpenAI error object, whoever raised it."""
 
+import asyncio
 import inspect
 import json
 import logging
@@ -18,6 +19,35 @@ log = logging.getLogger("saccade.api")
 
 # An error's body is a few hundred bytes; a longer one is not ours to rewrite.
 _MAX_ERROR_BYTES = 64 * 1024
+_OVERLOAD_LOG_S = 1.0
+
+
+class OverloadLog:
+    """Logs refusals of an overloaded server: the first at once, then once a second how many."""
+
+    def __init__(self) -> None:
+        self._more = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def note(self, error: SaccadeError) -> None:
+        """Call it on the event loop."""
+        if self._timer is not None:
+            self._more += 1
+            return
+        log.warning("%s: %s", error.code, error.message)
+        self._wait()
+
+    def _wait(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(_OVERLOAD_LOG_S, self._tell)
+
+    def _tell(self) -> None:
+        more, self._more, self._timer = self._more, 0, None
+        if more:
+            log.warning("%d more requests were refused with status 503", more)
+            self._wait()
+
+
+_overload = OverloadLog()
 
 
 def add_error_handler(app: FastAPI) -> None:
@@ -35,7 +65,9 @@ async def _answer(request: Request, error: Exception) -> JSONResponse:
 
 def respond(error: SaccadeError) -> JSONResponse:
     """The response for `error`, naming the part of the request it is about."""
-    if error.status >= 500:
+    if error.status == 503:
+        _overload.note(error)
+    elif error.status >= 500:
         log.warning("%s: %s", error.code, error.message)
     record.current().error_code = error.code
     headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s else None

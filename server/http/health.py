@@ -6,7 +6,7 @@ from starlette.datastructures import State
 
 from server import __version__
 from server.engine.vllm_http import EngineDeadError, vllm_version
-from server.errors import error_body
+from server.errors import Unavailable, error_body
 
 router = APIRouter()
 
@@ -46,4 +46,5 @@ async def version() -> dict[str, str]:
 
 
 def _unavailable(message: str) -> JSONResponse:
-    return JSONResponse(error_body(message, "server_error", "unavailable"), status_code=503)
+    body = error_body(message, Unavailable.type, Unavailable.code)
+    return JSONResponse(body, status_code=Unavailable.status)

@@ -2,7 +2,8 @@
 
 import ctypes
 import functools
-import mmap
+
+from server.workers.shared_memory import PAGE
 
 
 def keep_freed_memory(limit_bytes: int) -> None:
@@ -41,7 +42,7 @@ def private_bytes() -> int:
     """Resident memory of this process that is not shared with a file or another process's."""
     with open("/proc/self/statm") as file:
         _, resident, shared = (int(pages) for pages in file.read().split()[:3])
-    return (resident - shared) * mmap.PAGESIZE
+    return (resident - shared) * PAGE
 
 
 @functools.cache

@@ -35,7 +35,7 @@ import setproctitle
 
 from server.errors import SaccadeError, ServerBusy
 from server.lifeline import die_with_parent
-from server.workers.memory import ALIGNMENT, PAGE
+from server.workers.shared_memory import ALIGNMENT, PAGE
 
 # How long a child may take to be forked and to load what is not loaded yet.
 _START_TIMEOUT_S = 120.0

@@ -1,0 +1,54 @@
+"""The cores that a process may use, by its affinity and the quota of its control group."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from server.cores import usable_cores
+
+
+@pytest.fixture
+def four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+
+
+def cores(folder: Path, groups: str, files: dict[str, str]) -> int:
+    (folder / "cgroup").write_text(groups)
+    for name, text in files.items():
+        path = folder / "root" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return usable_cores(folder / "cgroup", folder / "root")
+
+
+V1 = "3:memory:/a\n2:cpu,cpuacct:/docker/x\n1:name=systemd:/a\n"
+
+
+@pytest.mark.usefixtures("four_cores")
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/\n", {}, 4),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, 4),
+        ("0::/\n", {"cpu.max": "200000 100000\n"}, 2),
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 2),
+        ("0::/\n", {"cpu.max": "5000 100000\n"}, 1),
+        ("0::/\n", {"cpu.max": "900000 100000\n"}, 4),
+        ("0::/\n", {"cpu.max": "garbage\n"}, 4),
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "100000 100000\n"}, 1),
+        (V1, {"cpu,cpuacct/docker/x/cpu.cfs_quota_us": "300000\n",
+              "cpu,cpuacct/docker/x/cpu.cfs_period_us": "100000\n"}, 3),
+        (V1, {"cpu/cpu.cfs_quota_us": "250000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+        (V1, {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
+    ],
+)  # fmt: skip
+def test_the_quota_limits_the_cores(
+    tmp_path: Path, groups: str, files: dict[str, str], expected: int
+) -> None:
+    assert cores(tmp_path, groups, files) == expected
+
+
+@pytest.mark.usefixtures("four_cores")
+def test_without_control_groups_the_affinity_counts(tmp_path: Path) -> None:
+    assert usable_cores(tmp_path / "none", tmp_path / "none") == 4
