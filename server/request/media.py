@@ -74,6 +74,7 @@ class MediaRef:
         frames: the frames of an animation or the pages of a file, counted from 0; or how many to
             spread over all of them; None: the first frame, all pages.
         uuid: the client's own name for the image, under which it may be sent again without data.
+        role: that of the message that it stands in, where it has one.
         images: what was loaded: one image, or one for each page or frame.
         data: what was loaded of a video or an audio clip.
     """
@@ -84,5 +85,6 @@ class MediaRef:
     options: ImageOptions = field(default_factory=ImageOptions)
     frames: tuple[int, ...] | int | None = None
     uuid: str | None = None
+    role: str | None = None
     images: list[EncodedImage] = field(default_factory=list)
     data: bytes = field(default=b"", repr=False)

@@ -271,7 +271,7 @@ def reference(
         raise ClientError(
             "a part with a uuid is one image: it cannot have frames", param=f"{path}.frames"
         )
-    return MediaRef(kind, path, source, options, frames, uuid)
+    return MediaRef(kind, path, source, options, frames, uuid, part.role)
 
 
 def read_bare_url(part: Part) -> tuple[MediaRef, Write]:

@@ -11,7 +11,6 @@ They stand in the `content` of messages in `input`, and in the `output` of tool 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from server.request.dialects import chat
 from server.request.dialects.base import (
     ContentList,
     Dialect,
@@ -21,6 +20,7 @@ from server.request.dialects.base import (
     file_source,
     reference,
 )
+from server.request.dialects.chat import read_image, type_of
 from server.request.media import MediaRef
 
 _TEXTS = frozenset({
@@ -34,7 +34,7 @@ def _write(handle: str) -> dict[str, Any]:
 
 
 def _read_image(part: Part) -> tuple[MediaRef, Write]:
-    ref, _ = chat.read_image(part)
+    ref, _ = read_image(part)
     return ref, _write
 
 
@@ -64,4 +64,4 @@ _MEDIA: Mapping[str, Read] = {
     "image_url": _read_image,
     "input_file": _read_file,
 }
-RESPONSES = Dialect(_lists, _MEDIA, _TEXTS, chat.type_of)
+RESPONSES = Dialect(_lists, _MEDIA, _TEXTS, type_of)

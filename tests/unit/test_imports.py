@@ -1,0 +1,95 @@
+"""Imports point one way, and what is below the engine knows neither vLLM nor FastAPI."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+SERVER = Path(__file__).parents[2] / "server"
+# From the top down; a package may import what stands below it.
+LAYERS = (
+    ("cli", "__main__"),
+    ("app", "serve"),
+    ("http",),
+    ("engine",),
+    ("ingest",),
+    ("request",),
+    ("workers",),
+    ("imaging",),
+    ("telemetry",),
+    ("tasks", "lifeline", "notify"),
+    ("settings", "cores"),
+    ("errors",),
+)
+BELOW_THE_ENGINE = ("ingest", "request", "workers", "imaging", "telemetry")
+
+
+def modules() -> Iterator[tuple[str, ast.Module]]:
+    for path in sorted(SERVER.rglob("*.py")):
+        name = ".".join(path.relative_to(SERVER).with_suffix("").parts).removesuffix(".__init__")
+        if not name.startswith("demo"):
+            yield name, ast.parse(path.read_text())
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def layer(name: str) -> int | None:
+    top = name.split(".")[0]
+    return next((index for index, names in enumerate(LAYERS) if top in names), None)
+
+
+def test_every_module_has_a_layer() -> None:
+    assert [name for name, _ in modules() if layer(name) is None and name != "__init__"] == []
+
+
+def test_no_import_points_upward() -> None:
+    upward = []
+    for name, tree in modules():
+        here = layer(name)
+        for found in imported(tree):
+            there = layer(found.removeprefix("server.")) if found.startswith("server.") else None
+            if here is not None and there is not None and there < here:
+                upward.append(f"{name} imports {found}")
+    assert upward == []
+
+
+def test_modules_import_each_other_in_no_circle() -> None:
+    names = {name for name, _ in modules()}
+    edges = {
+        name: {found.removeprefix("server.") for found in at_import(tree)} & names - {name}
+        for name, tree in modules()
+    }
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name not in done:
+            for other in edges[name]:
+                visit(other, (*path, name))
+            done.add(name)
+
+    for name in edges:
+        visit(name, ())
+
+
+def at_import(tree: ast.Module) -> Iterator[str]:
+    """What is imported when the module is, and not later by its functions or for types only."""
+    for node in tree.body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield from imported(node)
+
+
+def test_vllm_and_fastapi_stay_above() -> None:
+    found = [
+        f"{name} imports {module}"
+        for name, tree in modules()
+        for module in imported(tree)
+        if name.split(".")[0] in BELOW_THE_ENGINE and module.split(".")[0] in ("vllm", "fastapi")
+    ]
+    assert found == []
