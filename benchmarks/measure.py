@@ -37,6 +37,10 @@ class Measurement:
     requests_per_second: float
     ttft_p50: float
     ttft_p95: float
+    event_loop_cpu_per_request: float
+    other_threads_cpu_per_request: float
+    workers_cpu_per_request: float
+    engine_cpu_per_request: float
     front_end_cpu_per_image: float
     total_cpu_per_image: float
     peak_memory: int
@@ -114,13 +118,14 @@ def _measurement(
     good = [answer for answer in result.answers if not answer.error]
     errors = [answer.error for answer in result.answers if answer.error]
     first_tokens = [answer.first_token for answer in good if answer.first_token is not None]
-    used, units = end.server - start.server, batch.images or len(batch.bodies)
+    used, sent = end.server - start.server, len(batch.bodies)
+    units = batch.images or sent
     idle = end.idle - start.idle
     span = end.wall - start.wall
     known = used.total + idle.total + end.own - start.own
     capacity = span * (os.cpu_count() or 1)
     return Measurement(
-        requests=len(batch.bodies),
+        requests=sent,
         images=batch.images,
         failures=len(errors),
         reconnects=sum(answer.reconnected for answer in result.answers),
@@ -128,6 +133,10 @@ def _measurement(
         requests_per_second=len(good) / result.wall,
         ttft_p50=percentile(first_tokens, 0.50),
         ttft_p95=percentile(first_tokens, 0.95),
+        event_loop_cpu_per_request=used.event_loop / sent,
+        other_threads_cpu_per_request=used.other_threads / sent,
+        workers_cpu_per_request=used.workers / sent,
+        engine_cpu_per_request=used.engine / sent,
         front_end_cpu_per_image=used.front_end / units,
         total_cpu_per_image=used.total / units,
         peak_memory=memory.peak,

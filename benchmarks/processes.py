@@ -29,15 +29,26 @@ class ServerFailed(RuntimeError):
 class Cpu:
     """CPU seconds since the server started, children that have ended included."""
 
-    front_end: float  # all processes but those of the engine
+    event_loop: float  # the main thread of the server's first process
+    other_threads: float  # of the same process
+    workers: float  # all other processes but those of the engine
     engine: float
+
+    @property
+    def front_end(self) -> float:
+        return self.event_loop + self.other_threads + self.workers
 
     @property
     def total(self) -> float:
         return self.front_end + self.engine
 
     def __sub__(self, other: "Cpu") -> "Cpu":
-        return Cpu(self.front_end - other.front_end, self.engine - other.engine)
+        return Cpu(
+            self.event_loop - other.event_loop,
+            self.other_threads - other.other_threads,
+            self.workers - other.workers,
+            self.engine - other.engine,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +57,7 @@ class _Process:
     parent: int
     session: int
     cpu: float
+    ended_children: float  # CPU seconds of children that were waited for
 
 
 class Server:
@@ -116,15 +128,19 @@ class Server:
 
     def cpu(self) -> Cpu:
         """Return the CPU time used so far."""
-        front_end = engine = 0.0
+        first = workers = engine = 0.0
         engines: set[int] = set()
         for process in self._processes():  # parents come before their children
             if process.parent in engines or _title(process.pid).startswith(_ENGINE_TITLES):
                 engines.add(process.pid)
-                engine += process.cpu
+                engine += process.cpu + process.ended_children
+            elif process.pid == self._process.pid:
+                first = process.cpu
+                workers += process.ended_children
             else:
-                front_end += process.cpu
-        return Cpu(front_end, engine)
+                workers += process.cpu + process.ended_children
+        event_loop = _main_thread_cpu(self._process.pid)
+        return Cpu(event_loop, first - event_loop, workers, engine)
 
     def pids(self) -> list[int]:
         """Return the ids of all processes of the server."""
@@ -163,15 +179,27 @@ def proportional(pids: list[int]) -> int:
 
 
 def _all_processes() -> Iterator[_Process]:
-    """Yield the processes of the machine by rising id; those that are gone meanwhile are left out.
-
-    The CPU time includes that of children that have ended and were waited for.
-    """
+    """Yield the processes of the machine by rising id; those that end meanwhile are left out."""
     for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
         if stat := _read(pid, "stat"):
-            fields = stat.rpartition(")")[2].split()  # the name before it may hold anything
-            cpu = sum(int(ticks) for ticks in fields[11:15]) * _TICK
-            yield _Process(pid, int(fields[1]), int(fields[3]), cpu)
+            fields = _fields(stat)
+            cpu, ended_children = _seconds(fields[11:13]), _seconds(fields[13:15])
+            yield _Process(pid, int(fields[1]), int(fields[3]), cpu, ended_children)
+
+
+def _main_thread_cpu(pid: int) -> float:
+    """Return the CPU seconds of the main thread, whose id is that of its process."""
+    stat = _read(pid, f"task/{pid}/stat")
+    return _seconds(_fields(stat)[11:13]) if stat else 0.0
+
+
+def _fields(stat: str) -> list[str]:
+    """Return the fields of a `stat` file that follow the name, which may hold anything."""
+    return stat.rpartition(")")[2].split()
+
+
+def _seconds(ticks: list[str]) -> float:
+    return sum(map(int, ticks)) * _TICK
 
 
 def _title(pid: int) -> str:

@@ -16,6 +16,10 @@ _METRICS = (
     ("requests_per_second", "requests/s", 1.0),
     ("ttft_p50", "TTFT p50, ms", 1e3),
     ("ttft_p95", "TTFT p95, ms", 1e3),
+    ("event_loop_cpu_per_request", "event loop, ms per request", 1e3),
+    ("other_threads_cpu_per_request", "other threads, ms per request", 1e3),
+    ("workers_cpu_per_request", "workers, ms per request", 1e3),
+    ("engine_cpu_per_request", "engine, ms per request", 1e3),
     ("front_end_cpu_per_image", "front-end CPU, ms per image", 1e3),
     ("total_cpu_per_image", "total CPU, ms per image", 1e3),
     ("peak_memory", "peak memory, MiB", 2**-20),
@@ -93,21 +97,20 @@ def table(outcome: Outcome) -> str:
     lines = [
         f"{workload.name}: {workload.description}; "
         f"{rounds[0].ours.requests} requests, {len(rounds)} rounds ({outcome.dropped} dropped)",
-        f"  {'':28}{'ours':>10}{'plain':>10}   {'ours/plain':>10}  (min .. max)",
+        f"  {'':32}{'ours':>10}{'plain':>10}   {'ours/plain':>10}  (min .. max)",
     ]
     for name, title, factor in _METRICS:
         ours, plain = (_median(rounds, side, name) * factor for side in ("ours", "plain"))
-        ratio = _ratio(rounds, name)
-        lines.append(
-            f"  {title:28}{_number(ours):>10}{_number(plain):>10}   {ratio['median']:>10.2f}"
-            f"  ({ratio['min']:.2f} .. {ratio['max']:.2f})"
-        )
+        line = f"  {title:32}{_number(ours):>10}{_number(plain):>10}"
+        if ratio := _ratio(rounds, name):
+            line += f"   {ratio['median']:>10.2f}  ({ratio['min']:.2f} .. {ratio['max']:.2f})"
+        lines.append(line)
     for name in ("failures", "reconnects"):
         ours, plain = (_total(rounds, side, name) for side in ("ours", "plain"))
-        lines.append(f"  {name:28}{ours:>10}{plain:>10}")
+        lines.append(f"  {name:32}{ours:>10}{plain:>10}")
     scrapes = [each.ours.scrape_p50 for each in rounds if each.ours.scrape_p50 is not None]
     if scrapes:
-        lines.append(f"  {'/metrics p50, ms':28}{_number(statistics.median(scrapes) * 1e3):>10}")
+        lines.append(f"  {'/metrics p50, ms':32}{_number(statistics.median(scrapes) * 1e3):>10}")
     lines.append(f"  {_conditions(outcome)}")
     lines.extend(f"  PROBLEM: {problem}" for problem in outcome.problems())
     return "\n".join(lines)
@@ -147,8 +150,12 @@ def _total(rounds: list[Round], side: str, name: str) -> int:
     return sum(getattr(getattr(each, side), name) for each in rounds)
 
 
-def _ratio(rounds: list[Round], name: str) -> dict[str, float]:
-    ratios: list[float] = [getattr(each.ours, name) / getattr(each.plain, name) for each in rounds]
+def _ratio(rounds: list[Round], name: str) -> dict[str, float] | None:
+    """Return median and spread of the rounds' ratios; None if plain vLLM used none of it."""
+    pairs = [(getattr(each.ours, name), getattr(each.plain, name)) for each in rounds]
+    if not all(plain for _, plain in pairs):
+        return None
+    ratios: list[float] = [ours / plain for ours, plain in pairs]
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 

@@ -1,8 +1,20 @@
 """The command line: `saccade serve` and `saccade demo`. Imports are light until a command runs."""
 
+import logging
+import os
+import signal
 import sys
+import time
+import warnings
+from types import FrameType
 
 from server import __version__
+from server.errors import CannotStart
+
+log = logging.getLogger("saccade")
+
+_REPEAT_S = 0.2
+_ZMQ_POLL = os.path.join("zmq", "sugar", "poll.py")
 
 USAGE = """usage: saccade serve [MODEL] [flags]
        saccade demo [DIR] [--ask URL]
@@ -27,9 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     elif command in ("-V", "--version"):
         print(f"saccade {__version__}")
     elif command == "serve":
-        from server.serve import serve
-
-        serve(rest)
+        _serve(rest)
     elif command == "demo":
         from server.demo.command import main as demo
 
@@ -37,3 +47,99 @@ def main(argv: list[str] | None = None) -> None:
     else:
         print(f"saccade: unknown command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
         raise SystemExit(2)
+
+
+# ---------------------------------------------------------------------- saccade serve
+
+
+class _Interrupted(KeyboardInterrupt):
+    """A class of its own: CPython notes a KeyboardInterrupt that leaves `exec` of a text, by which
+    dataclasses are made, and in the end kills the process with SIGINT, although it was caught."""
+
+
+class Progress:
+    """One line on standard error for each stage of the start-up, or a line of the log."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self.to_log = False
+
+    def __call__(self, text: str) -> None:
+        elapsed = time.monotonic() - self._started
+        if self.to_log:
+            log.info(text, extra={"elapsed_s": round(elapsed, 1)})
+        else:
+            print(f"saccade [{elapsed:5.1f} s] {text}", file=sys.stderr, flush=True)
+
+
+def _serve(argv: list[str]) -> None:
+    """Serve until a signal; ends the process with status 2 on wrong arguments."""
+    progress = Progress()
+    _interruptible()
+    _quiet_libraries()
+    os.environ.setdefault("OTEL_SERVICE_NAME", "saccade")
+    # All metrics are in this process; with the variable the client library would put them in files.
+    os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
+    try:
+        status = _run(argv, progress)
+    except KeyboardInterrupt:
+        progress("stopped during start-up")
+        status = 130
+    except (OSError, CannotStart) as error:  # the port is taken, a file is missing
+        progress(f"cannot start: {error}")
+        status = 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    raise SystemExit(status)
+
+
+def _quiet_libraries() -> None:
+    """The stages of the start are told here; the libraries' own logs are for who asks for them."""
+    # On a CPU vLLM warns of every default it changes there, in each of its processes.
+    level = "WARNING" if os.path.exists("/proc/driver/nvidia/version") else "ERROR"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", level)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if level == "ERROR":
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+def _run(argv: list[str], progress: Progress) -> int:
+    is_text = "json" not in (os.environ.get("SACCADE_LOG_FORMAT"), *map(_value, argv))
+    if is_text and not any(word.startswith(("-h", "--help")) for word in argv):
+        progress(f"Saccade {__version__}: loading vLLM")
+    import uvloop
+
+    from server.engine.arguments import parse
+
+    args, settings = parse(argv)
+    progress.to_log = settings.observability.log_format == "json"
+    from server.app import run
+
+    return uvloop.run(run(args, settings, progress))
+
+
+def _value(word: str) -> str:
+    """What a word of the command line gives as a value: that of `--flag=value`, or itself."""
+    return word.rpartition("=")[2]
+
+
+def _interruptible() -> None:
+    """Until the server handles signals itself, SIGTERM interrupts the start like Ctrl-C.
+
+    The start mostly waits for the engine in pyzmq's `poll`, which may swallow what a signal
+    handler raises. So the interruption is repeated for as long as it finds itself there.
+    """
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        signal.setitimer(signal.ITIMER_REAL, _REPEAT_S)
+        raise _Interrupted
+
+    def repeat(number: int, frame: FrameType | None) -> None:
+        if frame is not None and frame.f_code.co_filename.endswith(_ZMQ_POLL):
+            interrupt(number, frame)
+
+    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGALRM, repeat)

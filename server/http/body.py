@@ -5,25 +5,22 @@ socket -> whole body, under a limit -> RequestReader -> RequestContext -> media 
 
 import asyncio
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import RequestTimeout, RequestTooLarge, SaccadeError
 from server.http.errors import respond, with_length
-from server.ingest.load import MediaLoader, needs_waiting
+from server.http.scope import record_of, set_context
+from server.ingest.load import MediaLoader
 from server.request import context as contexts
 from server.request.context import RequestContext, RetainedMedia
 from server.request.dialects import dialect_of
 from server.request.payloads import MIN_PAYLOAD_BYTES
-from server.request.read import ReadRequest, RequestReader
+from server.request.read import RequestReader
 from server.settings import HttpSettings
 from server.tasks import in_thread
-from server.telemetry import record
 from server.telemetry.stages import Stage
-
-CONTEXT = "saccade.context"
-"""The key of an ASGI scope under which the `RequestContext` is."""
 
 
 # Reading so much takes a tenth of a millisecond, which is about what a thread would cost.
@@ -31,7 +28,7 @@ _SMALL_BODY_BYTES = 8 * MIN_PAYLOAD_BYTES
 
 
 class _ClientLeft(Exception):
-    """The client left before its request was complete, or before its media were loaded."""
+    """The client left before its request was complete."""
 
 
 class BodyReader:
@@ -62,58 +59,47 @@ class BodyReader:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
-            await self._pass(RequestContext(record.current()), scope, receive, send)
+            await self._pass(RequestContext(record_of(scope)), scope, receive, send)
             return
-        timeline = record.current().timeline
+        timeline = record_of(scope).timeline
         try:
             max_bytes = min(self._max_bytes, self._limits.get(_path(scope), self._max_bytes))
             chunks = await self._read(dict(scope["headers"]), receive, max_bytes)
             timeline.begin(Stage.ADMISSION, time.monotonic())
-            context, body = await self._prepared(scope, chunks, receive)
+            context, body = await self._prepared(scope, chunks)
             timeline.begin(Stage.RENDER, time.monotonic())
         except SaccadeError as error:
             await respond(error)(scope, receive, send)
             return
         except _ClientLeft:
             return
-        scope = dict(scope) | {"headers": with_length(scope, len(body))}
+        scope = dict(scope) | {"headers": with_length(scope["headers"], len(body))}
         await self._pass(context, scope, _replay(body, receive), send)
 
     async def _pass(
         self, context: RequestContext, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        scope[CONTEXT] = context
+        set_context(scope, context)
         contexts.enter(context)
         await self._app(scope, receive, send)
 
-    async def _prepared(
-        self, scope: Scope, chunks: list[bytes], receive: Receive
-    ) -> tuple[RequestContext, bytes]:
+    async def _prepared(self, scope: Scope, chunks: list[bytes]) -> tuple[RequestContext, bytes]:
         """The context of a request, its media loaded, and the body for the route."""
         size = sum(map(len, chunks))
         if not size or not _is_json(scope):
-            return RequestContext(record.current()), await _joined(chunks, size)
+            return RequestContext(record_of(scope)), await _joined(chunks, size)
         body = await _joined(chunks, size)
-        args = (body, dialect_of(_path(scope)), record.current())
+        args = (body, dialect_of(_path(scope)), record_of(scope))
         del body  # `read` holds it as long as it is needed
         if size < _SMALL_BODY_BYTES:
             read = self._reader.read(*args)
         else:
             read = await in_thread(self._reader.read, *args)
         del args
-        await self._load(read, receive)
+        if self._loader is not None and read.context.media:
+            await self._loader.load(read.context)
         read.context.retained = self._retained
         return read.context, read.rewritten()
-
-    async def _load(self, read: ReadRequest, receive: Receive) -> None:
-        media = read.context.media
-        if not media or self._loader is None:
-            return
-        loading = self._loader.load(read.context)
-        if needs_waiting(media):
-            await _while_connected(loading, receive)
-        else:
-            await loading
 
     async def _read(
         self, headers: dict[bytes, bytes], receive: Receive, max_bytes: int
@@ -139,30 +125,6 @@ class BodyReader:
             chunks.append(chunk)
             if not message.get("more_body"):
                 return chunks
-
-
-async def _while_connected(work: Awaitable[None], receive: Receive) -> None:
-    """Wait for `work`; cancel it if the client leaves.
-
-    Raises:
-        _ClientLeft
-    """
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_until_left(receive))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise _ClientLeft
-        working.result()
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _until_left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _joined(chunks: list[bytes], size: int) -> bytes:

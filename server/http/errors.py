@@ -1,24 +1,41 @@
-"""The one way out for errors: the OpenAI error object, whoever raised it."""
+"""The shape in which errors leave: OpenAI's, and Anthropic's on the routes of its API."""
 
 import asyncio
 import inspect
 import json
 import logging
-from collections.abc import MutableMapping
+import traceback
+from collections.abc import Iterable
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import STATUS_CODES, SaccadeError, error_body, error_classes
-from server.telemetry import record
+from server.errors import STATUS_CODES, ClientError, SaccadeError, error_body, error_classes
+from server.http.validation import explained
 
 log = logging.getLogger("saccade.api")
 
-# An error's body is a few hundred bytes; a longer one is not ours to rewrite.
-_MAX_ERROR_BYTES = 64 * 1024
+Dialect = Literal["openai", "anthropic"]
+
+_INTERNAL = SaccadeError("internal error")
+INTERNAL_ERROR = json.dumps(error_body(_INTERNAL.message, _INTERNAL.type, _INTERNAL.code)).encode()
+_ANTHROPIC_PATHS = ("/v1/messages", "/v1/messages/")
+# What a validator raises that does not expect a value's type, and FastAPI's function around it.
+_OF_VALIDATORS = (AttributeError, IndexError, KeyError, TypeError)
+_VALIDATING = "request_body_to_args"
+# Anthropic's types of errors, by status.
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    529: "overloaded_error",
+}
 _OVERLOAD_LOG_S = 1.0
 
 
@@ -50,74 +67,69 @@ class OverloadLog:
 _overload = OverloadLog()
 
 
-def add_error_handler(app: FastAPI) -> None:
-    """Answer our own errors and the unforeseen; vLLM's are answered by its handlers and shaped by
-    the middleware."""
+def dialect_of(path: str) -> Dialect:
+    """The API that a path belongs to, where errors differ."""
+    is_anthropic = path == _ANTHROPIC_PATHS[0] or path.startswith(_ANTHROPIC_PATHS[1])
+    return "anthropic" if is_anthropic else "openai"
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Answer our own errors, bodies that do not fit their route, and unknown exceptions. vLLM's
+    errors are answered by its own handlers."""
     app.add_exception_handler(SaccadeError, _answer)
+    app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(Exception, _answer)
+    for kind in _OF_VALIDATORS:
+        _answer_unfit(app, kind)
 
 
-async def _answer(request: Request, error: Exception) -> JSONResponse:
-    if not isinstance(error, SaccadeError):  # the traceback is logged further out
-        error = SaccadeError("internal error")
-    return respond(error)
+def _answer_unfit(app: FastAPI, kind: type[Exception]) -> None:
+    """Answer errors of `kind` that vLLM's validators of bodies raise by mistake, such as for a
+    number in the place of an object; pass the others on to the handler before."""
+    before = app.exception_handlers.get(kind)
+
+    async def answer(request: Request, error: Exception) -> Any:
+        frames = traceback.walk_tb(error.__traceback__)
+        if any(frame.f_code.co_name == _VALIDATING for frame, _ in frames):
+            log.info("a body made a validator fail: %r", error)
+            return respond(ClientError("a value in the request body has a wrong type"))
+        if before is None:
+            raise error
+        answering: Any = before(request, error)
+        return await answering
+
+    app.add_exception_handler(kind, answer)
+
+
+async def _answer(_: Request, error: Exception) -> JSONResponse:
+    # An unknown exception is raised on to the outermost layer, which logs it.
+    return respond(error if isinstance(error, SaccadeError) else _INTERNAL)
+
+
+async def _answer_invalid(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    message, param = explained(error)
+    return respond(ClientError(message, param=param))
 
 
 def respond(error: SaccadeError) -> JSONResponse:
     """The response for `error`, naming the part of the request it is about."""
     if error.status == 503:
         _overload.note(error)
-    elif error.status >= 500:
+    elif error.status >= 500 and error is not _INTERNAL:
         log.warning("%s: %s", error.code, error.message)
-    record.current().error_code = error.code
     headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s else None
     body = error_body(error.message, error.type, error.code, error.param)
     return JSONResponse(body, status_code=error.status, headers=headers)
 
 
-class OpenAIErrors:
-    """Gives every JSON error of any route OpenAI's shape: a known type and a text code.
+def shaped(body: bytes, status: int, dialect: Dialect, request_id: str) -> tuple[bytes, str] | None:
+    """The body of an error of any route in the shape of `dialect`, and the error's code; None if
+    `body` has none of the shapes that errors have here.
 
     vLLM's own errors carry the HTTP status as their code and its phrase as their type, some of its
-    middleware a bare text. Streams and successes pass untouched.
+    middleware a bare text.
     """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        held: Message | None = None
-        body = b""
-
-        async def rewrite(message: Message) -> None:
-            nonlocal held, body
-            if message["type"] == "http.response.start" and message["status"] >= 400:
-                held = message
-                return
-            if held is None:
-                await send(message)
-                return
-            body += message.get("body", b"")
-            if message.get("more_body") and len(body) <= _MAX_ERROR_BYTES:
-                return
-            start, held = held, None
-            complete = not message.get("more_body")
-            shaped = _shape(body, start["status"]) if complete else None
-            if shaped is not None:
-                body, record.current().error_code = shaped
-                start["headers"] = with_length(start, len(body))
-            await send(start)
-            await send({**message, "body": body})
-
-        await self._app(scope, receive, rewrite)
-
-
-def _shape(body: bytes, status: int) -> tuple[bytes, str] | None:
-    """`body` in OpenAI's shape, and the error's code; None if it is none of the shapes that errors
-    have here."""
     try:
         parsed = json.loads(body)
     except ValueError:
@@ -127,24 +139,51 @@ def _shape(body: bytes, status: int) -> tuple[bytes, str] | None:
         error = {"message": error}
     if not isinstance(error, dict) or "message" not in error:
         return None
-    code = error.get("code")
-    if not isinstance(code, str):
+    more = {name: value for name, value in parsed.items() if name not in ("error", "detail")}
+    return _written(error, status, dialect, request_id, more)
+
+
+def shaped_event(event: bytes, dialect: Dialect, request_id: str) -> tuple[bytes, str]:
+    """An event of a stream that tells of an error, without the blank line after it, in the shape of
+    `dialect`, and the error's code. vLLM's code in it is the status that it would have had."""
+    name, _, data = event.rpartition(b"data: ")
+    try:
+        parsed = json.loads(data)
+        error = dict(parsed["error"])
+        status = error.get("code")
+    except (ValueError, TypeError, KeyError):
+        return event, _INTERNAL.code
+    if dialect == "anthropic":
+        name, status = b"event: error\n", 500
+    written, code = _written(
+        error, status if isinstance(status, int) else 500, dialect, request_id, {}
+    )
+    return name + b"data: " + written, code
+
+
+def _written(
+    error: dict[str, Any], status: int, dialect: Dialect, request_id: str, more: dict[str, Any]
+) -> tuple[bytes, str]:
+    message, code, kind = error["message"], error.get("code"), error.get("type")
+    if not isinstance(code, str):  # not one of ours
         code = STATUS_CODES.get(status, f"http_{status}")
-    known = error.get("type") in ("invalid_request_error", "server_error")
-    if known:
-        kind = error["type"]
-    elif status == 401:
-        kind = "authentication_error"
-    else:
+        if status == 500:
+            log.error("request %s failed: %s", request_id, message)
+            message = _INTERNAL.message
+    if kind not in ("invalid_request_error", "server_error"):
         kind = "invalid_request_error" if status < 500 else "server_error"
-    shaped = error_body(error["message"], kind, code, error.get("param"))
-    extra = {name: value for name, value in parsed.items() if name not in ("error", "detail")}
-    return json.dumps(shaped | extra).encode(), code
+        kind = "authentication_error" if status == 401 else kind
+    document = error_body(message, kind, code, error.get("param")) | more
+    if dialect == "anthropic":
+        other = "invalid_request_error" if status < 500 else "api_error"
+        document["error"]["type"] = _ANTHROPIC_TYPES.get(status, other)
+        document = {"type": "error", **document, "request_id": request_id}
+    return json.dumps(document).encode(), code
 
 
-def with_length(holder: MutableMapping[str, Any], length: int) -> list[tuple[bytes, bytes]]:
-    """The headers of a scope or a response, for a body of `length` bytes."""
-    kept = [(name, value) for name, value in holder["headers"] if name.lower() != b"content-length"]
+def with_length(headers: Iterable[tuple[bytes, bytes]], length: int) -> list[tuple[bytes, bytes]]:
+    """The headers of a request or a response, for a body of `length` bytes."""
+    kept = [(name, value) for name, value in headers if name.lower() != b"content-length"]
     return [*kept, (b"content-length", str(length).encode())]
 
 
@@ -157,9 +196,13 @@ def as_markdown() -> str:
         "# Errors",
         "",
         'Every error has OpenAI\'s shape: `{"error": {message, type, param, code}}`. `code` is one',
-        "of these and does not change; `param` is the path of what is at fault in the request.",
-        "`type` is `invalid_request_error` below 500, when sending the same request again is of no",
-        "use, `authentication_error` for 401, and `server_error` from 500.",
+        "of the codes below and does not change between versions; `param` is the path of the wrong",
+        "value in the request. `type` is `invalid_request_error` below 500 (the same request would",
+        "fail again), `authentication_error` for 401, and `server_error` from 500.",
+        "",
+        "On `/v1/messages` errors have Anthropic's shape,",
+        '`{"type": "error", "error": {type, message, param, code}, "request_id"}`, with the types',
+        "of its API, such as `not_found_error`; `param` and `code` are as in OpenAI's shape.",
         "",
         "| Code | Status | |",
         "| --- | --- | --- |",

@@ -1,19 +1,19 @@
 """`/v1/files`, as OpenAI has it: images and PDFs that are sent once and shown in many requests."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any, BinaryIO, Literal
 from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, StreamingResponse
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
 
 from server.errors import ClientError, UnknownFile
-from server.http.body import CONTEXT
-from server.http.forms import Field, read_form
+from server.http.scope import context_of, group_of
 from server.ingest.files import PURPOSES, FileStore, Purpose, StoredFile
 from server.ingest.load import MediaLoader
-from server.request import tenant
-from server.request.context import RequestContext
 from server.tasks import in_thread
 
 PATH = "/v1/files"
@@ -21,6 +21,9 @@ _CHUNK_BYTES = 256 * 1024
 _MAX_LISTED = 10_000
 # OpenAI's bounds: an hour and 30 days.
 _MIN_LIFETIME_S, _MAX_LIFETIME_S = 3600, 30 * 24 * 3600
+# What a form may have beside its file, in bytes: boundaries, headers and the other fields.
+MAX_OVERHEAD_BYTES = 64 * 1024
+_MAX_FIELDS = 32
 
 router = APIRouter()
 
@@ -29,7 +32,7 @@ router = APIRouter()
 async def create_file(raw_request: Request) -> JSONResponse:
     """Keep an image or a PDF; the form has `file`, `purpose` and perhaps `expires_after`."""
     loader, store = _loader(raw_request), _store(raw_request)
-    context: RequestContext = raw_request.scope[CONTEXT]
+    context = context_of(raw_request.scope)
     content_type = raw_request.headers.get("content-type", "")
     body = (await raw_request.receive())["body"]  # all of it, uncopied: the body reader has read it
     form = await in_thread(read_form, content_type, body)
@@ -39,7 +42,9 @@ async def create_file(raw_request: Request) -> JSONResponse:
     except ClientError as error:
         error.param = "file"
         raise
-    stored = await store.put(tenant.group(), file.data, file.filename, purpose, lifetime_s)
+    stored = await store.put(
+        group_of(raw_request.scope), file.data, file.filename, purpose, lifetime_s
+    )
     return JSONResponse(_shown(stored))
 
 
@@ -55,7 +60,7 @@ def list_files(
     store = _store(raw_request)
     try:
         files, has_more = store.listed(
-            tenant.group(), purpose=purpose, after=after, order=order, limit=limit
+            group_of(raw_request.scope), purpose=purpose, after=after, order=order, limit=limit
         )
     except UnknownFile as error:
         error.param = "after"
@@ -74,13 +79,13 @@ def list_files(
 @router.get(PATH + "/{file_id}")
 async def retrieve_file(file_id: str, raw_request: Request) -> JSONResponse:
     """What is known of a file beside its bytes."""
-    return JSONResponse(_shown(_store(raw_request).get(tenant.group(), file_id)))
+    return JSONResponse(_shown(_store(raw_request).get(group_of(raw_request.scope), file_id)))
 
 
 @router.get(PATH + "/{file_id}/content")
 async def file_content(file_id: str, raw_request: Request) -> StreamingResponse:
     """The bytes of a file. They are a stranger's, so no browser is to show them."""
-    file, content = await in_thread(_store(raw_request).open, tenant.group(), file_id)
+    file, content = await in_thread(_store(raw_request).open, group_of(raw_request.scope), file_id)
     headers = {
         "Content-Length": str(file.size),
         "Content-Disposition": f"attachment; filename*=utf-8''{quote(file.filename, safe='')}",
@@ -94,7 +99,7 @@ async def file_content(file_id: str, raw_request: Request) -> StreamingResponse:
 @router.delete(PATH + "/{file_id}")
 async def delete_file(file_id: str, raw_request: Request) -> JSONResponse:
     """Forget a file; requests that name it are refused from now on."""
-    await _store(raw_request).delete(tenant.group(), file_id)
+    await _store(raw_request).delete(group_of(raw_request.scope), file_id)
     return JSONResponse({"id": file_id, "object": "file", "deleted": True})
 
 
@@ -129,7 +134,102 @@ def _chunks(content: BinaryIO) -> Iterator[bytes]:
             yield chunk
 
 
-# ---------------------------------------------------------------------- the form
+# ---------------------------------------------------------------------- the form (RFC 7578)
+
+
+@dataclass(frozen=True)
+class Field:
+    """`filename` is the client's, "" if it gave none."""
+
+    filename: str
+    data: bytes
+
+    @property
+    def text(self) -> str:
+        return self.data.decode("utf-8", "replace")
+
+
+def read_form(content_type: str, body: bytes) -> dict[str, Field]:
+    """The fields of a form by name. Takes time and as much memory as `body`.
+
+    Raises:
+        ClientError: not a form, a damaged one, or one with too many fields.
+    """
+    kind, options = parse_options_header(content_type)
+    boundary = options.get(b"boundary", b"")
+    if kind != b"multipart/form-data" or not boundary:
+        raise ClientError("the body must be multipart/form-data, with a boundary")
+    # What the parser would go through byte by byte is left out, so that its steps are bounded.
+    delimiter = b"\r\n--" + boundary
+    if body.count(delimiter) > _MAX_FIELDS:
+        raise ClientError(f"the form has more than {_MAX_FIELDS} fields")
+    if delimiter + b" " in body or delimiter + b"\t" in body:
+        raise _malformed()
+    reader = _Reader(body)
+    try:
+        parser = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": reader.begin,
+                "on_header_field": reader.header_name,
+                "on_header_value": reader.header_value,
+                "on_header_end": reader.header_end,
+                "on_part_data": reader.data,
+                "on_part_end": reader.end,
+                "on_end": reader.finish,
+            },
+        )
+        parser.write(body)
+    except FormParserError:
+        raise _malformed() from None
+    if not reader.finished:
+        raise _malformed()
+    return reader.fields
+
+
+class _Reader:
+    """What the parser finds in `body`: it is given the body at once, and tells positions."""
+
+    def __init__(self, body: bytes) -> None:
+        self.fields: dict[str, Field] = {}
+        self.finished = False
+        self._view = memoryview(body)
+        self.begin()
+
+    def begin(self) -> None:
+        self._name = self._value = b""
+        self._disposition = b""
+        self._data: list[memoryview] = []
+
+    def header_name(self, data: bytes, start: int, end: int) -> None:
+        self._name += data[start:end]
+
+    def header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def header_end(self) -> None:
+        if self._name.lower() == b"content-disposition":
+            self._disposition = self._value
+        self._name = self._value = b""
+
+    def data(self, _: bytes, start: int, end: int) -> None:
+        self._data.append(self._view[start:end])
+
+    def end(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        name, filename = options.get(b"name"), options.get(b"filename", b"")
+        if name is None:
+            raise _malformed()
+        field = Field(filename.decode("utf-8", "replace"), b"".join(self._data))
+        if self.fields.setdefault(name.decode("utf-8", "replace"), field) is not field:
+            raise ClientError("the form has a field twice", param=name.decode("utf-8", "replace"))
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+def _malformed() -> ClientError:
+    return ClientError("the body is not valid multipart/form-data")
 
 
 def _required(form: dict[str, Field], name: str) -> Field:

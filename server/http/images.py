@@ -8,13 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from server.engine.planning import image_costs
 from server.engine.vllm_http import validate_json_request
 from server.errors import ClientError
-from server.http.body import CONTEXT
+from server.http.scope import context_of
 from server.http.usage import detail
 from server.imaging.encoded import ImageOptions
 from server.imaging.limits import check_size
 from server.imaging.tokens import Detail
 from server.ingest.load import MediaLoader
-from server.request.context import RequestContext
 
 router = APIRouter()
 
@@ -49,7 +48,7 @@ async def image_tokens(body: ImageTokensRequest, raw_request: Request) -> dict[s
 
     Nothing is decoded and the model does not run.
     """
-    context: RequestContext = raw_request.scope[CONTEXT]
+    context = context_of(raw_request.scope)
     loader: MediaLoader = raw_request.app.state.loader
     if not context.media and not body.images:
         raise ClientError("the request has no images", param="messages")

@@ -19,9 +19,9 @@ from server.errors import AdminKeyRequired, CannotStart, InvalidApiKey
 from server.http import key_file
 from server.http.errors import respond
 from server.http.key_file import BadKeys, KeyTable, Version
+from server.http.scope import record_of
 from server.request import tenant
 from server.settings import AccessSettings
-from server.telemetry import record
 
 log = logging.getLogger("saccade.api")
 
@@ -159,8 +159,9 @@ class ApiKeys:
             response.headers["WWW-Authenticate"] = "Bearer"
             await response(scope, receive, send)
             return
+        if scope["type"] == "http":
+            record_of(scope).key_group = group or tenant.ANONYMOUS
         tenant.enter(group or tenant.ANONYMOUS)
-        record.current().key_group = tenant.group()
         await self._app(scope, receive, send)
 
     def _needs_key(self, scope: Scope) -> bool:

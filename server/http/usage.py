@@ -4,17 +4,19 @@ vLLM writes the answers; this puts `image_tokens` beside its `cached_tokens`, in
 dialects, in bodies and in the events of streams.
 """
 
-import json
+from collections.abc import Awaitable
 from typing import Any
 
+import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.http.errors import with_length
-from server.request import context as requests
+from server.http.scope import context_of
 from server.request.context import RequestContext, ShownImage
 
 _PATHS = ("/v1/chat/completions", "/v1/responses", "/v1/messages")
 _DATA = b"data: {"
+_USAGE = b'"usage":'
 
 
 class ImageUsage:
@@ -27,33 +29,47 @@ class ImageUsage:
         if scope["type"] != "http" or not scope["path"].endswith(_PATHS):
             await self._app(scope, receive, send)
             return
-        request = requests.current()
-        kind, start, body = b"", None, bytearray()
+        await self._app(scope, receive, _Completing(context_of(scope), send).send)
 
-        async def complete(message: Message) -> None:
-            nonlocal kind, start
-            if message["type"] == "http.response.start":
-                kind = dict(message["headers"]).get(b"content-type", b"")
-                if message["status"] == 200 and kind.startswith(b"application/json"):
-                    start = message  # held until the length of the body is known
-                    return
-            elif start is not None:
-                body.extend(message.get("body", b""))
-                if message.get("more_body"):
-                    return
-                message = {**message, "body": completed(bytes(body), request)}
-                start["headers"] = with_length(start, len(message["body"]))
-                await send(start)
-            elif kind.startswith(b"text/event-stream"):
-                message = {**message, "body": _completed_events(message.get("body", b""), request)}
-            await send(message)
 
-        await self._app(scope, receive, complete)
+class _Completing:
+    """Sends an answer on, and looks only at what has a usage: a whole answer, or the event of a
+    stream that tells of it."""
+
+    def __init__(self, request: RequestContext, send: Send) -> None:
+        self._request = request
+        self._send = send
+        self._is_stream = False
+        self._start: Message | None = None
+        self._body = bytearray()
+
+    def send(self, message: Message) -> Awaitable[None]:
+        if message["type"] == "http.response.start":
+            kind = dict(message["headers"]).get(b"content-type", b"")
+            self._is_stream = kind.startswith(b"text/event-stream")
+            if message["status"] == 200 and kind.startswith(b"application/json"):
+                return self._hold(message)
+        elif self._start is not None:
+            return self._collect(message)
+        elif self._is_stream and _USAGE in (body := message.get("body", b"")):
+            message = {**message, "body": _completed_events(body, self._request)}
+        return self._send(message)
+
+    async def _hold(self, start: Message) -> None:
+        self._start = start  # until the length of the body is known
+
+    async def _collect(self, message: Message) -> None:
+        assert self._start is not None
+        self._body += message.get("body", b"")
+        if message.get("more_body"):
+            return
+        body = completed(bytes(self._body), self._request)
+        headers = with_length(self._start["headers"], len(body))
+        await self._send({**self._start, "headers": headers})
+        await self._send({**message, "body": body})
 
 
 def _completed_events(events: bytes, request: RequestContext) -> bytes:
-    if b'"usage":' not in events:
-        return events
     lines = events.split(b"\n")
     for index, line in enumerate(lines):
         if line.startswith(_DATA):
@@ -63,10 +79,10 @@ def _completed_events(events: bytes, request: RequestContext) -> bytes:
 
 def completed(body: bytes, request: RequestContext) -> bytes:
     """The JSON object `body` with the images' part of its usage, if it has a usage."""
-    if b'"usage":' not in body:
+    if _USAGE not in body:
         return body
     try:
-        answer = json.loads(body)
+        answer = msgspec.json.decode(body)
     except ValueError:
         return body
     if not isinstance(answer, dict):
@@ -78,7 +94,7 @@ def completed(body: bytes, request: RequestContext) -> bytes:
             if request.include_image_details:
                 holder["image_details"] = details(request)
             changed = True
-    return _dump(answer) if changed else body
+    return msgspec.json.encode(answer) if changed else body
 
 
 def _complete(usage: dict[str, Any], request: RequestContext) -> None:
@@ -129,7 +145,3 @@ def detail(image: ShownImage) -> dict[str, Any]:
         "frame": image.frame,
         "tokens": image.tokens,
     }
-
-
-def _dump(answer: Any) -> bytes:
-    return json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()

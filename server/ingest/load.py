@@ -189,17 +189,6 @@ class MediaLoader:
         return data
 
 
-def needs_waiting(media: list[MediaRef]) -> bool:
-    """Whether loading may take longer than it takes to notice that a client has left."""
-    return any(
-        not isinstance(ref.source, Inline)
-        or not payloads.is_small(ref.source.text)
-        or ref.kind != "image"
-        or ref.frames is not None
-        for ref in media
-    )
-
-
 def _on_loop(deadline: float | None) -> float | None:
     """A time of `time.monotonic()` on the clock of the event loop."""
     if deadline is None:

@@ -79,6 +79,8 @@ class RequestReader:
         found, changed = Found(), False
         if isinstance(document, dict):
             changed = take_request_options(document, context)
+            if dialect.complete is not None:
+                changed |= dialect.complete(document)
             found = dialect.find(document, payloads, self._embeddings)
             context.media = found.media
             check_counts(context.media, self._limits)

@@ -18,7 +18,7 @@ from vllm.v1.metrics import loggers
 import server.telemetry.metrics  # noqa: F401 - puts them into REGISTRY
 from server import settings as config
 from server.engine.arguments import parse
-from server.http import health
+from server.http import routes
 from server.ingest import guard
 from tests import manifests
 from tests.manifests import KUBERNETES, OVERLAYS, Manifest, one
@@ -107,9 +107,9 @@ def test_a_service_of_this_name_would_break_the_start(
 
 def test_probes_ask_routes_that_exist(overlay: list[Manifest]) -> None:
     container = manifests.server(overlay)
-    routes = {route.path for route in health.router.routes}  # type: ignore[attr-defined]
+    known = {route.path for route in routes.status.routes}  # type: ignore[attr-defined]
     asked = {name: probe["httpGet"] for name, probe in manifests.probes(container)}
-    assert {get["path"] for get in asked.values()} <= routes
+    assert {get["path"] for get in asked.values()} <= known
     assert asked["readinessProbe"]["path"] == "/ready"
     assert asked["livenessProbe"]["path"] == asked["startupProbe"]["path"] == "/health"
     named = {port["name"]: port["containerPort"] for port in container["ports"]}

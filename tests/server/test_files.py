@@ -20,12 +20,11 @@ from openai.types import FileObject
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.errors import ClientError
-from server.http import body, errors, files, forms, images
-from server.http.forms import read_form
+from server.http import body, errors, files, images
+from server.http.files import Field, read_form
+from server.http.scope import set_record
 from server.ingest.files import FileStore, Quota
-from server.request import tenant
 from server.settings import HttpSettings
-from server.telemetry import record
 from server.telemetry.record import Record
 from tests.conftest import Server
 from tests.media import gif, media_loader, pdf, reader
@@ -156,7 +155,7 @@ def test_a_huge_upload_is_refused_before_it_is_sent(server: Server) -> None:
     with contextlib.closing(HTTPConnection(server.url.removeprefix("http://"))) as connection:
         connection.putrequest("POST", "/v1/files")
         connection.putheader("Content-Type", KIND)
-        connection.putheader("Content-Length", str((50 << 20) + forms.MAX_OVERHEAD_BYTES + 1))
+        connection.putheader("Content-Length", str((50 << 20) + files.MAX_OVERHEAD_BYTES + 1))
         connection.endheaders()
         response = connection.getresponse()
         assert response.status == 413
@@ -349,7 +348,7 @@ def test_the_metrics_count_files(http: httpx.Client, upload: Any) -> None:
 
 
 class GroupOfHeader:
-    """Enters the group that the header `group` names, as the check of keys does by the key."""
+    """Notes the group that the header `group` names, as the check of keys does by the key."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -357,8 +356,7 @@ class GroupOfHeader:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             group = dict(scope["headers"]).get(b"group", b"").decode()
-            record.enter(Record(key_group=group))
-            tenant.enter(group)
+            set_record(scope, Record(key_group=group))
         await self._app(scope, receive, send)
 
 
@@ -369,7 +367,7 @@ async def small_app(store: FileStore | None) -> AsyncIterator[httpx.AsyncClient]
     app.state.loader = media_loader(store)
     app.include_router(files.router)
     app.include_router(images.router)
-    errors.add_error_handler(app)
+    errors.add_error_handlers(app)
     app.add_middleware(
         body.BodyReader,
         settings=HttpSettings(),
@@ -503,7 +501,7 @@ def test_a_form_is_read_as_it_was_written() -> None:
             field(b"name=empty", b""),
         ),
     )
-    assert found["file"] == forms.Field('ä "b".png', binary)
+    assert found["file"] == Field('ä "b".png', binary)
     assert found["purpose"].text == "é"
     assert found["empty"].data == b""
 

@@ -420,7 +420,13 @@ def test_metrics_are_whole_whatever_the_environment_says(told: Server) -> None:
     [
         (
             "/v1/completions",
-            {"prompt": ["one", "two"], "n": 2, "max_tokens": 4, "ignore_eos": True},
+            {
+                "prompt": ["one", "two"],
+                "n": 2,
+                "temperature": 1,
+                "max_tokens": 4,
+                "ignore_eos": True,
+            },
         ),
         ("/v1/responses", {"input": "Hello", "max_output_tokens": 16}),
         ("/v1/messages", {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}),

@@ -180,6 +180,54 @@ def test_responses(client: OpenAI) -> None:
     assert answer.output_text == "a red circle"
 
 
+def test_responses_with_a_history_written_by_hand(client: OpenAI) -> None:
+    question = {
+        "role": "user",
+        "content": [
+            {"type": "input_image", "image_url": data_url(RED)},
+            {"type": "input_text", "text": "What is in the image?"},
+        ],
+    }
+    answer = {"role": "assistant", "content": [{"type": "output_text", "text": "a red circle"}]}
+    again = {"role": "user", "content": [{"type": "input_text", "text": "What is in the image?"}]}
+    histories: list[Any] = [
+        [question, answer, again],
+        [question, {**answer, "type": "message", "id": None, "status": None}, again],
+        [question, {"role": "assistant", "content": "a red circle"}, again],
+        [question, {"type": "reasoning"}, answer, again],
+    ]
+    answers = [
+        client.responses.create(model=MODEL, input=history, temperature=0, max_output_tokens=16)
+        for history in histories
+    ]
+    tokens = [each.usage.input_tokens for each in answers if each.usage is not None]
+    assert tokens[0] == tokens[1] == tokens[2]
+    assert {each.output_text for each in answers[:3]} == {answers[0].output_text}
+    calls: Any = [
+        question,
+        {"type": "function_call", "call_id": "c", "name": "look", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": "a red circle"},
+    ]
+    assert client.responses.create(model=MODEL, input=calls, max_output_tokens=4).output_text
+
+
+@pytest.mark.parametrize(
+    ("item", "param"),
+    [
+        ({"role": "assistant", "content": [{"type": "output_text"}]}, "input[1].content[0].type"),
+        ({"role": "nobody", "content": "x"}, "input[1].role"),
+        ({"role": "user"}, "input[1].content"),
+        ({"type": "function_call", "call_id": "c", "name": "f"}, "input[1].arguments"),
+    ],
+)
+def test_a_wrong_item_of_responses_is_named(client: OpenAI, item: Any, param: str) -> None:
+    question: Any = [{"role": "user", "content": "hi"}, item]
+    with pytest.raises(openai.BadRequestError) as refusal:
+        client.responses.create(model=MODEL, input=question)
+    assert refusal.value.param == param
+    assert len(refusal.value.message) < 300
+
+
 def test_responses_with_a_large_picture(client: OpenAI) -> None:
     part = {"type": "input_image", "image_url": data_url(LARGE_BLUE), "detail": "auto"}
     question: Any = [{"role": "user", "content": [part]}]
@@ -224,6 +272,27 @@ def test_messages_refuse_what_is_no_picture(http: httpx.Client, path: str) -> No
     assert error["param"] == "messages[0].content[0].source"
 
 
+def test_errors_of_messages_have_anthropics_shape(server: Server, http: httpx.Client) -> None:
+    with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as client:
+        with pytest.raises(anthropic.NotFoundError) as missing:
+            client.messages.create(
+                model="no-such-model", max_tokens=1, messages=[{"role": "user", "content": "hi"}]
+            )
+        body: Any = missing.value.body
+        assert (body["type"], body["error"]["type"]) == ("error", "not_found_error")
+        assert body["request_id"] == missing.value.response.headers["x-request-id"]
+        image: Any = {"type": "image", "source": {"type": "base64", "data": "AAAA"}}
+        with pytest.raises(anthropic.BadRequestError) as refused:
+            client.messages.create(
+                model=MODEL, max_tokens=1, messages=[{"role": "user", "content": [image]}]
+            )
+        body = refused.value.body
+        assert body["error"]["type"] == "invalid_request_error"
+        assert body["error"]["param"].startswith("messages[0].content[0].source")
+    unfit = http.post("/v1/messages", json={"model": MODEL, "max_tokens": 1, "messages": 3})
+    assert unfit.json()["error"]["param"] == "messages"
+
+
 def test_tokenize_counts_image_tokens_and_computes_once(http: httpx.Client) -> None:
     request = {"model": MODEL, "messages": ASK}
     first, again = (http.post("/tokenize", json=request).json() for _ in range(2))
@@ -260,9 +329,12 @@ def test_chat_has_one_route(http: httpx.Client) -> None:
     ("change", "param", "error"),
     [
         ({"model": "no-such-model"}, None, openai.NotFoundError),
-        ({"temperature": "hot"}, "body.temperature", openai.BadRequestError),
+        ({"temperature": "hot"}, "temperature", openai.BadRequestError),
         ({"logit_bias": {"999999": 1}}, "logit_bias", openai.BadRequestError),
-        ({"messages": "hello"}, None, openai.BadRequestError),
+        ({"messages": "hello"}, "messages", openai.BadRequestError),
+        ({"messages": 3}, None, openai.BadRequestError),
+        ({"stream_options": 3}, None, openai.BadRequestError),
+        ({"response_format": {"type": "x"}}, "response_format", openai.BadRequestError),
         ({"max_tokens": 10_000_000}, "max_tokens", openai.BadRequestError),
     ],
 )

@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import Depends, FastAPI
+from fastapi import Depends, FastAPI, Request
 from starlette.types import Receive, Scope, Send
 
 from server import settings as config
@@ -23,8 +23,11 @@ from server.engine.vllm_http import add_vllm_middleware, api_keys
 from server.errors import CannotStart
 from server.http import errors, key_file
 from server.http.keys import ApiKeys, KeyRing, key_ring, keys_for_vllm, require_admin
+from server.http.observe import Observed
+from server.http.scope import group_of, set_record
 from server.request import tenant
 from server.settings import AccessSettings
+from server.telemetry.record import Record
 
 A, B, ADMIN = "sk-secret-of-a", "sk-secret-of-b", "sk-secret-of-admin"
 
@@ -111,22 +114,22 @@ def test_a_key_of_a_flag_may_not_be_in_a_group_too(path: Path) -> None:
 # ---------------------------------------------------------------------- the ring
 
 
-def group_of(ring: KeyRing, key: str) -> str | None:
+def found_group(ring: KeyRing, key: str) -> str | None:
     ring._check_at = 0  # a second later
     return asyncio.run(ring.group_of(key))
 
 
 def test_keys_of_flags_stand_beside_the_file(path: Path) -> None:
     ring = KeyRing(path, ["sk-flag"], "sk-root")
-    assert group_of(ring, "sk-flag") == "default"
-    assert group_of(ring, A) == "team-a"
-    assert group_of(ring, hashed(B)) is None  # the hash of a key opens nothing
-    assert group_of(ring, "sk-root") == group_of(ring, ADMIN) == tenant.ADMIN
+    assert found_group(ring, "sk-flag") == "default"
+    assert found_group(ring, A) == "team-a"
+    assert found_group(ring, hashed(B)) is None  # the hash of a key opens nothing
+    assert found_group(ring, "sk-root") == found_group(ring, ADMIN) == tenant.ADMIN
     write(path, {"groups": {"team-c": [A]}})
-    assert group_of(ring, A) == "team-c"
-    assert group_of(ring, B) is None
-    assert group_of(ring, "sk-flag") == "default"
-    assert group_of(ring, "sk-root") == tenant.ADMIN
+    assert found_group(ring, A) == "team-c"
+    assert found_group(ring, B) is None
+    assert found_group(ring, "sk-flag") == "default"
+    assert found_group(ring, "sk-root") == tenant.ADMIN
 
 
 def test_a_broken_new_version_keeps_the_old_keys(
@@ -134,20 +137,20 @@ def test_a_broken_new_version_keeps_the_old_keys(
 ) -> None:
     ring = KeyRing(path, (), None)
     path.write_text('{"groups": {"team-a": ["sk-other-secret"')
-    assert group_of(ring, A) == "team-a"
-    assert group_of(ring, A) == "team-a"
+    assert found_group(ring, A) == "team-a"
+    assert found_group(ring, A) == "team-a"
     (record,) = caplog.records  # once a version
     assert record.levelno == logging.ERROR
     assert "not JSON" in record.getMessage()
     assert "secret" not in caplog.text
     path.unlink()
-    assert group_of(ring, A) == "team-a"
-    assert group_of(ring, A) == "team-a"
+    assert found_group(ring, A) == "team-a"
+    assert found_group(ring, A) == "team-a"
     assert len(caplog.records) == 2
     assert "No such file" in caplog.records[1].getMessage()
     write(path, {"groups": {"team-b": [B]}})
-    assert group_of(ring, A) is None
-    assert group_of(ring, B) == "team-b"
+    assert found_group(ring, A) is None
+    assert found_group(ring, B) == "team-b"
 
 
 def test_a_link_that_moves_is_a_new_version(tmp_path: Path) -> None:
@@ -157,11 +160,11 @@ def test_a_link_that_moves_is_a_new_version(tmp_path: Path) -> None:
         write(tmp_path / name / "keys.json", {"groups": {"team": [key]}})
     (tmp_path / "now").symlink_to("one")
     ring = KeyRing(tmp_path / "now" / "keys.json", (), None)
-    assert group_of(ring, B) is None
+    assert found_group(ring, B) is None
     (tmp_path / "next").symlink_to("two")
     os.replace(tmp_path / "next", tmp_path / "now")
-    assert group_of(ring, B) == "team"
-    assert group_of(ring, A) is None
+    assert found_group(ring, B) == "team"
+    assert found_group(ring, A) is None
 
 
 def test_the_file_is_looked_at_once_a_second(path: Path) -> None:
@@ -183,23 +186,25 @@ def test_the_file_is_looked_at_once_a_second(path: Path) -> None:
 def app_with(ring: KeyRing, root_path: str = "") -> FastAPI:
     app = FastAPI(root_path=root_path)
     app.state.key_ring = ring
-    errors.add_error_handler(app)
+    errors.add_error_handlers(app)
 
-    async def group() -> str:
-        return await asyncio.create_task(asyncio.to_thread(tenant.group))
+    async def group(request: Request) -> str:
+        return group_of(request.scope)
 
     for path in ("/v1/group", "/group", "/inference/v1/group"):
         app.add_api_route(path, group, methods=["GET", "OPTIONS"])
     app.add_api_route("/v1/admin", group, dependencies=[Depends(require_admin)])
     if ring.has_groups:
         app.add_middleware(ApiKeys, ring=ring, guarded=("/v1", "/inference"))
-    app.add_middleware(errors.OpenAIErrors)
     return app
 
 
 def ask(app: FastAPI, path: str, method: str = "GET", **headers: str) -> httpx.Response:
     async def test() -> httpx.Response:
-        transport = httpx.ASGITransport(app)
+        observed = Observed(
+            app, root_path=app.root_path, server_timing=False, log_requests=False, traced=False
+        )
+        transport = httpx.ASGITransport(observed)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.request(method, path, headers=headers)
 
@@ -270,6 +275,7 @@ def test_nothing_is_read_of_a_request_without_a_key(path: Path) -> None:
 
     for kind in ("http", "websocket"):
         scope = {"type": kind, "path": "/v1/x", "headers": []}
+        set_record(scope, Record())
         asyncio.run(ApiKeys(app, KeyRing(path, (), None), ("/v1",))(scope, receive, send))
         assert sent[-2]["status"] == 401
     assert read == []

@@ -96,6 +96,7 @@ class Dialect:
         refuse: refuses a part where its place allows no media; None: all places do.
         special: turns a part into slots by itself, where it is not simply one of these; returns
             whether it did.
+        complete: adds to a document what clients may leave out; returns whether it did.
     """
 
     lists: Callable[[Mapping[str, Any]], Iterator[ContentList]]
@@ -105,6 +106,7 @@ class Dialect:
     embeddings: frozenset[str] = frozenset()
     refuse: Callable[[Part], None] | None = None
     special: Callable[[Part, ContentList, int, "Dialect", Found], bool] | None = None
+    complete: Callable[[dict[str, Any]], bool] | None = None
 
     def find(
         self, document: Mapping[str, Any], payloads: Payloads, embeddings: frozenset[str]

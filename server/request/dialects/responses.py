@@ -26,6 +26,9 @@ from server.request.media import MediaRef
 _TEXTS = frozenset({
     "input_text", "output_text", "refusal", "text", "summary_text", "reasoning_text",
 })  # fmt: skip
+# The texts of earlier answers, and the field of each.
+_ANSWER_TEXTS = {"output_text": "text", "text": "text", "input_text": "text", "refusal": "refusal"}
+_UNFINISHED = ("in_progress", "incomplete")
 _OUTPUTS = ("function_call_output", "custom_tool_call_output")
 
 
@@ -59,9 +62,61 @@ def _lists(document: Mapping[str, Any]) -> Iterator[ContentList]:
             yield ContentList(f"input[{index}].output", item["output"], "tool")
 
 
+def complete(document: dict[str, Any]) -> bool:
+    """Complete the history of a conversation that a client wrote by hand; returns whether anything
+    in `document` has changed. Items without a known form are left for vLLM to refuse.
+
+    OpenAI takes items without `type`, `id`, `status` and `annotations`. vLLM's models of them do
+    not, and vLLM shows the model only the first text of an earlier answer, and no refusal.
+    """
+    items = document.get("input")
+    if not isinstance(items, list):
+        return False
+    completed = [_completed(item) for item in items]
+    changed = any(new is not old for new, old in zip(completed, items, strict=True))
+    if changed:
+        document["input"] = completed
+    return changed
+
+
+def _completed(item: Any) -> Any:
+    if not isinstance(item, dict):
+        return item
+    if "type" in item and item["type"] is None:
+        item = {name: value for name, value in item.items() if name != "type"}
+    if item.get("type", "message") == "message" and item.get("role") == "assistant":
+        return _answer(item)
+    if item.get("type") == "reasoning":
+        given = {name: value for name, value in item.items() if value is not None}
+        if len(given) < len(item) or "summary" not in given:
+            return {"summary": [], **given}
+    return item
+
+
+def _answer(item: dict[str, Any]) -> dict[str, Any]:
+    """An earlier answer as a message with one text; itself if it is not made of texts."""
+    parts = item.get("content")
+    if not isinstance(parts, list):
+        return item
+    texts = [_text(part) for part in parts]
+    if None in texts:
+        return item
+    answer = {"type": "message", "role": "assistant", "content": "".join(map(str, texts))}
+    if item.get("status") in _UNFINISHED:  # vLLM continues it
+        answer["status"] = item["status"]
+    return answer
+
+
+def _text(part: Any) -> str | None:
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        return None
+    text = part.get(_ANSWER_TEXTS.get(part["type"], ""))
+    return text if isinstance(text, str) else None
+
+
 _MEDIA: Mapping[str, Read] = {
     "input_image": _read_image,
     "image_url": _read_image,
     "input_file": _read_file,
 }
-RESPONSES = Dialect(_lists, _MEDIA, _TEXTS, type_of)
+RESPONSES = Dialect(_lists, _MEDIA, _TEXTS, type_of, complete=complete)

@@ -1,0 +1,141 @@
+"""The one wrapper around an answer on its way out: headers, error shape, times.
+
+It acts on the first message, on errors and on the last message; the pieces of a stream in between
+are passed on without a coroutine of their own.
+"""
+
+import re
+import time
+from collections.abc import Awaitable, Iterable
+
+from starlette.types import Message, Send
+
+from server.http import errors
+from server.telemetry.record import Record, Times
+from server.telemetry.stages import Stage, Timeline
+
+ID_HEADER = b"x-request-id"
+# An event by which vLLM tells of an error in a stream which has begun.
+_STREAMED_ERROR = re.compile(rb'(?:\A|\n\n)(?:data: {"error"|event: error|event: response\.failed)')
+# The body of an error is a few hundred bytes; vLLM's error shape is not expected in a longer one.
+_MAX_ERROR_BYTES = 64 * 1024
+
+
+class Answer:
+    """Sends an answer on. `times` are those of a stream that has ended."""
+
+    def __init__(self, record: Record, send: Send, *, server_timing: bool) -> None:
+        self._record = record
+        self._send = send
+        self._server_timing = server_timing
+        self._dialect = errors.dialect_of(record.path)
+        self._streams = False
+        self._is_plain = True
+        self._is_first_piece = True
+        self._error_start: Message | None = None
+        self._error_body = b""
+        self.has_begun = False
+        self.has_ended = False
+        self.times: Times | None = None
+
+    def send(self, message: Message) -> Awaitable[None]:
+        """Send one ASGI message."""
+        if message["type"] == "http.response.body":
+            if self._error_start is not None:
+                return self._hold(message)
+            if self._streams:
+                message = self._look_at(message)
+            if not message.get("more_body"):
+                message = self._end(message)
+        elif message["type"] == "http.response.start":
+            if message["status"] >= 400:
+                self._error_start = message
+                return _nothing()
+            message = self._start(message)
+        return self._send(message)
+
+    async def fail(self) -> None:
+        """Answer that the server failed, unless an answer has begun: that one is cut off."""
+        if self.has_begun:
+            return
+        self._error_body = b""
+        body = errors.INTERNAL_ERROR
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+        ]
+        await self.send({"type": "http.response.start", "status": 500, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body})
+
+    async def _hold(self, message: Message) -> None:
+        """Keep an error back until it is complete, and send it in the shape of its dialect."""
+        self._error_body += message.get("body", b"")
+        more = bool(message.get("more_body"))
+        if more and len(self._error_body) <= _MAX_ERROR_BYTES:
+            return
+        start, body = self._error_start, self._error_body
+        assert start is not None
+        self._error_start, self._error_body = None, b""
+        shaped = None
+        if not more:
+            shaped = errors.shaped(body, start["status"], self._dialect, self._record.id)
+        if shaped is not None:
+            body, self._record.error_code = shaped
+            start = {**start, "headers": errors.with_length(start["headers"], len(body))}
+        await self._send(self._start(start))
+        message = {**message, "body": body}
+        await self._send(message if more else self._end(message))
+
+    def _start(self, message: Message) -> Message:
+        record = self._record
+        self.has_begun = True
+        record.status = message["status"]
+        headers = [item for item in message.get("headers", ()) if item[0].lower() != ID_HEADER]
+        headers.append((ID_HEADER, record.id.encode()))
+        self._streams = _value(headers, b"content-type").startswith(b"text/event-stream")
+        self._is_plain = not _value(headers, b"content-encoding")
+        if self._server_timing and not self._streams:
+            times = Times.of(record.timeline, time.monotonic())
+            headers.append((b"server-timing", server_timing(times, record.timeline).encode()))
+        return {**message, "headers": headers}
+
+    def _look_at(self, message: Message) -> Message:
+        """Note when the first piece of a stream leaves, and shape an error in it."""
+        if self._is_first_piece and self._record.timeline.began(Stage.GENERATE):
+            self._is_first_piece = False
+            self._record.timeline.begin_again(Stage.GENERATE, time.monotonic())
+        body = message.get("body", b"")
+        if not _STREAMED_ERROR.search(body):
+            return message
+        events = body.split(b"\n\n")
+        for number, event in enumerate(events):
+            if _STREAMED_ERROR.match(event):
+                shaped = errors.shaped_event(event, self._dialect, self._record.id)
+                events[number], self._record.error_code = shaped
+        return {**message, "body": b"\n\n".join(events)}
+
+    def _end(self, message: Message) -> Message:
+        record = self._record
+        self.has_ended = True
+        record.complete = not self._streams or record.error_code is None
+        if not self._streams:
+            return message
+        self.times = Times.of(record.timeline, time.monotonic())
+        if self._server_timing and self._is_plain:
+            comment = f": server-timing {server_timing(self.times, record.timeline)}\n\n"
+            return {**message, "body": message.get("body", b"") + comment.encode()}
+        return message
+
+
+async def _nothing() -> None:
+    """What is awaited for a message that is held back."""
+
+
+def _value(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:
+    return next((value for key, value in headers if key.lower() == name), b"")
+
+
+def server_timing(times: Times, timeline: Timeline) -> str:
+    """The value of the header `Server-Timing` (W3C): milliseconds by stage, and in all."""
+    parts = [f"{stage};dur={seconds * 1e3:.1f}" for stage, seconds in times.stages.items()]
+    return ", ".join([*parts, f"total;dur={(times.end - timeline.start) * 1e3:.1f}"])

@@ -1,0 +1,189 @@
+"""The routes that answer conversations, on vLLM's serving classes, and those about the server.
+
+vLLM's own routes listen for the client's leaving in tasks of their own, twice for a stream; here
+the outermost layer cancels the task of the request (`http/client.py`). vLLM's route for messages
+makes a 500 of every error that is raised below it.
+"""
+
+from collections.abc import AsyncGenerator, Callable
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.datastructures import State
+
+from server import __version__
+from server.engine.vllm_adapter.engine_caches import EngineCaches
+from server.engine.vllm_http import (
+    AnthropicCountTokensRequest,
+    AnthropicMessagesRequest,
+    AnthropicServingMessages,
+    ChatCompletionRequest,
+    EngineDeadError,
+    ErrorResponse,
+    OpenAIServingChat,
+    metrics_header,
+    validate_json_request,
+    vllm_version,
+    with_sse_keep_alive,
+)
+from server.errors import Unavailable, error_body
+from server.http.keys import require_admin
+from server.http.stream import EventStream
+from server.ingest.fetch_cache import FetchCache
+
+conversations = APIRouter(dependencies=[Depends(validate_json_request)])
+status = APIRouter()
+caches = APIRouter(prefix="/v1/cache", dependencies=[Depends(require_admin)])
+
+_STREAMED: dict[int | str, dict[str, Any]] = {
+    HTTPStatus.OK.value: {"content": {"text/event-stream": {}}}
+}
+
+
+@conversations.post("/v1/chat/completions", responses=_STREAMED)
+async def create_chat_completion(request: ChatCompletionRequest, raw_request: Request) -> Response:
+    """Answer a conversation, whole or streamed. A client that leaves cancels its work."""
+    state = raw_request.app.state
+    serving: OpenAIServingChat | None = state.openai_serving_chat
+    if serving is None:
+        raise NotImplementedError("the model does not support chat completions")
+    with _Load(state) as load:
+        answer = await serving.create_chat_completion(request, raw_request)
+        if isinstance(answer, AsyncGenerator):
+            interval = float(state.args.sse_keep_alive_interval)
+            return EventStream(with_sse_keep_alive(answer, interval), load.until_end())
+    if isinstance(answer, ErrorResponse):
+        return _error(answer)
+    load_format = raw_request.headers.get("endpoint-load-metrics-format", "")
+    return JSONResponse(answer.model_dump(), headers=metrics_header(load_format))
+
+
+@conversations.post("/v1/messages", responses=_STREAMED)
+async def create_message(request: AnthropicMessagesRequest, raw_request: Request) -> Response:
+    """Answer a conversation in Anthropic's dialect, whole or streamed."""
+    with _Load(raw_request.app.state) as load:
+        answer = await _messages(raw_request).create_messages(request, raw_request)
+        if isinstance(answer, AsyncGenerator):
+            return EventStream(answer, load.until_end())
+    if isinstance(answer, ErrorResponse):
+        return _error(answer)
+    return JSONResponse(answer.model_dump(exclude_none=True))
+
+
+@conversations.post("/v1/messages/count_tokens")
+async def count_tokens(request: AnthropicCountTokensRequest, raw_request: Request) -> Response:
+    """The tokens that a conversation would take."""
+    with _Load(raw_request.app.state):
+        answer = await _messages(raw_request).count_tokens(request, raw_request)
+    if isinstance(answer, ErrorResponse):
+        return _error(answer)
+    return JSONResponse(answer.model_dump(exclude_none=True))
+
+
+def _messages(raw_request: Request) -> AnthropicServingMessages:
+    serving: AnthropicServingMessages | None = raw_request.app.state.anthropic_serving_messages
+    if serving is None:
+        raise NotImplementedError("the model does not support messages")
+    return serving
+
+
+def _error(answer: ErrorResponse) -> JSONResponse:
+    return JSONResponse(answer.model_dump(), status_code=answer.error.code)
+
+
+class _Load:
+    """Counts a request for vLLM's route `/load`, if the server tracks its load."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._is_counted = bool(getattr(state, "enable_server_load_tracking", False))
+        self._goes_on = False
+
+    def __enter__(self) -> "_Load":
+        if self._is_counted:
+            self._state.server_load_metrics = getattr(self._state, "server_load_metrics", 0) + 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._goes_on:
+            self._end()
+
+    def until_end(self) -> Callable[[], None]:
+        """Let the request count until the function that this returns is called."""
+        self._goes_on = True
+        return self._end
+
+    def _end(self) -> None:
+        if self._is_counted:
+            self._state.server_load_metrics -= 1
+
+
+# ---------------------------------------------------------------------- about the server
+
+
+@status.get("/health")
+async def health(request: Request) -> Response:
+    """200 while the engine is alive, 503 when it has died. Cheap: for liveness probes."""
+    try:
+        await request.app.state.engine_client.check_health()
+    except EngineDeadError:
+        return _unavailable("the engine has died")
+    return Response(status_code=200)
+
+
+@status.get("/ready")
+async def ready(request: Request) -> Response:
+    """200 while requests can be served: engine up, image workers up, not shutting down."""
+    found = unreadiness(request.app.state)
+    return Response(status_code=200) if found is None else _unavailable(found)
+
+
+def unreadiness(state: State) -> str | None:
+    """Why requests cannot be served now; None if they can."""
+    if state.draining:
+        return "the server is shutting down"
+    if state.engine_client.errored:
+        return "the engine has died"
+    if state.image_pool is not None and not state.image_pool.ready:
+        return "no image worker can take work"
+    return None
+
+
+@status.get("/version")
+async def version() -> dict[str, str]:
+    """`version` is vLLM's, as in vLLM; `saccade` is ours."""
+    return {"version": vllm_version, "saccade": __version__}
+
+
+def _unavailable(message: str) -> JSONResponse:
+    body = error_body(message, Unavailable.type, Unavailable.code)
+    return JSONResponse(body, status_code=Unavailable.status)
+
+
+# ---------------------------------------------------------------------- caches, for admins
+
+
+@caches.get("")
+async def show_caches(raw_request: Request) -> dict[str, Any]:
+    """Entries, bytes, hits and misses of each cache, and the tiers of the embedding cache."""
+    engine_caches: EngineCaches = raw_request.app.state.engine_caches
+    fetched: FetchCache | None = raw_request.app.state.fetch_cache
+    found = await engine_caches.report()
+    if fetched is not None:
+        found["urls"] = fetched.stats()
+    return {"object": "cache", **found}
+
+
+@caches.delete("")
+async def clear_caches(raw_request: Request) -> dict[str, Any]:
+    """Forget all images. `cleared` names the caches that are empty now, except for the images of
+    running requests."""
+    engine_caches: EngineCaches = raw_request.app.state.engine_caches
+    fetched: FetchCache | None = raw_request.app.state.fetch_cache
+    cleared = await engine_caches.clear()
+    if fetched is not None:
+        fetched.clear()
+        cleared.append("urls")
+    return {"object": "cache.cleared", "cleared": cleared}

@@ -1,0 +1,40 @@
+"""What the layers around the routes keep in the ASGI scope of a request, for those further in."""
+
+from starlette.types import Scope
+
+from server.request.context import RequestContext
+from server.telemetry.record import Record
+
+_RECORD = "saccade.record"
+_CONTEXT = "saccade.context"
+
+
+def set_record(scope: Scope, record: Record) -> None:
+    """Keep the record of the request; done by the outermost layer."""
+    scope[_RECORD] = record
+
+
+def record_of(scope: Scope) -> Record:
+    """The record of the request."""
+    record: Record = scope[_RECORD]
+    return record
+
+
+def group_of(scope: Scope) -> str:
+    """The group of API keys that the request belongs to; "" where keys are in no groups."""
+    return record_of(scope).key_group or ""
+
+
+def set_context(scope: Scope, context: RequestContext) -> None:
+    """Keep what is known of the request since its body was read."""
+    scope[_CONTEXT] = context
+
+
+def context_of(scope: Scope) -> RequestContext:
+    """What is known of the request.
+
+    Raises:
+        KeyError: its body has not been read.
+    """
+    context: RequestContext = scope[_CONTEXT]
+    return context

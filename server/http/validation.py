@@ -1,0 +1,129 @@
+"""Explains why a request does not fit its route, in one sentence about one value.
+
+Where a value may have one of several forms, pydantic lists what keeps it from being each of them,
+hundreds of errors for one missing field. Here the form that the value comes closest to is chosen,
+and the first thing that is wrong with it is named.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from fastapi.exceptions import RequestValidationError
+
+# Fields that say which of several forms a value has.
+_TAGS = ("type", "role")
+# Steps of pydantic's that stand for no form of their own.
+_WRAPPERS = ("union[", "tagged-union[", "function-", "nullable[", "lax-or-strict[")
+
+
+class _Problem(NamedTuple):
+    """What is wrong, and where: `path` is relative to the value that is looked at."""
+
+    path: tuple[str | int, ...]
+    error: dict[str, Any]
+
+
+def explained(error: RequestValidationError) -> tuple[str, str | None]:
+    """The message for the client and the path of the wrong value."""
+    errors = error.errors()
+    if not errors:
+        return "the request is not valid", None
+    if not isinstance(errors[0], dict):  # vLLM's check of the content type
+        return str(errors[0]), None
+    for each in errors:
+        cause = each.get("ctx", {}).get("error")
+        if (parameter := getattr(cause, "parameter", None)) is not None:
+            return str(cause), str(parameter)
+    if errors[0]["type"] == "json_invalid":
+        why = errors[0].get("ctx", {}).get("error", "")
+        return f"the body is not valid JSON: {why}", None
+    loc = errors[0]["loc"]
+    value = error.body if loc[:1] == ("body",) else _names([each["loc"] for each in errors])
+    problem = _closest([_Problem(tuple(each["loc"][1:]), each) for each in errors], value)
+    param = _param(problem.path)
+    return _message(problem, param), param or None
+
+
+def _closest(problems: Sequence[_Problem], value: Any) -> _Problem:
+    """The problem to tell of, with the whole path of it."""
+    first = problems[0]
+    if not first.path:
+        return first
+    head = first.path[0]
+    if not _is_child(head, value) and not _is_missing(first):
+        return _of_forms(problems, value)
+    inner = value[head] if _is_child(head, value) else None
+    below = [_Problem(each.path[1:], each.error) for each in problems if each.path[:1] == (head,)]
+    found = _closest(below, inner)
+    return _Problem((head, *found.path), found.error)
+
+
+def _of_forms(problems: Sequence[_Problem], value: Any) -> _Problem:
+    """Of the forms that `value` might have, tell what is wrong with the one it comes closest to."""
+    forms: dict[str | int, list[_Problem]] = {}
+    for path, error in problems:
+        while path and str(path[0]).startswith(_WRAPPERS):
+            path = path[1:]
+        if path:
+            forms.setdefault(path[0], []).append(_Problem(path[1:], error))
+    candidates = [form for form in forms.values() if not any(map(_is_other_form, form))]
+    if candidates:
+        # The deepest problem is that of the form which fits best above it.
+        return _closest(min(candidates, key=lambda form: (-_depth(form), len(form))), value)
+    tagged = {each.path[0] for form in forms.values() for each in form if _is_of_tag(each)}
+    if isinstance(value, dict) and tagged:
+        names = [tag for tag in _TAGS if tag in tagged]
+        name = next((tag for tag in names if tag in value), None)
+        if name is None:
+            return _Problem((names[0],), {"type": "missing"})
+        return _Problem((name,), {"type": "no_form", "msg": "the value is not known here"})
+    return _Problem((), {"type": "no_form", "msg": "the value has a wrong type or form"})
+
+
+def _depth(form: Sequence[_Problem]) -> int:
+    return max(len(each.path) for each in form)
+
+
+def _is_other_form(problem: _Problem) -> bool:
+    """Whether the value was not meant to have this form. An `id` is missing in nearly all values,
+    since servers make it."""
+    lacks_id = problem.path == ("id",) and problem.error["type"] == "missing"
+    return not problem.path or lacks_id or _is_of_tag(problem)
+
+
+def _is_of_tag(problem: _Problem) -> bool:
+    if len(problem.path) != 1 or problem.path[0] not in _TAGS:
+        return False
+    kind = problem.error["type"]
+    return kind in ("literal_error", "enum") or (kind == "missing" and problem.path[0] == "type")
+
+
+def _is_child(name: str | int, value: Any) -> bool:
+    if isinstance(value, dict):
+        return name in value
+    return isinstance(value, list) and isinstance(name, int) and name < len(value)
+
+
+def _is_missing(problem: _Problem) -> bool:
+    return problem.error["type"] == "missing" and len(problem.path) == 1
+
+
+def _names(locs: Sequence[Sequence[str | int]]) -> dict[str | int, None]:
+    """A stand-in for what was not in the body, such as parameters of the query."""
+    return {loc[1]: None for loc in locs if len(loc) > 1}
+
+
+def _param(path: Sequence[str | int]) -> str:
+    """`messages[0].content`."""
+    text = ""
+    for step in path:
+        text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else str(step)
+    return text
+
+
+def _message(problem: _Problem, param: str) -> str:
+    if problem.error["type"] == "missing":
+        return f"{param or 'the body'} is missing"
+    text = str(problem.error["msg"]).removeprefix("Value error, ")
+    text = text[:1].lower() + text[1:]
+    return f"{param}: {text}" if param else text

@@ -1,0 +1,179 @@
+"""Streams: what is sent together, and how they end when something fails."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+
+import pytest
+from starlette.types import Message
+
+from server.http.stream import EventStream
+
+Events = AsyncGenerator[str, None]
+
+
+class Sent:
+    """What a stream sends; `send` may fail from a given message on."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.messages: list[Message] = []
+        self.ended = 0
+        self._fails_at = fails_at
+
+    async def send(self, message: Message) -> None:
+        await asyncio.sleep(0)  # as if the client read slowly
+        if len(self.messages) == self._fails_at:
+            raise OSError("gone")
+        self.messages.append(message)
+
+    @property
+    def bodies(self) -> list[bytes]:
+        return [message["body"] for message in self.messages[1:]]
+
+    async def answer(self, events: Events) -> None:
+        def on_end() -> None:
+            self.ended += 1
+
+        async def receive() -> Message:
+            raise AssertionError("the stream listens for the client")
+
+        await EventStream(events, on_end)({"type": "http"}, receive, self.send)
+
+
+def run(events: Events, fails_at: int | None = None) -> Sent:
+    sent = Sent(fails_at)
+    asyncio.run(sent.answer(events))
+    return sent
+
+
+def test_events_that_are_ready_are_sent_together() -> None:
+    async def events() -> Events:
+        yield "role "
+        yield "first "
+        await asyncio.sleep(0.001)
+        yield "second "
+        await asyncio.sleep(0)
+        yield "last "
+        yield "usage "
+        yield "[DONE]"
+
+    sent = run(events())
+    assert sent.bodies == [b"role first ", b"second ", b"last usage [DONE]"]
+    assert [message.get("more_body", False) for message in sent.messages[1:]] == [True, True, False]
+    assert sent.messages[0]["headers"] == [(b"content-type", b"text/event-stream; charset=utf-8")]
+    assert sent.ended == 1
+
+
+def test_a_stream_without_events_ends() -> None:
+    async def events() -> Events:
+        for event in ():
+            yield event
+
+    assert run(events()).bodies == [b""]
+
+
+def test_an_event_that_was_waited_for_may_be_the_last() -> None:
+    async def events() -> Events:
+        yield "one"
+        await asyncio.sleep(0)
+
+    assert run(events()).bodies == [b"one", b""]
+
+
+def test_what_is_ready_is_bounded() -> None:
+    async def events() -> Events:
+        for _ in range(40):
+            yield "x" * 10_000
+
+    bodies = run(events()).bodies
+    assert b"".join(bodies) == b"x" * 400_000
+    assert max(map(len, bodies)) <= 64 * 1024 + 10_000
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 2])
+def test_the_generator_ends_when_sending_fails(fails_at: int) -> None:
+    ended: list[str] = []
+
+    async def events() -> Events:
+        try:
+            yield "one"
+            await asyncio.sleep(0)
+            yield "two"
+            await asyncio.sleep(0)
+            yield "three"
+        finally:
+            await asyncio.sleep(0)  # as vLLM does, to abort its request
+            ended.append("ended")
+
+    sent = Sent(fails_at)
+    with pytest.raises(OSError, match="gone"):
+        asyncio.run(sent.answer(events()))
+    assert ended == (["ended"] if fails_at else [])  # else it was never begun
+    assert sent.ended == 1
+
+
+def cancelled_while(wait: Callable[[asyncio.Event], Awaitable[None]]) -> list[str]:
+    """What the generator notes if its task is cancelled while it waits."""
+    noted: list[str] = []
+
+    async def test() -> None:
+        waiting = asyncio.Event()
+
+        async def events() -> Events:
+            yield "one"
+            try:
+                await wait(waiting)
+            except asyncio.CancelledError:
+                await asyncio.sleep(0)
+                noted.append("cancelled")
+                raise
+
+        sent = Sent()
+        task = asyncio.create_task(sent.answer(events()))
+        await waiting.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        noted.append(f"sent {sent.bodies}")
+
+    asyncio.run(test())
+    return noted
+
+
+def test_cancelling_reaches_the_generator() -> None:
+    async def wait(waiting: asyncio.Event) -> None:
+        asyncio.get_running_loop().call_later(0.01, waiting.set)
+        await asyncio.sleep(60)
+
+    assert cancelled_while(wait) == ["cancelled", "sent [b'one']"]
+
+
+def test_cancelling_reaches_the_generator_while_a_piece_is_sent() -> None:
+    async def wait(waiting: asyncio.Event) -> None:
+        waiting.set()
+        await asyncio.sleep(60)
+
+    assert cancelled_while(wait) == ["cancelled", "sent []"]
+
+
+def test_a_timeout_in_the_generator_works() -> None:
+    async def events() -> Events:
+        yield "one"
+        try:
+            async with asyncio.timeout(0.01):
+                await asyncio.sleep(60)
+        except TimeoutError:
+            yield "late"
+
+    assert run(events()).bodies == [b"one", b"late"]
+
+
+def test_an_exception_of_the_generator_is_raised() -> None:
+    async def events() -> Events:
+        yield "one"
+        await asyncio.sleep(0)
+        raise ValueError("broken")
+
+    sent = Sent()
+    with pytest.raises(ValueError, match="broken"):
+        asyncio.run(sent.answer(events()))
+    assert (sent.bodies, sent.ended) == ([b"one"], 1)
