@@ -12,10 +12,13 @@ import math
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+from blake3 import blake3
+from cachetools import LRUCache
 
 from server.errors import (
     FilesDisabled,
@@ -24,17 +27,20 @@ from server.errors import (
     ImageUrlBlocked,
     SaccadeError,
     TooManyImages,
+    UnknownImage,
 )
 from server.imaging.encoded import EncodedImage, encoded
 from server.ingest.expand import Expander, is_pdf
 from server.ingest.fetch import Fetcher
 from server.ingest.files import FileStore
-from server.ingest.named import NamedImages
 from server.request import payloads
 from server.request.context import RequestContext
 from server.request.media import Inline, MediaLimits, MediaRef, Remote, SentBefore, Uploaded
 from server.tasks import all_or_none, in_thread
 from server.telemetry import metrics
+
+# Images that clients may name without sending them again.
+_REMEMBERED_NAMES = 100_000
 
 
 class MediaLoader:
@@ -214,3 +220,30 @@ def _kind_of(source: object) -> str:
     if isinstance(source, Uploaded):
         return "stored"
     return "file" if isinstance(source, Remote) and source.url[:5].lower() == "file:" else "http"
+
+
+class NamedImages:
+    """What is known of the images that were sent under a uuid, without their bytes.
+
+    A uuid is a name for bytes that its group has sent, and never a key of a cache.
+    """
+
+    def __init__(self) -> None:
+        # By the hash of group and uuid: uuids may be long.
+        self._images: LRUCache[bytes, EncodedImage] = LRUCache(_REMEMBERED_NAMES)
+
+    def put(self, group: str, uuid: str, images: Sequence[EncodedImage]) -> None:
+        """Remember what `uuid` names; nothing, if that is several images."""
+        if len(images) == 1:
+            self._images[_key(group, uuid)] = replace(images[0], data=b"", path="")
+
+    def get(self, group: str, uuid: str) -> EncodedImage:
+        """Raises UnknownImage if `group` has sent nothing under `uuid`."""
+        image = self._images.get(_key(group, uuid))
+        if image is None:
+            raise UnknownImage("the part has no image data, and its uuid is not known")
+        return image
+
+
+def _key(group: str, uuid: str) -> bytes:
+    return blake3(f"{group}\n{uuid}".encode()).digest()
