@@ -9,11 +9,11 @@ import socket
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable
 
-from server import lifeline
 from server.engine import launch, vllm_http
-from server.engine.vllm_adapter import cpu_waits
+from server.engine.vllm_adapter import cpu_waits, plugin
 from server.engine.vllm_adapter.encode_timing import EncodeTimes
 from server.engine.vllm_adapter.outcomes import Outcomes
+from server.engine.vllm_adapter.send import Gate
 from server.errors import CannotStart
 from server.http import keys
 from server.http import server as http_server
@@ -40,7 +40,7 @@ Report = Callable[[str], None]
 async def run(args: Namespace, settings: Settings, report: Report) -> int:
     """Serve until a signal or the engine's death; returns the exit status."""
     keep_freed_memory(_KEPT_HEAP_BYTES)
-    lifeline.ask()
+    plugin.ask(die_with_parent=True)
     keeps_responses = bool(vllm_http.paths_that_keep_bodies())
     key_ring = keys.key_ring(
         settings.access, vllm_http.api_keys(args), keeps_responses=keeps_responses
@@ -85,10 +85,10 @@ async def _running(args: Namespace, settings: Settings, report: Report) -> Async
         if embeddings is not None:
             await stack.enter_async_context(embeddings)
             stack.enter_context(metrics.embedding_cache(embeddings.snapshots))
-        outcomes = Outcomes()
+        outcomes, gate = Outcomes(), Gate()
         await stack.enter_async_context(EncodeTimes(outcomes.encoded))
-        engine = await stack.enter_async_context(launch.running(plan, outcomes))
-        engine_caches = launch.caches_of(engine, embeddings)
+        engine = await stack.enter_async_context(launch.running(plan, outcomes, gate))
+        engine_caches = launch.caches_of(engine, embeddings, gate)
         if pool is not None:
             report(f"starting {settings.images.image_workers} image workers")
             await stack.enter_async_context(pool)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from server.engine import torchvision_ops
-from server.engine.vllm_adapter import cpu_waits
+from server.engine.vllm_adapter import cpu_waits, plugin
 
 torchvision_ops.register()  # vLLM imports torchvision while its parser is made
 
@@ -78,6 +78,7 @@ def parse(argv: Sequence[str]) -> tuple[Namespace, Settings]:
         if getattr(args, "log_config_file", None) or given.pylogging_config_file:
             parser.error("--log-format json: logs are configured by a file already")
         log.use_json()
+        plugin.ask(json_logs=True)
     cli_env_setup()  # type: ignore[no-untyped-call]
     configure_logging_from_args(args)
     _choose_model(args)

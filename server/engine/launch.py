@@ -27,11 +27,12 @@ from server.engine.embedding_cache.control import ControlServer
 from server.engine.extractor import worker_spec
 from server.engine.planning import ImagePlanner
 from server.engine.token_rules import measured_rule, token_rule
-from server.engine.vllm_adapter import groups
 from server.engine.vllm_adapter.engine_caches import EngineCaches
 from server.engine.vllm_adapter.outcomes import Outcomes
-from server.engine.vllm_adapter.processor_cache import settle_on_send
+from server.engine.vllm_adapter.processor_cache import ProcessorCache
+from server.engine.vllm_adapter.processors import carry_context, name_by_group
 from server.engine.vllm_adapter.renderer import PooledRenderer, is_image_by_image
+from server.engine.vllm_adapter.send import Gate, Sender
 from server.errors import CannotStart, ImageTokenCap
 from server.imaging.encoded import encoded
 from server.imaging.limits import Limits
@@ -125,9 +126,9 @@ def add_embedding_cache(plan: EnginePlan, settings: Settings) -> ControlServer |
 
 
 @asynccontextmanager
-async def running(plan: EnginePlan, outcomes: Outcomes) -> AsyncIterator[AsyncLLM]:
-    """The engine from start to shutdown; `outcomes` follows its requests. Starting blocks the event
-    loop, as vLLM does it."""
+async def running(plan: EnginePlan, outcomes: Outcomes, gate: Gate) -> AsyncIterator[AsyncLLM]:
+    """The engine from start to shutdown. `outcomes` follows its requests, which pass `gate` on
+    their way to it. Starting blocks the event loop, as vLLM does it."""
     torch.set_num_threads(1)  # this process only moves data; cores belong to workers and engine
     engine = AsyncLLM.from_vllm_config(
         vllm_config=plan.config,
@@ -136,17 +137,23 @@ async def running(plan: EnginePlan, outcomes: Outcomes) -> AsyncIterator[AsyncLL
         aggregate_engine_logging=plan.engine_args.aggregate_engine_logging,
         disable_log_stats=plan.engine_args.disable_log_stats,
     )
-    renderer: Any = engine.renderer  # vLLM types it as its base class
-    if isinstance(renderer, PooledRenderer) and renderer.processor_cache is not None:
-        settle_on_send(engine, renderer.processor_cache)
-    groups.keep_apart(engine)
-    outcomes.follow(engine)
-    setup.keep_item_limit(engine)
     try:
-        await engine.reset_mm_cache()  # drop what the warm-up left
+        await engine.reset_mm_cache()  # waits for the warm-up, and drops what it left
+        outcomes.follow(engine)
+        Sender(engine, _processor_cache(engine), outcomes, gate)
+        renderer = engine.renderer
+        if renderer.mm_processor is not None:
+            name_by_group(renderer.mm_processor)
+            carry_context(renderer._mm_executor)
+        setup.keep_item_limit(engine)
         yield engine
     finally:
         engine.shutdown(timeout=plan.config.shutdown_timeout)
+
+
+def _processor_cache(engine: AsyncLLM) -> ProcessorCache | None:
+    renderer: Any = engine.renderer  # vLLM types it as its base class
+    return renderer.processor_cache if isinstance(renderer, PooledRenderer) else None
 
 
 @dataclass(frozen=True)
@@ -158,13 +165,12 @@ class ImagePath:
     pooled: bool
 
 
-def caches_of(engine: AsyncLLM, embeddings: ControlServer | None) -> EngineCaches:
+def caches_of(engine: AsyncLLM, embeddings: ControlServer | None, gate: Gate) -> EngineCaches:
     """The caches of a running engine."""
-    renderer: Any = engine.renderer
-    features = renderer.processor_cache if isinstance(renderer, PooledRenderer) else None
+    features = _processor_cache(engine)
     if features is not None:
         metrics.features_bytes.set_function(lambda: features.size().bytes or 0)
-    return EngineCaches(engine, features, embeddings)
+    return EngineCaches(engine, features, embeddings, gate)
 
 
 async def connect(

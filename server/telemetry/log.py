@@ -2,31 +2,17 @@
 
 import logging
 import logging.config
-import os
 from typing import Any
 
 from server.telemetry.record import Record, Times
 
-_VARIABLE = "_SACCADE_LOG_FORMAT"
 # The engine's own JSON lines have these fields too.
 _FIELDS = "%(asctime)s %(levelname)s %(name)s %(processName)s %(process)d %(message)s"
 _requests = logging.getLogger("saccade.request")
 
 
 def use_json() -> None:
-    """Write logs as JSON, here and in the engine's processes that are started from now on. vLLM's
-    loggers and uvicorn's are configured by vLLM."""
-    os.environ[_VARIABLE] = "json"
-    _configure()
-
-
-def register() -> None:
-    """Called by vLLM in each of its processes (entry point `vllm.general_plugins`)."""
-    if os.environ.get(_VARIABLE) == "json":
-        _configure()
-
-
-def _configure() -> None:
+    """Write logs of this process as JSON. vLLM's loggers and uvicorn's are configured by vLLM."""
     logging.config.dictConfig(
         {
             "version": 1,

@@ -80,6 +80,7 @@ async def rig(model: Path, decode: str = "exact") -> AsyncIterator[Rig]:
     from server.engine import launch
     from server.engine.arguments import parse
     from server.engine.vllm_adapter.outcomes import Outcomes
+    from server.engine.vllm_adapter.send import Gate
     from server.ingest.expand import Expander
     from server.ingest.fetch import Fetcher, FetchSettings
 
@@ -94,7 +95,7 @@ async def rig(model: Path, decode: str = "exact") -> AsyncIterator[Rig]:
         embeddings = launch.add_embedding_cache(plan, settings)
         assert embeddings is not None
         await stack.enter_async_context(embeddings)
-        engine = await stack.enter_async_context(launch.running(plan, Outcomes()))
+        engine = await stack.enter_async_context(launch.running(plan, Outcomes(), Gate()))
         await stack.enter_async_context(pool)
         limits = launch.media_limits(engine, settings)
         assert limits is not None

@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import os
 import subprocess
 import sys
 from typing import Any
@@ -18,7 +17,7 @@ def what_plugins_change() -> dict[str, Any]:
     from vllm.v1.executor import Executor  # noqa: F401  - as every engine process has
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-    from server.engine.vllm_adapter import cpu_waits, encode_timing, plugin
+    from server.engine.vllm_adapter import cpu_waits, encode_timing, plugin  # noqa: F401
 
     execute_model = WorkerWrapperBase.execute_model
 
@@ -28,8 +27,8 @@ def what_plugins_change() -> dict[str, Any]:
 
     plugin.register()
     unasked, before = changed(), set(sys.modules)
-    os.environ["_SACCADE_ENCODE_TIMES"] = "ipc:///nonexistent/encoder"
-    encode_timing.register()
+    plugin.ask(encoder_runs="ipc:///nonexistent/encoder")
+    plugin.register()
     imported = set(sys.modules) - before
     cpu_waits.ask()
     plugin.register()

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,11 +11,18 @@ import pytest
 import torch
 import uvloop
 
+from server.engine.vllm_adapter import plugin
 from server.engine.vllm_adapter.encode_timer import CudaTimer, WallTimer, connected, send, timed
 from server.engine.vllm_adapter.encode_timing import EncoderRun, EncodeTimes
 
-VARIABLE = "_SACCADE_ENCODE_TIMES"
 WAIT_S = 30
+
+
+def address() -> str:
+    """Where vLLM's worker is asked to report."""
+    found = plugin.asked().encoder_runs
+    assert found is not None
+    return found
 
 
 class Runs(list[EncoderRun]):
@@ -37,14 +43,14 @@ def test_a_run_reaches_the_server(run: Callable[..., None]) -> None:
 
     async def check() -> None:
         async with EncodeTimes(runs):
-            with connected(os.environ[VARIABLE]) as socket:
+            with connected(address()) as socket:
                 for each in sent:
                     send(socket, each)
                 await runs.wait_for(2)
 
     run(check())
     assert runs == sent
-    assert VARIABLE not in os.environ
+    assert plugin.asked().encoder_runs is None
 
 
 @pytest.mark.parametrize(
@@ -56,7 +62,7 @@ def test_garbage_is_ignored(garbage: bytes, caplog: pytest.LogCaptureFixture) ->
 
     async def check() -> None:
         async with EncodeTimes(runs):
-            with connected(os.environ[VARIABLE]) as socket:
+            with connected(address()) as socket:
                 socket.send(garbage)
                 send(socket, good)
                 await runs.wait_for(1)
@@ -76,7 +82,7 @@ def test_a_failing_callback_does_not_end_the_line() -> None:
 
     async def check() -> None:
         async with EncodeTimes(fail_first):
-            with connected(os.environ[VARIABLE]) as socket:
+            with connected(address()) as socket:
                 send(socket, EncoderRun(["a"], 1.0, 2.0))
                 send(socket, EncoderRun(["b"], 1.0, 2.0))
                 await runs.wait_for(2)
@@ -90,7 +96,7 @@ def test_a_server_that_does_not_listen_holds_nobody_up() -> None:
 
     async def check() -> None:
         async with EncodeTimes(runs), asyncio.timeout(WAIT_S):
-            with connected(os.environ[VARIABLE]) as socket:
+            with connected(address()) as socket:
                 for number in range(20_000):  # the event loop does not get its turn meanwhile
                     send(socket, EncoderRun(["x" * 100], number, number))
                 while last not in runs:
@@ -198,3 +204,4 @@ def test_a_run_on_a_gpu_is_timed() -> None:
         time.sleep(0.001)
     (run,) = runs
     assert before - 0.01 < run.start_s < queued < run.end_s < time.monotonic()
+from server.engine.vllm_adapter import plugin

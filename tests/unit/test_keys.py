@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +17,6 @@ from fastapi import Depends, FastAPI, Request
 from starlette.types import Receive, Scope, Send
 
 from server import settings as config
-from server.engine.vllm_adapter import groups
 from server.engine.vllm_http import add_vllm_middleware, api_keys
 from server.errors import CannotStart
 from server.http import errors, key_file
@@ -354,51 +352,3 @@ def test_responses_are_not_stored_for_all_groups_alike(path: Path) -> None:
     with pytest.raises(CannotStart, match="VLLM_ENABLE_RESPONSES_API_STORE"):
         key_ring(access, (), keeps_responses=True)
     assert not key_ring(AccessSettings(), (), keeps_responses=True).has_groups
-
-
-# ---------------------------------------------------------------------- names and salts
-
-
-def in_group(group: str, work: Any, *args: Any) -> Any:
-    async def run() -> Any:
-        tenant.enter(group)
-        result = work(*args)
-        return await result if asyncio.iscoroutine(result) else result
-
-    return asyncio.run(run())
-
-
-def test_names_and_salts_are_of_one_group() -> None:
-    names = {group: in_group(group, tenant.own, "name") for group in ("", "a", "b")}
-    assert names[""] == "name"
-    assert len(set(names.values())) == 3
-    assert in_group("a", tenant.own, names["a"]) == names["a"]
-    assert in_group("b", tenant.own, names["a"]) not in (names["a"], names["b"])
-    salts = {(g, s): in_group(g, tenant.salt, s) for g in ("", "a", "b") for s in (None, "a", "b")}
-    assert [salts["", s] for s in (None, "a", "b")] == [None, "a", "b"]
-    assert len(set(salts.values())) == 9
-    # Also in another process, and on another machine.
-    assert names["a"] == "17762fddd969a453925d65717ac3eea2-name"
-
-
-def test_vllm_names_items_of_the_group_of_their_request() -> None:
-    """In a thread of vLLM's own, for names of clients and for hashes."""
-    processor: Any = SimpleNamespace(
-        _get_mm_hashes=lambda inputs: {"video": [inputs], "audio": ["0" * 64]}
-    )
-    groups.name_by_group(processor)
-    with ThreadPoolExecutor(1) as executor:
-        groups.carry_context(executor)
-        executor.submit(int).result()  # the thread is there before any group
-
-        async def names() -> Any:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(executor, processor._get_mm_hashes, "uuid")
-
-        found = {group: in_group(group, names) for group in ("", "a", "b")}
-    assert found[""] == {"video": ["uuid"], "audio": ["0" * 64]}
-    for group in ("a", "b"):
-        assert found[group] == {
-            "video": [in_group(group, tenant.own, "uuid")],
-            "audio": [in_group(group, tenant.own, "0" * 64)],
-        }

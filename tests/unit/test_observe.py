@@ -15,6 +15,7 @@ from server.engine.arguments import parse
 from server.engine.vllm_adapter.outcomes import Outcomes
 from server.http.observe import Observed
 from server.http.scope import record_of
+from server.request.context import RequestContext
 from server.telemetry import metrics, tracing
 from server.telemetry.record import Record
 from server.telemetry.stages import Stage
@@ -129,9 +130,10 @@ class Output:
 
 def test_an_answer_is_generated_until_the_last_of_it_is() -> None:
     outcomes, record = Outcomes(), Record()
+    context = RequestContext(record)
     record.timeline.begin(Stage.ENGINE_QUEUE, record.timeline.start)
     for name in ("1", "2"):
-        outcomes._records[name] = record
+        outcomes._contexts[name] = context
         record.under_way.add(name)
 
     def step(name: str, left: dict[str, Any]) -> None:
@@ -163,8 +165,8 @@ def test_what_fails_here_does_not_fail_the_request(
 
 
 def test_what_cannot_be_followed_does_not_end_the_engine(caplog: pytest.LogCaptureFixture) -> None:
-    outcomes, record = Outcomes(), Record()
-    outcomes._records["1"] = record
+    outcomes, context = Outcomes(), RequestContext(Record())
+    outcomes._contexts["1"] = context
     outputs: Any = [Output("1", [7])]
     with caplog.at_level(logging.ERROR, "saccade"):
         result = outcomes._process(lambda outputs: "result", {"1": object()}, outputs)

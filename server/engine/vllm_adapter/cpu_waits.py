@@ -12,9 +12,7 @@ processes that only yield can keep those of other sessions from the cores for ma
 (vLLM's own blocking wait, which it takes after that second, is no way out: it may miss a message
 that comes at the wrong moment, and then sleeps until its next check.)
 
-The front end notes in shared memory when there was image work last. vLLM calls `register` in
-each of its processes (entry point `vllm.general_plugins`); it does nothing unless this server has
-asked for it, so that a plain vLLM in the same environment stays what it is.
+The front end notes in shared memory when there was image work last.
 """
 
 import atexit
@@ -25,7 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-_VARIABLE = "_SACCADE_IMAGE_WORK"
+from server.engine.vllm_adapter import plugin
+
 _SLEEP_S = 1e-4
 _RECENT_S = 1.0
 _SPIN_S = 5e-3  # the longest time without a sleep
@@ -35,13 +34,13 @@ _last_work: Any = None  # a memoryview of doubles
 
 
 def ask() -> None:
-    """Ask for it in the vLLM processes that this process starts."""
+    """Ask for it in the vLLM processes that this process starts from now on."""
     global _last_work
     fd, path = tempfile.mkstemp(prefix="saccade-work-")
     os.ftruncate(fd, mmap.PAGESIZE)
     _last_work = memoryview(mmap.mmap(fd, mmap.PAGESIZE)).cast("d")
     os.close(fd)
-    os.environ[_VARIABLE] = path
+    plugin.ask(image_work=path)
     atexit.register(Path(path).unlink, missing_ok=True)
 
 
@@ -51,10 +50,9 @@ def note_work() -> None:
         _last_work[0] = time.monotonic()
 
 
-def register() -> None:
-    """Change how readers of vLLM's message queue wait, if this server asked for it."""
-    path = os.environ.get(_VARIABLE)
-    if path is None or not os.path.exists(path):
+def register(path: str) -> None:
+    """Change how readers of vLLM's message queue wait. `path`: the file that `ask` made."""
+    if not os.path.exists(path):
         return
     from vllm.distributed.device_communicators import shm_broadcast
 

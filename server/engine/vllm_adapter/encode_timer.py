@@ -1,6 +1,6 @@
 """Times the vision encoder in vLLM's worker process, and tells the server (`encode_timing.py`).
 
-Neither waits for the device nor lets a step fail: the first thing that goes wrong ends it.
+It neither waits for the device nor lets a step fail: the first error ends the timing.
 """
 
 import logging
@@ -85,7 +85,7 @@ def timed(
                 step(*args)
         except Exception as error:
             failed = True
-            log.warning("the runs of the encoder are no longer timed: %r", error)
+            log.warning("no longer timing the encoder: %r", error)
 
     def end(args: tuple[Any, ...]) -> None:
         timer.end(_request_ids(*args))

@@ -1,16 +1,14 @@
 """When the vision encoder ran, and for which requests: what vLLM's metrics do not tell.
 
 The encoder runs inside a step of vLLM's worker process. The server binds a socket in a directory of
-its own and names it in the environment of the engine. vLLM calls `register` in each of its
-processes (entry point `vllm.general_plugins`), and the worker of the first rank reports each run of
-its encoder. In a plain vLLM in the same environment nothing happens.
+its own and gives its address to the plugin. The worker of the first rank reports each run of its
+encoder.
 """
 
 import asyncio
 import contextlib
 import logging
 import multiprocessing
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -20,9 +18,10 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from server.engine.vllm_adapter import plugin
+
 log = logging.getLogger("saccade.encode_times")
 
-_VARIABLE = "_SACCADE_ENCODE_TIMES"
 _MAX_MESSAGE_BYTES = 1 << 20
 
 OnEncode = Callable[[Sequence[str], float, float], None]
@@ -59,8 +58,8 @@ class EncodeTimes:
             socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
             address = f"ipc://{directory}/encoder"
             socket.bind(address)
-            os.environ[_VARIABLE] = address
-            stack.callback(os.environ.pop, _VARIABLE, None)
+            plugin.ask(encoder_runs=address)
+            stack.callback(plugin.ask, encoder_runs=None)
             stack.push_async_callback(_cancel, asyncio.create_task(self._listen(socket)))
             self._stack = stack.pop_all()
         return self
@@ -75,12 +74,12 @@ class EncodeTimes:
             try:
                 run = decoder.decode(message)
             except msgspec.MsgspecError as error:
-                log.warning("ignoring what is no report of the encoder: %s", error)
+                log.warning("ignoring malformed encoder report: %s", error)
                 continue
             try:
                 self._on_encode(run.request_ids, run.start_s, run.end_s)
             except Exception:
-                log.exception("a report of the encoder could not be used")
+                log.exception("failed to record an encoder run")
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:
@@ -89,10 +88,9 @@ async def _cancel(task: asyncio.Task[None]) -> None:
         await task
 
 
-def register() -> None:
-    """Have the worker of this process, if it comes to have one, report the runs of its encoder."""
-    address = os.environ.get(_VARIABLE)
-    if address is None or multiprocessing.parent_process() is None:
+def register(address: str) -> None:
+    """Let the worker of this process, if it gets one, report the runs of its encoder."""
+    if multiprocessing.parent_process() is None:
         return
     # Every engine process has imported this module by now. The model runner is heavy, and only
     # there in a worker: look for it when there is a step to do.
@@ -108,7 +106,7 @@ def register() -> None:
 
             watch(worker, address)
         except Exception as error:
-            log.warning("the runs of the encoder cannot be timed: %r", error)
+            log.warning("failed to time the encoder: %r", error)
         return execute_model(worker, scheduler_output)
 
     base.execute_model = first_step

@@ -1,16 +1,13 @@
 """All caches of the engine at once: what they hold, and how they are emptied."""
 
 import asyncio
-import functools
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
-from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from server.engine.embedding_cache.control import ControlServer
-from server.engine.vllm_adapter.processor_cache import ProcessorCache, SendRequest
+from server.engine.vllm_adapter.processor_cache import ProcessorCache
+from server.engine.vllm_adapter.send import Gate
 
 # What an operator reads of each tier; the histograms are for the metrics.
 _SIZES = ("entries", "bytes", "tokens", "max_bytes", "max_tokens")
@@ -19,45 +16,20 @@ _COUNTS = ("hits", "misses", "evictions", "errors", "dropped")
 
 class EngineCaches:
     """`features` is what vLLM's processor cache holds, `embeddings` the line to the embedding
-    caches; each None where there is none."""
+    caches; each None where there is none. `gate` is where requests pass on their way to the
+    engine."""
 
     def __init__(
-        self, engine: AsyncLLM, features: ProcessorCache | None, embeddings: ControlServer | None
+        self,
+        engine: AsyncLLM,
+        features: ProcessorCache | None,
+        embeddings: ControlServer | None,
+        gate: Gate,
     ) -> None:
         self._engine = engine
         self._features = features
         self._embeddings = embeddings
-        self._open = asyncio.Event()
-        self._open.set()
-        self._sending = 0
-        self._all_sent = asyncio.Event()
-        core = engine.engine_core
-        core.add_request_async = functools.partial(self._send, core.add_request_async)
-
-    async def _send(self, send: SendRequest, request: EngineCoreRequest) -> None:
-        while not self._open.is_set():
-            await self._open.wait()
-        self._sending += 1
-        try:
-            await send(request)
-        finally:
-            self._sending -= 1
-            if not self._sending:
-                self._all_sent.set()
-
-    @asynccontextmanager
-    async def _nothing_sent(self) -> AsyncIterator[None]:
-        """No request goes to the engine meanwhile; those that come wait."""
-        while not self._open.is_set():
-            await self._open.wait()
-        self._open.clear()
-        try:
-            while self._sending:
-                self._all_sent.clear()
-                await self._all_sent.wait()
-            yield
-        finally:
-            self._open.set()
+        self._gate = gate
 
     async def report(self) -> dict[str, Any]:
         """Sizes and counts, by cache and tier."""
@@ -79,7 +51,7 @@ class EngineCaches:
         """Empty the caches, and return which of them could be. Requests that run go on: what they
         may be using stays while there are any."""
         cleared = []
-        async with self._nothing_sent():
+        async with self._gate.closed():
             outputs: Any = self._engine.output_processor
             idle = not outputs.get_num_unfinished_requests()
             if self._features is not None and (idle or not self._features_are_in_use()):

@@ -1,9 +1,9 @@
-"""Tells each request what became of it in the engine: when, how much, and what was encoded anew.
+"""Notes what becomes of each request in the engine: when, how much, and which images were encoded.
 
 Requests are followed from their sending to their last output, by what passes between the server and
-the engine core. For which images the encoder ran, the embedding cache sends with the last output of
-a request; it goes into the `RequestContext`, from which the answer is completed, and not into the
-answer as vLLM would have it.
+the engine core. With the last output of a request, the embedding cache sends for which of its
+images the encoder ran. That goes into the `RequestContext`, from which the answer is completed, and
+not into the answer, where vLLM would put it.
 """
 
 import functools
@@ -17,10 +17,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from server.engine.embedding_cache.scheduler import ENCODED
-from server.engine.vllm_adapter.processor_cache import SendRequest
-from server.request import context as requests
 from server.request.context import RequestContext
-from server.telemetry import record as records
 from server.telemetry.record import Prompt, Record
 from server.telemetry.stages import Stage
 
@@ -31,16 +28,14 @@ class Outcomes:
     """Follows requests by their ids in the engine."""
 
     def __init__(self) -> None:
-        self._images: WeakValueDictionary[str, RequestContext] = WeakValueDictionary()
-        self._records: WeakValueDictionary[str, Record] = WeakValueDictionary()
+        self._contexts: WeakValueDictionary[str, RequestContext] = WeakValueDictionary()
         self._model = ""
 
     def follow(self, engine: AsyncLLM) -> None:
-        """Look at what goes into `engine`, and at what comes out of it."""
+        """Read what comes out of `engine`. `sending` must be called for what goes into it."""
         names = engine.model_config.served_model_name or [engine.model_config.model]
         self._model = names if isinstance(names, str) else names[0]
-        core, outputs = engine.engine_core, cast(Any, engine.output_processor)
-        core.add_request_async = functools.partial(self._send, core.add_request_async)
+        outputs = cast(Any, engine.output_processor)
         outputs.process_outputs = functools.partial(
             self._process, outputs.process_outputs, outputs.request_states
         )
@@ -48,22 +43,21 @@ class Outcomes:
     def encoded(self, request_ids: Sequence[str], start: float, end: float) -> None:
         """The vision encoder ran for these requests."""
         for request_id in request_ids:
-            if (record := self._records.get(request_id)) is not None:
-                record.timeline.encode(start, end)
-                record.timeline.begin(Stage.PREFILL, start)  # as far as is known by now
+            if (context := self._contexts.get(request_id)) is not None:
+                timeline = context.record.timeline
+                timeline.encode(start, end)
+                timeline.begin(Stage.PREFILL, start)  # as far as is known by now
 
-    async def _send(self, send: SendRequest, request: EngineCoreRequest) -> None:
-        record = records.current()
-        self._records[request.request_id] = record
-        if request.mm_features:
-            self._images[request.request_id] = requests.current()
+    def sending(self, request: EngineCoreRequest, context: RequestContext) -> None:
+        """`request` is about to be sent to the engine, on behalf of `context`."""
+        record = context.record
+        self._contexts[request.request_id] = context
         name = request.external_req_id or request.request_id
         record.response_id = record.response_id or _answer_id(record, name)
         record.prompts[name] = _prompt(request)
         record.model = request.lora_request.lora_name if request.lora_request else self._model
         record.under_way.add(request.request_id)
         record.timeline.begin(Stage.ENGINE_QUEUE, time.monotonic())
-        await send(request)
 
     def _process(
         self,
@@ -73,18 +67,18 @@ class Outcomes:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        # vLLM lets go of a state with its last output. Requests that were aborted have none.
+        # vLLM drops a state with its last output. Requests that were aborted have none.
         before = [states.get(output.request_id) for output in outputs]
         for output in outputs:
             if output.ec_transfer_params and ENCODED in output.ec_transfer_params:
-                images = self._images.get(output.request_id)
-                note(images, output.ec_transfer_params[ENCODED])
+                context = self._contexts.get(output.request_id)
+                note(context, output.ec_transfer_params[ENCODED])
                 output.ec_transfer_params = None
         result = process(outputs, *args, **kwargs)
         try:
             self._follow(outputs, before, states)
-        except Exception:  # it would be the end of the engine
-            log.exception("what requests do cannot be followed")
+        except Exception:  # raised here, it would end the engine
+            log.exception("failed to record the progress of requests")
         return result
 
     def _follow(
@@ -92,9 +86,10 @@ class Outcomes:
     ) -> None:
         now = time.monotonic()
         for output, state in zip(outputs, before, strict=True):
-            record = self._records.get(output.request_id)
-            if record is not None and state is not None:
-                _advance(record, output, state, now, over=output.request_id not in states)
+            context = self._contexts.get(output.request_id)
+            if context is not None and state is not None:
+                over = output.request_id not in states
+                _advance(context.record, output, state, now, over=over)
 
 
 def _advance(
@@ -133,7 +128,7 @@ def _prompt(request: EngineCoreRequest) -> Prompt:
 
 
 def note(request: RequestContext | None, encoded: Sequence[bool]) -> None:
-    """Add what one of the answers to `request` tells; there may be several to one prompt."""
+    """Add what one of the answers to `request` says; one prompt may have several answers."""
     if request is None:
         return
     before = request.encoded or [False] * len(encoded)

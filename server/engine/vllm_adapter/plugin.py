@@ -1,20 +1,67 @@
-"""What vLLM calls in each of its processes, by the entry points of the package.
+"""The plugin that vLLM loads in each of its processes, by the entry points of the package.
 
-Each part does nothing unless this server has asked for it, so that a plain vLLM in the same
-environment stays what it is.
+The server asks for what it wants changed there with `ask`, before it starts the engine. The wishes
+reach vLLM's processes in one environment variable. A plain vLLM in the same environment has no such
+variable, and stays what it is.
 """
+
+import multiprocessing
+import os
+import signal
+from typing import Any
+
+import msgspec
+
+_VARIABLE = "_SACCADE_PLUGIN"
+
+
+class Changes(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What to change in vLLM's processes.
+
+    Attributes:
+        die_with_parent: end with the process that started them, however it ends. If the kernel
+            kills the server, it cannot stop its children, and an engine would keep the GPU.
+        json_logs: write logs as JSON.
+        image_work: the file by which `cpu_waits` learns when there is image work.
+        encoder_runs: the address to which `encode_timer` reports.
+    """
+
+    die_with_parent: bool = False
+    json_logs: bool = False
+    image_work: str | None = None
+    encoder_runs: str | None = None
+
+
+def asked() -> Changes:
+    """What was asked for, in this process or in the one that started it."""
+    text = os.environ.get(_VARIABLE)
+    return Changes() if text is None else msgspec.json.decode(text, type=Changes)
+
+
+def ask(**changes: Any) -> None:
+    """Ask for `changes`, by the fields of `Changes`, in the vLLM processes that are started from
+    now on."""
+    changed = msgspec.structs.replace(asked(), **changes)
+    os.environ[_VARIABLE] = msgspec.json.encode(changed).decode()
 
 
 def register() -> None:
     """Entry point of the group `vllm.general_plugins`."""
-    from server import lifeline
-    from server.engine.vllm_adapter import cpu_waits, encode_timing
-    from server.telemetry import log
+    changes = asked()
+    if changes.die_with_parent:
+        _die_with_parent()
+    if changes.json_logs:
+        from server.telemetry import log
 
-    lifeline.register()
-    log.register()
-    cpu_waits.register()
-    encode_timing.register()
+        log.use_json()
+    if changes.image_work is not None:
+        from server.engine.vllm_adapter import cpu_waits
+
+        cpu_waits.register(changes.image_work)
+    if changes.encoder_runs is not None:
+        from server.engine.vllm_adapter import encode_timing
+
+        encode_timing.register(changes.encoder_runs)
 
 
 def register_platform() -> None:
@@ -23,3 +70,13 @@ def register_platform() -> None:
     from server.engine import torchvision_ops
 
     torchvision_ops.register()
+
+
+def _die_with_parent() -> None:
+    from server.lifeline import die_with_parent
+
+    if (parent := multiprocessing.parent_process()) is None:
+        return
+    die_with_parent()
+    if os.getppid() != parent.pid:  # it ended before we asked
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -2,33 +2,36 @@
 
 vLLM remembers processed images twice: the front end (P0) remembers which keys the engine (P1)
 holds, the engine holds the features. An image that P0 knows is sent without its features, so both
-halves must see the same keys in the same order. vLLM updates P0 while a request is rendered; what
-is refused or cancelled between then and its sending leaves P0 knowing an image that never reached
+halves must see the same keys in the same order. vLLM updates P0 while a request is rendered; if
+the request is then refused or cancelled before it is sent, P0 knows an image that never reached
 the engine, and the next request with that image fails.
 
-Here P0 is only read while a request is rendered, and updated in the moment of sending, by
-`send`: there is no await between the update and the message, and if the message is not sent, the
-update is taken back.
+Here P0 is only read while a request is rendered. It is updated at the moment of sending, by
+`ProcessorCache.settled`: there is no await between the update and the message, and if the message
+is not sent, the update is taken back.
 """
 
-import functools
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import cachetools
 import torch
 from vllm.exceptions import RetryableRequestError
-from vllm.multimodal.cache import BaseMultiModalProcessorCache, MultiModalProcessorOnlyCache
+from vllm.multimodal.cache import (
+    BaseMultiModalProcessorCache,
+    MultiModalProcessorOnlyCache,
+)
+from vllm.multimodal.cache.base import MultiModalCache
 from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem
 from vllm.multimodal.processing.processor import ResolvedPromptUpdate
 from vllm.utils.cache import CacheInfo
 from vllm.v1.engine import EngineCoreRequest
-from vllm.v1.engine.async_llm import AsyncLLM
 
 from server.telemetry import metrics
 
 Updates = Sequence[ResolvedPromptUpdate]
-SendRequest = Callable[[EngineCoreRequest], Awaitable[None]]
 
 _MIN_REMEMBERED = 4096
 
@@ -94,6 +97,69 @@ class ProcessorCache(BaseMultiModalProcessorCache):
 
     # ------------------------------------------------------------------ when sending
 
+    @asynccontextmanager
+    async def settled(self, request: EngineCoreRequest, *, last: bool) -> AsyncIterator[None]:
+        """Update P0 for `request`, which the caller sends in the body, without awaiting anything
+        before that. Takes the update back if it is not sent.
+
+        `last`: no other engine request will be sent with the same features, which are then freed.
+
+        Raises:
+            RetryableRequestError: an image was dropped from the cache while the request was
+                rendered, and only the client can send it again.
+        """
+        features = request.mm_features or []
+        while missing := self.missing(features):
+            await _refill(missing)
+        request.mm_features, new = self.settle(features)
+        try:
+            yield
+        except BaseException:
+            self.take_back(new)
+            raise
+        if last:
+            self._let_go(features)
+
+    def missing(self, features: Sequence[MultiModalFeatureSpec]) -> list[MultiModalFeatureSpec]:
+        """Those of `features` that must be sent with their data and have none: the engine does
+        not hold them, or will not by the time it comes to them, because other images of the same
+        request push them out."""
+        empty = [feature for feature in features if not feature.data]
+        if not empty:
+            return []
+        if len(empty) == len(features) or (lru := self._lru) is None:
+            return [feature for feature in empty if not self._cache.is_cached_item(_key(feature))]
+        # All images of a request are touched first, so those of others are pushed out before them.
+        held = {key: _size_in(lru, key) for key in map(_key, features) if key in lru}
+        for key in map(_key, features):
+            if key in held:
+                held[key] = held.pop(key)
+        missing = []
+        for feature in features:
+            key = _key(feature)
+            if key in held:
+                held[key] = held.pop(key)
+            elif not feature.data:
+                missing.append(feature)
+            elif (size := MultiModalCache.get_item_size(feature.data)) <= lru.maxsize:
+                while sum(held.values()) + size > lru.maxsize:
+                    del held[next(iter(held))]
+                held[key] = size
+        return missing
+
+    def _let_go(self, features: Sequence[MultiModalFeatureSpec]) -> None:
+        """Free what a sent request would hold until its answer is complete: features and bytes."""
+        for feature in features:
+            if isinstance(feature.data, PooledItem) and self._cache.is_cached_item(_key(feature)):
+                feature.data.clear()
+                feature.data.refill = None
+
+    @property
+    def _lru(self) -> Any:
+        """vLLM's `LRUCache` of keys; None where it keeps items in shared memory, which pushes out
+        none of those that it has touched."""
+        return getattr(self._cache, "_cache", None)
+
     def settle(
         self, features: Sequence[MultiModalFeatureSpec]
     ) -> tuple[list[MultiModalFeatureSpec], list[str]]:
@@ -137,10 +203,6 @@ class ProcessorCache(BaseMultiModalProcessorCache):
         for key in keys:
             self._cache.invalidate(key)
 
-    def lacks(self, feature: MultiModalFeatureSpec) -> bool:
-        """Whether `feature` has no data and the engine is not known to hold any."""
-        return not feature.data and not self._cache.is_cached_item(_key(feature))
-
     # ------------------------------------------------------------------ the rest
 
     def clear_cache(self) -> None:
@@ -158,7 +220,7 @@ class ProcessorCache(BaseMultiModalProcessorCache):
         cache: Any = self._cache
         if (shared := getattr(cache, "_shm_cache", None)) is not None:
             return CacheSize(len(shared.key_index), None, None)
-        lru = cache._cache
+        lru = self._lru
         return CacheSize(len(lru), int(lru.currsize), int(lru.maxsize))
 
     def make_stats(self, *, delta: bool = False) -> CacheInfo:
@@ -185,39 +247,9 @@ def _key(feature: MultiModalFeatureSpec) -> str:
     return feature.mm_hash or feature.identifier
 
 
-def settle_on_send(engine: AsyncLLM, cache: ProcessorCache) -> None:
-    """Make every request of `engine` pass through `send` on its way to the engine core."""
-    core = engine.engine_core
-    core.add_request_async = functools.partial(send, cache, core.add_request_async)
-
-
-async def send(
-    cache: ProcessorCache, send_to_core: SendRequest, request: EngineCoreRequest
-) -> None:
-    """Settle the cache for `request` and send it, in one go.
-
-    Raises:
-        RetryableRequestError: an image was dropped from the cache while the request was rendered,
-            and only the client can send it again.
-    """
-    features = request.mm_features
-    if not features:
-        await send_to_core(request)
-        return
-    while missing := [feature for feature in features if cache.lacks(feature)]:
-        await _refill(missing)
-    try:
-        settled, fresh = cache.settle(features)
-    except AssertionError:  # its own new images push out one that it took for cached
-        await _refill([feature for feature in features if not feature.data])
-        settled, fresh = cache.settle(features)
-    request.mm_features = settled
-    try:
-        await send_to_core(request)
-    except BaseException:
-        cache.take_back(fresh)
-        raise
-    _let_go(features, cache)
+def _size_in(lru: Any, key: str) -> int:
+    """The bytes of an item, without making it the one that was used last."""
+    return int(lru.getsizeof(cachetools.Cache.__getitem__(lru, key)))
 
 
 async def _refill(features: Sequence[MultiModalFeatureSpec]) -> None:
@@ -227,11 +259,3 @@ async def _refill(features: Sequence[MultiModalFeatureSpec]) -> None:
             raise RetryableRequestError("an image left the cache meanwhile; send it again")
         if not item:
             item.update(await item.refill())
-
-
-def _let_go(features: Sequence[MultiModalFeatureSpec], cache: ProcessorCache) -> None:
-    """Free what a sent request would hold until its answer is complete: features and bytes."""
-    for feature in features:
-        if isinstance(feature.data, PooledItem) and cache.is_cached_item(_key(feature)):
-            feature.data.clear()
-            feature.data.refill = None

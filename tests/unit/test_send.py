@@ -1,0 +1,298 @@
+"""What happens to a request between the server and vLLM's engine core."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+from vllm.exceptions import RetryableRequestError
+from vllm.multimodal.cache import LruKeyReplicatedSenderCache, MultiModalProcessorOnlyCache
+from vllm.multimodal.cache.lru import LruKeyReplicatedReceiverCache
+from vllm.multimodal.inputs import (
+    MultiModalFeatureSpec,
+    MultiModalFieldElem,
+    MultiModalSharedField,
+    PlaceholderRange,
+)
+
+from server.engine.vllm_adapter.outcomes import Outcomes
+from server.engine.vllm_adapter.processor_cache import PooledItem, ProcessorCache, copied
+from server.engine.vllm_adapter.processors import carry_context, name_by_group
+from server.engine.vllm_adapter.send import Gate, Sender, keep_in_group
+from server.request.context import RequestContext, entered
+from server.request.groups import prefixed, salted
+from server.telemetry.record import Record
+
+Core = Callable[[Any], Awaitable[None]]
+CAPACITY = 100  # bytes
+
+
+def of_size(nbytes: int) -> SimpleNamespace:
+    """A model's configuration with a processor cache of so many bytes."""
+    config = SimpleNamespace(mm_processor_cache_gb=nbytes / (1 << 30))
+    return SimpleNamespace(get_multimodal_config=lambda: config)
+
+
+def item(nbytes: int = 64) -> PooledItem:
+    data = torch.arange(nbytes, dtype=torch.uint8)
+    field = MultiModalSharedField(batch_size=1)
+    return PooledItem({"x": MultiModalFieldElem(data=data, field=field)})
+
+
+def empty(nbytes: int) -> PooledItem:
+    """An item that the engine was known to hold when the request was rendered."""
+
+    async def refill() -> PooledItem:
+        await asyncio.sleep(0)
+        return item(nbytes)
+
+    found = PooledItem()
+    found.refill = refill
+    return found
+
+
+def feature(data: Any, name: str = "k") -> MultiModalFeatureSpec:
+    position = PlaceholderRange(offset=0, length=1)
+    return MultiModalFeatureSpec(
+        data=data, modality="image", identifier=name, mm_position=position, mm_hash=name
+    )
+
+
+def request(*features: MultiModalFeatureSpec, name: str = "r") -> Any:
+    return SimpleNamespace(
+        request_id=name,
+        external_req_id=name,
+        mm_features=list(features),
+        prompt_token_ids=[1, 2],
+        lora_request=None,
+        cache_salt=None,
+    )
+
+
+def as_received(request: Any) -> list[Any]:
+    """The features as they arrive in the engine's process."""
+    return [
+        replace(each, data=copied(each.data) if each.data else None) for each in request.mm_features
+    ]
+
+
+def sender(core: Core, cache: ProcessorCache | None, gate: Gate, states: Any = None) -> Sender:
+    engine: Any = SimpleNamespace(
+        engine_core=SimpleNamespace(add_request_async=core),
+        output_processor=SimpleNamespace(request_states=states or {}),
+    )
+    return Sender(engine, cache, Outcomes(), gate)
+
+
+def sent_by(cache: ProcessorCache, core: Core, *requests: Any, states: Any = None) -> None:
+    """Send `requests` one after the other."""
+
+    async def run() -> None:
+        with entered(RequestContext(Record())):
+            sending = sender(core, cache, Gate(), states)
+            for each in requests:
+                await sending.send(each)
+
+    asyncio.run(run())
+
+
+# ---------------------------------------------------------------------- the processor cache
+
+
+def test_features_stay_after_a_request_let_them_go() -> None:
+    """Where the front end itself holds the features, as with several engines."""
+    config: Any = of_size(1 << 20)
+    cache = ProcessorCache(MultiModalProcessorOnlyCache(config))
+    cache.remember("k", ())
+    sent: list[Any] = []
+
+    async def core(request: Any) -> None:
+        sent.append(request.mm_features[0].data)
+
+    picture = item()
+    lent = picture["x"].data
+    sent_by(cache, core, request(feature(picture)))
+    assert not picture  # what was lent for the request is free again
+    sent_by(cache, core, request(feature(PooledItem())))
+    for data in sent:
+        assert torch.equal(data["x"].data, item()["x"].data)
+        assert data["x"].data.data_ptr() != lent.data_ptr()
+
+
+def test_an_unsent_request_leaves_no_trace() -> None:
+    config: Any = of_size(1 << 20)
+    cache = ProcessorCache(LruKeyReplicatedSenderCache(config))
+    cache.remember("k", ())
+
+    async def broken(request: Any) -> None:
+        raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        sent_by(cache, broken, request(feature(item())))
+    assert not cache.is_cached_item("k")
+
+
+def test_an_image_that_only_the_client_has_is_asked_for_again() -> None:
+    config: Any = of_size(1 << 20)
+    cache = ProcessorCache(LruKeyReplicatedSenderCache(config))
+
+    async def core(request: Any) -> None:
+        raise AssertionError("sent without its features")
+
+    with pytest.raises(RetryableRequestError):
+        sent_by(cache, core, request(feature(PooledItem())))
+
+
+sizes = st.dictionaries(st.sampled_from("abcdef"), st.integers(1, CAPACITY + 20), min_size=6)
+prompts = st.lists(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=5), max_size=12)
+
+
+@hypothesis.given(sizes, prompts)
+def test_the_engine_always_finds_the_features_it_needs(
+    sizes: dict[str, int], prompts: list[list[str]]
+) -> None:
+    """Against vLLM's two caches: whatever is sent without features is in the engine's, although
+    images of the same request push each other out, and some fit into no cache."""
+    config: Any = of_size(CAPACITY)
+    cache = ProcessorCache(LruKeyReplicatedSenderCache(config))
+    engine = LruKeyReplicatedReceiverCache(config)
+
+    async def core(request: Any) -> None:
+        received = as_received(request)
+        engine.get_and_update_features(received)  # raises if any is missing
+        for each in received:
+            assert each.data["x"].data.nbytes == sizes[each.identifier]
+
+    for names in prompts:
+        features = []
+        for name in names:
+            known = cache.is_cached_item(name)
+            cache.remember(name, ())
+            features.append(feature(empty(sizes[name]) if known else item(sizes[name]), name))
+        sent_by(cache, core, request(*features))
+        assert {name for name in sizes if cache.is_cached_item(name)} == set(engine._cache)
+
+
+def test_every_answer_to_one_prompt_gets_the_features() -> None:
+    """vLLM sends a request for each of `n` answers, with the same features, which push each other
+    out of the cache."""
+    config: Any = of_size(CAPACITY)
+    cache = ProcessorCache(LruKeyReplicatedSenderCache(config))
+    engine = LruKeyReplicatedReceiverCache(config)
+    for name in "ab":
+        cache.remember(name, ())
+    received: list[list[int]] = []
+
+    async def core(request: Any) -> None:
+        features = as_received(request)
+        engine.get_and_update_features(features)
+        received.append([each.data["x"].data.nbytes for each in features])
+
+    features = [feature(item(70), "a"), feature(item(60), "b")]
+    parent = SimpleNamespace(sampling_params=SimpleNamespace(n=3))
+    states = {
+        f"{index}_r": SimpleNamespace(parent_req=parent, request_index=index) for index in range(3)
+    }
+    children = [request(*features, name=name) for name in states]
+    sent_by(cache, core, *children, states=states)
+    assert received == [[70, 60]] * 3
+    assert [bool(each.data) for each in features] == [True, False]  # the cached one was let go
+
+
+# ---------------------------------------------------------------------- the gate
+
+
+def test_nothing_is_sent_while_the_gate_is_closed() -> None:
+    async def run() -> None:
+        gate, arrived, let_go = Gate(), asyncio.Event(), asyncio.Event()
+        order: list[str] = []
+
+        async def core(request: Any) -> None:
+            arrived.set()
+            await let_go.wait()
+            order.append(request.request_id)
+
+        async def close() -> None:
+            async with gate.closed():
+                order.append("closed")
+                later = asyncio.create_task(sending.send(request(name="second")))
+                for _ in range(5):
+                    await asyncio.sleep(0)
+                order.append("open")
+            await later
+
+        with entered(RequestContext(Record())):
+            sending = sender(core, None, gate)
+            first = asyncio.create_task(sending.send(request(name="first")))
+            await arrived.wait()
+            closing = asyncio.create_task(close())
+            await asyncio.sleep(0)
+            let_go.set()
+            await asyncio.gather(first, closing)
+        assert order == ["first", "closed", "open", "second"]
+
+    asyncio.run(run())
+
+
+def test_a_request_outside_of_any_context_is_an_error() -> None:
+    async def core(request: Any) -> None: ...
+
+    with pytest.raises(LookupError):
+        asyncio.run(sender(core, None, Gate()).send(request()))
+
+
+# ---------------------------------------------------------------------- groups
+
+
+def test_names_and_salts_are_of_one_group() -> None:
+    names = {group: prefixed("name", group) for group in ("", "a", "b")}
+    assert names[""] == "name"
+    assert len(set(names.values())) == 3
+    assert prefixed(names["a"], "a") == names["a"]
+    assert prefixed(names["a"], "b") not in (names["a"], names["b"])
+    salts = {(group, s): salted(s, group) for group in ("", "a", "b") for s in (None, "a", "b")}
+    assert [salts["", s] for s in (None, "a", "b")] == [None, "a", "b"]
+    assert len(set(salts.values())) == 9
+    # Also in another process, and on another machine.
+    assert names["a"] == "17762fddd969a453925d65717ac3eea2-name"
+
+
+def test_a_request_is_sent_under_names_of_its_group() -> None:
+    sent = request(feature(item(), "uuid"), feature(item(), prefixed("hash", "a")))
+    keep_in_group(sent, "a")
+    names = [prefixed("uuid", "a"), prefixed("hash", "a")]
+    assert [each.mm_hash for each in sent.mm_features] == names
+    assert [each.identifier for each in sent.mm_features] == names
+    assert sent.cache_salt == salted(None, "a")
+    keep_in_group(without := request(feature(item(), "uuid")), "")
+    assert (without.mm_features[0].mm_hash, without.cache_salt) == ("uuid", None)
+
+
+def test_vllm_names_items_of_the_group_of_their_request() -> None:
+    """In a thread of vLLM's own, for names of clients and for hashes."""
+    processor: Any = SimpleNamespace(
+        _get_mm_hashes=lambda inputs: {"video": [inputs], "audio": ["0" * 64]}
+    )
+    name_by_group(processor)
+    with ThreadPoolExecutor(1) as executor:
+        carry_context(executor)
+        executor.submit(int).result()  # the thread is there before any group
+
+        async def names(group: str) -> Any:
+            loop = asyncio.get_running_loop()
+            with entered(RequestContext(Record(key_group=group))):
+                return await loop.run_in_executor(executor, processor._get_mm_hashes, "uuid")
+
+        found = {group: asyncio.run(names(group)) for group in ("", "a", "b")}
+    assert found[""] == {"video": ["uuid"], "audio": ["0" * 64]}
+    for group in ("a", "b"):
+        assert found[group] == {
+            "video": [prefixed("uuid", group)],
+            "audio": [prefixed("0" * 64, group)],
+        }
