@@ -138,15 +138,12 @@ class ImageExtractor:
         return self._plan(job.kwargs).patches
 
     def _processed(self, image: Image.Image, kwargs: Mapping[str, Any]) -> dict[str, Feature]:
-        outputs, fields = self._run_processor(image, kwargs)
-        return {name: _export(outputs[name]) for name in fields if outputs.get(name) is not None}
+        from server.engine.vllm_adapter.processors import processed  # imports vLLM: see `load`
 
-    def _run_processor(self, image: Image.Image, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
-        items = self._processor.info.parse_mm_data({"image": [image]})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations of the processor's, once a picture
-            outputs = self._processor._apply_hf_processor_main(items, kwargs)
-        return outputs, self._processor._get_mm_fields_config(outputs, kwargs)
+            outputs, fields = processed(self._processor, image, kwargs)
+        return {name: _export(outputs[name]) for name in fields if outputs.get(name) is not None}
 
     # ------------------------------------------------------------------ plans
 

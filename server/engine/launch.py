@@ -30,8 +30,8 @@ from server.engine.token_rules import measured_rule, token_rule
 from server.engine.vllm_adapter.engine_caches import EngineCaches
 from server.engine.vllm_adapter.outcomes import Outcomes
 from server.engine.vllm_adapter.processor_cache import ProcessorCache
-from server.engine.vllm_adapter.processors import carry_context, name_by_group
-from server.engine.vllm_adapter.renderer import PooledRenderer, is_image_by_image
+from server.engine.vllm_adapter.processors import carry_context, is_image_by_image, name_by_group
+from server.engine.vllm_adapter.renderer import PooledRenderer
 from server.engine.vllm_adapter.send import Gate, Sender
 from server.errors import CannotStart, ImageTokenCap
 from server.imaging.encoded import encoded
@@ -237,7 +237,7 @@ async def _agrees(renderer: PooledRenderer) -> bool:
     try:
         with entered(RequestContext(Record())):
             ours = await renderer._process_images(prompt, {"image": [image]}, None, None)
-        theirs = renderer._process_multimodal(prompt, {"image": [picture]}, None, None)
+            theirs = renderer._process_multimodal(prompt, {"image": [picture]}, None, None)
     except Exception:
         logger.exception("the image pool failed on the test picture")
         return False

@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
-from transformers.feature_extraction_utils import BatchFeature
-from vllm.multimodal.inputs import MultiModalKwargsItems
 from vllm.multimodal.processing import cached_encode
 
+from server.engine.vllm_adapter import processors
 from server.errors import ImageAspectRatio, InvalidImage
 from server.imaging import sizing
 from server.imaging.tokens.anyres import AnyResTokens
@@ -70,11 +69,10 @@ def count(
     processor: "BaseMultiModalProcessor[Any]", width: int, height: int, options: Options
 ) -> Count:
     """Run the processor on a blank picture, and count as the engine will."""
-    items = processor.info.parse_mm_data({"image": [Image.new("RGB", (width, height))]})
-    outputs = BatchFeature(dict(processor._apply_hf_processor_main(items, options)))
-    fields = processor._get_mm_fields_config(outputs, options)
-    features = MultiModalKwargsItems.from_hf_inputs(outputs, fields)
-    content = processor._get_mm_prompt_updates(items, options, features)["image"][0][0].content
+    image = Image.new("RGB", (width, height))
+    outputs, _ = processors.processed(processor, image, options)
+    _, updates = processors.item(processor, outputs, image, options)
+    content = updates[0].content
     length = len(content.full)
     tokens = length if content.is_embed is None else int(content.is_embed(content.full).sum())
     return Count(tokens, length)
@@ -101,9 +99,7 @@ def _agrees(rule: TokenRule, processor: "BaseMultiModalProcessor[Any]", options:
 
 def _qwen(processor: Any, options: Options) -> TokenRule:
     info = processor.info
-    merged = info._merge_and_resolve_mm_processor_kwargs(options).get("images_kwargs", {})
-    image_processor = info.get_image_processor()
-    size = info._get_vision_size(merged, default_size=dict(image_processor.size))
+    size, image_processor = processors.qwen_pixels(info, options), info.get_image_processor()
     factor = image_processor.patch_size * image_processor.merge_size
     return QwenTokens(sizing.NativeResolution(factor, size["shortest_edge"], size["longest_edge"]))
 

@@ -41,6 +41,9 @@ from vllm.plugins.endpoint_plugins.interface import attach_endpoint_plugins
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from server.request.context import RequestContext, entered
+from server.telemetry.record import Record
+
 __all__ = [
     "GUARDED_PREFIX",
     "AnthropicCountTokensRequest",
@@ -100,7 +103,8 @@ async def add_vllm_routes(app: FastAPI, args: Namespace, engine: AsyncLLM) -> No
     register_api_routers(args, app, tasks, engine.model_config)
     attach_endpoint_plugins(app, tasks)
     init_exception_handler(app)
-    await init_app_state(engine, app.state, args, tasks)
+    with entered(RequestContext(Record())):  # what is rendered to warm up belongs to no client
+        await init_app_state(engine, app.state, args, tasks)
 
 
 def api_keys(args: Namespace) -> list[str]:

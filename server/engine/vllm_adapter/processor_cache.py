@@ -25,13 +25,11 @@ from vllm.multimodal.cache import (
 )
 from vllm.multimodal.cache.base import MultiModalCache
 from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem
-from vllm.multimodal.processing.processor import ResolvedPromptUpdate
 from vllm.utils.cache import CacheInfo
 from vllm.v1.engine import EngineCoreRequest
 
+from server.engine.vllm_adapter.processors import Updates
 from server.telemetry import metrics
-
-Updates = Sequence[ResolvedPromptUpdate]
 
 _MIN_REMEMBERED = 4096
 

@@ -1,15 +1,122 @@
-"""All that is private of vLLM's multimodal processors, and the types that they take and give."""
+"""All that is private of vLLM's multimodal processors, and the types that they take and give.
+
+A processor of vLLM makes features of media with a Hugging Face processor, and puts their
+placeholders into the prompt. Its class is one of a model's family; what is used here is of
+`BaseMultiModalProcessor`, and what a family may override is left to its class.
+"""
 
 import contextvars
 import math
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from PIL import Image
+from transformers.feature_extraction_utils import BatchFeature
+from vllm.inputs import MultiModalInput, mm_input
+from vllm.multimodal.inputs import MultiModalKwargsItem, MultiModalKwargsItems
+from vllm.multimodal.processing import BaseMultiModalProcessor, EncDecMultiModalProcessor
+from vllm.multimodal.processing.processor import MultiModalProcessingResult, ResolvedPromptUpdate
 
+from server.imaging.sizing import Size
 from server.request import context as requests
 from server.request.groups import prefixed
+
+Processor = BaseMultiModalProcessor[Any]
+Options = Mapping[str, Any]
+Updates = Sequence[ResolvedPromptUpdate]
+"""What an image puts into the prompt."""
+
+# A processor that overrides one of these does more than look at one image at a time.
+_WHOLE_PROMPT_METHODS = (
+    "apply",
+    "_apply_hf_processor",
+    "_cached_apply_hf_processor",
+    "_merge_mm_kwargs",
+    "_maybe_apply_prompt_updates",
+)
+
+# ---------------------------------------------------------------------- one image
+
+
+def is_image_by_image(processor: Processor | None) -> bool:
+    """Whether `processor` treats each image of a prompt for itself, as vLLM's base class does."""
+    if processor is None or isinstance(processor, EncDecMultiModalProcessor):
+        return False
+    return all(
+        getattr(type(processor), name) is getattr(BaseMultiModalProcessor, name)
+        for name in _WHOLE_PROMPT_METHODS
+    )
+
+
+def processed(
+    processor: Processor, image: Image.Image, options: Options
+) -> tuple[BatchFeature, Mapping[str, Any]]:
+    """What the Hugging Face processor makes of one picture under `options`
+    (`mm_processor_kwargs`), and how vLLM divides it into fields, by name."""
+    items = processor.info.parse_mm_data({"image": [image]})
+    outputs = BatchFeature(dict(processor._apply_hf_processor_main(items, options)))
+    return outputs, processor._get_mm_fields_config(outputs, options)
+
+
+def item(
+    processor: Processor, outputs: Mapping[str, Any], image: Image.Image, options: Options
+) -> tuple[MultiModalKwargsItem, Updates]:
+    """The features of one picture as vLLM's item, and what they put into the prompt. `outputs` are
+    those of the Hugging Face processor, by name; `image` may be `blank`."""
+    features = BatchFeature(dict(outputs))
+    fields = processor._get_mm_fields_config(features, options)
+    items = MultiModalKwargsItems.from_hf_inputs(features, fields)
+    sized = processor.info.parse_mm_data({"image": [image]}, validate=False)
+    updates = processor._get_mm_prompt_updates(sized, options, items)
+    return items["image"][0], updates["image"][0]
+
+
+def qwen_pixels(info: Any, options: Options) -> dict[str, int]:
+    """The fewest ("shortest_edge") and the most ("longest_edge") pixels of a picture, for the
+    Qwen-VL families."""
+    merged = info._merge_and_resolve_mm_processor_kwargs(options).get("images_kwargs", {})
+    default = dict(info.get_image_processor().size)
+    return dict(info._get_vision_size(merged, default_size=default))
+
+
+# ---------------------------------------------------------------------- a prompt
+
+
+def merged(
+    processor: Processor,
+    prompt: list[int],
+    keys: list[str],
+    items: Sequence[tuple[MultiModalKwargsItem | None, Updates]],
+) -> MultiModalInput:
+    """What the engine gets of a prompt whose images were processed one by one. `keys` and `items`
+    are those of the images, in order."""
+    updates = [
+        [processor._recompute_cached_prompt_update(update, index) for update in item_updates]
+        for index, (_, item_updates) in enumerate(items)
+    ]
+    result = MultiModalProcessingResult(
+        prompt_ids=processor._postprocess_prompt(prompt),
+        kwargs=MultiModalKwargsItems({"image": [each for each, _ in items]}),
+        hashes={"image": keys},
+        prompt_updates={"image": updates},
+    )
+    counts: Any = SimpleNamespace(get_all_counts=lambda: {"image": len(items)})
+    token_ids, placeholders = processor._maybe_apply_prompt_updates(counts, result)
+    return mm_input(
+        prompt_token_ids=token_ids,
+        mm_kwargs=result.kwargs,
+        mm_hashes=result.hashes,
+        mm_placeholders={
+            modality: [found.to_range() for found in ranges]
+            for modality, ranges in placeholders.items()
+        },
+    )
+
+
+# ---------------------------------------------------------------------- types
 
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -27,12 +134,15 @@ def tensor(dtype: str, shape: tuple[int, ...], buffer: Any, offset: int) -> torc
     return flat.view(shape)
 
 
-def blank(size: tuple[int, int]) -> Image.Image:
+def blank(size: Size) -> Image.Image:
     """A picture that has a size and no pixels: all that prompt updates ask for."""
     image = Image.Image()
     image._size = size
     image._mode = "RGB"
     return image
+
+
+# ---------------------------------------------------------------------- groups
 
 
 def name_by_group(processor: Any) -> None:

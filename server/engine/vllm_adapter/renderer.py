@@ -6,8 +6,8 @@ What vLLM does in one thread for a whole prompt is done here image by image:
                                        ->  else pool.process(bytes)  ->  features
     prompt + features -> placeholders expanded -> engine input
 
-Models whose processor overrides how vLLM merges or caches images keep vLLM's own way; they are
-recognised by what their class overrides.
+Models whose processor looks at the prompt as a whole (`processors.is_image_by_image`) get decoded
+pictures from the pool, and keep vLLM's own preprocessing.
 """
 
 import asyncio
@@ -16,29 +16,26 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 from blake3 import blake3
 from PIL import Image
-from transformers.feature_extraction_utils import BatchFeature
 from vllm import __version__ as vllm_version
 from vllm.config import VllmConfig
-from vllm.inputs import MultiModalInput, mm_input
-from vllm.multimodal.inputs import MultiModalKwargsItem, MultiModalKwargsItems
-from vllm.multimodal.processing import BaseMultiModalProcessor, EncDecMultiModalProcessor
-from vllm.multimodal.processing.processor import MultiModalProcessingResult
+from vllm.inputs import MultiModalInput
+from vllm.multimodal.inputs import MultiModalKwargsItem
 from vllm.renderers.hf import HfRenderer
 
 from server.engine.planning import ImagePlanner
-from server.engine.vllm_adapter.processor_cache import PooledItem, ProcessorCache, Updates, copied
-from server.engine.vllm_adapter.processors import blank, tensor
+from server.engine.vllm_adapter import processors
+from server.engine.vllm_adapter.processor_cache import PooledItem, ProcessorCache, copied
+from server.engine.vllm_adapter.processors import Updates
 from server.errors import ClientError, ImageTokenCap, SaccadeError, UnknownImage
 from server.imaging.encoded import EncodedImage
 from server.imaging.tokens import ImagePlan
 from server.request import context as requests
-from server.request import tenant
-from server.request.context import ShownImage
+from server.request.context import RequestContext, ShownImage
+from server.request.groups import prefixed
 from server.settings import Settings
 from server.tasks import all_or_none
 from server.telemetry import metrics
@@ -48,15 +45,6 @@ from server.workers.pool import ImagePool
 
 log = logging.getLogger("saccade.engine")
 
-# A processor that overrides one of these does more than look at one image at a time.
-_WHOLE_PROMPT_METHODS = (
-    "apply",
-    "_apply_hf_processor",
-    "_cached_apply_hf_processor",
-    "_merge_mm_kwargs",
-    "_maybe_apply_prompt_updates",
-)
-
 Announce = Callable[[Sequence[tuple[str, int]]], None]
 """Takes the key and the tokens of each image of a prompt. Returns at once."""
 
@@ -64,23 +52,14 @@ Announce = Callable[[Sequence[tuple[str, int]]], None]
 @dataclass(frozen=True)
 class ImageJob:
     """One image of a prompt: its plan, a worker's job, the key of what comes out, and the keyword
-    arguments of the model's processor."""
+    arguments of the model's processor; and the request that it is for."""
 
+    context: RequestContext
     image: EncodedImage
     plan: ImagePlan | None
     key: str
     work: ProcessJob
     kwargs: Mapping[str, Any]
-
-
-def is_image_by_image(processor: BaseMultiModalProcessor[Any] | None) -> bool:
-    """Whether `processor` treats each image of a prompt for itself, as vLLM's base class does."""
-    if processor is None or isinstance(processor, EncDecMultiModalProcessor):
-        return False
-    return all(
-        getattr(type(processor), name) is getattr(BaseMultiModalProcessor, name)
-        for name in _WHOLE_PROMPT_METHODS
-    )
 
 
 class PooledRenderer(HfRenderer):
@@ -150,49 +129,58 @@ class PooledRenderer(HfRenderer):
                 prompt, mm_data, mm_uuids, mm_processor_kwargs, media_io_kwargs,
                 skip_mm_cache=skip_mm_cache,
             )  # fmt: skip
+        context = requests.current()
         kwargs = dict(mm_processor_kwargs or {})
         encode_kwargs(kwargs)  # refuses what is not JSON, before the planner reads it
         io = DecodeIO.of((media_io_kwargs or {}).get("image") or {})
-        plans = await self.planner.plan(images, requests.current().max_image_tokens, kwargs)
-        if self._pooled and set(mm_data) == {"image"}:
-            jobs = [self._job(*pair, kwargs, io) for pair in zip(images, plans, strict=True)]
-            if self.announce is not None and not skip_mm_cache:
-                self.announce([(job.key, job.plan.tokens) for job in jobs if job.plan])
-            process = self._process_here if skip_mm_cache else self._process_image
-            items = await all_or_none(map(process, jobs))
-            rendered = self._merge(prompt, [job.key for job in jobs], items)
-            cached = [not item and not skip_mm_cache for item, _ in items]
-        else:
+        plans = await self.planner.plan(images, context.max_image_tokens, kwargs)
+        pooled = self._pooled and set(mm_data) == {"image"}
+        if not pooled:
             kwargs = _common_options(plans, kwargs)
-            jobs = [self._job(*pair, kwargs, io) for pair in zip(images, plans, strict=True)]
-            decoded = await all_or_none(map(self._decode, jobs))
+        jobs = [self._job(context, *pair, kwargs, io) for pair in zip(images, plans, strict=True)]
+        if pooled:
+            rendered, cached = await self._render(prompt, jobs, skip_mm_cache=skip_mm_cache)
+        else:
+            cached = [False] * len(jobs)
             rendered = await self._vllm_process_multimodal(
                 prompt,
-                {**mm_data, "image": decoded},
+                {**mm_data, "image": await all_or_none(map(self._decode, jobs))},
                 {**(mm_uuids or {}), "image": [job.key for job in jobs]},
                 kwargs or None,
                 media_io_kwargs,
                 skip_mm_cache=skip_mm_cache,
             )
-            cached = [False] * len(jobs)
         placeholders = _placeholders(rendered)
         if len(placeholders) == len(jobs):
-            budget = requests.current().max_image_tokens
-            capped = self.planner.limited(images, budget)
-            shown = self._shown(jobs, placeholders, cached, capped=capped)
-            requests.current().shown = shown
-            self._measure(jobs, shown, budget, kwargs)
+            capped = self.planner.limited(images, context.max_image_tokens)
+            context.shown = self._shown(jobs, placeholders, cached, capped=capped)
+            self._measure(jobs, context, kwargs)
         return rendered
+
+    async def _render(
+        self, prompt: list[int], jobs: Sequence[ImageJob], *, skip_mm_cache: bool
+    ) -> tuple[MultiModalInput, list[bool]]:
+        """What vLLM's processor would make of `prompt` and the images of `jobs`; and for which of
+        them the engine holds the features already."""
+        if self.announce is not None and not skip_mm_cache:
+            self.announce([(job.key, job.plan.tokens) for job in jobs if job.plan])
+        process = self._process_here if skip_mm_cache else self._process_image
+        items = await all_or_none(map(process, jobs))
+        keys = [job.key for job in jobs]
+        rendered = processors.merged(self.get_mm_processor(), prompt, keys, items)
+        self.update_mm_cache_stats()
+        return rendered, [not item and not skip_mm_cache for item, _ in items]
 
     def _job(
         self,
+        context: RequestContext,
         image: EncodedImage,
         plan: ImagePlan | None,
         kwargs: Mapping[str, Any],
         io: DecodeIO,
     ) -> ImageJob:
         """What a worker has to do for `image`. Its key is the hash of the image's bytes, of what
-        is done with them, and of the model, as the group of the request has it."""
+        is done with them, and of the model, prefixed with the group of the request."""
         kwargs = {**kwargs, **(plan.options if plan else {})}
         try:
             work = ProcessJob(
@@ -209,7 +197,8 @@ class PooledRenderer(HfRenderer):
         hasher = blake3(self._fingerprint)
         hasher.update(encode_job(work))
         hasher.update(image.digest.encode())
-        return ImageJob(image, plan, tenant.own(hasher.hexdigest()), work, kwargs)
+        key = prefixed(hasher.hexdigest(), context.group)
+        return ImageJob(context, image, plan, key, work, kwargs)
 
     async def _process_image(self, job: ImageJob) -> tuple[MultiModalKwargsItem, Updates]:
         cache = self.processor_cache
@@ -244,7 +233,10 @@ class PooledRenderer(HfRenderer):
 
     async def _process(self, job: ImageJob) -> tuple[MultiModalKwargsItem, Updates]:
         features = await self._in_pool(job.key, job, job.work)
-        return self._to_item(features, job.kwargs)
+        assert features.size is not None
+        arrays = features.arrays(processors.tensor)
+        picture = processors.blank(features.size)
+        return processors.item(self.get_mm_processor(), arrays, picture, job.kwargs)
 
     async def _in_pool(self, key: str, job: ImageJob, work: PixelsJob | ProcessJob) -> Features:
         assert self._pool is not None
@@ -254,9 +246,7 @@ class PooledRenderer(HfRenderer):
                 param=job.image.path,
             )
         try:
-            return await self._pool.process(
-                key, job.image.data, work, requests.current().record.timeline
-            )
+            return await self._pool.process(key, job.image.data, work, job.context.record.timeline)
         except SaccadeError as error:  # all who wait for this picture get the same one
             raise type(error)(error.message, param=job.image.path) from None
 
@@ -293,59 +283,14 @@ class PooledRenderer(HfRenderer):
         return shown
 
     def _measure(
-        self,
-        jobs: Sequence[ImageJob],
-        shown: Sequence[ShownImage],
-        budget: int | None,
-        kwargs: Mapping[str, Any],
+        self, jobs: Sequence[ImageJob], context: RequestContext, kwargs: Mapping[str, Any]
     ) -> None:
-        for job, image in zip(jobs, shown, strict=True):
+        for job, image in zip(jobs, context.shown, strict=True):
             cap = "none"
             if job.plan is not None:
+                budget = context.max_image_tokens
                 cap = self.planner.cap_at_work(job.image, job.plan, budget, kwargs)
             metrics.image_tokens.labels(cap).observe(image.tokens)
-
-    # ------------------------------------------------------------------ vLLM's shapes
-
-    def _to_item(
-        self, features: Features, kwargs: Mapping[str, Any]
-    ) -> tuple[MultiModalKwargsItem, Updates]:
-        """One image's features as vLLM's item, and what they put into the prompt."""
-        processor = self.get_mm_processor()
-        assert features.size is not None
-        outputs = BatchFeature(features.arrays(tensor))
-        config = processor._get_mm_fields_config(outputs, kwargs)
-        items = MultiModalKwargsItems.from_hf_inputs(outputs, config)
-        sized = processor.info.parse_mm_data({"image": [blank(features.size)]}, validate=False)
-        updates = processor._get_mm_prompt_updates(sized, kwargs, items)
-        return items["image"][0], updates["image"][0]
-
-    def _merge(
-        self, prompt: list[int], keys: list[str], items: Sequence[tuple[Any, Updates]]
-    ) -> MultiModalInput:
-        processor = self.get_mm_processor()
-        updates = [
-            [processor._recompute_cached_prompt_update(update, index) for update in item_updates]
-            for index, (_, item_updates) in enumerate(items)
-        ]
-        result = MultiModalProcessingResult(
-            prompt_ids=processor._postprocess_prompt(prompt),
-            kwargs=MultiModalKwargsItems({"image": [item for item, _ in items]}),
-            hashes={"image": keys},
-            prompt_updates={"image": updates},
-        )
-        counts: Any = SimpleNamespace(get_all_counts=lambda: {"image": len(items)})
-        token_ids, placeholders = processor._maybe_apply_prompt_updates(counts, result)
-        self.update_mm_cache_stats()
-        return mm_input(
-            prompt_token_ids=token_ids,
-            mm_kwargs=result.kwargs,
-            mm_hashes=result.hashes,
-            mm_placeholders={
-                modality: [found.to_range() for found in ranges]
-                for modality, ranges in placeholders.items()
-            },
-        )
 
     # ------------------------------------------------------------------ vLLM's own way
 
@@ -356,7 +301,7 @@ class PooledRenderer(HfRenderer):
         work = job.work
         pixels_only = PixelsJob(work.format, work.size, work.frame, work.resize, work.io)
         features = await self._in_pool(f"pixels-{job.key}", job, pixels_only)
-        pixels = features.arrays(tensor)["pixels"]
+        pixels = features.arrays(processors.tensor)["pixels"]
         return await asyncio.to_thread(lambda: Image.fromarray(pixels.numpy().copy()))
 
 
