@@ -191,6 +191,8 @@ async def connect(
     renderer: Any = engine.renderer  # vLLM types it as its base class
     takes_encoded = isinstance(renderer, PooledRenderer) and not renderer.use_unified_vision_chunk
     connector.HandleConnector.pool = None if takes_encoded else pool
+    if isinstance(renderer, PooledRenderer):
+        renderer.keep_typed_placeholders()
     if not takes_encoded:
         return ImagePath(encoded=False, pooled=False)
     planner = _planner(renderer, settings)

@@ -23,13 +23,16 @@ from PIL import Image
 from vllm import __version__ as vllm_version
 from vllm.config import VllmConfig
 from vllm.inputs import MultiModalInput
+from vllm.model_executor.model_loader.utils import get_model_cls
 from vllm.multimodal.inputs import MultiModalKwargsItem
+from vllm.renderers import ChatParams
 from vllm.renderers.hf import HfRenderer
 
 from server.engine.planning import ImagePlanner
-from server.engine.vllm_adapter import processors
+from server.engine.vllm_adapter import processors, typed_placeholders
 from server.engine.vllm_adapter.processor_cache import PooledItem, ProcessorCache, copied
 from server.engine.vllm_adapter.processors import Updates
+from server.engine.vllm_adapter.typed_placeholders import TypedPlaceholders
 from server.errors import ClientError, ImageTokenCap, SaccadeError, UnknownImage
 from server.imaging.encoded import EncodedImage
 from server.imaging.tokens import ImagePlan
@@ -70,6 +73,7 @@ class PooledRenderer(HfRenderer):
         super().__init__(config, tokenizer)
         if self._mm_processor_cache is not None:
             self._mm_processor_cache = ProcessorCache(self._mm_processor_cache)
+        self._typed = TypedPlaceholders({})
         self._pool: ImagePool | None = None
         self._pooled = False
         self.planner: Any = None
@@ -105,6 +109,45 @@ class PooledRenderer(HfRenderer):
             model.get_multimodal_config().mm_processor_kwargs,
         )
         self._fingerprint = json.dumps(parts, sort_keys=True, default=str).encode()
+
+    # ------------------------------------------------------------------ messages
+
+    def keep_typed_placeholders(self) -> None:
+        """Let the model's placeholders be text where a user types them."""
+        processor = self.get_mm_processor()
+        model_class: Any = get_model_cls(self.model_config)
+        self._typed = typed_placeholders.of_model(
+            processor.info.get_hf_processor(),
+            self.get_tokenizer(),
+            processor.info.get_hf_config(),
+            model_class.get_placeholder_str,
+        )
+
+    async def render_messages_async(self, messages: Any, params: ChatParams) -> Any:
+        """vLLM's, with typed placeholders marked while the chat template runs."""
+        marked = self._typed.mark(messages)
+        options = self._typed.mark(params.chat_template_kwargs)
+        if marked is messages and options is params.chat_template_kwargs:
+            return await super().render_messages_async(messages, params)
+        with_marks = replace(params, chat_template_kwargs=options)
+        conversation, prompt = await super().render_messages_async(marked, with_marks)
+        if "prompt_token_ids" in prompt or "prompt_embeds" in prompt:
+            # The template has made tokens, as it is told to for embeddings in the prompt.
+            return await super().render_messages_async(messages, params)
+        return self._typed.restored(conversation), prompt
+
+    def _tokenize_prompt(self, prompt: Any, params: Any) -> Any:
+        """vLLM's, with marked placeholders as text."""
+        if not self._typed.is_marked(prompt["prompt"]):
+            return super()._tokenize_prompt(prompt, params)
+        text, flags = self._typed.read(prompt["prompt"])
+        tokens: Any = super()._tokenize_prompt({**prompt, "prompt": text}, params)  # type: ignore[typeddict-item]
+        cut_left = getattr(self.get_tokenizer(), "truncation_side", "right") == "left"
+        ids, origin = self._typed.as_text(tokens["prompt_token_ids"], flags, cut_left=cut_left)
+        tokens["prompt_token_ids"] = ids
+        if (offsets := tokens.get("prompt_token_offsets")) is not None:
+            tokens["prompt_token_offsets"] = [offsets[place] for place in origin]
+        return tokens
 
     # ------------------------------------------------------------------ one prompt
 
