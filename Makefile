@@ -2,6 +2,7 @@
 # make test    set everything up and run all tests; SERVICES=required fails where one cannot run
 # make test-fast   only those that start no server
 # make check   lint, types, all tests
+# make vllm-next   say what the newest vLLM would break; never fails
 # make docs    build the documentation into site/
 # make lock    pin what the container images install, in deploy/requirements-*.txt
 # make sbom    write what the container images install to build/sbom-*.json, in CycloneDX's form
@@ -17,7 +18,7 @@ ROOTS ?= build/image
 PYTEST = $(VENV)/bin/python -m pytest
 PARALLEL = --numprocesses logical --maxprocesses 4 --dist loadfile
 
-.PHONY: setup serve test test-fast lint types check benchmark docs lock sbom image-check clean
+.PHONY: setup serve test test-fast lint types check benchmark vllm-next docs lock sbom image-check clean
 .DEFAULT_GOAL := serve
 
 setup: $(VENV)/.installed
@@ -53,6 +54,9 @@ check: lint types test
 
 benchmark: setup
 	$(VENV)/bin/python -m benchmarks.serve --stub-encoder $(ARGS)
+
+vllm-next: setup
+	@$(VENV)/bin/python -m tests.contracts_next || echo "the newest vLLM could not be checked"
 
 docs: setup
 	$(VENV)/bin/mkdocs build --strict

@@ -204,4 +204,3 @@ def test_a_run_on_a_gpu_is_timed() -> None:
         time.sleep(0.001)
     (run,) = runs
     assert before - 0.01 < run.start_s < queued < run.end_s < time.monotonic()
-from server.engine.vllm_adapter import plugin

@@ -1,0 +1,324 @@
+"""What the server takes from vLLM beyond its public interfaces, as statements about its source.
+
+They are checked without importing vLLM, so that also a version can be checked that cannot be
+imported here (`tests/contracts_next.py`). `docs/vllm.md` says for each of them what it is for.
+"""
+
+import ast
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SERVER = Path(__file__).parents[1] / "server"
+
+
+@dataclass(frozen=True)
+class Contract:
+    """`name` exists in `module`: a class, a function, an attribute, or one of these in a class.
+
+    `takes` are the parameters that are passed or overridden, in order; more may follow if they
+    have defaults. `calls` are pieces of source that must stand in a function, where the order of
+    what vLLM does matters.
+    """
+
+    module: str
+    name: str
+    takes: tuple[str, ...] | None = None
+    calls: tuple[str, ...] = ()
+
+    @property
+    def id(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+def _in(module: str, *names: str) -> list[Contract]:
+    return [Contract(module, name) for name in names]
+
+
+_PROCESSOR = "multimodal.processing.processor"
+_BASE = "BaseMultiModalProcessor"
+
+CONTRACTS = [
+    # The way of a request to the engine core.
+    Contract("v1.engine.core_client", "AsyncMPClient.add_request_async", ("self", "request")),
+    Contract(
+        "v1.engine.async_llm",
+        "AsyncLLM.add_request",
+        calls=(
+            "self.output_processor.add_request(child_request, prompt_text, parent_request, idx, "
+            "queue)",
+            "await self.engine_core.add_request_async(child_request)",
+        ),
+    ),
+    *_in(
+        "v1.engine",
+        "EngineCoreRequest.request_id",
+        "EngineCoreRequest.external_req_id",
+        "EngineCoreRequest.mm_features",
+        "EngineCoreRequest.cache_salt",
+        "EngineCoreRequest.lora_request",
+        "EngineCoreOutput.request_id",
+        "EngineCoreOutput.new_token_ids",
+        "EngineCoreOutput.finish_reason",
+        "EngineCoreOutput.ec_transfer_params",
+    ),
+    Contract(
+        "v1.engine.output_processor",
+        "OutputProcessor.process_outputs",
+        ("self", "engine_core_outputs"),
+    ),
+    *_in(
+        "v1.engine.output_processor",
+        "OutputProcessor.request_states",
+        "OutputProcessor.get_num_unfinished_requests",
+        "RequestState.parent_req",
+        "RequestState.request_index",
+        "RequestState.stats",
+    ),
+    *_in("v1.engine.parallel_sampling", "ParentRequest.sampling_params"),
+    *_in("v1.metrics.stats", "RequestStateStats.scheduled_ts", "RequestStateStats.first_token_ts"),
+    *_in("v1.engine.input_processor", "InputProcessor.mm_encoder_cache_size"),
+    *_in("v1.engine.core_client", "AsyncMPClient.reset_encoder_cache_async"),
+    # The two halves of the processor cache.
+    Contract("multimodal.cache.lru", "LruKeyReplicatedSenderCache._cache"),
+    Contract("multimodal.cache.base", "MultiModalProcessorOnlyCache._cache"),
+    Contract("multimodal.cache.shm", "ShmObjectStoreSenderCache._shm_cache"),
+    Contract("multimodal.cache.base", "MultiModalCache.get_item_size", ("cls", "value")),
+    Contract(
+        "multimodal.cache.base",
+        "BaseMultiModalReceiverCache.get_and_update_features",
+        calls=("self.touch_receiver_cache_item", "self.get_and_update_item"),
+    ),
+    *_in(
+        "multimodal.cache.base",
+        "BaseMultiModalProcessorCache.is_cached_item",
+        "BaseMultiModalProcessorCache.get_and_update_item",
+        "BaseMultiModalProcessorCache.touch_sender_cache_item",
+        "BaseMultiModalProcessorCache.release_sender_touches",
+        "BaseMultiModalProcessorCache.invalidate",
+        "BaseMultiModalProcessorCache.validate_input_item",
+        "BaseMultiModalProcessorCache.make_stats",
+    ),
+    # The renderer.
+    Contract("renderers.hf", "HfRenderer.__init__", ("self", "config", "tokenizer")),
+    Contract("renderers.hf", "HfRenderer.render_messages_async", ("self", "messages", "params")),
+    Contract("renderers.hf", "HfRenderer.use_unified_vision_chunk"),
+    Contract(
+        "renderers.base",
+        "BaseRenderer.__init__",
+        calls=("make_async(self._tokenize_prompt", "make_async(self._process_multimodal"),
+    ),
+    Contract("renderers.base", "BaseRenderer._tokenize_prompt", ("self", "prompt", "params")),
+    Contract(
+        "renderers.base",
+        "BaseRenderer._process_multimodal",
+        ("self", "prompt", "mm_data", "mm_uuids", "mm_processor_kwargs", "media_io_kwargs"),
+    ),
+    Contract(
+        "renderers.base",
+        "BaseRenderer._process_tokens_async",
+        calls=("self._process_multimodal_async(",),
+    ),
+    *_in(
+        "renderers.base",
+        "BaseRenderer._process_multimodal_async",
+        "BaseRenderer._mm_executor",
+        "BaseRenderer._mm_processor_cache",
+        "BaseRenderer._mm_processor_only_cache",
+        "BaseRenderer.update_mm_cache_stats",
+    ),
+    # Multimodal processors.
+    Contract(_PROCESSOR, f"{_BASE}._get_mm_hashes", ("self", "inputs")),
+    Contract(_PROCESSOR, f"{_BASE}._apply_hf_processor_main", ("self", "mm_items", "hf_kwargs")),
+    Contract(
+        _PROCESSOR,
+        f"{_BASE}._get_mm_fields_config",
+        ("self", "hf_inputs", "hf_processor_mm_kwargs"),
+    ),
+    Contract(
+        _PROCESSOR,
+        f"{_BASE}._get_mm_prompt_updates",
+        ("self", "mm_items", "hf_processor_mm_kwargs", "out_mm_kwargs"),
+    ),
+    Contract(
+        _PROCESSOR,
+        f"{_BASE}._recompute_cached_prompt_update",
+        ("self", "cached_update", "new_item_idx"),
+    ),
+    Contract(_PROCESSOR, f"{_BASE}._postprocess_prompt", ("self", "prompt")),
+    Contract(_PROCESSOR, f"{_BASE}._maybe_apply_prompt_updates", ("self", "mm_items", "mm_res")),
+    *_in(
+        _PROCESSOR,
+        f"{_BASE}.apply",
+        f"{_BASE}._apply_hf_processor",
+        f"{_BASE}._cached_apply_hf_processor",
+        f"{_BASE}._merge_mm_kwargs",
+        "MultiModalProcessingResult.prompt_ids",
+        "MultiModalProcessingResult.kwargs",
+        "MultiModalProcessingResult.hashes",
+        "MultiModalProcessingResult.prompt_updates",
+        "ResolvedPromptUpdate",
+    ),
+    Contract(
+        "multimodal.processing.context",
+        "BaseProcessingInfo._merge_and_resolve_mm_processor_kwargs",
+    ),
+    Contract("model_executor.models.qwen2_vl", "Qwen2VLProcessingInfo._get_vision_size"),
+    # Other processes of vLLM.
+    Contract(
+        "v1.worker.worker_base", "WorkerWrapperBase.execute_model", ("self", "scheduler_output")
+    ),
+    *_in("v1.worker.worker_base", "WorkerWrapperBase.global_rank", "WorkerWrapperBase.worker"),
+    Contract(
+        "v1.worker.gpu_model_runner",
+        "GPUModelRunner.timed_encoder_operation",
+        ("self", "should_time", "group_lora_refs", "current_item_idx", "num_items"),
+    ),
+    Contract(
+        "v1.worker.gpu.mm.encoder_runner",
+        "EncoderRunner.timed_encoder_operation",
+        ("self", "request_ids"),
+    ),
+    Contract("distributed.device_communicators.shm_broadcast", "sched_yield"),
+    Contract("v1.core.encoder_cache_manager", "EncoderCacheManager.reset", ("self",)),
+]
+
+
+@dataclass
+class Source:
+    """The Python files of a vLLM, below `root` (the folder `vllm`)."""
+
+    root: Path
+    _trees: dict[str, ast.Module | None] = field(default_factory=dict)
+
+    def broken(self, contract: Contract) -> str | None:
+        """A sentence that says how `contract` is broken; None if it holds."""
+        where = f"vllm.{contract.module}"
+        if (tree := self.tree(contract.module)) is None:
+            return f"{where} does not exist any more (needed for {contract.name})"
+        node: ast.AST = tree
+        for part in contract.name.split("."):
+            found = self._member(contract.module, node, part)
+            if found is None:
+                return f"{where} has no {contract.name} any more"
+            node = found
+        if contract.takes is not None and (why := _differs(node, contract.takes)):
+            return f"{contract.id} {why}"
+        text = ast.unparse(node) if contract.calls else ""
+        for piece in contract.calls:
+            if piece not in text:
+                return f"{contract.id} does not contain `{piece}` any more"
+        return None
+
+    def missing_imports(self) -> Iterator[str]:
+        """Each name that the server imports from vLLM and that is not there."""
+        for path in sorted(SERVER.rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if not isinstance(node, ast.ImportFrom) or not node.module:
+                    continue
+                head, _, module = node.module.partition(".")
+                if head != "vllm" or node.level:
+                    continue
+                where = path.relative_to(SERVER.parent)
+                for name in (alias.name for alias in node.names):
+                    if not self.has(module, name):
+                        yield f"{where} imports {name} from {node.module}, which has none any more"
+
+    def has(self, module: str, name: str) -> bool:
+        """Whether `name` can be imported from `module`, as far as its text tells."""
+        as_module = f"{module}.{name}" if module else name
+        if self.tree(as_module) is not None or (self.root / as_module.replace(".", "/")).is_dir():
+            return True
+        tree = self.tree(module)
+        if tree is None:
+            return False
+        if self._member(module, tree, name) is not None:
+            return True
+        # Lazily imported names stand there as strings.
+        return any(isinstance(node, ast.Constant) and node.value == name for node in ast.walk(tree))
+
+    def tree(self, module: str) -> ast.Module | None:
+        if module not in self._trees:
+            base = self.root / module.replace(".", "/") if module else self.root
+            files = [base.with_suffix(".py"), base / "__init__.py"]
+            path = next((file for file in files if file.is_file()), None)
+            self._trees[module] = ast.parse(path.read_text()) if path else None
+        return self._trees[module]
+
+    def _member(self, module: str, node: ast.AST, name: str) -> ast.AST | None:
+        """What `name` is in a module or a class, also by inheritance within its module."""
+        for found in _defined(node):
+            if found[0] == name:
+                return found[1]
+        if isinstance(node, ast.ClassDef):
+            tree = self.tree(module)
+            assert tree is not None
+            for base in node.bases:
+                base = base.value if isinstance(base, ast.Subscript) else base
+                if isinstance(base, ast.Name) and base.id != node.name:
+                    parent = next((each for n, each in _defined(tree) if n == base.id), None)
+                    if isinstance(parent, ast.ClassDef):
+                        found_there = self._member(module, parent, name)
+                        if found_there is not None:
+                            return found_there
+        return None
+
+
+def _defined(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    """What a module or a class defines, by name; of a class also what its methods set."""
+    for child in _statements(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield child.name, child
+        elif isinstance(child, ast.Import | ast.ImportFrom):
+            for alias in child.names:
+                yield alias.asname or alias.name, child
+        elif isinstance(child, ast.Assign):
+            for target in child.targets:
+                if isinstance(target, ast.Name):
+                    yield target.id, child
+        elif isinstance(child, ast.AnnAssign) and isinstance(child.target, ast.Name):
+            yield child.target.id, child
+    if isinstance(node, ast.ClassDef):
+        for child in ast.walk(node):
+            is_own = isinstance(child, ast.Attribute) and isinstance(child.ctx, ast.Store)
+            if is_own and isinstance(child.value, ast.Name) and child.value.id == "self":
+                yield child.attr, child
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Those of a module or class, also inside of `if` and `try`."""
+    for child in getattr(node, "body", []):
+        yield child
+        if isinstance(child, ast.If | ast.Try):
+            yield from _statements(child)
+            for other in (*child.orelse, *getattr(child, "handlers", ())):
+                yield other
+                yield from _statements(other)
+
+
+def _differs(node: ast.AST, takes: tuple[str, ...]) -> str | None:
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return "is not a function any more"
+    arguments = node.args
+    names = [each.arg for each in (*arguments.posonlyargs, *arguments.args)]
+    if tuple(names[: len(takes)]) != takes:
+        return f"takes ({', '.join(names)}) and no longer ({', '.join(takes)})"
+    required = len(names) - len(arguments.defaults)
+    if required > len(takes):
+        return f"needs {', '.join(names[len(takes) : required])} as well"
+    keywords = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    if needed := [each.arg for each, default in keywords if default is None]:
+        return f"needs {', '.join(needed)} as well"
+    return None
+
+
+@functools.cache
+def installed() -> Source:
+    """The vLLM of this environment."""
+    from importlib.util import find_spec
+
+    spec = find_spec("vllm")
+    assert spec is not None
+    assert spec.origin is not None
+    return Source(Path(spec.origin).parent)
