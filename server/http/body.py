@@ -22,7 +22,6 @@ from server.settings import HttpSettings
 from server.tasks import in_thread
 from server.telemetry.stages import Stage
 
-
 # Reading so much takes a tenth of a millisecond, which is about what a thread would cost.
 _SMALL_BODY_BYTES = 8 * MIN_PAYLOAD_BYTES
 
@@ -58,6 +57,9 @@ class BodyReader:
         self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
         if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
             await self._pass(RequestContext(record_of(scope)), scope, receive, send)
             return

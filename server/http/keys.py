@@ -20,7 +20,7 @@ from server.http import key_file
 from server.http.errors import respond
 from server.http.key_file import BadKeys, KeyTable, Version
 from server.http.scope import record_of
-from server.request import tenant
+from server.request import groups
 from server.settings import AccessSettings
 
 log = logging.getLogger("saccade.api")
@@ -71,7 +71,7 @@ class KeyRing:
         """The group of `key`; None if it is not known."""
         await self._refresh()
         digest = key_file.digest(key)
-        return tenant.ADMIN if digest in self._table.admins else self._table.groups.get(digest)
+        return groups.ADMIN if digest in self._table.admins else self._table.groups.get(digest)
 
     async def is_admin(self, key: str) -> bool:
         await self._refresh()
@@ -159,9 +159,7 @@ class ApiKeys:
             response.headers["WWW-Authenticate"] = "Bearer"
             await response(scope, receive, send)
             return
-        if scope["type"] == "http":
-            record_of(scope).key_group = group or tenant.ANONYMOUS
-        tenant.enter(group or tenant.ANONYMOUS)
+        record_of(scope).key_group = group or groups.ANONYMOUS
         await self._app(scope, receive, send)
 
     def _needs_key(self, scope: Scope) -> bool:

@@ -20,7 +20,6 @@ from server.http.answer import ID_HEADER, Answer
 from server.http.client import Client
 from server.http.scope import set_record
 from server.telemetry import log, metrics, tracing
-from server.telemetry import record as records
 from server.telemetry.record import Record, Times
 from server.telemetry.stages import Stage
 
@@ -66,7 +65,6 @@ class Observed:
             await self._app(scope, receive, send)
             return
         record = self._record(scope)
-        records.enter(record)
         is_work = record.method == "POST"
         scope = self._scope(scope, record, is_work=is_work)
         answer = Answer(record, send, server_timing=self._server_timing and is_work)

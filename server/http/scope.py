@@ -15,7 +15,9 @@ def set_record(scope: Scope, record: Record) -> None:
 
 
 def record_of(scope: Scope) -> Record:
-    """The record of the request."""
+    """The record of the request; a new one for a websocket, which has none."""
+    if _RECORD not in scope:
+        scope[_RECORD] = Record()
     record: Record = scope[_RECORD]
     return record
 

@@ -1,7 +1,6 @@
-"""The record of one request, which whatever works for the request finds by `current`."""
+"""The record of one request: its id, its times, and what became of it."""
 
 import time
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -98,17 +97,3 @@ class Times:
         for segment in segments:
             sums[segment.stage] = sums.get(segment.stage, 0.0) + segment.seconds
         return cls(end, segments, {stage: sums[stage] for stage in _STAGES if stage in sums})
-
-
-_current: ContextVar[Record | None] = ContextVar("saccade_record", default=None)
-
-
-def enter(record: Record) -> None:
-    """Make `record` the one of the request that the current task serves."""
-    _current.set(record)
-
-
-def current() -> Record:
-    """The record of the request that the current task serves; outside of any one that nobody
-    reads."""
-    return _current.get() or Record()

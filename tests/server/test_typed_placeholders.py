@@ -39,7 +39,7 @@ def test_typed_placeholders_take_no_picture_s_place(http: httpx.Client, case: st
     body = {"model": "saccade-tiny", "messages": typed, "temperature": 0, "max_tokens": 8}
     answer = http.post("/v1/chat/completions", json={**body, "include_image_details": True})
     assert answer.status_code == 200, answer.text
-    details = answer.json()["usage"]["image_details"]
+    details = answer.json()["image_details"]
     assert [(each["width"], each["height"]) for each in details] == [(560, 224), (224, 224)]
     ids, without = tokens(http, typed), tokens(http, plain)
     pad = max(set(without), key=without.count)  # the token of images

@@ -22,8 +22,8 @@ from server.errors import CannotStart
 from server.http import errors, key_file
 from server.http.keys import ApiKeys, KeyRing, key_ring, keys_for_vllm, require_admin
 from server.http.observe import Observed
-from server.http.scope import group_of, set_record
-from server.request import tenant
+from server.http.scope import group_of, record_of, set_record
+from server.request.groups import ADMIN as ADMIN_GROUP
 from server.settings import AccessSettings
 from server.telemetry.record import Record
 
@@ -122,12 +122,12 @@ def test_keys_of_flags_stand_beside_the_file(path: Path) -> None:
     assert found_group(ring, "sk-flag") == "default"
     assert found_group(ring, A) == "team-a"
     assert found_group(ring, hashed(B)) is None  # the hash of a key opens nothing
-    assert found_group(ring, "sk-root") == found_group(ring, ADMIN) == tenant.ADMIN
+    assert found_group(ring, "sk-root") == found_group(ring, ADMIN) == ADMIN_GROUP
     write(path, {"groups": {"team-c": [A]}})
     assert found_group(ring, A) == "team-c"
     assert found_group(ring, B) is None
     assert found_group(ring, "sk-flag") == "default"
-    assert found_group(ring, "sk-root") == tenant.ADMIN
+    assert found_group(ring, "sk-root") == ADMIN_GROUP
 
 
 def test_a_broken_new_version_keeps_the_old_keys(
@@ -217,7 +217,6 @@ def test_a_key_enters_its_group(path: Path, authorization: str, group: str) -> N
     app = app_with(KeyRing(path, (), None))
     for route in ("/v1/group", "/inference/v1/group", "/group"):
         assert ask(app, route, Authorization=authorization).json() == group
-    assert tenant.group() == ""
 
 
 @pytest.mark.parametrize(
@@ -291,7 +290,7 @@ def test_admin_routes(path: Path, file: bool, admin_key: str | None) -> None:
     assert ask(app, "/v1/admin").status_code == (401 if file else 403)
     if admin_key:
         answer = ask(app, "/v1/admin", Authorization=f"Bearer {admin_key}")
-        assert (answer.status_code, answer.json()) == (200, tenant.ADMIN if file else "")
+        assert (answer.status_code, answer.json()) == (200, ADMIN_GROUP if file else "")
 
 
 @pytest.mark.parametrize(
@@ -352,3 +351,20 @@ def test_responses_are_not_stored_for_all_groups_alike(path: Path) -> None:
     with pytest.raises(CannotStart, match="VLLM_ENABLE_RESPONSES_API_STORE"):
         key_ring(access, (), keeps_responses=True)
     assert not key_ring(AccessSettings(), (), keeps_responses=True).has_groups
+
+
+def test_a_websocket_is_of_the_group_of_its_key(path: Path) -> None:
+    """It has no record of its own, and what vLLM caches for it must be apart all the same."""
+    groups = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        groups.append(record_of(scope).key_group)
+
+    scope = {
+        "type": "websocket",
+        "path": "/v1/realtime",
+        "headers": [(b"authorization", f"Bearer {A}".encode())],
+    }
+    silent: Any = None
+    asyncio.run(ApiKeys(app, KeyRing(path, (), None), ("/v1",))(scope, silent, silent))
+    assert groups == ["team-a"]
