@@ -30,7 +30,7 @@ from server.engine.token_rules import measured_rule, token_rule
 from server.engine.vllm_adapter.engine_caches import EngineCaches
 from server.engine.vllm_adapter.outcomes import Outcomes
 from server.engine.vllm_adapter.processor_cache import ProcessorCache
-from server.engine.vllm_adapter.processors import carry_context, is_image_by_image, name_by_group
+from server.engine.vllm_adapter.processors import is_image_by_image, keep_groups_apart
 from server.engine.vllm_adapter.renderer import PooledRenderer
 from server.engine.vllm_adapter.send import Gate, Sender
 from server.errors import CannotStart, ImageTokenCap
@@ -141,10 +141,7 @@ async def running(plan: EnginePlan, outcomes: Outcomes, gate: Gate) -> AsyncIter
         await engine.reset_mm_cache()  # waits for the warm-up, and drops what it left
         outcomes.follow(engine)
         Sender(engine, _processor_cache(engine), outcomes, gate)
-        renderer = engine.renderer
-        if renderer.mm_processor is not None:
-            name_by_group(renderer.mm_processor)
-            carry_context(renderer._mm_executor)
+        keep_groups_apart(engine.renderer)
         setup.keep_item_limit(engine)
         yield engine
     finally:
@@ -238,8 +235,7 @@ async def _agrees(renderer: PooledRenderer) -> bool:
     image = encoded(file.getvalue(), Limits(1 << 20, 1 << 20, 1 << 10, 10))
     try:
         with entered(RequestContext(Record())):
-            ours = await renderer._process_images(prompt, {"image": [image]}, None, None)
-            theirs = renderer._process_multimodal(prompt, {"image": [picture]}, None, None)
+            ours, theirs = await renderer.both_ways(prompt, image, picture)
     except Exception:
         logger.exception("the image pool failed on the test picture")
         return False

@@ -22,7 +22,9 @@ def tokens(http: httpx.Client, messages: list[dict[str, Any]], **more: Any) -> l
 
 def text_of(http: httpx.Client, ids: list[int]) -> str:
     body = {"model": "saccade-tiny", "tokens": ids}
-    return str(http.post("/detokenize", json=body).json()["prompt"])
+    answer = http.post("/detokenize", json=body)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["prompt"])
 
 
 PARTS = {

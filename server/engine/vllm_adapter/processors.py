@@ -145,6 +145,13 @@ def blank(size: Size) -> Image.Image:
 # ---------------------------------------------------------------------- groups
 
 
+def keep_groups_apart(renderer: Any) -> None:
+    """Let vLLM's `renderer` name items by the group of the current request, also in its thread."""
+    if renderer.mm_processor is not None:
+        name_by_group(renderer.mm_processor)
+        carry_context(renderer._mm_executor)
+
+
 def name_by_group(processor: Any) -> None:
     """Let the names that vLLM's `processor` gives to items be those of the group of API keys that
     the current request belongs to (see `send.keep_in_group`)."""

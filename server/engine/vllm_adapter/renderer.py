@@ -110,6 +110,14 @@ class PooledRenderer(HfRenderer):
         )
         self._fingerprint = json.dumps(parts, sort_keys=True, default=str).encode()
 
+    async def both_ways(
+        self, prompt: list[int], image: EncodedImage, picture: Image.Image
+    ) -> tuple[MultiModalInput, MultiModalInput]:
+        """What the engine gets of `prompt` with one image: as it is made here, and as vLLM makes it
+        of the same image when it is decoded."""
+        ours = await self._process_images(prompt, {"image": [image]}, None, None)
+        return ours, self._process_multimodal(prompt, {"image": [picture]}, None, None)
+
     # ------------------------------------------------------------------ messages
 
     def keep_typed_placeholders(self) -> None:
