@@ -245,6 +245,7 @@ class _Run:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "seed": self.options.seed,
             "seconds": round(self.elapsed_s),
+            "cpu_seconds": round(sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])),
             "executions": counts.pop("inputs"),
             "of these": counts,
             "peak_memory_mib": self.peak_mib,
