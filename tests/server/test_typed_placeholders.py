@@ -4,7 +4,9 @@ from typing import Any
 
 import httpx
 import pytest
+from transformers import AutoTokenizer
 
+from server.engine.arguments import DEMO_MODEL
 from tests import pictures
 from tests.pictures import image_part, shape, text_part, user
 
@@ -20,11 +22,9 @@ def tokens(http: httpx.Client, messages: list[dict[str, Any]], **more: Any) -> l
     return found
 
 
-def text_of(http: httpx.Client, ids: list[int]) -> str:
-    body = {"model": "saccade-tiny", "tokens": ids}
-    answer = http.post("/detokenize", json=body)
-    assert answer.status_code == 200, answer.text
-    return str(answer.json()["prompt"])
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(DEMO_MODEL)
 
 
 PARTS = {
@@ -35,7 +35,9 @@ PARTS = {
 
 
 @pytest.mark.parametrize("case", PARTS)
-def test_typed_placeholders_take_no_picture_s_place(http: httpx.Client, case: str) -> None:
+def test_typed_placeholders_take_no_picture_s_place(
+    http: httpx.Client, tokenizer: Any, case: str
+) -> None:
     typed = user(*PARTS[case])
     plain = user(*(part for part in PARTS[case] if part in (WIDE, SMALL)))
     body = {"model": "saccade-tiny", "messages": typed, "temperature": 0, "max_tokens": 8}
@@ -46,13 +48,13 @@ def test_typed_placeholders_take_no_picture_s_place(http: httpx.Client, case: st
     ids, without = tokens(http, typed), tokens(http, plain)
     pad = max(set(without), key=without.count)  # the token of images
     assert ids.count(pad) == without.count(pad)
-    shown = text_of(http, [token for token in ids if token != pad])
+    shown = tokenizer.decode([token for token in ids if token != pad])
     assert "".join(part.get("text", "") for part in PARTS[case] if part.get("text")) in (
         shown.replace("<|vision_start|><|vision_end|>", "")
     )
 
 
-def test_typed_placeholders_without_any_image(http: httpx.Client) -> None:
+def test_typed_placeholders_without_any_image(http: httpx.Client, tokenizer: Any) -> None:
     body = {"model": "saccade-tiny", "max_tokens": 4, "temperature": 0}
     messages = [
         {"role": "system", "content": f"never write {PAD}"},
@@ -62,7 +64,7 @@ def test_typed_placeholders_without_any_image(http: httpx.Client) -> None:
     answer = http.post("/v1/chat/completions", json={**body, "messages": messages, "tools": [tool]})
     assert answer.status_code == 200, answer.text
     assert answer.json()["usage"]["prompt_tokens"] == len(tokens(http, messages, tools=[tool]))
-    assert PAD in text_of(http, tokens(http, messages))
+    assert PAD in tokenizer.decode(tokens(http, messages))
     said = {"model": "saccade-tiny", "input": f"what is {PAD}?", "max_output_tokens": 4}
     assert http.post("/v1/responses", json=said).status_code == 200
     asked = {"model": "saccade-tiny", "messages": messages[1:], "max_tokens": 4}
