@@ -100,7 +100,9 @@ async def _running(args: Namespace, settings: Settings, report: Report) -> Async
             return
         expander = Expander(pool, limits)
         loader = MediaLoader(fetcher, limits, args.allowed_local_media_path, store, expander)
-        path = await launch.connect(engine, settings, pool, embeddings)
+        clips = launch.clip_decoder(settings)
+        stack.callback(clips.close)
+        path = await launch.connect(engine, settings, pool, clips, embeddings)
         if not path.encoded:
             report("this model preprocesses its images in vLLM")
         yield Parts(engine, engine_caches, fetcher.cache, pool, reader, loader)

@@ -7,12 +7,13 @@ import struct
 import tempfile
 import time
 import wave
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 
 from server.errors import InvalidVideo
 from server.workers.sandbox import Output
@@ -36,13 +37,26 @@ def video(
 ) -> bytes:
     """A video of noise, (width, height) in pixels, in the container of `suffix`."""
     noise = np.random.default_rng(0)
+    shape = (size[1], size[0], 3)
+    pixels = [noise.integers(0, 256, shape, dtype=np.uint8) for _ in range(frames)]
+    return of_frames(pixels, suffix, codec, fps)
+
+
+def of_frames(
+    frames: Sequence[npt.NDArray[np.uint8]],
+    suffix: str = ".mp4",
+    codec: str = "FFV1",
+    fps: float = 1.0,
+) -> bytes:
+    """A video of uint8 frames (height, width, 3), BGR, in the container of `suffix`."""
+    height, width, _ = frames[0].shape
     with tempfile.NamedTemporaryFile(suffix=suffix) as file:
         writer = cv2.VideoWriter(
-            file.name, cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*codec), fps, size
+            file.name, cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*codec), fps, (width, height)
         )
         assert writer.isOpened()
-        for _ in range(frames):
-            writer.write(noise.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+        for frame in frames:
+            writer.write(frame)
         writer.release()
         return Path(file.name).read_bytes()
 

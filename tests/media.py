@@ -32,6 +32,7 @@ LIMITS = MediaLimits(
     max_pages=4,
     pdf_dpi=144,
     image=Limits(50 << 20, 100_000_000, 32_768, 200),
+    max_clip_bytes=100_000,
 )
 MAX_JSON_BYTES = 1 << 20
 CHAT = "/v1/chat/completions"

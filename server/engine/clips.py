@@ -3,8 +3,6 @@
 `video_options` reads what vLLM would decode by, in the server. `prepare` runs in the child.
 """
 
-import base64
-import binascii
 import functools
 import importlib
 import os
@@ -34,11 +32,11 @@ from server.errors import (
     SaccadeError,
     VideoTooLarge,
 )
-from server.imaging.containers import refuse_references
+from server.imaging.containers import holds_pictures, refuse_references
 from server.ingest.video import (
     AudioAnswer,
     AudioJob,
-    FramesJob,
+    PicturesJob,
     VideoAnswer,
     VideoJob,
     VideoOptions,
@@ -53,9 +51,6 @@ _FFMPEG_OPTIONS = "OPENCV_FFMPEG_CAPTURE_OPTIONS"
 # FFmpeg's names of the containers that it may open; see `imaging.containers`.
 _DEMUXERS = {"mp4": "mov", "matroska": "matroska", "avi": "avi"}
 _MAX_COUNT = 1 << 16
-# How the pictures begin that a video may be sent as: JPEG, PNG, WebP.
-_PICTURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")
-_HEAD_CHARACTERS = 16
 _GPU_OPTIONS = ("backend", "device", "hw_decoders", "pool_size", "timeout_sec")
 
 
@@ -167,15 +162,15 @@ def use_cpu_decoders(config: VllmConfig) -> None:
 
 def prepare(job: bytes) -> Callable[[bytes], Output]:
     """Import what the job needs; see `sandbox.Prepare`."""
-    wanted = msgspec.msgpack.decode(job, type=VideoJob | FramesJob | AudioJob)
+    wanted = msgspec.msgpack.decode(job, type=VideoJob | PicturesJob | AudioJob)
     if isinstance(wanted, AudioJob):
         return functools.partial(_audio, AudioMediaIO(audio_backend=wanted.backend))
     os.environ["VLLM_MAX_IMAGE_PIXELS"] = str(wanted.max_pixels)
     module, _, name = wanted.sampling.loader.partition(":")
     loader = getattr(importlib.import_module(module), name)()
-    if isinstance(wanted, FramesJob):
+    if isinstance(wanted, PicturesJob):
         Image.init()  # imports the readers of all formats
-        return functools.partial(_frames, wanted.sampling)
+        return functools.partial(_pictures, wanted.sampling)
     _prepare_decoder(loader, wanted)
     return functools.partial(_video, loader, wanted)
 
@@ -227,26 +222,16 @@ def _check_pictures(data: bytes, max_pixels: int) -> None:
         )
 
 
-def _frames(sampling: VideoOptions, text: bytes) -> Output:
+def _pictures(sampling: VideoOptions, text: bytes) -> Output:
     pieces = text.decode("latin-1")
-    for piece in pieces.split(","):
-        _check_picture(piece)
+    if not all(holds_pictures(piece.encode()) for piece in pieces.split(",")):
+        raise InvalidVideo("the frames of the video must be JPEG, PNG or WebP pictures in base64")
     io = VideoMediaIO(ImageMediaIO(**sampling.image), sampling.num_frames, **sampling.options)
     try:
         frames, metadata = io.load_base64("video/jpeg", pieces).media
     except Exception as error:
         raise _video_error(error) from error
     return _video_output(frames, metadata, text)
-
-
-def _check_picture(piece: str) -> None:
-    """Raises InvalidVideo if a picture of a sequence is none by its first bytes."""
-    try:
-        head = base64.b64decode(piece[:_HEAD_CHARACTERS])
-    except binascii.Error:
-        head = b""
-    if not head.startswith(_PICTURES):
-        raise InvalidVideo("the frames of the video must be JPEG, PNG or WebP pictures in base64")
 
 
 def _video_output(frames: Any, metadata: dict[str, Any], data: bytes) -> Output:

@@ -5,16 +5,25 @@ media are loaded already. Nothing else is loaded: a URL that reaches vLLM stood 
 belongs, and is refused.
 """
 
-import asyncio
 from typing import Any, ClassVar
 
 from blake3 import blake3
 from PIL import Image
-from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, MediaIO
+from vllm.multimodal.media import (
+    MEDIA_CONNECTOR_REGISTRY,
+    AudioMediaIO,
+    MediaConnector,
+    MediaIO,
+    MediaWithBytes,
+    VideoMediaIO,
+)
 
+from server.engine.clips import check_options, video_options
 from server.engine.vllm_adapter.processors import tensor
 from server.errors import InvalidImageUrl, SaccadeError, UnknownImage
+from server.imaging.containers import holds_pictures
 from server.imaging.encoded import EncodedImage
+from server.ingest.video import ClipDecoder
 from server.request import context as contexts
 from server.request.context import Resolved
 from server.tasks import in_thread
@@ -32,9 +41,11 @@ class HandleConnector(MediaConnector):
     Attributes:
         pool: where images are decoded, for a renderer that takes pixels; None: they stay encoded,
             for a renderer that takes them so.
+        clips: where videos and audio clips are decoded.
     """
 
     pool: ClassVar[ImagePool | None] = None
+    clips: ClassVar[ClipDecoder | None] = None
 
     async def fetch_image_async(self, image_url: str, *, image_mode: str | None = "RGB") -> Any:
         """The image of a handle: an `EncodedImage`, or a Pillow image of `image_mode`.
@@ -50,17 +61,45 @@ class HandleConnector(MediaConnector):
         given = {"image_mode": image_mode, **(self.media_io_kwargs.get("image") or {})}
         return await _decoded(self.pool, image, DecodeIO.of(given))
 
+    async def fetch_video_async(self, video_url: str, **given: Any) -> Any:
+        """The frames and the metadata of the video of a handle, as vLLM's loader has them.
+
+        Raises:
+            InvalidImageUrl: it is not a handle.
+            ClientError: an option in `media_io_kwargs` is out of range.
+            SaccadeError: those of `ClipDecoder`.
+        """
+        check_options(self.media_io_kwargs.get("video") or {})
+        return await super().fetch_video_async(video_url, **given)
+
     async def load_from_url_async(
         self, url: str, media_io: MediaIO[Any], *, fetch_timeout: int | None = None
     ) -> Any:
-        """Media of any kind, decoded by vLLM."""
-        return await asyncio.to_thread(media_io.load_bytes, _bytes(url))
+        """The video or the audio clip of a handle, as `media_io` would decode it."""
+        ref = _resolved(url).ref
+        assert self.clips is not None
+        try:
+            return await _clip(self.clips, ref.data, media_io)
+        except SaccadeError as error:
+            error.param = error.param or ref.path
+            raise
 
     def load_from_url(
         self, url: str, media_io: MediaIO[Any], *, fetch_timeout: int | None = None
     ) -> Any:
-        """The same for callers that block."""
-        return media_io.load_bytes(_bytes(url))
+        """Refused: vLLM's servers do not load media in a way that blocks them."""
+        raise SaccadeError("media cannot be loaded in this way")
+
+
+async def _clip(clips: ClipDecoder, data: bytes, media_io: MediaIO[Any]) -> Any:
+    if isinstance(media_io, AudioMediaIO):
+        return tuple(await clips.load_audio(data, media_io.audio_backend))
+    if not isinstance(media_io, VideoMediaIO):
+        raise SaccadeError("media of this kind cannot be loaded")
+    options = video_options(media_io)
+    if holds_pictures(data):
+        return MediaWithBytes(tuple(await clips.load_pictures(data, options)), data)
+    return MediaWithBytes(tuple(await clips.load_video(data, options)), data)
 
 
 async def _decoded(pool: ImagePool, image: EncodedImage, io: DecodeIO) -> Image.Image:
@@ -82,8 +121,3 @@ def _resolved(handle: str) -> Resolved:
     if found is None:
         raise InvalidImageUrl("media must stand in content parts of messages")
     return found
-
-
-def _bytes(handle: str) -> bytes:
-    ref, image = _resolved(handle)
-    return ref.data if image is None else image.data

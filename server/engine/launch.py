@@ -21,7 +21,7 @@ from vllm.renderers.registry import RENDERER_REGISTRY
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from server.engine import connector
+from server.engine import clips, connector
 from server.engine.embedding_cache import setup
 from server.engine.embedding_cache.control import ControlServer
 from server.engine.extractor import worker_spec
@@ -37,6 +37,7 @@ from server.errors import CannotStart, ImageTokenCap
 from server.imaging.encoded import encoded
 from server.imaging.limits import Limits
 from server.imaging.tokens import TokenRule
+from server.ingest.video import ClipDecoder
 from server.request.context import RequestContext, entered
 from server.request.media import MediaLimits
 from server.settings import Settings
@@ -65,6 +66,7 @@ def plan(args: Namespace, settings: Settings) -> EnginePlan:
     propagate_flash_late_interaction(args, engine_args)
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     model = config.model_config
+    clips.use_cpu_decoders(config)
     workers = None
     if model.supports_multimodal_inputs:
         workers = worker_spec(
@@ -87,6 +89,11 @@ def limits(settings: Settings) -> Limits:
     )
 
 
+def clip_decoder(settings: Settings) -> ClipDecoder:
+    """What decodes videos and audio clips, in forks of the process that the workers come from."""
+    return ClipDecoder(clips.PREPARE, settings.videos, limits(settings).max_pixels)
+
+
 def media_limits(engine: AsyncLLM, settings: Settings) -> MediaLimits | None:
     """How much media a request may have; of our limits and those of the model, the stricter. None
     if the model takes no media."""
@@ -101,6 +108,7 @@ def media_limits(engine: AsyncLLM, settings: Settings) -> MediaLimits | None:
         max_pages=images.pdf_max_pages,
         pdf_dpi=images.pdf_dpi,
         image=limits(settings),
+        max_clip_bytes=settings.videos.max_video_bytes,
     )
 
 
@@ -174,9 +182,11 @@ async def connect(
     engine: AsyncLLM,
     settings: Settings,
     pool: ImagePool,
+    decoder: ClipDecoder,
     embeddings: ControlServer | None,
 ) -> ImagePath:
-    """Lead the images of `engine` through `pool`, as far as the model allows it.
+    """Lead the images of `engine` through `pool`, as far as the model allows it, and its videos and
+    audio clips through `decoder`.
 
     A model whose processor looks at the prompt as a whole, or for which the pool's result differs
     from vLLM's on a test picture, keeps vLLM's own preprocessing. One with a renderer of its own,
@@ -188,6 +198,7 @@ async def connect(
     renderer: Any = engine.renderer  # vLLM types it as its base class
     takes_encoded = isinstance(renderer, PooledRenderer) and not renderer.use_unified_vision_chunk
     connector.HandleConnector.pool = None if takes_encoded else pool
+    connector.HandleConnector.clips = decoder
     if isinstance(renderer, PooledRenderer):
         renderer.keep_typed_placeholders()
     if not takes_encoded:

@@ -8,6 +8,8 @@ import struct
 from collections.abc import Iterator
 from typing import Literal, TypeAlias
 
+import pybase64
+
 from server.errors import (
     InvalidImage,
     InvalidVideo,
@@ -23,6 +25,8 @@ AudioContainer: TypeAlias = Literal["wav", "flac", "ogg", "mp3"] | VideoContaine
 _TO_REFERENCES = (b"moov", b"trak", b"mdia", b"minf", b"dinf", b"dref")
 # Version and flags of a box, and a count.
 _REFERENCE_FIELDS = FULL + 4
+# Of base64, what tells a picture.
+_HEAD_CHARACTERS = 16
 _ID3_HEADER_BYTES = 10
 _ID3_HAS_FOOTER = 0x10
 
@@ -66,6 +70,21 @@ def audio_container(data: bytes) -> AudioContainer:
             "WAV, FLAC, Ogg, MP3, MP4, M4A, Matroska, WebM"
         )
     return container
+
+
+def is_picture(data: bytes) -> bool:
+    """Whether `data` is one of the pictures that a video may be sent as: JPEG, PNG, WebP."""
+    is_webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
+    return is_webp or data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"))
+
+
+def holds_pictures(text: bytes | memoryview) -> bool:
+    """Whether `text` is base64 that begins with a picture: a video may be sent as such texts, with
+    commas between them."""
+    try:
+        return is_picture(pybase64.b64decode(bytes(text[:_HEAD_CHARACTERS]), validate=True))
+    except ValueError:
+        return False
 
 
 def refuse_references(data: bytes) -> None:

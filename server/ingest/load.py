@@ -21,6 +21,7 @@ from blake3 import blake3
 from cachetools import LRUCache
 
 from server.errors import (
+    AudioTooLarge,
     FilesDisabled,
     ImageFetchFailed,
     ImageTooLarge,
@@ -28,6 +29,7 @@ from server.errors import (
     SaccadeError,
     TooManyImages,
     UnknownImage,
+    VideoTooLarge,
 )
 from server.imaging.encoded import EncodedImage, encoded
 from server.ingest.expand import Expander, is_pdf
@@ -124,7 +126,7 @@ class MediaLoader:
         try:
             if ref.kind in ("video", "audio"):
                 if not isinstance(ref.source, SentBefore):
-                    ref.data = await self._bytes(ref, context)
+                    ref.data = await self._clip(ref, context)
             elif isinstance(ref.source, SentBefore):
                 assert ref.uuid is not None
                 image = self._named.get(context.group, ref.uuid)
@@ -138,7 +140,7 @@ class MediaLoader:
 
     async def _images(self, ref: MediaRef, context: RequestContext) -> list[EncodedImage]:
         is_small = isinstance(ref.source, Inline) and payloads.is_small(ref.source.text)
-        data = await self._bytes(ref, context)
+        data = await self._bytes(ref, context, self._limits.image.max_bytes)
         metrics.image_bytes.observe(len(data))
         if is_pdf(data):
             images = await self._expander.pages(data, ref, context.record.timeline)
@@ -152,10 +154,25 @@ class MediaLoader:
             self._named.put(context.group, ref.uuid, images)
         return images
 
-    async def _bytes(self, ref: MediaRef, context: RequestContext) -> bytes:
+    async def _clip(self, ref: MediaRef, context: RequestContext) -> bytes:
+        """Raises what `_bytes` does, but VideoTooLarge or AudioTooLarge."""
+        most, source = self._limits.max_clip_bytes, ref.source
+        try:
+            if ref.kind == "video" and isinstance(source, Inline):
+                found = await in_thread(payloads.pictures, source.text, most)
+                if found is not None:
+                    return found
+            return await self._bytes(ref, context, most)
+        except ImageTooLarge:
+            limit = f"has more than {most} bytes, which is the limit"
+            if ref.kind == "video":
+                raise VideoTooLarge(f"the video {limit}") from None
+            raise AudioTooLarge(f"the audio clip {limit}") from None
+
+    async def _bytes(self, ref: MediaRef, context: RequestContext, most: int) -> bytes:
         """Raises InvalidImageUrl, ImageUrlBlocked, ImageFetchFailed, ImageFetchTimeout,
         ImageTooLarge, UnknownFile, FilesDisabled or FileStorageFailed."""
-        source, most = ref.source, self._limits.image.max_bytes
+        source = ref.source
         with _timed(context, source):
             if isinstance(source, Inline):
                 if payloads.is_small(source.text):

@@ -1,7 +1,7 @@
 """From the bytes of a video or an audio clip to frames or sound, decoded in a child process.
 
 What decodes them is named by the caller, as "module:function"; this package does not know it. It
-gets a `VideoJob`, a `FramesJob` or an `AudioJob` in msgpack.
+gets a `VideoJob`, a `PicturesJob` or an `AudioJob` in msgpack.
 """
 
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -59,7 +59,7 @@ class VideoJob(msgspec.Struct, frozen=True, tag="video"):
     max_pixels: int
 
 
-class FramesJob(msgspec.Struct, frozen=True, tag="frames"):
+class PicturesJob(msgspec.Struct, frozen=True, tag="pictures"):
     """Decode the file, which is base64 texts of pictures with commas between them."""
 
     sampling: VideoOptions
@@ -103,7 +103,6 @@ class ClipDecoder:
 
     def __init__(self, prepare: str, settings: VideoSettings, max_pixels: int) -> None:
         """`prepare` is the "module:function" that prepares for a job; see `sandbox.Prepare`."""
-        self.max_bytes = settings.max_video_bytes
         self._prepare = prepare
         self._settings = settings
         self._max_pixels = max_pixels
@@ -131,13 +130,13 @@ class ClipDecoder:
         job = VideoJob(video_container(data), options, self._max_pixels)
         return self._video(await self._run("video", job, data), data)
 
-    async def load_frames(self, text: bytes, options: VideoOptions) -> DecodedVideo:
+    async def load_pictures(self, text: bytes, options: VideoOptions) -> DecodedVideo:
         """The video that `text` gives as base64 of one picture after the other, with commas between
         them.
 
         Raises: as `load_video` does.
         """
-        job = FramesJob(options, self._max_pixels)
+        job = PicturesJob(options, self._max_pixels)
         return self._video(await self._run("video", job, text), text)
 
     async def load_audio(self, data: bytes, backend: str | None = None) -> DecodedAudio:
@@ -160,7 +159,7 @@ class ClipDecoder:
     async def _run(
         self,
         kind: Literal["video", "audio clip"],
-        job: VideoJob | FramesJob | AudioJob,
+        job: VideoJob | PicturesJob | AudioJob,
         data: bytes,
     ) -> Output:
         try:

@@ -49,6 +49,7 @@ class MediaLimits:
         max_pages: pages of a PDF.
         pdf_dpi: the resolution of pages in dots per inch.
         image: what one image or file may be.
+        max_clip_bytes: the file of a video or an audio clip, in bytes.
     """
 
     max_images: int
@@ -57,6 +58,7 @@ class MediaLimits:
     max_pages: int
     pdf_dpi: float
     image: Limits
+    max_clip_bytes: int
 
 
 Source: TypeAlias = Inline | Remote | Uploaded | SentBefore
@@ -76,7 +78,8 @@ class MediaRef:
         uuid: the client's own name for the image, under which it may be sent again without data.
         role: that of the message that it stands in, where it has one.
         images: what was loaded: one image, or one for each page or frame.
-        data: what was loaded of a video or an audio clip.
+        data: what was loaded of a video or an audio clip: its file, or the base64 of the pictures
+            that a video is sent as.
     """
 
     kind: Kind

@@ -17,6 +17,7 @@ import msgspec
 import pybase64
 
 from server.errors import ClientError, ImageTooLarge, InvalidImageUrl
+from server.imaging.containers import holds_pictures
 
 # Shorter payloads stay where they are: parsing them costs less than taking them out.
 MIN_PAYLOAD_BYTES = 16 * 1024
@@ -159,6 +160,22 @@ def decode(text: str | memoryview, max_bytes: int) -> bytes:
         return _bounded(_decoded_leniently(bytes(raw), text), max_bytes)
 
 
+def pictures(text: str | memoryview, max_bytes: int) -> bytes | None:
+    """The base64 of the pictures that a video is sent as, with commas between them; None if `text`
+    is anything else.
+
+    Raises:
+        InvalidImageUrl: it is neither a `data:` URL nor base64.
+        ImageTooLarge: more than `max_bytes`.
+    """
+    raw = _ascii(text)
+    if bytes(raw[:5]).lower() == b"data:":
+        _, raw = _split(raw)
+    if not holds_pictures(raw):
+        return None
+    return _unescaped(_bounded(bytes(raw), max_bytes), text)
+
+
 def _ascii(text: str | memoryview) -> memoryview:
     if isinstance(text, memoryview):
         return text
@@ -176,11 +193,17 @@ def _split(url: memoryview) -> tuple[bytes, memoryview]:
     return header[5:], url[len(header) + 1 :]
 
 
-def _decoded_leniently(raw: bytes, text: str | memoryview) -> bytes:
-    if isinstance(text, memoryview):  # a view of the body, where JSON's escapes still stand
+def _unescaped(raw: bytes, text: str | memoryview) -> bytes:
+    """`raw` without the escapes of JSON that stand in it if `text` is a view of the body."""
+    if isinstance(text, memoryview):
         for escape in (b"\\n", b"\\r", b"\\t"):
             raw = raw.replace(escape, b"")
         raw = raw.replace(b"\\/", b"/")
+    return raw
+
+
+def _decoded_leniently(raw: bytes, text: str | memoryview) -> bytes:
+    raw = _unescaped(raw, text)
     if b"%" in raw:
         raw = unquote_to_bytes(raw)
     raw = raw.translate(_STANDARD_ALPHABET, _BLANKS).rstrip(b"=")

@@ -280,7 +280,7 @@ def test_frames_sent_as_pictures_are_those_of_vllm() -> None:
         text = ",".join(base64.b64encode(each).decode() for each in encoded)
         io = vllm_io(num_frames=8, fps=2, total_num_frames=20, frames_indices=[0, 10])
         theirs = io.load_base64("video/jpeg", text)
-        ours = await decoder().load_frames(text.encode(), video_options(io))
+        ours = await decoder().load_pictures(text.encode(), video_options(io))
         np.testing.assert_array_equal(ours.frames, theirs.media[0])
         assert ours.metadata == theirs.media[1]
 
@@ -320,7 +320,7 @@ def test_bad_videos_are_refused(data: bytes, error: type[ClientError]) -> None:
 
 @pytest.mark.parametrize("text", [b"", b"AAAA", b"!", base64.b64encode(clips.SDP), b"/9j/,AAAA"])
 def test_bad_pictures_of_a_video_are_refused(text: bytes) -> None:
-    assert type(refusal(lambda decoder: decoder.load_frames(text, OPTIONS))) is InvalidVideo
+    assert type(refusal(lambda decoder: decoder.load_pictures(text, OPTIONS))) is InvalidVideo
 
 
 def test_frames_that_take_too_much_memory_are_refused() -> None:

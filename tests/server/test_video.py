@@ -1,0 +1,142 @@
+"""Videos through the door of a server with tight limits: what is shown, and what is refused."""
+
+import base64
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from tests import clips
+from tests.conftest import Origin, Server, serving
+from tests.pictures import data_url, encode, shape, text_part, user
+
+WHAT = text_part("What is in the video?")
+RED, BLUE = (np.asarray(shape(color))[:, :, ::-1] for color in ("red", "blue"))
+LIMITS = (
+    *("--video-timeout-s", "0.7"),
+    *("--video-max-memory-mb", "128"),
+    *("--max-video-bytes", str(4 << 20)),
+)
+
+
+@pytest.fixture(scope="module")
+def limited() -> Iterator[Server]:
+    flags = ("--allowed-private-media", "127.0.0.1", "--trust-request-mm-kwargs")
+    with serving(*LIMITS, *flags, "--max-model-len", "4096") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def web(limited: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=limited.url, timeout=60) as client:
+        yield client
+
+
+def ask(web: httpx.Client, url: str, **more: Any) -> httpx.Response:
+    video = {"type": "video_url", "video_url": {"url": url}}
+    body = {
+        "model": "saccade-tiny",
+        "messages": user(WHAT, video),
+        "temperature": 0,
+        "max_tokens": 8,
+    }
+    return web.post("/v1/chat/completions", json={**body, **more})
+
+
+def shown(response: httpx.Response) -> tuple[str, int]:
+    """The answer, and how many tokens were read."""
+    assert response.status_code == 200, response.text
+    document = response.json()
+    return document["choices"][0]["message"]["content"], document["usage"]["prompt_tokens"]
+
+
+def refusal(response: httpx.Response, param: str = "messages[0].content[1].video_url") -> Any:
+    """The code of the error, which names the part and shows nothing of a library."""
+    assert 400 <= response.status_code < 500, response.text
+    error = response.json()["error"]
+    assert error["param"] == param
+    for word in ("Traceback", "vllm", "cv2", "OpenCV", "pydantic", "array("):
+        assert word not in error["message"]
+    return error["code"]
+
+
+def mp4_url(data: bytes) -> str:
+    return data_url(data, "video/mp4")
+
+
+def test_a_video_is_the_same_in_every_container(web: httpx.Client) -> None:
+    frames = [RED, RED, BLUE, BLUE]
+    mp4, *others = (
+        shown(ask(web, mp4_url(clips.of_frames(frames, suffix, fps=2))))
+        for suffix in (".mp4", ".mkv", ".avi")
+    )
+    assert others == [mp4, mp4]
+    assert mp4[1] > shown(ask(web, mp4_url(clips.of_frames(frames[:2], fps=2))))[1]
+
+
+def test_a_video_is_sent_as_pictures(web: httpx.Client) -> None:
+    pictures = [encode(shape(color), "JPEG") for color in ("red", "blue")]
+    texts = [base64.b64encode(each).decode() for each in pictures]
+    few, many = (
+        shown(ask(web, "data:video/jpeg;base64," + ",".join(texts * times))) for times in (1, 4)
+    )
+    assert many[1] > few[1]
+
+
+def test_a_video_is_fetched_past_the_guard(web: httpx.Client, origin: Origin) -> None:
+    origin.files["/clip"] = clips.of_frames([RED, RED])
+    there = shown(ask(web, f"{origin.url}/clip"))
+    assert there == shown(ask(web, mp4_url(origin.files["/clip"])))
+    origin.files["/list"] = clips.PLAYLIST
+    assert refusal(ask(web, f"{origin.url}/list")) == "unsupported_video_format"
+    for url in ("http://169.254.169.254/clip", "file:///etc/passwd"):
+        assert refusal(ask(web, url)) == "image_url_blocked"
+
+
+def test_options_of_vllm_choose_the_frames(web: httpx.Client) -> None:
+    url = mp4_url(clips.of_frames([RED] * 16, fps=2))
+
+    def tokens(**options: Any) -> int:
+        return shown(ask(web, url, media_io_kwargs={"video": options}))[1]
+
+    assert tokens(fps=2) > tokens(fps=1)
+    bad = ask(web, url, media_io_kwargs={"video": {"num_frames": 0}})
+    assert refusal(bad, "media_io_kwargs.video.num_frames") == "invalid_request"
+
+
+GOOD = clips.of_frames([RED, RED])
+
+
+@pytest.mark.parametrize(
+    ("url", "code"),
+    [
+        (mp4_url(clips.SDP), "unsupported_video_format"),
+        (mp4_url(clips.PLAYLIST), "unsupported_video_format"),
+        (mp4_url(clips.CONCAT), "unsupported_video_format"),
+        (mp4_url(b"\0\0\0\x18ftypisom" + clips.SDP), "invalid_video"),
+        (mp4_url(GOOD[: len(GOOD) // 2]), "invalid_video"),
+        (mp4_url(clips.referring(GOOD, b"url ", b"http://127.0.0.1:9/x\0")), "invalid_video"),
+        (mp4_url(b"\0\0\0\x18ftypisom" + bytes(5 << 20)), "video_too_large"),
+        ("data:video/mp4,plain", "unsupported_video_format"),
+        ("data:video/mp4;base64,@@@@", "invalid_image_url"),
+        ("data:video/jpeg;base64,/9j/4AAQSkZJRg==,AAAA", "invalid_video"),
+    ],
+)
+def test_a_bad_video_is_refused_at_once(web: httpx.Client, url: str, code: str) -> None:
+    """FFmpeg would take a session description for a live stream, and wait for it for 10 s."""
+    started = time.monotonic()
+    assert refusal(ask(web, url)) == code
+    assert time.monotonic() - started < 8
+
+
+def test_limits_of_memory_and_time_hold(web: httpx.Client, limited: Server) -> None:
+    wide, small = np.zeros((1024, 1024, 3), np.uint8), np.zeros((240, 320, 3), np.uint8)
+    large = clips.of_frames([wide] * 64, ".mkv", "mp4v", fps=2)
+    assert refusal(ask(web, mp4_url(large))) == "video_too_large"
+    long = clips.of_frames([small] * 30_000, ".mkv", "mp4v", fps=1000)
+    assert refusal(ask(web, mp4_url(long))) == "media_processing_timeout"
+    assert not limited.named("VideoDecoder")
+    assert shown(ask(web, mp4_url(GOOD)))
