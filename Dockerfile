@@ -2,7 +2,8 @@
 # docker build --target gpu -t saccade:gpu .    on vLLM's image, for NVIDIA GPUs
 # docker build --target cpu -t saccade:cpu .    without a GPU
 #
-# Python is 3.11, for which deploy/requirements-cpu.txt is resolved; vLLM's image has its own.
+# The cpu image uses Python 3.11, for which deploy/requirements-cpu.txt is resolved; the gpu image
+# uses the Python of vLLM's image.
 ARG VLLM_VERSION=0.32.0
 
 FROM python:3.11-slim-bookworm AS wheel
@@ -22,7 +23,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 FROM vllm/vllm-openai:v${VLLM_VERSION} AS gpu-dependencies
 WORKDIR /build
 COPY deploy/requirements-gpu.txt deploy/
-# The environment sees vLLM and its packages, and has its own only where a version differs.
+# The environment sees vLLM and its packages, and contains only the packages whose versions differ.
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m venv --system-site-packages /opt/venv \
     && /opt/venv/bin/pip install --no-deps --requirement deploy/requirements-gpu.txt
@@ -37,9 +38,10 @@ COPY --from=cpu-dependencies /opt/venv /opt/venv
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     /opt/venv/bin/pip install --no-cache-dir --no-deps --no-index /wheels/*.whl \
     && install --directory --mode 1777 /var/cache/saccade
-# Any user may run it, also on a read-only root: models, and what vLLM, Triton and numba compile,
-# go to the volume; sockets and the like to /tmp. Idle connections are kept for longer than most
-# proxies keep theirs, so that none sends on a closed one. vLLM reports nothing of its use.
+# Any user may run the image, also with a read-only root: models and the compiled code of vLLM,
+# Triton and numba go to the volume, sockets and similar files to /tmp. Idle connections stay open
+# for longer than in most proxies, so that no proxy sends a request on a closed one. vLLM's usage
+# reports are off.
 ENV PATH=/opt/venv/bin:$PATH \
     HOME=/var/cache/saccade \
     USER=saccade \
@@ -61,7 +63,7 @@ ARG REVISION=unknown
 LABEL org.opencontainers.image.title="Saccade" \
       org.opencontainers.image.revision="${REVISION}"
 
-# The same on vLLM's image.
+# The same, based on vLLM's image.
 FROM vllm/vllm-openai:v${VLLM_VERSION} AS gpu
 COPY --from=gpu-dependencies /opt/venv /opt/venv
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \

@@ -1,12 +1,12 @@
-# make serve   set everything up and serve the embedded model on 127.0.0.1:8000
-# make test    set everything up and run all tests; SERVICES=required fails where one cannot run
-# make test-fast   only those that start no server
-# make check   lint, types, all tests
-# make vllm-next   say what the newest vLLM would break; never fails
+# make serve   set everything up and serve the demo model on 127.0.0.1:8000
+# make test    set everything up and run all tests; SERVICES=required fails instead of skipping
+# make test-fast   run only the tests that start no server
+# make check   run linters, type checker and all tests
+# make vllm-next   report what the newest vLLM would break; never fails
 # make docs    build the documentation into site/
 # make lock    pin what the container images install, in deploy/requirements-*.txt
-# make sbom    write what the container images install to build/sbom-*.json, in CycloneDX's form
-# make image-check   build the Dockerfile's cpu target without Docker and try it; as root, on Debian
+# make sbom    write what the container images install to build/sbom-*.json, in CycloneDX format
+# make image-check   build the Dockerfile's cpu target without Docker and run it; needs root and Debian
 VENV  ?= .venv
 HOST  ?= 127.0.0.1
 PORT  ?= 8000

@@ -1,8 +1,8 @@
-"""The settings: one declaration each, from which its flag, its variable and its help come.
+"""The settings: each is declared once; flag, variable and help text are derived from it.
 
 A setting `fetch_timeout_s` is the flag `--fetch-timeout-s` and the environment variable
-`SACCADE_FETCH_TIMEOUT_S`. Flags win over variables, variables over defaults. A variable with the
-prefix that names no setting stops the start, since a misspelt limit is no limit.
+`SACCADE_FETCH_TIMEOUT_S`. Flags override variables, variables override defaults. An unknown
+variable with the prefix stops the start: otherwise, a misspelt limit would silently not apply.
 """
 
 import argparse
@@ -40,7 +40,7 @@ class ImageSettings(_Group):
     image_decode: Literal["fast", "exact"] = Field(
         "fast",
         description="fast: decode JPEG at reduced scale where the model's processor shrinks the "
-        "picture anyway. exact: decode in full, features equal plain vLLM's bit for bit.",
+        "picture anyway. exact: decode in full; features equal plain vLLM's bit for bit.",
     )
     image_queue: int = Field(
         1024, ge=1, description="Images that may wait for a worker before requests get a 503."
@@ -61,17 +61,17 @@ class ImageSettings(_Group):
         200.0, ge=1, description="Longest side of an image divided by its shortest."
     )
     max_request_images: int = Field(
-        128, ge=1, description="Images of one request, with frames and pages."
+        128, ge=1, description="Most images in one request, counting frames and pages."
     )
     max_image_frames: int = Field(
-        32, ge=1, description="Frames of one animation that a request may choose."
+        32, ge=1, description="Most frames of one animation that a request may select."
     )
-    pdf_max_pages: int = Field(32, ge=1, description="Pages of one PDF that a request may show.")
+    pdf_max_pages: int = Field(32, ge=1, description="Most pages of one PDF in a request.")
     pdf_dpi: float = Field(
-        144.0, gt=0, le=1200, description="Resolution of PDF pages, where no token cap lowers it."
+        144.0, gt=0, le=1200, description="Resolution of PDF pages, unless a token cap lowers it."
     )
     max_image_tokens: int | None = Field(
-        None, ge=1, description="Most tokens that one image may have; requests can lower it."
+        None, ge=1, description="Most tokens that one image may take; requests can lower it."
     )
 
 
@@ -82,7 +82,7 @@ class VideoSettings(_Group):
         256 * MIB, ge=1, description="Largest encoded video or audio clip, in bytes."
     )
     video_workers: int = Field(
-        4, ge=1, le=1024, description="Videos and audio clips that are decoded at a time."
+        4, ge=1, le=1024, description="Videos and audio clips that are decoded concurrently."
     )
     video_queue: int = Field(
         256, ge=1, description="Videos and audio clips that may wait before requests get a 503."
@@ -96,8 +96,8 @@ class VideoSettings(_Group):
     video_max_memory_mb: int = Field(
         4096,
         ge=64,
-        description="Most memory that decoding one video or audio clip may take, with its frames, "
-        "in MiB.",
+        description="Most memory that decoding one video or audio clip may take, including its "
+        "frames, in MiB.",
     )
 
 
@@ -115,7 +115,7 @@ class HttpSettings(_Group):
     max_request_json_bytes: int = Field(
         8 * MIB,
         ge=1,
-        description="Largest request body besides its images and files, in bytes.",
+        description="Largest request body without its images and files, in bytes.",
     )
     retained_media_gb: float = Field(
         1.0,
@@ -124,34 +124,34 @@ class HttpSettings(_Group):
         "VLLM_ENABLE_RESPONSES_API_STORE.",
     )
     request_read_timeout_s: float = Field(
-        60.0, gt=0, description="Longest silence while a request body is sent, in seconds."
+        60.0, gt=0, description="Longest pause while a request body is received, in seconds."
     )
     fetch_timeout_s: float = Field(
         10.0, gt=0, description="Deadline for fetching one http(s) image, in seconds."
     )
-    fetch_max_redirects: int = Field(
-        3, ge=0, description="Redirects that the fetch of an image follows."
-    )
-    fetch_connections: int = Field(100, ge=1, description="Open connections of all fetches.")
+    fetch_max_redirects: int = Field(3, ge=0, description="Most redirects that one fetch follows.")
+    fetch_connections: int = Field(100, ge=1, description="Most open connections of all fetches.")
     fetch_connections_per_host: int = Field(
-        16, ge=1, description="Fetches from one host at a time; more wait, within their deadline."
+        16,
+        ge=1,
+        description="Concurrent fetches from one host; others wait, within their deadline.",
     )
     fetch_cache_gb: float = Field(
         0.25,
         ge=0,
         allow_inf_nan=False,
-        description="Memory for fetched images that HTTP caching lets us keep, in GiB; 0: none.",
+        description="Memory for fetched images that HTTP caching allows to keep, in GiB; 0: none.",
     )
     allow_private_media: bool = Field(
-        False, description="Fetch images also from private, loopback and other internal addresses."
+        False, description="Also fetch images from private, loopback and other internal addresses."
     )
     allowed_private_media: tuple[str, ...] = Field(
         (),
-        description="Hosts (img.example.com, *.example.com) and networks (10.1.0.0/16) that images "
-        "are fetched from although their addresses are private; separated by commas.",
+        description="Hosts (img.example.com, *.example.com) and networks (10.1.0.0/16) with "
+        "private addresses that images may be fetched from; separated by commas.",
     )
     drain_timeout_s: int = Field(
-        30, ge=0, description="Time running requests get to finish at shutdown, in seconds."
+        30, ge=0, description="Time for running requests to finish at shutdown, in seconds."
     )
 
 
@@ -160,47 +160,47 @@ class AccessSettings(_Group):
 
     api_keys_file: Path | None = Field(
         None,
-        description="JSON file of API keys and their groups; cached work is shared inside a group "
-        "only. Read again when it changes.",
+        description="JSON file of API keys and their groups; caches are shared only inside a "
+        "group. The file is read again when it changes.",
     )
     admin_key: SecretStr | None = Field(
-        None, description="API key for all routes, also those that change the server."
+        None, description="API key for all routes, including those that change the server."
     )
 
 
 class CacheSettings(_Group):
-    """Embedding cache: what the vision encoder computed, kept beyond the GPU."""
+    """Embedding cache: output of the vision encoder, kept beyond the GPU."""
 
     embedding_cache_gb: float | None = Field(
         None,
         ge=0,
         allow_inf_nan=False,
         description="Host memory for image embeddings, in GiB (default: an eighth of the memory, "
-        "at most 32); 0 keeps none there.",
+        "at most 32); 0: none.",
     )
     embedding_cache_dir: Path | None = Field(
-        None, description="Folder on a local disk for image embeddings; it outlives the server."
+        None, description="Folder on a local disk for image embeddings; they survive a restart."
     )
     embedding_cache_disk_gb: float = Field(
-        50.0, gt=0, allow_inf_nan=False, description="Most image embeddings on the disk, in GiB."
+        50.0, gt=0, allow_inf_nan=False, description="Disk space for image embeddings, in GiB."
     )
     embedding_cache_url: SecretStr | None = Field(
         None,
-        description="Redis or Valkey that replicas share image embeddings in: "
-        "redis://HOST:PORT/DATABASE. Its maxmemory bounds them.",
+        description="Redis or Valkey in which replicas share image embeddings: "
+        "redis://HOST:PORT/DATABASE. Its maxmemory limits their size.",
     )
     embedding_cache_wait_s: float = Field(
         0.04,
         ge=0,
         allow_inf_nan=False,
         description="Longest time a request waits for embeddings from disk or the shared store "
-        "before its images are encoded anew, in seconds.",
+        "before its images are encoded again, in seconds.",
     )
     encoder_cache_tokens: int | None = Field(
         None,
         ge=1,
         description="Image tokens that the encoder cache on the GPU holds (default: what fits in "
-        "2 % of its memory, at most 65536; on a CPU what one step may have).",
+        "2 % of its memory, at most 65536; on a CPU, the tokens of one step).",
     )
 
 
@@ -209,24 +209,24 @@ class FileSettings(_Group):
 
     files_dir: Path | None = Field(
         None,
-        description="Folder on a local disk for uploaded files, of this server only; without it "
-        "there is no Files API.",
+        description="Folder on a local disk for uploaded files, used by this server only; without "
+        "it the Files API is off.",
     )
     files_gb: float = Field(
-        10.0, gt=0, allow_inf_nan=False, description="Most uploaded files, in GiB on the disk."
+        10.0, gt=0, allow_inf_nan=False, description="Disk space for uploaded files, in GiB."
     )
-    files_count: int = Field(100_000, ge=1, description="Most uploaded files, as a number.")
+    files_count: int = Field(100_000, ge=1, description="Most uploaded files.")
     files_group_gb: float | None = Field(
         None,
         gt=0,
         allow_inf_nan=False,
-        description="Most uploaded files of a group of keys, in GiB on the disk.",
+        description="Disk space for uploaded files of one key group, in GiB.",
     )
     files_group_count: int | None = Field(
-        None, ge=1, description="Most uploaded files of a group of keys, as a number."
+        None, ge=1, description="Most uploaded files of one key group."
     )
     files_ttl_s: int | None = Field(
-        None, ge=1, description="Longest life of an uploaded file, in seconds."
+        None, ge=1, description="Longest lifetime of an uploaded file, in seconds."
     )
 
 
@@ -235,17 +235,17 @@ class ObservabilitySettings(_Group):
 
     log_format: Literal["text", "json"] = Field(
         "text",
-        description="json: every line of the logs is a JSON object, and there is one a request.",
+        description="json: every log line is a JSON object, with one line per request.",
     )
     server_timing: bool = Field(
         True,
-        description="Tell clients the stages of their request: header `Server-Timing`, or a "
-        "comment at the end of a stream.",
+        description="Report the stages of a request to its client: in the header `Server-Timing`, "
+        "or in a comment at the end of a stream.",
     )
 
 
 class _LeafEnvironment(PydanticBaseSettingsSource):
-    """Reads `SACCADE_<SETTING>` for each setting, whatever group it stands in."""
+    """Reads `SACCADE_<SETTING>` for each setting of every group."""
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
         raise NotImplementedError  # the whole tree is read at once below
@@ -264,7 +264,7 @@ class _LeafEnvironment(PydanticBaseSettingsSource):
 
 
 class Settings(BaseSettings):
-    """All of Saccade's own settings. The engine's are vLLM's flags."""
+    """All of Saccade's own settings. The engine is configured by vLLM's flags."""
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid")
 
@@ -308,7 +308,7 @@ def nest(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add one flag a setting to `parser`; values stay text until `from_flags` validates them."""
+    """Add a flag for each setting to `parser`; `from_flags` validates the values."""
     group = parser.add_argument_group("Saccade", "Saccade's own settings.")
     for _, name, field in leaves():
         unset = field.default_factory or field.default in (None, (), False)
@@ -329,8 +329,7 @@ def from_flags(args: argparse.Namespace) -> Settings:
     """Settings from parsed flags and the environment.
 
     Raises:
-        ValueError: a value does not fit its setting, or a variable names no setting; the message
-            names it.
+        ValueError: a value is invalid, or a variable is unknown; the message names it.
     """
     given = {name: getattr(args, name) for _, name, _ in leaves() if hasattr(args, name)}
     try:
@@ -341,13 +340,13 @@ def from_flags(args: argparse.Namespace) -> Settings:
 
 
 def as_markdown() -> str:
-    """The table of all settings, as `docs/settings.md` has it."""
+    """The table of all settings, for `docs/settings.md`."""
     lines = [
         "# Settings",
         "",
         "Saccade's own settings. Each is a flag of `saccade serve` and an environment variable;",
-        "flags win. A variable `SACCADE_...` that is not listed here stops the start. Everything",
-        "else is a flag of vLLM's: `saccade serve --help=all`; some of those are",
+        "flags override variables. An unknown variable `SACCADE_...` stops the start. All other",
+        "flags are vLLM's (`saccade serve --help=all` lists them); some of them are",
         "[refused](migration.md#refused-flags), some have",
         "[other defaults](migration.md#other-defaults).",
     ]
@@ -358,7 +357,7 @@ def as_markdown() -> str:
             model: Any = Settings.model_fields[group].annotation
             lines += ["", f"## {model.__doc__}", ""]
             lines += ["| Flag | Variable | Default | |", "| --- | --- | --- | --- |"]
-        default = "one a core" if field.default_factory else _shown(field.default)
+        default = "one per core" if field.default_factory else _shown(field.default)
         flag, variable = "--" + name.replace("_", "-"), PREFIX + name.upper()
         lines.append(f"| `{flag}` | `{variable}` | {default} | {field.description} |")
     return "\n".join(lines) + "\n"
