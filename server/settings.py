@@ -140,7 +140,7 @@ class HttpSettings(_Group):
         0.25,
         ge=0,
         allow_inf_nan=False,
-        description="Memory for fetched images that HTTP caching allows to keep, in GiB; 0: none.",
+        description="Memory for fetched images that HTTP caching permits keeping, in GiB; 0: none.",
     )
     allow_private_media: bool = Field(
         False, description="Also fetch images from private, loopback and other internal addresses."
@@ -355,7 +355,7 @@ def as_markdown() -> str:
         if group != group_before:
             group_before = group
             model: Any = Settings.model_fields[group].annotation
-            lines += ["", f"## {model.__doc__}", ""]
+            lines += ["", f"## {model.__doc__.rstrip('.')}", ""]
             lines += ["| Flag | Variable | Default | |", "| --- | --- | --- | --- |"]
         default = "one per core" if field.default_factory else _shown(field.default)
         flag, variable = "--" + name.replace("_", "-"), PREFIX + name.upper()
