@@ -15,6 +15,8 @@ ARGS  ?=
 TESTS ?=
 ROOTS ?= build/image
 
+# Without bytecode kept, each process that starts compiles the server anew, and pytest the tests.
+unexport PYTHONDONTWRITEBYTECODE
 PYTEST = $(VENV)/bin/python -m pytest
 PARALLEL = --numprocesses logical --maxprocesses 4 --dist loadfile
 

@@ -93,6 +93,12 @@ class Server:
         return self.process.wait(STOP_TIMEOUT_S)
 
 
+def assert_nothing_is_left(children: list[psutil.Process]) -> None:
+    """All processes of a server that has ended are over, or soon will be."""
+    _, alive = psutil.wait_procs(children, timeout=STOP_TIMEOUT_S)
+    assert [child.cmdline() for child in alive] == []
+
+
 def command_line(process: psutil.Process) -> str:
     """Empty if it is over."""
     try:

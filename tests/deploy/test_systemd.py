@@ -1,20 +1,18 @@
-"""The systemd unit: valid, confined, and its command line starts a server that stops as it says."""
+"""The systemd unit: valid, confined, and its command line and signals are the server's."""
 
 import os
 import re
 import shlex
-import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
-import httpx
 import pytest
 
+from server.engine.arguments import parse
 from server.settings import PREFIX, HttpSettings, leaves
-from tests.proxies import free_port
-from tests.services import program, running
+from tests.services import program
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "systemd"
 UNIT = FOLDER / "saccade.service"
@@ -92,28 +90,17 @@ def test_variables_of_the_example_are_settings() -> None:
     assert named <= {PREFIX + name.upper() for _, name, _ in leaves()}
 
 
-def test_command_of_the_unit_serves_and_stops(tmp_path: Path) -> None:
+def test_command_of_the_unit_is_a_call_of_the_server() -> None:
+    """Its flags are parsed as the server parses them, and it stops by the signal that drains it."""
     values = settings(UNIT.read_text())
     example = (FOLDER / "saccade.env").read_text().splitlines()
-    port = free_port()
-    own = ["ARGS='--max-model-len 2048 --image-workers 1'", f"PORT={port}"]
+    own = ["ARGS='--max-model-len 2048 --image-workers 1'", "PORT=8123"]
     variables = environment([*values["Environment"], *example, *own])
     assert variables["HOME"] == "/var/cache/saccade"
-    variables["HOME"] = str(tmp_path)
-    system = {name: os.environ[name] for name in ("PATH", "VLLM_CPU_KVCACHE_SPACE")}
-    words = command(values["ExecStart"][-1], variables)
-    words[0] = words[0].replace(INSTALLED, str(Path(sys.executable).parent))
-
-    def ready() -> bool:
-        return httpx.get(f"http://127.0.0.1:{port}/ready").status_code == 200
-
-    assert values["Type"] == ["notify"]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.settimeout(10)
-        manager.bind(str(tmp_path / "notify"))
-        variables["NOTIFY_SOCKET"] = str(tmp_path / "notify")
-        with running(words, ready=ready, env=system | variables) as process:
-            assert manager.recv(100) == b"READY=1"
-            process.send_signal(signal.Signals[values["KillSignal"][0]])
-            assert process.wait(int(values["TimeoutStopSec"][0])) == 0
-            assert manager.recv(100) == b"STOPPING=1"
+    executable, word, *flags = command(values["ExecStart"][-1], variables)
+    assert (executable, word) == (f"{INSTALLED}/saccade", "serve")
+    with mock.patch.dict(os.environ):  # which parsing changes
+        args, parsed = parse(flags)
+    assert (args.port, args.max_model_len, parsed.images.image_workers) == (8123, 2048, 1)
+    assert values["Type"] == ["notify"]  # tests/server/test_lifecycle.py listens to it
+    assert values["KillSignal"] == ["SIGTERM"]

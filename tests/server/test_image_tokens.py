@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from openai import OpenAI
 
 from tests import families
-from tests.conftest import Server, serving
+from tests.conftest import STOP_TIMEOUT_S, Server, assert_nothing_is_left, serving
 from tests.media import file_part, gif, pdf
 from tests.pictures import (
     TOKEN_PIXELS,
@@ -334,23 +335,29 @@ BAD_OPTIONS = {
 }
 
 
-def test_the_server_caps_every_image_and_checks_processor_options() -> None:
-    flags = ("--max-model-len", "2048", "--max-image-tokens", "30", "--trust-request-mm-kwargs")
-    with serving(*flags) as server, httpx.Client(base_url=server.url, timeout=60) as http:
+@pytest.fixture(scope="module")
+def capped_server() -> Iterator[Server]:
+    with serving("--max-model-len", "2048", "--max-image-tokens", "30") as running:
+        yield running
+
+
+def test_the_server_caps_every_image(capped_server: Server) -> None:
+    with httpx.Client(base_url=capped_server.url, timeout=60) as http:
         for part in (image_part(LARGE), capped(LARGE, detail="high", max_tokens=500)):
             usage = ask(http, part, WHAT)["usage"]
             assert 20 <= usage["prompt_tokens_details"]["image_tokens"] <= 30
         usage = ask(http, capped(LARGE, max_tokens=9), WHAT)["usage"]
         assert usage["prompt_tokens_details"]["image_tokens"] <= 9
-        for options, param in BAD_OPTIONS.items():
-            body = json.dumps({"model": MODEL, "messages": user(image_part(SMALL))})
-            answer = http.post(
-                "/v1/chat/completions",
-                content=f"{body[:-1]}, {options[1:]}",
-                headers={"Content-Type": "application/json"},
-            )
-            assert answer.status_code == 400, (options, answer.text)
-            assert answer.json()["error"]["param"] == param, (options, answer.text)
+
+
+def test_a_dead_engine_ends_the_server(capped_server: Server) -> None:
+    """The last test with this server. The engine cannot come back, so whoever supervises the
+    server shall start it anew."""
+    children = capped_server.children()
+    (core,) = capped_server.named("VLLM::EngineCore")
+    core.kill()
+    assert capped_server.process.wait(STOP_TIMEOUT_S) == 1
+    assert_nothing_is_left(children)
 
 
 @pytest.mark.parametrize(

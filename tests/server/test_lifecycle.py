@@ -1,7 +1,7 @@
 """Start and stop: flags as in vLLM, clear refusals, and no process left behind."""
 
 import contextlib
-import os
+import json
 import re
 import signal
 import socket
@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from tests import pictures
-from tests.conftest import STOP_TIMEOUT_S, Server, serving
+from tests.conftest import STOP_TIMEOUT_S, Server, assert_nothing_is_left, serving
 from tests.pictures import image_part, shape, text_part, user
 from tests.scrape import value, wait_for
 
@@ -43,7 +43,16 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def secured(certificate: Path) -> Iterator[Server]:
+def manager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[socket.socket]:
+    """What systemd listens to: a service of Type=notify reports its state there."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as bound:
+        bound.settimeout(10)
+        bound.bind(str(tmp_path_factory.mktemp("systemd") / "notify"))
+        yield bound
+
+
+@pytest.fixture(scope="module")
+def secured(certificate: Path, manager: socket.socket) -> Iterator[Server]:
     """A server with vLLM's flags for keys, CORS, TLS and root path, in `exact` mode."""
     with serving(
         *("--api-key", "secret", "--root-path", "/vlm", "--served-model-name", "my-model"),
@@ -53,6 +62,7 @@ def secured(certificate: Path) -> Iterator[Server]:
         "--enable-ssl-refresh",
         *("--limit-mm-per-prompt", '{"image": 2}', "--enable-request-id-headers"),
         SACCADE_MAX_REQUEST_BYTES=str(MAX_BODY),
+        NOTIFY_SOCKET=manager.getsockname(),
     ) as server:
         yield server
 
@@ -110,13 +120,11 @@ def test_cors_root_path_and_limits(web: httpx.Client) -> None:
     assert "more than 2 images" in error["message"]
 
 
-def assert_nothing_is_left(children: list[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(children, timeout=STOP_TIMEOUT_S)
-    assert [child.cmdline() for child in alive] == []
-
-
-def test_sigterm_lets_running_requests_finish_and_leaves_nothing(secured: Server) -> None:
+def test_sigterm_lets_running_requests_finish_and_leaves_nothing(
+    secured: Server, manager: socket.socket
+) -> None:
     """The last test with this server: it ends it."""
+    assert manager.recv(100) == b"READY=1"
     children = secured.children()
     assert len(secured.image_workers()) == 2
     assert secured.named("VLLM::EngineCore")
@@ -132,30 +140,11 @@ def test_sigterm_lets_running_requests_finish_and_leaves_nothing(secured: Server
         asking.start()
         wait_for(client, lambda now: value(now, "saccade_requests_in_flight") == 1)
     assert secured.stop(signal.SIGTERM) == 0
+    assert manager.recv(100) == b"STOPPING=1"
     asking.join()
     assert answers[0].status_code == 200
     assert answers[0].json()["usage"]["completion_tokens"] == 400
     assert_nothing_is_left(children)
-
-
-def test_ctrl_c_ends_everything() -> None:
-    """A terminal sends SIGINT to the whole group of processes."""
-    with serving("--max-model-len", "1024") as server:
-        children = server.children()
-        assert len(children) >= 5
-        os.killpg(server.process.pid, signal.SIGINT)
-        assert server.process.wait(STOP_TIMEOUT_S) == 0
-        assert_nothing_is_left(children)
-
-
-def test_a_dead_engine_ends_the_server() -> None:
-    """It cannot come back, so whoever supervises the server shall start it anew."""
-    with serving("--max-model-len", "1024") as server:
-        children = server.children()
-        (core,) = server.named("VLLM::EngineCore")
-        core.kill()
-        assert server.process.wait(STOP_TIMEOUT_S) == 1
-        assert_nothing_is_left(children)
 
 
 @pytest.mark.parametrize("stage", ["loading vLLM", "starting the engine"])
@@ -179,10 +168,9 @@ def test_a_signal_during_the_start_leaves_nothing(stage: str) -> None:
     assert_nothing_is_left(children)
 
 
-def start(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def start(*flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "server", *flags],
-        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=120,
@@ -190,24 +178,44 @@ def start(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize(
-    ("flags", "environment", "message"),
-    [
+# Each call in a child, which has vLLM already.
+CALLS = """
+import json, os, sys
+from server import cli
+from server.engine import arguments
+for call in json.loads(sys.argv[1]):
+    sys.stdout.flush()
+    if not os.fork():
+        os.environ.update(call["environment"])
+        os.dup2(os.open(call["errors"], os.O_WRONLY | os.O_CREAT), 2)
+        cli.main(call["flags"])
+        os._exit(0)
+    _, status = os.wait()
+    print(os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_wrong_calls_are_refused(tmp_path: Path) -> None:
+    wrong: list[tuple[list[str], dict[str, str], str]] = [
         (["serve", "--no-such-flag"], {}, "--no-such-flag"),
         (["serve", "--image-workers", "none"], {}, "image_workers"),
         (["serve"], {"SACCADE_IMAGE_WORKRES": "2"}, "SACCADE_IMAGE_WORKRES"),
         (["serve", "--headless"], {}, "--headless is not supported"),
         (["serve", "--api-server-count", "4"], {}, "--image-workers"),
         (["sevre"], {}, "unknown command 'sevre'"),
-    ],
-)
-def test_wrong_calls_are_refused(
-    flags: list[str], environment: dict[str, str], message: str
-) -> None:
-    done = start(*flags, **environment)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    ]
+    files = [tmp_path / str(number) for number in range(len(wrong))]
+    calls = [
+        {"flags": flags, "environment": environment, "errors": str(file)}
+        for (flags, environment, _), file in zip(wrong, files, strict=True)
+    ]
+    command = [sys.executable, "-c", CALLS, json.dumps(calls)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
+    assert done.stdout.split()[-len(wrong) :] == ["2"] * len(wrong)
+    for (flags, _, message), file in zip(wrong, files, strict=True):
+        errors = file.read_text()
+        assert message in errors, flags
+        assert "Traceback" not in errors, flags
 
 
 def test_help_and_version() -> None:
@@ -228,13 +236,3 @@ def test_a_taken_port_is_said() -> None:
     assert "cannot start" in done.stderr
     assert "Address already in use" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_a_killed_server_leaves_nothing_behind() -> None:
-    with serving("--max-model-len", "1024") as running:
-        children = running.children()
-        assert running.named("VLLM::EngineCore")
-        running.process.kill()
-        gone, alive = psutil.wait_procs(children, timeout=30)
-        assert not alive
-        assert gone

@@ -7,7 +7,6 @@ from collections.abc import Callable, Coroutine, Iterator
 from email.utils import formatdate
 from typing import Any
 
-import httpx
 import pytest
 import uvloop
 from hypothesis import given
@@ -25,7 +24,6 @@ from server.errors import (
 from server.ingest.fetch import Fetcher, FetchSettings
 from server.ingest.fetch_cache import ENTRY_BYTES, CacheStats, FetchCache
 from server.ingest.freshness import HttpHeader, ResponseHead
-from tests import pictures
 from tests.hostile_origin import HostileOrigin, Visit
 
 MIB = 1 << 20
@@ -810,23 +808,3 @@ def test_every_outcome_is_counted(bench: Bench) -> None:
     bench.outcome(2)
     after = [counted(result) for result in results]
     assert [b - a for a, b in zip(before, after, strict=True)] == [3, 1, 1, 2]
-
-
-# Through the door.
-
-
-def test_the_server_asks_once_for_a_picture_that_is_fresh(http: httpx.Client, bench: Bench) -> None:
-    picture = bench.put("Cache-Control: max-age=600", body=pictures.encode(pictures.shape("red")))
-    part = {"type": "image_url", "image_url": {"url": bench.url}}
-    request = {
-        "model": "saccade-tiny",
-        "messages": pictures.user(part, pictures.text_part("What is in the image?")),
-        "max_tokens": 16,
-        "temperature": 0,
-    }
-    for _ in range(2):
-        response = http.post("/v1/chat/completions", json=request)
-        assert response.status_code == 200, response.text
-        assert response.json()["choices"][0]["message"]["content"] == "a red circle"
-    assert len(picture.visits) == 1
-    assert 'saccade_fetch_cache_requests_total{result="hit"}' in http.get("/metrics").text
