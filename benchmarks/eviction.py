@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from benchmarks import environment
-from server.engine.embedding_cache.eviction import S3Fifo
+from server.engine.embedding_cache.index import S3Fifo
 
 _PICTURES, _REQUESTS = 20_000, 200_000
 _SHARES = (0.01, 0.05, 0.1, 0.25)

@@ -9,9 +9,9 @@ from blake3 import blake3
 
 from server.engine.embedding_cache.arena import PAGE_BYTES, Arena
 from server.engine.embedding_cache.disk import DiskTier
-from server.engine.embedding_cache.entries import Spec
 from server.engine.embedding_cache.index import Entry
 from server.engine.embedding_cache.store import EmbeddingStore
+from server.engine.embedding_cache.tier import Spec
 
 WAIT_S = 30
 NAMESPACE = "0123456789abcdef0123456789abcdef"

@@ -15,13 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from server.engine.embedding_cache import usage as usage_module
+from server.engine.embedding_cache import disk as disk_module
 from server.engine.embedding_cache.arena import PAGE_BYTES, Arena
 from server.engine.embedding_cache.disk import DiskTier
-from server.engine.embedding_cache.entries import DamagedEntry, Spec, checksum, head
 from server.engine.embedding_cache.shared import SharedTier
 from server.engine.embedding_cache.store import EmbeddingStore, stored_name
-from server.engine.embedding_cache.tier import Tier
+from server.engine.embedding_cache.tier import DamagedEntry, Spec, Tier, checksum, head
 from tests.embeddings import (
     NAMESPACE,
     ODD,
@@ -252,7 +251,7 @@ def test_two_servers_keep_to_the_limit_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each in threads of its own, with what the other has just written unknown to it."""
-    monkeypatch.setattr(usage_module, "_LONGEST_WAIT_S", 120)
+    monkeypatch.setattr(disk_module, "_LONGEST_WAIT_S", 120)
     tiers = [open_disk(tmp_path, 20), open_disk(tmp_path, 20, OTHER)]
     failed: list[BaseException] = []
 
@@ -291,9 +290,9 @@ def test_two_servers_keep_to_the_limit_together(
 WRITER = """
 import sys
 from pathlib import Path
-from server.engine.embedding_cache import usage
+from server.engine.embedding_cache import disk
 from tests.server.test_embedding_tiers import open_disk, write
-usage._LONGEST_WAIT_S = 120
+disk._LONGEST_WAIT_S = 120
 tier = open_disk(Path(sys.argv[1]), 20, sys.argv[2])
 print("ready", flush=True)
 for number in range(1_000_000):
@@ -487,7 +486,7 @@ def test_a_disk_that_fails_makes_misses(
 def test_a_server_that_holds_the_count_and_hangs_makes_errors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(usage_module, "_LONGEST_WAIT_S", 0.05)
+    monkeypatch.setattr(disk_module, "_LONGEST_WAIT_S", 0.05)
     tier, other = open_disk(tmp_path), open_disk(tmp_path)
     write(tier, "a")
     with other._usage.locked():

@@ -4,7 +4,6 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,11 +17,18 @@ from vllm.v1.request import Request
 from server.engine.embedding_cache import control as control_module
 from server.engine.embedding_cache import worker as worker_module
 from server.engine.embedding_cache.arena import PAGE_BYTES, Arena
-from server.engine.embedding_cache.control import ControlClient, ControlServer
-from server.engine.embedding_cache.messages import DTYPES, Orders, Report
+from server.engine.embedding_cache.control import (
+    Clear,
+    ControlClient,
+    ControlServer,
+    Describe,
+    ExpectReset,
+    Order,
+    Prefetch,
+)
 from server.engine.embedding_cache.scheduler import ENCODED, Scheduler
 from server.engine.embedding_cache.store import EmbeddingStore, stored_name
-from server.engine.embedding_cache.worker import Worker
+from server.engine.embedding_cache.worker import DTYPES, Orders, Report, Worker
 from tests.embeddings import GatedDisk, wait_until
 
 WIDTH = 64
@@ -279,16 +285,16 @@ def test_every_type_comes_back_as_it_was(
 def test_orders_are_done_and_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two questions at a time: each waits for its own answer."""
     monkeypatch.setattr(control_module, "_ANSWER_TIMEOUT_S", 60)
-    done: list[str] = []
+    done: list[Order] = []
     reported, may_clear = threading.Event(), threading.Event()
 
-    def obey(order: dict[str, Any]) -> None:
-        if order["do"] == "clear":
+    def obey(order: Order) -> None:
+        if order == Clear():
             assert may_clear.wait(30)
-        done.append(order["do"])
-        if order["do"] == "report":
+        done.append(order)
+        if order == Describe():
             reported.set()
-        if order["do"] == "prefetch":
+        if isinstance(order, Prefetch):
             raise RuntimeError("an order that fails")
 
     async def play() -> None:
@@ -304,10 +310,10 @@ def test_orders_are_done_and_answered(monkeypatch: pytest.MonkeyPatch) -> None:
             assert not clear.done(), "one of the engines has not answered"
             may_clear.set()
             await clear
-            assert done == ["report", "clear"]
+            assert done == [Describe(), Clear()]
             server.prefetch([("a", 1)])
             await server.expect_reset()
-            assert done == ["report", "clear", "prefetch", "expect_reset"]
+            assert done == [Describe(), Clear(), Prefetch([("a", 1)]), ExpectReset()]
             assert {"host": {"done": 5}} in await server.report()
             assert not server._asked
             client.stop()

@@ -8,8 +8,7 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from server.engine.embedding_cache import setup
-from server.engine.embedding_cache.connector import EmbeddingCacheConnector
-from server.engine.embedding_cache.manager import AnnouncedEncoderCache
+from server.engine.embedding_cache.connector import AnnouncedEncoderCache, EmbeddingCacheConnector
 from server.settings import GIB, CacheSettings
 
 

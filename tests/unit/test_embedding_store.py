@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 
 from server.engine.embedding_cache.arena import PAGE_BYTES, Arena
-from server.engine.embedding_cache.breaker import FAILURES_IN_A_ROW, Breaker
 from server.engine.embedding_cache.disk import DiskTier
-from server.engine.embedding_cache.entries import Spec
 from server.engine.embedding_cache.store import READERS, WRITERS, EmbeddingStore, stored_name
-from server.engine.embedding_cache.tier import Tier
+from server.engine.embedding_cache.tier import FAILURES_IN_A_ROW, Breaker, Spec, Tier
 from tests.embeddings import (
     NAMESPACE,
     ODD,

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.embedding_cache.eviction import S3Fifo
+from server.engine.embedding_cache.index import S3Fifo
 
 
 def filled(*keys: int) -> S3Fifo[int]:

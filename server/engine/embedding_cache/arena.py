@@ -18,7 +18,7 @@ Extents = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class ArenaName:
-    """By what a process of the same user on the same machine finds an arena."""
+    """How another process of the same user on the same machine finds an arena."""
 
     pid: int
     fd: int

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,18 +15,24 @@ from vllm.distributed.ec_transfer.ec_connector.base import (
     ECConnectorRole,
     ECConnectorWorkerMetadata,
 )
+from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 
-from server.engine.embedding_cache import manager
 from server.engine.embedding_cache.arena import Arena
-from server.engine.embedding_cache.control import ControlClient
+from server.engine.embedding_cache.control import (
+    Clear,
+    ControlClient,
+    ExpectReset,
+    Order,
+    Prefetch,
+    Snapshot,
+)
 from server.engine.embedding_cache.disk import DiskTier
 from server.engine.embedding_cache.identity import UnknownWeights, namespace
-from server.engine.embedding_cache.messages import Orders, Report
 from server.engine.embedding_cache.scheduler import Scheduler
 from server.engine.embedding_cache.shared import SharedTier
 from server.engine.embedding_cache.store import READERS, WRITERS, EmbeddingStore
 from server.engine.embedding_cache.tier import Tier
-from server.engine.embedding_cache.worker import Worker
+from server.engine.embedding_cache.worker import Orders, Report, Worker
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -34,8 +41,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("saccade.embeddings")
 
-# How soon after it was announced a reset of vLLM's encoder cache must come.
+# A reset of vLLM's encoder cache is expected this long after it was announced.
 _RESET_WITHIN_S = 10.0
+# Called when vLLM empties the encoder cache of the scheduler in this process.
+reset_listeners: list[Callable[[], None]] = []
 
 
 @dataclass(frozen=True)
@@ -57,8 +66,20 @@ class CacheOptions:
         return asdict(self)
 
 
+class AnnouncedEncoderCache(EncoderCacheManager):
+    """vLLM's encoder cache manager, which says when it is emptied.
+
+    vLLM empties it in several ways when the weights have changed, and tells no connector.
+    """
+
+    def reset(self) -> None:
+        super().reset()
+        for listener in reset_listeners:
+            listener()
+
+
 class EmbeddingCacheConnector(ECConnectorBase):
-    """Hands vLLM's calls on to the half that this process needs."""
+    """Passes vLLM's calls to the half that this process needs."""
 
     def __init__(self, vllm_config: VllmConfig, role: ECConnectorRole) -> None:
         super().__init__(vllm_config, role)
@@ -70,7 +91,7 @@ class EmbeddingCacheConnector(ECConnectorBase):
         self._store = EmbeddingStore(Arena(options.host_bytes), _tiers(vllm_config, options))
         self._scheduler = Scheduler(vllm_config, self._store, options.patience_s)
         self._reset_expected_until = 0.0
-        manager.listeners.append(self._was_reset)
+        reset_listeners.append(self._was_reset)
         engine = str(vllm_config.parallel_config.data_parallel_index)
         self._control = ControlClient(options.control, engine, self._obey, self._snapshot)
 
@@ -90,7 +111,7 @@ class EmbeddingCacheConnector(ECConnectorBase):
     ) -> None:
         embedding = encoder_cache[mm_hash]
         if embedding.untyped_storage().nbytes() > embedding.nbytes:
-            # A part of what was encoded together would hold all of it for as long as it stays.
+            # A view of a batch would keep the whole batch in memory.
             embedding = encoder_cache[mm_hash] = embedding.clone()
         self._worker.save(self._orders(), mm_hash, embedding)
 
@@ -127,29 +148,29 @@ class EmbeddingCacheConnector(ECConnectorBase):
 
     # ------------------------------------------------------------------ for the server
 
-    def _obey(self, order: dict[str, Any]) -> None:
-        match order["do"]:
-            case "prefetch":
-                for name, tokens in order["images"]:
+    def _obey(self, order: Order) -> None:
+        match order:
+            case Prefetch(images):
+                for name, tokens in images:
                     if (spec := self._scheduler.spec("image", tokens)) is not None:
                         self._store.prefetch(name, spec)
-            case "expect_reset":
+            case ExpectReset():
                 self._reset_expected_until = time.monotonic() + _RESET_WITHIN_S
-            case "clear":
+            case Clear():
                 self._store.clear()
 
     def _was_reset(self) -> None:
-        """vLLM has emptied its encoder cache: if nobody said why, the weights are other ones, and
-        what the lower tiers hold, or would get, is not of those that they know."""
+        """vLLM has emptied its encoder cache. Unless that was announced, the weights have changed,
+        and the lower tiers, which are named after the old weights, must not be used any more."""
         self._scheduler.forget_gpu()
         expected = time.monotonic() < self._reset_expected_until
         self._reset_expected_until = 0.0
         if expected:
             return
-        log.warning("the encoder cache was reset: its embeddings stay in memory from now on")
+        log.warning("vLLM reset its encoder cache: embeddings are kept in memory only from now on")
         self._store.detach()
 
-    def _snapshot(self) -> dict[str, Any]:
+    def _snapshot(self) -> Snapshot:
         return {"gpu": self._scheduler.gpu_snapshot(), **self._store.snapshot()}
 
 

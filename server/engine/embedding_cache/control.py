@@ -1,8 +1,8 @@
 """The line between the server and the connectors in its engine processes.
 
-The server binds a socket in a directory of its own and every connector connects. Messages are
-msgpack maps: orders of the server have `do`, and a number in `ask` if they want an answer; a
-connector reports with its `snapshot`, and answers with the same and the number in `answer`.
+The server binds a socket in a private directory and every connector connects. The server sends a
+`Request`, with a number if it wants an answer. A connector sends a `Reply` when there is something
+new to report, and one with the number to answer.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 import zmq
@@ -28,10 +28,48 @@ _ANSWER_TIMEOUT_S = 2.0
 # Orders that wait for an engine that does not take them; more are dropped.
 _MOST_WAITING = 10_000
 
-_encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder().decode
+# What the caches of one engine hold and have counted: by tier, by name.
+Snapshot: TypeAlias = dict[str, dict[str, Any]]
 
-Snapshot = dict[str, Any]
+
+class Prefetch(msgspec.Struct, frozen=True, tag="prefetch"):
+    """Look for images that will be asked for: (name, tokens) of each."""
+
+    images: list[tuple[str, int]]
+
+
+class ExpectReset(msgspec.Struct, frozen=True, tag="expect_reset"):
+    """vLLM's encoder cache will be emptied with the weights as they are."""
+
+
+class Clear(msgspec.Struct, frozen=True, tag="clear"):
+    """Forget everything, also on disk and in the shared store."""
+
+
+class Describe(msgspec.Struct, frozen=True, tag="describe"):
+    """Do nothing but answer."""
+
+
+Order: TypeAlias = Prefetch | ExpectReset | Clear | Describe
+
+
+class Request(msgspec.Struct, frozen=True):
+    """What the server sends; `number` is None where it wants no answer."""
+
+    order: Order
+    number: int | None = None
+
+
+class Reply(msgspec.Struct, frozen=True):
+    """What a connector sends; `number` is that of the request it answers, if it answers one."""
+
+    snapshot: Snapshot
+    number: int | None = None
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_request = msgspec.msgpack.Decoder(Request).decode
+_decode_reply = msgspec.msgpack.Decoder(Reply).decode
 
 
 class _Question(NamedTuple):
@@ -42,7 +80,7 @@ class _Question(NamedTuple):
 
 
 class ControlServer:
-    """The server's end: to be made before the engine starts, and used while `async with` lasts."""
+    """The server's end. Make it before the engine starts; use it inside `async with`."""
 
     def __init__(self) -> None:
         self._directory = Path(tempfile.mkdtemp(prefix="saccade-"))
@@ -75,29 +113,31 @@ class ControlServer:
 
     def prefetch(self, images: Sequence[tuple[str, int]]) -> None:
         """Say that images will be asked for: (name, tokens) of each. Never waits."""
-        self._send({"do": "prefetch", "images": images})
+        self._send(Request(Prefetch(list(images))))
 
     async def expect_reset(self) -> bool:
-        """Say that vLLM's encoder cache will be emptied with the weights as they are; whether every
-        engine has heard it."""
-        return await self._ask({"do": "expect_reset"})
+        """Say that vLLM's encoder cache will be emptied with the weights as they are.
+
+        Returns whether every engine has answered.
+        """
+        return await self._ask(ExpectReset())
 
     async def clear(self) -> None:
         """Forget everything, also on disk and in the shared store."""
-        await self._ask({"do": "clear"})
+        await self._ask(Clear())
 
     async def report(self) -> list[Snapshot]:
         """What each engine's caches hold now; the last known where one does not answer."""
-        await self._ask({"do": "report"})
+        await self._ask(Describe())
         return list(self.snapshots.values())
 
-    async def _ask(self, message: dict[str, Any]) -> bool:
-        """Send, and wait until every engine has answered, for a while; whether they have."""
+    async def _ask(self, order: Order) -> bool:
+        """Send, and wait a while until every engine has answered. Returns whether all have."""
         if not self.snapshots:
             return False
         number = next(self._numbers)
         question = self._asked[number] = _Question(set(self.snapshots), asyncio.Event())
-        self._send(message | {"ask": number})
+        self._send(Request(order, number))
         try:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(question.answered.wait(), _ANSWER_TIMEOUT_S)
@@ -105,37 +145,38 @@ class ControlServer:
         finally:
             del self._asked[number]
 
-    def _send(self, message: dict[str, Any]) -> None:
-        data = _encode(message)
+    def _send(self, request: Request) -> None:
+        data = _encode(request)
         for engine in self.snapshots:
             self._socket.send_multipart([engine, data], zmq.DONTWAIT)
 
     async def _listen(self) -> None:
         while True:
             engine, data = await self._socket.recv_multipart()
-            message = _decode(data)
-            self.snapshots[engine] = message["snapshot"]
-            if (question := self._asked.get(message["answer"])) is not None:
+            reply = _decode_reply(data)
+            self.snapshots[engine] = reply.snapshot
+            question = self._asked.get(reply.number) if reply.number is not None else None
+            if question is not None:
                 question.silent.discard(engine)
                 if not question.silent:
                     question.answered.set()
 
 
 class ControlClient:
-    """A connector's end: a thread that does orders, and reports when there is something new."""
+    """A connector's end: a thread that obeys orders, and reports when there is something new."""
 
     def __init__(
         self,
         address: str,
         identity: str,
-        obey: Callable[[dict[str, Any]], None],
+        obey: Callable[[Order], None],
         snapshot: Callable[[], Snapshot],
     ) -> None:
         self._obey = obey
         self._snapshot = snapshot
         self._stopped = threading.Event()
         self._last: Snapshot | None = None
-        self._tell_at = 0.0
+        self._report_at = 0.0
         args = (address, identity.encode())
         self._thread = threading.Thread(target=self._run, args=args, daemon=True)
         self._thread.start()
@@ -152,27 +193,28 @@ class ControlClient:
         socket.connect(address)
         try:
             while not self._stopped.is_set():
-                answer = None
+                number = None
                 if socket.poll(int(_REPORT_INTERVAL_S * 1000)):
-                    order = _decode(socket.recv())
-                    answer = order.get("ask")
-                    self._do(order)
-                self._tell(socket, answer)
+                    request = _decode_request(socket.recv())
+                    number = request.number
+                    self._do(request.order)
+                self._report(socket, number)
         finally:
             socket.close()
             context.term()
 
-    def _do(self, order: dict[str, Any]) -> None:
+    def _do(self, order: Order) -> None:
         try:
             self._obey(order)
         except Exception:
-            log.exception("an order to the embedding cache failed")
+            log.exception("the embedding cache failed to obey an order")
 
-    def _tell(self, socket: Any, answer: int | None) -> None:
-        if answer is None and time.monotonic() < self._tell_at:
+    def _report(self, socket: Any, number: int | None) -> None:
+        """Send the snapshot: as an answer, or now and then if it has changed."""
+        if number is None and time.monotonic() < self._report_at:
             return
-        self._tell_at = time.monotonic() + _REPORT_INTERVAL_S
+        self._report_at = time.monotonic() + _REPORT_INTERVAL_S
         snapshot = self._snapshot()
-        if answer is not None or snapshot != self._last:
+        if number is not None or snapshot != self._last:
             self._last = snapshot
-            socket.send(_encode({"snapshot": snapshot, "answer": answer}))
+            socket.send(_encode(Reply(snapshot, number)))

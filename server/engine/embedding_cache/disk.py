@@ -8,29 +8,102 @@ are not touched.
 """
 
 import contextlib
+import fcntl
 import glob
 import os
 import re
 import secrets
 import stat
+import struct
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from server.engine.embedding_cache import entries
-from server.engine.embedding_cache.breaker import Breaker
-from server.engine.embedding_cache.entries import DamagedEntry, Spec
-from server.engine.embedding_cache.eviction import S3Fifo
-from server.engine.embedding_cache.tier import Counts
-from server.engine.embedding_cache.usage import Count, Usage
+from server.engine.embedding_cache.index import S3Fifo
+from server.engine.embedding_cache.tier import (
+    LENGTH_BYTES,
+    Breaker,
+    Counts,
+    DamagedEntry,
+    Spec,
+    check_data,
+    check_head,
+    checksum,
+    head,
+    header_length,
+)
 
 _SUFFIX = ".safetensors"
 _UNFINISHED = ".part"
 _NAME = re.compile(r"[0-9a-f]{64}(\.safetensors|\.[0-9a-f]{16}\.part)")
 _SCAN_INTERVAL_S = 60.0
-# A file that is being written is younger than this, or nobody writes it any more.
+# An unfinished file that is older than this is not being written any more.
 _LONGEST_WRITE_S = 600.0
+_NUMBER = struct.Struct("<Q")
+_LONGEST_WAIT_S = 5.0
+_POLL_INTERVAL_S = 0.002
+
+
+@dataclass
+class Count:
+    """The bytes that several servers keep in a directory; None before the first count."""
+
+    nbytes: int | None
+    _fd: int
+
+    def add(self, nbytes: int) -> None:
+        """Count what is going to be written."""
+        self.nbytes = (self.nbytes or 0) + nbytes
+        self.save()
+
+    def save(self) -> None:
+        if self.nbytes is not None:
+            os.pwrite(self._fd, _NUMBER.pack(max(0, self.nbytes)), 0)
+
+
+class Usage:
+    """The bytes in a directory as several servers agree on them: a number in the file `path`.
+
+    A file is counted before it is written and until after it is deleted, so a server that is killed
+    leaves the number too high, never too low, until the next scan.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[Count]:
+        """The count, while no other thread or server reads or changes it.
+
+        Raises:
+            OSError: the file cannot be used; TimeoutError if another server keeps it locked.
+        """
+        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            _lock(fd)
+            data = os.pread(fd, _NUMBER.size, 0)
+            before = _NUMBER.unpack(data)[0] if len(data) == _NUMBER.size else None
+            count = Count(before, fd)
+            try:
+                yield count
+            finally:
+                count.save()
+        finally:
+            os.close(fd)
+
+
+def _lock(fd: int) -> None:
+    deadline = time.monotonic() + _LONGEST_WAIT_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise TimeoutError("the directory is locked") from None
+        time.sleep(_POLL_INTERVAL_S)
 
 
 class DiskTier:
@@ -44,7 +117,7 @@ class DiskTier:
         self.counts = Counts()
         self.breaker = Breaker()
         self._root = directory
-        self._own = directory / namespace
+        self._folder = directory / namespace
         self._max_bytes = max_bytes
         self._usage = Usage(directory / "saccade-usage")
         self._lock = threading.Lock()  # of what is known of the files
@@ -52,7 +125,7 @@ class DiskTier:
         self._order: S3Fifo[Path] = S3Fifo()
         self._bytes = 0
         self._scan_at = 0.0
-        self._own.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
         with self._usage.locked() as usage:
             self._scan(usage)
             self._make_room(0, usage)
@@ -73,9 +146,9 @@ class DiskTier:
 
     @staticmethod
     def _read(fd: int, key: str, spec: Spec, into: Sequence[memoryview]) -> None:
-        start = os.read(fd, entries.LENGTH_BYTES)
-        header = os.read(fd, entries.header_length(start))
-        digest = entries.check_head(header, key, spec)
+        start = os.read(fd, LENGTH_BYTES)
+        header = os.read(fd, header_length(start))
+        digest = check_head(header, key, spec)
         for piece in into:
             filled = 0
             while filled < len(piece):
@@ -84,22 +157,22 @@ class DiskTier:
                 filled += count
         if os.read(fd, 1):
             raise DamagedEntry("the entry is too long")
-        entries.check_data(into, digest)
+        check_data(into, digest)
 
     def write(self, key: str, spec: Spec, data: Sequence[memoryview]) -> None:
         path = self._path(key)
         with contextlib.suppress(FileNotFoundError):
             self._use(path, path.stat().st_size)
-            return  # if it is damaged, whoever reads it deletes it
-        head = entries.head(key, spec, entries.checksum(data))
-        size = len(head) + spec.nbytes
+            return  # if it is damaged, its next reader deletes it
+        start = head(key, spec, checksum(data))
+        size = len(start) + spec.nbytes
         part = path.with_suffix(f".{secrets.token_hex(8)}{_UNFINISHED}")
         try:
             if not self._reserve(part, size):
                 self.counts.add("dropped")
                 return
             with part.open("r+b", buffering=0) as file:
-                for piece in (memoryview(head), *data):
+                for piece in (memoryview(start), *data):
                     written = 0
                     while written < len(piece):
                         written += file.write(piece[written:])
@@ -119,7 +192,7 @@ class DiskTier:
 
     def clear(self) -> None:
         for _, path, _ in self._files():
-            if path.suffix == _SUFFIX and path.is_relative_to(self._own):
+            if path.suffix == _SUFFIX and path.is_relative_to(self._folder):
                 path.unlink(missing_ok=True)
         if self._root.is_dir():  # else somebody has cleared it more thoroughly
             with self._usage.locked() as usage:
@@ -133,7 +206,7 @@ class DiskTier:
     def close(self) -> None: ...
 
     def _path(self, key: str) -> Path:
-        return self._own / key[:2] / f"{key}{_SUFFIX}"
+        return self._folder / key[:2] / f"{key}{_SUFFIX}"
 
     # ------------------------------------------------------------------ room
 

@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 from vllm import __version__ as vllm_version
 from vllm.config import ModelConfig, VllmConfig
 
-# Raised when what is stored, or what it is made of, changes its meaning.
+# Increase it when the stored data, or what it is made from, changes its meaning.
 FORMAT = 1
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
@@ -28,12 +28,12 @@ _NAME_LENGTH = 32
 
 
 class UnknownWeights(Exception):
-    """The weights are not in files of this machine, so that nothing tells them from others."""
+    """The weights are not in files of this machine, so nothing identifies them."""
 
 
 def namespace(config: VllmConfig) -> str:
     """A name for all embeddings that are interchangeable with those of `config`, in hexadecimal
-    digits. Reads all weights, which takes a second for some GB that are in the page cache.
+    digits. Reads all weights: a second for a few GB in the page cache.
 
     Raises:
         UnknownWeights

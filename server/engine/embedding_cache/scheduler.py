@@ -1,8 +1,8 @@
 """The scheduler's half: decides what is loaded and what is saved, and counts.
 
-In one pass of the scheduler it is asked, for each request: `ensure` (is anything to be waited
-for?), then `has` for each image that the GPU does not hold, then `allocated` for those that are
-scheduled. `orders` ends the pass; `reported` comes when the workers have done it.
+In each pass vLLM's scheduler calls, for each request, `ensure` (must it wait for anything?), then
+`has` for each image that the GPU does not hold, then `allocated` for those that are scheduled.
+`orders` ends the pass; `reported` is called when the workers have obeyed.
 """
 
 import time
@@ -15,11 +15,10 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
-from server.engine.embedding_cache.entries import Spec
 from server.engine.embedding_cache.index import Entry
-from server.engine.embedding_cache.messages import DTYPE_NAMES, Orders, Report
 from server.engine.embedding_cache.store import EmbeddingStore
-from server.engine.embedding_cache.tier import Counts
+from server.engine.embedding_cache.tier import Counts, Spec
+from server.engine.embedding_cache.worker import DTYPE_NAMES, Orders, Report
 
 ENCODED = "saccade_encoded"
 
@@ -78,8 +77,8 @@ class Scheduler:
     # ------------------------------------------------------------------ one pass
 
     def ensure(self, request: Request, computed_tokens: int) -> bool:
-        """Whether `request` may be scheduled; False while entries are on their way from the lower
-        tiers, and it has not waited for too long."""
+        """Whether `request` may be scheduled: False while its entries are being read from the lower
+        tiers, unless it has waited too long."""
         progress = self._progress(request, computed_tokens)
         waits = False
         for feature in request.mm_features:
@@ -121,8 +120,8 @@ class Scheduler:
             self._saves[name] = room
 
     def orders(self, output: SchedulerOutput) -> Orders:
-        """What the workers shall do in the step that was just scheduled. Where all was preempted
-        in the end they do no step, and it is left for the next one."""
+        """What the workers do in the step that was just scheduled. If every request was preempted,
+        they do no step, and the orders wait for the next one."""
         for name in output.free_encoder_mm_hashes:
             if self._on_gpu.pop(name, None) is not None:
                 self._gpu_counts.add("evictions")
@@ -193,8 +192,8 @@ class Scheduler:
 
 
 def _pop_first(waiting: dict[str, list[Entry]], name: str) -> Entry | None:
-    """The one that was ordered first: a name that was cleared may be ordered anew before the report
-    of the earlier step."""
+    """The entry that was ordered first: after a clear, a name may be ordered again before the
+    earlier step is reported."""
     entries = waiting.get(name)
     if not entries:
         return None

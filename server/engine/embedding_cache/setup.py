@@ -11,8 +11,11 @@ from vllm.multimodal.encoder_budget import MultiModalBudget
 from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from server.engine.embedding_cache.connector import CacheOptions, EmbeddingCacheConnector
-from server.engine.embedding_cache.manager import AnnouncedEncoderCache
+from server.engine.embedding_cache.connector import (
+    AnnouncedEncoderCache,
+    CacheOptions,
+    EmbeddingCacheConnector,
+)
 from server.settings import GIB, MIB, CacheSettings
 
 log = logging.getLogger("saccade.embeddings")
@@ -61,15 +64,15 @@ def _obstacle(config: VllmConfig) -> str | None:
         return "with --skip-mm-profiling the encoder must not run at the start"
     limits = [options.get_limit_per_prompt(each) for each in ("image", "video")] if options else []
     if not any(limits):
-        return "the model gets neither images nor videos"
+        return "the model takes neither images nor videos"
     return None
 
 
 def configure(config: VllmConfig, settings: CacheSettings, control: str) -> None:
     """Have vLLM make the connector in each engine. `control`: the address it reports to.
 
-    It is set when vLLM has already checked its configuration: for who only receives embeddings,
-    vLLM would let clients send them as well.
+    Call it after vLLM has checked its configuration: there, a transfer that receives embeddings
+    would also let clients send them.
     """
     engines = config.parallel_config.data_parallel_size_local or 1
     host = _host_bytes(settings) // engines
@@ -95,8 +98,8 @@ def configure(config: VllmConfig, settings: CacheSettings, control: str) -> None
 
 
 def size_gpu_tier(config: VllmConfig, settings: CacheSettings) -> None:
-    """Let vLLM's encoder cache hold `encoder_cache_tokens`, and take the memory for those that it
-    does not plan with itself from the share of the device that it may use.
+    """Let vLLM's encoder cache hold `encoder_cache_tokens`. The memory for those that vLLM does not
+    plan with comes out of the share of the device that it may use.
 
     vLLM measures its peak with as many tokens in the cache as one step may have.
     """
@@ -105,7 +108,7 @@ def size_gpu_tier(config: VllmConfig, settings: CacheSettings) -> None:
     tokens = settings.encoder_cache_tokens
     fixed = cache.kv_cache_memory_bytes
     if tokens is None and fixed is not None:
-        return  # who gives the KV cache its bytes has divided the device already
+        return  # an operator who sizes the KV cache in bytes has divided the device already
     token_bytes = _embedding_bytes(config)
     if current_platform.is_cpu():
         scheduler.encoder_cache_size = max(planned, tokens or 0)
@@ -124,8 +127,8 @@ def size_gpu_tier(config: VllmConfig, settings: CacheSettings) -> None:
 def keep_item_limit(engine: AsyncLLM) -> None:
     """Refuse items that are too large for one step, although the encoder cache could hold them.
 
-    vLLM tells them by the size of the cache, which it takes to be the same: they would wait for
-    ever.
+    vLLM compares them with the size of the cache, which it takes for the limit of a step: they
+    would wait for ever.
     """
     scheduler = engine.vllm_config.scheduler_config
     if scheduler.encoder_cache_size > scheduler.max_num_encoder_input_tokens:

@@ -12,10 +12,19 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from server.engine.embedding_cache import entries
-from server.engine.embedding_cache.breaker import Breaker
-from server.engine.embedding_cache.entries import DamagedEntry, Spec
-from server.engine.embedding_cache.tier import Counts
+from server.engine.embedding_cache.tier import (
+    LENGTH_BYTES,
+    MAX_HEAD_BYTES,
+    Breaker,
+    Counts,
+    DamagedEntry,
+    Spec,
+    check_data,
+    check_head,
+    checksum,
+    head,
+    header_length,
+)
 
 _CONNECT_TIMEOUT_S = 0.5
 _CALL_TIMEOUT_S = 0.5
@@ -45,7 +54,7 @@ class SharedTier:
     def read(self, key: str, spec: Spec, into: Sequence[memoryview]) -> bool:
         try:
             with _as_os_errors():
-                value = self._get(self._prefix + key, entries.MAX_HEAD_BYTES + spec.nbytes)
+                value = self._get(self._prefix + key, MAX_HEAD_BYTES + spec.nbytes)
             if not value:
                 return False
             self._copy(memoryview(value), key, spec, into)
@@ -66,21 +75,21 @@ class SharedTier:
 
     @staticmethod
     def _copy(value: memoryview, key: str, spec: Spec, into: Sequence[memoryview]) -> None:
-        start = entries.LENGTH_BYTES + entries.header_length(value)
-        digest = entries.check_head(bytes(value[entries.LENGTH_BYTES : start]), key, spec)
+        start = LENGTH_BYTES + header_length(value)
+        digest = check_head(bytes(value[LENGTH_BYTES:start]), key, spec)
         data = value[start:]
         if len(data) != spec.nbytes:
             raise DamagedEntry("the entry has another length")
-        entries.check_data([data], digest)
+        check_data([data], digest)
         at = 0
         for piece in into:
             piece[:] = data[at : at + len(piece)]
             at += len(piece)
 
     def write(self, key: str, spec: Spec, data: Sequence[memoryview]) -> None:
-        head = entries.head(key, spec, entries.checksum(data))
+        start = head(key, spec, checksum(data))
         with _as_os_errors():
-            self._redis.set(self._prefix + key, b"".join((head, *data)))
+            self._redis.set(self._prefix + key, b"".join((start, *data)))
 
     def delete(self, key: str) -> None:
         with _as_os_errors():

@@ -1,8 +1,7 @@
-"""All that is cached: the entries that lie in the arena, and the way of others into it.
+"""The entries in the arena, and how others get there.
 
-An entry that is not in the arena is looked up in the lower tiers by threads, one tier after the
-other; one that the encoder has made is written to them by threads. Whoever calls `EmbeddingStore`
-never waits for either.
+Threads look for an entry that is not in the arena in the lower tiers, one tier after the other, and
+write entries that the encoder has made to them. Callers of `EmbeddingStore` wait for neither.
 """
 
 import itertools
@@ -16,17 +15,16 @@ from typing import Any
 from blake3 import blake3
 
 from server.engine.embedding_cache.arena import Arena, size_on_pages
-from server.engine.embedding_cache.entries import DamagedEntry, Spec
 from server.engine.embedding_cache.index import HOST, Entry, Index, State
-from server.engine.embedding_cache.tier import Counts, Tier
+from server.engine.embedding_cache.tier import Counts, DamagedEntry, Spec, Tier
 
 log = logging.getLogger("saccade.embeddings")
 
 READERS = 4
 WRITERS = 2
-# Entries that wait to be written hold their place in the arena; more than this share is not kept.
+# Entries waiting to be written keep their room in the arena: at most this share of it.
 _MOST_WAITING_SHARE = 0.5
-# How long it is believed that no tier has an entry.
+# How long the finding that no tier has an entry is relied on.
 _ABSENT_S = 5.0
 _FLUSH_LIMIT_S = 10.0
 _CLEAR_AGAIN_S = 1.0
@@ -64,8 +62,8 @@ class EmbeddingStore:
             self._seek(key, spec)
 
     def settled(self, key: str, spec: Spec) -> bool:
-        """Whether nothing is to be waited for: the entry is in the arena, or no tier has it.
-        Begins to look for it otherwise."""
+        """Whether there is nothing to wait for: the entry is in the arena, or no tier has it. If
+        that is not known, begins to look for it."""
         with self._lock:
             entry = self._seek(key, spec)
             return entry is None or entry.state is not State.SOUGHT
@@ -88,7 +86,7 @@ class EmbeddingStore:
         """In a thread of tier `number`: read the entry, or pass it on to the next tier."""
         with self._lock:
             if not self._index.holds(entry):
-                return  # nobody wants it any more, and its room is gone
+                return  # it was forgotten, and its room is gone
             tier = self._tiers[number]
             entry.pins += 1
         found = self._read(tier, entry)
@@ -114,7 +112,7 @@ class EmbeddingStore:
                 views = self.arena.views(entry.extents)
                 found = tier.read(stored_name(entry.key), entry.spec, views)
         except DamagedEntry as error:
-            log.warning("an entry of the %s tier was not usable: %s", tier.name, error)
+            log.warning("ignoring an unusable entry of the %s tier: %s", tier.name, error)
             tier.counts.add("errors")
             tier.breaker.succeeded()
             found = False
@@ -138,7 +136,7 @@ class EmbeddingStore:
             return entry
 
     def used(self, entry: Entry) -> None:
-        """Note that an entry that was taken is of use."""
+        """Note that a taken entry is used."""
         with self._lock:
             if entry.loaded_from == HOST:
                 self.counts.add("hits")
@@ -227,7 +225,7 @@ class EmbeddingStore:
         tier.counts.add("errors")
         tier.breaker.failed()
         if tier.breaker.is_open:
-            log.warning("the %s tier of the embedding cache fails: %r", tier.name, error)
+            log.warning("the %s tier of the embedding cache is failing: %r", tier.name, error)
 
     # ------------------------------------------------------------------ the whole
 
@@ -241,8 +239,8 @@ class EmbeddingStore:
                 self._writers[number].submit(self._clear, tier)
 
     def _clear(self, tier: Tier) -> None:
-        """Try again until it succeeds, or the tiers are used no more: what was to be forgotten must
-        not come back when the tier does."""
+        """Try until it succeeds, or the tiers are detached: forgotten entries must not come back
+        with a tier that was gone for a while."""
         done = False
         if tier.breaker.allows():
             try:

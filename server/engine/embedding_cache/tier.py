@@ -1,16 +1,170 @@
-"""What a tier below the host's memory offers, and what is counted of each tier."""
+"""The tiers below the host's memory: what one offers, how an entry is stored in it, what is counted
+and when a failing tier is tried again.
 
+An entry is a safetensors file with one tensor, `embedding`. The metadata of the file names the
+entry's key and the BLAKE3 hash of its data. A reader checks both and the tensor's type and shape:
+an entry that is damaged, or that its name does not describe, is not used. Nothing is unpickled.
+"""
+
+import json
+import struct
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from server.engine.embedding_cache.breaker import Breaker
-from server.engine.embedding_cache.entries import Spec
+from blake3 import blake3
+
 from server.telemetry.metrics import EMBEDDING_SECONDS
+
+_TENSOR = "embedding"
+_LENGTH = struct.Struct("<Q")
+LENGTH_BYTES = _LENGTH.size
+# A header as `head` writes it has some 300 bytes.
+MAX_HEADER_BYTES = 4096
+MAX_HEAD_BYTES = LENGTH_BYTES + MAX_HEADER_BYTES
+
+_ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+
+
+class DamagedEntry(Exception):
+    """The data is not the entry that was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """The tensor of an entry: `rows` embeddings of `width` numbers; `dtype` as safetensors has it
+    ("F32")."""
+
+    dtype: str
+    rows: int
+    width: int
+
+    @property
+    def nbytes(self) -> int:
+        return _ITEM_BYTES[self.dtype] * self.rows * self.width
+
+
+def checksum(data: Sequence[memoryview]) -> str:
+    """The BLAKE3 hash of the pieces of an entry, in hexadecimal digits."""
+    hasher = blake3()
+    for piece in data:
+        hasher.update(piece)
+    return hasher.hexdigest()
+
+
+def head(key: str, spec: Spec, digest: str) -> bytes:
+    """The bytes before the data: the length of the header and the header."""
+    header = json.dumps(
+        {
+            "__metadata__": {"key": key, "blake3": digest},
+            _TENSOR: {
+                "dtype": spec.dtype,
+                "shape": [spec.rows, spec.width],
+                "data_offsets": [0, spec.nbytes],
+            },
+        },
+        separators=(",", ":"),
+    ).encode()
+    header += b" " * (-len(header) % LENGTH_BYTES)
+    return _LENGTH.pack(len(header)) + header
+
+
+def header_length(start: bytes | memoryview) -> int:
+    """The length of the header, from the first bytes of an entry.
+
+    Raises:
+        DamagedEntry
+    """
+    if len(start) < LENGTH_BYTES:
+        raise DamagedEntry("the entry is too short")
+    (length,) = _LENGTH.unpack_from(start)
+    if not 0 < length <= MAX_HEADER_BYTES:
+        raise DamagedEntry("the header has no possible length")
+    return int(length)
+
+
+def check_head(header: bytes, key: str, spec: Spec) -> str:
+    """The hash that the data must have, if `header` is that of the entry `key`.
+
+    Raises:
+        DamagedEntry
+    """
+    try:
+        document = json.loads(header)
+        metadata, tensor = document["__metadata__"], document[_TENSOR]
+        found = metadata["key"], tensor["dtype"], tensor["shape"], tensor["data_offsets"]
+        digest = metadata["blake3"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise DamagedEntry("the header cannot be read") from None
+    if found != (key, spec.dtype, [spec.rows, spec.width], [0, spec.nbytes]):
+        raise DamagedEntry("the entry is another one")
+    return str(digest)
+
+
+def check_data(data: Sequence[memoryview], digest: str) -> None:
+    """Raises DamagedEntry if `data` does not have the hash `digest`."""
+    if checksum(data) != digest:
+        raise DamagedEntry("the data is damaged")
+
+
+# ---------------------------------------------------------------------- tiers
+
+FAILURES_IN_A_ROW = 3
+FIRST_PAUSE_S = 1.0
+LONGEST_PAUSE_S = 30.0
+
+
+class Breaker:
+    """Opens after failures in a row. While it is open, no call may be made. After a pause, one
+    trial call may: it closes the breaker or doubles the pause. Calls that began before it opened do
+    not count if they fail later. Safe to use from several threads."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._failures = 0
+        self._pause_s = 0.0
+        self._until = 0.0
+        self._on_trial = False
+
+    @property
+    def is_open(self) -> bool:
+        return self._pause_s > 0
+
+    @property
+    def may_try(self) -> bool:
+        """Whether `allows` would say yes."""
+        return not self._pause_s or self._clock() >= self._until
+
+    def allows(self) -> bool:
+        """Whether to make a call now. While open, the caller that gets True makes the trial."""
+        with self._lock:
+            if not self._pause_s:
+                return True
+            if self._clock() < self._until:
+                return False
+            self._until = self._clock() + self._pause_s  # nobody else until this one is done
+            self._on_trial = True
+            return True
+
+    def succeeded(self) -> None:
+        with self._lock:
+            self._failures = 0
+            self._pause_s = 0.0
+            self._on_trial = False
+
+    def failed(self) -> None:
+        with self._lock:
+            self._failures += 1
+            if self._failures < FAILURES_IN_A_ROW or (self._pause_s and not self._on_trial):
+                return
+            self._on_trial = False
+            self._pause_s = min(LONGEST_PAUSE_S, 2 * self._pause_s or FIRST_PAUSE_S)
+            self._until = self._clock() + self._pause_s
 
 
 @dataclass

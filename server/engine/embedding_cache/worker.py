@@ -1,18 +1,55 @@
-"""The worker's half: copies between the encoder cache of vLLM and the arena."""
+"""The worker's half: copies between vLLM's encoder cache and the arena, as the scheduler orders in
+each step of the engine."""
 
 import logging
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from vllm.distributed.ec_transfer.ec_connector.base import (
+    ECConnectorMetadata,
+    ECConnectorWorkerMetadata,
+)
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.platforms import current_platform
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from server.engine.embedding_cache.arena import ArenaName, Extents, attach
-from server.engine.embedding_cache.entries import Spec
-from server.engine.embedding_cache.messages import DTYPES, Orders, Report
+from server.engine.embedding_cache.tier import Spec
 
 log = logging.getLogger("saccade.embeddings")
+
+DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass
+class Orders(ECConnectorMetadata):
+    """What the workers copy in this step: from the arena for the `loads`, into it for the `saves`,
+    both by the name of the image."""
+
+    arena: ArenaName
+    loads: dict[str, tuple[Extents, Spec]] = field(default_factory=dict)
+    saves: dict[str, tuple[Extents, Spec]] = field(default_factory=dict)
+
+
+@dataclass
+class Report(ECConnectorWorkerMetadata):
+    """What was copied: the names of loads, and of saves with whether they succeeded."""
+
+    loaded: list[str] = field(default_factory=list)
+    saved: dict[str, bool] = field(default_factory=dict)
+
+    def aggregate(self, other: ECConnectorWorkerMetadata) -> "Report":
+        assert isinstance(other, Report)
+        self.loaded += other.loaded
+        self.saved |= other.saved
+        return self
 
 
 class Worker:
@@ -31,7 +68,7 @@ class Worker:
             self._report.loaded.append(name)
 
     def save(self, orders: Orders, name: str, embedding: torch.Tensor) -> None:
-        """Copy what the encoder made, if there is room for it, and if it is what was expected."""
+        """Copy an output of the encoder if there is room for it and its shape is as expected."""
         if name not in orders.saves or get_tensor_model_parallel_rank() != 0:
             return
         extents, spec = orders.saves[name]
@@ -48,13 +85,13 @@ class Worker:
                     at += len(piece)
         else:
             log.warning(
-                "the encoder made %s of %s, which cannot be cached",
+                "cannot cache an output of the encoder: %s of shape %s",
                 embedding.dtype, tuple(embedding.shape),
             )  # fmt: skip
         self._report.saved[name] = fits
 
     def report(self, orders: Orders) -> Report:
-        """What was done since the last one; saves that were not come as failed."""
+        """What was done since the last report. Saves that did not happen count as failed."""
         report, self._report = self._report, Report()
         if get_tensor_model_parallel_rank() == 0:
             for name in orders.saves.keys() - report.saved.keys():
