@@ -148,6 +148,16 @@ CONTRACTS = [
     ),
     Contract(_PROCESSOR, f"{_BASE}._postprocess_prompt", ("self", "prompt")),
     Contract(_PROCESSOR, f"{_BASE}._maybe_apply_prompt_updates", ("self", "mm_items", "mm_res")),
+    Contract(
+        _PROCESSOR,
+        f"{_BASE}._validate_mm_placeholders",
+        calls=("raise RuntimeError(", " prompt placeholders"),
+    ),
+    Contract(
+        _PROCESSOR,
+        f"{_BASE}._matched_updates_from_result",
+        calls=("assert update_idx is not None", "Failed to apply prompt"),
+    ),
     *_in(
         _PROCESSOR,
         f"{_BASE}.apply",

@@ -507,7 +507,7 @@ def test_a_picture_is_a_trace(told: Server, receiver: Receiver) -> None:
     stages = [span for span in otlp.children(spans, root) if span.scope == "saccade"]
     names = [span.name for span in stages if span.name != Stage.IMAGE_QUEUE]
     assert sorted(set(names), key=names.index) == [
-        "upload", "admission", "render", "fetch", "decode", "preprocess", "engine_queue", "prefill",
+        "upload", "admission", "fetch", "render", "decode", "preprocess", "engine_queue", "prefill",
         "encode", "first_token", "generate", "respond",
     ]  # fmt: skip
     assert sum(span.seconds for span in stages) == pytest.approx(root.seconds, rel=1e-3)

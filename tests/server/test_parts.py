@@ -229,6 +229,21 @@ def test_images_in_anthropic_system_prompts_are_refused(http: httpx.Client) -> N
     assert refusal(http.post(MESSAGES, json=body))["param"] == "messages[0].content[0]"
 
 
+def test_a_picture_that_the_template_leaves_out_is_named(http: httpx.Client) -> None:
+    """vLLM joins several system and developer messages to one, and drops their pictures."""
+    messages = [
+        {"role": "system", "content": "be brief"},
+        {"role": "developer", "content": [image_part(RED), text_part("look at this")]},
+        {"role": "user", "content": [image_part(BLUE), WHAT]},
+    ]
+    error = refusal(http.post(CHAT, json={"model": MODEL, "messages": messages}))
+    assert error["param"] == "messages[1].content[0].image_url"
+    assert "user message" in error["message"]
+    kept = [{"role": "system", "content": [image_part(RED)]}, {"role": "user", "content": [WHAT]}]
+    response = http.post(CHAT, json={"model": MODEL, "messages": kept, "max_tokens": 4})
+    assert response.status_code == 200, response.text
+
+
 def test_escaped_keys_are_read_as_any(http: httpx.Client) -> None:
     part = {"type": "image_url", "image_url": {"url": data_url(RED), "detail": "no"}}
     body = json.dumps({"model": MODEL, "messages": user(part)}).replace(

@@ -5,9 +5,10 @@ placeholders into the prompt. Its class is one of a model's family; what is used
 `BaseMultiModalProcessor`, and what a family may override is left to its class.
 """
 
+import contextlib
 import contextvars
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from types import SimpleNamespace
 from typing import Any
@@ -84,6 +85,24 @@ def qwen_pixels(info: Any, options: Options) -> dict[str, int]:
 
 # ---------------------------------------------------------------------- a prompt
 
+# What vLLM's errors have in their texts where a prompt has too few placeholders.
+_TOO_FEW = ("prompt placeholders", "Failed to apply prompt")
+
+
+class PlaceholdersMissing(Exception):
+    """A prompt has fewer placeholders than media: the chat template has dropped some."""
+
+
+@contextlib.contextmanager
+def missing_placeholders() -> Iterator[None]:
+    """Raise `PlaceholdersMissing` for vLLM's errors, which have no class of their own."""
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:
+        if not any(text in str(error) for text in _TOO_FEW):
+            raise
+        raise PlaceholdersMissing from error
+
 
 def merged(
     processor: Processor,
@@ -92,7 +111,11 @@ def merged(
     items: Sequence[tuple[MultiModalKwargsItem | None, Updates]],
 ) -> MultiModalInput:
     """What the engine gets of a prompt whose images were processed one by one. `keys` and `items`
-    are those of the images, in order."""
+    are those of the images, in order.
+
+    Raises:
+        PlaceholdersMissing: the prompt has fewer placeholders than images.
+    """
     updates = [
         [processor._recompute_cached_prompt_update(update, index) for update in item_updates]
         for index, (_, item_updates) in enumerate(items)
@@ -104,7 +127,8 @@ def merged(
         prompt_updates={"image": updates},
     )
     counts: Any = SimpleNamespace(get_all_counts=lambda: {"image": len(items)})
-    token_ids, placeholders = processor._maybe_apply_prompt_updates(counts, result)
+    with missing_placeholders():
+        token_ids, placeholders = processor._maybe_apply_prompt_updates(counts, result)
     return mm_input(
         prompt_token_ids=token_ids,
         mm_kwargs=result.kwargs,

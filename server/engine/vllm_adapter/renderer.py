@@ -31,7 +31,11 @@ from vllm.renderers.hf import HfRenderer
 from server.engine.planning import ImagePlanner
 from server.engine.vllm_adapter import processors, typed_placeholders
 from server.engine.vllm_adapter.processor_cache import PooledItem, ProcessorCache, copied
-from server.engine.vllm_adapter.processors import Updates
+from server.engine.vllm_adapter.processors import (
+    PlaceholdersMissing,
+    Updates,
+    missing_placeholders,
+)
 from server.engine.vllm_adapter.typed_placeholders import TypedPlaceholders
 from server.errors import ClientError, ImageTokenCap, SaccadeError, UnknownImage
 from server.imaging.encoded import EncodedImage
@@ -189,18 +193,23 @@ class PooledRenderer(HfRenderer):
         if not pooled:
             kwargs = _common_options(plans, kwargs)
         jobs = [self._job(context, *pair, kwargs, io) for pair in zip(images, plans, strict=True)]
-        if pooled:
-            rendered, cached = await self._render(prompt, jobs, skip_mm_cache=skip_mm_cache)
-        else:
-            cached = [False] * len(jobs)
-            rendered = await self._vllm_process_multimodal(
-                prompt,
-                {**mm_data, "image": await all_or_none(map(self._decode, jobs))},
-                {**(mm_uuids or {}), "image": [job.key for job in jobs]},
-                kwargs or None,
-                media_io_kwargs,
-                skip_mm_cache=skip_mm_cache,
-            )
+        try:
+            if pooled:
+                rendered, cached = await self._render(prompt, jobs, skip_mm_cache=skip_mm_cache)
+            else:
+                cached = [False] * len(jobs)
+                decoded = await all_or_none(map(self._decode, jobs))
+                with missing_placeholders():
+                    rendered = await self._vllm_process_multimodal(
+                        prompt,
+                        {**mm_data, "image": decoded},
+                        {**(mm_uuids or {}), "image": [job.key for job in jobs]},
+                        kwargs or None,
+                        media_io_kwargs,
+                        skip_mm_cache=skip_mm_cache,
+                    )
+        except PlaceholdersMissing:
+            raise _dropped(context) from None
         placeholders = _placeholders(rendered)
         if len(placeholders) == len(jobs):
             capped = self.planner.limited(images, context.max_image_tokens)
@@ -354,6 +363,17 @@ class PooledRenderer(HfRenderer):
         features = await self._in_pool(f"pixels-{job.key}", job, pixels_only)
         pixels = features.arrays(processors.tensor)["pixels"]
         return await asyncio.to_thread(lambda: Image.fromarray(pixels.numpy().copy()))
+
+
+def _dropped(context: RequestContext) -> ClientError:
+    """The error for images that the chat template leaves out. Templates that do so mostly leave
+    out what is not in the messages of users."""
+    others = (ref.path for ref in context.media if ref.role not in (None, "user"))
+    first = (ref.path for ref in context.media)
+    return ClientError(
+        "the chat template of this model leaves this image out; put it into a user message",
+        param=next(others, next(first, "messages")),
+    )
 
 
 def _placeholders(rendered: Any) -> Sequence[Any]:
