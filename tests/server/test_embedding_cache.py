@@ -16,7 +16,7 @@ import pytest
 import redis
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.conftest import Server, serving
+from tests.conftest import Server, assert_nothing_is_left, serving
 from tests.pictures import TOKEN_PIXELS, encode, image_part, photo, text_part, user
 from tests.redis_server import RedisServer, redis_server
 
@@ -32,6 +32,8 @@ def noise(columns: int, rows: int, seed: int) -> bytes:
 # 64 tokens each, so that the GPU holds 9 of them, and two of 300, beside which it holds no other.
 PICTURES = [noise(8, 8, seed) for seed in range(14)]
 LARGE, OTHER_LARGE = noise(20, 15, 99), noise(20, 15, 98)
+# A server may wait for a read as long as it takes, however busy the machine is.
+PATIENT = ("--embedding-cache-wait-s", "30")
 SMALL_GPU = (
     *("--max-num-batched-tokens", "600", "--max-model-len", "4096", "--admin-key", "admin"),
     *("--limit-mm-per-prompt", '{"video": 0}'),  # the GPU holds the largest video, if there are any
@@ -195,38 +197,40 @@ def test_metrics_by_tier(web: httpx.Client) -> None:
     assert names["saccade_embedding_cache_seconds_bucket"] == {"disk", "shared"}
 
 
-def test_a_restart_and_a_replica_encode_nothing_again(
-    folder: Path, store: RedisServer, cached: Server, web: httpx.Client
-) -> None:
-    first = [ask(web, picture, text=f"Picture {i}") for i, picture in enumerate(PICTURES)]
+def test_a_replica_encodes_nothing_again(store: RedisServer, web: httpx.Client) -> None:
+    first = ask_all(web)
     stored_by_all(web, store, len(PICTURES))
-    # They may wait for a read as long as it takes, however busy the machine is.
-    patient = ("--embedding-cache-wait-s", "30")
-    replica = tiers(None, store, "--embedding-cache-gb", "0", *patient)
-    restarted = tiers(folder, None, *patient)
-    for flags, tier in ((replica, "shared"), (restarted, "disk")):
-        with client_of(*flags) as (_, other):
-            again = [ask(other, p, text=f"Picture {i}") for i, p in enumerate(PICTURES)]
-            assert [stages(answer) for answer in again] == [["embedding"]] * len(PICTURES)
-            assert list(map(logprobs, again)) == list(map(logprobs, first))
-            assert counts(other)[tier]["hits"] == len(PICTURES)
-            assert encoder_runs(other) == 0
+    with client_of(*tiers(None, store, "--embedding-cache-gb", "0", *PATIENT)) as (_, other):
+        encodes_nothing_again(other, first, "shared")
 
 
-def test_another_model_at_the_same_place_finds_nothing(tmp_path: Path, repository: Path) -> None:
-    """The trap: the key of an image says nothing about files that changed under the server."""
-    model, cache = tmp_path / "model", tmp_path / "cache"
+def ask_all(web: httpx.Client) -> list[Any]:
+    return [ask(web, picture, text=f"Picture {i}") for i, picture in enumerate(PICTURES)]
+
+
+def encodes_nothing_again(web: httpx.Client, first: list[Any], tier: str) -> None:
+    """A server that has just started answers as another did, and finds all pictures in `tier`."""
+    again = ask_all(web)
+    assert [stages(answer) for answer in again] == [["embedding"]] * len(PICTURES)
+    assert list(map(logprobs, again)) == list(map(logprobs, first))
+    assert counts(web)[tier]["hits"] == len(PICTURES)
+    assert encoder_runs(web) == 0
+
+
+def test_another_model_finds_nothing(
+    folder: Path, web: httpx.Client, tmp_path: Path, repository: Path
+) -> None:
+    """The trap: the key of an image says nothing about the files of the model."""
+    first = ask(web, PICTURES[0])
+    wait_for(lambda: counts(web)["disk"]["entries"] == 1)
+    model = tmp_path / "model"
     shutil.copytree(repository / "server" / "demo", model, ignore=shutil.ignore_patterns("*.py"))
-    flags = (str(model), "--served-model-name", MODEL, *tiers(cache, None))
-    with client_of(*flags) as (before, web):
-        first = ask(web, PICTURES[0])
-        wait_for(lambda: counts(web)["disk"]["entries"] == 1)
-        assert before.stop() == 0
     path = model / "preprocessor_config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "image_mean": [0.1, 0.1, 0.1]}))
-    with client_of(*flags) as (_, web):
-        second = ask(web, PICTURES[0])
+    flags = (str(model), "--served-model-name", MODEL, *tiers(folder, None))
+    with client_of(*flags) as (_, other):
+        second = ask(other, PICTURES[0])
         assert stages(second) == ["none"]
         assert logprobs(second) != logprobs(first)
 
@@ -334,33 +338,6 @@ def test_too_small_for_what_is_asked() -> None:
         assert found["bytes"] <= found["max_bytes"] == 16 * 65536
 
 
-def test_kill_9_loses_only_what_was_not_written(tmp_path: Path) -> None:
-    with client_of(*tiers(tmp_path, None)) as (killed, web):
-        for picture in PICTURES[:6]:
-            ask(web, picture)
-        wait_for(lambda: counts(web)["disk"]["entries"] == 6)
-        killed.process.kill()
-    more = ("--encoder-cache-tokens", "5000", "--trust-request-mm-kwargs")
-    flags = tiers(tmp_path, None, "--embedding-cache-wait-s", "30", *more)
-    with client_of(*flags, VLLM_SERVER_DEV_MODE="1") as (_, web):
-        assert [stages(ask(web, picture)) for picture in PICTURES[:6]] == [["embedding"]] * 6
-        # Who resets the encoder cache says that the weights are others than those of the files.
-        assert web.post("/reset_encoder_cache").status_code == 200
-        assert stages(ask(web, PICTURES[0], text="Now?")) == ["features"]
-        assert stages(ask(web, PICTURES[0], text="And now?")) == ["embedding"]
-        assert counts(web).keys() == {"gpu", "host"}
-        # The GPU holds more than a step may encode; what is larger than a step is refused at once.
-        assert counts(web)["gpu"]["max_tokens"] == 5000
-        large = encode(photo((1600, 1200), 1), "JPEG")
-        body = {
-            "model": MODEL, "messages": user(image_part(large)), "max_tokens": 1,
-            "mm_processor_kwargs": {"max_pixels": 4_000_000},
-        }  # fmt: skip
-        response = web.post("/v1/chat/completions", json=body)
-        assert response.status_code == 400, response.text
-        assert "encoder cache size 600" in response.text
-
-
 def test_clients_cannot_send_embeddings(server: Server) -> None:
     """The engine takes them from its cache only, although it is a receiver of embeddings now."""
     part = {"type": "image_embeds", "image_embeds": "AAAA"}
@@ -368,3 +345,34 @@ def test_clients_cannot_send_embeddings(server: Server) -> None:
     response = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
     assert response.status_code == 400, response.text
     assert "enable-mm-embeds" in response.text or "enable_mm_embeds" in response.text
+
+
+def test_kill_9_leaves_no_process_and_loses_only_what_was_not_written(
+    folder: Path, cached: Server, web: httpx.Client
+) -> None:
+    """The last test with this server: it ends it."""
+    first = ask_all(web)
+    wait_for(lambda: counts(web)["disk"]["entries"] == len(PICTURES))
+    children = cached.children()
+    assert cached.named("VLLM::EngineCore")
+    cached.process.kill()
+    assert_nothing_is_left(children)
+    more = ("--encoder-cache-tokens", "5000", "--trust-request-mm-kwargs")
+    flags = tiers(folder, None, *PATIENT, *more)
+    with client_of(*flags, VLLM_SERVER_DEV_MODE="1") as (_, other):
+        encodes_nothing_again(other, first, "disk")
+        # Who resets the encoder cache says that the weights are others than those of the files.
+        assert other.post("/reset_encoder_cache").status_code == 200
+        assert stages(ask(other, PICTURES[0], text="Now?")) == ["features"]
+        assert stages(ask(other, PICTURES[0], text="And now?")) == ["embedding"]
+        assert counts(other).keys() == {"gpu", "host"}
+        # The GPU holds more than a step may encode; what is larger than a step is refused at once.
+        assert counts(other)["gpu"]["max_tokens"] == 5000
+        large = encode(photo((1600, 1200), 1), "JPEG")
+        body = {
+            "model": MODEL, "messages": user(image_part(large)), "max_tokens": 1,
+            "mm_processor_kwargs": {"max_pixels": 4_000_000},
+        }  # fmt: skip
+        response = other.post("/v1/chat/completions", json=body)
+        assert response.status_code == 400, response.text
+        assert "encoder cache size 600" in response.text
