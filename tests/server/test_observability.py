@@ -7,7 +7,6 @@ import re
 import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,10 +18,11 @@ from PIL import Image
 
 from server.telemetry.stages import Stage
 from tests import otlp, pictures
-from tests.conftest import Origin, Server, serving
+from tests.conftest import Origin, Server
 from tests.otlp import Receiver, Span
 from tests.pictures import image_part, text_part, user
 from tests.scrape import ended_early, rises, scrape, value, wait_for
+from tests.server.conftest import A
 
 PATH = "/v1/chat/completions"
 WHAT = text_part("What is in the image?")
@@ -333,28 +333,9 @@ def test_deaths_and_restarts_of_workers_are_counted(server: Server, http: httpx.
 
 @contextlib.contextmanager
 def _open(server: Server) -> Iterator[httpx.Client]:
-    headers = {"Authorization": "Bearer sk-of-team-a"}
+    headers = {"Authorization": f"Bearer {A}"}
     with httpx.Client(base_url=server.url, timeout=60, headers=headers) as client:
         yield client
-
-
-@pytest.fixture(scope="module")
-def receiver() -> Iterator[Receiver]:
-    with otlp.receiver() as received:
-        yield received
-
-
-@pytest.fixture(scope="module")
-def told(receiver: Receiver, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server that traces, logs as JSON and knows keys."""
-    keys: Path = tmp_path_factory.mktemp("keys") / "keys.json"
-    keys.write_text(json.dumps({"groups": {"team-a": ["sk-of-team-a"]}}))
-    flags = ("--log-format", "json", "--otlp-traces-endpoint", receiver.endpoint)
-    more = ("--api-keys-file", str(keys), "--max-model-len", "4096", "--no-server-timing")
-    # The variable would have the client library keep metrics in files, for several processes.
-    files = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path_factory.mktemp("metrics"))}
-    with serving(*flags, *more, OTEL_BSP_SCHEDULE_DELAY="100", **files) as running:
-        yield running
 
 
 def _line(server: Server, request_id: str) -> dict[str, Any]:
@@ -369,24 +350,24 @@ def _line(server: Server, request_id: str) -> dict[str, Any]:
     raise AssertionError(f"no line about {request_id}")
 
 
-def test_the_lines_of_the_log_are_json(told: Server) -> None:
-    with _open(told) as client:
+def test_the_lines_of_the_log_are_json(guarded: Server) -> None:
+    with _open(guarded) as client:
         client.post(PATH, json=body(WHAT), headers={"X-Request-Id": "every-line"})
-    _line(told, "every-line")
+    _line(guarded, "every-line")
     # What libraries print while they are imported is theirs.
-    ours = [text for text in list(told.log) if not text.startswith("Triton is installed")]
+    ours = [text for text in list(guarded.log) if not text.startswith("Triton is installed")]
     messages = [json.loads(text)["message"] for text in ours]
     assert messages[0] == "reading the model saccade-tiny"
     assert any(message.startswith("ready: ") for message in messages)
 
 
-def test_a_request_is_one_line(told: Server) -> None:
-    with _open(told) as client:
+def test_a_request_is_one_line(guarded: Server) -> None:
+    with _open(guarded) as client:
         request = body(image_part(noise()), WHAT)
         answer = client.post(PATH, json=request, headers={"X-Request-Id": "one-line"})
         assert "server-timing" not in answer.headers  # turned off
-    line, usage = _line(told, "one-line"), answer.json()["usage"]
-    assert sum('"one-line"' in text for text in told.log) == 1
+    line, usage = _line(guarded, "one-line"), answer.json()["usage"]
+    assert sum('"one-line"' in text for text in guarded.log) == 1
     assert line["name"] == "saccade.request"
     assert line["message"] == "POST /v1/chat/completions"
     assert line["status"] == 200
@@ -401,11 +382,11 @@ def test_a_request_is_one_line(told: Server) -> None:
     assert line["finish_reason"] == answer.json()["choices"][0]["finish_reason"]
     assert 0 < line["time_to_first_token_ms"] < line["duration_ms"]
     assert sum(line["stages_ms"].values()) == pytest.approx(line["duration_ms"], abs=0.2)
-    assert "sk-of-team-a" not in "".join(told.log)
+    assert A not in "".join(guarded.log)
 
 
-def test_metrics_are_whole_whatever_the_environment_says(told: Server) -> None:
-    with _open(told) as client:
+def test_metrics_are_whole_whatever_the_environment_says(guarded: Server) -> None:
+    with _open(guarded) as client:
         client.post(PATH, json=body(image_part(noise()), WHAT))
         name = "saccade_embedding_cache_misses_total"  # told by the engine now and then
         now = wait_for(client, lambda now: value(now, name, tier="host") >= 1)
@@ -433,41 +414,41 @@ def test_metrics_are_whole_whatever_the_environment_says(told: Server) -> None:
     ],
 )
 def test_the_line_says_what_the_answer_says(
-    told: Server, path: str, request_body: dict[str, Any]
+    guarded: Server, path: str, request_body: dict[str, Any]
 ) -> None:
     name = path.replace("/", "-")
-    with _open(told) as client:
+    with _open(guarded) as client:
         content = {"model": "saccade-tiny", **request_body}
         answer = client.post(path, json=content, headers={"X-Request-Id": name}).json()
-    line, usage = _line(told, name), answer["usage"]
+    line, usage = _line(guarded, name), answer["usage"]
     assert line["response_id"] == answer["id"]
     assert line["prompt_tokens"] == usage.get("prompt_tokens", usage.get("input_tokens"))
     assert line["completion_tokens"] == usage.get("completion_tokens", usage.get("output_tokens"))
 
 
-def test_a_stop_string_is_a_stop(told: Server) -> None:
-    with _open(told) as client:
+def test_a_stop_string_is_a_stop(guarded: Server) -> None:
+    with _open(guarded) as client:
         picture = image_part(pictures.encode(pictures.shape("red")))
         content = body(picture, WHAT, stop=["red"])
         answer = client.post(PATH, json=content, headers={"X-Request-Id": "stop-string"}).json()
     assert answer["choices"][0]["stop_reason"] == "red"
-    assert _line(told, "stop-string")["finish_reason"] == "stop"
+    assert _line(guarded, "stop-string")["finish_reason"] == "stop"
 
 
-def test_refused_requests_have_a_line_and_probes_have_none(told: Server) -> None:
-    with _open(told) as client:
+def test_refused_requests_have_a_line_and_probes_have_none(guarded: Server) -> None:
+    with _open(guarded) as client:
         client.post(PATH, json=body(image_part(b"no")), headers={"X-Request-Id": "refused-1"})
         client.get("/health", headers={"X-Request-Id": "probe-1"})
-        httpx.post(f"{told.url}{PATH}", json={}, headers={"X-Request-Id": "refused-2"})
+        httpx.post(f"{guarded.url}{PATH}", json={}, headers={"X-Request-Id": "refused-2"})
         client.get("/v1/models", headers={"X-Request-Id": "models-1"})
-    line = _line(told, "refused-1")
+    line = _line(guarded, "refused-1")
     assert (line["status"], line["outcome"]) == (400, "refused")
     assert line["error_code"] == "unsupported_image_format"
-    line = _line(told, "refused-2")
+    line = _line(guarded, "refused-2")
     assert (line["status"], line["error_code"]) == (401, "invalid_api_key")
     assert "key_group" not in line
-    assert _line(told, "models-1")["path"] == "/v1/models"
-    assert "probe-1" not in "".join(told.log)
+    assert _line(guarded, "models-1")["path"] == "/v1/models"
+    assert "probe-1" not in "".join(guarded.log)
 
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -486,8 +467,8 @@ def _trace(receiver: Receiver, trace_id: str) -> tuple[Span, list[Span]]:
     return root, spans
 
 
-def test_a_picture_is_a_trace(told: Server, receiver: Receiver) -> None:
-    with _open(told) as client:
+def test_a_picture_is_a_trace(guarded: Server, receiver: Receiver) -> None:
+    with _open(guarded) as client:
         client.post(PATH, json=body(image_part(noise()), WHAT))
         elapsed = math.inf
         for attempt in range(ATTEMPTS):
@@ -527,35 +508,37 @@ def test_a_picture_is_a_trace(told: Server, receiver: Receiver) -> None:
     assert attributes["saccade.key_group"] == "team-a"
     (engine,) = [span for span in spans if span.name == "llm_request"]
     assert engine.parent_id == root.span_id
-    assert _line(told, name)["trace_id"] == trace_id
+    assert _line(guarded, name)["trace_id"] == trace_id
 
 
-def test_several_pictures_have_spans_of_their_own(told: Server, receiver: Receiver) -> None:
-    with _open(told) as client:
+def test_several_pictures_have_spans_of_their_own(guarded: Server, receiver: Receiver) -> None:
+    with _open(guarded) as client:
         request = body(image_part(noise()), image_part(noise()), WHAT)
         client.post(PATH, json=request, headers={"X-Request-Id": "two-pictures"})
-    root, spans = _trace(receiver, _line(told, "two-pictures")["trace_id"])
+    root, spans = _trace(receiver, _line(guarded, "two-pictures")["trace_id"])
     assert root.parent_id == ""
     names = [span.name for span in otlp.children(spans, root)]
     assert names.count("image fetch") == 2
     assert names.count("image preprocess") == 2
 
 
-def test_what_is_not_sampled_is_not_sent(told: Server, receiver: Receiver) -> None:
+def test_what_is_not_sampled_is_not_sent(guarded: Server, receiver: Receiver) -> None:
     trace_id = "1" * 32
-    with _open(told) as client:
+    with _open(guarded) as client:
         headers = {"traceparent": f"00-{trace_id}-{PARENT}-00", "X-Request-Id": "unsampled"}
         assert client.post(PATH, json=body(WHAT), headers=headers).status_code == 200
         client.post(PATH, json=body(WHAT), headers={"X-Request-Id": "sampled"})
-    _trace(receiver, _line(told, "sampled")["trace_id"])
-    assert _line(told, "unsampled")["trace_id"] == trace_id
+    _trace(receiver, _line(guarded, "sampled")["trace_id"])
+    assert _line(guarded, "unsampled")["trace_id"] == trace_id
     assert not [span for span in receiver.spans if span.trace_id == trace_id]
 
 
-def test_a_refused_request_is_a_trace_without_the_engine(told: Server, receiver: Receiver) -> None:
-    with _open(told) as client:
+def test_a_refused_request_is_a_trace_without_the_engine(
+    guarded: Server, receiver: Receiver
+) -> None:
+    with _open(guarded) as client:
         client.post(PATH, json=body(image_part(b"no")), headers={"X-Request-Id": "no-image"})
-    trace_id = _line(told, "no-image")["trace_id"]
+    trace_id = _line(guarded, "no-image")["trace_id"]
     spans = receiver.wait_for(
         lambda found: any(s.trace_id == trace_id and s.kind == "SERVER" for s in found)
     )

@@ -12,29 +12,12 @@ import httpx
 import pytest
 
 from tests import pictures
-from tests.conftest import Server, serving
+from tests.conftest import Server
 from tests.pictures import image_part, shape, text_part, user
+from tests.server.conftest import A2, ADMIN, FLAG, KEYS, A, B
 
-A, A2, B = "sk-secret-of-a", "sk-secret-of-a-too", "sk-secret-of-b"
-ADMIN, FLAG = "sk-secret-of-admin", "sk-secret-of-flag"
 GUARDED = ("/v1", "/v2", "/inference", "/cohere")
 WHAT = text_part("What is in the image?")
-KEYS: dict[str, Any] = {"groups": {"team-a": [A, A2], "team-b": [B]}, "admin": [ADMIN]}
-
-
-@pytest.fixture(scope="module")
-def keys_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("keys") / "keys.json"
-    path.write_text(json.dumps(KEYS))
-    return path
-
-
-@pytest.fixture(scope="module")
-def guarded(keys_file: Path) -> Iterator[Server]:
-    """A server with the file of keys, and a key given by a flag beside it."""
-    keys = ("--api-keys-file", str(keys_file), "--api-key", FLAG)
-    with serving(*keys, "--max-model-len", "4096", "--enable-scale-out") as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

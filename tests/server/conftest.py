@@ -1,0 +1,45 @@
+"""Servers that several files of tests share, each with flags that do not disturb the other's."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import otlp
+from tests.conftest import Server, serving
+from tests.otlp import Receiver
+
+# The keys of the guarded server, all but one of them in its file.
+A, A2, B = "sk-secret-of-a", "sk-secret-of-a-too", "sk-secret-of-b"
+ADMIN, FLAG = "sk-secret-of-admin", "sk-secret-of-flag"
+KEYS: dict[str, Any] = {"groups": {"team-a": [A, A2], "team-b": [B]}, "admin": [ADMIN]}
+
+
+@pytest.fixture(scope="session")
+def keys_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("keys") / "keys.json"
+    path.write_text(json.dumps(KEYS))
+    return path
+
+
+@pytest.fixture(scope="session")
+def receiver() -> Iterator[Receiver]:
+    """Where the guarded server sends its traces."""
+    with otlp.receiver() as received:
+        yield received
+
+
+@pytest.fixture(scope="session")
+def guarded(
+    keys_file: Path, receiver: Receiver, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """A server that knows keys, logs as JSON and traces."""
+    keys = ("--api-keys-file", str(keys_file), "--api-key", FLAG)
+    told = ("--log-format", "json", "--otlp-traces-endpoint", receiver.endpoint)
+    more = ("--max-model-len", "4096", "--enable-scale-out", "--no-server-timing")
+    # The variable would have the client library keep metrics in files, for several processes.
+    files = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path_factory.mktemp("metrics"))}
+    with serving(*keys, *told, *more, OTEL_BSP_SCHEDULE_DELAY="100", **files) as running:
+        yield running
