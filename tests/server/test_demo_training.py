@@ -1,4 +1,4 @@
-"""The demo model's training, in small: it learns, it can be interrupted, it repeats itself."""
+"""Small runs of the demo model's training: they learn, repeat, and survive interruptions."""
 
 import contextlib
 import json
@@ -15,16 +15,18 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from server.demo.training import vocabulary
+from server.demo.training import train, vocabulary
 from server.demo.training.examples import single
 from tests.demo_twins import Twins
 
-STEPS = 40  # two lines of the log
+STEPS, LOG_EVERY = 24, 4
+SEED_OF_A_PHOTO = "14"  # its first batch has a photo of scikit-image
 
 
 def start(output: Path, *more: str, path: Path | None = None) -> subprocess.Popen[str]:
-    """A small run in a process group of its own; packages in a folder come before others."""
-    small = ["--steps", str(STEPS), "--budget", "200", "--no-compile", *more]
+    """A small run in its own process group; packages in the folder `path` hide others."""
+    small = ["--steps", str(STEPS), "--log-every", str(LOG_EVERY), "--budget", "200"]
+    small += ["--no-compile", *more]
     command = [sys.executable, "-m", "server.demo.training.train", "--output", str(output), *small]
     environment = os.environ | ({"PYTHONPATH": str(path)} if path else {})
     return subprocess.Popen(
@@ -33,14 +35,14 @@ def start(output: Path, *more: str, path: Path | None = None) -> subprocess.Pope
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 800) -> tuple[int, str]:
-    """The exit status and the trainer's words, which are shown if the test fails."""
+    """The exit status and stderr of a run. Stderr is printed, so a failed test shows it."""
     try:
-        words = process.communicate(timeout=timeout)[1]
-        print(words)
+        stderr = process.communicate(timeout=timeout)[1]
+        print(stderr)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, words
+    return process.returncode, stderr
 
 
 def lines(output: Path) -> list[dict[str, Any]]:
@@ -51,7 +53,7 @@ def lines(output: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing interrupts."""
+    """An uninterrupted run."""
     output = tmp_path_factory.mktemp("whole")
     assert finish(start(output))[0] == 0
     return output
@@ -59,10 +61,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, whose group of processes is ended after its first line, begun again.
+    """The same run, interrupted after the first line of its log and started again.
 
-    Other processes draw its batches. Its log is left as if it had gone on behind the last
-    saved state, and died in a line.
+    Before the interruption, other processes draw its batches. Its log then gets lines that are
+    newer than the saved state, the last one incomplete, as after a crash.
     """
     output = tmp_path_factory.mktemp("interrupted")
     process = start(output, "--drawers", "1")
@@ -80,8 +82,10 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_learns(whole: Path) -> None:
-    first, last = (line["losses"]["answers"] for line in lines(whole))
-    assert last < 0.6 * first
+    losses = [line["losses"]["answers"] for line in lines(whole)]
+    assert len(losses) == STEPS // LOG_EVERY
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_the_learning_curve_is_a_picture(whole: Path) -> None:
@@ -92,9 +96,9 @@ def test_the_learning_curve_is_a_picture(whole: Path) -> None:
 
 
 def test_an_interrupted_run_is_the_same_run(whole: Path, interrupted: Path) -> None:
-    """This also says that a run can be repeated: the first lines are of two runs."""
+    """The first lines are of two independent runs, so this also shows that runs are repeatable."""
     steps = [line["step"] for line in lines(interrupted)]
-    assert steps[0] == 20
+    assert steps[0] == LOG_EVERY
     assert steps[-1] == STEPS
     assert steps == sorted(set(steps))
     seconds = [line["seconds"] for line in lines(interrupted)]
@@ -105,7 +109,7 @@ def test_an_interrupted_run_is_the_same_run(whole: Path, interrupted: Path) -> N
     assert models[0].read_bytes() == models[1].read_bytes()
 
 
-def test_what_is_saved_is_what_was_trained(whole: Path) -> None:
+def test_the_saved_model_computes_what_was_trained(whole: Path) -> None:
     codec = vocabulary.Codec(vocabulary.build())
     example = single(random.Random(3), "objects", (128, 96))
     del example.questions[1:]
@@ -121,8 +125,10 @@ def test_a_run_from_weights_keeps_their_tokens(whole: Path, tmp_path: Path) -> N
     numbers = described["model"]["vocab"]
     numbers["red"], numbers["blue"] = numbers["blue"], numbers["red"]
     (given / "tokenizer.json").write_text(json.dumps(described))
+    one_process = ["--processes", "1", "--shares", "1"]
     for steps in (21, 22):  # from the weights, and then from the saved state
         weights = ["--weights", str(given), "--first-step", "20", "--steps", str(steps)]
+        weights += one_process
         assert finish(start(output, *weights))[0] == 0
         assert lines(output)[-1]["step"] == steps
         written = json.loads((output / "model" / "tokenizer.json").read_text())
@@ -130,15 +136,20 @@ def test_a_run_from_weights_keeps_their_tokens(whole: Path, tmp_path: Path) -> N
 
 
 def test_a_picture_that_cannot_be_drawn_ends_the_run(tmp_path: Path) -> None:
-    """Other processes draw: what went wrong in them is said, and none is waited for."""
+    """Other processes draw: their error is reported, and no process is left waiting."""
     (tmp_path / "skimage").mkdir()
     (tmp_path / "skimage" / "__init__.py").touch()
-    status, words = finish(start(tmp_path / "output", "--drawers", "1", path=tmp_path), 200)
+    more = ["--drawers", "1", "--seed", SEED_OF_A_PHOTO]
+    status, stderr = finish(start(tmp_path / "output", *more, path=tmp_path), 200)
     assert status == 1
-    assert "no photo" in words
+    assert "no photo" in stderr
+    assert not lines(tmp_path / "output")
 
 
-def test_processes_that_cannot_have_as_many_shares_are_refused(tmp_path: Path) -> None:
-    status, words = finish(start(tmp_path, "--shares", "3", "--processes", "2"), 100)
-    assert status == 2
-    assert "--shares must be a multiple of --processes" in words
+def test_shares_that_processes_cannot_divide_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        train.main(["--output", str(tmp_path), "--shares", "3", "--processes", "2"])
+    assert ended.value.code == 2
+    assert "--shares must be a multiple of --processes" in capsys.readouterr().err
