@@ -1,7 +1,7 @@
 #!/bin/sh
-# Installs Saccade and what it needs into a virtual environment: deploy/install.sh [DIR [EXTRAS]]
-# EXTRAS (default: dev) are installed besides `gpu`, where an NVIDIA driver is present, or `cpu`.
-# With LOCK=FILE it installs what that file pins for a CPU, and not Saccade itself.
+# Installs Saccade and its dependencies into a virtual environment: deploy/install.sh [DIR [EXTRAS]]
+# Besides EXTRAS (default: dev), it installs `gpu` if an NVIDIA driver is present, otherwise `cpu`.
+# With LOCK=FILE it installs the packages that FILE pins for a CPU, without Saccade itself.
 set -eu
 
 venv=${1:-.venv}
@@ -12,7 +12,7 @@ torch_cpu_index='https://download.pytorch.org/whl/cpu'
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
     echo "Saccade needs Python 3.11 or later; $python is $("$python" --version 2>&1)." >&2
-    echo "Name another one with PYTHON=..." >&2
+    echo "Choose another one with PYTHON=..." >&2
     exit 1
 }
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
@@ -23,14 +23,14 @@ if [ -z "${LOCK:-}" ] && [ -e /proc/driver/nvidia/version ]; then
     exit 0
 fi
 
-# PyTorch's CPU build is not on the package index that pip uses by default. Its own index is asked
-# only where pip does not find the build without it.
+# PyTorch's CPU build is not on the package index that pip uses by default. Use its own index
+# only if pip does not find the build without it.
 index=
 if ! pip install --quiet --dry-run --no-deps "$torch_cpu" >/dev/null 2>&1; then
     index="--extra-index-url $torch_cpu_index"
 fi
 if [ -n "${LOCK:-}" ]; then
-    # shellcheck disable=SC2086 # an empty $index must vanish
+    # shellcheck disable=SC2086 # an empty $index must expand to no argument
     pip install --quiet --no-deps $index --requirement "$LOCK"
     exit 0
 fi
@@ -39,8 +39,8 @@ pip install --quiet $index "$torch_cpu"
 # shellcheck disable=SC2086
 pip install --quiet $index --editable ".[cpu${extras:+,$extras}]"
 
-# vLLM's audio and video decoders may come as CUDA builds, which cannot be loaded beside a CPU torch
-# and break `import vllm`. Serving images needs neither.
+# pip may install vLLM's audio and video decoders as CUDA builds, which cannot be loaded beside a CPU
+# torch and break `import vllm`. Serving images needs neither.
 for package in torchaudio torchcodec; do
     if ! "$venv/bin/python" -c "import $package" >/dev/null 2>&1; then
         pip uninstall --quiet --yes "$package" 2>/dev/null || true

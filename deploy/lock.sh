@@ -1,12 +1,12 @@
 #!/bin/sh
-# Pins what the images install, in deploy/requirements-cpu.txt and deploy/requirements-gpu.txt: the
-# newest versions that fit pyproject.toml, with the hashes of their files: pip installs no other ones.
-# `make lock` runs it.
+# Pins the packages of the images in deploy/requirements-cpu.txt and deploy/requirements-gpu.txt: the
+# newest versions that fit pyproject.toml, with the hashes of their files. pip installs no other files.
+# `make lock` runs this script.
 set -eu
 
 cd "$(dirname "$0")/.."
 uv=${UV:-uv}
-eval "$(grep '^torch_cpu' deploy/install.sh)" # PyTorch's CPU build, and the index that has it
+eval "$(grep '^torch_cpu' deploy/install.sh)" # PyTorch's CPU build, and its index
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -17,7 +17,7 @@ resolve() {
         ${PIP_FIND_LINKS:+--find-links "$PIP_FIND_LINKS"} pyproject.toml "$@"
 }
 
-# Torch's audio and video are left out as in install.sh: they are CUDA builds.
+# torchaudio and torchcodec are left out, as in install.sh: they are CUDA builds.
 resolve_cpu() {
     echo "$torch_cpu" | resolve --extra cpu --python-version 3.11 --constraint - "$@" \
         --no-emit-package torchaudio --no-emit-package torchcodec
@@ -27,8 +27,8 @@ resolve_cpu() {
     resolve_cpu 2>/dev/null || resolve_cpu --extra-index-url "$torch_cpu_index"
 } >"$scratch/requirements-cpu.txt"
 
-# vLLM and what it needs are in its image, with Python 3.12. Pinned is what Saccade asks for by
-# itself, at versions that vLLM takes.
+# vLLM's image has Python 3.12, vLLM and its dependencies. Only Saccade's other dependencies are
+# pinned, at versions that vLLM accepts.
 resolve --extra gpu --python-version 3.12 >"$scratch/all.txt"
 {
     echo "# Written by \`make lock\`: what Saccade needs besides vLLM."

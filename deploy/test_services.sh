@@ -1,9 +1,9 @@
 #!/bin/sh
-# test_services.sh DIR: get the programs that tests/services.py looks for.
+# test_services.sh DIR: fetch the programs that tests/services.py looks for.
 #
-# On Debian and Ubuntu, those that are not installed are downloaded from the distribution's archive,
-# with the libraries they lack, and unpacked: DIR/bin/NAME runs NAME. Nothing is installed, nothing is
-# started, and root is not needed. Where that cannot be, it says so, and their tests are skipped; with
+# On Debian and Ubuntu, it downloads missing programs and libraries from the distribution's archive and
+# unpacks them: DIR/bin/NAME runs NAME. It installs and starts nothing, and does not need root. If this
+# is not possible, it prints the reason, and the tests of these programs are skipped; with
 # SERVICES=required it fails.
 set -eu
 
@@ -35,14 +35,14 @@ work=$(mktemp -d "$dir/work.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$work/lists/partial" "$work/archives/partial" "$dir/root" "$dir/bin"
 
-# Lists, cache and locks of our own; only which packages are installed is read from the system.
+# Use separate lists, cache and locks; read only the installed packages from the system.
 apt() {
     apt-get -qq -o Dir::State::Lists="$work/lists" -o Dir::Cache="$work" \
         -o Dir::Cache::Archives="$work/archives" -o Debug::NoLocking=1 -o APT::Sandbox::User=root \
         -o Acquire::Languages=none -o Acquire::Retries=1 -o Acquire::http::Timeout=20 \
         -o Acquire::https::Timeout=20 "$@" >"$work/log" 2>&1
 }
-apt update || true # a list that cannot be read need not be one of ours
+apt update || true # a list that cannot be read may belong to another repository
 # shellcheck disable=SC2086  # a list
 apt install --download-only --no-install-recommends --yes $packages ||
     skip "the packages cannot be downloaded ($(grep -m1 '^E:' "$work/log" || echo apt-get))"
@@ -51,7 +51,7 @@ for archive in "$work"/archives/*.deb; do
     dpkg -x "$archive" "$dir/root"
 done
 
-# Wherever they look for what comes with them: some of systemd's libraries are in a folder of their own.
+# All folders in which they look for their libraries: systemd keeps some in a separate one.
 libraries=$(find "$dir/root" -type d -path '*/lib/*-linux-gnu*' \
     \( -name '*-linux-gnu*' -o -name systemd \) | paste -sd: -)
 units=$(find "$dir/root" -type d -path '*/lib/systemd/system' | paste -sd: -)
