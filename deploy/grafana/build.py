@@ -22,7 +22,7 @@ from grafana_foundation_sdk.models.dashboard import (
 
 SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 SECTIONS = (overview.SECTION, images.SECTION, tokens.SECTION, caches.SECTION, engine.SECTION)
-ENGINE = "vllm:kv_cache_usage_perc"  # a metric that every server has
+ENGINE = "vllm:kv_cache_usage_perc"  # every server has this metric
 RESTARTS = f"changes(process_start_time_seconds{{{SERVERS}}}[$__rate_interval]) > 0"
 ALERTS = 'ALERTS{alertname=~"Saccade.*", alertstate="firing"}'
 
@@ -68,7 +68,7 @@ def build() -> Model:
 
 
 def _add(dashboard: Dashboard, section: Section) -> None:
-    """Panels of a closed row belong to the row, those of an open one follow it."""
+    """A closed row contains its panels; the panels of an open row follow it."""
     row = Row(section.title)
     for panel in section.panels:
         panel.datasource(SOURCE)

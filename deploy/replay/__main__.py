@@ -1,4 +1,4 @@
-"""Builds and tries a target of the Dockerfile without Docker; `make image-check` does.
+"""Builds and tests a target of the Dockerfile without Docker; `make image-check` does.
 
     python -m deploy.replay FOLDER [--target cpu] [--bind PATH ...]       (as root, on Debian)
 
@@ -24,7 +24,7 @@ from deploy.replay.container import check
 
 
 def shm_bytes(target: str) -> int:
-    """What the Compose file gives to the server of that name."""
+    """The Compose file's settings for the server of that name."""
     services = yaml.safe_load((REPOSITORY / "deploy" / "compose.yaml").read_text())["services"]
     return int(parse_bytes(services[f"server-{target}"]["shm_size"]))
 

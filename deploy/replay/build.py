@@ -1,4 +1,4 @@
-"""The stages of the Dockerfile as folders: their instructions, done in a chroot."""
+"""Builds the stages of the Dockerfile as folders, running their instructions in a chroot."""
 
 import json
 import os
@@ -15,14 +15,14 @@ from docker.utils import exclude_paths
 from dockerfile_parse import DockerfileParser
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# Its own mounts and processes; what is left of them ends with `unshare`.
+# Separate mounts and processes, all of which end with `unshare`.
 ISOLATED = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
 PACKAGES = "python3,python3-venv"
 
 
 @dataclass
 class Stage:
-    """One FROM and what follows it. `base` is an image or the name of another stage."""
+    """One FROM and the instructions after it. `base` is an image or the name of another stage."""
 
     name: str
     base: str
@@ -31,7 +31,7 @@ class Stage:
 
 @dataclass
 class Image:
-    """A folder that is the root of a stage, and what the stage says of its containers."""
+    """The root folder of a stage, and the configuration of its containers."""
 
     root: Path
     arguments: dict[str, str] = field(default_factory=dict)
@@ -123,7 +123,7 @@ class Builder:
             image.health = json.loads(value.partition("CMD ")[2])
         elif instruction == "ENTRYPOINT":
             image.entry_point = json.loads(value)
-        elif instruction not in ("EXPOSE", "LABEL", "USER"):  # it is tried as any user
+        elif instruction not in ("EXPOSE", "LABEL", "USER"):  # tested as any user
             raise SystemExit(f"cannot replay {instruction}")
 
     def _copy(self, image: Image, value: str) -> None:

@@ -1,4 +1,4 @@
-"""An image that was built by `build`, run as Docker would run it, and tried."""
+"""Runs an image that `build` built the way Docker would, and tests it."""
 
 import os
 import shlex
@@ -60,12 +60,12 @@ def container(image: Image, shm_bytes: int) -> Iterator[subprocess.Popen[bytes]]
             time.sleep(0.01)
         yield process
     finally:
-        process.kill()  # and with it, by --kill-child, everything inside
+        process.kill()  # --kill-child also ends everything inside
         process.wait()
 
 
 def as_nobody(image: Image, root: str, command: list[str]) -> list[str]:
-    """`command` with the image's environment and folder, for a user without name and power."""
+    """`command` with the image's environment and folder, as a nameless, unprivileged user."""
     user = ["setpriv", f"--reuid={NAMELESS_USER}", f"--regid={NAMELESS_USER}", "--clear-groups"]
     powerless = ["--inh-caps=-all", "--bounding-set=-all", "--no-new-privs"]
     shell = ["sh", "-c", f'cd {shlex.quote(image.folder)} && exec "$@"', "sh"]

@@ -1,4 +1,4 @@
-"""What is not computed again: hit ratios, sizes, evictions."""
+"""The caches: hit ratios, sizes, evictions."""
 
 from .panels import Section, increase, quantile, rate, timeseries, total
 
@@ -18,7 +18,7 @@ SECTION = Section(
         timeseries(
             "Hit ratios",
             "features: images that need no decoding. fetches: images that need no full download."
-            " prefixes: prompt tokens whose KV cache is held. A gap is a cache that nothing asked."
+            " prefixes: prompt tokens whose KV cache is held. A gap means no lookups."
             " Low although images repeat: the cache is too small, or its entries differ in caps or"
             " in the groups of their keys (docs/caching.md).",
             "percentunit",
@@ -41,7 +41,7 @@ SECTION = Section(
         ),
         timeseries(
             "Embeddings found, by tier",
-            "Images per second whose embeddings were found, by the tier that had them.",
+            "Images per second whose embeddings were found, by tier.",
             "ops",
             {"{{tier}}": rate(HITS, by="tier")},
             stack=True,
@@ -72,7 +72,7 @@ SECTION = Section(
         ),
         timeseries(
             "Bytes held",
-            "By cache, over all servers. The shared store's own size is for its own metrics.",
+            "By cache, over all servers. For the shared store, see its own metrics.",
             "bytes",
             {
                 "embeddings, {{tier}}": total("saccade_embedding_cache_bytes", by="tier"),
@@ -83,7 +83,7 @@ SECTION = Section(
         ),
         timeseries(
             "Evictions",
-            "Entries that left for others. Many, with a low hit ratio: the cache is too small.",
+            "Evicted entries. Many, with a low hit ratio: the cache is too small.",
             "ops",
             {
                 "features": rate("saccade_features_evicted_total"),
@@ -116,7 +116,7 @@ SECTION = Section(
             "short",
             {"{{tier}}": increase(HITS, by="tier")},
         ),
-        timeseries("Uploaded files", "Files that are kept.", "short",
+        timeseries("Uploaded files", "Files in the store.", "short",
                    {"files": total("saccade_files")}),
     ],
     closed=True,

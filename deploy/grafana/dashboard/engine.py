@@ -7,7 +7,7 @@ SECTION = Section(
     [
         timeseries(
             "Requests in the engine",
-            "capacity: waiting for room in the batch or the KV cache. deferred: waiting for"
+            "capacity: waiting for space in the batch or the KV cache. deferred: waiting for"
             " something else, such as embeddings that are being read.",
             "short",
             {
@@ -25,7 +25,7 @@ SECTION = Section(
         ),
         timeseries(
             "Preemptions",
-            "Requests whose KV cache was given up for others, and must be computed again. They"
+            "Requests whose KV cache was evicted for others and must be computed again. They"
             " should be rare: lower --max-num-seqs, or give the KV cache more memory.",
             "ops",
             {"preemptions": rate("vllm:num_preemptions_total")},

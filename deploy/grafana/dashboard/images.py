@@ -1,4 +1,4 @@
-"""The way of images into the engine: where the time goes, and whether the workers keep up."""
+"""The path of images into the engine: where the time goes, and whether the workers keep up."""
 
 from .panels import (
     Section,
@@ -42,7 +42,7 @@ SECTION = Section(
             " the client's network. fetch: the servers of the images. image_queue, decode,"
             " preprocess: image workers. render: the prompt's tokens. engine_queue: the engine is"
             " full. encode: the vision encoder. prefill: the language model. docs/runbook.md,"
-            " SaccadeFirstTokenSlow, has what to do about each.",
+            " SaccadeFirstTokenSlow, says what to do about each.",
             "s",
             {s: f"{rate(STAGE + '_sum', _stage(s))} / {FIRST_TOKENS}" for s in STAGES},
             stack=True,
@@ -115,7 +115,7 @@ SECTION = Section(
         ),
         timeseries(
             "Image queue",
-            "Images that wait for a worker, at most on one server, and the limit at which requests"
+            "Images that wait for a worker, on the fullest server, and the limit at which requests"
             " are refused as server_busy.",
             "short",
             {
@@ -155,7 +155,7 @@ SECTION = Section(
         ),
         timeseries(
             "Images by source",
-            "How images come: in the request (data), from the web, from the disk, or uploaded"
+            "How images arrive: in the request (data), from the web, from the disk, or uploaded"
             " before.",
             "ops",
             {"{{source}}": rate(f"{FETCH}_count", by="source")},

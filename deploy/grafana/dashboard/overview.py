@@ -1,4 +1,4 @@
-"""What clients see: how many requests, how fast, how they end."""
+"""What clients see: the number of requests, their latency, their outcomes."""
 
 from .panels import (
     SERVERS,
@@ -59,11 +59,11 @@ SECTION = Section(
             _share("failed"),
             steps=[(None, "green"), (0.001, "orange"), (0.01, "red")],
         ),
-        stat("In flight", "Requests in work.", "short", total("saccade_requests_in_flight")),
+        stat("In flight", "Requests in progress.", "short", total("saccade_requests_in_flight")),
         timeseries(
             "Requests by outcome",
             "Refused: the request's own fault (4xx), or a server that is full (503); the codes are"
-            " beside. Failed: other errors of the server. Cancelled: the client left.",
+            " beside. Failed: other server errors. Cancelled: the client left.",
             "reqps",
             {"{{outcome}}": rate("saccade_requests_total", by="outcome")},
             stack=True,
@@ -78,7 +78,7 @@ SECTION = Section(
         ),
         timeseries(
             "Refusals by code",
-            "docs/errors.md tells what each code means. server_busy calls for more image workers or"
+            "docs/errors.md explains each code. server_busy calls for more image workers or"
             " servers, image_fetch_* for a look at the servers of the images.",
             "reqps",
             {"{{code}}": rate("saccade_refusals_total", by="code") + " > 0"},
@@ -121,8 +121,8 @@ SECTION = Section(
         ),
         timeseries(
             "In flight",
-            "Requests in the server, and of these, in the engine. What is not in the engine is"
-            " being read, or waits for its images.",
+            "Requests in the server, and of these, in the engine. The others are"
+            " being read, or waiting for their images.",
             "short",
             {
                 "server": total("saccade_requests_in_flight"),
@@ -147,7 +147,7 @@ SECTION = Section(
         ),
         table(
             "Servers",
-            "One line a server. A short uptime is a restart: look for its cause in the log before.",
+            "One line per server. A short uptime is a restart: the log before it has the cause.",
             {
                 "build": f"max by (instance, model, version, vllm, device)"
                 f" ({select('saccade_build_info')})",

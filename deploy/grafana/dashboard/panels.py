@@ -1,4 +1,4 @@
-"""What the panels have in common: their look, and the queries that many of them ask."""
+"""What the panels have in common: their look, and common queries."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ Queries = Mapping[str, str]  # legend -> query
 
 @dataclass(frozen=True)
 class Section:
-    """A row of the dashboard; Grafana asks the queries of a closed row when it is opened."""
+    """A row of the dashboard; Grafana runs the queries of a closed row when it is opened."""
 
     title: str
     panels: Sequence[Panel]
@@ -51,7 +51,7 @@ class Section:
 
 
 def select(metric: str, labels: str = "") -> str:
-    """The series of the chosen servers; `metric` of vLLM's also those of the chosen models."""
+    """The series of the selected servers; for vLLM's metrics, also of the selected models."""
     chosen = _ENGINES if metric.startswith("vllm:") else SERVERS
     return f"{metric}{{{', '.join(filter(None, (chosen, labels)))}}}"
 
@@ -72,7 +72,7 @@ def total(metric: str, labels: str = "", by: str = "") -> str:
 
 
 def ratio(part: str, whole: str) -> str:
-    """Nothing, rather than a number that is none, while the whole is 0."""
+    """Returns no value while the denominator is 0, instead of NaN."""
     return f"{part} / ({whole} > 0)"
 
 
@@ -146,7 +146,7 @@ def stat(
 def heatmap(
     title: str, description: str, unit: str, histogram: str, labels: str = ""
 ) -> heatmaps.Panel:
-    """How the values of a histogram are spread, over time."""
+    """The distribution of a histogram's values over time."""
     panel = heatmaps.Panel().calculate(False).y_axis(heatmaps.YAxisConfig().unit(unit))
     panel.color(heatmaps.HeatmapColorOptions().scheme("Oranges").steps(64)).hide_legend()
     _placed(panel, title, description, 8, _HEIGHT)

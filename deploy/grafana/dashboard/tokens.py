@@ -17,8 +17,8 @@ from .panels import (
 IMAGE_TOKENS = "saccade_image_tokens"
 IMAGES = rate(f"{IMAGE_TOKENS}_count")
 PROMPT = "vllm:prompt_tokens_total"
-# Over the range of the dashboard, for all chosen servers. Devices are counted twice a minute:
-# servers that came or went within the range count for as long as they were there.
+# Over the dashboard's range, for all selected servers. Devices are counted twice a minute, so
+# servers that started or stopped within the range count only while they ran.
 DEVICE_SECONDS = f"sum_over_time(({total('saccade_devices')})[$__range:30s]) * 30"
 SPENT = f"$price * {DEVICE_SECONDS} / 3600"
 IMAGES_SEEN = increase(f"{IMAGE_TOKENS}_count")
@@ -39,7 +39,7 @@ SECTION = Section(
         ),
         stat(
             "Cost of 1000 images",
-            "Accelerators x price x time, over the images of the range. Idle time is paid for too."
+            "Accelerators x price x time, over the images of the range. Idle time counts too."
             " Set the price above.",
             "currencyUSD",
             ratio(f"1000 * {SPENT}", IMAGES_SEEN),
@@ -92,7 +92,7 @@ SECTION = Section(
         ),
         timeseries(
             "Image tokens of an image, p90 by cap",
-            "What the caps leave.",
+            "Tokens that remain under the caps.",
             "short",
             {"{{cap}}": quantile(0.9, IMAGE_TOKENS, by="cap")},
         ),
@@ -126,7 +126,7 @@ SECTION = Section(
         ),
         timeseries(
             "Cost of 1000 images",
-            "At the load of the moment: the price of the accelerators over the images per second."
+            "At the current load: the price of the accelerators over the images per second."
             " It falls with load, until the time to first token rises.",
             "currencyUSD",
             {"cost": ratio(f"1000 * $price * {total('saccade_devices')} / 3600", IMAGES)},
