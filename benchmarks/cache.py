@@ -3,8 +3,8 @@
     python -m benchmarks.cache --model qwen2-vl
     python -m benchmarks.cache --model qwen2-vl --faults
 
-Many users ask again and again, each about one picture, of a model whose encoder is real. README.md
-in this folder says what is measured and how to read it.
+Many users each ask repeatedly about one picture; the model's encoder is real. README.md in this
+folder explains what is measured and how to read it.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from server.settings import GIB
 _ROOT = Path(__file__).resolve().parent.parent
 _REQUEST_TIMEOUT = 120.0
 _DRIVE_LIMIT = 1800.0
-# Asked of every server before it is measured: more pictures than the smallest GPU tier holds.
+# Questions to every server before it is measured: more pictures than the smallest GPU tier holds.
 _PROBE_USERS, _PROBE_TURNS = 4, 2
 _MOST_DIFFERENCE = 0.01
 # When Redis fails: seconds after the second half begins.
@@ -56,7 +56,7 @@ _OFF = Setup("off", ("--embedding-cache-gb", "0"))
 
 
 def main() -> int:
-    """Run the benchmark; return 1 if something was not as it must be."""
+    """Run the benchmark; return 1 if a check failed."""
     options = _parse()
     signal.signal(signal.SIGTERM, _end)
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
@@ -75,7 +75,7 @@ def main() -> int:
 
 
 class _Benchmark:
-    """Drives the servers of one session after the other, and keeps what was measured."""
+    """Drives the servers of a session one after the other, and collects the measurements."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self._options = options
@@ -90,7 +90,7 @@ class _Benchmark:
         self.problems: list[str] = []
 
     def working_set(self, ratio: float) -> None:
-        """Compare the configurations where all pictures are `ratio` times what the GPU holds."""
+        """Compare the configurations with a working set of `ratio` times the GPU tier."""
         options, common = self._options, self._common(ratio)
         section = f"working set {ratio:g} x GPU tier of {common.gpu_tokens} tokens"
         rounds = [self._bodies.chats(options.users, options.turns) for _ in range(options.rounds)]
@@ -105,7 +105,7 @@ class _Benchmark:
                         self._drive(replica, each, section)
 
         session(_PLAIN, Setup("host", _HOST))
-        if ratio == min(options.ratios):  # what having the cache costs where it cannot help
+        if ratio == min(options.ratios):  # the cost of the cache where it cannot help
             session(_OFF)
         if ratio == max(options.ratios):
             with redis_server() as redis:
@@ -119,7 +119,7 @@ class _Benchmark:
         self._conclude(section)
 
     def faults(self) -> None:
-        """See what those who ask notice of a shared store that hangs or is gone."""
+        """Measure how a shared store that hangs or is gone affects requests."""
         options, common = self._options, self._common(max(self._options.ratios))
         chats, middle = self._bodies.chats(options.users, options.turns), options.turns // 2
         first, second = Chats(chats.turns[:middle]), Chats(chats.turns[middle:])
@@ -158,7 +158,7 @@ class _Benchmark:
             yield running
 
     def _probe(self, section: str, common: Common) -> Callable[[Replica], None]:
-        """Return what warms servers up and compares their answers to those of the first."""
+        """Return a function that warms up a server and compares its answers with the first's."""
         chats = self._bodies.chats(_PROBE_USERS, _PROBE_TURNS)
         expected: list[list[float]] = []
 
@@ -169,7 +169,7 @@ class _Benchmark:
             difference = max(abs(one - other) for one, other in pairs)
             self._differences.setdefault(section, {})[replica.setup.name] = difference
             if difference > _MOST_DIFFERENCE:
-                self.problems.append(f"{section}: {replica.setup.name} answers otherwise")
+                self.problems.append(f"{section}: {replica.setup.name} gives different answers")
 
         return probe
 
@@ -180,7 +180,7 @@ class _Benchmark:
         section: str,
         fail: Callable[[], None] | None = None,
     ) -> None:
-        """Measure one server; `fail` is called while requests are under way."""
+        """Measure one server; `fail` is called while requests are in progress."""
         before = replica.counters()
         plan = Plan(replica.server.port, chats.bodies, self._options.concurrency, _REQUEST_TIMEOUT)
         timer = threading.Timer(_FAULT_DELAY, fail or (lambda: None))
@@ -196,7 +196,7 @@ class _Benchmark:
             self.problems.append(f"{section}: {row.server}: the encoder ran for known pictures")
 
     def _conclude(self, section: str) -> None:
-        """Print what was measured in a section, and save all so far."""
+        """Print the measurements of a section, and save all so far."""
         print(cache_report.table([row for row in self._rows if row.section == section]))
         differences = self._differences.get(section, {})
         if differences:
@@ -219,7 +219,7 @@ class _Benchmark:
         return Common(self._model, self._picture_side, tokens, options.engine_cores)
 
     def _small_host(self) -> tuple[str, ...]:
-        """A host tier for a third of the pictures, so that the tiers below it are of use."""
+        """A host tier for a third of the pictures, so that the tiers below it are used."""
         config = json.loads((_ROOT / self._model / "config.json").read_text())
         picture = PICTURE_TOKENS * config["text_config"]["hidden_size"] * _ITEM_BYTES
         pictures = max(_FEWEST_ON_HOST, self._options.users // 3)
@@ -248,18 +248,18 @@ def _parse() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", choices=("demo", "qwen2-vl"), default="demo", help="made on the fly, no stub")
-    add("--users", type=_positive, default=30, help="pictures of a round")
+    add("--model", choices=("demo", "qwen2-vl"), default="demo", help="created on the fly, no stub")
+    add("--users", type=_positive, default=30, help="pictures per round")
     add("--turns", type=_positive, default=8, help="requests about each picture")
     add("--rounds", type=_positive, default=2, help="each with pictures of its own")
     add("--concurrency", type=_positive, default=4, help="requests in flight")
     add("--ratios", type=_numbers, default="0.5,2,10", help="working sets, in GPU tiers")
-    add("--engine-cores", help="cores for the model's threads, for all; such as 1 or 2-3")
-    add("--faults", action="store_true", help="instead: let Redis hang and die at the last ratio")
-    add("--output", type=Path, help="file of results; default: benchmarks/results/<date>-<name>")
+    add("--engine-cores", help="cores for the model's threads of every server, such as 1 or 2-3")
+    add("--faults", action="store_true", help="instead, make Redis hang and die at the last ratio")
+    add("--output", type=Path, help="result file; default: benchmarks/results/<date>-<name>")
     options = parser.parse_args()
     if options.faults and options.turns < 2:
-        parser.error("--faults needs two turns")
+        parser.error("--faults needs at least two turns")
     if options.output is None:
         name = f"cache-{options.model}{'-faults' if options.faults else ''}"
         stem = f"{datetime.date.today().isoformat()}-{name}"
@@ -278,7 +278,7 @@ def _positive(text: str) -> int:
 
 
 def _end(number: int, _frame: object) -> None:
-    """Leave by an exception, so that the servers are ended."""
+    """Raise an exception, so that the servers are ended."""
     signal.signal(number, signal.SIG_IGN)
     sys.exit(128 + number)
 

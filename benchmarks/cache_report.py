@@ -1,4 +1,4 @@
-"""What the cache benchmark found: a row for each round, a table of their medians, a file."""
+"""The results of the cache benchmark: a row for each round, a table of medians, a file."""
 
 import dataclasses
 import json
@@ -87,7 +87,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def save(path: Path, content: dict[str, Any], rows: Sequence[Row]) -> None:
-    """Write everything that was measured, each round included."""
+    """Write all measurements, including each round."""
     path.parent.mkdir(parents=True, exist_ok=True)
     found = content | {"rows": [dataclasses.asdict(row) for row in rows]}
     path.write_text(json.dumps(found, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""The servers of the cache benchmark: how each is started, and what it tells of its caches."""
+"""The servers of the cache benchmark: their command lines, and the statistics of their caches."""
 
 import http.client
 import json
@@ -24,13 +24,13 @@ _PLAIN = ("-m", "vllm.entrypoints.openai.api_server", "--model")
 _OURS = ("-m", "server", "serve")
 _ADMIN_KEY = "benchmark"
 _TIMEOUT = 120.0
-# What a server still writes to its log after its last answer.
+# Log lines that a server may still write after its last answer.
 _LOG_DELAY = 1.0
 _ENCODED = re.compile(rb"encoder inputs: (\d+), encoder output embeddings: (\d+)")
 
 
 def picture_side(model: Path) -> int:
-    """Return the width and height, in pixels, of a picture that has `PICTURE_TOKENS`."""
+    """Return the side, in pixels, of a square picture with `PICTURE_TOKENS` tokens."""
     processor = json.loads((model / "preprocessor_config.json").read_text())
     side: int = _TOKENS_A_SIDE * processor["patch_size"] * processor["merge_size"]
     return side
@@ -47,7 +47,7 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Common:
-    """What all servers of a session are given."""
+    """The options that all servers of a session share."""
 
     model: Path
     picture_side: int  # in pixels
@@ -108,7 +108,7 @@ class Replica:
         )
 
     def counters(self) -> Counters:
-        """Return the totals; to be called when no request is under way."""
+        """Return the totals; call it when no request is in progress."""
         time.sleep(_LOG_DELAY)
         return Counters(sum(runs for runs, _ in self._encoded()), self._hits())
 
@@ -118,13 +118,13 @@ class Replica:
         The requests are also those that warm a server up.
 
         Raises:
-            ServerFailed: a request fails, or the encoder was not seen to run as it should.
+            ServerFailed: a request fails, or the encoder's runs are not logged as expected.
         """
         found = [self._ask(Path(body)) for body in chats.bodies]
         time.sleep(_LOG_DELAY)
         encoded = list(self._encoded())
         if not self.setup.plain and not encoded:
-            return found  # a cache that outlived another server may have all
+            return found  # a cache of an earlier server may hold all of them
         if not encoded or any(tokens != runs * PICTURE_TOKENS for runs, tokens in encoded):
             raise ServerFailed(f"{self.setup.name}: pictures do not take {PICTURE_TOKENS} tokens")
         return found
@@ -158,14 +158,14 @@ class Replica:
         return answer
 
     def _encoded(self) -> Iterator[tuple[int, int]]:
-        """Yield the encoder's runs and the tokens it made, of each step that had some."""
+        """Yield the encoder's runs and tokens for each step that has any."""
         for match in _ENCODED.finditer(self._log.read_bytes()):
             yield int(match[1]), int(match[2])
 
 
 @contextmanager
 def replicas(setups: Sequence[Setup], common: Common, folder: Path) -> Iterator[list[Replica]]:
-    """Start servers side by side, and end them whatever happens."""
+    """Start servers side by side, and always end them."""
     with ExitStack() as stack:
         started = []
         for setup in setups:

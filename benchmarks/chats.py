@@ -1,8 +1,8 @@
-"""Requests of many users, each of whom asks again and again about one picture.
+"""Requests of many users who each ask repeatedly about one picture.
 
-The question comes before the picture and is another in each turn. What the language model keeps of
-earlier turns (its prefix cache) is then of no use, and only a cache of embeddings spares the
-encoder. All users have their first turn, then all their second: pictures are asked for in a cycle.
+The question comes before the picture and differs in each turn. The language model's prefix cache is
+then useless, and only a cache of embeddings saves the encoder's work. All users have their first
+turn, then all their second, so pictures recur in a cycle.
 """
 
 import base64
@@ -39,7 +39,7 @@ class Chats:
 
 
 class ChatBodies:
-    """Writes request bodies into `folder`. No picture and no question is in two chats.
+    """Writes request bodies into `folder`. Chats share no pictures and no questions.
 
     `side` is the width and height of each picture, in pixels.
     """
@@ -52,7 +52,7 @@ class ChatBodies:
         self._random = random.Random(_SEED)
 
     def chats(self, users: int, turns: int) -> Chats:
-        """Return new chats, all with pictures of their own."""
+        """Return new chats, each with its own picture."""
         urls = [self._picture() for _ in range(users)]
         return Chats([[self._write(url) for url in urls] for _ in range(turns)])
 

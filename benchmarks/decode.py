@@ -1,13 +1,13 @@
-"""What decoding costs: this project's decoders against others that could be had.
+"""The cost of decoding: this project's decoders against the alternatives.
 
     python -m benchmarks.decode --output benchmarks/results/2026-11-20-decode.json
 
-Each candidate takes a file to the size that a model's processor would make of it: it decodes, and
-then the picture is resized as the processor does (torchvision, bicubic, antialiased, uint8).
+Each candidate decodes a file for the size that a model's processor produces. The picture is then
+resized as the processor does it (torchvision, bicubic, antialiased, uint8).
 Candidates take turns. The time is CPU time of the process with all threads, since a pool of workers
 keeps all cores busy; wall time is in the file too. Fidelity is the peak signal-to-noise ratio
-against the whole picture, resized. Peak memory is that of a process of its own (VmHWM), above what
-it had before it decoded, with the file in memory.
+against the whole picture, resized. Peak memory is measured in a separate process (VmHWM), above
+its memory before decoding, with the file loaded.
 
 Allocators are set as in an image worker. libvips, OpenCV and torch have one thread each.
 """
@@ -49,7 +49,7 @@ _LARGE = 10_000
 
 @dataclass(frozen=True)
 class Case:
-    """A file, and the size (width, height) that it ends in; None: its own."""
+    """A file, and its final size (width, height); None: its own."""
 
     name: str
     data: bytes
@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--no-memory", action="store_true", help="leave the peaks of memory out")
+    parser.add_argument("--no-memory", action="store_true", help="skip peak memory")
     options = parser.parse_args()
     memory = [] if options.no_memory else list(_peaks())
     _as_worker()
@@ -101,7 +101,7 @@ def _ours_exact(data: bytes, target: Size) -> Image.Image:
 
 
 def _loader(data: bytes, target: Size) -> Image.Image:
-    """As vLLM's loader does."""
+    """Decodes like vLLM's loader."""
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     return image if image.mode == "RGB" else image.convert("RGB")
 
@@ -175,7 +175,7 @@ def _finished(picture: Any, target: Size | None) -> Pixels:
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"
-        )  # some of these arrays are read-only, and they are only read
+        )  # some of these arrays are read-only, which is fine: nothing writes to them
         planes = torch.from_numpy(np.asarray(picture)).permute(2, 0, 1)
     if target is not None and planes.shape[1:] != target[::-1]:
         bicubic = tv.InterpolationMode.BICUBIC
@@ -287,7 +287,7 @@ def _psnr(done: Pixels, whole: NDArray[np.float32]) -> float | str:
 
 
 def _peaks() -> Iterator[dict[str, Any]]:
-    """Peaks of memory with pictures of 100 megapixels, in MB above the process before."""
+    """Peak memory with pictures of 100 megapixels, in MB above the memory before."""
     quarter = Image.open(io.BytesIO(photos.photo(_LARGE // 2, _LARGE // 2, 7)))
     photo = Image.new("RGB", (_LARGE, _LARGE))
     for at, turn in ((0, None), (1, 0), (2, 1), (3, 3)):
@@ -323,7 +323,7 @@ def _measure_peak(connection: Any, candidate: Candidate, data: bytes) -> None:
     keep_freed_memory(192 << 20)
     vars(Image)["core"].set_blocks_max(8)
     Image.MAX_IMAGE_PIXELS = None
-    candidate(_encode(Image.new("RGB", (64, 64)), "PNG"), (64, 64))  # compiled loops are loaded
+    candidate(_encode(Image.new("RGB", (64, 64)), "PNG"), (64, 64))  # loads the compiled loops
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     before, started = _memory("VmRSS"), time.perf_counter()

@@ -1,4 +1,4 @@
-"""What the numbers of a run depend on: the machine, the commit and the versions."""
+"""The environment of a run: the machine, the commit and the versions."""
 
 import os
 import platform
@@ -24,7 +24,7 @@ _PACKAGES = (
 
 
 def describe() -> dict[str, Any]:
-    """Return the description that a file of results carries."""
+    """Return the description for a result file."""
     return {"hardware": _hardware(), "commit": commit(), "versions": _versions()}
 
 
@@ -64,7 +64,7 @@ def _versions() -> dict[str, str]:
 
 
 def _output(command: str, *arguments: str) -> str | None:
-    """Return what the command prints; None where it is missing or fails."""
+    """Return the output of the command; None if it is missing or fails."""
     if (path := shutil.which(command)) is None:
         return None
     finished = subprocess.run(

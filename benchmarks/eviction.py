@@ -1,11 +1,11 @@
-"""Which entry a full cache should give up: hit rates of eviction policies on synthetic traces.
+"""Hit rates of eviction policies on synthetic traces.
 
     python -m benchmarks.eviction [--output FILE]
 
-Traces: independent draws of a Zipf law, as in content that many users share; and chats, in which
-each picture is asked about some times within a short while and then never again, also mixed with a
-scan (a batch job that shows every picture once). Sizes follow a log-normal law of a factor e, as
-images of mixed sizes have it. Caches hold a share of the bytes of all pictures in the trace.
+Traces: independent draws from a Zipf law, for content that many users share; and chats, in which
+each picture is requested several times within a short while and then never again, also mixed with a
+scan (a batch job that shows every picture once). Sizes follow a log-normal law with a factor of e,
+like images of mixed sizes. Caches hold a share of the bytes of all pictures in the trace.
 """
 
 import argparse
@@ -34,7 +34,7 @@ class Policy(Protocol):
 
 
 class Lru:
-    """Gives up what was not used for the longest time."""
+    """Evicts the least recently used entry."""
 
     def __init__(self) -> None:
         self._order: OrderedDict[int, None] = OrderedDict()
@@ -50,15 +50,15 @@ class Lru:
 
 
 class Fifo(Lru):
-    """Gives up what came first."""
+    """Evicts the oldest entry."""
 
     def hit(self, key: int) -> None:
         pass
 
 
 class Sieve:
-    """Zhang et al., NSDI 2024: a queue in which a hand passes by what was used since it last came,
-    and takes what was not."""
+    """Zhang et al., NSDI 2024: a hand moves through a queue, skips entries that were used since its
+    last visit, and evicts the first other one."""
 
     def __init__(self) -> None:
         self._visited: dict[int, bool] = {}
@@ -74,7 +74,7 @@ class Sieve:
         self._newest = key
 
     def evict(self) -> int:
-        """The hand stands behind the entry it looks at next, so that this can be unlinked."""
+        """The hand stays one entry behind the next candidate, so that this can be unlinked."""
         while True:
             key = self._newer.get(self._hand)
             if key is None:

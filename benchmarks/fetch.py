@@ -1,10 +1,10 @@
-"""CPU of the event loop for each fetch of a picture from a server on this machine.
+"""CPU time of the event loop per fetch of a picture from a server on this machine.
 
     python -m benchmarks.fetch [--sizes 300000 3000000] [--fetches 400] [--json FILE]
 
-The server runs in a process of its own and keeps connections open. The fetcher has no cache, and
-eight fetches run at a time. Printed for each size: CPU time of the loop's thread and elapsed time,
-both in milliseconds a fetch; the median of the rounds and the least.
+The server runs in a separate process and keeps connections open. The fetcher has no cache, and
+eight fetches run at a time. The output for each size is the CPU time of the loop's thread and the
+elapsed time, both in milliseconds per fetch: the median of the rounds, and the least.
 """
 
 import argparse
@@ -27,7 +27,7 @@ _ROUNDS = 9
 
 
 class _Origin(asyncio.Protocol):
-    """Answers each GET with as many bytes as its path says."""
+    """Answers each GET with the number of bytes in its path."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.WriteTransport)
@@ -54,7 +54,7 @@ def _serve(told: Connection) -> None:
 
 @asynccontextmanager
 async def _origin() -> AsyncIterator[int]:
-    """The port of a server in a process of its own."""
+    """The port of a server in a separate process."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_serve, args=(there,), daemon=True)
@@ -67,7 +67,7 @@ async def _origin() -> AsyncIterator[int]:
 
 
 async def _round(fetcher: Fetcher, url: str, fetches: int) -> tuple[float, float]:
-    """(CPU time of this thread, elapsed time) in ms a fetch."""
+    """(CPU time of this thread, elapsed time) in ms per fetch."""
     numbers = iter(range(fetches))
 
     async def fetch_some() -> None:
@@ -105,8 +105,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--sizes", type=int, nargs="+", default=[300_000, 3_000_000])
-    parser.add_argument("--fetches", type=int, default=400, help="in each of the rounds")
-    parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--fetches", type=int, default=400, help="per round")
+    parser.add_argument("--json", type=Path, help="result file")
     args = parser.parse_args()
     results = uvloop.run(_measure(args.sizes, args.fetches))
     for result in results:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.load < plan.json > result.json
 
-It is a closed loop: `concurrency` threads, each with one connection that it keeps, send the
-bodies of the plan in order, each thread the next one as soon as its last answer is complete. The
+It is a closed loop: `concurrency` threads, each with one kept-alive connection, send the
+bodies of the plan in order. Each thread sends the next one once its last answer is complete. The
 bodies are read into memory before the clock starts. Blocking sockets in threads proved to be the
 lightest way to send large bodies: 1 ms of CPU for 6 MB, against 1.5 ms with asyncio. To stay
 small it imports the standard library only.
@@ -27,19 +27,19 @@ _EVENT = b"data: "
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to send, and where to."""
+    """What to send, and where."""
 
     port: int
     bodies: list[str]  # files, each the body of one request
     concurrency: int
-    timeout: float  # seconds without a byte from the server after which a request has failed
+    timeout: float  # a request fails after so many seconds without a byte from the server
 
 
 @dataclass(slots=True)
 class Answer:
-    """What became of one request; times in seconds from the moment it began to be sent.
+    """The outcome of one request; times in seconds from the start of sending.
 
-    A stub may make the model say nothing but special tokens: then there is no text to time.
+    With a stub, the model may generate only special tokens: then there is no text to time.
     """
 
     error: str = ""
@@ -56,7 +56,7 @@ class Result:
     """The answers, in the order of the plan's bodies."""
 
     wall: float = 0.0
-    cpu: float = 0.0  # seconds that this process itself used while it drove the server
+    cpu: float = 0.0  # CPU seconds of this process while it drove the server
     answers: list[Answer] = field(default_factory=list)
 
     @classmethod
@@ -88,7 +88,7 @@ def drive(plan: Plan) -> Result:
 
 
 class _Turns:
-    """Hands out the numbers of the requests, each to one thread."""
+    """Gives the number of each request to one thread."""
 
     def __init__(self, count: int) -> None:
         self._numbers = iter(range(count))
@@ -121,12 +121,12 @@ def _exchange(connection: http.client.HTTPConnection, body: bytes, answer: Answe
 def _send(
     connection: http.client.HTTPConnection, body: bytes, answer: Answer
 ) -> http.client.HTTPResponse:
-    """Send the request; once more, as clients do, if the server has closed a kept connection."""
+    """Send the request; send it again, as clients do, if the server closed a kept connection."""
     kept = connection.sock is not None
     try:
         connection.request("POST", "/v1/chat/completions", body, _HEADERS)
         return connection.getresponse()
-    except ConnectionError:  # also raised if the connection ends before the first byte
+    except ConnectionError:  # also raised if the connection closes before the first byte
         if not kept:
             raise
     answer.reconnected = True
@@ -145,7 +145,7 @@ def _read_events(response: http.client.HTTPResponse, answer: Answer, began: floa
         if not ended:
             _read_event(json.loads(line[len(_EVENT) :]), answer, began)
     if not ended and not answer.error:
-        answer.error = "the stream was cut short"
+        answer.error = "the stream was truncated"
 
 
 def _read_event(event: dict[str, Any], answer: Answer, began: float) -> None:

@@ -25,8 +25,8 @@ _ROOT = Path(__file__).resolve().parent.parent
 class Measurement:
     """The numbers of one round; times in seconds, memory in bytes.
 
-    "per image" means per request where a workload has no images. A share is one of a single core,
-    but those of the machine are shares of all its cores.
+    "per image" means per request if a workload has no images. Shares refer to a single core,
+    except those of the machine, which refer to all its cores.
     """
 
     requests: int
@@ -59,7 +59,7 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class _Clock:
-    """A moment, as all the clocks show it that a measurement needs."""
+    """One moment, as read from all clocks that a measurement uses."""
 
     wall: float
     server: Cpu
@@ -72,7 +72,7 @@ class _Clock:
 def measure(
     server: Server, idle: Server, batch: Batch, concurrency: int, timeout: float, limit: float
 ) -> tuple[Measurement, list[Answer]]:
-    """Drive `server` with the batch, watch it meanwhile, and return what was seen."""
+    """Drive `server` with the batch, observe it meanwhile, and return the measurements."""
     plan = Plan(server.port, [str(body) for body in batch.bodies], concurrency, timeout)
     memory, health = MemoryProbe(server), HealthProbe(server)
     scrapes = ScrapeProbe(server) if server.scraped else None
@@ -88,7 +88,7 @@ def measure(
 
 
 def generate(plan: Plan, limit: float) -> Result:
-    """Run the load generator, a process of its own, for at most `limit` seconds."""
+    """Run the load generator in a separate process, for at most `limit` seconds."""
     finished = subprocess.run(
         [sys.executable, "-m", "benchmarks.load"],
         input=json.dumps(dataclasses.asdict(plan)),
@@ -102,7 +102,7 @@ def generate(plan: Plan, limit: float) -> Result:
 
 
 def percentile(values: list[float], share: float) -> float:
-    """Return the smallest value that `share` of all values do not exceed."""
+    """Return the smallest value that at least `share` of the values do not exceed."""
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
@@ -155,9 +155,9 @@ def _measurement(
 
 
 def _settle(server: Server) -> None:
-    """Wait until the server rests, 5 s at most: what it does after an answer is part of its cost.
+    """Wait until the server is idle, at most 5 s: its work after an answer is part of its cost.
 
-    If it were not awaited, it would also disturb the other server, whose turn is next.
+    Without the wait, this work would also disturb the other server, whose turn is next.
     """
     deadline = time.monotonic() + 5.0
     while time.monotonic() < deadline:
@@ -175,7 +175,7 @@ def _read_clock(server: Server, idle: Server) -> _Clock:
 
 
 def _machine_cpu() -> tuple[float, float]:
-    """Return the CPU seconds since boot that were spent, and those that the hypervisor took."""
+    """Return the CPU seconds used since boot, and those that the hypervisor took."""
     with open("/proc/stat") as file:
         ticks = [int(field) * _TICK for field in file.readline().split()[1:9]]
     user, nice, system, _idle, _wait, hard, soft, stolen = ticks

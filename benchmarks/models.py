@@ -1,6 +1,6 @@
-"""Makes a checkpoint for benchmarks on a CPU: Qwen2-VL with the proportions of the 2B, scaled down.
+"""Creates a checkpoint for benchmarks on a CPU: a scaled-down Qwen2-VL with the 2B's proportions.
 
-The weights are random and always the same. The picture of 448x448 takes 256 tokens, and no picture
+The weights are random and always the same. A picture of 448x448 takes 256 tokens, and no picture
 takes more. The vocabulary and the chat template are those of the demo model.
 """
 
@@ -102,7 +102,7 @@ def _config(special: dict[str, int]) -> Qwen2VLConfig:
 
 
 def _draw_weights(model: Qwen2VLForConditionalGeneration, silent: list[int]) -> None:
-    """Draw every matrix such that signals neither fade nor explode: answers depend on the picture.
+    """Initialise the matrices so that signals neither vanish nor explode and the picture matters.
 
     The output rows of the `silent` tokens are zero, so that no answer consists of them.
     """

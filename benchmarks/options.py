@@ -1,4 +1,4 @@
-"""The command line of the benchmark, and the command lines of the servers that follow from it."""
+"""The command line of the benchmark, and the servers' command lines derived from it."""
 
 import argparse
 import datetime
@@ -23,37 +23,40 @@ def parse() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", default="server/demo", help="folder or name of the model, given to both")
-    add("--workloads", type=_workloads, default=",".join(WORKLOADS), help="which, in this order")
+    add("--model", default="server/demo", help="folder or name of the model, passed to both")
+    add("--workloads", type=_workloads, default=",".join(WORKLOADS), help="names, in this order")
     add("--rounds", type=_positive, default=3, help="rounds per workload; odd ones start with ours")
     add(
-        "--spare-rounds", type=int, default=3, help="more rounds, at most, where some are disturbed"
+        "--spare-rounds",
+        type=int,
+        default=3,
+        help="most extra rounds to replace disturbed ones",
     )
     add("--concurrency", type=_positive, default=8, help="requests in flight")
     add("--scale", type=float, default=1.0, help="factor on the number of requests in a round")
-    add("--stub-encoder", action="store_true", help="give both the same stub vision encoder")
-    add("--image-decode", choices=("exact", "fast"), help="given to ours only")
-    add("--mm-processor-kwargs", type=json.loads, help="JSON, given to both")
-    add("--max-model-len", type=_positive, default=8192, help="given to both")
-    add("--dtype", default="float32", help="given to both")
-    add("--server-flags", default="", help="more flags, as one string, given to both")
+    add("--stub-encoder", action="store_true", help="use the same stub vision encoder in both")
+    add("--image-decode", choices=("exact", "fast"), help="passed to our server only")
+    add("--mm-processor-kwargs", type=json.loads, help="JSON, passed to both")
+    add("--max-model-len", type=_positive, default=8192, help="passed to both")
+    add("--dtype", default="float32", help="passed to both")
+    add("--server-flags", default="", help="more flags, as one string, passed to both")
     add(
         "--engine-cores",
-        help="cores for the model's threads (CPU only), for both; such as 1 or 2-3",
+        help="cores for the model's threads of both (CPU only), such as 1 or 2-3",
     )
-    add("--control", action="store_true", help="plain vLLM in both places: all ratios should be 1")
+    add("--control", action="store_true", help="plain vLLM on both sides: all ratios should be 1")
     add(
         "--baseline",
         type=Path,
-        help="folder of another checkout of this server, to stand in the place of plain vLLM",
+        help="folder of another checkout of this server, to compare with instead of plain vLLM",
     )
     add(
         "--observed",
         type=float,
         metavar="SHARE",
-        help="ours logs every request as JSON, traces this share of them, and is scraped every 5 s",
+        help="our server logs requests as JSON, traces this share, and is scraped every 5 s",
     )
-    add("--output", type=Path, help="file of results; default: benchmarks/results/<date>-<name>")
+    add("--output", type=Path, help="result file; default: benchmarks/results/<date>-<name>")
     options = parser.parse_args()
     options.output = options.output or _default_output(options)
     return options
@@ -62,8 +65,8 @@ def parse() -> argparse.Namespace:
 def commands(
     options: argparse.Namespace, ports: tuple[int, int], traces: str = "ENDPOINT"
 ) -> tuple[list[str], list[str]]:
-    """Return the command lines of our server and of plain vLLM. `traces` is where ours sends its
-    traces if it is observed."""
+    """Return the command lines of our server and of plain vLLM. If observed, our server sends its
+    traces to `traces`."""
     flags = _common_flags(options)
     plain = ["-m", "vllm.entrypoints.openai.api_server", "--model", options.model]
     saccade = ["-m", "server", "serve", options.model]
@@ -80,7 +83,7 @@ def commands(
 
 
 def recorded(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options as the file of results carries them."""
+    """Return the options for the result file."""
     ours, plain = commands(options, (0, 0))
     return {
         **vars(options),

@@ -1,11 +1,11 @@
 """Seeded pictures that load an image server as real ones do: photos and pages of text.
 
-A photo has the statistics that decide what a codec costs: an amplitude spectrum that falls as
-1/f, edges between objects, colour channels that vary together, mild sensor noise. At quality 88
-and 4:2:0, 12 megapixels take 4 to 5 MB, as from a phone.
+A photo has the statistics that determine the cost of a codec: an amplitude spectrum that falls as
+1/f, edges between objects, correlated colour channels, mild sensor noise. At quality 88
+and 4:2:0, 12 megapixels take 4 to 5 MB, like photos of a phone.
 
-Drawing is slow, so a few base pictures are drawn and then made distinct by `stamp`: a comment in
-the file that changes its bytes and not its pixels. Servers that cache by content see new content.
+Drawing is slow, so only a few base pictures are drawn. `stamp` makes copies distinct: a comment in
+the file changes its bytes, but not its pixels, so that caches by content treat it as new.
 """
 
 import io
@@ -27,14 +27,14 @@ _TEXT = (
 WORDS = _TEXT.split()
 
 
-# Room for the stamp of a WebP file, whose chunks have no place for a comment.
+# Space for the stamp of a WebP file, whose format has no comments.
 _UNSTAMPED = "benchmark picture " + 16 * "0"
 
 
 def photo(width: int, height: int, seed: int, quality: int = 88, kind: str = "JPEG") -> bytes:
     """Return a file with the statistics of a camera's picture: JPEG (4:2:0), WebP or PNG.
 
-    `quality` is JPEG's. The scale of WebP, whose usual 80 goes with JPEG's 88, lies lower.
+    `quality` is JPEG's. WebP gets a lower value: its usual 80 corresponds to JPEG's 88.
     """
     rng = np.random.default_rng(seed)
     luma = _luma(width, height, rng)
@@ -64,9 +64,9 @@ def page(width: int, height: int, seed: int) -> bytes:
 
 
 def stamp(picture: bytes, mark: str) -> bytes:
-    """Return the same picture as another file: `mark` is put in as a comment after its header.
+    """Return the same picture as another file, with `mark` as a comment after its header.
 
-    In a WebP file the mark takes the place of one as long, which `photo` leaves there.
+    In a WebP file the mark replaces a placeholder of equal length, which `photo` writes.
     """
     if picture.startswith(b"RIFF"):
         assert len(mark) == len(_UNSTAMPED)
@@ -94,7 +94,7 @@ def _fractal(width: int, height: int, rng: np.random.Generator, power: float) ->
 
 
 def _luma(width: int, height: int, rng: np.random.Generator) -> Plane:
-    """Return brightness: one textured surface, cut by the outlines of objects of other ones."""
+    """Return brightness: textured surfaces, separated by the outlines of objects."""
     texture = _fractal(width, height, rng, 1.0)
     surface = np.asarray(_objects(width, height, rng), dtype=np.float32)
     contrast = 14 + 20 * (surface / 255)  # surfaces are smooth or rough
@@ -102,7 +102,7 @@ def _luma(width: int, height: int, rng: np.random.Generator) -> Plane:
 
 
 def _objects(width: int, height: int, rng: np.random.Generator) -> Image.Image:
-    """Return overlapping shapes, large ones below, with edges as soft as a lens makes them."""
+    """Return overlapping shapes, large ones below, with edges as soft as a lens renders them."""
     image = Image.new("L", (width, height), 128)
     draw = ImageDraw.Draw(image)
     for size in np.sort(rng.pareto(1.5, 160) + 1)[::-1] * width / 80:
@@ -115,7 +115,7 @@ def _objects(width: int, height: int, rng: np.random.Generator) -> Image.Image:
 
 
 def _exposed(plane: Plane, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Return the plane as the sensor gives it: with noise, clipped to eight bits."""
+    """Return the plane as a sensor records it: with noise, clipped to eight bits."""
     noise = rng.standard_normal(plane.shape, dtype=np.float32)
     noise += np.roll(noise, 1, axis=1)  # demosaicing makes neighbours alike
     return np.clip(plane + noise * 2.2, 0, 255).astype(np.uint8)

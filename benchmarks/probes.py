@@ -1,4 +1,4 @@
-"""What is watched while a server is under load: its memory and how fast it answers /health."""
+"""Probes of a server under load: its memory, and how fast it answers /health."""
 
 import http.client
 import threading
@@ -14,7 +14,7 @@ _TIMEOUT = 30.0
 
 
 class _Probe(threading.Thread):
-    """A thread that looks at a server at fixed times until its `with` block ends."""
+    """A thread that probes a server at fixed times until its `with` block ends."""
 
     def __init__(self, server: Server, interval: float) -> None:
         super().__init__(daemon=True)
@@ -45,10 +45,10 @@ class _Probe(threading.Thread):
 
 
 class HealthProbe(_Probe):
-    """Asks for /health every 50 ms.
+    """Requests /health every 50 ms.
 
-    While an answer is awaited no further question is asked. Those left out are added with the
-    latencies that they would have had, as otherwise the slowest moments would count the least.
+    While a request is pending, no other is sent. The omitted ones are added with the latencies that
+    they would have had; otherwise the slowest moments would count the least.
     """
 
     def __init__(self, server: Server) -> None:
@@ -74,7 +74,7 @@ class HealthProbe(_Probe):
 
 
 class ScrapeProbe(_Probe):
-    """Asks for /metrics every five seconds, as the Prometheus of deploy/ does."""
+    """Requests /metrics every five seconds, as the Prometheus in deploy/ does."""
 
     def __init__(self, server: Server) -> None:
         super().__init__(server, _SCRAPE_INTERVAL)
@@ -90,10 +90,10 @@ class ScrapeProbe(_Probe):
 class MemoryProbe(_Probe):
     """Finds the peak of a server's memory (PSS, summed over its processes).
 
-    To tell the PSS the kernel walks all pages of a process, which meanwhile cannot get new ones:
-    asked under load, it would stall what is measured. So under load only the resident memory is
-    read, which costs nothing, and the PSS once the load is over; the peak is that, and what the
-    resident memory was above its end.
+    To compute the PSS, the kernel walks all pages of a process, which cannot get new ones then.
+    Under load, this would stall the server. So only the resident memory is read under load, which
+    costs nothing, and the PSS afterwards. The peak is the PSS plus the amount by which the resident
+    memory exceeded its final value.
     """
 
     def __init__(self, server: Server) -> None:

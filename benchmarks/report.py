@@ -1,4 +1,4 @@
-"""What is made of the measurements: ratios with their spread, a table, a file of results."""
+"""The report: ratios with their spread, a table, a result file."""
 
 import dataclasses
 import json
@@ -30,12 +30,12 @@ _METRICS = (
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """The same requests, put to both servers one after the other."""
+    """The measurements of both servers with the same requests."""
 
     first: str  # the server that was driven first
     ours: Measurement
     plain: Measurement
-    equal_answers: float  # share of the requests that both servers answered with the same text
+    equal_answers: float  # share of the requests to which both servers gave the same text
 
     @property
     def disturbance(self) -> float:
@@ -62,13 +62,13 @@ class Outcome:
 
     workload: Workload
     rounds: list[Round]
-    dropped: int  # rounds that were more disturbed than these
+    dropped: int  # rounds that were more disturbed than the kept ones
 
     def measurements(self) -> list[Measurement]:
         return [side for each in self.rounds for side in (each.ours, each.plain)]
 
     def problems(self) -> list[str]:
-        """Return what makes the comparison doubtful; nothing in a sound run."""
+        """Return the problems that make the comparison doubtful."""
         found = []
         for side in ("ours", "plain"):
             if failures := _total(self.rounds, side, "failures"):
@@ -119,7 +119,7 @@ def table(outcome: Outcome) -> str:
 def save(
     path: Path, options: dict[str, Any], environment: dict[str, Any], outcomes: list[Outcome]
 ) -> None:
-    """Write everything that was measured, each round included."""
+    """Write all measurements, including each round."""
     content = {
         "options": options,
         **environment,

@@ -1,10 +1,10 @@
-"""What a scrape of /metrics costs: CPU time of the server, and how long Prometheus waits.
+"""The cost of a scrape of /metrics: CPU time of the server, and how long Prometheus waits.
 
     python -m benchmarks.scrape [--output FILE]
 
-The embedded model is served and asked about pictures first, so that every series is there. The CPU
-time is that of an idle server which is scraped many times: under load it would not be told from the
-rest. How long an answer takes is measured idle, and while clients ask as fast as they can.
+The embedded model answers questions about pictures first, so that every series exists. The CPU
+time is measured on an idle server with many scrapes, because it cannot be separated under load. The
+duration of a scrape is measured idle, and while clients send requests as fast as they can.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from benchmarks import environment
 from benchmarks.processes import Server
 
 _CLIENTS = 4
-_PICTURES = 12  # asked about before anything is measured
+_PICTURES = 12  # pictures in requests before the measurement
 _IDLE_SCRAPES, _LOADED_SCRAPES = 300, 60
 _INTERVAL_S = 0.5  # of scrapes under load
 _TIMEOUT_S = 120
@@ -37,7 +37,7 @@ _PATH = "/v1/chat/completions"
 
 
 def _body(seed: int) -> dict[str, object]:
-    """A question about a picture that no other seed has."""
+    """A question about a picture that is unique to the seed."""
     pixels = np.random.default_rng(seed).integers(0, 256, (224, 224, 3), np.uint8)
     with io.BytesIO() as file:
         Image.fromarray(pixels).save(file, "JPEG")
@@ -55,7 +55,7 @@ def _ask(client: httpx.Client, seed: int) -> None:
 
 
 def _scrape(client: httpx.Client) -> float:
-    """How long it took, in milliseconds."""
+    """The duration in milliseconds."""
     started = time.perf_counter()
     client.get("/metrics").raise_for_status()
     return (time.perf_counter() - started) * 1e3

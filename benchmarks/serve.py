@@ -1,9 +1,9 @@
-"""The benchmark that decides: this server against plain vLLM, on the same machine and model.
+"""The main benchmark: this server against plain vLLM, on the same machine and model.
 
     python -m benchmarks.serve --stub-encoder --workloads text,12mp
 
-Both servers are up all the time. They are driven in turn, with the same requests, in several
-rounds whose order alternates. README.md in this folder says what is measured and how to read it.
+Both servers run all the time. They are driven in turn, with the same requests, in several rounds
+whose order alternates. README.md in this folder explains what is measured and how to read it.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _end)
     if options.baseline:
         revision = environment.commit(options.baseline)["revision"]
-        print(f"In the place of plain vLLM stands this server at commit {revision}.\n")
+        print(f"This server at commit {revision} replaces plain vLLM.\n")
     if options.stub_encoder:
         print("The vision encoder is stubbed, in both servers.\n")
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def _compare(options: argparse.Namespace, folder: Path) -> list[report.Outcome]:
-    """Run all workloads; what was measured is printed and saved after each."""
+    """Run all workloads; print and save the measurements after each."""
     outcomes: list[report.Outcome] = []
     description = environment.describe()
     with _servers(options, folder) as (ours, plain):
@@ -67,7 +67,7 @@ def _compare(options: argparse.Namespace, folder: Path) -> list[report.Outcome]:
 
 @contextmanager
 def _servers(options: argparse.Namespace, folder: Path) -> Iterator[tuple[Server, Server]]:
-    """Start both servers; end them, whatever happens."""
+    """Start both servers, and always end them."""
     env = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
     if options.engine_cores:
         env["VLLM_CPU_OMP_THREADS_BIND"] = options.engine_cores
@@ -126,8 +126,8 @@ def _run(
 ) -> report.Outcome:
     """Warm both servers up, then measure them in turn.
 
-    A round is disturbed if other processes took much of the machine. Spare rounds are run until
-    there are enough calm ones; the calmest are kept, whatever their outcome.
+    A round is disturbed if other processes used much of the machine. Spare rounds are run until
+    there are enough undisturbed ones; the least disturbed are kept, whatever their outcome.
     """
     warm_up = bodies.warm_up(workload)
     for server in (ours, plain):
@@ -165,7 +165,7 @@ def _send(server: Server, batch: Batch, options: argparse.Namespace) -> None:
 
 
 def _model_name(ours: Server, plain: Server) -> str:
-    """Return the name by which both servers know the model."""
+    """Return the model's name, which must be equal in both servers."""
     names = {json.loads(server.get("/v1/models")[1])["data"][0]["id"] for server in (ours, plain)}
     if len(names) != 1:
         raise ServerFailed(f"the servers have different names for the model: {sorted(names)}")
@@ -173,7 +173,7 @@ def _model_name(ours: Server, plain: Server) -> str:
 
 
 def _end(number: int, _frame: object) -> None:
-    """Leave by an exception, so that the servers are ended."""
+    """Raise an exception, so that the servers are ended."""
     signal.signal(number, signal.SIG_IGN)
     sys.exit(128 + number)
 

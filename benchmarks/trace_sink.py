@@ -1,4 +1,4 @@
-"""An OTLP receiver (gRPC) that takes all traces and looks at none."""
+"""An OTLP receiver (gRPC) that accepts all traces and discards them."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor

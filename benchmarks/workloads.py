@@ -1,9 +1,9 @@
-"""The workloads: what is asked, how often, and the request bodies, built before any clock starts.
+"""The workloads: the kinds of requests, their numbers, and their prebuilt bodies.
 
-Every request is a file that holds the complete HTTP body, base64 included. Both servers get the
-same files; within a run a server gets each of them once. Pictures are distinct by content, as
-`photos.stamp` makes them, and so is the text of every question, so that no cache of either server
-hits, except in `12mp_repeat`, whose purpose it is.
+Every request is a file with the complete HTTP body, including base64. Both servers get the
+same files; within a run a server gets each of them once. Pictures differ in content, as
+`photos.stamp` makes them, and so do the questions, so that no cache of either server
+hits, except in `12mp_repeat`, where this is the purpose.
 """
 
 import base64
@@ -21,17 +21,17 @@ MAX_TOKENS = 8
 _SEED = 20240607
 _HOT_PICTURES = 6
 _WARM_UPS = 6
-_Ask = tuple[list[bytes], str]  # pictures and the media type they have
+_Ask = tuple[list[bytes], str]  # pictures and their media type
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """One kind of request, or a mixture of kinds."""
+    """One kind of request, or a mix of kinds."""
 
     name: str
     description: str
     requests: int  # in one round: 5 to 15 s on two cores
-    kinds: tuple[str, ...] = ()  # of a mixture; drawn in these proportions
+    kinds: tuple[str, ...] = ()  # the proportions of a mix
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ WORKLOADS = {
 
 
 class Bodies:
-    """Writes the bodies of one run; it never writes a distinct picture or a question twice."""
+    """Writes the bodies of one run; it never repeats a distinct picture or a question."""
 
     def __init__(self, folder: Path, model: str) -> None:
         self._folder = folder
@@ -89,7 +89,7 @@ class Bodies:
         }
 
     def warm_up(self, workload: Workload) -> Batch:
-        """Return a few requests of each kind, and among them every hot picture once."""
+        """Return a few requests of each kind, including every hot picture once."""
         kinds = sorted(set(workload.kinds or (workload.name,)))
         asks = [self._ask[kind]() for kind in kinds for _ in range(_WARM_UPS)]
         if "12mp_repeat" in kinds:
@@ -97,7 +97,7 @@ class Bodies:
         return self._write(asks)
 
     def round(self, workload: Workload, requests: int) -> Batch:
-        """Return a round of new requests; a mixture has its proportions in every round."""
+        """Return a round of new requests; a mix keeps its proportions in every round."""
         kinds = workload.kinds or (workload.name,)
         order = [kinds[index % len(kinds)] for index in range(requests)]
         self._random.shuffle(order)
@@ -137,7 +137,7 @@ class Bodies:
 
 
 class _Bases:
-    """The base pictures, each drawn when first wanted."""
+    """The base pictures, each drawn at first use."""
 
     def __init__(self) -> None:
         self._drawn: dict[tuple[int | str, ...], bytes] = {}

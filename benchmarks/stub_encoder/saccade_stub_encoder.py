@@ -1,10 +1,10 @@
 """A vLLM plugin that replaces the vision encoder of the Qwen-VL families by a stub.
 
 On a CPU the encoder takes most of the time of a request, so a benchmark there would show little
-else. With the stub, each server's front end is seen as it would be seen in front of a GPU that
-encodes at no cost. Answers are meaningless, token counts and tensor shapes are the true ones.
+else. With the stub, each server's front end behaves as it would with a GPU that encodes at no
+cost. Answers are meaningless; token counts and tensor shapes are correct.
 
-This folder need not be installed: with it on PYTHONPATH, vLLM finds the plugin through the
+This folder does not need to be installed: with it on PYTHONPATH, vLLM finds the plugin through the
 entry point in the `dist-info` folder beside this file, in each of its processes.
 """
 
@@ -36,7 +36,7 @@ def _forward(
 ) -> torch.Tensor:
     """Return one constant row per merged patch, as wide as the encoder's own result.
 
-    `out_hidden_size` counts, where there are deepstack levels, their columns as well.
+    With deepstack levels, `out_hidden_size` includes their columns.
     """
     _report()
     rows = pixels.shape[0] // encoder.spatial_merge_size**2
