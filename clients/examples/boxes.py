@@ -1,10 +1,10 @@
-"""Where in your picture is the box that the model answered?
+"""Map a box in a model's answer back to your picture.
 
     python clients/examples/boxes.py [FILE]
 
-Models that ground their answers give boxes in pixels of the picture as they saw it, or in a range
-of 0 to 1000 over it. `image_details` tell how your picture was shown: its processed size, and the
-region of the original that this size covers. `to_original` maps a box back by them.
+Models that ground their answers return boxes in pixels of the processed picture, or in a range
+of 0 to 1000 over it. `image_details` report the picture's processed size, and the region of the
+original that this size covers. `to_original` uses them to map a box back.
 """
 
 import base64
@@ -21,10 +21,10 @@ Box = tuple[float, float, float, float]
 
 
 def to_original(box: Box, details: dict[str, Any], scale: float | None = None) -> Box:
-    """`box` (left, top, right, bottom) of the processed picture in pixels of the original.
+    """Return `box` (left, top, right, bottom) of the processed picture in pixels of the original.
 
     `details` is an entry of `image_details`. `scale` is the range of the model's coordinates, such
-    as 1000 for Qwen3-VL; None stands for pixels of the processed picture, as Qwen2.5-VL answers.
+    as 1000 for Qwen3-VL; None means pixels of the processed picture, as in answers of Qwen2.5-VL.
     """
     width, height = details["processed_width"], details["processed_height"]
     left, top, right, bottom = details["region"]

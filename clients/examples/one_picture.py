@@ -2,7 +2,7 @@
 
     python clients/examples/one_picture.py [FILE]
 
-The server is http://127.0.0.1:8000/v1 unless OPENAI_BASE_URL says otherwise.
+It uses the server at OPENAI_BASE_URL, by default http://127.0.0.1:8000/v1.
 """
 
 import base64

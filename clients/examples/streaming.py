@@ -1,4 +1,4 @@
-"""Print an answer while it is written, then what it cost.
+"""Print an answer while it is generated, then its cost.
 
 python clients/examples/streaming.py
 """

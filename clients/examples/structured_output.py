@@ -1,4 +1,4 @@
-"""Get an answer that fits a JSON schema.
+"""Get an answer that conforms to a JSON schema.
 
 python clients/examples/structured_output.py
 """

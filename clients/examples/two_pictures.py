@@ -1,4 +1,4 @@
-"""Ask about the second of two pictures: they are seen in the order of the parts.
+"""Ask about the second of two pictures: the model sees them in the order of the parts.
 
 python clients/examples/two_pictures.py
 """

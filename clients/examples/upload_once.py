@@ -2,8 +2,8 @@
 
     python clients/examples/upload_once.py [FILE]
 
-The server, started with --files-dir, is http://127.0.0.1:8000/v1 unless OPENAI_BASE_URL says
-otherwise.
+It uses the server at OPENAI_BASE_URL, by default http://127.0.0.1:8000/v1. Start the server with
+--files-dir.
 """
 
 import os
