@@ -99,7 +99,7 @@ def test_the_background_equals_vllms_loader(name: str) -> None:
     assert np.array_equal(np.asarray(ours), np.asarray(theirs))
 
 
-def test_heif_is_the_picture_that_was_encoded() -> None:
+def test_heif_decodes_to_the_encoded_picture() -> None:
     image = decode(FILES["heif"], DecodeOptions()).image
     assert _psnr(np.asarray(image), np.asarray(PHOTO)) > 35
 
@@ -136,7 +136,7 @@ def test_pictures_are_turned_upright(kind: str, orientation: int) -> None:
     assert difference[4:20, 36:60].max() < 40
 
 
-def test_orientation_behind_the_image_data_of_a_png_counts() -> None:
+def test_png_orientation_after_the_image_data_is_applied() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     chunk = b"eXIf" + exif.tobytes()[6:]
@@ -190,7 +190,7 @@ def test_how_far_a_jpeg_is_reduced(size: Size, target: Size, expected: Size) -> 
     assert decode(data, DecodeOptions(), FixedSize(*target).target).image.size == expected
 
 
-def test_what_cannot_be_reduced_is_not_planned() -> None:
+def test_only_jpeg_asks_for_a_reduced_size() -> None:
     asked: list[Any] = []
     for name in ("png", "webp", "gif", "avif", "tiff"):
         decode(FILES[name], DecodeOptions(), lambda *size: asked.append(size))
@@ -199,7 +199,7 @@ def test_what_cannot_be_reduced_is_not_planned() -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG", "TIFF"])
 @pytest.mark.parametrize("target", [(1000, 750), (588, 441)])
-def test_reduced_photos_end_as_the_whole_ones_do(
+def test_reduced_photos_match_full_decodes_after_resizing(
     kind: str, target: Size, every_size_is_large: None
 ) -> None:
     _check_fidelity(_photo(), kind, target, 40)
@@ -211,7 +211,9 @@ def _photo() -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG", "TIFF"])
-def test_reduced_text_ends_as_the_whole_does(kind: str, every_size_is_large: None) -> None:
+def test_reduced_text_matches_a_full_decode_after_resizing(
+    kind: str, every_size_is_large: None
+) -> None:
     _check_fidelity(photos.page(2550, 3300, 4), kind, (850, 1100), 35)
 
 
@@ -268,7 +270,7 @@ def test_hidden_colours_do_not_show_at_the_edges_of_reduced_pictures(
     assert (shown[:, :, 1] <= background[1] + 2).all()
 
 
-def test_a_picture_is_not_reduced_where_the_processor_would_do_another_thing(
+def test_a_picture_is_not_reduced_if_the_processor_would_treat_it_differently(
     every_size_is_large: None,
 ) -> None:
     data = FILES["webp"]
@@ -320,6 +322,6 @@ def test_other_files_are_refused(data: bytes) -> None:
         decode(data, DecodeOptions())
 
 
-def test_nothing_is_refused() -> None:
+def test_empty_data_is_refused() -> None:
     with pytest.raises(InvalidImage, match="empty"):
         decode(b"", DecodeOptions())

@@ -1,4 +1,4 @@
-"""Colours: what a patch is in the file, and what it is on the screen."""
+"""Colours: a patch in the file, and the sRGB colour it decodes to."""
 
 import io
 import struct
@@ -133,7 +133,7 @@ def test_a_fifth_of_a_colour_in_heif(background: tuple[int, int, int]) -> None:
         pictures.encode(Image.fromarray(np.full(SIZE[::-1], 999, np.uint16)), transparency=999),
     ],
 )
-def test_what_is_transparent_shows_the_background(data: bytes) -> None:
+def test_transparent_pixels_show_the_background(data: bytes) -> None:
     assert _near(_shown(data, background=(1, 2, 3)), (1, 2, 3), 0)
 
 
@@ -213,7 +213,7 @@ def test_integers_of_32_bits_become_eight(low: int, value: int, high: int, wante
     assert _near(_shown(pictures.encode(Image.fromarray(pixels), "TIFF")), (wanted,) * 3, 1)
 
 
-def test_nothing_but_nan_is_black() -> None:
+def test_a_picture_of_nan_is_black() -> None:
     pixels = np.full(SIZE[::-1], np.nan, np.float32)
     assert _near(_shown(pictures.encode(Image.fromarray(pixels), "TIFF")), (0, 0, 0), 0)
 
@@ -253,7 +253,7 @@ SRGB = profiles.rgb(profiles.SRGB, profiles.srgb_curve())
 
 
 def _in_srgb(colour: tuple[int, int, int], primaries: Any, gamma: float | None) -> np.ndarray:
-    """By the formulas of the spaces."""
+    """Converts by the formulas of the colour spaces."""
     values = np.array(colour) / 255
     light = (
         values**gamma
@@ -307,7 +307,7 @@ def test_profiles_are_applied_to_grey() -> None:
     assert _near(_shown(data), (137, 137, 137), 2)  # a quarter of the light
 
 
-def test_the_profile_of_srgb_changes_nothing() -> None:
+def test_an_srgb_profile_changes_no_pixel() -> None:
     photo = pictures.photo((64, 48))
     data = pictures.encode(photo, icc_profile=SRGB)
     assert np.array_equal(np.asarray(decode(data, DecodeOptions()).image), np.asarray(photo))

@@ -1,4 +1,4 @@
-"""Files that were cut off, damaged or made to hurt: refused with a reason, and never a picture."""
+"""Truncated, damaged and hostile files are refused with a reason, and never decoded."""
 
 import contextlib
 import io
@@ -22,7 +22,7 @@ FILES = encoded.files(PHOTO)
 
 
 def _cuts(size: int) -> Iterator[int]:
-    """Where a file is cut off: all over it, and everywhere near its ends."""
+    """Lengths to truncate a file to: all over it, and every one near its ends."""
     yield from range(1, min(size, 100))
     yield from range(100, size, max(1, size // 60))
     yield from range(max(1, size - 30), size)
@@ -42,15 +42,15 @@ def test_a_truncated_file_is_never_a_picture(name: str) -> None:
     ("name", "kept"),
     [("png", 900), ("jpeg", 3000), ("webp", 900), ("gif", 900), ("tiff", 9000), ("bmp", 9000)],
 )
-def test_what_is_said_of_a_truncated_file(name: str, kept: int) -> None:
+def test_the_error_for_a_truncated_file(name: str, kept: int) -> None:
     with pytest.raises(InvalidImage, match=r"truncated$"):
         decode(FILES[name][:kept], DecodeOptions())
 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.filterwarnings("ignore")
-def test_damage_is_refused_or_shown_and_nothing_else(name: str) -> None:
-    """No library's own exception gets out, whatever the bytes are."""
+def test_damaged_files_decode_or_raise_our_errors(name: str) -> None:
+    """No library's own exception escapes, whatever the bytes are."""
     chance = random.Random(name)
     for _ in range(60):
         data = bytearray(FILES[name])
@@ -108,7 +108,7 @@ def test_a_jpeg_damaged_midway_is_refused(options: dict[str, object], how: str, 
     assert refused >= (4 if options.get("progressive") else 9)
 
 
-def test_flipped_bits_that_put_the_codes_out_of_step_are_refused() -> None:
+def test_flipped_bits_that_desynchronise_the_codes_are_refused() -> None:
     data = pictures.encode(LARGER, "JPEG", quality=85)
     chance = random.Random(1)
     refused = 0
@@ -123,14 +123,14 @@ def test_flipped_bits_that_put_the_codes_out_of_step_are_refused() -> None:
     assert refused >= 20
 
 
-def test_damage_is_seen_in_a_reduced_jpeg_too() -> None:
+def test_damage_is_detected_in_a_reduced_jpeg_too() -> None:
     data = pictures.encode(LARGER, "JPEG", quality=85)
     damaged = _damaged(data, 0.5, "sector lost", 0)
     with pytest.raises(InvalidImage):
         decode(damaged, DecodeOptions(), lambda width, height: (100, 75))
 
 
-def test_what_cameras_leave_between_segments_does_no_harm() -> None:
+def test_padding_between_jpeg_segments_is_accepted() -> None:
     data = pictures.encode(LARGER, "JPEG", quality=85)
     whole = np.asarray(decode(data, DecodeOptions()).image)
     tables = data.index(b"\xff\xdb")
@@ -145,14 +145,14 @@ def test_what_cameras_leave_between_segments_does_no_harm() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"optimize": True}, {"progressive": True}])
-def test_zeros_in_a_flat_picture_are_no_damage(options: dict[str, object]) -> None:
+def test_zeros_in_a_flat_picture_are_accepted(options: dict[str, object]) -> None:
     flat = Image.new("RGB", (1200, 900), "white")
     flat.paste(PHOTO, (600, 400))
     data = pictures.encode(flat, "JPEG", **options)
     assert decode(data, DecodeOptions()).image.getpixel((5, 5)) == (255, 255, 255)
 
 
-def test_zeros_in_metadata_and_behind_the_end_are_no_damage() -> None:
+def test_zeros_in_metadata_and_after_the_end_are_accepted() -> None:
     exif = Image.Exif()
     exif[0x927C] = bytes(500)
     thumbnail = pictures.encode(PHOTO.resize((20, 20)), "JPEG")
@@ -210,12 +210,12 @@ def test_a_wrong_checksum_is_refused() -> None:
         _png(_header(10, 10, 8, 0, 1, 0, 0), _chunk(b"IDAT", ROWS)),
     ],
 )
-def test_png_files_that_say_two_things_are_refused(data: bytes) -> None:
+def test_contradictory_png_files_are_refused(data: bytes) -> None:
     with pytest.raises(InvalidImage):
         decode(data, DecodeOptions())
 
 
-def test_surplus_data_of_a_png_does_no_harm() -> None:
+def test_surplus_data_in_a_png_is_ignored() -> None:
     data = _png(_header(10, 10), _chunk(b"IDAT", zlib.compress(bytes(110) + b"surplus")))
     assert decode(data, DecodeOptions()).size == (10, 10)
 
@@ -229,7 +229,7 @@ def test_surplus_data_of_a_png_does_no_harm() -> None:
     ],
     ids=["iCCP", "zTXt", "iTXt"],
 )
-def test_metadata_that_unpacks_to_much_is_not_unpacked(chunk: bytes) -> None:
+def test_metadata_bombs_are_not_decompressed(chunk: bytes) -> None:
     before = _peak_kib()
     data = _png(_header(10, 10), chunk, _chunk(b"IDAT", ROWS))
     with contextlib.suppress(InvalidImage):
@@ -284,7 +284,7 @@ def test_a_directory_that_points_to_itself_is_one_page() -> None:
     assert frame_count(bytes(data)) == 1
 
 
-def test_frames_beyond_the_screen_of_a_gif_count_for_its_size() -> None:
+def test_gif_frames_beyond_the_screen_enlarge_the_size() -> None:
     data = bytearray(pictures.encode(Image.new("P", (10, 10)), "GIF"))
     frame = data.rindex(b"\x2c\0\0\0\0\x0a\0\x0a\0")
     struct.pack_into("<HH", data, frame + 5, 60_000, 60_000)
@@ -292,7 +292,7 @@ def test_frames_beyond_the_screen_of_a_gif_count_for_its_size() -> None:
         decode(bytes(data), DecodeOptions())
 
 
-def test_later_frames_beyond_the_screen_of_a_gif_count_for_its_size() -> None:
+def test_later_gif_frames_beyond_the_screen_enlarge_the_size() -> None:
     photo = PHOTO.quantize(16)
     data = bytearray(
         pictures.encode(photo, "GIF", save_all=True, append_images=[PHOTO.rotate(180).quantize(9)])

@@ -50,7 +50,7 @@ def test_still_pictures_have_one_frame(name: str) -> None:
         decode(data, DecodeOptions(frame=count))
 
 
-def test_frames_show_what_the_ones_before_left() -> None:
+def test_frames_are_composed_on_earlier_ones() -> None:
     first = Image.new("RGB", SIZE, (200, 0, 0))
     second = first.copy()
     second.paste((0, 0, 200), (0, 0, 20, 30))
@@ -77,7 +77,7 @@ def test_counting_stops_at_a_thousand() -> None:
         decode(data, DecodeOptions(frame=1000))
 
 
-def test_the_way_to_a_frame_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_work_to_reach_a_frame_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pillow, "MAX_ANIMATED_PIXELS", 3 * SIZE[0] * SIZE[1])
     data = _animation("GIF")
     decode(data, DecodeOptions(frame=2))
@@ -85,6 +85,6 @@ def test_the_way_to_a_frame_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
         decode(data, DecodeOptions(frame=3))
 
 
-def test_frames_of_what_is_no_picture_are_not_counted() -> None:
+def test_counting_frames_of_other_data_is_refused() -> None:
     with pytest.raises(UnsupportedImageFormat):
         frame_count(b"%PDF-1.7")

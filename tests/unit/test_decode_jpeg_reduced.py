@@ -1,4 +1,4 @@
-"""Reduced JPEG: near the whole picture reduced, libjpeg's sizes, and None for everything else."""
+"""Reduced JPEG: close to a resized full decode, in libjpeg's sizes; None for other files."""
 
 import io
 import multiprocessing
@@ -60,7 +60,7 @@ def _decoded(data: bytes, scale: int) -> Pixels:
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_photos_are_as_near_to_the_whole_as_libjpegs(sampling: str, scale: int) -> None:
+def test_photos_are_as_accurate_as_libjpegs(sampling: str, scale: int) -> None:
     drawn = Image.open(io.BytesIO(photos.photo(1920, 1440, 3, quality=98)))
     data = _jpeg(drawn, subsampling=sampling)
     wanted = (int(1920 / scale * 0.8), int(1440 / scale * 0.8))
@@ -171,11 +171,11 @@ def test_grey_may_have_any_sampling() -> None:
     assert decode(bytes(data), 4) is None
 
 
-def test_adobe_may_say_what_is_so_anyway() -> None:
+def test_a_redundant_adobe_marker_is_accepted() -> None:
     assert np.array_equal(_decoded(_with_adobe_transform(1), 4), _decoded(_jpeg(), 4))
 
 
-def test_what_follows_the_picture_is_not_read() -> None:
+def test_data_after_the_picture_is_ignored() -> None:
     assert np.array_equal(_decoded(_jpeg() + _jpeg(), 4), _decoded(_jpeg(), 4))
 
 
@@ -266,7 +266,7 @@ def _frame_segment() -> bytes:
 
 @pytest.mark.parametrize("name", _others())
 @pytest.mark.parametrize("scale", SCALES)
-def test_all_else_is_left_to_libjpeg(name: str, scale: int) -> None:
+def test_all_other_files_are_left_to_libjpeg(name: str, scale: int) -> None:
     assert decode(_others()[name], scale) is None
 
 
@@ -275,7 +275,7 @@ def test_other_scales_are_left_to_libjpeg(scale: int) -> None:
     assert decode(_jpeg(), scale) is None
 
 
-def test_no_part_of_a_file_is_taken_for_the_whole() -> None:
+def test_a_truncated_file_is_never_decoded() -> None:
     data = _jpeg(PHOTO.resize((48, 40)))
     assert all(decode(data[:length], 4) is None for length in range(len(data)))
 
@@ -324,7 +324,7 @@ def _is_whole_for_libjpeg(data: bytes) -> bool:
     return True
 
 
-def test_damage_is_seen_where_libjpeg_sees_it() -> None:
+def test_damage_is_detected_where_libjpeg_detects_it() -> None:
     taken = 0
     for data, scale in _damaged(4000, 1):
         pixels = decode(data, scale)
@@ -422,7 +422,7 @@ def test_it_agrees_with_libjpeg_here() -> None:
     assert jpeg_reduced.agrees_with_libjpeg()
 
 
-def test_it_runs_where_nothing_can_be_kept_on_disk() -> None:
+def test_it_runs_without_a_writable_cache() -> None:
     environ = os.environ | {"NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator"}
     environ.pop("NUMBA_CACHE_DIR", None)
     code = "from tests.unit import test_decode_jpeg_reduced as t; t._decode_a_line_without_cache()"
@@ -436,7 +436,7 @@ def _decode_a_line_without_cache() -> None:
     assert jpeg_reduced._fill_grey.stats.cache_path is None  # type: ignore[attr-defined]
 
 
-def test_disagreement_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disagreement_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     turned = [pictures.encode(PHOTO.rotate(180), "JPEG"), pictures.encode(PHOTO, "JPEG")]
     wrong = decode(turned[0], 4)
     monkeypatch.setattr(jpeg_reduced, "decode", lambda data, scale: wrong)

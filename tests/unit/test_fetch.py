@@ -43,7 +43,7 @@ Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
 @pytest.fixture(params=[asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
 def run(request: pytest.FixtureRequest) -> Run:
-    """Runs a coroutine on either loop; fails if the loop had something to complain about."""
+    """Runs a coroutine on either loop; fails if the loop reported an error."""
 
     def run_it(work: Coroutine[Any, Any, Any]) -> Any:
         complaints: list[dict[str, Any]] = []
@@ -67,7 +67,7 @@ def origin() -> Iterator[HostileOrigin]:
 
 
 class Names:
-    """A resolver: each time a name is asked for, it has the next of its answers."""
+    """A resolver that gives the next of its answers to each lookup of a name."""
 
     def __init__(self, **answers: list[str]) -> None:
         self.answers = {name.replace("_", "."): list(given) for name, given in answers.items()}
@@ -126,7 +126,9 @@ def test_a_page_with_status_200_is_a_body(run: Run, origin: HostileOrigin) -> No
     assert run(one(origin.url("/html"))) == b"<html>not here</html>"
 
 
-def test_what_is_asked(run: Run, origin: HostileOrigin, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_request_that_is_sent(
+    run: Run, origin: HostileOrigin, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody is there
     names = Names(images_test=[HOME])
@@ -199,7 +201,7 @@ def test_names_that_turn_out_private_are_refused(run: Run, origin: HostileOrigin
     assert origin.connections == 0
 
 
-def test_one_private_address_of_a_name_is_enough(run: Run, origin: HostileOrigin) -> None:
+def test_one_private_address_of_a_name_blocks_it(run: Run, origin: HostileOrigin) -> None:
     with HostileOrigin(PUBLIC) as public:
         for answer in (f"{PUBLIC} {HOME}", f"{HOME} {PUBLIC}"):
             names = Names(images_test=[answer])
@@ -210,11 +212,11 @@ def test_one_private_address_of_a_name_is_enough(run: Run, origin: HostileOrigin
 
 
 def same_port(host: str, origin: HostileOrigin) -> HostileOrigin:
-    """Another origin at the same port of `host`, so that a name can lead to either."""
+    """Another origin on the same port of `host`, so that a name can lead to either."""
     return HostileOrigin(host, port=origin.port)
 
 
-def test_a_name_is_looked_up_once_and_that_address_is_dialled(run: Run) -> None:
+def test_a_name_is_looked_up_once_and_that_address_is_used(run: Run) -> None:
     with HostileOrigin(PUBLIC) as public, same_port(HOME, public) as private:
         names = Names(rebinding_test=[PUBLIC, HOME])
         url = public.url("/ok", "rebinding.test")
@@ -225,7 +227,7 @@ def test_a_name_is_looked_up_once_and_that_address_is_dialled(run: Run) -> None:
 
 @pytest.mark.parametrize("path", ["/shorter-than-announced", "/reset"])
 def test_a_name_that_turns_private_is_not_followed(run: Run, path: str) -> None:
-    """Neither by the next fetch nor by the second attempt of one."""
+    """Neither the next fetch nor a retry follows it."""
     with HostileOrigin(PUBLIC) as public, same_port(HOME, public) as private:
         names = Names(rebinding_test=[PUBLIC, HOME])
         url = public.url(path, "rebinding.test")
@@ -245,13 +247,13 @@ def test_names_that_do_not_exist(run: Run) -> None:
     assert isinstance(refusal(run, "http://empty.test/", Names(empty_test=[""])), ImageFetchFailed)
 
 
-def test_an_address_that_does_not_answer_is_overtaken(run: Run) -> None:
+def test_a_silent_address_does_not_delay_the_next_one(run: Run) -> None:
     with HostileOrigin(PUBLIC) as origin, deaf(HOME, origin.port):
         names = Names(images_test=[f"{HOME} {PUBLIC}"])
         assert run(one(origin.url("/ok", "images.test"), names))
 
 
-def test_an_address_that_refuses_is_passed_over(run: Run) -> None:
+def test_a_refusing_address_is_skipped(run: Run) -> None:
     with HostileOrigin(PUBLIC) as origin:
         names = Names(images_test=[f"{PUBLIC_TOO} {HOME} {PUBLIC}"])
         assert run(one(origin.url("/ok", "images.test"), names))
@@ -260,7 +262,7 @@ def test_an_address_that_refuses_is_passed_over(run: Run) -> None:
 
 @contextlib.contextmanager
 def deaf(host: str, port: int) -> Iterator[None]:
-    """A port that takes no connection and refuses none: its queue is full."""
+    """A port that neither accepts nor refuses connections: its queue is full."""
     with contextlib.ExitStack() as sockets:
         listener = sockets.enter_context(socket.socket())
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -382,14 +384,14 @@ def test_broken_answers_fail_at_once(run: Run, origin: HostileOrigin, path: str)
     origin.wait(lambda it: it.open == 0)
 
 
-def test_a_server_that_says_nothing_is_asked_once_more(run: Run, origin: HostileOrigin) -> None:
+def test_a_silent_server_is_retried_once(run: Run, origin: HostileOrigin) -> None:
     origin.resets_first = 1
     assert run(one(origin.url("/ok")))
     assert origin.connections == 2
 
 
 @pytest.mark.parametrize("path", ["/reset", "/ok"])
-def test_but_not_twice_more(run: Run, origin: HostileOrigin, path: str) -> None:
+def test_a_silent_server_is_not_retried_twice(run: Run, origin: HostileOrigin, path: str) -> None:
     origin.resets_first = 2 if path == "/ok" else 0
     error = refusal(run, origin.url(path))
     assert isinstance(error, ImageFetchFailed)
@@ -397,7 +399,7 @@ def test_but_not_twice_more(run: Run, origin: HostileOrigin, path: str) -> None:
     assert origin.connections == 2
 
 
-def test_nobody_listens(run: Run) -> None:
+def test_a_closed_port(run: Run) -> None:
     with HostileOrigin() as origin:
         url = origin.url("/ok")
     assert "could not be reached" in refusal(run, url).message
@@ -406,7 +408,7 @@ def test_nobody_listens(run: Run) -> None:
 @pytest.mark.parametrize(
     "path", ["/drip", "/drip-head", "/silent", "/announces-too-much?size=1000", "/ok?delay=60"]
 )
-def test_one_deadline(run: Run, origin: HostileOrigin, path: str) -> None:
+def test_one_deadline_covers_the_whole_fetch(run: Run, origin: HostileOrigin, path: str) -> None:
     error = refusal(run, origin.url(path), timeout_s=0.5)
     assert isinstance(error, ImageFetchTimeout)
     assert "0.5 s" in error.message
@@ -497,7 +499,7 @@ def test_connections_are_kept(run: Run, origin: HostileOrigin) -> None:
     origin.wait(lambda it: it.open == 0)
 
 
-def test_what_follows_a_body_is_not_the_next_answer(run: Run, origin: HostileOrigin) -> None:
+def test_data_after_a_body_is_not_the_next_answer(run: Run, origin: HostileOrigin) -> None:
     async def three() -> None:
         async with Fetcher(FetchSettings(allow_private=True)) as fetcher:
             for n in range(3):
@@ -507,7 +509,7 @@ def test_what_follows_a_body_is_not_the_next_answer(run: Run, origin: HostileOri
     run(three())
 
 
-def test_what_comes_unasked_is_not_the_next_answer(
+def test_unsolicited_data_is_not_the_next_answer(
     run: Run, origin: HostileOrigin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http_client, "KEEP_ALIVE_S", UNTIL_TOLD)
@@ -629,7 +631,7 @@ def test_kept_connections_that_break_are_replaced(run: Run, origin: HostileOrigi
     assert origin.connections == 4
 
 
-def test_one_host_has_so_many_at_a_time(run: Run, origin: HostileOrigin) -> None:
+def test_concurrent_fetches_from_one_host_are_limited(run: Run, origin: HostileOrigin) -> None:
     async def many() -> None:
         settings = FetchSettings(allow_private=True, max_connections_per_host=3)
         async with Fetcher(settings) as fetcher:
@@ -640,7 +642,7 @@ def test_one_host_has_so_many_at_a_time(run: Run, origin: HostileOrigin) -> None
     assert origin.busiest == origin.connections == 3
 
 
-def test_all_hosts_have_so_many_at_a_time(run: Run, origin: HostileOrigin) -> None:
+def test_concurrent_fetches_from_all_hosts_are_limited(run: Run, origin: HostileOrigin) -> None:
     names = Names(**{f"host{n}_test": [HOME] for n in range(12)})
 
     async def many() -> None:
@@ -654,7 +656,9 @@ def test_all_hosts_have_so_many_at_a_time(run: Run, origin: HostileOrigin) -> No
     assert origin.busiest == 3
 
 
-def test_waiting_for_a_busy_host_counts(run: Run, origin: HostileOrigin) -> None:
+def test_waiting_for_a_busy_host_counts_towards_the_deadline(
+    run: Run, origin: HostileOrigin
+) -> None:
     async def both() -> None:
         settings = FetchSettings(allow_private=True, max_connections_per_host=1, timeout_s=0.5)
         async with Fetcher(settings) as fetcher:
@@ -663,12 +667,12 @@ def test_waiting_for_a_busy_host_counts(run: Run, origin: HostileOrigin) -> None
             assert all(isinstance(error, ImageFetchTimeout) for error in errors)
 
     run(both())
-    # If waiting did not count, each would ask in its turn. Who waits next may just get to it when
+    # If waiting did not count, each would ask in its turn. The next waiter may just get to it when
     # the deadlines of all are over.
     assert len(origin.heads) < 3
 
 
-def test_a_busy_host_holds_up_no_other(run: Run, origin: HostileOrigin) -> None:
+def test_a_busy_host_does_not_delay_others(run: Run, origin: HostileOrigin) -> None:
     names = Names(busy_test=[HOME], other_test=[HOME])
     settings = FetchSettings(
         allow_private=True, max_connections=2, max_connections_per_host=1, timeout_s=UNTIL_TOLD
@@ -687,8 +691,8 @@ def test_a_busy_host_holds_up_no_other(run: Run, origin: HostileOrigin) -> None:
     assert sum("/silent" in head for head in origin.heads) == 1
 
 
-def test_no_place_is_lost(run: Run, origin: HostileOrigin) -> None:
-    """Neither by deadlines nor by those who leave, at whatever moment."""
+def test_no_slot_is_lost(run: Run, origin: HostileOrigin) -> None:
+    """Neither deadlines nor cancellations at any moment lose a slot."""
     moments = random.Random(0)
 
     async def leave(fetcher: Fetcher, n: int) -> None:
@@ -727,7 +731,7 @@ def test_the_same_url_is_fetched_once_at_a_time(run: Run, origin: HostileOrigin)
     run(ten())
 
 
-def test_everyone_has_an_error_of_their_own(run: Run, origin: HostileOrigin) -> None:
+def test_each_waiter_gets_its_own_error(run: Run, origin: HostileOrigin) -> None:
     async def ten() -> list[SaccadeError]:
         async with Fetcher(FetchSettings(allow_private=True)) as fetcher:
             url = origin.url("/status?code=404")
@@ -759,7 +763,7 @@ def test_a_fetch_ends_with_its_last_waiter(run: Run, origin: HostileOrigin) -> N
     assert len(origin.heads) == 1
 
 
-def test_who_comes_back_at_once_is_not_told_of_the_end(run: Run, origin: HostileOrigin) -> None:
+def test_a_new_waiter_does_not_get_the_cancelled_fetch(run: Run, origin: HostileOrigin) -> None:
     url = origin.url("/ok?delay=0.2")
 
     async def leave() -> None:
@@ -780,7 +784,7 @@ def test_who_comes_back_at_once_is_not_told_of_the_end(run: Run, origin: Hostile
     assert len(origin.heads) == 2
 
 
-def test_closing_ends_what_goes_on(run: Run, origin: HostileOrigin) -> None:
+def test_closing_ends_running_fetches(run: Run, origin: HostileOrigin) -> None:
     async def close() -> SaccadeError:
         async with Fetcher(FetchSettings(allow_private=True)) as fetcher:
             waiting = asyncio.create_task(failing(fetcher, origin.url("/silent")))
@@ -842,7 +846,7 @@ def test_a_certificate_of_another_name(
     assert origin.heads == []
 
 
-def test_a_certificate_that_nobody_trusts(
+def test_an_untrusted_certificate(
     run: Run,
     secure_origin: tuple[HostileOrigin, list[str]],
     monkeypatch: pytest.MonkeyPatch,
@@ -855,6 +859,6 @@ def test_a_certificate_that_nobody_trusts(
 
 
 @pytest.mark.parametrize("entry", [{"allowed": ("10.0.0.1/8",)}, {"only_hosts": ("a b",)}])
-def test_settings_of_no_use(entry: dict[str, Any]) -> None:
+def test_unusable_settings_are_refused(entry: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="10|a b"):
         Fetcher(FetchSettings(**entry))

@@ -32,7 +32,7 @@ Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
 
 class Clock:
-    """Both clocks of `time`. They stand still unless they are told otherwise."""
+    """Both clocks of `time`. They stand still unless the test advances them."""
 
     def __init__(self) -> None:
         self.now = 1_800_000_000.0
@@ -49,7 +49,7 @@ class Clock:
 
 
 class Picture:
-    """What is at a path of the origin. A request that has its validator is answered by a 304.
+    """The content of a path of the origin. A request with its validator is answered with a 304.
 
     `headers` go with the picture, `newer` with a 304 instead (None: those of the picture).
     """
@@ -73,11 +73,11 @@ class Picture:
             await visit.respond("200 OK", self.body, *self.headers)
 
     def hold(self) -> None:
-        """Answer nobody until `answer`."""
+        """Hold all answers until `answer` is called."""
         self._may_answer.clear()
 
     def answer(self) -> None:
-        """Answer whoever has asked, and is going to."""
+        """Answer all pending and future requests."""
         self._loop.call_soon_threadsafe(self._may_answer.set)
 
     def _is_known_to(self, visit: Visit) -> bool:
@@ -109,7 +109,7 @@ class Bench:
         return Fetcher(FetchSettings(**{**self.settings, **settings}), cache=self.cache)
 
     def outcome(self, fetches: int = 2) -> CacheStats:
-        """Fetch the picture so often, one after the other."""
+        """Fetch the picture the given number of times, one after the other."""
 
         async def fetch() -> None:
             async with self.fetcher() as fetcher:
@@ -145,7 +145,7 @@ def counted(result: str) -> float:
 # Fresh and stale.
 
 
-def test_what_is_fresh_is_not_asked_for(run: Run, bench: Bench) -> None:
+def test_fresh_entries_are_not_fetched_again(run: Run, bench: Bench) -> None:
     picture = bench.put("Cache-Control: max-age=60")
 
     async def fetch() -> None:
@@ -162,7 +162,7 @@ def test_what_is_fresh_is_not_asked_for(run: Run, bench: Bench) -> None:
     assert (bench.cache.stats().hits, bench.cache.stats().misses) == (1, 2)
 
 
-def test_what_is_stale_is_confirmed_and_fresh_again(run: Run, bench: Bench) -> None:
+def test_stale_entries_are_revalidated(run: Run, bench: Bench) -> None:
     picture = bench.put("Cache-Control: max-age=60", 'ETag: "1"')
 
     async def fetch() -> None:
@@ -184,7 +184,7 @@ def test_what_is_stale_is_confirmed_and_fresh_again(run: Run, bench: Bench) -> N
     assert (stats.hits, stats.misses, stats.revalidated) == (1, 1, 2)
 
 
-def test_what_has_changed_is_replaced(bench: Bench) -> None:
+def test_changed_entries_are_replaced(bench: Bench) -> None:
     bench.put("Cache-Control: max-age=60", 'ETag: "1"', body=b"old")
 
     async def fetch() -> None:
@@ -200,7 +200,7 @@ def test_what_has_changed_is_replaced(bench: Bench) -> None:
     assert bench.cache.stats().entries == 1
 
 
-def test_what_must_not_be_kept_any_more_is_forgotten(bench: Bench) -> None:
+def test_entries_that_may_no_longer_be_kept_are_dropped(bench: Bench) -> None:
     bench.put("Cache-Control: max-age=60", 'ETag: "1"')
     bench.outcome(1)
     bench.clock.now += 60
@@ -216,8 +216,8 @@ def test_a_304_can_forbid_to_keep_it(bench: Bench) -> None:
     assert bench.outcome(1).entries == 0
 
 
-def test_a_304_updates_what_it_has(bench: Bench) -> None:
-    """And leaves the rest, save for the age and date of the first response."""
+def test_a_304_updates_its_own_fields(bench: Bench) -> None:
+    """The other fields stay, except for the age and date of the first response."""
     picture = bench.put(
         f"Date: {bench.clock.date(-50)}", "Age: 50", "Cache-Control: max-age=60", 'ETag: "1"'
     )
@@ -274,7 +274,7 @@ def test_without_a_tag_the_date_is_sent(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("modified", ["yesterday", "0", "Sun, 06 Nov 1994 08:49:37 EST"])
-def test_what_has_neither_lifetime_nor_validator_is_not_kept(bench: Bench, modified: str) -> None:
+def test_responses_without_lifetime_and_validator_are_not_kept(bench: Bench, modified: str) -> None:
     bench.put(f"Last-Modified: {modified}", f"Date: {bench.clock.date()}")
     assert bench.outcome() == CacheStats(0, 0, MIB, hits=0, misses=2, revalidated=0)
 
@@ -352,7 +352,7 @@ def test_no_store_is_obeyed_with_a_validator_too(bench: Bench) -> None:
     assert picture.visits[1].header("If-None-Match") == ""
 
 
-def test_no_cache_is_asked_about_each_time(bench: Bench) -> None:
+def test_no_cache_is_revalidated_each_time(bench: Bench) -> None:
     bench.put("Cache-Control: no-cache, max-age=60", 'ETag: "1"')
     assert bench.outcome(3).revalidated == 2
 
@@ -459,7 +459,7 @@ def test_the_local_time_zone_does_not_count(bench: Bench, monkeypatch: pytest.Mo
         )
     )
 )
-def test_no_head_is_too_strange(headers: list[HttpHeader]) -> None:
+def test_arbitrary_heads_are_handled(headers: list[HttpHeader]) -> None:
     head = ResponseHead.of(headers)
     head.may_be_kept()
     head.conditions()
@@ -468,7 +468,7 @@ def test_no_head_is_too_strange(headers: list[HttpHeader]) -> None:
 
 
 def test_heads_are_read_in_linear_time() -> None:
-    """By counting on the test's timeout: in quadratic time this would take hours."""
+    """In quadratic time this would take hours and exceed the test's timeout."""
     for text in (b" " * 10**6 + b"\x00", b'a="' + b"\\" * 10**6, b"a" * 10**6 + b"\x00"):
         ResponseHead.of([(b"cache-control", text)]).fresh_s(0, 0)
 
@@ -515,7 +515,7 @@ def test_groups_share_no_flight(run: Run, bench: Bench) -> None:
 # Where it is.
 
 
-def test_what_is_asked_for_is_what_is_told_apart(bench: Bench) -> None:
+def test_entries_are_keyed_by_the_requested_url(bench: Bench) -> None:
     picture = bench.put("Cache-Control: max-age=60")
 
     async def fetch() -> None:
@@ -558,7 +558,7 @@ def test_each_hop_is_a_url_of_its_own(bench: Bench) -> None:
     assert bench.cache.stats().entries == 1
 
 
-def test_what_was_kept_and_is_now_elsewhere(bench: Bench) -> None:
+def test_a_kept_url_that_now_redirects(bench: Bench) -> None:
     bench.put("Cache-Control: max-age=60", 'ETag: "1"', body=b"old")
     bench.put(body=b"new", path="/new")
     bench.outcome(1)
@@ -576,7 +576,7 @@ def test_what_was_kept_and_is_now_elsewhere(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("path", ["/picture", "/redirect?to=/picture"])
-def test_what_is_blocked_is_not_served_although_it_is_kept(bench: Bench, path: str) -> None:
+def test_blocked_urls_are_not_served_from_the_cache(bench: Bench, path: str) -> None:
     picture = bench.put("Cache-Control: max-age=60")
     bench.url = bench.origin.url(path)
     bench.outcome()
@@ -614,7 +614,7 @@ def test_other_statuses_are_not_kept(bench: Bench, path: str) -> None:
 # Bodies and bytes.
 
 
-def test_compressed_bodies_are_kept_as_what_they_are(bench: Bench) -> None:
+def test_compressed_bodies_are_kept_unchanged(bench: Bench) -> None:
     plain = b"x" * 1000
     compressed = gzip.compress(plain)
     bench.put("Cache-Control: max-age=60", "Content-Encoding: gzip", body=compressed)
@@ -684,7 +684,7 @@ def test_the_least_recently_used_go_first(bench: Bench) -> None:
     assert REGISTRY.get_sample_value("saccade_fetch_cache_bytes") == stats.bytes
 
 
-def test_empty_images_take_room_too(bench: Bench) -> None:
+def test_empty_images_take_space_too(bench: Bench) -> None:
     bench.cache = FetchCache(20 * ENTRY_BYTES, bench.clock)
     bench.put("Cache-Control: max-age=60", body=b"")
 
@@ -698,9 +698,7 @@ def test_empty_images_take_room_too(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(("size", "entries"), [(MIB // 8 - 3000, 1), (MIB // 8, 0)])
-def test_what_would_take_too_large_a_share_is_not_kept(
-    bench: Bench, size: int, entries: int
-) -> None:
+def test_entries_above_the_share_limit_are_not_kept(bench: Bench, size: int, entries: int) -> None:
     bench.put("Cache-Control: max-age=60", body=b"x" * size)
     assert bench.outcome().entries == entries
 
@@ -720,7 +718,7 @@ def test_heads_that_are_too_long_are_not_kept(bench: Bench, headers: list[str]) 
 # At the same time.
 
 
-def test_those_who_ask_at_once_share_a_revalidation(run: Run, bench: Bench) -> None:
+def test_concurrent_fetches_share_a_revalidation(run: Run, bench: Bench) -> None:
     picture = bench.put("Cache-Control: max-age=60", 'ETag: "1"')
 
     async def fetch() -> None:
@@ -751,7 +749,7 @@ def test_other_limits_at_once(run: Run, bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("is_kept", [False, True])
-def test_who_leaves_changes_nothing(run: Run, bench: Bench, is_kept: bool) -> None:
+def test_a_cancelled_fetch_does_not_affect_others(run: Run, bench: Bench, is_kept: bool) -> None:
     picture = bench.put("Cache-Control: max-age=60", 'ETag: "1"')
 
     async def fetch() -> None:

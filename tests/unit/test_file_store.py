@@ -1,4 +1,4 @@
-"""The store of uploaded files: what it keeps, for whom, how long, and what a crash leaves of it."""
+"""The store of uploaded files: contents, groups, lifetimes, and recovery after a crash."""
 
 import asyncio
 import contextlib
@@ -158,7 +158,7 @@ def test_an_id_that_was_never_given_finds_nothing(tmp_path: Path, file_id: str) 
         ("x" * 1000, "x" * 255),
     ],
 )
-def test_a_filename_is_kept_and_names_nothing(tmp_path: Path, given: str, kept: str) -> None:
+def test_a_filename_is_kept_but_never_used_as_a_path(tmp_path: Path, given: str, kept: str) -> None:
     async def run() -> None:
         async with opened(tmp_path) as store:
             file = await put(store, b"data", name=given)
@@ -353,7 +353,7 @@ async def _open_and_close(root: Path) -> None:
         pass
 
 
-def test_files_that_are_not_ours_stay(tmp_path: Path) -> None:
+def test_foreign_files_are_kept(tmp_path: Path) -> None:
     (tmp_path / "partial").mkdir()
     theirs = [tmp_path / "partial" / "notes.txt", tmp_path / "blobs", tmp_path / "photo.png"]
     for path in theirs:
@@ -421,7 +421,7 @@ def test_a_file_over_a_lowered_limit_is_refused(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-def test_a_disk_that_fails_is_said_and_changes_nothing(tmp_path: Path) -> None:
+def test_a_failing_disk_is_reported_and_changes_no_state(tmp_path: Path) -> None:
     async def run() -> None:
         async with opened(tmp_path) as store:
             kept = await put(store, b"kept")
@@ -440,7 +440,7 @@ def test_a_disk_that_fails_is_said_and_changes_nothing(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-def test_a_folder_that_cannot_be_one_stops_the_start(tmp_path: Path) -> None:
+def test_an_unusable_folder_stops_the_start(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CannotStart, match="--files-dir"):
         asyncio.run(_open_and_close(tmp_path / "file"))

@@ -1,4 +1,4 @@
-"""Which addresses, hosts and URLs the guard lets images come from."""
+"""The addresses, hosts and URLs that the guard allows."""
 
 import ipaddress
 
@@ -122,7 +122,7 @@ def test_special_addresses_are_open_by_their_network_only(address: str) -> None:
 
 
 @given(st.ip_addresses(v=4))
-def test_of_ipv4_nothing_is_open_that_python_calls_private(
+def test_no_ipv4_address_is_open_that_python_calls_private(
     address: ipaddress.IPv4Address,
 ) -> None:
     if address.is_private or address.is_multicast or address.is_reserved:
@@ -130,7 +130,7 @@ def test_of_ipv4_nothing_is_open_that_python_calls_private(
 
 
 @given(st.ip_addresses(v=6))
-def test_of_ipv6_nothing_is_open_that_python_calls_private(
+def test_no_ipv6_address_is_open_that_python_calls_private(
     address: ipaddress.IPv6Address,
 ) -> None:
     if address.is_private or address.is_multicast or address.is_reserved:
@@ -199,13 +199,13 @@ def test_without_a_list_no_host_is_refused() -> None:
         "user@a.example",
     ],
 )
-def test_entries_of_no_use_stop_the_start(entry: str) -> None:
+def test_unusable_entries_stop_the_start(entry: str) -> None:
     with pytest.raises(ValueError, match="not a network|neither a host") as caught:
         Policy.of(allowed=[entry])
     assert entry.strip() in str(caught.value)
 
 
-def test_networks_are_no_hosts() -> None:
+def test_networks_are_not_hosts() -> None:
     with pytest.raises(ValueError, match="neither a host"):
         Policy.of(only_hosts=["10.0.0.0/8"])
 
@@ -273,7 +273,7 @@ def test_odd_urls_are_refused(url: str) -> None:
         st.text().map("http://example.com/".__add__),
     )
 )
-def test_whatever_is_let_through_can_be_sent(url: str) -> None:
+def test_every_accepted_url_can_be_sent(url: str) -> None:
     try:
         parsed = check_url(url)
     except InvalidImageUrl:

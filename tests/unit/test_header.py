@@ -1,4 +1,4 @@
-"""The header reader: it says what the decoders make of a file, refuses, and never does much."""
+"""The header reader agrees with the decoders, refuses bad files, and does bounded work."""
 
 import contextlib
 import io
@@ -58,7 +58,7 @@ WITHOUT_ORIENTATION = ("GIF", "BMP")
 
 
 def _turned(kind: str, orientation: int) -> dict[str, Any]:
-    """How a file of `kind` is told its orientation when it is written."""
+    """Options that write an orientation into a file of `kind`."""
     if kind == "TIFF":
         return {"tiffinfo": {ORIENTATION: orientation}}
     return {"exif": exif(orientation)}
@@ -116,7 +116,7 @@ def _exif_value(order: str, type_: int, count: int, value: bytes) -> bytes:
         (10, 1, "ii", 6),
         (11, 1, "f", 6),
         (12, 1, "d", 6),
-        (1, 1, "B", 1),  # bytes and text are no numbers
+        (1, 1, "B", 1),  # bytes and text are not numbers
         (2, 1, "B", 1),
         (7, 1, "B", 1),
         (99, 1, "H", 1),  # an unknown type
@@ -142,7 +142,7 @@ def test_the_first_exif_orientation_counts_behind_one_that_claims_too_much() -> 
 
 
 @pytest.mark.parametrize("value", [0, 9, 255, 65535])
-def test_senseless_orientations_turn_nothing(value: int) -> None:
+def test_invalid_orientations_are_ignored(value: int) -> None:
     data = _jpeg(exif=_exif_value("<", 3, 1, struct.pack("<H", value)), xmp=xmp(6))
     assert header.read(data).orientation == 1
     assert header.read(data).size == decoded_size(data)
@@ -163,7 +163,7 @@ DAMAGED_EXIF = {
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("name", DAMAGED_EXIF)
-def test_damaged_exif_is_taken_as_pillow_takes_it(name: str, kind: str) -> None:
+def test_damaged_exif_is_read_as_pillow_reads_it(name: str, kind: str) -> None:
     for text in ({}, {"xmp": xmp(6)}):
         if kind == "PNG":
             data = with_chunks_at_end(SEEDS["png"], chunk(b"eXIf", DAMAGED_EXIF[name][6:]))
@@ -241,7 +241,7 @@ PROFILE = b"Raw profile type exif\0"
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 8])
-def test_png_metadata_behind_many_chunks(length: int) -> None:
+def test_png_metadata_after_many_chunks(length: int) -> None:
     many = _chunks(encode(Image.effect_noise((40, 30), 99), "PNG"), length)
     turned = with_chunks_at_end(many, chunk(b"IDAT", b""), chunk(b"eXIf", exif(6)[6:]))
     assert many.count(b"IDAT") > 128
@@ -267,7 +267,7 @@ def test_png_metadata_behind_many_chunks(length: int) -> None:
         [chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp(6)), chunk(b"eXIf", exif(None)[6:])],
     ],
 )
-def test_png_metadata_as_pillow_takes_it(chunks: list[bytes]) -> None:
+def test_png_metadata_is_read_as_pillow_reads_it(chunks: list[bytes]) -> None:
     data = with_chunks_at_end(SEEDS["png"], *chunks)
     assert header.read(data).size == decoded_size(data) is not None
 
@@ -282,7 +282,7 @@ def test_webp_metadata_counts_only_if_it_is_announced() -> None:
     assert header.read(bytes(data)).orientation == 1
 
 
-def test_gif_with_comments_behind_its_only_frame_is_not_animated() -> None:
+def test_gif_with_comments_after_its_only_frame_is_not_animated() -> None:
     comment = b"!\xfe\5hello\0"
     data = SEEDS["gif"][:-1] + comment * 3 + b";"
     assert header.read(data) == ImageHeader("GIF", WIDTH, HEIGHT)
@@ -372,7 +372,7 @@ def test_crops_of_heif(properties: list[bytes]) -> None:
     assert header.read(data).size == decoded_size(data) is not None
 
 
-def test_crops_of_avif_are_left_undone() -> None:
+def test_crops_of_avif_are_not_applied() -> None:
     data = with_properties(SEEDS["avif"], clap(20, 10), irot(1))
     assert header.read(data) == ImageHeader("AVIF", WIDTH, HEIGHT, 8)
     assert decoded_size(data) == SIZE[::-1]
@@ -525,7 +525,7 @@ MORE_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"\0\0\0\x18ftypheic", b"\0\0\0\x18f
 @settings(max_examples=500)
 @given(st.sampled_from([b"", *MAGIC, *MORE_MAGIC]), st.binary(max_size=400))
 @example(b"", b"")
-def test_random_bytes_raise_nothing_else(magic: bytes, rest: bytes) -> None:
+def test_random_bytes_raise_only_our_errors(magic: bytes, rest: bytes) -> None:
     check(magic + rest)
 
 

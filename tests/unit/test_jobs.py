@@ -1,4 +1,4 @@
-"""Jobs for image workers: what is out of range is refused when a job is made."""
+"""Jobs for image workers: out-of-range values are refused when a job is created."""
 
 import math
 from typing import Any

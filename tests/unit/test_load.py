@@ -1,4 +1,4 @@
-"""The media of a request are loaded: files and animations become images, names are remembered."""
+"""Loading the media of a request: files and animations become images, uuids are remembered."""
 
 import asyncio
 import time
@@ -133,7 +133,7 @@ def framed(frames: Any, data: bytes | None = None) -> dict[str, Any]:
         (pictures.image_part(RED[:20]), InvalidImage, "."),
     ],
 )
-def test_what_a_file_cannot_give_is_refused(
+def test_unusable_files_and_options_are_refused(
     part: dict[str, Any], error: type[ClientError], message: str
 ) -> None:
     with pytest.raises(error, match=message) as refusal:

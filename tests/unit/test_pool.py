@@ -1,4 +1,4 @@
-"""The pool with real child processes: what goes in comes out, and nothing else breaks."""
+"""The pool with real child processes: results, failures, restarts and leaks."""
 
 import asyncio
 import contextlib
@@ -182,7 +182,7 @@ def test_refusals_are_typed_and_leak_nothing(command: bytes, error: type[Excepti
     run(test)
 
 
-def test_a_killed_worker_costs_nobody_an_answer(tmp_path: Path) -> None:
+def test_images_of_a_killed_worker_are_retried(tmp_path: Path) -> None:
     async def test() -> None:
         async with running() as pool:
             victim = asyncio.create_task(
@@ -284,7 +284,7 @@ def one_page_pdf(content: bytes) -> bytes:
     return body + b"trailer<</Root 1 0 R>>\n%%EOF"
 
 
-def test_work_that_nobody_waits_for_is_stopped_with_its_worker() -> None:
+def test_abandoned_work_is_stopped_with_its_worker() -> None:
     async def test() -> None:
         async with running(image_workers=1, image_timeout_s=600) as pool:
             (pid,) = pool.worker_pids
@@ -311,7 +311,7 @@ def value(counter: Any) -> float:
     return found
 
 
-def test_quick_work_that_nobody_waits_for_keeps_its_worker(
+def test_quick_abandoned_work_keeps_its_worker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pools, "ABANDONED_GRACE_S", 60.0)
@@ -395,7 +395,7 @@ def test_a_worker_that_breaks_the_protocol_is_replaced(
 
 
 def test_no_descriptor_is_closed_while_a_picture_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its number could belong to another connection by then, which would get the picture."""
+    """Otherwise its number could belong to another connection, which would get the picture."""
     create, begun, go = Segment.create, threading.Event(), threading.Event()
 
     def waiting(nbytes: int) -> Segment:

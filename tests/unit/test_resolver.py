@@ -1,4 +1,4 @@
-"""Lookups, with a real nameserver that answers some names and is silent about others."""
+"""Lookups with a real nameserver that answers for some names and not for others."""
 
 import asyncio
 import contextlib
