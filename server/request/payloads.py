@@ -22,13 +22,14 @@ from server.imaging.containers import holds_pictures
 # Shorter payloads stay where they are: parsing them costs less than taking them out.
 MIN_PAYLOAD_BYTES = 16 * 1024
 
-# Where a payload may begin: after the header of a data URL, as `data` of an Anthropic source or of
-# an audio clip, or as OpenAI's `file_data`.
-_START = re.compile(
-    rb'"\s{0,8}data:[\w.+-]{1,40}/[\w.+-]{1,80}(?:;[\w.+-]{1,40}=[\w.+-]{1,80}){0,4};base64,'
-    rb'|"(?:file_)?data"\s{0,8}:\s{0,8}"',
+# What stands before a payload: the header of a data URL; or the key `data` of an Anthropic source
+# or of an audio clip, or OpenAI's `file_data`.
+_HEADER = re.compile(
+    rb'"\s{0,8}data:[\w.+-]{1,40}/[\w.+-]{1,80}(?:;[\w.+-]{1,40}=[\w.+-]{1,80}){0,4};base64,',
     re.IGNORECASE,
 )
+_KEY = re.compile(rb'"(?:file_)?data"\s{0,8}:\s{0,8}"\Z', re.IGNORECASE)
+_MAX_KEY_BYTES = len(b'"file_data":"') + 16
 _TOKEN = re.compile(rb"saccade-payload-[0-9a-f]{32}-[0-9]+;")
 _TOKEN_PREFIX = "saccade-payload-"  # noqa: S105
 _MAX_HEADER_BYTES = 512
@@ -112,18 +113,31 @@ def parse(body: bytes) -> Any:
 
 
 def _payload_spans(body: bytes) -> Iterator[tuple[int, int]]:
-    """(start, end) of each base64 text that is long enough, in order."""
-    position = 0
-    while match := _START.search(body, position):
-        start = match.end()
-        end = body.find(b'"', start)
-        if end < 0:
-            return
-        position = end
-        is_key_escaped = body[match.start() - 1 : match.start()] == b"\\"
-        is_long = end - start >= MIN_PAYLOAD_BYTES
-        if is_long and not is_key_escaped and _is_plain(body, start, end):
-            yield start, end
+    """(start, end) of each base64 text that is long enough, in order.
+
+    A payload has no quotes in it, so the scan jumps as far as a payload is long, back to the last
+    quote there: a body full of quotes costs no more than one full of payloads.
+    """
+    opening = body.find(b'"')
+    while opening >= 0:
+        reach = opening + 1 + MIN_PAYLOAD_BYTES
+        closing = body.rfind(b'"', opening + 1, reach)
+        if closing < 0:
+            closing = body.find(b'"', reach)
+            start = _payload_start(body, opening)
+            is_long = start is not None and closing - start >= MIN_PAYLOAD_BYTES
+            if start is not None and is_long and _is_plain(body, start, closing):
+                yield start, closing
+        opening = closing
+
+
+def _payload_start(body: bytes, quote: int) -> int | None:
+    """Where the payload begins in the text behind `quote`; None if no payload belongs there."""
+    before = _KEY.search(body, max(0, quote + 1 - _MAX_KEY_BYTES), quote + 1)
+    before = before or _HEADER.match(body, quote)
+    if before is None or body[before.start() - 1 : before.start()] == b"\\":  # an escaped quote
+        return None
+    return before.end()
 
 
 def _is_plain(body: bytes, start: int, end: int) -> bool:

@@ -35,7 +35,11 @@ class ReadRequest:
 
     def rewritten(self) -> bytes:
         """The body for the route: a handle in the place of each image and clip, which the context
-        resolves from now on. Call it when the media are loaded."""
+        resolves from now on. Call it when the media are loaded.
+
+        Raises:
+            ClientError: the document cannot be written as JSON again.
+        """
         if not (self.changed or self.found.changed or self.found.slots):
             return self.body
         self.found.fill(self._handles)
@@ -43,6 +47,8 @@ class ReadRequest:
             document = msgspec.json.encode(self.document)
         except OverflowError:  # an integer of more than 64 bits
             raise ClientError("the request body has an integer out of range") from None
+        except RecursionError:  # it was read with a less deep stack
+            raise ClientError("the request body is nested too deeply") from None
         return self.payloads.restored(document)
 
     def _handles(self, ref: MediaRef) -> list[str]:

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import sys
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.errors import ClientError, RequestTooLarge, TooManyImages
+from server.request.dialects import Found, Slot
 from server.request.media import Inline
-from server.request.payloads import MIN_PAYLOAD_BYTES, decode
+from server.request.payloads import MIN_PAYLOAD_BYTES, Payloads, decode
+from server.request.read import ReadRequest
 from tests import pictures
 from tests.media import CHAT, MAX_JSON_BYTES, chat, prepare, read
 
@@ -120,6 +123,32 @@ def test_any_document_without_messages_survives(shape: Any) -> None:
         assert (json.loads(read(text.encode()).rewritten()) == json.loads(text)) is True
 
 
+@pytest.mark.parametrize("before", ["", "a", "a" * MIN_PAYLOAD_BYTES, '\\"' * MIN_PAYLOAD_BYTES])
+@pytest.mark.parametrize("length", [MIN_PAYLOAD_BYTES - 1, MIN_PAYLOAD_BYTES])
+def test_payloads_are_taken_out_from_a_fixed_length_on(before: str, length: int) -> None:
+    strings = ["data:a/b;base64," + "A" * length, "A" * length]
+    body = f'["{before}", "{strings[0]}", {{"data": "{strings[1]}"}}, "{before}"]'.encode()
+    found = read(body)
+    assert len(found.payloads._spans) == (2 if length >= MIN_PAYLOAD_BYTES else 0)
+    assert found.payloads.restored(found.payloads.small) == body
+
+
+class CountedSearches(bytes):
+    """A body that counts how often the scan looks for a quote."""
+
+    count = 0
+
+    def rfind(self, *args: Any) -> int:
+        self.count += 1
+        return super().rfind(*args)
+
+
+def test_the_scan_does_not_stop_at_each_quote() -> None:
+    body = CountedSearches(b'"' * (10 * MIN_PAYLOAD_BYTES))
+    assert Payloads(body).small is body
+    assert 10 <= body.count <= 11
+
+
 # ---------------------------------------------------------------------- JSON
 
 
@@ -136,6 +165,18 @@ def test_what_is_not_json_is_refused(body: bytes) -> None:
 @pytest.mark.parametrize("body", [b"[]", b"5", b'"a"', b"null", b'\xef\xbb\xbf{"a": 1}'])
 def test_json_without_an_object_is_left_to_the_route(body: bytes) -> None:
     assert read(body).rewritten() == body
+
+
+def rewritten_with_frames(found: ReadRequest, frames: int) -> bytes:
+    """`found`, written again at the bottom of so many calls."""
+    return found.rewritten() if not frames else rewritten_with_frames(found, frames - 1)
+
+
+def test_json_that_is_too_deep_to_write_again_is_refused() -> None:
+    depth = sys.getrecursionlimit() // 2
+    found = read(b'{"max_image_tokens":1,"a":' + b"[" * depth + b"]" * depth + b"}")
+    with pytest.raises(ClientError, match="nested too deeply"):
+        rewritten_with_frames(found, depth)
 
 
 def test_json_besides_the_media_is_limited() -> None:
@@ -229,6 +270,24 @@ def test_texts_of_anthropic_documents_become_text() -> None:
         "messages[0].content[0].source",
         "messages[0].content[2].source.content[2].source",
     ]
+
+
+class CountedWrites(list[Any]):
+    """A content list that counts how often something is put into it."""
+
+    count = 0
+
+    def __setitem__(self, *args: Any) -> None:
+        self.count += 1
+        super().__setitem__(*args)
+
+
+def test_a_list_with_many_slots_is_written_once() -> None:
+    parts = CountedWrites(range(1000))
+    slots = [Slot(parts, index, nodes=lambda: ["a", "b"]) for index in range(0, 1000, 2)]
+    Found(slots).fill(lambda _: [])
+    assert parts.count == 1
+    assert parts == [new for index in range(1, 1000, 2) for new in ("a", "b", index)]
 
 
 @pytest.mark.parametrize(

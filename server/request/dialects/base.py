@@ -3,7 +3,7 @@
 document -> content lists -> parts -> MediaRef, one a slot -> (loaded) -> handles in the slots
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -74,13 +74,25 @@ class Found:
         for slot in self.slots:
             # Last those with the latest slot: a list inside of a part comes before that part's.
             slots = by_list.pop(id(slot.parts), [])
-            by_list[id(slot.parts)] = [*slots, slot]
+            slots.append(slot)
+            by_list[id(slot.parts)] = slots
         for slots in by_list.values():
-            for slot in reversed(slots):  # what follows keeps its index
-                nodes: Iterable[Any] = slot.nodes()
-                if slot.ref is not None and slot.write is not None:
-                    nodes = map(slot.write, handles(slot.ref))
-                slot.parts[slot.index : slot.index + 1] = nodes
+            _fill_list(slots, handles)
+
+
+def _fill_list(slots: Sequence[Slot], handles: Callable[[MediaRef], Sequence[str]]) -> None:
+    """Fill all slots of one list, in the order of the list, by building it anew once."""
+    parts = slots[0].parts
+    filled: list[Any] = []
+    done = 0
+    for slot in slots:
+        filled += parts[done : slot.index]
+        if slot.ref is not None and slot.write is not None:
+            filled += map(slot.write, handles(slot.ref))
+        else:
+            filled += slot.nodes()
+        done = slot.index + 1
+    parts[:] = filled + parts[done:]
 
 
 @dataclass(frozen=True)
