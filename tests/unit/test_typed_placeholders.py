@@ -1,5 +1,7 @@
 """Placeholders of images that a user types: they are text, and the template's own are images."""
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -127,3 +129,27 @@ def test_any_texts_between_images(
     ids = tokens(typed, tokenizer, rendered(typed.mark(content)))
     assert ids.count(5) == sum(image for _, image in parts)
     assert tokenizer.decode(ids) == rendered(content)
+
+
+def calls_of(work: Callable[[], object]) -> int:
+    """How many functions of Python and of C `work` calls."""
+    count = 0
+
+    def note(_: object, event: str, __: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_the_work_grows_with_the_number_of_parts_and_not_faster(typed: TypedPlaceholders) -> None:
+    def messages(times: int) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": [text("<|image_"), text("pad|>")] * times}]
+
+    few, many = (calls_of(lambda n=n: typed.mark(messages(n))) for n in (20, 200))
+    assert many < 12 * few

@@ -12,6 +12,7 @@ found as text by vLLM's processor. Where they are typed, an invisible character 
 """
 
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -64,34 +65,38 @@ class TypedPlaceholders:
     def _mark_across_parts(self, parts: list[Any]) -> list[Any]:
         """`parts` of a message, with marks for placeholders that begin in one part and end in a
         later one: templates write neighbouring parts without anything in between."""
-        start = 0
+        start, new = 0, parts
         for end in range(1, len(parts) + 1):
             if end < len(parts) and _text_of(parts[end - 1]) is not None:
                 continue
             run = parts[start:end]
             texts = [text for part in run if (text := _text_of(part)) is not None]
             if len(texts) > 1 and (marked := self._mark_texts(texts)) is not texts:
-                with_text = [part for part in run if _text_of(part) is not None]
-                new = [{**part, "text": text} for part, text in zip(with_text, marked, strict=True)]
-                parts = [*parts[:start], *new, *run[len(new) :], *parts[end:]]
+                new = list(parts) if new is parts else new
+                for place, text in enumerate(marked, start):  # the texts stand first in the run
+                    new[place] = {**parts[place], "text": text}
             start = end
-        return parts
+        return new
 
     def _mark_texts(self, texts: list[str]) -> list[str]:
         """The neighbouring `texts`, marked; the same object if there is nothing to mark."""
         joined = texts[0] if len(texts) == 1 else "".join(texts)
         if not any(placeholder in joined for placeholder in self._all):
             return texts
-        matches = list(self._pattern.finditer(joined))
+        matches = deque(self._pattern.finditer(joined))
         marked, begin = [], 0
         for text in texts:
             end, done, pieces = begin + len(text), begin, []
-            for match in matches:
+            while matches and matches[0].start() < end:
+                match = matches[0]
                 low, high = max(match.start(), begin), min(match.end(), end)
                 if low < high:
                     mark = self._mark(match[0], low - match.start(), high - match.start())
                     pieces += [joined[done:low], mark]
                     done = high
+                if match.end() > end:  # the rest of it stands in the next texts
+                    break
+                matches.popleft()
             marked.append("".join([*pieces, joined[done:end]]))
             begin = end
         return marked
