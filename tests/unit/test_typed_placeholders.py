@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from server.engine.vllm_adapter.typed_placeholders import TypedPlaceholders, of_model
+from server.errors import ClientError
 
 DEMO = Path(__file__).parents[2] / "server" / "demo"
 PAD, VIDEO = "<|image_pad|>", "<|video_pad|>"
@@ -129,6 +130,14 @@ def test_any_texts_between_images(
     ids = tokens(typed, tokenizer, rendered(typed.mark(content)))
     assert ids.count(5) == sum(image for _, image in parts)
     assert tokenizer.decode(ids) == rendered(content)
+
+
+def test_what_is_nested_too_deeply_is_refused(typed: TypedPlaceholders) -> None:
+    value: Any = []
+    for _ in range(sys.getrecursionlimit()):
+        value = {"inner": [value]}
+    with pytest.raises(ClientError, match="nested too deeply"):
+        typed.mark([{"role": "user", "content": "a", "more": value}])
 
 
 def calls_of(work: Callable[[], object]) -> int:

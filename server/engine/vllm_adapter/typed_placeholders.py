@@ -16,6 +16,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from server.errors import ClientError
+
 # What a mark looks like: it stands for `placeholders[number][start:end]` as text. A client that
 # sends one gets just that text.
 _MARK = "saccade3b0f9e6d41c8a527"
@@ -48,16 +50,27 @@ class TypedPlaceholders:
 
     def mark(self, value: Any) -> Any:
         """`value`, of JSON, with a mark for each placeholder in its texts; itself if there is
-        none."""
+        none.
+
+        Raises:
+            ClientError: it is nested too deeply.
+        """
+        try:
+            return self._marked(value)
+        except RecursionError:
+            raise ClientError("the messages are nested too deeply") from None
+
+    def _marked(self, value: Any) -> Any:
         if isinstance(value, str):
             return self._mark_texts([value])[0]
         if isinstance(value, list):
-            new: list[Any] = [self.mark(item) for item in value]
+            new: list[Any] = [self._marked(item) for item in value]
             new = self._mark_across_parts(new)
             return new if any(a is not b for a, b in zip(new, value, strict=True)) else value
         if isinstance(value, dict):
             marked = {
-                key: item if key in _MEDIA_KEYS else self.mark(item) for key, item in value.items()
+                key: item if key in _MEDIA_KEYS else self._marked(item)
+                for key, item in value.items()
             }
             return marked if any(marked[key] is not value[key] for key in value) else value
         return value
