@@ -154,6 +154,11 @@ CONTRACTS = [
         calls=("raise RuntimeError(", " prompt placeholders"),
     ),
     Contract(
+        "multimodal.processing.context",
+        "InputProcessingContext.call_hf_processor",
+        calls=("Failed to apply ", "raise ValueError(msg) from exc"),
+    ),
+    Contract(
         _PROCESSOR,
         f"{_BASE}._matched_updates_from_result",
         calls=("assert update_idx is not None", "Failed to apply prompt"),

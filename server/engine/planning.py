@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from server.errors import ImageAspectRatio, ImageTokenCap
+from server.errors import ClientError, ImageAspectRatio, ImageTokenCap
 from server.imaging.encoded import EncodedImage, ImageOptions
 from server.imaging.sizing import Size
 from server.imaging.tokens import (
@@ -152,9 +152,12 @@ async def image_costs(
 
     Raises:
         ImageTokenCap, ImageAspectRatio: as a request with these images would.
+        ClientError: vLLM alone knows what images cost this model.
     """
     renderer: Any = engine.renderer  # vLLM types it as its base class
-    planner: ImagePlanner = renderer.planner
+    planner: ImagePlanner | None = getattr(renderer, "planner", None)
+    if planner is None:
+        raise ClientError("the tokens of images cannot be counted ahead for this model")
     plans = await planner.costs(sized, budget)
     bytes_per_token = _kv_bytes_per_token(engine.vllm_config)
     return [

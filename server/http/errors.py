@@ -189,7 +189,10 @@ def with_length(headers: Iterable[tuple[bytes, bytes]], length: int) -> list[tup
 
 def as_markdown() -> str:
     """The table of all codes, as `docs/errors.md` has it."""
-    rows = {error.code: (error.status, inspect.getdoc(error) or "") for error in error_classes()}
+    rows = {
+        error.code: (error.status, " ".join((inspect.getdoc(error) or "").split()))
+        for error in error_classes()
+    }
     for status, code in STATUS_CODES.items():
         rows.setdefault(code, (status, f"{HTTPStatus(status).phrase}, as the route says."))
     lines = [

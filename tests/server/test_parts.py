@@ -244,6 +244,14 @@ def test_a_picture_that_the_template_leaves_out_is_named(http: httpx.Client) -> 
     assert response.status_code == 200, response.text
 
 
+def test_what_the_models_processor_fails_on_is_named(http: httpx.Client) -> None:
+    """vLLM's error shows the arrays of the clip; this model takes no video of one frame."""
+    frame = base64.b64encode(encode(photo((64, 64)), "JPEG")).decode()
+    clip = {"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{frame}"}}
+    error = refusal(post(http, CHAT, clip, WHAT))
+    assert error["param"] == "messages[0].content[0].video_url"
+
+
 def test_escaped_keys_are_read_as_any(http: httpx.Client) -> None:
     part = {"type": "image_url", "image_url": {"url": data_url(RED), "detail": "no"}}
     body = json.dumps({"model": MODEL, "messages": user(part)}).replace(

@@ -85,23 +85,34 @@ def qwen_pixels(info: Any, options: Options) -> dict[str, int]:
 
 # ---------------------------------------------------------------------- a prompt
 
-# What vLLM's errors have in their texts where a prompt has too few placeholders.
+# What vLLM's errors have in their texts where a prompt has too few placeholders, and where the
+# Hugging Face processor has failed on the media; the latter shows all of them.
 _TOO_FEW = ("prompt placeholders", "Failed to apply prompt")
+_FAILED = "Failed to apply "
 
 
 class PlaceholdersMissing(Exception):
     """A prompt has fewer placeholders than media: the chat template has dropped some."""
 
 
+class ProcessorFailed(Exception):
+    """The model's processor cannot process the media of a prompt."""
+
+
 @contextlib.contextmanager
-def missing_placeholders() -> Iterator[None]:
-    """Raise `PlaceholdersMissing` for vLLM's errors, which have no class of their own."""
+def translated_errors() -> Iterator[None]:
+    """Raise `PlaceholdersMissing` and `ProcessorFailed` for vLLM's errors, which have no classes
+    of their own."""
     try:
         yield
     except (RuntimeError, AssertionError) as error:
         if not any(text in str(error) for text in _TOO_FEW):
             raise
         raise PlaceholdersMissing from error
+    except ValueError as error:
+        if error.__cause__ is None or not str(error).startswith(_FAILED):
+            raise
+        raise ProcessorFailed from error
 
 
 def merged(
@@ -111,11 +122,7 @@ def merged(
     items: Sequence[tuple[MultiModalKwargsItem | None, Updates]],
 ) -> MultiModalInput:
     """What the engine gets of a prompt whose images were processed one by one. `keys` and `items`
-    are those of the images, in order.
-
-    Raises:
-        PlaceholdersMissing: the prompt has fewer placeholders than images.
-    """
+    are those of the images, in order."""
     updates = [
         [processor._recompute_cached_prompt_update(update, index) for update in item_updates]
         for index, (_, item_updates) in enumerate(items)
@@ -127,8 +134,7 @@ def merged(
         prompt_updates={"image": updates},
     )
     counts: Any = SimpleNamespace(get_all_counts=lambda: {"image": len(items)})
-    with missing_placeholders():
-        token_ids, placeholders = processor._maybe_apply_prompt_updates(counts, result)
+    token_ids, placeholders = processor._maybe_apply_prompt_updates(counts, result)
     return mm_input(
         prompt_token_ids=token_ids,
         mm_kwargs=result.kwargs,

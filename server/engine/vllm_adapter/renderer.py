@@ -33,8 +33,9 @@ from server.engine.vllm_adapter import processors, typed_placeholders
 from server.engine.vllm_adapter.processor_cache import PooledItem, ProcessorCache, copied
 from server.engine.vllm_adapter.processors import (
     PlaceholdersMissing,
+    ProcessorFailed,
     Updates,
-    missing_placeholders,
+    translated_errors,
 )
 from server.engine.vllm_adapter.typed_placeholders import TypedPlaceholders
 from server.errors import ClientError, ImageTokenCap, SaccadeError, UnknownImage
@@ -84,7 +85,7 @@ class PooledRenderer(HfRenderer):
         self._fingerprint = b""
         self.announce: Announce | None = None
         self._vllm_process_multimodal = self._process_multimodal_async
-        self._process_multimodal_async = self._process_images
+        self._process_multimodal_async = self._process_media
 
     def forget_features(self) -> None:
         """Forget the features that are kept here, for requests that only count tokens."""
@@ -163,6 +164,20 @@ class PooledRenderer(HfRenderer):
 
     # ------------------------------------------------------------------ one prompt
 
+    async def _process_media(self, *args: Any, **options: Any) -> MultiModalInput:
+        """Called by vLLM, with the arguments of `_process_images`.
+
+        Raises:
+            ClientError: the chat template or the model's processor refuses the media.
+        """
+        try:
+            with translated_errors():
+                return await self._process_images(*args, **options)
+        except PlaceholdersMissing:
+            raise _dropped(requests.current()) from None
+        except ProcessorFailed:
+            raise _unprocessable(requests.current()) from None
+
     async def _process_images(
         self,
         prompt: list[int],
@@ -193,23 +208,18 @@ class PooledRenderer(HfRenderer):
         if not pooled:
             kwargs = _common_options(plans, kwargs)
         jobs = [self._job(context, *pair, kwargs, io) for pair in zip(images, plans, strict=True)]
-        try:
-            if pooled:
-                rendered, cached = await self._render(prompt, jobs, skip_mm_cache=skip_mm_cache)
-            else:
-                cached = [False] * len(jobs)
-                decoded = await all_or_none(map(self._decode, jobs))
-                with missing_placeholders():
-                    rendered = await self._vllm_process_multimodal(
-                        prompt,
-                        {**mm_data, "image": decoded},
-                        {**(mm_uuids or {}), "image": [job.key for job in jobs]},
-                        kwargs or None,
-                        media_io_kwargs,
-                        skip_mm_cache=skip_mm_cache,
-                    )
-        except PlaceholdersMissing:
-            raise _dropped(context) from None
+        if pooled:
+            rendered, cached = await self._render(prompt, jobs, skip_mm_cache=skip_mm_cache)
+        else:
+            cached = [False] * len(jobs)
+            rendered = await self._vllm_process_multimodal(
+                prompt,
+                {**mm_data, "image": await all_or_none(map(self._decode, jobs))},
+                {**(mm_uuids or {}), "image": [job.key for job in jobs]},
+                kwargs or None,
+                media_io_kwargs,
+                skip_mm_cache=skip_mm_cache,
+            )
         placeholders = _placeholders(rendered)
         if len(placeholders) == len(jobs):
             capped = self.planner.limited(images, context.max_image_tokens)
@@ -363,6 +373,16 @@ class PooledRenderer(HfRenderer):
         features = await self._in_pool(f"pixels-{job.key}", job, pixels_only)
         pixels = features.arrays(processors.tensor)["pixels"]
         return await asyncio.to_thread(lambda: Image.fromarray(pixels.numpy().copy()))
+
+
+def _unprocessable(context: RequestContext) -> ClientError:
+    """The error for media that the model's processor fails on: clips, before images."""
+    clips = (ref.path for ref in context.media if ref.kind in ("video", "audio"))
+    first = (ref.path for ref in context.media)
+    return ClientError(
+        "the model's processor cannot process this part",
+        param=next(clips, next(first, "messages")),
+    )
 
 
 def _dropped(context: RequestContext) -> ClientError:
