@@ -113,6 +113,9 @@ class _BoundedProtocol(ResponseHandler):
         if self._in_head and isinstance(error, lost):
             error = BrokenResponse("broke off") if self._head_bytes else NoResponse()
         super().set_exception(error, *cause)
+        # The parser drops a body in which it finds an error, without a word to its reader.
+        if self._body is not None and not self._body.is_eof() and self._body.exception() is None:
+            self._body.set_exception(BrokenResponse("what came is not HTTP"))
 
     def close(self) -> None:
         """Close at once; a TLS farewell would keep the connection as long as the server likes."""
