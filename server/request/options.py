@@ -13,16 +13,16 @@ _MAX_PAGES = 10_000
 Frames = tuple[int, ...] | int | None
 
 
-def image_options(given: Mapping[str, Any], path: str) -> ImageOptions:
-    """`detail` and `max_tokens` of `given`, which stands at `path`.
+def image_options(given: Mapping[str, Any], paths: Mapping[str, str]) -> ImageOptions:
+    """`detail` and `max_tokens` of `given`; `paths` has the place of each option in the request.
 
     Raises:
         ClientError: a value that the option does not take; `param` names it.
     """
-    return ImageOptions(_detail(given, path), _max_tokens(given, path))
+    return ImageOptions(_detail(given, paths), _max_tokens(given, paths))
 
 
-def frames_of(given: Mapping[str, Any], path: str) -> Frames:
+def frames_of(given: Mapping[str, Any], paths: Mapping[str, str]) -> Frames:
     """`frames`: how many frames of an animation, spread over all of it, or which, from 0.
 
     Raises:
@@ -34,10 +34,10 @@ def frames_of(given: Mapping[str, Any], path: str) -> Frames:
     if isinstance(value, list) and value and all(map(_is_index, value)):
         return tuple(value)
     must = "must be a positive integer or a list of frame numbers from 0"
-    raise _wrong("frames", must, path)
+    raise _wrong("frames", must, paths)
 
 
-def pages_of(given: Mapping[str, Any], path: str) -> tuple[int, ...] | None:
+def pages_of(given: Mapping[str, Any], paths: Mapping[str, str]) -> tuple[int, ...] | None:
     """`pages` as numbers from 0, of a list of numbers from 1 or of a text such as "1-3,7".
 
     Raises:
@@ -52,13 +52,13 @@ def pages_of(given: Mapping[str, Any], path: str) -> tuple[int, ...] | None:
         first, dash, last = (piece.strip() for piece in text.partition("-"))
         bounds = (first, last if dash else first)
         if not all(bound.isascii() and bound.isdigit() and len(bound) <= 6 for bound in bounds):
-            raise _wrong("pages", 'must be page numbers from 1, such as "1-3,7"', path)
+            raise _wrong("pages", 'must be page numbers from 1, such as "1-3,7"', paths)
         start, end = int(bounds[0]), int(bounds[1])
         if start < 1 or end < start:
-            raise _wrong("pages", 'must be page numbers from 1, such as "1-3,7"', path)
+            raise _wrong("pages", 'must be page numbers from 1, such as "1-3,7"', paths)
         pages += range(start - 1, min(end, start + _MAX_PAGES))
         if len(pages) > _MAX_PAGES:
-            raise _wrong("pages", f"must name at most {_MAX_PAGES} pages", path)
+            raise _wrong("pages", f"must name at most {_MAX_PAGES} pages", paths)
     return tuple(pages)
 
 
@@ -71,7 +71,7 @@ def _is_index(value: Any) -> bool:
     return is_positive(value) or (value == 0 and not isinstance(value, bool))
 
 
-def _detail(given: Mapping[str, Any], path: str) -> Detail:
+def _detail(given: Mapping[str, Any], paths: Mapping[str, str]) -> Detail:
     value = given.get("detail")
     if value is None:
         return "auto"
@@ -81,15 +81,15 @@ def _detail(given: Mapping[str, Any], path: str) -> Detail:
         if value == detail:
             found: Detail = detail
             return found
-    raise _wrong("detail", "must be one of 'auto', 'low', 'high' and 'original'", path)
+    raise _wrong("detail", "must be one of 'auto', 'low', 'high' and 'original'", paths)
 
 
-def _max_tokens(given: Mapping[str, Any], path: str) -> int | None:
+def _max_tokens(given: Mapping[str, Any], paths: Mapping[str, str]) -> int | None:
     value = given.get("max_tokens")
     if value is not None and not is_positive(value):
-        raise _wrong("max_tokens", "must be a positive integer", path)
+        raise _wrong("max_tokens", "must be a positive integer", paths)
     return value
 
 
-def _wrong(option: str, must: str, path: str) -> ClientError:
-    return ClientError(f"{option} {must}", param=f"{path}.{option}")
+def _wrong(option: str, must: str, paths: Mapping[str, str]) -> ClientError:
+    return ClientError(f"{option} {must}", param=paths[option])

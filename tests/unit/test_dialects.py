@@ -258,6 +258,11 @@ def test_original_detail_and_unknown_keys_are_accepted() -> None:
 def test_a_wrong_option_is_named(option: str, value: object) -> None:
     refusal = refused({"type": "image_url", "image_url": {"url": URL, option: value}})
     assert refusal.param == f"messages[0].content[0].image_url.{option}"
+    for more in ({"image_url": URL}, {"image_url": {"url": URL}}, {"uuid": "U"}):
+        refusal = refused({"type": "image_url", option: value, **more})
+        assert refusal.param == f"messages[0].content[0].{option}"
+    refusal = refused({"type": "image_url", "uuid": "U", "image_url": {option: value}})
+    assert refusal.param == f"messages[0].content[0].image_url.{option}"
 
 
 @pytest.mark.parametrize(
@@ -286,6 +291,8 @@ def test_a_uuid_alone_can_have_options() -> None:
 def test_a_part_with_a_uuid_has_no_frames() -> None:
     part = {"type": "image_url", "image_url": {"url": URL, "frames": 2}, "uuid": "U"}
     assert "uuid" in refused(part).message
+    part = {"type": "file", "file": {"file_data": "AA=="}, "pages": "1", "uuid": "U"}
+    assert refused(part).param == "messages[0].content[0].pages"
 
 
 def test_a_file_without_data_says_so() -> None:

@@ -273,19 +273,27 @@ def reference(
         ClientError: a wrong option, or a wrong uuid.
     """
     given: dict[str, Any] = {}
+    paths: dict[str, str] = {}
     for holder in (*holders, part.node):
         if isinstance(holder, dict):
             for key in OPTIONS:
-                if holder.get(key) is not None:
-                    given.setdefault(key, holder[key])
-    options = image_options(given, path)
-    frames = pages_of(given, path) if kind == "file" else frames_of(given, path)
+                if holder.get(key) is not None and key not in given:
+                    given[key], paths[key] = holder[key], f"{_path_of(holder, part)}.{key}"
+    options = image_options(given, paths)
+    key = "pages" if kind == "file" else "frames"
+    frames = pages_of(given, paths) if kind == "file" else frames_of(given, paths)
     uuid = uuid_of(part)
     if uuid is not None and frames is not None:
         raise ClientError(
-            "a part with a uuid is one image: it cannot have frames", param=f"{path}.frames"
+            f"a part with a uuid is one image: it cannot have {key}", param=paths[key]
         )
     return MediaRef(kind, path, source, options, frames, uuid, part.role)
+
+
+def _path_of(holder: dict[str, Any], part: Part) -> str:
+    """The path of `holder`, which is the part or one of its values."""
+    key = next((key for key, value in part.node.items() if value is holder), None)
+    return part.path if key is None else f"{part.path}.{key}"
 
 
 def read_bare_url(part: Part) -> tuple[MediaRef, Write]:
