@@ -87,7 +87,7 @@ class RequestReader:
             changed = take_request_options(document, context)
             if dialect.complete is not None:
                 changed |= dialect.complete(document)
-            found = dialect.find(document, payloads, self._embeddings)
+            found = dialect.find(document, payloads, self._embeddings, most_media(self._limits))
             context.media = found.media
             check_counts(context.media, self._limits)
         self._check_size(len(payloads.small) + payloads.unclaimed_bytes)
@@ -99,6 +99,11 @@ class RequestReader:
                 f"the request body has more than {self._max_json_bytes} bytes besides its images "
                 "and files, which is the limit"
             )
+
+
+def most_media(limits: MediaLimits | None) -> int:
+    """How many media parts of all kinds a request may have: with more, `check_counts` fails."""
+    return 0 if limits is None else limits.max_images + sum(limits.max_clips.values())
 
 
 def check_counts(media: Sequence[MediaRef], limits: MediaLimits | None) -> None:

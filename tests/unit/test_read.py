@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from server.errors import ClientError, RequestTooLarge, TooManyImages
 from server.request.dialects import Found, Slot
-from server.request.media import Inline
+from server.request.media import Inline, MediaLimits
 from server.request.payloads import MIN_PAYLOAD_BYTES, Payloads, decode
 from server.request.read import ReadRequest
 from tests import pictures
-from tests.media import CHAT, MAX_JSON_BYTES, chat, prepare, read
+from tests.media import CHAT, LIMITS, MAX_JSON_BYTES, chat, prepare, read
 
 DATA = os.urandom(MIN_PAYLOAD_BYTES)
 B64 = base64.b64encode(DATA).decode()
@@ -309,3 +309,15 @@ def test_parts_are_counted_before_they_are_loaded() -> None:
     clip = {"type": "video_url", "video_url": {"url": "https://a.example/"}}
     with pytest.raises(TooManyImages, match="more than 2 video parts"):
         read(chat(*[clip] * 3))
+
+
+@pytest.mark.parametrize("limits", [None, LIMITS])
+def test_parts_beyond_the_limit_are_not_read(limits: MediaLimits | None) -> None:
+    """Each takes memory: a list of pages is many times as long as the text that asks for it."""
+    part = {"type": "file", "file": {"file_data": "AA=="}, "pages": "1-9999"}
+    wrong = {"type": "file", "file": 5}
+    messages = [*chat(*[part] * 100, wrong)["messages"], *chat(wrong)["messages"]]
+    with pytest.raises(ClientError) as refusal:
+        read({"messages": messages}, limits=limits)
+    last = 0 if limits is None else limits.max_images
+    assert refusal.value.param == f"messages[0].content[{last}].file"

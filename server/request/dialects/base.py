@@ -3,6 +3,7 @@
 document -> content lists -> parts -> MediaRef, one a slot -> (loaded) -> handles in the slots
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -59,10 +60,17 @@ Read = Callable[[Part], tuple[MediaRef, Write]]
 @dataclass
 class Found:
     """The slots of a document, inner ones before those around them. `changed`: something else was
-    changed in it."""
+    changed in it. With more than `most` media parts the rest of the document is not read."""
 
     slots: list[Slot] = field(default_factory=list)
     changed: bool = False
+    most: int = sys.maxsize
+    count: int = 0
+
+    def add(self, parts: list[Any], index: int, read: tuple[MediaRef, Write]) -> None:
+        """Add the slot of a media part."""
+        self.slots.append(Slot(parts, index, *read))
+        self.count += 1
 
     @property
     def media(self) -> list[MediaRef]:
@@ -121,15 +129,19 @@ class Dialect:
     complete: Callable[[dict[str, Any]], bool] | None = None
 
     def find(
-        self, document: Mapping[str, Any], payloads: Payloads, embeddings: frozenset[str]
+        self,
+        document: Mapping[str, Any],
+        payloads: Payloads,
+        embeddings: frozenset[str],
+        most: int,
     ) -> Found:
-        """The media parts of `document`; `embeddings` are the types of embeddings that the server
-        takes.
+        """The media parts of `document`, up to one more than `most`; `embeddings` are the types of
+        embeddings that the server takes.
 
         Raises:
             ClientError: a part that the dialect does not know, or a value in one that is wrong.
         """
-        found = Found()
+        found = Found(most=most)
         for content in self.lists(document):
             self.read_list(content, payloads, embeddings, found)
         return found
@@ -143,11 +155,13 @@ class Dialect:
     ) -> None:
         """Add the slots of one content list to `found`."""
         for index, node in enumerate(content.parts):
+            if found.count > found.most:
+                return
             path = f"{content.path}[{index}]"
             if isinstance(node, str):
                 if content.bare is not None:
                     part = Part({"url": node}, path, payloads)
-                    found.slots.append(Slot(content.parts, index, *content.bare(part)))
+                    found.add(content.parts, index, content.bare(part))
                 continue
             if not isinstance(node, dict):
                 raise ClientError("a content part must be an object", param=path)
@@ -165,7 +179,7 @@ class Dialect:
             if read is not None:
                 if self.refuse is not None:
                     self.refuse(part)
-                found.slots.append(Slot(content.parts, index, *read(part)))
+                found.add(content.parts, index, read(part))
             elif kind not in self.embeddings & embeddings:
                 raise self._refusal(kind, path)
 
