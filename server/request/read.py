@@ -14,6 +14,7 @@ import msgspec
 from server.errors import ClientError, RequestTooLarge, TooManyImages
 from server.request.context import RequestContext
 from server.request.dialects import Dialect, Found
+from server.request.dialects.base import counted_as
 from server.request.media import MediaLimits, MediaRef
 from server.request.options import is_positive
 from server.request.payloads import Payloads, parse
@@ -101,9 +102,9 @@ class RequestReader:
             )
 
 
-def most_media(limits: MediaLimits | None) -> int:
-    """How many media parts of all kinds a request may have: with more, `check_counts` fails."""
-    return 0 if limits is None else limits.max_images + sum(limits.max_clips.values())
+def most_media(limits: MediaLimits | None) -> dict[str, int]:
+    """How many media parts of each kind a request may have."""
+    return {} if limits is None else {**limits.max_clips, "image": limits.max_images}
 
 
 def check_counts(media: Sequence[MediaRef], limits: MediaLimits | None) -> None:
@@ -115,10 +116,8 @@ def check_counts(media: Sequence[MediaRef], limits: MediaLimits | None) -> None:
     """
     counts: dict[str, int] = {}
     for ref in media:
-        kind = "image" if ref.kind == "file" else ref.kind
-        most = 0 if limits is None else limits.max_clips.get(kind, 0)
-        if limits is not None and kind == "image":
-            most = limits.max_images
+        kind = counted_as(ref)
+        most = most_media(limits).get(kind, 0)
         if not most:
             raise ClientError(f"this model takes no {kind} input", param=ref.path)
         counts[kind] = counts.get(kind, 0) + 1

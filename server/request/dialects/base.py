@@ -3,7 +3,7 @@
 document -> content lists -> parts -> MediaRef, one a slot -> (loaded) -> handles in the slots
 """
 
-import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -57,20 +57,28 @@ Read = Callable[[Part], tuple[MediaRef, Write]]
 """Reads a media part. Raises ClientError with `param`."""
 
 
+def counted_as(ref: MediaRef) -> str:
+    """The kind whose limit a media part counts for."""
+    return "image" if ref.kind == "file" else ref.kind
+
+
 @dataclass
 class Found:
     """The slots of a document, inner ones before those around them. `changed`: something else was
-    changed in it. With more than `most` media parts the rest of the document is not read."""
+    changed in it. `most` media parts of each kind are read, and one more: `is_over` then."""
 
     slots: list[Slot] = field(default_factory=list)
     changed: bool = False
-    most: int = sys.maxsize
-    count: int = 0
+    most: Mapping[str, int] = field(default_factory=dict)
+    is_over: bool = False
+    _counts: Counter[str] = field(default_factory=Counter)
 
     def add(self, parts: list[Any], index: int, read: tuple[MediaRef, Write]) -> None:
         """Add the slot of a media part."""
         self.slots.append(Slot(parts, index, *read))
-        self.count += 1
+        kind = counted_as(read[0])
+        self._counts[kind] += 1
+        self.is_over |= self._counts[kind] > self.most.get(kind, 0)
 
     @property
     def media(self) -> list[MediaRef]:
@@ -133,10 +141,10 @@ class Dialect:
         document: Mapping[str, Any],
         payloads: Payloads,
         embeddings: frozenset[str],
-        most: int,
+        most: Mapping[str, int],
     ) -> Found:
-        """The media parts of `document`, up to one more than `most`; `embeddings` are the types of
-        embeddings that the server takes.
+        """The media parts of `document`, up to the first one over `most` of its kind;
+        `embeddings` are the types of embeddings that the server takes.
 
         Raises:
             ClientError: a part that the dialect does not know, or a value in one that is wrong.
@@ -155,7 +163,7 @@ class Dialect:
     ) -> None:
         """Add the slots of one content list to `found`."""
         for index, node in enumerate(content.parts):
-            if found.count > found.most:
+            if found.is_over:
                 return
             path = f"{content.path}[{index}]"
             if isinstance(node, str):
