@@ -61,6 +61,8 @@ TOO_THIN = Expectation(refusals=(_TOO_THIN,))
 INVALID_OR_TOO_LARGE = Expectation(refusals=(_INVALID, _TOO_LARGE))
 # The file has the magic of an image, but the kind of image is one that need not be opened.
 INVALID_OR_UNSUPPORTED = Expectation(refusals=(_INVALID, _UNSUPPORTED))
+# A PDF is not an image to whoever reads headers, but a server opens it, and finds no pages.
+BROKEN_PDF = Expectation(refusals=(_UNSUPPORTED, Refusal(400, "invalid_file")))
 # Whether it can still be shown depends on the library; it must not harm the server.
 SURVIVES = Expectation(answered=True, refusals=(_INVALID, _UNSUPPORTED, _TOO_LARGE, _TOO_THIN))
 

@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 
 from tests.corpus.cases import (
+    BROKEN_PDF,
     INVALID,
     INVALID_OR_UNSUPPORTED,
     SURVIVES,
@@ -107,7 +108,6 @@ def _media() -> Iterator[tuple[str, Data]]:
     yield "wave", b"RIFF" + struct.pack("<I", 100) + b"WAVEfmt " + bytes(90)
     yield "avi", b"RIFF" + struct.pack("<I", 100) + b"AVI LIST" + bytes(90)
     yield "mp3", b"ID3\3\0" + bytes(100)
-    yield "pdf", b"%PDF-1.7\n1 0 obj<</Type/Catalog>>endobj\ntrailer<</Root 1 0 R>>\n%%EOF\n"
     yield "zip", _zipped
     yield "gzip", gzip.compress(bytes(1000), mtime=0)
     yield "tar", b"picture.png".ljust(257, b"\0") + b"ustar\x0000" + bytes(255)
@@ -132,7 +132,6 @@ def _noise() -> Iterator[tuple[str, Data]]:
     yield "megabyte-of-zeros", bytes(1 << 20)
     for kind in ("png", "jpeg", "webp", "tiff"):
         yield f"{kind}-behind-a-newline", functools.partial(_behind, b"\n", kind)
-    yield "jpeg-behind-pdf", functools.partial(_behind, b"%PDF-1.4\n", "jpeg")
     yield "png-behind-html", functools.partial(_behind, b"<html>", "png")
     yield "gif-behind-zip", functools.partial(_behind, b"PK\3\4", "gif")
     yield "png-through-text-mode", lambda: FORMATS["png"](quadrants()).replace(b"\r\n", b"\n")
@@ -147,6 +146,10 @@ def _behind(head: bytes, kind: str) -> bytes:
 
 def _doubtful() -> Iterator[tuple[str, Callable[[], bytes], Expectation]]:
     yield "empty", bytes, INVALID
+    yield "pdf", lambda: (
+        b"%PDF-1.7\n1 0 obj<</Type/Catalog>>endobj\ntrailer<</Root 1 0 R>>\n%%EOF\n"
+    ), BROKEN_PDF  # fmt: skip
+    yield "jpeg-behind-pdf", functools.partial(_behind, b"%PDF-1.4\n", "jpeg"), BROKEN_PDF
     yield "two-bytes-of-jpeg", lambda: b"\xff\xd8", INVALID_OR_UNSUPPORTED
     yield "raw-on-tiff", lambda: b"II*\0\x10\0\0\0CR\2\0" + bytes(100), INVALID_OR_UNSUPPORTED
     yield "jpeg-network-graphics", lambda: b"\x8bJNG\r\n\x1a\n" + bytes(100), UNSUPPORTED
