@@ -105,7 +105,7 @@ class Answer:
             self._is_first_piece = False
             self._record.timeline.begin_again(Stage.GENERATE, time.monotonic())
         body = message.get("body", b"")
-        if not _STREAMED_ERROR.search(body):
+        if not (b"error" in body or b"failed" in body) or not _STREAMED_ERROR.search(body):
             return message
         events = body.split(b"\n\n")
         for number, event in enumerate(events):

@@ -24,6 +24,7 @@ from server.errors import (
     AudioTooLarge,
     FilesDisabled,
     ImageFetchFailed,
+    ImageFetchTimeout,
     ImageTooLarge,
     ImageUrlBlocked,
     SaccadeError,
@@ -84,15 +85,18 @@ class MediaLoader:
 
         Raises:
             ClientError: any of those about images, with `param` set to the path of the part.
-            TimeoutError: the deadline of the request has passed.
+            ImageFetchTimeout: the deadline of the request has passed.
         """
         media = context.media
         self._check_uploads(context)
-        async with asyncio.timeout_at(_on_loop(context.deadline)):
-            if len(media) == 1:
-                await self._load(media[0], context)
-            else:
-                await all_or_none([self._load(ref, context) for ref in media])
+        try:
+            async with asyncio.timeout_at(_on_loop(context.deadline)):
+                if len(media) == 1:
+                    await self._load(media[0], context)
+                else:
+                    await all_or_none([self._load(ref, context) for ref in media])
+        except TimeoutError:
+            raise ImageFetchTimeout("the deadline of the request has passed") from None
         self._check_count(media)
 
     async def check_upload(self, data: bytes, context: RequestContext) -> None:

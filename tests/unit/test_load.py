@@ -12,6 +12,7 @@ from PIL import Image
 from server.errors import (
     ClientError,
     FilesDisabled,
+    ImageFetchTimeout,
     ImageFrameMissing,
     ImageUrlBlocked,
     InvalidFile,
@@ -261,7 +262,7 @@ def test_the_deadline_of_a_request_ends_its_loading() -> None:
     found.context.deadline = time.monotonic() + 0.05
 
     async def run() -> None:
-        with pytest.raises(TimeoutError):
+        with pytest.raises(ImageFetchTimeout, match="deadline"):
             await loader_with(counting).load(found.context)
 
     asyncio.run(run())
