@@ -193,7 +193,8 @@ class Dialect:
 
     def _refusal(self, kind: str | None, path: str) -> ClientError:
         if kind in self.embeddings:
-            message = f"{kind} parts are not accepted; the server takes no embeddings"
+            flag = "--enable-prompt-embeds" if kind == "prompt_embeds" else "--enable-mm-embeds"
+            message = f"{kind} parts are not accepted; the server was started without {flag}"
         elif kind is None:
             message = "the content part has no type"
         else:
