@@ -87,8 +87,6 @@ async def rig(model: Path, decode: str = "exact") -> AsyncIterator[Rig]:
     flags = ["--image-workers", "2", "--image-decode", decode, "--max-model-len", "4096"]
     args, settings = parse([str(model), *flags, "--mm-processor-cache-gb", "0.1"])
     plan = launch.plan(args, settings)
-    # vLLM has every process on a CPU import it anew; forks of this one, which has it, start sooner.
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
     assert plan.workers is not None
     async with contextlib.AsyncExitStack() as stack:
         pool = ImagePool(plan.workers, settings.images)
@@ -188,6 +186,9 @@ def test_family_equals_plain_vllm(
 ) -> None:
     stubs = families.import_stubs(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(stubs))
-    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")  # and later restored
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")  # engines start in half the time
+    # What the rig sets is restored for the servers of other tests.
+    monkeypatch.setenv("VLLM_MEDIA_CONNECTOR", "http")
+    monkeypatch.setenv("_SACCADE_PLUGIN", "{}")
     monkeypatch.syspath_prepend(str(stubs))
     asyncio.run(check_family(family, tmp_path))

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 from typing import Any
@@ -25,6 +26,7 @@ def what_plugins_change() -> dict[str, Any]:
         waits = shm_broadcast.sched_yield is not sched_yield
         return waits, WorkerWrapperBase.execute_model is not execute_model
 
+    os.environ.pop("_SACCADE_PLUGIN", None)  # another test may have asked
     plugin.register()
     unasked, before = changed(), set(sys.modules)
     plugin.ask(encoder_runs="ipc:///nonexistent/encoder")
