@@ -101,7 +101,9 @@ async def rig(model: Path, decode: str = "exact") -> AsyncIterator[Rig]:
         assert limits is not None
         expander = Expander(pool, limits)
         loader = MediaLoader(Fetcher(FetchSettings()), limits, None, None, expander)
-        used = await launch.connect(engine, settings, pool, embeddings)
+        decoder = launch.clip_decoder(settings)
+        stack.callback(decoder.close)
+        used = await launch.connect(engine, settings, pool, decoder, embeddings)
         from vllm.renderers.hf import HfRenderer
 
         theirs = HfRenderer(plan.config, engine.renderer.tokenizer)
