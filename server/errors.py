@@ -169,7 +169,7 @@ class TooManyImages(ClientError):
 
 
 class InvalidFile(ClientError):
-    """A file part is not a PDF, or is one that is damaged or encrypted."""
+    """A PDF is damaged or encrypted, or a file cannot give what its part asks for."""
 
     code = "invalid_file"
 

@@ -84,10 +84,6 @@ class Payloads:
         left = self._spans.keys() - self._claimed
         return sum(end - start for start, end in map(self._spans.__getitem__, left))
 
-    @property
-    def all_unclaimed(self) -> bool:
-        return not self._claimed
-
     def restored(self, document: bytes) -> bytes:
         """`document`, JSON with tokens in it, with the payloads that nobody has claimed."""
         if len(self._claimed) == len(self._spans):
