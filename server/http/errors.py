@@ -36,6 +36,7 @@ _ANTHROPIC_TYPES = {
     503: "overloaded_error",
     529: "overloaded_error",
 }
+_ERROR_STATUSES = range(400, 600)
 _OVERLOAD_LOG_S = 1.0
 
 
@@ -144,27 +145,32 @@ def shaped(body: bytes, status: int, dialect: Dialect, request_id: str) -> tuple
 
 
 def shaped_event(event: bytes, dialect: Dialect, request_id: str) -> tuple[bytes, str]:
-    """An event of a stream that tells of an error, without the blank line after it, in the shape of
-    `dialect`, and the error's code. vLLM's code in it is the status that it would have had."""
+    """Rewrite the error event of a stream, without the blank line after it, in the shape of
+    `dialect`; returns the event and the error's code.
+
+    In vLLM's events `code` is an HTTP status. An event without one is an internal error. An event
+    without an `error` object is returned as it is.
+    """
     name, _, data = event.rpartition(b"data: ")
     try:
-        parsed = json.loads(data)
-        error = dict(parsed["error"])
-        status = error.get("code")
+        error = dict(json.loads(data)["error"])
     except (ValueError, TypeError, KeyError):
         return event, _INTERNAL.code
+    status = error.get("code")
+    if not isinstance(status, int) or status not in _ERROR_STATUSES:
+        status = _INTERNAL.status
     if dialect == "anthropic":
-        name, status = b"event: error\n", 500
-    written, code = _written(
-        error, status if isinstance(status, int) else 500, dialect, request_id, {}
-    )
+        name = b"event: error\n"
+    written, code = _written(error, status, dialect, request_id, {})
     return name + b"data: " + written, code
 
 
 def _written(
     error: dict[str, Any], status: int, dialect: Dialect, request_id: str, more: dict[str, Any]
 ) -> tuple[bytes, str]:
-    message, code, kind = error["message"], error.get("code"), error.get("type")
+    message, code, kind = error.get("message"), error.get("code"), error.get("type")
+    if not isinstance(message, str):
+        message = _INTERNAL.message
     if not isinstance(code, str):  # not one of ours
         code = STATUS_CODES.get(status, f"http_{status}")
         if status == 500:

@@ -1,7 +1,9 @@
 """Errors: one code a class, and all of them documented."""
 
 import asyncio
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,3 +51,41 @@ def test_refusals_of_an_overloaded_server_are_logged_once_a_second(
         "499 more requests were refused with status 503",
         "server_busy: full again",
     ]
+
+
+def shaped_error(event: bytes, dialect: http_errors.Dialect) -> tuple[dict[str, Any], str]:
+    shaped, code = http_errors.shaped_event(event, dialect, "r-1")
+    return json.loads(shaped.rpartition(b"data: ")[2])["error"], code
+
+
+@pytest.mark.parametrize("dialect", ["openai", "anthropic"])
+@pytest.mark.parametrize("given", [{}, {"message": None}, {"code": 200}, {"code": True}])
+def test_an_error_event_without_a_message_or_a_status_is_an_internal_error(
+    given: dict[str, Any], dialect: http_errors.Dialect
+) -> None:
+    error, code = shaped_error(b"data: " + json.dumps({"error": given}).encode(), dialect)
+    assert (error["message"], code) == ("internal error", "internal_error")
+    assert error["type"] == ("api_error" if dialect == "anthropic" else "server_error")
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "code"),
+    [
+        (404, "not_found_error", "not_found"),
+        (400, "invalid_request_error", "invalid_request"),
+        (503, "overloaded_error", "server_busy"),
+        (500, "api_error", "internal_error"),
+    ],
+)
+def test_an_error_event_of_anthropics_api_has_the_type_of_its_status(
+    status: int, kind: str, code: str
+) -> None:
+    event = b'event: error\ndata: {"type": "error", "error": {"message": "m", "code": %d}}' % status
+    error, found = shaped_error(event, "anthropic")
+    assert (error["type"], error["code"], found) == (kind, code, code)
+
+
+@pytest.mark.parametrize("data", [b"{", b"[]", b'{"error": 3}', b'{"response": {}}'])
+def test_an_event_without_an_error_object_stays_as_it_is(data: bytes) -> None:
+    event = b"event: error\ndata: " + data
+    assert http_errors.shaped_event(event, "openai", "r-1") == (event, "internal_error")
