@@ -34,10 +34,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from benchmarks import environment, photos
-from server.engine import torchvision_ops
+from server.engine.vllm_adapter import plugin
 from server.imaging.decode import DecodeOptions, decode
 from server.imaging.sizing import FixedSize
-from server.workers.heap import keep_freed_memory
+from server.workers.process import keep_freed_memory
 
 Pixels = NDArray[np.uint8]
 Size = tuple[int, int]
@@ -81,7 +81,7 @@ def _as_worker() -> None:
     import cv2
     import torch
 
-    torchvision_ops.register()
+    plugin.make_torchvision_importable()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     keep_freed_memory(192 << 20)

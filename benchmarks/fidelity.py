@@ -38,9 +38,9 @@ def main() -> None:
 
 
 def _extractor(model: str, *, fast: bool) -> Extractor:
-    from server.engine import torchvision_ops
+    from server.engine.vllm_adapter import plugin
 
-    torchvision_ops.register()
+    plugin.make_torchvision_importable()
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     from server.engine.extractor import worker_spec

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from server.engine import torchvision_ops
+from server.engine.vllm_adapter import plugin
 
-torchvision_ops.register()  # before transformers finds a torchvision that it cannot import
+plugin.make_torchvision_importable()  # before transformers imports torchvision
 
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402

@@ -26,8 +26,8 @@ from server.ingest.load import MediaLoader
 from server.request.read import RequestReader
 from server.settings import GIB, Settings
 from server.telemetry import metrics, tracing
-from server.workers.heap import keep_freed_memory
 from server.workers.pool import ImagePool
+from server.workers.process import keep_freed_memory
 
 # Request bodies of a few photos: heap that is worth keeping between requests.
 _KEPT_HEAP_BYTES = 128 << 20

@@ -40,9 +40,9 @@ class _TorchvisionHook(importlib.abc.MetaPathFinder):
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: object = None) -> None:
         if fullname in ("transformers", "vllm"):
-            from server.engine import torchvision_ops
+            from server.engine.vllm_adapter import plugin
 
-            torchvision_ops.register()
+            plugin.make_torchvision_importable()
 
 
 sys.meta_path.insert(0, _TorchvisionHook())

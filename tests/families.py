@@ -27,9 +27,9 @@ from typing import Any
 
 import torch
 
-from server.engine import torchvision_ops
+from server.engine.vllm_adapter import plugin
 
-torchvision_ops.register()  # before transformers finds a torchvision that it cannot import
+plugin.make_torchvision_importable()  # before transformers imports torchvision
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tokenizers import (  # noqa: E402

@@ -11,8 +11,7 @@ from PIL import Image
 
 from server.imaging import pdf as pdfs
 from server.imaging.decode import frame_count
-from server.imaging.encoded import EncodedImage
-from server.imaging.limits import Limits
+from server.imaging.encoded import EncodedImage, ImageLimits
 from server.ingest.expand import Expander
 from server.ingest.fetch import Fetcher, FetchSettings
 from server.ingest.files import FileStore
@@ -31,7 +30,7 @@ LIMITS = MediaLimits(
     max_frames=5,
     max_pages=4,
     pdf_dpi=144,
-    image=Limits(50 << 20, 100_000_000, 32_768, 200),
+    image=ImageLimits(50 << 20, 100_000_000, 32_768, 200),
     max_clip_bytes=100_000,
 )
 MAX_JSON_BYTES = 1 << 20

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from server.engine import torchvision_ops
 from server.engine.vllm_adapter import cpu_waits, plugin
 
-torchvision_ops.register()  # vLLM imports torchvision while its parser is made
+plugin.make_torchvision_importable()  # vLLM imports torchvision while its parser is made
 
 from vllm.config.logging import LoggingConfig  # noqa: E402
 from vllm.entrypoints.launchers.cli_args import (  # noqa: E402

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from server.engine import torchvision_ops
+from server.engine.vllm_adapter import plugin
 from server.errors import InvalidImage
 from server.imaging import pdf, sizing
 from server.imaging.decode import Decoded, DecodeOptions, Planner, decode
@@ -50,7 +50,7 @@ def worker_spec(model_config: "ModelConfig", *, fast: bool, max_pixels: int) -> 
 
 def load(payload: bytes) -> Extractor:
     """Build the extractor; called once, before workers are forked. `payload` is our own."""
-    torchvision_ops.register()
+    plugin.make_torchvision_importable()
     torch.set_num_threads(1)  # one picture a process; also, threads do not survive the fork
     from vllm.multimodal import MULTIMODAL_REGISTRY
     from vllm.plugins import load_general_plugins

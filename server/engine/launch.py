@@ -34,8 +34,7 @@ from server.engine.vllm_adapter.processors import is_image_by_image, keep_groups
 from server.engine.vllm_adapter.renderer import PooledRenderer
 from server.engine.vllm_adapter.send import Gate, Sender
 from server.errors import CannotStart, ImageTokenCap
-from server.imaging.encoded import encoded
-from server.imaging.limits import Limits
+from server.imaging.encoded import ImageLimits, encoded
 from server.imaging.tokens import TokenRule
 from server.ingest.video import ClipDecoder
 from server.request.context import RequestContext, entered
@@ -77,11 +76,11 @@ def plan(args: Namespace, settings: Settings) -> EnginePlan:
     return EnginePlan(config, engine_args, workers)
 
 
-def limits(settings: Settings) -> Limits:
+def limits(settings: Settings) -> ImageLimits:
     """What an image may be; of our limit and vLLM's for its pixels, the stricter."""
     images = settings.images
     pixels = [limit for limit in (images.max_image_pixels, envs.VLLM_MAX_IMAGE_PIXELS) if limit > 0]
-    return Limits(
+    return ImageLimits(
         max_bytes=images.max_image_bytes,
         max_pixels=min(pixels),
         max_side=images.max_image_side,
@@ -243,7 +242,7 @@ async def _agrees(renderer: PooledRenderer) -> bool:
     noise = np.random.default_rng(0).integers(0, 256, (222, 333, 3), dtype=np.uint8)
     picture, file = Image.fromarray(noise), io.BytesIO()
     picture.save(file, "PNG")
-    image = encoded(file.getvalue(), Limits(1 << 20, 1 << 20, 1 << 10, 10))
+    image = encoded(file.getvalue(), ImageLimits(1 << 20, 1 << 20, 1 << 10, 10))
     try:
         with entered(RequestContext(Record())):
             ours, theirs = await renderer.both_ways(prompt, image, picture)

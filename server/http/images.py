@@ -10,8 +10,7 @@ from server.engine.vllm_http import validate_json_request
 from server.errors import ClientError
 from server.http.scope import context_of
 from server.http.usage import detail
-from server.imaging.encoded import ImageOptions
-from server.imaging.limits import check_size
+from server.imaging.encoded import ImageOptions, check_size
 from server.imaging.tokens import Detail
 from server.ingest.load import MediaLoader
 

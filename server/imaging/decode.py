@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from PIL import Image
 
 from server.errors import ImageTooLarge, InvalidImage, SaccadeError
-from server.imaging import colour, sizing
+from server.imaging import convert, sizing
 from server.imaging import header as headers
-from server.imaging.array_image import upright
 from server.imaging.codecs import pillow, webp
 from server.imaging.codecs.base import SIDEWAYS, Source, opencv, reduced
 from server.imaging.codecs.heif import AvifSource, HeifSource
@@ -101,8 +100,8 @@ def decode(data: bytes, options: DecodeOptions, planner: Planner | None = None) 
         size = _upright_size(source)
         _check_size(size, options.max_pixels)
         picture = source.load(_factor(source, size, planner))
-        image = colour.to_mode(picture, source.profile, options.mode, options.background)
-        return Decoded(upright(image, source.orientation), size)
+        image = convert.to_mode(picture, source.profile, options.mode, options.background)
+        return Decoded(convert.upright(image, source.orientation), size)
     except SaccadeError:
         raise
     except _DAMAGE as error:

@@ -4,11 +4,47 @@ from dataclasses import dataclass, field
 
 from blake3 import blake3
 
-from server.errors import InvalidImage
+from server.errors import ImageAspectRatio, ImageTooLarge, InvalidImage
 from server.imaging import header as headers
 from server.imaging.header import ImageHeader
-from server.imaging.limits import Limits, check_bytes, check_size
 from server.imaging.tokens import Detail
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """`max_bytes` of the file, `max_pixels` and `max_side` in pixels, `max_aspect_ratio` of the
+    longer side to the shorter."""
+
+    max_bytes: int
+    max_pixels: int
+    max_side: int
+    max_aspect_ratio: float
+
+
+def check_bytes(nbytes: int, limits: ImageLimits) -> None:
+    """Raises ImageTooLarge."""
+    if nbytes > limits.max_bytes:
+        raise ImageTooLarge(f"the image has {nbytes} bytes, the limit is {limits.max_bytes} bytes")
+
+
+def check_size(size: tuple[int, int], limits: ImageLimits) -> None:
+    """Raises ImageTooLarge or ImageAspectRatio. `size` is (width, height), both at least 1."""
+    width, height = size
+    if width * height > limits.max_pixels:
+        raise ImageTooLarge(
+            f"the image has {width}x{height} = {width * height} pixels, "
+            f"the limit is {limits.max_pixels} pixels"
+        )
+    if max(size) > limits.max_side:
+        raise ImageTooLarge(
+            f"the image has {width}x{height} pixels, the limit for a side is {limits.max_side}"
+        )
+    ratio = max(size) / min(size)
+    if ratio > limits.max_aspect_ratio:
+        raise ImageAspectRatio(
+            f"the image has {width}x{height} pixels, {ratio:.0f}:1; "
+            f"the limit is {limits.max_aspect_ratio:g}:1"
+        )
 
 
 @dataclass(frozen=True)
@@ -53,7 +89,7 @@ def digest(data: bytes) -> str:
     return blake3(data).hexdigest()
 
 
-def encoded(data: bytes, limits: Limits) -> EncodedImage:
+def encoded(data: bytes, limits: ImageLimits) -> EncodedImage:
     """Hash `data`, read its header and hold both against `limits`.
 
     Raises:

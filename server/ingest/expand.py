@@ -6,9 +6,8 @@ from dataclasses import replace
 from typing import Protocol
 
 from server.errors import ImageFrameMissing, InvalidFile, TooManyImages
-from server.imaging.encoded import EncodedImage, digest, encoded
+from server.imaging.encoded import EncodedImage, check_bytes, check_size, digest, encoded
 from server.imaging.header import ImageHeader
-from server.imaging.limits import check_bytes, check_size
 from server.request.media import MediaLimits, MediaRef
 from server.tasks import in_thread
 from server.telemetry.stages import Timeline

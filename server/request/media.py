@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from server.imaging.encoded import EncodedImage, ImageOptions
-from server.imaging.limits import Limits
+from server.imaging.encoded import EncodedImage, ImageLimits, ImageOptions
 
 Kind = Literal["image", "file", "video", "audio"]
 
@@ -57,7 +56,7 @@ class MediaLimits:
     max_frames: int
     max_pages: int
     pdf_dpi: float
-    image: Limits
+    image: ImageLimits
     max_clip_bytes: int
 
 

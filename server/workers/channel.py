@@ -15,8 +15,8 @@ from collections.abc import Callable
 import msgspec
 
 from server.workers import protocol
-from server.workers.features import Features
 from server.workers.forkserver import WorkerProcess
+from server.workers.protocol import Features
 from server.workers.shared_memory import Segment
 
 log = logging.getLogger("saccade.images")

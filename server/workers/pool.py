@@ -31,7 +31,6 @@ from server.settings import ImageSettings
 from server.telemetry import metrics
 from server.telemetry.stages import ImageWork, Timeline
 from server.workers import protocol
-from server.workers.features import Features
 from server.workers.forkserver import Forkserver
 from server.workers.jobs import (
     MAX_INT32,
@@ -42,6 +41,7 @@ from server.workers.jobs import (
     ProcessJob,
     encode_job,
 )
+from server.workers.protocol import Features
 from server.workers.slots import START_TIMEOUT_S, Ending, Slot, SlotEvents, Task, WorkerSlots
 from server.workers.worker import WorkerSpec
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from server.imaging.decode import warm_up
-from server.lifeline import die_with_parent
+from server.workers.process import die_with_parent
 from server.workers.worker import Extractor, WorkerSpec
 
 SPEC_VARIABLE = "_SACCADE_WORKER_SPEC"

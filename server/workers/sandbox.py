@@ -31,11 +31,10 @@ from typing import Any, Literal, TypeAlias
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import setproctitle
 
 from server.errors import SaccadeError, ServerBusy
-from server.lifeline import die_with_parent
-from server.workers.shared_memory import ALIGNMENT, PAGE
+from server.workers.process import mapped_bytes, start_child
+from server.workers.shared_memory import ALIGNMENT
 
 # How long a child may take to be forked and to load what is not loaded yet.
 _START_TIMEOUT_S = 120.0
@@ -260,11 +259,7 @@ def _write(fd: int, data: memoryview, offset: int) -> None:
 
 def _main(call: _Call, source: Connection, result: Connection, ready: Connection) -> None:
     """Entry point of the child process."""
-    setproctitle.setproctitle("SACCADE::VideoDecoder")
-    die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the group; the server decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _volunteer_for_oom()
+    start_child("SACCADE::VideoDecoder")
     module, _, name = call.prepare.partition(":")
     prepare: Prepare = getattr(importlib.import_module(module), name)
     reply: _Done | _Failed
@@ -293,11 +288,9 @@ def _confine(call: _Call) -> None:
     """Set the limits of this process; they cannot be raised again."""
     if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(_M_ARENA_MAX, 1)  # each arena of a thread reserves 64 MiB of addresses
-    with open("/proc/self/statm") as statm:
-        mapped = int(statm.read().split()[0]) * PAGE
     cores = min(len(os.sched_getaffinity(0)), _MAX_THREADS)
     seconds = math.ceil(call.timeout_s * cores) + 1
-    _limit(resource.RLIMIT_AS, mapped + call.max_memory_bytes)
+    _limit(resource.RLIMIT_AS, mapped_bytes() + call.max_memory_bytes)
     _limit(resource.RLIMIT_FSIZE, call.max_memory_bytes)
     _limit(resource.RLIMIT_CPU, seconds)
     _limit(resource.RLIMIT_CORE, 0)
@@ -329,9 +322,3 @@ def _put(fd: int, reply: _Done | _Failed, arrays: list[npt.NDArray[Any]]) -> Non
     head = msgspec.msgpack.encode(reply)
     _write(fd, memoryview(head), _LENGTH.size)
     _write(fd, memoryview(_LENGTH.pack(len(head))), 0)
-
-
-def _volunteer_for_oom() -> None:
-    """When memory runs out, lose one video rather than the server."""
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
-        score.write("500")

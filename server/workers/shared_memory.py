@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-PAGE = mmap.PAGESIZE
 ALIGNMENT = 64
 MIN_SEGMENT_BYTES = 1 << 20
 

@@ -13,8 +13,8 @@ from server.telemetry import metrics
 from server.telemetry.stages import ImageWork
 from server.workers import protocol
 from server.workers.channel import WorkerChannel
-from server.workers.features import Features
 from server.workers.forkserver import Forkserver, WorkerProcess
+from server.workers.protocol import Features
 
 log = logging.getLogger("saccade.images")
 

@@ -8,7 +8,6 @@ import array
 import gc
 import importlib
 import os
-import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,15 +17,12 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import setproctitle
 from PIL import Image
 
 from server.errors import WORKER_ERRORS, SaccadeError
 from server.imaging import pdf
 from server.imaging.decode import Decoded, frame_count
-from server.lifeline import die_with_parent
 from server.workers import protocol
-from server.workers.heap import FreedMemory, keep_freed_memory
 from server.workers.jobs import (
     CountFrames,
     InspectPdf,
@@ -35,6 +31,7 @@ from server.workers.jobs import (
     PixelsJob,
     ProcessJob,
 )
+from server.workers.process import FreedMemory, keep_freed_memory, start_child
 from server.workers.shared_memory import ArrayWriter, Segment
 
 # Heap that a worker keeps between pictures: the 36 MB of a 12-megapixel picture several times.
@@ -242,11 +239,7 @@ def main(connection: socket.socket) -> None:
     """Entry point of the child process."""
     from server.workers import preload  # loaded in the parent by then; its memory is shared
 
-    setproctitle.setproctitle("SACCADE::ImageWorker")
-    die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the group; the pool decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _volunteer_for_oom()
+    start_child("SACCADE::ImageWorker")
     keep_freed_memory(_KEPT_HEAP_BYTES)
     core: Any = vars(Image)["core"]
     core.set_blocks_max(_PILLOW_BLOCKS)
@@ -254,13 +247,4 @@ def main(connection: socket.socket) -> None:
     try:
         Worker(connection, preload.extractor()).run()
     except (ConnectionError, BrokenPipeError):
-        return
-
-
-def _volunteer_for_oom() -> None:
-    """When memory runs out, lose one picture rather than the server."""
-    try:
-        with open("/proc/self/oom_score_adj", "w") as score:
-            score.write("500")
-    except OSError:
         return

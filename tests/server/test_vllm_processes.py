@@ -46,8 +46,8 @@ def test_vllm_is_changed_only_on_request() -> None:
 ENGINE = """
 import asyncio, io, json, sys
 from PIL import Image
-from server.engine import torchvision_ops
-torchvision_ops.register()
+from server.engine.vllm_adapter import plugin
+plugin.make_torchvision_importable()
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM

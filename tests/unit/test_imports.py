@@ -16,7 +16,7 @@ LAYERS = (
     ("workers",),
     ("imaging",),
     ("telemetry",),
-    ("tasks", "lifeline", "notify"),
+    ("tasks", "notify"),
     ("settings", "cores"),
     ("errors",),
 )

@@ -26,10 +26,10 @@ from server.settings import ImageSettings
 from server.telemetry import metrics
 from server.telemetry.stages import Timeline
 from server.workers import pool as pools
-from server.workers.features import Features
 from server.workers.forkserver import Forkserver, WorkerProcess
 from server.workers.jobs import ProcessJob, encode_kwargs
 from server.workers.pool import ImagePool
+from server.workers.protocol import Features
 from server.workers.shared_memory import Segment
 from server.workers.worker import WorkerSpec
 

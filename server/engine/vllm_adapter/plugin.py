@@ -5,12 +5,19 @@ reach vLLM's processes in one environment variable. A plain vLLM in the same env
 variable, and stays what it is.
 """
 
+import ctypes
+import importlib.util
 import multiprocessing
 import os
 import signal
-from typing import Any
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import msgspec
+
+if TYPE_CHECKING:
+    import torch
 
 _VARIABLE = "_SACCADE_PLUGIN"
 
@@ -64,19 +71,62 @@ def register() -> None:
         encode_timing.register(changes.encoder_runs)
 
 
-def register_platform() -> None:
-    """Entry point of the group `vllm.platform_plugins`. Returns None, which tells vLLM that this is
-    not a platform of its own."""
-    from server.engine import torchvision_ops
-
-    torchvision_ops.register()
-
-
 def _die_with_parent() -> None:
-    from server.lifeline import die_with_parent
+    from server.workers.process import die_with_parent
 
     if (parent := multiprocessing.parent_process()) is None:
         return
     die_with_parent()
     if os.getppid() != parent.pid:  # it ended before we asked
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+# ---------------------------------------------------------------------- torchvision on a CPU
+# The torchvision wheel on the package index is a CUDA build. Beside a CPU build of torch its C
+# extension does not load, and then `import torchvision` fails: it describes operators that the
+# extension would have declared. The transforms that image processors use need none of these
+# operators, so it is enough to declare their schemas.
+
+_SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+# The operators live as long as this library object does.
+_library: "torch.library.Library | None" = None
+
+
+def register_platform() -> None:
+    """Entry point of the group `vllm.platform_plugins`, which vLLM calls early in each process.
+
+    Returns None, which tells vLLM that this package adds no platform.
+    """
+    make_torchvision_importable()
+
+
+def make_torchvision_importable() -> None:
+    """Declare torchvision's operator schemas if its C extension does not load.
+
+    Declaring a schema a second time would remove the operator, so this does nothing where the
+    extension loads.
+    """
+    global _library
+    if _library is not None or "torchvision" in sys.modules:
+        return
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or _extension_loads(spec.submodule_search_locations or []):
+        return
+    import torch
+
+    _library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
+    for schema in _SCHEMAS:
+        _library.define(schema)  # type: ignore[no-untyped-call]
+
+
+def _extension_loads(package_dirs: list[str]) -> bool:
+    for extension in (so for folder in package_dirs for so in Path(folder).glob("_C*.so")):
+        try:
+            ctypes.CDLL(str(extension))
+        except OSError:
+            continue
+        return True
+    return False

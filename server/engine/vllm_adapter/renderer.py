@@ -47,9 +47,9 @@ from server.request.groups import prefixed
 from server.settings import Settings
 from server.tasks import all_or_none
 from server.telemetry import metrics
-from server.workers.features import Features
 from server.workers.jobs import DecodeIO, PixelsJob, ProcessJob, encode_job, encode_kwargs
 from server.workers.pool import ImagePool
+from server.workers.protocol import Features
 
 log = logging.getLogger("saccade.engine")
 

@@ -7,6 +7,6 @@
     rest   Pillow: GIF, BMP, TIFF, AVIF, and the frames of animations
 
 Large PNG, TIFF and WebP files are streamed through libvips, so that memory holds the reduced
-picture and not the whole one. Every decoder returns the picture as it is stored; `colour` and
-`array_image.upright` convert and turn it.
+picture and not the whole one. Every decoder returns the picture as it is stored; `imaging.convert`
+changes its colours and turns it.
 """

@@ -15,6 +15,7 @@ from server.imaging.codecs.base import (
     Stored,
     damaged,
     eight_bits,
+    load_large,
     no_frame,
     orientation,
     profile,
@@ -119,9 +120,7 @@ class TiffSource:
 
     def load(self, factor: int) -> Stored:
         if factor > 1:
-            from server.imaging.codecs import vips
-
-            return vips.load("tiffload", self._data, self.size, factor)
+            return load_large("tiffload", self._data, self.size, factor)
         image = self._image
         image.load()
         bits = image.tag_v2.get(_BITS, (16,))[0]

@@ -20,6 +20,7 @@ from server.imaging.codecs.base import (
     Pixels,
     Stored,
     damaged,
+    load_large,
     orientation,
     profile,
     truncated,
@@ -82,9 +83,7 @@ class PngSource:
         if not self._plain:
             return PillowSource(self._data, 0, "PNG").load(1)
         if self._large:
-            from server.imaging.codecs import vips
-
-            return vips.load("pngload", self._data, self.size, factor)
+            return load_large("pngload", self._data, self.size, factor)
         bits, colour = self._chunks.header[2:4]
         rows = self._rows()
         if _CHANNELS[colour] == 1:

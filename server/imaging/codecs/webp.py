@@ -14,6 +14,7 @@ from server.imaging.codecs.base import (
     Pixels,
     Stored,
     damaged,
+    load_large,
     no_frame,
     only_first,
     opencv,
@@ -51,9 +52,7 @@ class WebpSource:
 
     def load(self, factor: int) -> Pixels:
         if factor > 1:
-            from server.imaging.codecs import vips
-
-            return vips.load("webpload", self._data, self.size, factor)
+            return load_large("webpload", self._data, self.size, factor)
         return _decode(self._data, self.size)
 
 

@@ -1,4 +1,4 @@
-"""The cure for a torchvision that cannot load beside a CPU torch; and nothing where it can."""
+"""A CUDA build of torchvision can be imported beside a CPU torch; a working one stays as it is."""
 
 import subprocess
 import sys
@@ -17,10 +17,10 @@ def run(code: str, *paths: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_torchvision_works_with_the_cure() -> None:
+def test_torchvision_can_be_imported() -> None:
     done = run(
-        "from server.engine.torchvision_ops import register\n"
-        "register(); register()\n"
+        "from server.engine.vllm_adapter.plugin import make_torchvision_importable\n"
+        "make_torchvision_importable(); make_torchvision_importable()\n"
         "import torch, torchvision.transforms.v2.functional as F\n"
         "print(F.resize(torch.zeros(3, 8, 8, dtype=torch.uint8), [4, 4]).shape)"
     )
@@ -46,9 +46,9 @@ def healthy_torchvision(tmp_path: Path) -> Path:
 
 def test_nothing_is_done_where_torchvision_works(healthy_torchvision: Path) -> None:
     done = run(
-        "from server.engine import torchvision_ops as ops\n"
-        "ops.register()\n"
-        "assert ops._library is None\n"
+        "from server.engine.vllm_adapter import plugin\n"
+        "plugin.make_torchvision_importable()\n"
+        "assert plugin._library is None\n"
         "import torchvision, torch; torch.ops.torchvision.nms; print('fine')",
         healthy_torchvision,
     )
@@ -58,14 +58,14 @@ def test_nothing_is_done_where_torchvision_works(healthy_torchvision: Path) -> N
 def test_nothing_is_done_after_torchvision_was_imported(healthy_torchvision: Path) -> None:
     done = run(
         "import torchvision\n"
-        "from server.engine import torchvision_ops as ops\n"
-        "ops.register()\n"
-        "assert ops._library is None; print('fine')",
+        "from server.engine.vllm_adapter import plugin\n"
+        "plugin.make_torchvision_importable()\n"
+        "assert plugin._library is None; print('fine')",
         healthy_torchvision,
     )
     assert done.stdout == "fine\n", done.stderr
 
 
-def test_vllm_finds_the_cure() -> None:
+def test_vllm_finds_the_plugin() -> None:
     (found,) = entry_points(group="vllm.platform_plugins", name="saccade")
     assert found.load() is plugin.register_platform
