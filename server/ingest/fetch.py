@@ -23,9 +23,16 @@ from server.errors import (
 )
 from server.ingest.fetch_cache import CacheKey, FetchCache, FetchedResponse
 from server.ingest.freshness import HttpHeader
-from server.ingest.guard import Policy, canonical, check_host, check_url
+from server.ingest.guard import (
+    GuardedResolver,
+    Lookup,
+    Policy,
+    SystemLookup,
+    canonical,
+    check_host,
+    check_url,
+)
 from server.ingest.http_client import HttpClient, Origin, inflated, read_body, too_large
-from server.ingest.resolver import GuardedResolver, Lookup, SystemLookup
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _COMPRESSED = frozenset({"gzip", "x-gzip", "deflate"})

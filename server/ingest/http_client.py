@@ -20,8 +20,8 @@ from yarl import URL
 from server import __version__
 from server.errors import ImageFetchFailed, ImageTooLarge
 from server.ingest.freshness import HttpHeader
+from server.ingest.guard import GuardedResolver
 from server.ingest.http_protocol import BoundedConnector, NoResponse
-from server.ingest.resolver import GuardedResolver
 
 KEEP_ALIVE_S = 15.0
 # RFC 8305 (happy eyeballs), section 5: how long to wait before the next address is tried too.

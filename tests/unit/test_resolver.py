@@ -14,7 +14,7 @@ import uvloop
 
 from server.errors import ImageFetchTimeout, ImageUrlBlocked, SaccadeError
 from server.ingest.fetch import Fetcher, FetchSettings
-from server.ingest.resolver import SystemLookup
+from server.ingest.guard import SystemLookup
 from tests.hostile_origin import WAIT_S, HostileOrigin
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]

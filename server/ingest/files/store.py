@@ -17,8 +17,7 @@ from blake3 import blake3
 
 from server.errors import FileQuotaExceeded, FileStorageFailed, ImageTooLarge
 from server.imaging.encoded import digest
-from server.ingest.files.disk import FileDisk
-from server.ingest.files.record import Purpose, StoredFile, new_file, unknown_file
+from server.ingest.files.disk import FileDisk, Purpose, StoredFile, new_file, unknown_file
 from server.telemetry import metrics
 
 T = TypeVar("T")
