@@ -1,6 +1,6 @@
 """From arguments to a running server: starts the engine, the image pool and what loads media.
 
-arguments -> engine plan -> worker preload | engine start -> pool -> http.app -> http.server
+arguments -> prepared engine -> worker preload | engine start -> pool -> http.app -> http.server
 """
 
 import asyncio
@@ -69,25 +69,25 @@ async def run(args: Namespace, settings: Settings, report: Report) -> int:
 async def _running(args: Namespace, settings: Settings, report: Report) -> AsyncIterator[Parts]:
     """Engine, image pool and fetcher, started side by side and stopped in reverse."""
     report(f"reading the model {model_name(args)}")
-    plan = launch.plan(args, settings)
+    prepared = launch.prepare(args, settings)
     async with contextlib.AsyncExitStack() as stack:
         fetcher = await stack.enter_async_context(_fetcher(args, settings))
         store = _file_store(settings)
         if store is not None:
             await stack.enter_async_context(store)
         pool = None
-        if plan.workers is not None:
-            pool = ImagePool(plan.workers, settings.images, cpu_waits.note_work)
+        if prepared.workers is not None:
+            pool = ImagePool(prepared.workers, settings.images, cpu_waits.note_work)
             stack.callback(pool.stop_preload)
             pool.preload()
-        report(f"starting the engine on {plan.config.device_config.device_type}")
-        embeddings = launch.add_embedding_cache(plan, settings)
+        report(f"starting the engine on {prepared.config.device_config.device_type}")
+        embeddings = launch.add_embedding_cache(prepared, settings)
         if embeddings is not None:
             await stack.enter_async_context(embeddings)
             stack.enter_context(metrics.embedding_cache(embeddings.snapshots))
         outcomes, gate = Outcomes(), Gate()
         await stack.enter_async_context(EncodeTimes(outcomes.encoded))
-        engine = await stack.enter_async_context(launch.running(plan, outcomes, gate))
+        engine = await stack.enter_async_context(launch.running(prepared, outcomes, gate))
         engine_caches = launch.caches_of(engine, embeddings, gate)
         if pool is not None:
             report(f"starting {settings.images.image_workers} image workers")

@@ -22,7 +22,7 @@ from PIL import Image
 from server.engine.vllm_adapter import plugin
 from server.errors import InvalidImage
 from server.imaging import pdf, sizing
-from server.imaging.decode import Decoded, DecodeOptions, Planner, decode
+from server.imaging.decode import Decoded, DecodeOptions, TargetSize, decode
 from server.imaging.tokens import TokenRule
 from server.workers.jobs import PictureJob, ProcessJob, decode_kwargs, encode_kwargs
 from server.workers.worker import Array, Extractor, Feature, WorkerSpec
@@ -62,7 +62,7 @@ def load(payload: bytes) -> Extractor:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Pipeline:
     """How pictures are processed under one set of options.
 
     `rule` tells how far decoding may shrink; None: not at all. `tokens` counts what comes out,
@@ -83,11 +83,11 @@ class ImageExtractor:
         self._processor = processor
         self._fast = fast
         self._max_pixels = max_pixels
-        self._plan = functools.lru_cache(maxsize=64)(self._make_plan)
+        self._pipeline = functools.lru_cache(maxsize=64)(self._build_pipeline)
         # Checked once here, before the fork, rather than in each worker.
-        if isinstance(rule := self._plan(encode_kwargs({})).rule, sizing.NativeResolution):
+        if isinstance(rule := self._pipeline(encode_kwargs({})).rule, sizing.NativeResolution):
             capped = {"min_pixels": rule.factor**2, "max_pixels": rule.max_pixels}
-            self._plan(encode_kwargs(capped))
+            self._pipeline(encode_kwargs(capped))
 
     def decode(self, data: bytes, job: PictureJob) -> Decoded:
         """The picture as `job` wants it; `Decoded.size` is what the processor chooses its output
@@ -101,7 +101,7 @@ class ImageExtractor:
             resize = resize or job.size
             decoded = Decoded(pdf.render(data, job.frame, resize), resize)
         else:
-            decoded = decode(data, self._decode_options(job), self._planner(job))
+            decoded = decode(data, self._decode_options(job), self._target_size(job))
             if decoded.size != job.size:
                 raise InvalidImage("the image does not have the size that its header says")
         if resize is None:
@@ -113,7 +113,7 @@ class ImageExtractor:
     def _decode_options(self, job: PictureJob) -> DecodeOptions:
         return DecodeOptions(job.io.image_mode, job.io.background, self._max_pixels, job.frame)
 
-    def _planner(self, job: PictureJob) -> Planner | None:
+    def _target_size(self, job: PictureJob) -> TargetSize | None:
         """How far decoding may shrink; None: not at all."""
         if not self._fast:
             return None
@@ -121,10 +121,10 @@ class ImageExtractor:
             return lambda width, height: job.resize
         if not isinstance(job, ProcessJob):
             return None
-        plan = self._plan(job.kwargs)
-        if plan.rule is None:
+        pipeline = self._pipeline(job.kwargs)
+        if pipeline.rule is None:
             return None
-        return functools.partial(_reducible, plan.rule, plan.tokens)
+        return functools.partial(_reducible, pipeline.rule, pipeline.tokens)
 
     def features(self, decoded: Decoded, job: ProcessJob) -> dict[str, Feature]:
         """The fields that the model wants, as vLLM's processor would give them for one picture."""
@@ -135,7 +135,7 @@ class ImageExtractor:
     def _fused(self, image: Image.Image, job: PictureJob) -> "_NativePatches | None":
         if not isinstance(job, ProcessJob) or image.mode != "RGB":
             return None
-        return self._plan(job.kwargs).patches
+        return self._pipeline(job.kwargs).patches
 
     def _processed(self, image: Image.Image, kwargs: Mapping[str, Any]) -> dict[str, Feature]:
         from server.engine.vllm_adapter.processors import processed  # imports vLLM: see `load`
@@ -145,26 +145,26 @@ class ImageExtractor:
             outputs, fields = processed(self._processor, image, kwargs)
         return {name: _export(outputs[name]) for name in fields if outputs.get(name) is not None}
 
-    # ------------------------------------------------------------------ plans
+    # ------------------------------------------------------------------ pipelines
 
-    def _make_plan(self, encoded_kwargs: bytes) -> _Plan:
+    def _build_pipeline(self, encoded_kwargs: bytes) -> _Pipeline:
         kwargs = decode_kwargs(encoded_kwargs)
         image_processor = getattr(self._processor.info.get_hf_processor(), "image_processor", None)
         if image_processor is None:
-            return _Plan(None)
+            return _Pipeline(None)
         merged = _flat(self._processor.info.ctx.get_merged_mm_kwargs(kwargs))
         rule = _rule(image_processor, merged)
         if isinstance(rule, sizing.NativeResolution):
             patches = _NativePatches.of(image_processor, rule)
             if patches is not None and self._equals_processor(patches, kwargs):
-                return _Plan(rule, patches=patches)
-            return _Plan(None)  # what cannot be checked is left to the processor
+                return _Pipeline(rule, patches=patches)
+            return _Pipeline(None)  # what cannot be checked is left to the processor
         if rule is None:
-            return _Plan(None)
+            return _Pipeline(None)
         from server.engine.token_rules import token_rule  # imports vLLM: see `load`
 
         tokens = token_rule(self._processor, kwargs)
-        return _Plan(rule if self._bears_reduction(rule, tokens, kwargs) else None, tokens)
+        return _Pipeline(rule if self._bears_reduction(rule, tokens, kwargs) else None, tokens)
 
     def _bears_reduction(
         self, rule: sizing.ResizeRule, tokens: TokenRule | None, kwargs: Mapping[str, Any]
@@ -285,7 +285,7 @@ def _reducible(
     if tokens is None:
         same = sizing.covers(rule, (width, height), reduced)
     else:
-        whole, less = tokens.plan(width, height), tokens.plan(*reduced)
+        whole, less = tokens.allocate(width, height), tokens.allocate(*reduced)
         same = (whole.tokens, whole.prompt_tokens) == (less.tokens, less.prompt_tokens)
     return target if same else None
 

@@ -25,7 +25,7 @@ from server.engine import clips, connector
 from server.engine.embedding_cache import setup
 from server.engine.embedding_cache.control import ControlServer
 from server.engine.extractor import worker_spec
-from server.engine.planning import ImagePlanner
+from server.engine.token_allocator import TokenAllocator
 from server.engine.token_rules import measured_rule, token_rule
 from server.engine.vllm_adapter.engine_caches import EngineCaches
 from server.engine.vllm_adapter.outcomes import Outcomes
@@ -49,7 +49,7 @@ logger = init_logger(__name__)
 
 
 @dataclass(frozen=True)
-class EnginePlan:
+class PreparedEngine:
     """What is known before the engine starts. `workers` is None for models without images."""
 
     config: VllmConfig
@@ -57,7 +57,7 @@ class EnginePlan:
     workers: WorkerSpec | None
 
 
-def plan(args: Namespace, settings: Settings) -> EnginePlan:
+def prepare(args: Namespace, settings: Settings) -> PreparedEngine:
     """Read the model's configuration and put our parts in the place of vLLM's."""
     os.environ["VLLM_MEDIA_CONNECTOR"] = connector.NAME
     RENDERER_REGISTRY.renderers["hf"] = ("server.engine.vllm_adapter.renderer", "PooledRenderer")
@@ -73,7 +73,7 @@ def plan(args: Namespace, settings: Settings) -> EnginePlan:
             fast=settings.images.image_decode == "fast",
             max_pixels=limits(settings).max_pixels,
         )
-    return EnginePlan(config, engine_args, workers)
+    return PreparedEngine(config, engine_args, workers)
 
 
 def limits(settings: Settings) -> ImageLimits:
@@ -120,9 +120,9 @@ def accepted_embeddings(engine: AsyncLLM) -> frozenset[str]:
     return frozenset(accepted)
 
 
-def add_embedding_cache(plan: EnginePlan, settings: Settings) -> ControlServer | None:
-    """Give the engine that is planned its embedding cache; the line to it, if there is one."""
-    config, caches = plan.config, settings.caches
+def add_embedding_cache(prepared: PreparedEngine, settings: Settings) -> ControlServer | None:
+    """Configure the embedding cache; returns its control server, or None without a cache."""
+    config, caches = prepared.config, settings.caches
     if config.model_config.supports_multimodal_inputs:
         setup.size_gpu_tier(config, caches)
     if not setup.is_wanted(config, caches):
@@ -133,16 +133,18 @@ def add_embedding_cache(plan: EnginePlan, settings: Settings) -> ControlServer |
 
 
 @asynccontextmanager
-async def running(plan: EnginePlan, outcomes: Outcomes, gate: Gate) -> AsyncIterator[AsyncLLM]:
+async def running(
+    prepared: PreparedEngine, outcomes: Outcomes, gate: Gate
+) -> AsyncIterator[AsyncLLM]:
     """The engine from start to shutdown. `outcomes` follows its requests, which pass `gate` on
     their way to it. Starting blocks the event loop, as vLLM does it."""
     torch.set_num_threads(1)  # this process only moves data; cores belong to workers and engine
     engine = AsyncLLM.from_vllm_config(
-        vllm_config=plan.config,
+        vllm_config=prepared.config,
         usage_context=UsageContext.OPENAI_API_SERVER,
-        enable_log_requests=plan.engine_args.enable_log_requests,
-        aggregate_engine_logging=plan.engine_args.aggregate_engine_logging,
-        disable_log_stats=plan.engine_args.disable_log_stats,
+        enable_log_requests=prepared.engine_args.enable_log_requests,
+        aggregate_engine_logging=prepared.engine_args.aggregate_engine_logging,
+        disable_log_stats=prepared.engine_args.disable_log_stats,
     )
     try:
         await engine.reset_mm_cache()  # waits for the warm-up, and drops what it left
@@ -152,7 +154,7 @@ async def running(plan: EnginePlan, outcomes: Outcomes, gate: Gate) -> AsyncIter
         setup.keep_item_limit(engine)
         yield engine
     finally:
-        engine.shutdown(timeout=plan.config.shutdown_timeout)
+        engine.shutdown(timeout=prepared.config.shutdown_timeout)
 
 
 def _processor_cache(engine: AsyncLLM) -> ProcessorCache | None:
@@ -202,12 +204,12 @@ async def connect(
         renderer.keep_typed_placeholders()
     if not takes_encoded:
         return ImagePath(encoded=False, pooled=False)
-    planner = _planner(renderer, settings)
+    allocator = _token_allocator(renderer, settings)
     fits = is_image_by_image(renderer.mm_processor)
-    renderer.attach(settings, pool, planner, pooled=fits)
+    renderer.attach(settings, pool, allocator, pooled=fits)
     if fits and not await _agrees(renderer):
         logger.warning("the image pool does not fit this model; using vLLM's own preprocessing")
-        renderer.attach(settings, pool, planner, pooled=False)
+        renderer.attach(settings, pool, allocator, pooled=False)
         fits = False
     seeks = settings.caches.embedding_cache_dir or settings.caches.embedding_cache_url
     if embeddings is not None and seeks:
@@ -219,19 +221,19 @@ async def connect(
 _USUAL_SIZE = (640, 480)
 
 
-def _planner(renderer: PooledRenderer, settings: Settings) -> ImagePlanner:
+def _token_allocator(renderer: PooledRenderer, settings: Settings) -> TokenAllocator:
     """Raises CannotStart if the model cannot keep the server's cap."""
     processor, cap = renderer.get_mm_processor(), settings.images.max_image_tokens
 
     def make_rule(options: Mapping[str, Any]) -> TokenRule:
         return token_rule(processor, options) or measured_rule(processor, options)
 
-    planner = ImagePlanner(make_rule, cap)
+    allocator = TokenAllocator(make_rule, cap)
     try:
-        planner.rule({}).plan(*_USUAL_SIZE, cap)
+        allocator.rule({}).allocate(*_USUAL_SIZE, cap)
     except ImageTokenCap as error:
         raise CannotStart(f"--max-image-tokens {cap}: {error.message}") from None
-    return planner
+    return allocator
 
 
 async def _agrees(renderer: PooledRenderer) -> bool:

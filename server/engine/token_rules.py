@@ -18,9 +18,8 @@ from server.engine.vllm_adapter import processors
 from server.errors import ImageAspectRatio, InvalidImage
 from server.imaging import sizing
 from server.imaging.tokens.anyres import AnyResTokens
-from server.imaging.tokens.measured import Count, MeasuredTokens
 from server.imaging.tokens.native import PixtralTokens, QwenTokens
-from server.imaging.tokens.plan import TokenRule
+from server.imaging.tokens.rule import Count, MeasuredTokens, TokenRule
 from server.imaging.tokens.tiles import IdeficsTokens, InternVLTokens
 from server.imaging.tokens.views import FixedTokens, GemmaTokens, PanAndScan
 
@@ -81,15 +80,15 @@ def count(
 def _agrees(rule: TokenRule, processor: "BaseMultiModalProcessor[Any]", options: Options) -> bool:
     for width, height in _CHECK_SIZES:
         try:
-            plan = rule.plan(width, height)
+            allocation = rule.allocate(width, height)
             fewest = rule.fewest(width, height)
-            capped = rule.plan(width, height, (plan.tokens + fewest) // 2)
+            capped = rule.allocate(width, height, (allocation.tokens + fewest) // 2)
         except ImageAspectRatio:
             continue
-        for planned in (plan, capped):
-            size = planned.resize or (width, height)
-            counted = count(processor, *size, {**options, **planned.options})
-            if counted != (planned.tokens, planned.prompt_tokens):
+        for allocated in (allocation, capped):
+            size = allocated.resize or (width, height)
+            counted = count(processor, *size, {**options, **allocated.options})
+            if counted != (allocated.tokens, allocated.prompt_tokens):
                 return False
     return True
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from server.engine.planning import image_costs
+from server.engine.token_allocator import image_costs
 from server.engine.vllm_http import validate_json_request
 from server.errors import ClientError
 from server.http.scope import context_of

@@ -1,8 +1,8 @@
-"""From encoded bytes to an upright picture in the wanted mode, at the smallest useful scale.
+"""From encoded bytes to an upright picture in a given mode, at the smallest useful scale.
 
     header -> decoder -> size checked -> decoded, maybe smaller -> colours -> upright
 
-Only the formats in `_OPENERS` are ever opened, whatever the bytes claim.
+Only the formats in `_OPENERS` are opened.
 """
 
 import struct
@@ -22,8 +22,8 @@ from server.imaging.codecs.jpeg import JpegSource
 from server.imaging.codecs.pillow import BmpSource, GifSource, TiffSource
 from server.imaging.codecs.png import open_png
 
-# (upright width, height) -> the size wanted, or None for the whole picture.
-Planner = Callable[[int, int], sizing.Size | None]
+# (upright width, height) -> the size to cover, or None for the whole picture.
+TargetSize = Callable[[int, int], sizing.Size | None]
 
 _OPENERS: dict[str, Callable[[bytes, int], Source]] = {
     "JPEG": JpegSource,
@@ -38,7 +38,7 @@ _OPENERS: dict[str, Callable[[bytes, int], Source]] = {
 FORMATS = tuple(_OPENERS)
 _WITH_FRAMES = frozenset(("GIF", "PNG", "TIFF", "AVIF"))
 
-# In pixels: a quarter of one still leaves 40 dB.
+# In pixels: at a quarter of a pixel, the PSNR is still 40 dB.
 _MAX_DRIFT = 0.25
 
 # What libraries raise on damaged files. Pillow raises TypeError on a TIFF file without a width.
@@ -58,9 +58,9 @@ _DAMAGE = (
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """`mode` is Pillow's (None keeps the picture's own); `background` lies under transparency.
+    """`mode` is Pillow's (None keeps the file's mode); `background` lies under transparency.
 
-    `frame` counts frames of an animation, or pages, from 0.
+    `frame` is the number of an animation's frame or a file's page, from 0.
     """
 
     mode: str | None = "RGB"
@@ -71,35 +71,34 @@ class DecodeOptions:
 
 @dataclass(frozen=True)
 class Decoded:
-    """`size` is that of the upright picture before any reduction: (width, height) in pixels."""
+    """`size` is the upright (width, height) in pixels of the picture before any reduction."""
 
     image: Image.Image
     size: sizing.Size
 
 
-def decode(data: bytes, options: DecodeOptions, planner: Planner | None = None) -> Decoded:
-    """Decode `data`; with a `planner`, at the smallest scale that covers its answer.
+def decode(data: bytes, options: DecodeOptions, target_size: TargetSize | None = None) -> Decoded:
+    """Decode `data`, at the smallest scale that covers the target size if there is one.
 
-    `planner(width, height)` gets the upright size and answers the size wanted, or None for the
-    whole picture. Without a planner, or with the answer None, the pixels of a picture in sRGB with
-    eight bits equal those of vLLM's own loader; other pictures get the colours that their profile
-    or format defines.
+    `target_size(width, height)` gets the upright size and returns the size to cover, or None for
+    the whole picture. Without a target size, the pixels of an 8-bit sRGB picture equal those of
+    vLLM's loader; other pictures get the colours that their profile or format defines.
 
-    Both sides may be divided by a whole number, and rounded up: in JPEG by 2, 4 or 8, in WebP and
-    large PNG and TIFF files by any up to 32.
+    Decoding may divide both sides by a whole number, rounding up: 2, 4 or 8 for JPEG, and up to 32
+    for large WebP, PNG and TIFF files.
 
     Raises:
-        UnsupportedImageFormat: the bytes do not begin like any of `FORMATS`, or have a compression
-            that is not supported.
+        UnsupportedImageFormat: the data is in none of `FORMATS`, or uses an unsupported
+            compression.
         InvalidImage: truncated or damaged.
         ImageTooLarge: more than `options.max_pixels`, or too many to reach the frame.
-        ImageFrameMissing: there is no such frame.
+        ImageFrameMissing: the file has fewer frames.
     """
     try:
         source = _OPENERS[headers.read(data).format](data, options.frame)
         size = _upright_size(source)
         _check_size(size, options.max_pixels)
-        picture = source.load(_factor(source, size, planner))
+        picture = source.load(_factor(source, size, target_size))
         image = convert.to_mode(picture, source.profile, options.mode, options.background)
         return Decoded(convert.upright(image, source.orientation), size)
     except SaccadeError:
@@ -109,9 +108,9 @@ def decode(data: bytes, options: DecodeOptions, planner: Planner | None = None) 
 
 
 def warm_up() -> None:
-    """Load what decoders compile or import before workers are forked, so that they share it.
+    """Compile and import what decoders need before workers are forked, so that they share it.
 
-    Libraries that start threads, or that few pictures need, are left to the workers.
+    Workers import libraries that start threads, or that few pictures need, when they need them.
     """
     import deflate  # noqa: F401
     import simplejpeg  # noqa: F401
@@ -126,7 +125,7 @@ def frame_count(data: bytes) -> int:
     """The number of frames or pages in the file; counting stops at `MAX_FRAMES`.
 
     Raises:
-        UnsupportedImageFormat: the bytes do not begin like any of `FORMATS`.
+        UnsupportedImageFormat: the data is in none of `FORMATS`.
         InvalidImage: truncated or damaged.
     """
     try:
@@ -154,13 +153,13 @@ def _check_size(size: sizing.Size, max_pixels: int) -> None:
         )
 
 
-def _factor(source: Source, size: sizing.Size, planner: Planner | None) -> int:
-    """The factor to divide the sides by, so that they still cover the planner's answer."""
+def _factor(source: Source, size: sizing.Size, target_size: TargetSize | None) -> int:
+    """The largest factor by which the sides can be divided and still cover the target size."""
     allowed = source.reductions
-    target = planner(*size) if planner is not None and allowed.reserves else None
-    if planner is None or target is None:
+    target = target_size(*size) if target_size is not None and allowed.reserves else None
+    if target_size is None or target is None:
         return 1
-    is_planned = allowed.is_planned
+    is_checked = allowed.is_checked
     for factor, reserve in allowed.reserves.items():
         smaller = reduced(size, factor)
         sides = tuple(zip(size, smaller, target, strict=True))
@@ -169,14 +168,14 @@ def _factor(source: Source, size: sizing.Size, planner: Planner | None) -> int:
         keeps = all(less >= reserve * wanted for _, less, wanted in sides) and not (
             allowed.drifts and any(_drift(factor, *side) > _MAX_DRIFT for side in sides)
         )
-        if keeps and (is_planned or planner(*smaller) == target):
+        if keeps and (is_checked or target_size(*smaller) == target):
             return factor
-        is_planned = False  # the planner has only checked the largest factor that covers
+        is_checked = False  # `target_size` has only checked the largest factor that covers
     return 1
 
 
 def _drift(factor: int, side: int, reduced_side: int, wanted: int) -> float:
-    """How far the last pixel is displaced, in pixels of the wanted size."""
+    """The displacement of the last pixel, in pixels of the target size."""
     return wanted * (reduced_side * factor - side) / side
 
 

@@ -86,16 +86,16 @@ async def rig(model: Path, decode: str = "exact") -> AsyncIterator[Rig]:
 
     flags = ["--image-workers", "2", "--image-decode", decode, "--max-model-len", "4096"]
     args, settings = parse([str(model), *flags, "--mm-processor-cache-gb", "0.1"])
-    plan = launch.plan(args, settings)
-    assert plan.workers is not None
+    prepared = launch.prepare(args, settings)
+    assert prepared.workers is not None
     async with contextlib.AsyncExitStack() as stack:
-        pool = ImagePool(plan.workers, settings.images)
+        pool = ImagePool(prepared.workers, settings.images)
         stack.callback(pool.stop_preload)
         pool.preload()
-        embeddings = launch.add_embedding_cache(plan, settings)
+        embeddings = launch.add_embedding_cache(prepared, settings)
         assert embeddings is not None
         await stack.enter_async_context(embeddings)
-        engine = await stack.enter_async_context(launch.running(plan, Outcomes(), Gate()))
+        engine = await stack.enter_async_context(launch.running(prepared, Outcomes(), Gate()))
         await stack.enter_async_context(pool)
         limits = launch.media_limits(engine, settings)
         assert limits is not None
@@ -106,7 +106,7 @@ async def rig(model: Path, decode: str = "exact") -> AsyncIterator[Rig]:
         used = await launch.connect(engine, settings, pool, decoder, embeddings)
         from vllm.renderers.hf import HfRenderer
 
-        theirs = HfRenderer(plan.config, engine.renderer.tokenizer)
+        theirs = HfRenderer(prepared.config, engine.renderer.tokenizer)
         assert used.encoded
         yield Rig(engine, theirs, used.pooled, loader)
 
@@ -131,21 +131,21 @@ def assert_same(ours: Any, theirs: Any) -> None:
 
 
 async def check_caps(both: Rig, images: list[bytes]) -> None:
-    """Capped images hold the tokens that were planned, and the model takes them so."""
-    rule = both.engine.renderer.planner.rule({})
+    """Capped images take the tokens that were allocated to them."""
+    rule = both.engine.renderer.allocator.rule({})
     parts, caps = [], []
     for data in images:
         size = headers.read(data).size
-        fewest, natural = rule.fewest(*size), rule.plan(*size).tokens
+        fewest, natural = rule.fewest(*size), rule.allocate(*size).tokens
         caps.append((fewest + natural) // 2)
         parts.append(pictures.image_part(data, max_tokens=caps[-1]))
     rendered = await both.ours(pictures.user(*parts, TEXT))
     tokens = [place.get_num_embeds() for place in rendered["mm_placeholders"]["image"]]
-    planned = [
-        rule.plan(*headers.read(data).size, cap).tokens
+    allocated = [
+        rule.allocate(*headers.read(data).size, cap).tokens
         for data, cap in zip(images, caps, strict=True)
     ]
-    assert tokens == planned
+    assert tokens == allocated
     assert all(count <= cap for count, cap in zip(tokens, caps, strict=True))
     assert len(await both.answer(rendered)) == 8
 

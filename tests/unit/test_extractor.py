@@ -80,7 +80,7 @@ def test_a_picture_the_processor_refuses(models: Path) -> None:
         fast.features(fast.decode(thin, job), job)
 
 
-def test_options_change_the_plan(models: Path) -> None:
+def test_options_change_the_pipeline(models: Path) -> None:
     fast, exact = pair("qwen2_vl", models)
     job = ProcessJob("JPEG", (3584, 2688), kwargs=encode_kwargs({"max_pixels": 200 * 200}))
     for extractor in (fast, exact):

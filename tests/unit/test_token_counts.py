@@ -1,4 +1,4 @@
-"""The token rules against vLLM: what is planned for a picture is what its processor then makes."""
+"""The token rules against vLLM: a picture takes the tokens that its rule allocates."""
 
 import functools
 import inspect
@@ -20,7 +20,7 @@ from vllm.multimodal.inputs import MultiModalKwargsItems
 from server.engine import token_rules
 from server.errors import ImageAspectRatio, ImageTokenCap, InvalidImage
 from server.imaging.sizing import Size
-from server.imaging.tokens import Count, ImagePlan, TokenRule
+from server.imaging.tokens import Count, TokenAllocation, TokenRule
 from tests import families
 
 Options = Mapping[str, Any]
@@ -103,8 +103,8 @@ def caps(rule: TokenRule, natural: int, fewest: int) -> list[int]:
     return sorted(cap for cap in wanted if fewest <= cap <= natural)
 
 
-def counted(processor: Any, width: int, height: int, plan: ImagePlan) -> Count:
-    return token_rules.count(processor, *(plan.resize or (width, height)), plan.options)
+def counted(processor: Any, width: int, height: int, got: TokenAllocation) -> Count:
+    return token_rules.count(processor, *(got.resize or (width, height)), got.options)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -117,7 +117,7 @@ def check_sizes(chosen: TokenRule, real: Any, sizes: list[Size]) -> None:
     measured = functools.cache(lambda size, options: token_rules.count(real, *size, dict(options)))
     for width, height in sizes:
         try:
-            natural = chosen.plan(width, height)
+            natural = chosen.allocate(width, height)
         except ImageAspectRatio:
             with pytest.raises((ValueError, RuntimeError)):
                 token_rules.count(real, width, height, {})
@@ -129,15 +129,20 @@ def check_sizes(chosen: TokenRule, real: Any, sizes: list[Size]) -> None:
         assert chosen.most is not None
         assert natural.tokens <= chosen.most
         with pytest.raises(ImageTokenCap):
-            chosen.plan(width, height, fewest - 1)
+            chosen.allocate(width, height, fewest - 1)
         for cap in [None, *caps(chosen, natural.tokens, fewest)]:
-            plan = chosen.plan(width, height, cap)
-            options = tuple((name, _frozen(value)) for name, value in plan.options.items())
-            real_count = measured(plan.resize or (width, height), options)
-            assert real_count == (plan.tokens, plan.prompt_tokens), (width, height, cap, plan)
-            assert cap is None or plan.tokens <= cap
+            got = chosen.allocate(width, height, cap)
+            options = tuple((name, _frozen(value)) for name, value in got.options.items())
+            real_count = measured(got.resize or (width, height), options)
+            assert real_count == (got.tokens, got.prompt_tokens), (
+                width,
+                height,
+                cap,
+                got,
+            )
+            assert cap is None or got.tokens <= cap
             if cap is not None and cap >= natural.tokens:
-                assert plan == natural
+                assert got == natural
 
 
 def _frozen(value: Any) -> Any:
@@ -160,17 +165,17 @@ def test_placeholders_in_a_prompt(model: str, checkpoints: Path) -> None:
     text = real.dummy_inputs.get_dummy_text({"image": 1})
     tokens = real.info.get_tokenizer().encode("what?" + text + "why?", add_special_tokens=False)
     width, height = 530, 301
-    for cap in (None, max(chosen.fewest(width, height), chosen.plan(width, height).tokens - 1)):
-        plan = chosen.plan(width, height, cap)
-        image = Image.new("RGB", plan.resize or (width, height))
+    for cap in (None, max(chosen.fewest(width, height), chosen.allocate(width, height).tokens - 1)):
+        got = chosen.allocate(width, height, cap)
+        image = Image.new("RGB", got.resize or (width, height))
         inputs = ProcessorInputs(
             list(tokens),
             real.info.parse_mm_data({"image": [image]}),
-            hf_processor_mm_kwargs=plan.options,
+            hf_processor_mm_kwargs=got.options,
         )
         (placeholder,) = real.apply(inputs, TimingContext())["mm_placeholders"]["image"]
-        assert placeholder.get_num_embeds() == plan.tokens
-        assert placeholder.length == plan.prompt_tokens
+        assert placeholder.get_num_embeds() == got.tokens
+        assert placeholder.length == got.prompt_tokens
 
 
 # ------------------------------------------------------------------ what the encoder sees
@@ -194,7 +199,7 @@ def _elements(data: Any) -> int:
     return sum(map(_elements, data))
 
 
-def seen(model: str, item: Any, plan: ImagePlan) -> Size:
+def seen(model: str, item: Any, got: TokenAllocation) -> Size:
     """(width, height) of what the encoder is given, from the features themselves."""
     family = model.partition(",")[0]
     if family.startswith("qwen"):
@@ -203,18 +208,18 @@ def seen(model: str, item: Any, plan: ImagePlan) -> Size:
         return columns * patch, rows * patch
     pixels = item["pixel_values_flat" if family == "internvl_chat" else "pixel_values"].data
     if family in ("llava_next", "llava_onevision"):
-        return white(pixels, plan)
+        return white(pixels, got)
     height, width = pixels.shape[-2:]
     tiles = 1 if pixels.ndim == 3 or family == "gemma3" else len(pixels)
     if tiles == 1:
         return width, height
-    columns, rows = plan.processed[0] // width, plan.processed[1] // height
+    columns, rows = got.processed[0] // width, got.processed[1] // height
     thumbnail = model != "internvl_chat, no thumbnail"
     assert columns * rows + thumbnail == tiles
     return columns * width, rows * height
 
 
-def white(tiles: torch.Tensor, plan: ImagePlan) -> Size:
+def white(tiles: torch.Tensor, got: TokenAllocation) -> Size:
     """The size of a white picture in the tiles of a grid, after the base view."""
     side = tiles.shape[-1]
     for rows in range(1, len(tiles)):
@@ -227,7 +232,7 @@ def white(tiles: torch.Tensor, plan: ImagePlan) -> Size:
             centred = abs(int(down[0]) - (rows * side - 1 - int(down[-1]))) <= 1
             if filled and centred and len(down) == down[-1] - down[0] + 1:
                 size = len(across), len(down)
-                if size == plan.processed:
+                if size == got.processed:
                     return size
     return 0, 0
 
@@ -236,12 +241,12 @@ def white(tiles: torch.Tensor, plan: ImagePlan) -> Size:
 def test_processed_is_what_the_encoder_sees(model: str, checkpoints: Path) -> None:
     chosen, real = rule(model, checkpoints), processor(model, checkpoints)
     for width, height in SHAPES:
-        natural = chosen.plan(width, height)
+        natural = chosen.allocate(width, height)
         fewest = chosen.fewest(width, height)
         for cap in {None, fewest, (fewest + natural.tokens) // 2}:
-            plan = chosen.plan(width, height, cap)
-            image = Image.new("RGB", plan.resize or (width, height), "white")
-            assert seen(model, features(real, image, plan.options), plan) == plan.processed
+            got = chosen.allocate(width, height, cap)
+            image = Image.new("RGB", got.resize or (width, height), "white")
+            assert seen(model, features(real, image, got.options), got) == got.processed
 
 
 @pytest.mark.parametrize("size", [(347, 251), (251, 347), (400, 112), (113, 500), (640, 640)])
@@ -249,7 +254,7 @@ def test_region_is_where_the_crop_was(size: Size, checkpoints: Path) -> None:
     """LLaVA-1.5 sees the middle: a ramp of brightness tells which part came through."""
     chosen, real = rule("llava", checkpoints), processor("llava", checkpoints)
     width, height = size
-    plan = chosen.plan(width, height)
+    got = chosen.allocate(width, height)
     x, y = np.meshgrid(np.arange(width) / width, np.arange(height) / height)
     pixels = np.stack([x * 255, y * 255, 0 * x], axis=-1).astype(np.uint8)
     made = features(real, Image.fromarray(pixels), {})["pixel_values"].data.numpy()
@@ -257,23 +262,26 @@ def test_region_is_where_the_crop_was(size: Size, checkpoints: Path) -> None:
     for channel, side in ((0, width), (1, height)):
         shown = (made[channel] * deviations[channel] + means[channel]) * side
         along = shown.mean(axis=0 if channel == 0 else 1)
-        expected = [plan.original(i + 0.5, i + 0.5)[channel] for i in range(112)]
+        expected = [got.original(i + 0.5, i + 0.5)[channel] for i in range(112)]
         assert np.abs(along[2:-2] - np.array(expected)[2:-2]).max() < 0.02 * side
 
 
 @pytest.mark.parametrize("model", ["internvl", "internvl_chat", "idefics3", "smolvlm"])
-def test_tiles_lie_as_planned(model: str, checkpoints: Path) -> None:
+def test_tiles_lie_where_the_rule_says(model: str, checkpoints: Path) -> None:
     """Put together row by row, the tiles give the ramps of brightness across and down."""
     chosen, real = rule(model, checkpoints), processor(model, checkpoints)
     for width, height in SHAPES:
         x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
         image = Image.fromarray(np.stack([x, y, 0 * x], axis=-1).astype(np.uint8))
-        natural = chosen.plan(width, height)
-        for plan in (natural, chosen.plan(width, height, max(natural.tokens - 1, chosen.least))):
-            item = features(real, image, plan.options)
+        natural = chosen.allocate(width, height)
+        for got in (
+            natural,
+            chosen.allocate(width, height, max(natural.tokens - 1, chosen.least)),
+        ):
+            item = features(real, image, got.options)
             tiles = item["pixel_values_flat" if model == "internvl_chat" else "pixel_values"].data
             side = tiles.shape[-1]
-            columns, rows = plan.processed[0] // side, plan.processed[1] // side
+            columns, rows = got.processed[0] // side, got.processed[1] // side
             canvas = tiles[: rows * columns, :2].reshape(rows, columns, 2, side, side)
             canvas = canvas.permute(2, 0, 3, 1, 4).reshape(2, rows * side, columns * side)
             across, down = canvas[0].mean(dim=0).diff(), canvas[1].mean(dim=1).diff()
@@ -395,17 +403,17 @@ def test_published_settings(family: str, checkpoints: Path) -> None:
     sizes += [tuple(int(10 ** random.uniform(0, 3.8)) for _ in "wh") for _ in range(150)]
     for width, height in sizes:
         try:
-            natural = chosen.plan(width, height)
+            natural = chosen.allocate(width, height)
         except ImageAspectRatio:
             continue
         assert predicted(real, width, height, {}) == natural.tokens, (width, height)
         fewest = chosen.fewest(width, height)
         for cap in (fewest, random.randint(fewest, natural.tokens), natural.tokens - 1):
             if cap >= fewest:
-                plan = chosen.plan(width, height, cap)
-                size = plan.resize or (width, height)
-                tokens = predicted(real, *size, plan.options)
-                assert tokens == plan.tokens <= cap, (width, height, cap)
+                got = chosen.allocate(width, height, cap)
+                size = got.resize or (width, height)
+                tokens = predicted(real, *size, got.options)
+                assert tokens == got.tokens <= cap, (width, height, cap)
 
 
 # ------------------------------------------------------------------ which rule a model has
@@ -416,7 +424,7 @@ def test_options_of_the_request(checkpoints: Path) -> None:
     chosen = token_rules.token_rule(real, {"max_pixels": 28 * 28 * 50})
     assert chosen is not None
     assert chosen.most == max(50, 100)
-    assert chosen.plan(1000, 1000).tokens <= 50
+    assert chosen.allocate(1000, 1000).tokens <= 50
 
 
 @pytest.mark.parametrize(
@@ -445,21 +453,27 @@ def test_measured(model: str, checkpoints: Path) -> None:
     chosen, real = rule(model, checkpoints), processor(model, checkpoints)
     measured = token_rules.measured_rule(real, {})
     for width, height in [(500, 333), (97, 331)]:
-        natural = chosen.plan(width, height)
-        plan = measured.plan(width, height)
-        assert (plan.tokens, plan.prompt_tokens) == (natural.tokens, natural.prompt_tokens)
+        natural = chosen.allocate(width, height)
+        got = measured.allocate(width, height)
+        assert (got.tokens, got.prompt_tokens) == (
+            natural.tokens,
+            natural.prompt_tokens,
+        )
         fewest = measured.fewest(width, height)
         if fewest == natural.tokens:  # resizing changes nothing
             with pytest.raises(ImageTokenCap):
-                measured.plan(width, height, fewest - 1)
+                measured.allocate(width, height, fewest - 1)
             continue
         for cap in (fewest, (fewest + natural.tokens) // 2, natural.tokens - 1):
-            plan = measured.plan(width, height, cap)
-            assert plan.tokens <= cap
-            assert counted(real, width, height, plan) == (plan.tokens, plan.prompt_tokens)
+            got = measured.allocate(width, height, cap)
+            assert got.tokens <= cap
+            assert counted(real, width, height, got) == (
+                got.tokens,
+                got.prompt_tokens,
+            )
 
 
 def test_measured_refuses_what_the_processor_refuses(checkpoints: Path) -> None:
     measured = token_rules.measured_rule(processor("qwen2_vl", checkpoints), {})
     with pytest.raises(InvalidImage):
-        measured.plan(1000, 2)
+        measured.allocate(1000, 2)

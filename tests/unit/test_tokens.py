@@ -15,9 +15,9 @@ from server.imaging.tokens import (
     Detail,
     MeasuredTokens,
     TokenRule,
+    allocate_together,
     detail_cap,
     kv_bytes_per_token,
-    plan_together,
     share,
 )
 from server.imaging.tokens.anyres import AnyResTokens
@@ -89,9 +89,9 @@ RULES: dict[str, TokenRule] = {
 )  # fmt: skip
 def test_patches_of_14_pixels(size: Size, patches: int) -> None:
     rule = QwenTokens(NativeResolution(14, 14 * 14, 14 * 14 * 10_000))
-    assert rule.plan(*size).tokens == patches
-    assert PixtralTokens(14, 2000).plan(*size).tokens == patches
-    merged = QWEN2.plan(*size)  # two by two
+    assert rule.allocate(*size).tokens == patches
+    assert PixtralTokens(14, 2000).allocate(*size).tokens == patches
+    merged = QWEN2.allocate(*size)  # two by two
     assert merged.tokens == patches // 4
     assert merged.processed == size
 
@@ -125,18 +125,18 @@ def test_patches_of_14_pixels(size: Size, patches: int) -> None:
     ],
 )
 def test_tokens(rule: TokenRule, size: Size, tokens: int, processed: Size) -> None:
-    plan = rule.plan(*size)
-    assert (plan.tokens, plan.processed) == (tokens, processed)
-    assert (plan.resize, plan.options) == (None, {})
+    got = rule.allocate(*size)
+    assert (got.tokens, got.processed) == (tokens, processed)
+    assert (got.resize, got.options) == (None, {})
 
 
 def test_the_prompt_around_the_tokens() -> None:
-    assert PIXTRAL.plan(160, 320).prompt_tokens == (10 + 1) * 20
-    assert INTERNVL.plan(448, 448).prompt_tokens == 256 + 2
-    assert IDEFICS3.plan(1456, 728).prompt_tokens == 9 * 171 + 3
-    assert IDEFICS3.plan(1456, 728, 169).prompt_tokens == 171 + 1
-    assert GEMMA3.plan(2000, 1000).prompt_tokens == 3 * 260
-    assert PALIGEMMA.plan(10, 10).prompt_tokens == 1025
+    assert PIXTRAL.allocate(160, 320).prompt_tokens == (10 + 1) * 20
+    assert INTERNVL.allocate(448, 448).prompt_tokens == 256 + 2
+    assert IDEFICS3.allocate(1456, 728).prompt_tokens == 9 * 171 + 3
+    assert IDEFICS3.allocate(1456, 728, 169).prompt_tokens == 171 + 1
+    assert GEMMA3.allocate(2000, 1000).prompt_tokens == 3 * 260
+    assert PALIGEMMA.allocate(10, 10).prompt_tokens == 1025
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_most(rule: TokenRule, most: int) -> None:
 
 def test_most_of_onevision_is_nearly_reached() -> None:
     """By a picture that is just not shrunk; vLLM's own worst case is this one, lying."""
-    assert ONEVISION.plan(944, 1153).tokens == 729 + 98 * 81 + 98
+    assert ONEVISION.allocate(944, 1153).tokens == 729 + 98 * 81 + 98
 
 
 def test_kv_bytes() -> None:
@@ -188,24 +188,24 @@ def test_kv_bytes() -> None:
     ],
 )
 def test_capped(rule: TokenRule, size: Size, cap: int, tokens: int, processed: Size) -> None:
-    plan = rule.plan(*size, cap)
-    assert (plan.tokens, plan.processed) == (tokens, processed)
-    assert plan.region == (0, 0, *size)
+    got = rule.allocate(*size, cap)
+    assert (got.tokens, got.processed) == (tokens, processed)
+    assert got.region == (0, 0, *size)
 
 
 def test_how_a_cap_is_met() -> None:
     """By a size that the processor leaves alone, or by an option with few values."""
-    assert QWEN2.plan(2000, 2000, 256).resize == (448, 448)
-    assert QWEN2.plan(2000, 2000, 256).options == {}
-    tiny = QWEN3.plan(2000, 2000, 20)
+    assert QWEN2.allocate(2000, 2000, 256).resize == (448, 448)
+    assert QWEN2.allocate(2000, 2000, 256).options == {}
+    tiny = QWEN3.allocate(2000, 2000, 20)
     assert tiny.resize == (128, 128)
     assert tiny.options == {"min_pixels": 1024, "max_pixels": 4096 * 4096}
-    assert PIXTRAL.plan(2000, 1000, 100).resize == PIXTRAL.plan(2000, 1000, 100).processed
-    assert LLAVA_NEXT.plan(1000, 1000, 2000).resize == (336, 336)
-    assert INTERNVL.plan(4000, 3000, 2000).options == {"max_patches": 6}
-    assert IDEFICS3.plan(3000, 3000, 845).options == {"size": {"longest_edge": 728}}
-    assert GEMMA3.plan(4000, 1000, 1000).options == {"pan_and_scan_max_num_crops": 2}
-    assert GEMMA3.plan(4000, 1000, 256).options == {"do_pan_and_scan": False}
+    assert PIXTRAL.allocate(2000, 1000, 100).resize == PIXTRAL.allocate(2000, 1000, 100).processed
+    assert LLAVA_NEXT.allocate(1000, 1000, 2000).resize == (336, 336)
+    assert INTERNVL.allocate(4000, 3000, 2000).options == {"max_patches": 6}
+    assert IDEFICS3.allocate(3000, 3000, 845).options == {"size": {"longest_edge": 728}}
+    assert GEMMA3.allocate(4000, 1000, 1000).options == {"pan_and_scan_max_num_crops": 2}
+    assert GEMMA3.allocate(4000, 1000, 256).options == {"do_pan_and_scan": False}
 
 
 @pytest.mark.parametrize(
@@ -215,27 +215,27 @@ def test_how_a_cap_is_met() -> None:
 def test_extreme_shapes(rule: TokenRule, size: Size) -> None:
     for cap in (None, 100):
         with pytest.raises(ImageAspectRatio):
-            rule.plan(*size, cap)
+            rule.allocate(*size, cap)
     with pytest.raises(ImageAspectRatio):
         rule.fewest(*size)
 
 
 @pytest.mark.parametrize("rule", [LLAVA, PALIGEMMA])
 def test_fixed_families_cannot_be_lowered(rule: FixedTokens) -> None:
-    assert rule.plan(50, 50, rule.tokens) == rule.plan(50, 50)
+    assert rule.allocate(50, 50, rule.tokens) == rule.allocate(50, 50)
     with pytest.raises(ImageTokenCap, match=f"at least {rule.tokens} tokens"):
-        rule.plan(50, 50, rule.tokens - 1)
+        rule.allocate(50, 50, rule.tokens - 1)
 
 
 def test_regions() -> None:
-    assert PALIGEMMA.plan(600, 300).region == (0, 0, 600, 300)
-    assert LLAVA.plan(600, 300).region == (150, 0, 450, 300)  # the middle square
-    assert LLAVA.plan(300, 600).region == (0, 150, 300, 450)
-    assert LLAVA.plan(600, 300).original(168, 336) == (300, 300)
-    padded = FixedTokens("padded", 1, 1, (400, 400), 200).plan(200, 200)
+    assert PALIGEMMA.allocate(600, 300).region == (0, 0, 600, 300)
+    assert LLAVA.allocate(600, 300).region == (150, 0, 450, 300)  # the middle square
+    assert LLAVA.allocate(300, 600).region == (0, 150, 300, 450)
+    assert LLAVA.allocate(600, 300).original(168, 336) == (300, 300)
+    padded = FixedTokens("padded", 1, 1, (400, 400), 200).allocate(200, 200)
     assert padded.region == (-100, -100, 300, 300)
-    assert QWEN2.plan(2000, 1000, 100).original(0, 0) == (0, 0)
-    capped = QWEN2.plan(2000, 1000, 100)
+    assert QWEN2.allocate(2000, 1000, 100).original(0, 0) == (0, 0)
+    capped = QWEN2.allocate(2000, 1000, 100)
     assert capped.original(*capped.processed) == (2000, 1000)
 
 
@@ -253,7 +253,7 @@ sides = st.integers(1, 3000) | st.integers(1, 30_000) | st.sampled_from([28, 336
 def test_the_cap_is_a_promise(name: str, width: int, height: int, part: float) -> None:
     rule = RULES[name]
     try:
-        natural = rule.plan(width, height)
+        natural = rule.allocate(width, height)
     except ImageAspectRatio:
         assume(False)
     fewest = rule.fewest(width, height)
@@ -262,16 +262,16 @@ def test_the_cap_is_a_promise(name: str, width: int, height: int, part: float) -
     assert natural.tokens <= rule.most
     assert rule.least <= rule.low <= rule.most
     with pytest.raises(ImageTokenCap):
-        rule.plan(width, height, fewest - 1)
+        rule.allocate(width, height, fewest - 1)
     cap = fewest + int(part * (natural.tokens - fewest))
-    plan = rule.plan(width, height, cap)
-    assert fewest <= plan.tokens <= cap
-    assert plan.prompt_tokens >= plan.tokens
-    assert plan.region == natural.region
-    if plan.resize is not None and not plan.options:
-        again = rule.plan(*plan.resize)  # what the processor then sees
-        assert (again.tokens, again.prompt_tokens) == (plan.tokens, plan.prompt_tokens)
-        assert again.processed == plan.processed
+    got = rule.allocate(width, height, cap)
+    assert fewest <= got.tokens <= cap
+    assert got.prompt_tokens >= got.tokens
+    assert got.region == natural.region
+    if got.resize is not None and not got.options:
+        again = rule.allocate(*got.resize)  # what the processor then sees
+        assert (again.tokens, again.prompt_tokens) == (got.tokens, got.prompt_tokens)
+        assert again.processed == got.processed
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -285,8 +285,8 @@ def test_a_higher_cap_gives_no_fewer_tokens(
         fewest = rule.fewest(width, height)
     except ImageAspectRatio:
         assume(False)
-    lower = rule.plan(width, height, fewest + low).tokens
-    assert lower <= rule.plan(width, height, fewest + low + more).tokens
+    lower = rule.allocate(width, height, fewest + low).tokens
+    assert lower <= rule.allocate(width, height, fewest + low + more).tokens
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "pixtral", "mistral3"])
@@ -297,13 +297,13 @@ def test_native_families_keep_the_shape_and_use_the_cap(
 ) -> None:
     assume(max(width, height) < 8 * min(width, height))
     rule = RULES[name]
-    natural, plan = rule.plan(width, height), rule.plan(width, height, cap)
-    shape = plan.processed[0] / plan.processed[1]
+    natural, got = rule.allocate(width, height), rule.allocate(width, height, cap)
+    shape = got.processed[0] / got.processed[1]
     assert 0.8 < shape / (width / height) < 1.25
     if natural.tokens > cap:
-        assert plan.tokens > 0.75 * cap
-        assert plan.processed[0] <= natural.processed[0]
-        assert plan.processed[1] <= natural.processed[1]
+        assert got.tokens > 0.75 * cap
+        assert got.processed[0] <= natural.processed[0]
+        assert got.processed[1] <= natural.processed[1]
 
 
 @settings(max_examples=200, deadline=None)
@@ -311,17 +311,17 @@ def test_native_families_keep_the_shape_and_use_the_cap(
 def test_qwen_caps_as_its_own_max_pixels_do(width: int, height: int, cap: int) -> None:
     """Where no side is less than a square, the size is that of `max_pixels`."""
     assume(max(width, height) < 3 * min(width, height))
-    plan = QWEN2.plan(width, height, cap)
+    got = QWEN2.allocate(width, height, cap)
     own = NativeResolution(28, 28 * 28, cap * 28 * 28).target(width, height)
-    if plan.resize is not None:
-        assert plan.processed == own
+    if got.resize is not None:
+        assert got.processed == own
 
 
 def test_few_sets_of_options() -> None:
-    """Each costs the workers a plan of their own."""
+    """Each costs the workers a given of their own."""
     for rule, most in [(QWEN3, 2), (IDEFICS3, 4), (INTERNVL, 12), (GEMMA3, 5)]:
         distinct = {
-            repr(rule.plan(width, height, cap).options)
+            repr(rule.allocate(width, height, cap).options)
             for width in range(100, 4000, 390)
             for height in range(100, 4000, 410)
             for cap in (*range(rule.least, 512, 9), *range(512, 4000, 97))
@@ -335,7 +335,7 @@ def test_detail(name: str, size: Size) -> None:
     rule = RULES[name]
 
     def tokens(detail: Detail) -> int:
-        return rule.plan(*size, detail_cap(rule, detail, *size)).tokens
+        return rule.allocate(*size, detail_cap(rule, detail, *size)).tokens
 
     assert tokens("low") <= tokens("high") == tokens("auto")
     assert tokens("low") <= max(rule.low, rule.fewest(*size))
@@ -349,8 +349,8 @@ def by_size(rule: TokenRule) -> Callable[[int, int], Count]:
 
 
 def _both(rule: TokenRule, width: int, height: int) -> tuple[int, int]:
-    plan = rule.plan(width, height)
-    return plan.tokens, plan.prompt_tokens
+    got = rule.allocate(width, height)
+    return got.tokens, got.prompt_tokens
 
 
 @settings(max_examples=200, deadline=None)
@@ -361,17 +361,17 @@ def test_measured_caps_are_a_promise(name: str, width: int, height: int, cap: in
     assume(max(width, height) < 200 * min(width, height))
     rule = MeasuredTokens(by_size(real))
     try:
-        plan = rule.plan(width, height, cap)
+        got = rule.allocate(width, height, cap)
     except ImageTokenCap:
         assert cap < rule.fewest(width, height)
         return
-    natural = real.plan(width, height)
-    assert plan.tokens <= cap
+    natural = real.allocate(width, height)
+    assert got.tokens <= cap
     if natural.tokens <= cap:
-        assert plan.resize is None
+        assert got.resize is None
     else:
-        assert plan.resize == plan.processed
-        assert real.plan(*plan.processed).tokens == plan.tokens
+        assert got.resize == got.processed
+        assert real.allocate(*got.processed).tokens == got.tokens
 
 
 def test_measured_is_near_the_best_and_measures_little() -> None:
@@ -382,23 +382,23 @@ def test_measured_is_near_the_best_and_measures_little() -> None:
         return Count(math.ceil(width / 10) * math.ceil(height / 10), 0)
 
     rule = MeasuredTokens(count)
-    plan = rule.plan(4000, 3000, 2000)
-    assert 0.95 * 2000 < plan.tokens <= 2000
-    assert plan.processed[0] / plan.processed[1] == pytest.approx(4 / 3, rel=0.01)
+    got = rule.allocate(4000, 3000, 2000)
+    assert 0.95 * 2000 < got.tokens <= 2000
+    assert got.processed[0] / got.processed[1] == pytest.approx(4 / 3, rel=0.01)
     assert len(asked) == len(set(asked)) < 20
     before = len(asked)
-    assert rule.plan(4000, 3000, 2000) == plan
+    assert rule.allocate(4000, 3000, 2000) == got
     assert len(asked) == before  # remembered
 
 
 def test_measured_does_not_assume_that_smaller_is_fewer() -> None:
     """A model that takes fewest for middling pictures: what is returned was measured."""
     rule = MeasuredTokens(lambda width, _: Count(100 if 300 <= width <= 340 else 900, 0))
-    plan = rule.plan(1000, 1000, 200)
-    assert plan.tokens == 100
-    assert 300 <= plan.processed[0] <= 340
+    got = rule.allocate(1000, 1000, 200)
+    assert got.tokens == 100
+    assert 300 <= got.processed[0] <= 340
     with pytest.raises(ImageTokenCap, match="at least 100 tokens"):
-        rule.plan(1000, 1000, 99)
+        rule.allocate(1000, 1000, 99)
 
 
 # ------------------------------------------------------------------ one budget for many images
@@ -464,28 +464,28 @@ def test_share_by_area() -> None:
     st.integers(100, 20_000),
     st.none() | st.integers(2000, 5000),
 )
-def test_plan_together(name: str, sizes: list[Size], budget: int, cap: int | None) -> None:
+def test_allocate_together(name: str, sizes: list[Size], budget: int, cap: int | None) -> None:
     rule = RULES[name]
     least = sum(rule.fewest(*size) for size in sizes)
     caps = [cap] * len(sizes)
     if least > budget:
         with pytest.raises(ImageTokenCap):
-            plan_together(rule, sizes, budget, caps)
+            allocate_together(rule, sizes, budget, caps)
         return
-    plans = plan_together(rule, sizes, budget, caps)
-    assert sum(plan.tokens for plan in plans) <= budget
-    assert cap is None or all(plan.tokens <= cap for plan in plans)
-    alone = [rule.plan(*size, cap) for size in sizes]
-    if sum(plan.tokens for plan in alone) <= budget:
-        assert plans == alone
-    assert plan_together(rule, sizes, None, caps) == alone
+    allocations = allocate_together(rule, sizes, budget, caps)
+    assert sum(got.tokens for got in allocations) <= budget
+    assert cap is None or all(got.tokens <= cap for got in allocations)
+    alone = [rule.allocate(*size, cap) for size in sizes]
+    if sum(got.tokens for got in alone) <= budget:
+        assert allocations == alone
+    assert allocate_together(rule, sizes, None, caps) == alone
 
 
 def test_tiles_that_do_not_use_their_share() -> None:
     """Four images share 4000: 1000 each, of which two tiles and a thumbnail use 768. What is left
     is too little for the next step of all three large ones, so none of them is preferred."""
     sizes = [(2000, 1000)] * 3 + [(1000, 500)]
-    plans = plan_together(INTERNVL, sizes, 4000, [None] * 4)
-    assert [plan.tokens for plan in plans] == [768, 768, 768, 256]
-    plans = plan_together(INTERNVL, [*sizes[:2], (1000, 500)], 6000, [None] * 3)
-    assert [plan.tokens for plan in plans] == [2304, 2304, 768]
+    allocations = allocate_together(INTERNVL, sizes, 4000, [None] * 4)
+    assert [got.tokens for got in allocations] == [768, 768, 768, 256]
+    allocations = allocate_together(INTERNVL, [*sizes[:2], (1000, 500)], 6000, [None] * 3)
+    assert [got.tokens for got in allocations] == [2304, 2304, 768]

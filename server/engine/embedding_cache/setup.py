@@ -98,26 +98,26 @@ def configure(config: VllmConfig, settings: CacheSettings, control: str) -> None
 
 
 def size_gpu_tier(config: VllmConfig, settings: CacheSettings) -> None:
-    """Let vLLM's encoder cache hold `encoder_cache_tokens`. The memory for those that vLLM does not
-    plan with comes out of the share of the device that it may use.
+    """Let vLLM's encoder cache hold `encoder_cache_tokens`.
 
-    vLLM measures its peak with as many tokens in the cache as one step may have.
+    vLLM measures its peak memory with the tokens of one step in that cache. The memory for further
+    tokens is subtracted from the share of the device that vLLM may use.
     """
     scheduler, cache = config.scheduler_config, config.cache_config
-    planned = scheduler.encoder_cache_size
+    default = scheduler.encoder_cache_size
     tokens = settings.encoder_cache_tokens
     fixed = cache.kv_cache_memory_bytes
     if tokens is None and fixed is not None:
         return  # an operator who sizes the KV cache in bytes has divided the device already
     token_bytes = _embedding_bytes(config)
     if current_platform.is_cpu():
-        scheduler.encoder_cache_size = max(planned, tokens or 0)
+        scheduler.encoder_cache_size = max(default, tokens or 0)
         return
     device_bytes = current_platform.get_device_total_memory()
     if tokens is None:
         tokens = min(_MOST_GPU_TOKENS, int(device_bytes * _GPU_SHARE) // token_bytes)
-    more = max(0, tokens - planned)
-    scheduler.encoder_cache_size = planned + more
+    more = max(0, tokens - default)
+    scheduler.encoder_cache_size = default + more
     if fixed is not None:
         cache.kv_cache_memory_bytes = max(0, fixed - more * token_bytes)
     else:

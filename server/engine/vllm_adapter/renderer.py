@@ -28,7 +28,7 @@ from vllm.multimodal.inputs import MultiModalKwargsItem
 from vllm.renderers import ChatParams
 from vllm.renderers.hf import HfRenderer
 
-from server.engine.planning import ImagePlanner
+from server.engine.token_allocator import TokenAllocator
 from server.engine.vllm_adapter import processors, typed_placeholders
 from server.engine.vllm_adapter.processor_cache import PooledItem, ProcessorCache, copied
 from server.engine.vllm_adapter.processors import (
@@ -40,7 +40,7 @@ from server.engine.vllm_adapter.processors import (
 from server.engine.vllm_adapter.typed_placeholders import TypedPlaceholders
 from server.errors import ClientError, ImageTokenCap, SaccadeError, UnknownImage
 from server.imaging.encoded import EncodedImage
-from server.imaging.tokens import ImagePlan
+from server.imaging.tokens import TokenAllocation
 from server.request import context as requests
 from server.request.context import RequestContext, ShownImage
 from server.request.groups import prefixed
@@ -59,12 +59,12 @@ Announce = Callable[[Sequence[tuple[str, int]]], None]
 
 @dataclass(frozen=True)
 class ImageJob:
-    """One image of a prompt: its plan, a worker's job, the key of what comes out, and the keyword
-    arguments of the model's processor; and the request that it is for."""
+    """One image of a request: its tokens, the worker's job, the key of its features, and the
+    keyword arguments of the model's processor."""
 
     context: RequestContext
     image: EncodedImage
-    plan: ImagePlan | None
+    allocation: TokenAllocation | None
     key: str
     work: ProcessJob
     kwargs: Mapping[str, Any]
@@ -81,7 +81,7 @@ class PooledRenderer(HfRenderer):
         self._typed = TypedPlaceholders({})
         self._pool: ImagePool | None = None
         self._pooled = False
-        self.planner: Any = None
+        self.allocator: Any = None
         self._fingerprint = b""
         self.announce: Announce | None = None
         self._vllm_process_multimodal = self._process_multimodal_async
@@ -98,13 +98,13 @@ class PooledRenderer(HfRenderer):
         return cache if isinstance(cache, ProcessorCache) else None
 
     def attach(
-        self, settings: Settings, pool: ImagePool, planner: ImagePlanner, *, pooled: bool
+        self, settings: Settings, pool: ImagePool, allocator: TokenAllocator, *, pooled: bool
     ) -> None:
         """Take encoded images. `pooled`: `pool` makes features of them; else it only decodes, for
         vLLM's own processor."""
         self._pool = pool
         self._pooled = pooled
-        self.planner = planner
+        self.allocator = allocator
         model = self.model_config
         parts = (
             "features-3",
@@ -201,13 +201,15 @@ class PooledRenderer(HfRenderer):
             )  # fmt: skip
         context = requests.current()
         kwargs = dict(mm_processor_kwargs or {})
-        encode_kwargs(kwargs)  # refuses what is not JSON, before the planner reads it
+        encode_kwargs(kwargs)  # refuses what is not JSON, before the allocator reads it
         io = DecodeIO.of((media_io_kwargs or {}).get("image") or {})
-        plans = await self.planner.plan(images, context.max_image_tokens, kwargs)
+        allocations = await self.allocator.allocate(images, context.max_image_tokens, kwargs)
         pooled = self._pooled and set(mm_data) == {"image"}
         if not pooled:
-            kwargs = _common_options(plans, kwargs)
-        jobs = [self._job(context, *pair, kwargs, io) for pair in zip(images, plans, strict=True)]
+            kwargs = _common_options(allocations, kwargs)
+        jobs = [
+            self._job(context, *pair, kwargs, io) for pair in zip(images, allocations, strict=True)
+        ]
         if pooled:
             rendered, cached = await self._render(prompt, jobs, skip_mm_cache=skip_mm_cache)
         else:
@@ -222,7 +224,7 @@ class PooledRenderer(HfRenderer):
             )
         placeholders = _placeholders(rendered)
         if len(placeholders) == len(jobs):
-            capped = self.planner.limited(images, context.max_image_tokens)
+            capped = self.allocator.limited(images, context.max_image_tokens)
             context.shown = self._shown(jobs, placeholders, cached, capped=capped)
             self._measure(jobs, context, kwargs)
         return rendered
@@ -233,7 +235,7 @@ class PooledRenderer(HfRenderer):
         """What vLLM's processor would make of `prompt` and the images of `jobs`; and for which of
         them the engine holds the features already."""
         if self.announce is not None and not skip_mm_cache:
-            self.announce([(job.key, job.plan.tokens) for job in jobs if job.plan])
+            self.announce([(job.key, job.allocation.tokens) for job in jobs if job.allocation])
         process = self._process_here if skip_mm_cache else self._process_image
         items = await all_or_none(map(process, jobs))
         keys = [job.key for job in jobs]
@@ -245,19 +247,19 @@ class PooledRenderer(HfRenderer):
         self,
         context: RequestContext,
         image: EncodedImage,
-        plan: ImagePlan | None,
+        allocation: TokenAllocation | None,
         kwargs: Mapping[str, Any],
         io: DecodeIO,
     ) -> ImageJob:
         """What a worker has to do for `image`. Its key is the hash of the image's bytes, of what
         is done with them, and of the model, prefixed with the group of the request."""
-        kwargs = {**kwargs, **(plan.options if plan else {})}
+        kwargs = {**kwargs, **(allocation.options if allocation else {})}
         try:
             work = ProcessJob(
                 format=image.header.format,
                 size=image.size,
                 frame=image.options.frame,
-                resize=plan.resize if plan else None,
+                resize=allocation.resize if allocation else None,
                 io=io,
                 kwargs=encode_kwargs(kwargs),
             )
@@ -268,7 +270,7 @@ class PooledRenderer(HfRenderer):
         hasher.update(encode_job(work))
         hasher.update(image.digest.encode())
         key = prefixed(hasher.hexdigest(), context.group)
-        return ImageJob(context, image, plan, key, work, kwargs)
+        return ImageJob(context, image, allocation, key, work, kwargs)
 
     async def _process_image(self, job: ImageJob) -> tuple[MultiModalKwargsItem, Updates]:
         cache = self.processor_cache
@@ -331,21 +333,21 @@ class PooledRenderer(HfRenderer):
         """What the prompt holds of each image.
 
         Raises:
-            ImageTokenCap: more tokens than were planned, where a cap has been promised.
+            ImageTokenCap: an image has more tokens than allocated, and a cap applies.
         """
         shown = []
         for job, placeholder, was_cached in zip(jobs, placeholders, cached, strict=True):
-            plan, tokens = job.plan, placeholder.get_num_embeds()
-            if plan is not None and tokens != plan.tokens:
-                log.error("an image has %d tokens instead of %d", tokens, plan.tokens)
-                if capped and tokens > plan.tokens:
+            allocation, tokens = job.allocation, placeholder.get_num_embeds()
+            if allocation is not None and tokens != allocation.tokens:
+                log.error("an image has %d tokens instead of %d", tokens, allocation.tokens)
+                if capped and tokens > allocation.tokens:
                     raise ImageTokenCap("the model takes more tokens", param=job.image.path)
             shown.append(
                 ShownImage(
                     size=job.image.size,
                     tokens=tokens,
-                    processed=plan.processed if plan else None,
-                    region=plan.region if plan else None,
+                    processed=allocation.processed if allocation else None,
+                    region=allocation.region if allocation else None,
                     frame=job.image.options.frame,
                     cached=was_cached,
                 )
@@ -357,9 +359,9 @@ class PooledRenderer(HfRenderer):
     ) -> None:
         for job, image in zip(jobs, context.shown, strict=True):
             cap = "none"
-            if job.plan is not None:
+            if job.allocation is not None:
                 budget = context.max_image_tokens
-                cap = self.planner.cap_at_work(job.image, job.plan, budget, kwargs)
+                cap = self.allocator.effective_cap(job.image, job.allocation, budget, kwargs)
             metrics.image_tokens.labels(cap).observe(image.tokens)
 
     # ------------------------------------------------------------------ vLLM's own way
@@ -402,13 +404,15 @@ def _placeholders(rendered: Any) -> Sequence[Any]:
     return ranges
 
 
-def _common_options(plans: Sequence[ImagePlan | None], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _common_options(
+    allocations: Sequence[TokenAllocation | None], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
     """Processor options for a prompt whose images are processed together.
 
     Raises:
         ImageTokenCap: the images would need different ones.
     """
-    wanted = [dict(plan.options) if plan else {} for plan in plans]
+    wanted = [dict(allocation.options) if allocation else {} for allocation in allocations]
     if any(options != wanted[0] for options in wanted):
         raise ImageTokenCap("this model takes one token cap for all images of a request")
     return {**kwargs, **wanted[0]}

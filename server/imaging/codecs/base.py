@@ -44,23 +44,24 @@ Stored: TypeAlias = Image.Image | Indexed | Pixels
 class Reductions:
     """The factors by which a decoder can divide both sides, rounding up. Factor 1 always works.
 
-    `reserves` maps each factor, largest first, to the number of times that the reduced sides must
-    exceed the wanted ones: where the decoder's filter is worse than the one that makes the final
-    size, that one needs some shrinking to do. They keep 40 dB on photos and 35 dB on legible text.
+    `reserves` maps each factor, largest first, to the ratio by which the reduced sides must exceed
+    the target's. If the decoder's filter is worse than that of the final resize, the resize must
+    shrink the picture further to hide the difference. These ratios keep 40 dB on photos and 35 dB
+    on legible text.
 
-    `drifts`: where a side is not a multiple of the factor, its last pixels stand for less than the
-    others, and the picture is stretched by a fraction of a pixel. `is_planned`: the planner knows
-    the factors and has made sure that the model's processor treats the reduced picture alike.
+    `drifts`: if a side is not a multiple of the factor, its last pixels cover fewer source pixels
+    than the others, and the picture is stretched by a fraction of a pixel. `is_checked`: the target
+    size is only given if the model's processor treats the reduced picture alike.
     """
 
     reserves: Mapping[int, float] = field(default_factory=dict)
     drifts: bool = False
-    is_planned: bool = False
+    is_checked: bool = False
 
 
 NO_REDUCTIONS = Reductions()
 # libjpeg skips coefficients, which takes less work than decoding the whole picture.
-BY_DCT = Reductions({8: 1.2, 4: 1.2, 2: 1.2}, drifts=True, is_planned=True)
+BY_DCT = Reductions({8: 1.2, 4: 1.2, 2: 1.2}, drifts=True, is_checked=True)
 # libvips and libwebp average pixels.
 BY_MEANS = Reductions(dict.fromkeys(range(32, 1, -1), 1.5))
 

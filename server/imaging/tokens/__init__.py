@@ -4,27 +4,25 @@ Each family of models has a rule behind one protocol, `TokenRule`. The engine ch
 by its processor's configuration (`server.engine.token_rules`).
 """
 
-from server.imaging.tokens.measured import Count, MeasuredTokens
-from server.imaging.tokens.plan import (
-    Claim,
+from server.imaging.tokens.budget import Claim, allocate_together, kv_bytes_per_token, share
+from server.imaging.tokens.rule import (
+    Count,
     Detail,
-    ImagePlan,
+    MeasuredTokens,
+    TokenAllocation,
     TokenRule,
     detail_cap,
-    kv_bytes_per_token,
-    plan_together,
-    share,
 )
 
 __all__ = [
     "Claim",
     "Count",
     "Detail",
-    "ImagePlan",
     "MeasuredTokens",
+    "TokenAllocation",
     "TokenRule",
+    "allocate_together",
     "detail_cap",
     "kv_bytes_per_token",
-    "plan_together",
     "share",
 ]

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from server.imaging.sizing import BestGrid, Size
-from server.imaging.tokens.plan import ImagePlan, refuse, whole
+from server.imaging.tokens.rule import TokenAllocation, cap_too_low, whole
 
 # Where LLaVA-OneVision begins to shrink its features: sides `_SHRUNK_FROM` times those of
 # `_SHRUNK_TO_TILES` tiles.
@@ -69,20 +69,22 @@ class AnyResTokens:
         ways = (self._way(width, height), *_ways(self, width, height))
         return min(way.tokens for way in ways)
 
-    def plan(self, width: int, height: int, cap: int | None = None) -> ImagePlan:
+    def allocate(self, width: int, height: int, cap: int | None = None) -> TokenAllocation:
         way = self._way(width, height)
         if cap is None or way.tokens <= cap:
-            return self._plan(way, width, height, None)
+            return self._allocation(way, width, height, None)
         within = [way for way in _ways(self, width, height) if way.tokens <= cap]
         if not within:
-            raise refuse(self.fewest(width, height), cap)
+            raise cap_too_low(self.fewest(width, height), cap)
         area = width * height
         way = max(within, key=lambda way: (way.area <= area, way.tokens, way.area))
-        return self._plan(way, width, height, way.size)
+        return self._allocation(way, width, height, way.size)
 
-    def _plan(self, way: "_Way", width: int, height: int, resize: Size | None) -> ImagePlan:
+    def _allocation(
+        self, way: "_Way", width: int, height: int, resize: Size | None
+    ) -> TokenAllocation:
         content = _fitted(*way.size, self.rule.best(*way.size))
-        return ImagePlan(way.tokens, way.tokens, content, whole(width, height), resize)
+        return TokenAllocation(way.tokens, way.tokens, content, whole(width, height), resize)
 
     def _way(self, width: int, height: int) -> "_Way":
         """The tokens that the processor makes of a picture of this size."""

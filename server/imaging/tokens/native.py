@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from server.errors import ImageAspectRatio
 from server.imaging.sizing import NativeResolution, Size
-from server.imaging.tokens.plan import ImagePlan, refuse, whole
+from server.imaging.tokens.rule import TokenAllocation, cap_too_low, whole
 
 _LOW = 256
 # Qwen's processor refuses pictures beyond this ratio of their sides.
@@ -58,19 +58,19 @@ class QwenTokens:
         self._target(self.rule, width, height)
         return self.least
 
-    def plan(self, width: int, height: int, cap: int | None = None) -> ImagePlan:
+    def allocate(self, width: int, height: int, cap: int | None = None) -> TokenAllocation:
         target = self._target(self.rule, width, height)
         if cap is None or self._tokens(target) <= cap:
             tokens = self._tokens(target)
-            return ImagePlan(tokens, tokens, target, whole(width, height))
+            return TokenAllocation(tokens, tokens, target, whole(width, height))
         if cap < self.least:
-            raise refuse(self.least, cap)
+            raise cap_too_low(self.least, cap)
         target = self._within(width, height, cap)
         tokens = self._tokens(target)
         options = {}
         if target[0] * target[1] < self.rule.min_pixels:
             options = {"min_pixels": self.rule.factor**2, "max_pixels": self.rule.max_pixels}
-        return ImagePlan(tokens, tokens, target, whole(width, height), target, options)
+        return TokenAllocation(tokens, tokens, target, whole(width, height), target, options)
 
     def _within(self, width: int, height: int, cap: int) -> Size:
         """The size for at most `cap` tokens that the processor leaves as it is."""
@@ -135,16 +135,16 @@ class PixtralTokens:
         self._natural(width, height)
         return self.least
 
-    def plan(self, width: int, height: int, cap: int | None = None) -> ImagePlan:
+    def allocate(self, width: int, height: int, cap: int | None = None) -> TokenAllocation:
         size = self._natural(width, height)
         resize = None
         if cap is not None and self._tokens(size) > cap:
             if cap < self.least:
-                raise refuse(self.least, cap)
+                raise cap_too_low(self.least, cap)
             size = self._within(width, height, cap)
             resize = self._covered(size)
         columns, rows = self._grid(size)
-        return ImagePlan(
+        return TokenAllocation(
             columns * rows,
             (columns + 1) * rows,
             self._covered(size),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from server.errors import ImageAspectRatio
 from server.imaging.sizing import Size
-from server.imaging.tokens.plan import JSON, ImagePlan, refuse, whole
+from server.imaging.tokens.rule import JSON, TokenAllocation, cap_too_low, whole
 
 
 @dataclass(frozen=True)
@@ -54,18 +54,18 @@ class InternVLTokens:
     def fewest(self, width: int, height: int) -> int:
         return self.least
 
-    def plan(self, width: int, height: int, cap: int | None = None) -> ImagePlan:
+    def allocate(self, width: int, height: int, cap: int | None = None) -> TokenAllocation:
         grid = self._grid(width, height, self.most_tiles)
         options: Mapping[str, JSON] = {}
         if cap is not None and self._tokens(grid) > cap:
             if cap < self.least:
-                raise refuse(self.least, cap)
+                raise cap_too_low(self.least, cap)
             tiles = max(cap // self.tokens_per_tile - self.thumbnail, 1)
             grid = self._grid(width, height, tiles)
             options = {self.option: grid[0] * grid[1]}
         tokens = self._tokens(grid)
         processed = (grid[0] * self.tile[0], grid[1] * self.tile[1])
-        return ImagePlan(
+        return TokenAllocation(
             tokens, tokens + self.frame_tokens, processed, whole(width, height), None, options
         )
 
@@ -145,17 +145,17 @@ class IdeficsTokens:
         self._grid(width, height, self.longest_edge)
         return self.least
 
-    def plan(self, width: int, height: int, cap: int | None = None) -> ImagePlan:
+    def allocate(self, width: int, height: int, cap: int | None = None) -> TokenAllocation:
         grid = self._grid(width, height, self.longest_edge)
         options: Mapping[str, JSON] = {}
         if cap is not None and self._tokens(grid) > cap:
             if cap < self.least:
-                raise refuse(self.least, cap)
+                raise cap_too_low(self.least, cap)
             edge = self._edge_within(width, height, cap)
             grid = self._grid(width, height, edge)
             options = {"size": {"longest_edge": edge}}
         rows, columns = grid
-        return ImagePlan(
+        return TokenAllocation(
             self._tokens(grid),
             self.prompt_tokens(rows, columns),
             (max(columns, 1) * self.tile, max(rows, 1) * self.tile),

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from server.imaging.sizing import Size
-from server.imaging.tokens.plan import JSON, ImagePlan, Region, refuse, whole
+from server.imaging.tokens.rule import JSON, Region, TokenAllocation, cap_too_low, whole
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,12 @@ class FixedTokens:
     def fewest(self, width: int, height: int) -> int:
         return self.tokens
 
-    def plan(self, width: int, height: int, cap: int | None = None) -> ImagePlan:
+    def allocate(self, width: int, height: int, cap: int | None = None) -> TokenAllocation:
         if cap is not None and cap < self.tokens:
-            raise refuse(self.tokens, cap)
-        return ImagePlan(self.tokens, self.prompt_tokens, self.view, self._region(width, height))
+            raise cap_too_low(self.tokens, cap)
+        return TokenAllocation(
+            self.tokens, self.prompt_tokens, self.view, self._region(width, height)
+        )
 
     def _region(self, width: int, height: int) -> Region:
         if self.shortest_edge is None:
@@ -126,14 +128,14 @@ class GemmaTokens:
     def fewest(self, width: int, height: int) -> int:
         return self.least
 
-    def plan(self, width: int, height: int, cap: int | None = None) -> ImagePlan:
+    def allocate(self, width: int, height: int, cap: int | None = None) -> TokenAllocation:
         crops = self.scan.crops(width, height)
         options: Mapping[str, JSON] = {}
         if cap is not None and (1 + crops) * self.tokens_per_view > cap:
             if cap < self.least:
-                raise refuse(self.least, cap)
+                raise cap_too_low(self.least, cap)
             crops, options = self._within(width, height, cap // self.tokens_per_view - 1)
-        return ImagePlan(
+        return TokenAllocation(
             (1 + crops) * self.tokens_per_view,
             self.prompt_tokens(crops),
             self.view,

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from server.engine.planning import Cap, ImagePlanner
+from server.engine.token_allocator import Cap, TokenAllocator
 from server.imaging.encoded import EncodedImage, ImageOptions
 from server.imaging.header import ImageHeader
 from server.imaging.sizing import NativeResolution
@@ -37,13 +37,13 @@ def image(options: ImageOptions) -> EncodedImage:
 def test_the_cap_at_work(
     rule: TokenRule, server: int | None, budget: int | None, options: ImageOptions, named: Cap
 ) -> None:
-    planner, shown = ImagePlanner(lambda _: rule, server), image(options)
-    (plan,) = asyncio.run(planner.plan([shown], budget, {}))
-    if plan is None:  # what is not limited is not measured
+    allocator, shown = TokenAllocator(lambda _: rule, server), image(options)
+    (got,) = asyncio.run(allocator.allocate([shown], budget, {}))
+    if got is None:  # what is not limited is not measured
         assert named == "none"
         return
-    assert (plan.tokens < 100) == (named != "none")
-    assert planner.cap_at_work(shown, plan, budget, {}) == named
+    assert (got.tokens < 100) == (named != "none")
+    assert allocator.effective_cap(shown, got, budget, {}) == named
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_the_cap_at_work(
 def test_of_several_caps_the_one_that_binds(
     server: int | None, budget: int, options: ImageOptions, named: Cap
 ) -> None:
-    planner, shown = ImagePlanner(lambda _: NATIVE, server), image(options)
-    (plan,) = asyncio.run(planner.plan([shown], budget, {}))
-    assert plan is not None
-    assert planner.cap_at_work(shown, plan, budget, {}) == named
+    allocator, shown = TokenAllocator(lambda _: NATIVE, server), image(options)
+    (got,) = asyncio.run(allocator.allocate([shown], budget, {}))
+    assert got is not None
+    assert allocator.effective_cap(shown, got, budget, {}) == named

@@ -1,6 +1,6 @@
 """How many tokens each image of a request gets: the server's cap, the request's, the model's rule.
 
-size from the header + options -> cap of the image -> share of the request's budget -> plan
+size from the header + options -> cap of the image -> share of the request's budget -> allocation
 """
 
 import asyncio
@@ -13,12 +13,12 @@ from server.errors import ClientError, ImageAspectRatio, ImageTokenCap
 from server.imaging.encoded import EncodedImage, ImageOptions
 from server.imaging.sizing import Size
 from server.imaging.tokens import (
-    ImagePlan,
     MeasuredTokens,
+    TokenAllocation,
     TokenRule,
+    allocate_together,
     detail_cap,
     kv_bytes_per_token,
-    plan_together,
 )
 from server.request.context import ShownImage
 
@@ -26,110 +26,117 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.engine.async_llm import AsyncLLM
 
-# Options of a request's own make a rule of their own; few clients send any.
+# Each set of processor options needs its own rule; few clients send any.
 _RULES = 64
 
-# Sharing out a budget tries many plans for each image.
+# Sharing a budget computes many allocations for each image. With more images than this, it runs
+# in a thread.
 _FEW_IMAGES = 4
 
 Cap = Literal["none", "server", "request", "image"]
-# Makes the model's rule under some processor options. Slow: it runs the processor.
+# Builds the model's rule for some processor options. Slow: it runs the processor.
 MakeRule = Callable[[Mapping[str, Any]], TokenRule]
 Sized = Sequence[tuple[Size, ImageOptions]]
 
 
-class ImagePlanner:
-    """Plans the images of a request under caps and budget.
+class TokenAllocator:
+    """Allocates tokens to the images of a request, under their caps and the request's budget.
 
-    A model of no known family has its images measured, which takes a run of the processor for
-    each size; that is done only where a cap asks for it.
+    For a model of no known family, images are measured: the processor runs once for each size. That
+    is done only if a cap applies.
     """
 
     def __init__(self, make_rule: MakeRule, cap: int | None) -> None:
-        """`cap`: the most tokens of any image, by the server's settings."""
+        """`cap`: the server's limit for the tokens of one image."""
         self._cap = cap
         self._rule_of = functools.lru_cache(_RULES)(lambda text: make_rule(json.loads(text)))
 
     def rule(self, options: Mapping[str, Any]) -> TokenRule:
-        """The model's rule under the processor options of a request. May block."""
+        """The model's rule for the processor options of a request. May block."""
         return self._rule_of(json.dumps(dict(options), sort_keys=True))
 
     async def _rule(self, options: Mapping[str, Any]) -> TokenRule:
         return self.rule(options) if not options else await asyncio.to_thread(self.rule, options)
 
-    async def plan(
+    async def allocate(
         self, images: Sequence[EncodedImage], budget: int | None, options: Mapping[str, Any]
-    ) -> list[ImagePlan | None]:
-        """A plan for each image; None where nothing limits an image that would be measured.
+    ) -> list[TokenAllocation | None]:
+        """An allocation for each image; None if images would be measured and no cap applies.
 
         Raises:
-            ImageTokenCap: an image, or all together, cannot be shown in so few tokens.
-            ImageAspectRatio: the model's processor takes no image of this shape.
+            ImageTokenCap: one image, or all together, need more tokens than allowed.
+            ImageAspectRatio: the model's processor does not accept images of this shape.
         """
         rule = await self._rule(options)
         sized = [(image.size, image.options) for image in images]
         if isinstance(rule, MeasuredTokens) and not self.limited(images, budget):
             return [None] * len(images)
         try:
-            return list(await self._planned(rule, sized, budget))
+            return list(await self._allocated(rule, sized, budget))
         except (ImageTokenCap, ImageAspectRatio) as error:
             error.param = self._culprit(rule, images) or "max_image_tokens"
             raise
 
     def limited(self, images: Sequence[EncodedImage], budget: int | None) -> bool:
-        """Whether any cap has been promised for these images."""
+        """Whether a cap or budget applies to any of these images."""
         caps = self._cap is not None or budget is not None
         return caps or any(_limited(image.options) for image in images)
 
-    def cap_at_work(
-        self, image: EncodedImage, plan: ImagePlan, budget: int | None, options: Mapping[str, Any]
+    def effective_cap(
+        self,
+        image: EncodedImage,
+        allocation: TokenAllocation,
+        budget: int | None,
+        options: Mapping[str, Any],
     ) -> Cap:
-        """Which cap made `plan` smaller than the image would be without any; "none" if none did."""
+        """Which cap reduced the image's tokens; "none" if it has as many as without a cap."""
         if not self.limited([image], budget):
             return "none"
         rule = self.rule(options)
-        own = _own_cap(rule, image.size, image.options)
-        if isinstance(rule, MeasuredTokens):  # to measure again would take too long
-            if plan.resize is None:
+        requested = _requested_cap(rule, image.size, image.options)
+        if isinstance(rule, MeasuredTokens):  # measuring again would take too long
+            if allocation.resize is None:
                 return "none"
-            is_shared_out = own is None and self._cap is None
+            is_shared_out = requested is None and self._cap is None
         else:
-            if plan.tokens >= rule.plan(*image.size).tokens:
+            if allocation.tokens >= rule.allocate(*image.size).tokens:
                 return "none"
             cap = self._cap_of(rule, image.size, image.options)
-            is_shared_out = plan.tokens < rule.plan(*image.size, cap).tokens
+            is_shared_out = allocation.tokens < rule.allocate(*image.size, cap).tokens
         if is_shared_out:
             return "request"
-        return "server" if own is None or own > (self._cap or own) else "image"
+        return "server" if requested is None or requested > (self._cap or requested) else "image"
 
-    async def costs(self, sized: Sized, budget: int | None) -> list[ImagePlan]:
-        """A plan for each picture of a known size. Raises as `plan` does."""
-        return await self._planned(self.rule({}), sized, budget)
+    async def costs(self, sized: Sized, budget: int | None) -> list[TokenAllocation]:
+        """An allocation for each picture, given by its size. Raises as `allocate` does."""
+        return await self._allocated(self.rule({}), sized, budget)
 
-    async def _planned(self, rule: TokenRule, sized: Sized, budget: int | None) -> list[ImagePlan]:
+    async def _allocated(
+        self, rule: TokenRule, sized: Sized, budget: int | None
+    ) -> list[TokenAllocation]:
         if isinstance(rule, MeasuredTokens) or (budget and len(sized) > _FEW_IMAGES):
-            return await asyncio.to_thread(self._plans, rule, sized, budget)
-        return self._plans(rule, sized, budget)
+            return await asyncio.to_thread(self._allocate, rule, sized, budget)
+        return self._allocate(rule, sized, budget)
 
-    def _plans(self, rule: TokenRule, sized: Sized, budget: int | None) -> list[ImagePlan]:
+    def _allocate(self, rule: TokenRule, sized: Sized, budget: int | None) -> list[TokenAllocation]:
         caps = [self._cap_of(rule, size, options) for size, options in sized]
-        return plan_together(rule, [size for size, _ in sized], budget, caps)
+        return allocate_together(rule, [size for size, _ in sized], budget, caps)
 
     def _cap_of(self, rule: TokenRule, size: Size, options: ImageOptions) -> int | None:
-        return _least(self._cap, _own_cap(rule, size, options))
+        return _least(self._cap, _requested_cap(rule, size, options))
 
     def _culprit(self, rule: TokenRule, images: Sequence[EncodedImage]) -> str | None:
-        """The path of the first image that cannot be planned by itself."""
+        """The path of the first image whose allocation fails by itself."""
         for image in images:
             try:
-                self._plans(rule, [(image.size, image.options)], None)
+                self._allocate(rule, [(image.size, image.options)], None)
             except (ImageTokenCap, ImageAspectRatio):
                 return image.path
         return None
 
 
-def _own_cap(rule: TokenRule, size: Size, options: ImageOptions) -> int | None:
-    """What a request says of one image."""
+def _requested_cap(rule: TokenRule, size: Size, options: ImageOptions) -> int | None:
+    """The cap that the request sets for one image."""
     return _least(options.max_tokens, detail_cap(rule, options.detail, *size))
 
 
@@ -147,31 +154,33 @@ def _limited(options: ImageOptions) -> bool:
 async def image_costs(
     engine: "AsyncLLM", sized: Sized, budget: int | None
 ) -> list[tuple[ShownImage, int]]:
-    """For each picture of a known size how it would be shown, and its KV cache in bytes. The model
-    does not run.
+    """How each picture, given by its size, would be shown, and the bytes of KV cache that it would
+    take. The model does not run.
 
     Raises:
-        ImageTokenCap, ImageAspectRatio: as a request with these images would.
-        ClientError: vLLM alone knows what images cost this model.
+        ImageTokenCap, ImageAspectRatio: a request with these images would fail in the same way.
+        ClientError: this model's images are processed by vLLM, so their tokens are not known.
     """
     renderer: Any = engine.renderer  # vLLM types it as its base class
-    planner: ImagePlanner | None = getattr(renderer, "planner", None)
-    if planner is None:
-        raise ClientError("the tokens of images cannot be counted ahead for this model")
-    plans = await planner.costs(sized, budget)
+    allocator: TokenAllocator | None = getattr(renderer, "allocator", None)
+    if allocator is None:
+        raise ClientError("the image tokens of this model cannot be computed in advance")
+    allocations = await allocator.costs(sized, budget)
     bytes_per_token = _kv_bytes_per_token(engine.vllm_config)
     return [
         (
-            ShownImage(size, plan.tokens, plan.processed, plan.region, options.frame),
-            plan.prompt_tokens * bytes_per_token,
+            ShownImage(
+                size, allocation.tokens, allocation.processed, allocation.region, options.frame
+            ),
+            allocation.prompt_tokens * bytes_per_token,
         )
-        for (size, options), plan in zip(sized, plans, strict=True)
+        for (size, options), allocation in zip(sized, allocations, strict=True)
     ]
 
 
 def _kv_bytes_per_token(config: "VllmConfig") -> int:
-    """Over all layers and all ranks. A model that compresses keys and values, or keeps only a
-    window of them, takes less."""
+    """Bytes of KV cache for one token, over all layers and ranks. An upper bound for models that
+    compress keys and values or keep only a window of them."""
     model, cache_dtype = config.model_config, config.cache_config.cache_dtype
     if cache_dtype == "auto":
         dtype: Any = model.dtype
