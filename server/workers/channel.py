@@ -1,4 +1,4 @@
-"""The event loop's end of one worker: its socket and its shared memory."""
+"""The server's connection to one worker: its socket and its shared memory."""
 
 import array
 import asyncio
@@ -23,14 +23,14 @@ log = logging.getLogger("saccade.images")
 
 
 class ProtocolError(Exception):
-    """A worker sent something that no worker should send."""
+    """A worker sent a message that violates the protocol."""
 
 
 class WorkerChannel:
     """Sends jobs to one worker and receives its replies.
 
-    Callbacks run on the event loop. `on_end` is called once, when the worker has gone without
-    having been closed. A worker that breaks the protocol is killed.
+    Callbacks run on the event loop. `on_end` is called once if the connection ends before `close`
+    is called. A worker that violates the protocol is killed.
     """
 
     def __init__(
@@ -49,9 +49,9 @@ class WorkerChannel:
         self._job_id: int | None = None
         self._input: Segment | None = None
         self._results: dict[int, Segment] = {}
-        # Filled by finalizers in any thread.
+        # Finalizers append to it from any thread.
         self._released: deque[int] = deque()
-        # Held while a thread sends, so that no descriptor is closed meanwhile.
+        # Held while a thread sends, so that no descriptor in use is closed.
         self._sending = threading.Lock()
         self._killed = False
         self._closed = False
@@ -74,11 +74,12 @@ class WorkerChannel:
             try:
                 grown = self._copy_to_input(data)
                 self._send(job_id, job, inline=None, length=len(data), fd=grown)
-            except Exception as error:  # nothing else would notice: nobody reads the result
+            except Exception as error:  # the future of this call is not read
                 self._fail_to_send(error)
 
     def _copy_to_input(self, data: bytes) -> int | None:
-        """The descriptor of the input segment, if the worker does not have it yet."""
+        """Copy `data`; returns the input segment's descriptor if the worker does not have it
+        yet."""
         grown = None
         if self._input is None or self._input.capacity < len(data):
             if self._input is not None:
@@ -100,12 +101,12 @@ class WorkerChannel:
         ancillary = []
         if fd is not None:
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
-        # A worker has one job at a time, so its socket has room.
+        # A worker has one job at a time, so its socket buffer has room.
         self._connection.sendmsg([protocol.encoder.encode(request)], ancillary)
 
     def _fail_to_send(self, error: Exception) -> None:
-        """Replace a worker that did not get its picture; its end brings the picture back."""
-        if not isinstance(error, ConnectionError):  # else it has died, and the reader finds out
+        """Kill a worker that did not get its picture; `on_end` then puts the picture back."""
+        if not isinstance(error, ConnectionError):  # a dead worker is noticed by `_readable`
             log.warning("failed to send an image to worker %d: %s", self.pid, error)
         self.kill()
 
@@ -126,32 +127,32 @@ class WorkerChannel:
         except ConnectionError:
             self._lose()
             return
-        except Exception as error:  # whatever a compromised worker may send
-            log.error("image worker %d broke the protocol: %r", self.pid, error)
+        except Exception as error:  # a compromised worker may send anything
+            log.error("image worker %d violated the protocol: %r", self.pid, error)
             self._lose()
             return
         finally:
             for fd in fds:
-                os.close(fd)  # a mapping is enough on this side
+                os.close(fd)  # the mapping does not need it
         self._on_reply(reply, features)
 
     def _received(self, data: bytes, fds: list[int]) -> tuple[protocol.FromWorker, Features | None]:
         reply = protocol.reply_decoder.decode(data)
         if isinstance(reply, protocol.Ready):
             if self._job_id is not None or self.ready:
-                raise ProtocolError("a second greeting")
+                raise ProtocolError("unexpected Ready")
             self.ready = not self._killed
             return reply, None
         if reply.id != self._job_id:
-            raise ProtocolError(f"a reply to job {reply.id} instead of {self._job_id}")
+            raise ProtocolError(f"reply to job {reply.id} instead of {self._job_id}")
         self._job_id = None
         return reply, self._features(reply, fds) if isinstance(reply, protocol.Done) else None
 
     def _features(self, reply: protocol.Done, fds: list[int]) -> Features:
         if reply.is_new:
             if reply.segment in self._results:
-                raise ProtocolError(f"segment {reply.segment} is not new")
-            # Reading memory that was cut off would kill this process.
+                raise ProtocolError(f"segment {reply.segment} already exists")
+            # If the worker truncated the segment, reading it would kill this process.
             fcntl.fcntl(fds[0], fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
             self._results[reply.segment] = Segment.received(fds[0], reply.capacity)
         for number in reply.dropped:
@@ -170,19 +171,19 @@ class WorkerChannel:
         self._on_end()
 
     def kill(self) -> None:
-        """Kill the worker, whatever it does. It gets no more jobs, and `on_end` follows. May be
+        """Kill the worker. It gets no more jobs, and `on_end` is called when it has exited. May be
         called from any thread."""
         self._killed = True
         self.ready = False
         self._worker.kill()
 
     def kill_unless_ready(self) -> None:
-        """Kill a worker that has not come up."""
+        """Kill a worker that is not ready yet."""
         if not self.ready:
             self.kill()
 
     def close(self) -> None:
-        """Stop listening. `end` must follow."""
+        """Stop listening to the worker; call `end` afterwards."""
         if self._closed:
             return
         self._closed = True
@@ -193,7 +194,7 @@ class WorkerChannel:
         self._results.clear()
 
     def end(self) -> None:
-        """Kill the worker, wait for its end and close the descriptors. Blocks: call it in a
+        """Kill the worker, wait until it has exited and close the descriptors. Blocks: call it in a
         thread."""
         self._worker.kill()
         with self._sending:

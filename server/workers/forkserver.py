@@ -21,7 +21,7 @@ _JOIN_TIMEOUT_S = 5.0
 
 
 class WorkerProcess:
-    """A started worker process and `connection`, our end of its socket."""
+    """A running worker process; `connection` is the server's end of its socket."""
 
     def __init__(self, process: BaseProcess, connection: socket.socket) -> None:
         self.connection = connection
@@ -38,11 +38,11 @@ class WorkerProcess:
             with contextlib.suppress(ProcessLookupError):
                 if self._pidfd is None:
                     self._process.kill()
-                else:  # names the process itself: its pid may belong to another one by now
+                else:  # unlike a pid, never refers to a later process
                     signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def end(self) -> None:
-        """Kill the process, wait for its end and close the descriptors. Blocks."""
+        """Kill the process, wait until it has exited and close the descriptors. Blocks."""
         self.kill()
         if (process := self._process) is not None:
             process.join(_JOIN_TIMEOUT_S)
@@ -56,7 +56,7 @@ class WorkerProcess:
 
 
 class Forkserver:
-    """Starts workers for `spec`."""
+    """Forks workers for `spec`."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
@@ -64,9 +64,10 @@ class Forkserver:
         self._spec_file: Path | None = None
 
     def preload(self) -> None:
-        """Start the process that workers are forked from; it loads the extractor meanwhile.
+        """Start the forkserver, which begins to load the extractor.
 
-        Call it from a thread that lives as long as the server, since that process ends with it.
+        Call it from a thread that lives as long as the server: the forkserver ends with the thread
+        that started it.
         """
         if self._spec_file is not None:
             return
@@ -81,8 +82,7 @@ class Forkserver:
     def start(self, name: str) -> WorkerProcess:
         """Start a worker. Blocks.
 
-        Raises OSError or EOFError if the process that workers are forked from has died; the next
-        start renews it.
+        Raises OSError or EOFError if the forkserver has died; the next call starts a new one.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -91,11 +91,11 @@ class Forkserver:
                 process.start()
                 return WorkerProcess(process, ours)
             except BaseException:
-                ours.close()  # a worker that was started ends itself
+                ours.close()  # a worker that did start exits
                 raise
 
     def close(self) -> None:
-        """End the process that workers are forked from, and with it any worker left."""
+        """Stop the forkserver and, with it, all remaining workers."""
         server: Any = forkserver._forkserver
         if (pid := server._forkserver_pid) is not None:
             with contextlib.suppress(OSError):
@@ -109,7 +109,7 @@ class Forkserver:
 
 
 def _pidfd(pid: int) -> int | None:
-    """A descriptor of the process; None where the kernel or a sandbox has no such thing."""
+    """A pidfd of the process; None if the kernel or a container's seccomp profile has none."""
     try:
         return os.pidfd_open(pid)
     except ProcessLookupError:

@@ -1,7 +1,7 @@
-"""What an image worker can be asked to do, as typed jobs.
+"""The jobs of image workers.
 
-Every value that a client can choose is checked when its job is made, so that no worker ever gets
-one that is out of range.
+Every value that a client can choose is checked when its job is made, so workers never receive a
+value that is out of range.
 """
 
 import math
@@ -24,8 +24,8 @@ _IMAGE_MODES = frozenset(
 
 
 class DecodeIO(msgspec.Struct, frozen=True):
-    """vLLM's `media_io_kwargs` for images. `image_mode` is Pillow's, None keeps the file's own;
-    `background` lies under transparent pixels."""
+    """vLLM's `media_io_kwargs` for images. `image_mode` is a mode of Pillow's, or None to keep the
+    file's; `background` is the RGB colour under transparent pixels."""
 
     image_mode: str | None = "RGB"
     background: tuple[int, int, int] = (255, 255, 255)
@@ -35,7 +35,7 @@ class DecodeIO(msgspec.Struct, frozen=True):
         """From `media_io_kwargs["image"]`; options that vLLM ignores are ignored.
 
         Raises:
-            ClientError: a value is not one that vLLM takes.
+            ClientError: vLLM does not accept a value.
         """
         mode = kwargs.get("image_mode", "RGB")
         background = kwargs.get("rgba_background_color", (255, 255, 255))
@@ -54,8 +54,8 @@ class DecodeIO(msgspec.Struct, frozen=True):
 class PictureJob(msgspec.Struct, frozen=True):
     """Decode one picture. `format` and the upright `size` are what its header says.
 
-    `frame` counts frames of an animation or pages of a PDF from 0. `resize` is the exact size that
-    the picture is brought to, if any. Sizes are (width, height) in pixels.
+    `frame` counts frames of an animation or pages of a PDF from 0. `resize` is the exact size
+    to resize the picture to, if any. Sizes are (width, height) in pixels.
     """
 
     format: str
@@ -72,24 +72,25 @@ class PictureJob(msgspec.Struct, frozen=True):
 
 
 class PixelsJob(PictureJob, frozen=True, tag="pixels"):
-    """The decoded picture itself: `pixels` (height, width, channels)."""
+    """Returns the decoded picture: `pixels`, (height, width, channels), usually uint8."""
 
 
 class ProcessJob(PictureJob, frozen=True, tag="process"):
-    """What the model's processor makes of the picture. `kwargs`: see `encode_kwargs`."""
+    """Returns the output of the model's processor for the picture. `kwargs`: see
+    `encode_kwargs`."""
 
     kwargs: bytes = b"{}"
 
 
 class InspectPdf(msgspec.Struct, frozen=True, tag="inspect_pdf"):
-    """`count` of the pages, and `sizes` of the first `max_pages` in points (1/72 inch): float64
-    (pages, 2), width and height."""
+    """Returns the `count` of all pages, and `sizes`, float64 (pages, 2): width and height of the
+    first `max_pages` pages in points (1/72 inch)."""
 
     max_pages: int
 
 
 class CountFrames(msgspec.Struct, frozen=True, tag="count_frames"):
-    """`count` of the frames or pages of an image."""
+    """Returns the `count` of frames or pages of an image."""
 
 
 Job: TypeAlias = PixelsJob | ProcessJob | InspectPdf | CountFrames
@@ -104,8 +105,8 @@ def encode_kwargs(kwargs: Mapping[str, Any]) -> bytes:
     """Keyword arguments of the model's processor as JSON; equal ones give equal bytes.
 
     Raises:
-        ClientError: they hold something other than JSON, a number that is not finite or does not
-            fit 64 bits, or they are too deep or too long.
+        ClientError: they are not JSON, contain a number that is not finite or does not fit
+            64 bits, or are nested too deep or too long.
     """
     if not kwargs:
         return b"{}"
@@ -128,7 +129,7 @@ def _check_json(value: Any, depth: int) -> None:
     if isinstance(value, dict):
         for name, item in value.items():
             if not isinstance(name, str):
-                raise _invalid_kwargs("must have text as keys")
+                raise _invalid_kwargs("must have strings as keys")
             _check_text(name)
             _check_json(item, depth - 1)
     elif isinstance(value, list | tuple):
@@ -138,19 +139,19 @@ def _check_json(value: Any, depth: int) -> None:
         _check_text(value)
     elif isinstance(value, int):
         if not _MIN_INT64 <= value <= _MAX_INT64:
-            raise _invalid_kwargs("hold an integer that does not fit 64 bits")
+            raise _invalid_kwargs("contain an integer that does not fit 64 bits")
     elif isinstance(value, float):
         if not math.isfinite(value):
-            raise _invalid_kwargs("hold a number that is not finite")
+            raise _invalid_kwargs("contain a number that is not finite")
     elif value is not None:
-        raise _invalid_kwargs("are not JSON")
+        raise _invalid_kwargs("must be JSON values")
 
 
 def _check_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise _invalid_kwargs("hold text that is not valid Unicode") from None
+        raise _invalid_kwargs("contain text that is not valid Unicode") from None
 
 
 def _invalid_kwargs(problem: str) -> ClientError:

@@ -2,10 +2,10 @@
 
     features = await pool.process(key, data, job, timeline)
 
-Requests for one `key` run once. Work whose callers have all left is not started, or is stopped
-with its worker if it takes long. A worker that dies takes only its own picture along, which is
-tried once more on another worker. Pictures and features pass through shared memory; what runs on
-the event loop does not grow with the picture.
+Concurrent calls with the same `key` share one run. A task whose callers have all left is not
+started; if it already runs, its worker is killed unless it finishes soon. If a worker dies, only
+its picture is affected, which is retried once on another worker. Pictures and features pass through
+shared memory, so the work on the event loop does not grow with the picture.
 """
 
 import asyncio
@@ -45,10 +45,10 @@ from server.workers.protocol import Features
 from server.workers.slots import START_TIMEOUT_S, Ending, Slot, SlotEvents, Task, WorkerSlots
 from server.workers.worker import WorkerSpec
 
-# This many workers may die on one picture before it is given up.
+# A picture fails after this many workers have died on it.
 _ATTEMPTS = 2
-# Work that nobody waits for may use its worker this long before both are stopped. To replace a
-# worker takes some 25 ms of one core, and most pictures take less than this.
+# An abandoned task may run this long before its worker is killed. Replacing a worker takes some
+# 25 ms of one core, and most pictures take less time than this.
 ABANDONED_GRACE_S = 0.3
 
 
@@ -76,11 +76,11 @@ class ImagePool:
     # ------------------------------------------------------------------ start and stop
 
     def preload(self) -> None:
-        """Load ahead what workers need; see `Forkserver.preload`."""
+        """Start to load what workers need; see `Forkserver.preload`."""
         self._forkserver.preload()
 
     def stop_preload(self) -> None:
-        """End the process that workers are forked from, and with it any worker left."""
+        """Stop the forkserver and, with it, all remaining workers."""
         self._forkserver.close()
 
     async def __aenter__(self) -> "ImagePool":
@@ -96,7 +96,7 @@ class ImagePool:
             raise RuntimeError("the image workers did not start; see the log above") from None
         if not self.ready:
             await self.stop()
-            raise RuntimeError("the image workers die as they start; see the log above")
+            raise RuntimeError("the image workers die during start-up; see the log above")
         return self
 
     async def __aexit__(
@@ -108,7 +108,7 @@ class ImagePool:
         await self.stop()
 
     async def stop(self) -> None:
-        """Fail all work, and end the workers and the process they are forked from."""
+        """Fail all tasks, and stop the workers and the forkserver."""
         self._closing = True
         for gauge in (metrics.image_workers, metrics.image_workers_up, metrics.image_queue_limit):
             gauge.set(0)
@@ -122,12 +122,12 @@ class ImagePool:
 
     @property
     def ready(self) -> bool:
-        """Whether some worker can take pictures and they do not die one after the other."""
+        """Whether a worker can take pictures and the pool is healthy."""
         return self._slots.ready and not self._closing
 
     @property
     def queued(self) -> int:
-        """Pictures that wait for a worker."""
+        """The number of pictures that wait for a worker."""
         return len(self._queue)
 
     @property
@@ -138,8 +138,8 @@ class ImagePool:
     async def process(
         self, key: str, data: bytes, job: PixelsJob | ProcessJob, timeline: Timeline
     ) -> Features:
-        """What a worker makes of the encoded picture `data`; `key` must name data and job.
-        `timeline` is the one of the request that waits.
+        """Run `job` on the encoded picture `data` in a worker. `key` identifies data and job;
+        `timeline` belongs to the waiting request.
 
         Raises:
             ServerBusy: the queue is full, or the server is shutting down.
@@ -152,8 +152,8 @@ class ImagePool:
     async def inspect_pdf(
         self, data: bytes, max_pages: int, timeline: Timeline
     ) -> tuple[list[tuple[float, float]], int]:
-        """The sizes of the first `max_pages` pages as (width, height) in points, and the number
-        of all pages.
+        """(width, height) in points (1/72 inch) of each of the first `max_pages` pages, and the
+        number of all pages.
 
         Raises:
             InvalidFile: the PDF is damaged, encrypted, or has no pages.
@@ -206,8 +206,8 @@ class ImagePool:
         return task
 
     def _abandon(self, task: Task) -> None:
-        """Nobody waits for `task` any more: forget it. If it waits, drop it; if it runs, stop it
-        unless it is done soon."""
+        """Forget a task that has no callers left: drop it if it is queued, and kill its worker if
+        it runs and does not finish soon."""
         if self._tasks.get(task.key) is task:
             del self._tasks[task.key]
         task.result.cancel()
@@ -248,7 +248,7 @@ class ImagePool:
         slot.limit(now + self._settings.image_timeout_s, slot.stop, Ending.TIMED_OUT)
         if len(task.data) <= protocol.INLINE_BYTES:
             channel.send_inline(self._next_id, task.data, task.job)
-        else:  # the copy into shared memory grows with the picture: not on the event loop
+        else:  # copied in a thread: large pictures would hold up the event loop
             self._senders.submit(channel.send, self._next_id, task.data, task.job)
 
     # ------------------------------------------------------------------ results
@@ -294,7 +294,7 @@ class ImagePool:
         self._forget(task)
         if not task.result.done():
             task.result.set_exception(error)
-            task.result.exception()  # all waiters may have left: do not warn about it
+            task.result.exception()  # read it: else asyncio warns if all callers have left
 
     def _forget(self, task: Task) -> None:
         task.work.done = time.monotonic()

@@ -1,7 +1,7 @@
-"""Imported once by the process that image workers are forked from: loads the extractor.
+"""Imported once by the forkserver: loads the extractor that all workers then share.
 
-The file named by `SPEC_VARIABLE` holds a `WorkerSpec`; without it nothing is loaded here and each
-worker that asks loads its own.
+The environment variable `SPEC_VARIABLE` names a file with a `WorkerSpec`. If it is not set,
+importing this module loads nothing.
 """
 
 import functools
@@ -19,6 +19,7 @@ SPEC_VARIABLE = "_SACCADE_WORKER_SPEC"
 
 @functools.cache
 def extractor() -> Extractor:
+    """The extractor of this process, built at the first call."""
     spec_file = Path(os.environ[SPEC_VARIABLE])
     return msgspec.msgpack.decode(spec_file.read_bytes(), type=WorkerSpec).load()
 

@@ -1,8 +1,8 @@
 """Messages between the pool and a worker, and the description of arrays in shared memory.
 
 Both sides send msgpack over a sequenced-packet socket. Large pictures and all features travel in
-shared memory; a message describes the features by `ArraySpec`. Nothing is pickled: a compromised
-worker can return wrong numbers, but no code.
+shared memory; a message describes the features by `ArraySpec`. Nothing is pickled, so a compromised
+worker can return wrong numbers but cannot inject code.
 """
 
 import ctypes
@@ -46,7 +46,7 @@ class WorkRequest(msgspec.Struct, frozen=True):
     """A job on one file: `inline`, or the first `length` bytes of the input segment.
 
     `job` is an encoded `Job`. `input_grown`: the message carries a new input segment as a file
-    descriptor. `released`: result segments of this worker that nobody reads any more.
+    descriptor. `released`: result segments of this worker that are no longer read.
     """
 
     id: int
@@ -58,15 +58,15 @@ class WorkRequest(msgspec.Struct, frozen=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """First message of a worker: it can take jobs."""
+    """The first message of a worker, which can now take jobs."""
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
     """Features of job `id` in segment `segment` of `capacity` bytes.
 
     `is_new`: the message carries that segment as a file descriptor. `dropped`: segments that the
-    worker has freed. `size`: the upright picture as the processor saw it, (width, height); None
-    if the file was only inspected. Durations are in seconds.
+    worker has freed. `size`: the upright (width, height) in pixels that the processor saw;
+    None if the file was only inspected. Durations are in seconds.
     """
 
     id: int
@@ -81,7 +81,7 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """Job `id` has no result; `code` is one of `errors.WORKER_ERRORS`."""
+    """Job `id` failed; `code` is one of `errors.WORKER_ERRORS`."""
 
     id: int
     code: str
@@ -98,8 +98,8 @@ reply_decoder: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(Fro
 
 # ---------------------------------------------------------------------- the result
 
-# Turns (dtype name, shape, buffer, offset in bytes) into the consumer's kind of array. The array
-# must keep `buffer` alive: the memory is used again when `buffer` goes.
+# Makes the consumer's type of array from (dtype name, shape, buffer, offset in bytes). The array
+# must keep `buffer` alive: the worker reuses the memory once `buffer` is freed.
 MakeArray = Callable[[str, tuple[int, ...], Any, int], Any]
 
 
@@ -107,9 +107,9 @@ MakeArray = Callable[[str, tuple[int, ...], Any, int], Any]
 class Features:
     """The processor's output for one picture.
 
-    `buffer` is a ctypes array over shared memory; its end gives the memory back to the worker.
-    `size` is the upright picture as the processor saw it: (width, height) in pixels; None if the
-    file was only inspected.
+    `buffer` is a ctypes array over shared memory, which the worker reuses once `buffer` is freed.
+    `size` is the upright (width, height) in pixels that the processor saw; None if the file was
+    only inspected. Durations are in seconds.
     """
 
     specs: Mapping[str, FeatureSpec]
@@ -123,7 +123,7 @@ class Features:
         return cls(reply.features, buffer, reply.size, reply.decode_s, reply.preprocess_s)
 
     def arrays(self, make: MakeArray) -> dict[str, Any]:
-        """Every feature by its name, without a copy."""
+        """The features by name, as arrays over the shared memory."""
         return {name: self._build(spec, make) for name, spec in self.specs.items()}
 
     def _build(self, spec: FeatureSpec, make: MakeArray) -> Any:

@@ -1,11 +1,11 @@
-"""Runs one job on a stranger's file in a child process of its own, with bounds on what it may use.
+"""Runs a job on an untrusted file in a separate child process with limits on memory and time.
 
     result = await sandbox.run("module:function", job, data)
 
-The child is forked from the process that image workers are forked from, which has the libraries
-loaded. It gets the file in an anonymous file, and gives its arrays back in another one. While it
-works it can open neither files nor sockets, and has limits for its time and memory. Nothing is
-pickled by the child: one that a hostile file took over can return wrong numbers, not code.
+The child is forked from the image workers' forkserver, which has the libraries loaded. It gets the
+data in a memfd and returns its arrays in another one. While the job runs, the child can open
+neither files nor sockets. The child pickles nothing, so a compromised child can return wrong
+numbers but cannot inject code.
 """
 
 import asyncio
@@ -36,20 +36,20 @@ from server.errors import SaccadeError, ServerBusy
 from server.workers.process import mapped_bytes, start_child
 from server.workers.shared_memory import ALIGNMENT
 
-# How long a child may take to be forked and to load what is not loaded yet.
+# Limit for forking a child and for the imports that are left to it.
 _START_TIMEOUT_S = 120.0
-# One write to a file moves at most this much.
+# Most bytes of one write.
 _WRITE_BYTES = 1 << 30
 _LENGTH = struct.Struct("<Q")
 _M_ARENA_MAX = -8
-# Threads of a decoder, as FFmpeg bounds them.
+# FFmpeg's limit for the threads of a decoder.
 _MAX_THREADS = 16
 
 
 @dataclass(frozen=True)
 class SandboxLimits:
-    """`processes` run at a time and `queue` more jobs wait; a job may take `timeout_s` seconds, and
-    `max_memory_bytes` beyond what a process that does nothing has."""
+    """At most `processes` jobs run at a time and `queue` more wait. A job may run for `timeout_s`
+    seconds and map `max_memory_bytes` beyond the memory of an idle child."""
 
     processes: int
     queue: int
@@ -59,14 +59,15 @@ class SandboxLimits:
 
 @dataclass(frozen=True)
 class Output:
-    """What a job gives: arrays of uint8 or float32, and `answer`, bytes of the job's own."""
+    """The result of a job: uint8 or float32 arrays, and `answer`, in a format of the job's
+    choice."""
 
     answer: bytes
     arrays: list[npt.NDArray[Any]] = field(default_factory=list)
 
 
-# Prepares for a job, which is the job's own bytes: imports what it needs and opens what it reads.
-# What it returns is called with the file when nothing can be opened any more.
+# Takes an encoded job, imports modules and opens files for it, and returns the function that runs
+# it on the data. That function is called when the limits are in place and nothing can be opened.
 Prepare: TypeAlias = Callable[[bytes], Callable[[bytes], Output]]
 
 
@@ -75,7 +76,7 @@ class JobTimedOut(Exception):
 
 
 class JobDied(Exception):
-    """The process died on the job, or gave something that is not an answer."""
+    """The process died, or its result is damaged."""
 
 
 class JobRefused(Exception):
@@ -106,7 +107,7 @@ class _Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 class _Call(msgspec.Struct, frozen=True):
-    """What the child is told: `prepare` is the "module:function" that prepares for `job`."""
+    """The arguments of the child: `prepare`, "module:function", prepares `job`."""
 
     prepare: str
     job: bytes
@@ -115,7 +116,7 @@ class _Call(msgspec.Struct, frozen=True):
 
 
 class Sandbox:
-    """Runs jobs in processes of their own. `close` ends it."""
+    """Runs each job in a separate process. Call `close` at the end."""
 
     def __init__(self, limits: SandboxLimits) -> None:
         self.limits = limits
@@ -124,13 +125,13 @@ class Sandbox:
         self._threads = ThreadPoolExecutor(limits.processes, "sandbox")
 
     def close(self) -> None:
-        """Take no more jobs."""
+        """Accept no more jobs."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def run(self, prepare: str, job: bytes, data: bytes) -> Output:
-        """Run the job "module:function" on the file `data`; see `Prepare`.
+        """Run `job` on `data`, prepared by the "module:function" `prepare`; see `Prepare`.
 
-        A caller that is cancelled takes the process along.
+        If the caller is cancelled, the process is killed.
 
         Raises:
             ServerBusy: too many jobs wait, or no process can be started.
@@ -148,20 +149,20 @@ class Sandbox:
         loop = asyncio.get_running_loop()
         work = loop.run_in_executor(self._threads, _run, call, data, theirs)
         work.add_done_callback(self._free)
-        with ours:  # its end tells the thread that nobody waits any more
+        with ours:  # closing it tells the thread that the caller has left
             return await asyncio.shield(work)
 
     def _free(self, work: asyncio.Future[Output]) -> None:
         self._slots.release()
         if not work.cancelled():
-            work.exception()  # the caller may have left: do not warn about it
+            work.exception()  # read it: else asyncio warns if the caller has left
 
 
 # ---------------------------------------------------------------------- in a thread of the server
 
 
 def _run(call: _Call, data: bytes, caller: socket.socket) -> Output:
-    """Run one child from start to end; `caller` becomes readable when nobody waits any more."""
+    """Run one child from start to end; `caller` becomes readable when the caller has left."""
     with caller, _memfd() as source, _memfd() as result:
         _write(source.fileno(), memoryview(data), 0)
         ready, child_ready = multiprocessing.Pipe(duplex=False)
@@ -189,29 +190,29 @@ def _run(call: _Call, data: bytes, caller: socket.socket) -> Output:
 def _start(process: BaseProcess) -> None:
     try:
         process.start()
-    except (OSError, EOFError) as error:  # the forking process died: the next start renews it
-        raise ServerBusy("no process for decoding videos could be started") from error
+    except (OSError, EOFError) as error:  # the forkserver died; the next start creates one
+        raise ServerBusy("failed to start a process for decoding videos") from error
 
 
 def _await(
     process: BaseProcess, ready: Connection, caller: socket.socket, timeout_s: float
 ) -> None:
-    """Wait for the end of the child. Its time begins when it has loaded what it needs."""
+    """Wait until the child has exited. `timeout_s` counts from when it is ready."""
     if ready in wait([ready, process.sentinel, caller], _START_TIMEOUT_S):
         ended = wait([process.sentinel, caller], timeout_s)
         if not ended:
             raise JobTimedOut
         if process.sentinel not in ended:
-            raise JobDied("nobody waits for the job any more")
+            raise JobDied("the caller of the job has left")
 
 
 def _read(fd: int) -> Output | None:
-    """The result of a child that has ended; None if it ended before it had one.
+    """The result of a child that has exited; None if it exited before it had one.
 
     Raises:
         JobRefused, JobDied
     """
-    # A child that handed its descriptor on could cut the file off under our mapping.
+    # Another holder of the descriptor could truncate the file under the mapping.
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     size = os.fstat(fd).st_size
     if size < _LENGTH.size:
@@ -231,7 +232,7 @@ def _read(fd: int) -> Output | None:
 
 
 def _array(memory: mmap.mmap, placed: _Placed) -> npt.NDArray[Any]:
-    """Raises ValueError if the array is not inside the memory."""
+    """An array over the memory. Raises ValueError if it does not fit into it."""
     if min(placed.shape, default=0) < 0:
         raise ValueError
     count = math.prod(placed.shape)
@@ -242,7 +243,7 @@ def _array(memory: mmap.mmap, placed: _Placed) -> npt.NDArray[Any]:
 
 @contextlib.contextmanager
 def _memfd() -> Iterator[Connection]:
-    """An anonymous file, as an object that can be handed to a child: `fileno` is its descriptor."""
+    """A memfd, as an object that can be passed to a child process."""
     fd = os.memfd_create("saccade-clip", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     with Connection(fd) as file:
         yield file
@@ -285,31 +286,31 @@ def _contents(fd: int) -> bytes:
 
 
 def _confine(call: _Call) -> None:
-    """Set the limits of this process; they cannot be raised again."""
+    """Set the limits of this process, which it cannot raise again."""
     if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
-        mallopt(_M_ARENA_MAX, 1)  # each arena of a thread reserves 64 MiB of addresses
+        mallopt(_M_ARENA_MAX, 1)  # each thread's arena would reserve 64 MiB of address space
     cores = min(len(os.sched_getaffinity(0)), _MAX_THREADS)
     seconds = math.ceil(call.timeout_s * cores) + 1
     _limit(resource.RLIMIT_AS, mapped_bytes() + call.max_memory_bytes)
     _limit(resource.RLIMIT_FSIZE, call.max_memory_bytes)
     _limit(resource.RLIMIT_CPU, seconds)
     _limit(resource.RLIMIT_CORE, 0)
-    _limit(resource.RLIMIT_NOFILE, 0)  # what is open stays open; nothing else can be opened
+    _limit(resource.RLIMIT_NOFILE, 0)  # open descriptors stay open; no more can be opened
 
 
 def _limit(which: int, value: int) -> None:
-    """Lower a limit to `value`, or leave it if it is lower."""
+    """Lower a limit to `value`, unless it is lower already."""
     _, hard = resource.getrlimit(which)
     if hard == resource.RLIM_INFINITY or hard > value:
         resource.setrlimit(which, (value, value))
 
 
 def _put(fd: int, reply: _Done | _Failed, arrays: list[npt.NDArray[Any]]) -> None:
-    """Write the result: the length of the head, the head, and the arrays behind it. The length
-    is written last: without it there is no result."""
+    """Write the result: the length of the head, the head, and then the arrays. The length is
+    written last, so an incomplete result has none."""
     placed: list[_Placed] = []
     if isinstance(reply, _Done):
-        # The head grows with the number of arrays, which is small, and with the answer.
+        # An upper bound for the length of the head; there are few arrays.
         offset = _LENGTH.size + len(reply.answer) + 256 * (1 + len(arrays))
         for array in arrays:
             offset = -(-offset // ALIGNMENT) * ALIGNMENT

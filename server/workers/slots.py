@@ -1,4 +1,4 @@
-"""Slots for image workers: each one is kept filled with a live worker."""
+"""Slots for image workers: each slot has one worker, which is replaced when it ends."""
 
 import asyncio
 import logging
@@ -19,8 +19,8 @@ from server.workers.protocol import Features
 log = logging.getLogger("saccade.images")
 
 START_TIMEOUT_S = 120.0
-# This many deaths in a row without a finished picture make the pool unhealthy, until a picture is
-# finished or no worker has died for a while.
+# The pool is unhealthy after this many deaths in a row without a finished picture, until a picture
+# is finished or no worker has died for `_CALM_S`.
 _UNHEALTHY_DEATHS = 5
 _CALM_S = 15.0
 _RESTART_DELAYS_S = (0.0, 0.1, 0.5, 2.0, 5.0)
@@ -44,13 +44,13 @@ class Ending(StrEnum):
 
     DIED = "died"
     TIMED_OUT = "timed out"
-    ABANDONED = "was stopped: nobody waits for its image"
+    ABANDONED = "was stopped: all callers of its image have left"
 
 
 @dataclass(eq=False)
 class Slot:
-    """The place of one worker, which may be replaced; `since` is when it was given `task`, on
-    `time.monotonic()`. `timer` limits the time of its start or of its task."""
+    """The slot of one worker. `since` is when the worker got `task`, on `time.monotonic()`. `timer`
+    limits the duration of the start or of the task."""
 
     number: int
     channel: WorkerChannel | None = None
@@ -68,13 +68,13 @@ class Slot:
         return self.up and self.task is None
 
     def limit(self, at: float, then: Callable[..., None], *args: Any) -> None:
-        """Replace the timer by one that calls `then` at this time of the event loop."""
+        """Replace the timer with one that calls `then` at the time `at` of the event loop."""
         if self.timer is not None:
             self.timer.cancel()
         self.timer = asyncio.get_running_loop().call_at(at, then, *args)
 
     def release(self) -> Task | None:
-        """Take the task out, and stop the timer."""
+        """Remove and return the task, and cancel the timer."""
         task, self.task = self.task, None
         if self.timer is not None:
             self.timer.cancel()
@@ -82,7 +82,7 @@ class Slot:
         return task
 
     def stop(self, why: Ending) -> None:
-        """Kill the worker; it is replaced when it has ended."""
+        """Kill the worker, which is replaced when it has exited."""
         if self.channel is not None and self.channel.ready:
             self.ending = why
             self.channel.kill()
@@ -110,7 +110,7 @@ class Health:
         return _RESTART_DELAYS_S[min(self._deaths(), len(_RESTART_DELAYS_S) - 1)]
 
     def _deaths(self) -> int:
-        """Deaths in a row; a quiet period ends the row, as a finished picture does."""
+        """Deaths in a row; a calm period resets the count, as a finished picture does."""
         if self._died_at and time.monotonic() - self._died_at[-1] > _CALM_S:
             self._died_at.clear()
         return len(self._died_at)
@@ -118,7 +118,7 @@ class Health:
 
 @dataclass(frozen=True)
 class SlotEvents:
-    """What the pool is told, on the event loop."""
+    """The pool's callbacks, which run on the event loop."""
 
     on_ready: Callable[[], None]
     """A worker can take jobs."""
@@ -126,7 +126,7 @@ class SlotEvents:
     on_reply: Callable[[Slot, protocol.Done | protocol.Failed, Features | None], None]
 
     on_lost: Callable[[Task | None, Ending], None]
-    """A worker ended, or could not be started; with the task that it had."""
+    """A worker ended or failed to start; called with its task, if it had one."""
 
 
 class WorkerSlots:
@@ -136,7 +136,7 @@ class WorkerSlots:
         self.all = [Slot(number) for number in range(count)]
         self.health = Health()
         self.settled = asyncio.Event()
-        """Set when all workers are up for the first time, or the pool is unhealthy."""
+        """Set when all workers have been up, or the pool is unhealthy."""
         self._forkserver = forkserver
         self._events = events
         self._threads = ThreadPoolExecutor(2, "image-workers")
@@ -152,18 +152,18 @@ class WorkerSlots:
 
     @property
     def ready(self) -> bool:
-        """Whether some worker can take jobs, or is replaced by one that can, and they do not die
-        one after the other."""
+        """Whether a worker is up, or is being replaced after its task was abandoned, and the pool
+        is healthy."""
         usable = any(slot.up or slot.ending is Ending.ABANDONED for slot in self.all)
         return usable and not self.health.unhealthy and not self._closing
 
     def start(self) -> None:
-        """Begin to start all workers."""
+        """Start all workers in the background."""
         for slot in self.all:
             self._spawn(self._fill(slot))
 
     async def close(self) -> None:
-        """End the workers and the process that they are forked from."""
+        """Stop the workers and the forkserver."""
         self._closing = True
         for task in list(self._background):
             task.cancel()
@@ -171,12 +171,12 @@ class WorkerSlots:
             slot.release()
             if slot.channel is not None:
                 slot.channel.close()
-        self._forkserver.close()  # also ends a start that waits for it
+        self._forkserver.close()  # also ends a start that waits for the forkserver
         await asyncio.to_thread(self._end_processes)
 
     def _end_processes(self) -> None:
         self._threads.shutdown(cancel_futures=True)
-        self._forkserver.close()  # a start may have renewed it
+        self._forkserver.close()  # a start may have created a new one
         for slot in self.all:
             if slot.channel is not None:
                 slot.channel.end()
@@ -250,4 +250,4 @@ class WorkerSlots:
         self.health.note_death()
         metrics.image_worker_deaths.inc()
         if self.health.unhealthy:
-            self.settled.set()  # a start of the pool that waits for the workers gives up
+            self.settled.set()  # the start of the pool stops waiting

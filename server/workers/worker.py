@@ -1,7 +1,7 @@
-"""One image worker: a child process that turns one encoded picture at a time into features.
+"""An image worker: a child process that turns one encoded picture at a time into features.
 
-Children are forked from a server process in which `server.workers.preload` has loaded the
-extractor, so that its memory is shared by all of them.
+Workers are forked from the forkserver, in which `server.workers.preload` has loaded the extractor,
+so all of them share its memory.
 """
 
 import array
@@ -34,11 +34,11 @@ from server.workers.jobs import (
 from server.workers.process import FreedMemory, keep_freed_memory, start_child
 from server.workers.shared_memory import ArrayWriter, Segment
 
-# Heap that a worker keeps between pictures: the 36 MB of a 12-megapixel picture several times.
+# Freed heap that a worker keeps between pictures: several times the 36 MB of 12 megapixels.
 _KEPT_HEAP_BYTES = 192 << 20
-# Beyond that, and Pillow's arena, what a large picture took is given back.
+# A worker that has grown by more than this returns its freed heap.
 _GROWTH_BYTES = 384 << 20
-# Pillow's own arena, in blocks of 16 MiB.
+# Most blocks of 16 MiB in Pillow's arena.
 _PILLOW_BLOCKS = 8
 # Result segments that a worker keeps for the next pictures.
 _KEPT_SEGMENTS = 4
@@ -58,17 +58,17 @@ class Extractor(Protocol):
     """Decoding and preprocessing for one model."""
 
     def decode(self, data: bytes, job: PictureJob) -> Decoded:
-        """The picture in the size and mode that `job` wants; a `ProcessJob` may be decoded at a
-        smaller scale where the processor would shrink it anyway."""
+        """Decode a picture to the size and mode of `job`. For a `ProcessJob`, the picture may be
+        smaller if the processor would shrink it anyway."""
         ...
 
     def features(self, decoded: Decoded, job: ProcessJob) -> dict[str, Feature]:
-        """What the model's processor makes of `decoded`."""
+        """The fields that the model's processor returns for `decoded`, by name."""
         ...
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):
-    """How a worker gets its extractor: `factory` is "module:function", called with `payload`."""
+    """How a worker builds its extractor: `factory`, "module:function", is called with `payload`."""
 
     factory: str
     payload: bytes
@@ -80,7 +80,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
 
 
 class _Segments:
-    """The worker's result segments by number; those in `free` may be written again."""
+    """The worker's result segments by number; those in `free` may be reused."""
 
     def __init__(self) -> None:
         self.free: list[int] = []
@@ -89,8 +89,9 @@ class _Segments:
 
     @contextmanager
     def taken(self, nbytes: int) -> Iterator[tuple[int, Segment, bool]]:
-        """The smallest free segment that holds `nbytes`, or a new one (then True). Whoever reads
-        the result frees it; if there is none, it is taken back."""
+        """Take the smallest free segment of at least `nbytes`, or create one; yields its number,
+        the segment, and whether it is new. The reader of the result releases it; if the body
+        raises, it is released at once."""
         number, is_new = self._take(nbytes)
         try:
             yield number, self._all[number], is_new
@@ -112,19 +113,19 @@ class _Segments:
         return number, True
 
     def surplus(self) -> list[int]:
-        """Free segments that are more than the next pictures need, smallest first."""
+        """The free segments beyond `_KEPT_SEGMENTS`, smallest first."""
         self.free.sort(key=lambda number: self._all[number].capacity)
         return self.free[: max(0, len(self.free) - _KEPT_SEGMENTS)]
 
     def drop(self, numbers: Sequence[int]) -> None:
-        """Give free segments back to the system."""
+        """Return the memory of free segments to the system."""
         for number in numbers:
             self.free.remove(number)
             self._all.pop(number).close()
 
 
 class Worker:
-    """Serves jobs from `connection` until the other side closes it."""
+    """Runs the jobs that arrive on `connection` until the server closes it."""
 
     def __init__(self, connection: socket.socket, extractor: Extractor) -> None:
         self._connection = connection
@@ -205,7 +206,7 @@ class Worker:
     def _send(self, message: protocol.FromWorker, fd: int | None = None) -> None:
         data = protocol.encoder.encode(message)
         if len(data) > protocol.MAX_MESSAGE_BYTES:
-            raise SaccadeError("the image processor returned too many lists and numbers")
+            raise SaccadeError("the image processor returned too many values outside of arrays")
         ancillary = []
         if fd is not None:
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
@@ -213,7 +214,7 @@ class Worker:
 
 
 def inspect(data: bytes, job: InspectPdf | CountFrames) -> dict[str, Feature]:
-    """What is in a file, without decoding its pictures; see the jobs."""
+    """Count the pages or frames of a file without decoding them; see the two jobs."""
     if isinstance(job, InspectPdf):
         sizes, count = pdf.page_sizes(data, job.max_pages)
         return {"sizes": Array("float64", np.array(sizes, np.float64)), "count": count}
@@ -232,12 +233,12 @@ def _describe(value: Feature, writer: ArrayWriter) -> protocol.FeatureSpec:
         return protocol.ListSpec([_describe(item, writer) for item in value])
     if isinstance(value, int | float | str | None):
         return protocol.ValueSpec(value)
-    raise TypeError(f"an image processor returned {type(value).__name__}, which has no encoding")
+    raise TypeError(f"the image processor returned an unsupported type: {type(value).__name__}")
 
 
 def main(connection: socket.socket) -> None:
     """Entry point of the child process."""
-    from server.workers import preload  # loaded in the parent by then; its memory is shared
+    from server.workers import preload  # already loaded in the forkserver
 
     start_child("SACCADE::ImageWorker")
     keep_freed_memory(_KEPT_HEAP_BYTES)

@@ -389,7 +389,7 @@ def test_a_worker_that_breaks_the_protocol_is_replaced(
             del made
             gc.collect()
             assert len(os.listdir("/proc/self/fd")) == fds
-            assert f"image worker {pid} broke the protocol" in caplog.text
+            assert f"image worker {pid} violated the protocol" in caplog.text
 
     run(test)
 
