@@ -1,4 +1,4 @@
-"""From arguments to a running server: starts the engine, the image pool and what loads media.
+"""From arguments to a running server: starts the engine, the image pool and the media loader.
 
 arguments -> prepared engine -> worker preload | engine start -> pool -> http.app -> http.server
 """
@@ -29,9 +29,9 @@ from server.telemetry import metrics, tracing
 from server.workers.pool import ImagePool
 from server.workers.process import keep_freed_memory
 
-# Request bodies of a few photos: heap that is worth keeping between requests.
+# Freed heap that is kept between requests: the size of a request body with a few photos.
 _KEPT_HEAP_BYTES = 128 << 20
-# How long the last traces may take to be sent.
+# Time limit for sending the last traces at shutdown.
 _TRACES_TIMEOUT_S = 5.0
 
 Report = Callable[[str], None]
@@ -67,7 +67,7 @@ async def run(args: Namespace, settings: Settings, report: Report) -> int:
 
 @contextlib.asynccontextmanager
 async def _running(args: Namespace, settings: Settings, report: Report) -> AsyncIterator[Parts]:
-    """Engine, image pool and fetcher, started side by side and stopped in reverse."""
+    """Start the engine, the image pool and the fetcher concurrently; stop them in reverse order."""
     report(f"reading the model {model_name(args)}")
     prepared = launch.prepare(args, settings)
     async with contextlib.AsyncExitStack() as stack:
@@ -109,7 +109,7 @@ async def _running(args: Namespace, settings: Settings, report: Report) -> Async
 
 
 def _fetcher(args: Namespace, settings: Settings) -> Fetcher:
-    """Raises CannotStart if a host or network that is allowed is none."""
+    """Raises CannotStart if an allowed host or network is invalid."""
     http = settings.http
     fetch = FetchSettings(
         timeout_s=http.fetch_timeout_s,

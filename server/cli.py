@@ -31,7 +31,7 @@ Serve a vision-language model over the OpenAI API.
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command; ends the process with status 2 on a wrong call."""
+    """Run a command; exit with status 2 on invalid usage."""
     arguments = sys.argv[1:] if argv is None else argv
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("-h", "--help"):
@@ -53,12 +53,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 class _Interrupted(KeyboardInterrupt):
-    """A class of its own: CPython notes a KeyboardInterrupt that leaves `exec` of a text, by which
-    dataclasses are made, and in the end kills the process with SIGINT, although it was caught."""
+    """Raised by a signal during the start-up.
+
+    A subclass, because CPython remembers a plain KeyboardInterrupt that leaves `exec` of a string,
+    which dataclasses use, and kills the process with SIGINT at exit even if it was caught.
+    """
 
 
 class Progress:
-    """One line on standard error for each stage of the start-up, or a line of the log."""
+    """Reports each stage of the start-up as a line on standard error or in the log."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
@@ -73,12 +76,12 @@ class Progress:
 
 
 def _serve(argv: list[str]) -> None:
-    """Serve until a signal; ends the process with status 2 on wrong arguments."""
+    """Serve until a signal; exit with status 2 on invalid arguments."""
     progress = Progress()
     _interruptible()
     _quiet_libraries()
     os.environ.setdefault("OTEL_SERVICE_NAME", "saccade")
-    # All metrics are in this process; with the variable the client library would put them in files.
+    # All metrics are in this process; this variable would make the library write them to files.
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
     try:
         status = _run(argv, progress)
@@ -94,8 +97,9 @@ def _serve(argv: list[str]) -> None:
 
 
 def _quiet_libraries() -> None:
-    """The stages of the start are told here; the libraries' own logs are for who asks for them."""
-    # On a CPU vLLM warns of every default it changes there, in each of its processes.
+    """Hide the start-up logs of libraries, unless the environment asks for them: `Progress` reports
+    the stages."""
+    # On a CPU, vLLM warns about every default that it changes, in each of its processes.
     level = "WARNING" if os.path.exists("/proc/driver/nvidia/version") else "ERROR"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", level)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -121,15 +125,15 @@ def _run(argv: list[str], progress: Progress) -> int:
 
 
 def _value(word: str) -> str:
-    """What a word of the command line gives as a value: that of `--flag=value`, or itself."""
+    """The value in a word of the command line: the part after `=`, or the word itself."""
     return word.rpartition("=")[2]
 
 
 def _interruptible() -> None:
-    """Until the server handles signals itself, SIGTERM interrupts the start like Ctrl-C.
+    """Make SIGTERM interrupt the start-up like Ctrl-C, until the server handles signals itself.
 
-    The start mostly waits for the engine in pyzmq's `poll`, which may swallow what a signal
-    handler raises. So the interruption is repeated for as long as it finds itself there.
+    The start-up mostly waits for the engine in pyzmq's `poll`, which may swallow the exception of a
+    signal handler. So a timer repeats the interruption while the process is still in `poll`.
     """
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""How many cores this process may use: its affinity, and the CPU quota of its container."""
+"""Counts the cores that this process may use, by CPU affinity and by its container's quota."""
 
 import math
 import os
@@ -11,15 +11,15 @@ _V1_FOLDERS = ("cpu,cpuacct", "cpu")
 def usable_cores(
     groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> int:
-    """At least 1. `groups` says which control groups this process is in; `root` is where their
-    files are."""
+    """The number of cores, at least 1. The file `groups` lists the control groups of this process;
+    `root` is the folder where the control group file system is mounted."""
     cores = len(os.sched_getaffinity(0))
     quotas = [quota for quota in _quotas(groups, root) if quota > 0]
     return max(1, min(cores, *(math.ceil(quota) for quota in quotas))) if quotas else cores
 
 
 def _quotas(groups: Path, root: Path) -> Iterator[float]:
-    """The quota in cores of each group that this process is in, and of the groups above it."""
+    """Yield the quota, in cores, of each control group of this process and of its ancestors."""
     for folder in _folders(groups, root):
         try:
             if (folder / "cpu.max").exists():  # version 2: "max 100000" or "150000 100000"
@@ -34,7 +34,10 @@ def _quotas(groups: Path, root: Path) -> Iterator[float]:
 
 
 def _folders(groups: Path, root: Path) -> Iterator[Path]:
-    """In a container the path may be that of the host: the groups above it count as well."""
+    """Yield the folder of each control group, and those of its ancestors.
+
+    In a container the path may be the host's and not exist; the ancestors still apply.
+    """
     try:
         lines = groups.read_text().splitlines()
     except OSError:

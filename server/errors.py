@@ -1,9 +1,9 @@
-"""Every error that a client can see, and the one shape in which it sees it.
+"""Every error that a client can receive, and the shape of its body.
 
-Stages raise these; `http.errors` turns them into a response. A stage that calls a library
-translates the library's exceptions itself, so that no text of the library's reaches a client.
-The docstring of a class says when it is raised; `python -m server.http.errors` makes the table of
-`docs/errors.md` from them.
+Stages raise these; `http.errors` turns them into responses. A stage that calls a library translates
+the library's exceptions itself, so that the library's texts never reach a client. The docstring of
+a class says when it is raised; `python -m server.http.errors` builds the table in `docs/errors.md`
+from them.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class SaccadeError(Exception):
-    """Something failed that the request is not to blame for."""
+    """The server failed; the request is not at fault."""
 
     status = 500
     code = "internal_error"
@@ -19,14 +19,14 @@ class SaccadeError(Exception):
     retry_after_s: int | None = None
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
-        """`param` is the path of what is wrong in the request, where it is known."""
+        """`param` is the path of the wrong value in the request, if it is known."""
         super().__init__(message)
         self.message = message
         self.param = param
 
 
 class ClientError(SaccadeError):
-    """The request is not what the API takes; sending it again as it is will fail again."""
+    """The request is invalid; the same request would fail again."""
 
     status = 400
     code = "invalid_request"
@@ -34,38 +34,38 @@ class ClientError(SaccadeError):
 
 
 class InvalidImageUrl(ClientError):
-    """The URL of an image cannot be used: not base64, an unknown scheme, no host."""
+    """The image URL is unusable: invalid base64, an unknown scheme, or no host."""
 
     code = "invalid_image_url"
 
 
 class InvalidImage(ClientError):
-    """The image is empty, truncated or damaged, or not what its header says."""
+    """The image is empty, truncated or damaged, or contradicts its header."""
 
     code = "invalid_image"
 
 
 class UnsupportedImageFormat(ClientError):
-    """The data is none of the image formats that are opened."""
+    """The data is not in a supported image format."""
 
     code = "unsupported_image_format"
 
 
 class ImageTooLarge(ClientError):
-    """The image has more bytes, pixels or a longer side than the limits allow."""
+    """The image exceeds the limit on bytes, on pixels or on the length of a side."""
 
     status = 413
     code = "image_too_large"
 
 
 class ImageAspectRatio(ClientError):
-    """The image is too long for its width, or too wide for its height."""
+    """The ratio of the image's longer side to its shorter side exceeds the limit."""
 
     code = "image_aspect_ratio"
 
 
 class ImageFrameMissing(ClientError):
-    """A frame or page was asked for that the file does not have."""
+    """The file does not have the requested frame or page."""
 
     code = "image_frame_missing"
 
@@ -77,44 +77,44 @@ class ImageProcessingTimeout(ClientError):
 
 
 class ImageProcessingFailed(ClientError):
-    """The image worker died on the image, on two attempts."""
+    """The image worker died while it processed the image, on both attempts."""
 
     code = "image_processing_failed"
 
 
 class InvalidVideo(ClientError):
-    """The video is damaged, has no pictures, or refers to other files for them."""
+    """The video is damaged, has no frames, or refers to other files."""
 
     code = "invalid_video"
 
 
 class UnsupportedVideoFormat(ClientError):
-    """The data is none of the video formats that are opened."""
+    """The data is not in a supported video format."""
 
     code = "unsupported_video_format"
 
 
 class VideoTooLarge(ClientError):
-    """The video has more bytes or pixels, or its frames take more memory, than the limits allow."""
+    """The video exceeds the limit on bytes, on pixels, or on the memory of its frames."""
 
     status = 413
     code = "video_too_large"
 
 
 class InvalidAudio(ClientError):
-    """The audio clip is damaged, or has no sound."""
+    """The audio clip is damaged or has no sound."""
 
     code = "invalid_audio"
 
 
 class UnsupportedAudioFormat(ClientError):
-    """The data is none of the audio formats that are opened."""
+    """The data is not in a supported audio format."""
 
     code = "unsupported_audio_format"
 
 
 class AudioTooLarge(ClientError):
-    """The audio clip has more bytes, or takes more memory once decoded, than the limits allow."""
+    """The audio clip exceeds the limit on bytes, or on memory once decoded."""
 
     status = 413
     code = "audio_too_large"
@@ -127,25 +127,25 @@ class MediaProcessingTimeout(ClientError):
 
 
 class MediaProcessingFailed(ClientError):
-    """The process that decodes the video or audio clip died on it."""
+    """The process that decoded the video or audio clip died."""
 
     code = "media_processing_failed"
 
 
 class ImageTokenCap(ClientError):
-    """The model cannot show the image, or the images, in as few tokens as the cap allows."""
+    """The model needs more tokens for the image, or for all images, than the cap allows."""
 
     code = "image_token_cap"
 
 
 class ImageUrlBlocked(ClientError):
-    """The URL leads to an address, a host or a file that this server does not fetch from."""
+    """The URL points to an address, a host or a file that this server may not read."""
 
     code = "image_url_blocked"
 
 
 class ImageFetchFailed(ClientError):
-    """The image's server could not be reached, or did not answer with an image."""
+    """The image's server could not be reached, or did not send an image."""
 
     code = "image_fetch_failed"
 
@@ -157,25 +157,25 @@ class ImageFetchTimeout(ClientError):
 
 
 class UnknownImage(ClientError):
-    """The part has only a uuid, under which no image is cached."""
+    """The part has only a uuid, and no image is known under it."""
 
     code = "unknown_image"
 
 
 class TooManyImages(ClientError):
-    """The request has more images, or a file more pages, than the limit allows."""
+    """The request has more images, or a file more pages or frames, than the limit allows."""
 
     code = "too_many_images"
 
 
 class InvalidFile(ClientError):
-    """A PDF is damaged or encrypted, or a file cannot give what its part asks for."""
+    """A PDF is damaged or encrypted, or the options of a part do not fit its file."""
 
     code = "invalid_file"
 
 
 class InvalidApiKey(ClientError):
-    """The request has no API key, or none that the server knows."""
+    """The request has no API key, or an unknown one."""
 
     status = 401
     type = "authentication_error"
@@ -183,49 +183,49 @@ class InvalidApiKey(ClientError):
 
 
 class AdminKeyRequired(ClientError):
-    """The route is for admin keys only, or the server has none."""
+    """The route needs an admin key: the request has none, or the server has none."""
 
     status = 403
     code = "admin_key_required"
 
 
 class UnknownFile(ClientError):
-    """There is no uploaded file with this id: it never was, was deleted, or has expired."""
+    """No uploaded file has this id: it never existed, was deleted, or has expired."""
 
     status = 404
     code = "file_not_found"
 
 
 class FilesDisabled(ClientError):
-    """The server keeps no uploaded files: it was started without `--files-dir`."""
+    """The Files API is off: the server was started without `--files-dir`."""
 
     status = 404
     code = "files_disabled"
 
 
 class FileQuotaExceeded(ClientError):
-    """The uploaded files would be more, or have more bytes, than the limits allow; delete some."""
+    """The upload would exceed the limit on files or on their bytes; delete some files first."""
 
     status = 413
     code = "file_quota_exceeded"
 
 
 class RequestTooLarge(ClientError):
-    """The body of the request has more bytes than the limit allows."""
+    """The request body has more bytes than the limit allows."""
 
     status = 413
     code = "request_too_large"
 
 
 class RequestTimeout(ClientError):
-    """The body of the request stopped coming."""
+    """The request body stopped arriving."""
 
     status = 408
     code = "request_timeout"
 
 
 class ServerBusy(SaccadeError):
-    """Too many images wait, or the server is shutting down; try again after `Retry-After`."""
+    """Too many images or clips wait, or the server is shutting down; retry after `Retry-After`."""
 
     status = 503
     code = "server_busy"
@@ -233,8 +233,8 @@ class ServerBusy(SaccadeError):
 
 
 class Unavailable(SaccadeError):
-    """The server cannot serve requests now: it is shutting down, its engine has died, or no image
-    worker can take work. `/health` and `/ready` say so, and proxies that reach no server."""
+    """The server cannot serve requests: it is shutting down, its engine has died, or no image
+    worker is available. `/health` and `/ready` return this, and proxies that reach no server."""
 
     status = 503
     code = "unavailable"
@@ -248,17 +248,17 @@ class FileStorageFailed(SaccadeError):
 
 
 class CannotStart(Exception):
-    """A setting that this machine or this model cannot bear; said once, at the start."""
+    """The server cannot start with these settings on this machine or with this model."""
 
 
 def error_classes(root: type[SaccadeError] = SaccadeError) -> Iterator[type[SaccadeError]]:
-    """Every class of error, a class before those derived from it."""
+    """Yield every error class, each before its subclasses."""
     yield root
     for derived in root.__subclasses__():
         yield from error_classes(derived)
 
 
-# The errors that an image worker may report by their code.
+# The errors that an image worker may report, by code.
 WORKER_ERRORS: dict[str, type[SaccadeError]] = {
     error.code: error
     for error in (
@@ -279,7 +279,7 @@ def error_body(
     return {"error": {"message": message, "type": type_, "param": param, "code": code}}
 
 
-# Codes of errors that vLLM and the framework raise, by their status.
+# Codes for the errors of vLLM and of the framework, by HTTP status.
 STATUS_CODES = {
     400: "invalid_request",
     401: "invalid_api_key",
@@ -295,5 +295,5 @@ STATUS_CODES = {
     501: "not_implemented",
     503: "server_busy",
 }
-# Every code that is documented.
+# All documented codes.
 CODES = frozenset(error.code for error in error_classes()) | frozenset(STATUS_CODES.values())

@@ -1,4 +1,4 @@
-"""Work of one request that goes on side by side, and work that is done in threads."""
+"""Runs the tasks of one request concurrently, and blocking work in threads."""
 
 import asyncio
 import functools
@@ -8,27 +8,32 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-# base64 and hashing let go of the GIL; more threads than this only wait for memory.
+# base64 and hashing release the GIL; more threads than this only compete for memory bandwidth.
 _threads = ThreadPoolExecutor(4, "media")
 
 
 async def in_thread(work: Callable[..., T], *args: Any) -> T:
-    """Run `work` on the bytes of media in one of a few threads. The loop's own are for others:
-    uvloop has four, and a slow disk or lookup may hold them."""
+    """Run `work(*args)`, which processes the bytes of media, in a small pool of threads.
+
+    The loop's default pool is left to other work: a slow disk may occupy its threads.
+    """
     return await asyncio.get_running_loop().run_in_executor(
         _threads, functools.partial(work, *args)
     )
 
 
 async def all_or_none(work: Iterable[Any]) -> list[Any]:
-    """Gather; the first failure cancels the rest, whose results nobody would use."""
+    """Run all of `work` concurrently and return the results in order.
+
+    The first failure cancels the rest and is raised.
+    """
     async with _unwrapped(), asyncio.TaskGroup() as group:
         tasks = [group.create_task(part) for part in work]
     return [task.result() for task in tasks]
 
 
 class _unwrapped:
-    """Raises the first error of a task group as itself."""
+    """Raises the first error of a task group without its exception group."""
 
     async def __aenter__(self) -> None: ...
 

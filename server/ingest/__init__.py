@@ -1,1 +1,1 @@
-"""From the parts of a request to encoded bytes."""
+"""Loads media: from the parts of a request to encoded bytes."""

@@ -1,4 +1,4 @@
-"""Several images of one file: the pages of a PDF, the frames of an animation."""
+"""Expands one file into several images: the pages of a PDF, the frames of an animation."""
 
 import math
 from collections.abc import Sequence
@@ -13,21 +13,24 @@ from server.tasks import in_thread
 from server.telemetry.stages import Timeline
 
 _PDF_MAGIC = b"%PDF-"
-# A PDF may begin with other bytes; readers look for its head this far.
+# Other bytes may precede the header of a PDF; readers look for it in this many bytes.
 _PDF_HEAD_BYTES = 1024
 _POINTS_PER_INCH = 72
 
 
 class Inspector(Protocol):
-    """Looks into files; the image pool does, in its workers."""
+    """Inspects files. The image pool implements it, in its workers."""
 
     async def inspect_pdf(
         self, data: bytes, max_pages: int, timeline: Timeline
     ) -> tuple[Sequence[tuple[float, float]], int]:
-        """(width, height) in points of the first `max_pages` pages, and the number of all."""
+        """(width, height) in points of each of the first `max_pages` pages, and the number of all
+        pages."""
         ...
 
-    async def count_frames(self, data: bytes, timeline: Timeline) -> int: ...
+    async def count_frames(self, data: bytes, timeline: Timeline) -> int:
+        """The number of frames of an animation."""
+        ...
 
 
 def is_pdf(data: bytes) -> bool:
@@ -36,17 +39,17 @@ def is_pdf(data: bytes) -> bool:
 
 
 class Expander:
-    """Makes of a file the images that a part asks for."""
+    """Turns a file into the images that a part asks for."""
 
     def __init__(self, inspector: Inspector, limits: MediaLimits) -> None:
         self._inspector = inspector
         self._limits = limits
 
     async def check_upload(self, data: bytes, timeline: Timeline) -> None:
-        """Hold a file that is to be kept against the rules for images and PDFs.
+        """Check a file before it is stored, by the rules for images and PDFs.
 
         Raises:
-            ClientError: a request that showed it would be refused as well.
+            ClientError: a request with this file would be refused too.
         """
         check_bytes(len(data), self._limits.image)
         if is_pdf(data):
@@ -59,7 +62,7 @@ class Expander:
     async def frames(
         self, image: EncodedImage, ref: MediaRef, timeline: Timeline
     ) -> list[EncodedImage]:
-        """The frames of `image` that `ref` asks for; the first if it does not ask.
+        """The frames of `image` that `ref` selects; by default the first.
 
         Raises:
             InvalidFile: `ref` asks for pages.
@@ -79,7 +82,8 @@ class Expander:
     async def _spread(
         self, image: EncodedImage, wanted: int, timeline: Timeline
     ) -> tuple[int, ...]:
-        """`wanted` frames at equal distances, from the first to the last; or all there are."""
+        """The numbers of `wanted` evenly spaced frames, including the first and the last; of all
+        frames if there are fewer."""
         if wanted > self._limits.max_frames:
             raise _too_many("frames", self._limits.max_frames)
         if not image.header.animated or wanted == 1:
@@ -90,19 +94,19 @@ class Expander:
     # ------------------------------------------------------------------ pages
 
     async def pages(self, data: bytes, ref: MediaRef, timeline: Timeline) -> list[EncodedImage]:
-        """The pages of a PDF that `ref` asks for; all if it does not ask.
+        """The pages of a PDF that `ref` selects; by default all.
 
         Raises:
             InvalidFile: the PDF is damaged or encrypted.
             TooManyImages: more pages than the limit.
-            ImageFrameMissing: there is no such page.
+            ImageFrameMissing: a selected page does not exist.
         """
         most, wanted = self._limits.max_pages, ref.frames
         check_bytes(len(data), self._limits.image)
         if wanted is not None and (wanted if isinstance(wanted, int) else len(wanted)) > most:
             raise _too_many("pages", most)
         if ref.uuid is not None:
-            raise InvalidFile("a part with a uuid is one image: it cannot be a PDF")
+            raise InvalidFile("a PDF cannot have a uuid, which names a single image")
         name = await in_thread(digest, data)
         if isinstance(wanted, int):
             _, count = await self._inspector.inspect_pdf(data, 1, timeline)
@@ -111,19 +115,22 @@ class Expander:
         sizes, count = await self._inspector.inspect_pdf(data, first, timeline)
         if wanted is None and count > most:
             raise TooManyImages(
-                f"the file has {count} pages, the limit is {most}; choose some with `pages`"
+                f"the file has {count} pages, the limit is {most}; select some with `pages`"
             )
         if wanted is None:
             wanted = tuple(range(count))
         if missing := [page for page in wanted if page >= count]:
-            raise ImageFrameMissing(f"the file has {count} pages, and no page {missing[0] + 1}")
+            raise ImageFrameMissing(
+                f"page {missing[0] + 1} does not exist; the file has {count} pages"
+            )
         return [
             self._at(EncodedImage(data, name, self._page_header(sizes[page])), ref, page)
             for page in wanted
         ]
 
     def _page_header(self, points: tuple[float, float]) -> ImageHeader:
-        """A page of so many points at the resolution for PDFs, or less if the limits want it."""
+        """The header of a page of this size in points, at the resolution for PDFs, or at a lower
+        one if the limits require it."""
         limits, (width, height) = self._limits.image, points
         scale = min(
             self._limits.pdf_dpi / _POINTS_PER_INCH,
@@ -147,5 +154,5 @@ def _evenly(count: int, wanted: int) -> tuple[int, ...]:
 
 
 def _too_many(what: str, limit: int) -> TooManyImages:
-    # The number that was asked for stays out of the message: it may have thousands of digits.
+    # The requested number is not in the message: it may have thousands of digits.
     return TooManyImages(f"the part asks for more than {limit} {what}, which is the limit")

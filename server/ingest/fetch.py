@@ -1,4 +1,4 @@
-"""Fetches http(s) images: one deadline, one limit of bytes, and the guard on every hop."""
+"""Fetches http(s) images, with one deadline, one byte limit, and the guard on every hop."""
 
 import asyncio
 import contextlib
@@ -40,13 +40,13 @@ _COMPRESSED = frozenset({"gzip", "x-gzip", "deflate"})
 
 @dataclass(frozen=True)
 class FetchSettings:
-    """Limits of a fetch, and where it may lead.
+    """Limits of fetches, and the hosts that they may reach.
 
     Attributes:
-        timeout_s: the deadline of a whole fetch, from its place in the queue to the last byte.
+        timeout_s: the deadline of a whole fetch in seconds, including the wait for a slot.
         max_bytes: the largest image file, in bytes.
         max_redirects: how many redirects are followed for one image.
-        max_connections: concurrent fetches; about as many idle connections are kept besides.
+        max_connections: concurrent fetches; about as many idle connections are kept in addition.
         max_connections_per_host: concurrent fetches from one host.
         allow_private, allowed, only_hosts: as in `guard.Policy.of`.
     """
@@ -61,8 +61,8 @@ class FetchSettings:
     only_hosts: tuple[str, ...] = ()
 
 
-class _Wanted(NamedTuple):
-    """What is fetched, and for which group. Callers that want the same share a flight."""
+class _FlightKey(NamedTuple):
+    """Identifies a fetch. Callers with the same key share a flight."""
 
     group: str
     url: str
@@ -71,17 +71,17 @@ class _Wanted(NamedTuple):
 
 @dataclass
 class _Flight:
-    """A fetch for which all callers wait that ask for the same file at the same time."""
+    """A fetch in progress, with the number of callers that wait for it."""
 
     task: asyncio.Task[bytes]
     waiters: int = 0
 
 
 class Fetcher:
-    """Fetches images while its `async with` lasts.
+    """Fetches images while its `async with` block is open.
 
     Attributes:
-        cache: the fetched images that it keeps; None if it keeps none.
+        cache: the cache of fetched images; None if none are cached.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Fetcher:
         resolver = GuardedResolver(self._policy, lookup or self._system_lookup)
         self._http = HttpClient(resolver, max_idle=settings.max_connections)
         self._slots = _Slots(settings.max_connections, settings.max_connections_per_host)
-        self._flights: dict[_Wanted, _Flight] = {}
+        self._flights: dict[_FlightKey, _Flight] = {}
 
     async def __aenter__(self) -> Self:
         return self
@@ -118,18 +118,18 @@ class Fetcher:
         await self._system_lookup.close()
 
     async def fetch(self, url: str, group: str, max_bytes: int | None = None) -> bytes:
-        """The file at `url`, of at most `max_bytes` (default: that of the settings).
+        """Fetch the file at `url`, of at most `max_bytes` (default: the limit in the settings).
 
         Callers of the same `group` of API keys that ask for the same file at the same time share
-        one fetch, under the deadline of the first. The fetch ends when all of them have left.
+        one fetch, under the deadline of the first. It is cancelled when all of them have left.
 
         Raises:
             InvalidImageUrl, ImageUrlBlocked, ImageFetchFailed, ImageFetchTimeout, ImageTooLarge
-            ServerBusy: the fetcher was closed meanwhile.
+            ServerBusy: the fetcher was closed during the fetch.
         """
         most = self._settings.max_bytes if max_bytes is None else max_bytes
-        wanted = _Wanted(group, url, most)
-        flight = self._flights.get(wanted) or self._start(wanted)
+        key = _FlightKey(group, url, most)
+        flight = self._flights.get(key) or self._start(key)
         flight.waiters += 1
         try:
             await asyncio.wait([flight.task])
@@ -137,41 +137,41 @@ class Fetcher:
             flight.waiters -= 1
             if not flight.waiters and not flight.task.done():
                 flight.task.cancel()
-                self._forget(wanted, flight)
+                self._forget(key, flight)
         if flight.task.cancelled():
             raise ServerBusy("the server is shutting down")
         try:
             return flight.task.result()
-        except SaccadeError as error:  # one for each waiter: they go different ways
+        except SaccadeError as error:  # a new one for each waiter, which adds its own `param`
             raise type(error)(error.message) from None
 
-    def _start(self, wanted: _Wanted) -> _Flight:
-        # In a context of its own: the first request's data must not stay as long as the flight.
-        task = asyncio.get_running_loop().create_task(self._load(wanted), context=Context())
-        flight = self._flights[wanted] = _Flight(task)
-        task.add_done_callback(lambda _: self._forget(wanted, flight))
+    def _start(self, key: _FlightKey) -> _Flight:
+        # In an empty context, so that the flight does not keep the first request's data alive.
+        task = asyncio.get_running_loop().create_task(self._load(key), context=Context())
+        flight = self._flights[key] = _Flight(task)
+        task.add_done_callback(lambda _: self._forget(key, flight))
         return flight
 
-    def _forget(self, wanted: _Wanted, flight: _Flight) -> None:
-        if self._flights.get(wanted) is flight:
-            del self._flights[wanted]
+    def _forget(self, key: _FlightKey, flight: _Flight) -> None:
+        if self._flights.get(key) is flight:
+            del self._flights[key]
         if flight.task.done() and not flight.task.cancelled():
-            flight.task.exception()  # or the loop would report it if no waiter is left
+            flight.task.exception()  # marks it as retrieved: without waiters, the loop would log it
 
-    async def _load(self, wanted: _Wanted) -> bytes:
+    async def _load(self, key: _FlightKey) -> bytes:
         timeout_s = self._settings.timeout_s
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._follow(wanted)
+                return await self._follow(key)
         except TimeoutError:
             message = f"the image was not fetched within {timeout_s:g} s"
             raise ImageFetchTimeout(message) from None
 
-    async def _follow(self, wanted: _Wanted) -> bytes:
-        url = check_url(wanted.url)
+    async def _follow(self, key: _FlightKey) -> bytes:
+        url = check_url(key.url)
         redirects = self._settings.max_redirects
         for _ in range(redirects + 1):
-            found = await self._hop(wanted.group, url, wanted.max_bytes)
+            found = await self._hop(key.group, url, key.max_bytes)
             if isinstance(found, bytes):
                 return found
             url = found
@@ -179,7 +179,7 @@ class Fetcher:
 
     async def _hop(self, group: str, url: httpx.URL, max_bytes: int) -> bytes | httpx.URL:
         """The body at `url`, or the URL that it redirects to."""
-        check_host(_host(url), self._policy)  # also before what is cached is served
+        check_host(_host(url), self._policy)  # also before a cached image is served
         ask = functools.partial(self._get, group, url, max_bytes)
         if self.cache is None:
             response = await ask(())
@@ -192,7 +192,7 @@ class Fetcher:
     async def _get(
         self, group: str, url: httpx.URL, max_bytes: int, conditions: Sequence[HttpHeader]
     ) -> FetchedResponse | httpx.URL:
-        """The response at `url`, its body not compressed, or the URL that it redirects to."""
+        """The response at `url`, with its body decompressed, or the URL that it redirects to."""
         host = _host(url)
         origin = Origin(url.scheme, url.netloc.decode("ascii"), host, group)
         target = url.raw_path.decode("ascii")
@@ -266,7 +266,7 @@ def _check(response: aiohttp.ClientResponse, max_bytes: int) -> bool:
     """Whether the body is compressed.
 
     Raises:
-        ImageFetchFailed, ImageTooLarge: the body is not worth reading.
+        ImageFetchFailed, ImageTooLarge: the response is not a usable image.
     """
     if response.status != 200:
         raise ImageFetchFailed(f"the image's server answered with status {response.status}")
@@ -275,5 +275,5 @@ def _check(response: aiohttp.ClientResponse, max_bytes: int) -> bool:
         raise ImageTooLarge(f"the image has {length} bytes, the limit is {max_bytes} bytes")
     encoding = _field(response, b"content-encoding").decode("latin-1").lower()
     if encoding not in _COMPRESSED | {"", "identity"}:
-        raise ImageFetchFailed("the image's server compressed it, which it was not asked to")
+        raise ImageFetchFailed("the image's server used an unsupported content encoding")
     return encoding in _COMPRESSED

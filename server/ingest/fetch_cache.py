@@ -1,14 +1,14 @@
 """Keeps fetched images in memory, as HTTP caching (RFC 9111) allows.
 
-For each group of API keys the cache is a private one of its own: what was fetched for one group is
-never served to another, even if publicly cacheable. Otherwise the time that an answer takes would
-tell whether another group had fetched a URL. Where keys are in no groups, all share.
+Each group of API keys has a private cache of its own: an image fetched for one group is never
+served to another, even if publicly cacheable. Otherwise the time of an answer would reveal whether
+another group had fetched a URL. Without groups of keys, all requests share one cache.
 
-A response is kept under the URL that it came from, with status 200 only. Redirects are always
-followed anew, so that a cached image is reachable only as long as its redirects lead to it. Nothing
-stale is served: if a revalidation fails, the fetch fails.
+Only responses with status 200 are kept, each under the URL that it came from. Redirects are always
+followed again, so that a cached image is reachable only as long as its redirects lead to it.
+Nothing stale is served: if a revalidation fails, the fetch fails.
 
-The cache is used on the event loop, where nothing it does grows with a body.
+The cache is used on the event loop; the time of its operations does not grow with a body.
 
 hishel 2.0 was tried and does not do this: it computes a response's age from `Date` alone, so that
 `max-age=60` with `Age: 60` and contradictory lifetimes are served as fresh, and it gives everything
@@ -30,7 +30,7 @@ from server.telemetry import metrics
 
 # The largest share of the cache that one image may take.
 LARGEST_SHARE = 8
-# What Python's objects of an entry take at most, besides what is counted.
+# Most bytes of Python objects in an entry, besides those that are counted.
 ENTRY_BYTES = 2048
 
 
@@ -43,7 +43,7 @@ class Clock(Protocol):
 
 
 class CacheKey(NamedTuple):
-    """The group of API keys that a request is sent for, and everything that the request says."""
+    """The group of API keys that a request is sent for, and all parts of the request that vary."""
 
     group: str
     scheme: str
@@ -66,7 +66,7 @@ Ask = Callable[[Sequence[HttpHeader]], Awaitable[FetchedResponse | httpx.URL]]
 
 @dataclass(frozen=True)
 class _CachedResponse:
-    """`stale_at` is by the monotonic clock; `size` in bytes, with all that belongs to the entry."""
+    """`stale_at` is in seconds on the monotonic clock; `size` is in bytes, of the whole entry."""
 
     head: ResponseHead
     body: bytes = field(repr=False)
@@ -88,7 +88,7 @@ class CacheStats:
 
 
 class FetchCache:
-    """Images of at most `max_bytes` in all; the least recently used go first."""
+    """Keeps images of at most `max_bytes` in total, and evicts the least recently used first."""
 
     def __init__(self, max_bytes: int, clock: Clock = time) -> None:
         self._clock = clock
@@ -122,7 +122,7 @@ class FetchCache:
         return response.body
 
     def stats(self) -> CacheStats:
-        """What the cache holds, and its hits and misses since it was made."""
+        """The size of the cache, and its hits and misses since it was created."""
         return CacheStats(
             entries=len(self._entries),
             bytes=int(self._entries.currsize),

@@ -1,10 +1,10 @@
-"""What RFC 9111 (HTTP caching) says of a response: whether it may be kept, for how long it is
-fresh, and how its server is asked whether it still holds.
+"""The rules of RFC 9111 (HTTP caching) for a response: whether it may be kept, how long it is
+fresh, and how it is revalidated.
 
 The rules are those of a private cache that serves nothing stale and guesses no lifetime. So
 `private`, `s-maxage`, `must-revalidate`, `immutable` and the `stale-` directives change nothing,
-and a response that states no lifetime is stale at once. Directives and dates that are malformed or
-contradict each other are read so that a response is kept for less long, and not for longer.
+and a response that states no lifetime is stale at once. Malformed or contradictory directives and
+dates shorten the time for which a response is fresh; they never extend it.
 """
 
 import re
@@ -15,7 +15,7 @@ from email.utils import parsedate_to_datetime
 from typing import Self
 
 HttpHeader = tuple[bytes, bytes]
-"""(name, value). Names of responses are in lower case."""
+"""(name, value). The names in responses are in lower case."""
 
 MAX_HEAD_BYTES = 4096
 _LINE_BYTES = 64
@@ -23,7 +23,7 @@ _LINE_BYTES = 64
 MAX_SECONDS = 1 << 31
 
 _FIELDS = (b"age", b"cache-control", b"date", b"etag", b"expires", b"last-modified", b"vary")
-# They describe one message, and not how long the picture stays fresh.
+# These describe a single message: they do not outlast it in the cache.
 _OF_ONE_MESSAGE = (b"age", b"date")
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
@@ -38,7 +38,7 @@ _DATE_END = re.compile(rb" (?:GMT|UTC|[0-9]{4})\Z")
 
 @dataclass(frozen=True)
 class ResponseHead:
-    """The fields of a response with status 200 that caching looks at, {name: values}."""
+    """The header fields of a response with status 200 that caching depends on: {name: values}."""
 
     fields: Mapping[bytes, Sequence[bytes]]
 
@@ -53,32 +53,32 @@ class ResponseHead:
 
     @property
     def size(self) -> int:
-        """Bytes of all lines, with what Python's objects of each take."""
+        """Bytes of all lines, including the overhead of Python objects."""
         return sum(_LINE_BYTES + len(line) for lines in self.fields.values() for line in lines)
 
     def may_be_kept(self) -> bool:
         """Whether a cache may keep the response (section 3)."""
         if self.size > MAX_HEAD_BYTES or b"no-store" in self._directives():
             return False
-        # Section 4.1: every request of ours has the same fields for the same URL, so that whatever
-        # else a response varies by is equal.
+        # Section 4.1: all our requests for a URL have the same fields, so that any other field that
+        # a response varies by is equal.
         return b"*" not in (name.strip() for name in self._list(b"vary").split(b","))
 
     def fresh_s(self, received_at: float, delay_s: float) -> float:
-        """For how many seconds more the response is fresh (section 4.2); negative if it is stale.
+        """For how many more seconds the response is fresh (section 4.2); negative if it is stale.
 
-        `received_at` is the time now, in seconds since the epoch; `delay_s` is how long ago it was
-        asked for.
+        `received_at` is the current time in seconds since 1970; `delay_s` is the number of seconds
+        since the request was sent.
         """
         date = _date(self._only(b"date"))
         apparent_age = max(0.0, received_at - date) if date is not None else 0.0
-        # Section 5.1: of several ages the first, and one that is no number is ignored.
+        # Section 5.1: the first of several ages counts, and an invalid one is ignored.
         stated_age = _seconds(self._list(b"age").split(b",")[0].strip()) or 0
         age = max(apparent_age, stated_age + delay_s)  # section 4.2.3
         return self._lifetime(received_at if date is None else date) - age
 
     def conditions(self) -> list[HttpHeader]:
-        """The request fields that ask whether the response still holds (section 4.3.1)."""
+        """The request header fields that revalidate the response (section 4.3.1)."""
         conditions = []
         if tag := self._entity_tag():
             conditions.append((b"If-None-Match", tag))
@@ -88,7 +88,7 @@ class ResponseHead:
         return conditions
 
     def is_confirmed_by(self, newer: "ResponseHead") -> bool:
-        """Whether a 304 with the head `newer` is about this response (section 4.3.4)."""
+        """Whether a 304 with the head `newer` confirms this response (section 4.3.4)."""
         ours, theirs = self._entity_tag(), newer._entity_tag()
         if ours is None or theirs is None:
             return True
@@ -102,7 +102,7 @@ class ResponseHead:
     def _lifetime(self, date: float) -> float:
         """Freshness lifetime in seconds (section 4.2.1) of a response that was made at `date`."""
         directives = self._directives()
-        if b"no-cache" in directives:  # also with fields, as section 5.2.2.4 lets caches do
+        if b"no-cache" in directives:  # even with field names, as section 5.2.2.4 allows
             return 0
         if ages := directives.get(b"max-age"):
             return (len(ages) == 1 and _seconds(*ages)) or 0
@@ -129,11 +129,11 @@ class ResponseHead:
         return tag if tag is not None and _ENTITY_TAG.fullmatch(tag) else None
 
     def _list(self, name: bytes) -> bytes:
-        """A field that is a list, its lines joined."""
+        """The value of a list field, with its lines joined."""
         return b",".join(self.fields.get(name, ()))
 
     def _only(self, name: bytes) -> bytes | None:
-        """A field that has one value; None if it is missing or its lines differ."""
+        """The value of a field with a single value; None if it is missing or its lines differ."""
         values = set(self.fields.get(name, ()))
         return values.pop() if len(values) == 1 else None
 
@@ -145,7 +145,7 @@ def _seconds(text: bytes) -> int | None:
 
 
 def _date(text: bytes | None) -> float | None:
-    """Seconds since the epoch; None if `text` is not a date of HTTP (RFC 9110, section 5.6.7)."""
+    """Seconds since 1970; None if `text` is not an HTTP date (RFC 9110, section 5.6.7)."""
     if text is None or not _DATE_END.search(text):
         return None
     try:

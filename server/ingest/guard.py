@@ -30,12 +30,12 @@ def _networks(text: str) -> tuple[Network, ...]:
     return tuple(ipaddress.ip_network(network) for network in text.split())
 
 
-# Tables of our own, since what `ipaddress` calls global differs between versions of Python.
-# Where an operator's own servers are: private, shared (CGNAT), loopback, unique local.
+# Tables of our own, because `is_global` of `ipaddress` differs between versions of Python.
+# Networks with an operator's own servers: private, shared (CGNAT), loopback, unique local.
 _PRIVATE = _networks(
     "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 100.64.0.0/10 127.0.0.0/8 ::1/128 fc00::/7"
 )
-# Where no image is: IANA's special-purpose registries, and where clouds tell machines secrets.
+# Never fetched from: IANA's special-purpose registries, and the metadata services of clouds.
 _CLOSED = _networks(
     "0.0.0.0/8 169.254.0.0/16 192.0.0.0/24 192.0.2.0/24 192.88.99.0/24 198.18.0.0/15 "
     "198.51.100.0/24 203.0.113.0/24 224.0.0.0/4 240.0.0.0/4 "
@@ -44,9 +44,9 @@ _CLOSED = _networks(
     # Metadata services that are elsewhere than 169.254.0.0/16: Alibaba, Azure, AWS, Google.
     "100.100.100.200/32 168.63.129.16/32 fd00:ec2::/32 fd20:ce::254/128"
 )
-# RFC 4291, section 2.4: of IPv6, nothing else is assigned to the Internet.
+# RFC 4291, section 2.4: the only IPv6 addresses that are assigned to the Internet.
 _GLOBAL_UNICAST = IPv6Network("2000::/3")
-# RFC 4291, section 2.5.5.2 (IPv4-mapped), and RFC 6052 (NAT64): the last 32 bits are dialled.
+# RFC 4291, section 2.5.5.2 (IPv4-mapped), RFC 6052 (NAT64): the last 32 bits are the address.
 _EMBEDDING_IPV4 = _networks("::ffff:0:0/96 64:ff9b::/96")
 
 MAX_ADDRESSES_DIALLED = 4
@@ -61,15 +61,15 @@ _NUMBER_LAST = re.compile(r"(.*\.)?([0-9]+|0x[0-9a-f]*)\.?")
 
 @dataclass(frozen=True)
 class Policy:
-    """Which hosts and addresses may be fetched from; as it stands, the public Internet.
+    """Which hosts and addresses may be fetched from; by default, the public Internet.
 
     Attributes:
-        allow_private: private addresses may be fetched from as well. Link-local addresses and the
-            metadata services of clouds are not among them.
-        networks: whatever address these contain may be fetched from.
-        hosts: names whose private addresses may be fetched from: exact, or `*.example.com` for
-            every name below example.com.
-        only_hosts: no other hosts are fetched from, if there are any. They open no address.
+        allow_private: allow private addresses too. Link-local addresses and the metadata services
+            of clouds are not among them.
+        networks: allow all addresses in these networks.
+        hosts: allow private addresses of these names: exact, or `*.example.com` for every name
+            below example.com.
+        only_hosts: if not empty, refuse all other hosts. This allows no additional addresses.
     """
 
     allow_private: bool = False
@@ -84,10 +84,10 @@ class Policy:
         allowed: Iterable[str] = (),
         only_hosts: Iterable[str] = (),
     ) -> Self:
-        """The policy that settings describe; `allowed` has networks, addresses and hosts.
+        """The policy for these settings; entries of `allowed` are networks, addresses or hosts.
 
         Raises:
-            ValueError: an entry is none of these; the message names it.
+            ValueError: an entry is invalid; the message names it.
         """
         entries = [_entry(text) for text in allowed]
         return cls(
@@ -119,7 +119,7 @@ def _host_entry(text: str) -> str:
 
 
 def address_of(host: str) -> Address | None:
-    """The address that `host` is, or None if it is a name."""
+    """`host` as an address; None if it is a name."""
     try:
         return ipaddress.ip_address(host.strip("[]"))
     except ValueError:
@@ -127,13 +127,13 @@ def address_of(host: str) -> Address | None:
 
 
 def canonical(host: str) -> str:
-    """`host` as it is compared: lower case, no trailing dot, no brackets, IPv6 shortened."""
+    """`host` in the form for comparisons: lower case, no trailing dot, no brackets, short IPv6."""
     address = address_of(host)
     return str(address) if address is not None else host.lower().removesuffix(".")
 
 
 def allowed(address: Address, policy: Policy, host: str = "") -> bool:
-    """Whether `policy` lets `host`, a name or an address, be fetched from `address`."""
+    """Whether `policy` allows a fetch of `host`, a name or an address, from `address`."""
     if any(address in network for network in policy.networks):
         return True
     if any(address in network for network in _EMBEDDING_IPV4):
@@ -163,8 +163,8 @@ def check_url(url: str) -> httpx.URL:
     """Parse `url`. Its `raw_host` is then a plain name or a plain IP address.
 
     Raises:
-        InvalidImageUrl: it is not http or https, names no host or a user, or writes the host in
-            one of the notations that programs read differently.
+        InvalidImageUrl: the URL is not http or https, has no host, has a user, or has a host in a
+            notation that programs interpret differently.
     """
     try:
         parsed = httpx.URL(url)
@@ -175,10 +175,10 @@ def check_url(url: str) -> httpx.URL:
         raise InvalidImageUrl("the image URL must be a data, http or https URL")
     authority = re.split(r"[/?#]", url.partition("//")[2], maxsplit=1)[0]
     if "@" in authority:
-        raise InvalidImageUrl("the image URL must not name a user")
+        raise InvalidImageUrl("the image URL must not contain a user")
     if not host:
         raise InvalidImageUrl("the image URL has no host")
-    # Names may be in any script; their dots then have variants, which addresses must not use.
+    # Names may be in any script, with variants of the dot; addresses must not use these variants.
     if not _is_plain(host) or (address_of(host) is not None and not authority.isascii()):
         raise InvalidImageUrl("the host of the image URL is neither a plain name nor an IP address")
     if parsed.port is not None and not 0 < parsed.port < 1 << 16:
@@ -188,7 +188,7 @@ def check_url(url: str) -> httpx.URL:
 
 def _is_plain(host: str) -> bool:
     if ":" in host:
-        return "%" not in host  # no zone; the parser takes nothing but IPv6 addresses here
+        return "%" not in host  # no zone; the parser accepts only IPv6 addresses here
     if _NUMBER_LAST.fullmatch(host):
         return address_of(host) is not None
     return _NAME.fullmatch(host) is not None
@@ -200,13 +200,13 @@ def _is_plain(host: str) -> bool:
 class SystemLookup:
     """Looks names up in /etc/hosts and with the nameservers of /etc/resolv.conf, by c-ares.
 
-    A name whose nameserver hangs costs one query, which is dropped when its fetch is cancelled; the
-    system's own resolver would hold a thread until it gives up. As every nameserver does, c-ares
-    keeps an answer for its time to live, for all groups of API keys alike.
+    A nameserver that hangs costs one query, which is cancelled with its fetch; the system's own
+    resolver would occupy a thread until it gave up. Like every nameserver, c-ares keeps an answer
+    for its time to live. All groups of API keys share these answers.
     """
 
     def __init__(self, nameservers: Sequence[str] | None = None) -> None:
-        """`nameservers` are asked instead of the system's, each as ADDRESS:PORT."""
+        """`nameservers`, each as ADDRESS:PORT, replace those of the system."""
         self._nameservers = nameservers
         self._resolver: aiodns.DNSResolver | None = None
 
@@ -222,7 +222,7 @@ class SystemLookup:
         return [ipaddress.ip_address(node.addr[0].decode("ascii")) for node in found.nodes]
 
     async def close(self) -> None:
-        """Drop the lookups that have not ended."""
+        """Cancel pending lookups."""
         if self._resolver is not None:
             await self._resolver.close()
             self._resolver = None
@@ -236,14 +236,14 @@ class GuardedResolver(AbstractResolver):
         self._lookup = lookup
 
     def check_literal(self, host: str) -> None:
-        """Judge `host` if it is an address: aiohttp asks no resolver about those.
+        """Check `host` if it is an address: aiohttp does not pass those to the resolver.
 
         Raises:
             ImageUrlBlocked: the policy refuses it.
         """
         address = address_of(host)
         if address is not None:
-            self._judge([address], host)
+            self._check([address], host)
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
@@ -251,15 +251,15 @@ class GuardedResolver(AbstractResolver):
         """At most MAX_ADDRESSES_DIALLED addresses of `host`.
 
         Raises:
-            ImageUrlBlocked: the policy refuses an address of `host`. One is enough, or else
-                chance would decide whether a name with several can be fetched from.
+            ImageUrlBlocked: the policy refuses an address of `host`. One is enough: otherwise,
+                chance would decide whether a name with several addresses works.
             ImageFetchFailed: `host` has no address.
         """
         try:
             found = await self._lookup(host, port)
         except OSError:
             found = []
-        self._judge(found, host)
+        self._check(found, host)
         if not found:
             raise ImageFetchFailed("the host of the image URL could not be found")
         return [
@@ -275,15 +275,15 @@ class GuardedResolver(AbstractResolver):
         ]
 
     async def close(self) -> None:
-        """There is nothing to close: whoever made the lookup closes it."""
+        """Nothing to close: the owner of the lookup closes it."""
 
-    def _judge(self, addresses: list[Address], host: str) -> None:
+    def _check(self, addresses: list[Address], host: str) -> None:
         if not all(allowed(address, self._policy, host) for address in addresses):
             raise ImageUrlBlocked("the host of the image URL is not allowed")
 
 
 def _alternated(addresses: list[Address]) -> list[Address]:
-    """Each address once, in order, but IPv4 and IPv6 alternately."""
+    """The distinct addresses in order, alternating between IPv4 and IPv6."""
     version = addresses[0].version
     first = dict.fromkeys(address for address in addresses if address.version == version)
     other = dict.fromkeys(address for address in addresses if address.version != version)

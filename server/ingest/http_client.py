@@ -1,7 +1,7 @@
-"""GET requests by aiohttp: how connections are kept, and how much of a response is read.
+"""Sends GET requests with aiohttp: keeps connections, and limits how much of a response is read.
 
-Each origin has a session of its own, and an origin includes the group of API keys: no handshake
-that is skipped tells one group whether another has fetched from a host.
+Each origin has a session of its own, and an origin includes the group of API keys. Otherwise a
+skipped handshake would reveal to one group that another had fetched from a host.
 """
 
 import asyncio
@@ -28,21 +28,21 @@ KEEP_ALIVE_S = 15.0
 STAGGER_S = 0.25
 MAX_FIELD_BYTES = 16 * 1024
 MAX_FIELDS = 256
-# Reading pauses when twice as much waits to be taken.
+# Reading pauses while twice as much is buffered.
 BUFFER_BYTES = 128 * 1024
 
-# Parsing takes as long for a piece of one byte as for one of thousands, and is done on the loop.
+# Parsing runs on the loop, and takes as long for a piece of one byte as for one of thousands.
 MIN_PIECE_BYTES = 256
 FREE_PIECES = 1024
 PIECES_A_TURN = 64
 
 _NO_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=None)  # the fetch has a deadline
-_HEADERS = {  # nothing but the URL may change them: `ingest.freshness` relies on it
+_HEADERS = {  # they may depend on the URL only: `ingest.freshness` relies on that
     "User-Agent": f"saccade/{__version__}",
     "Accept": "*/*",
     "Accept-Encoding": "identity",
 }
-# What may end an attempt before the server has sent anything.
+# Errors that may end an attempt before the server has sent anything.
 _NOT_REACHED = (aiohttp.ClientConnectionError, OSError, NoResponse)
 
 
@@ -59,7 +59,7 @@ class Origin(NamedTuple):
 class _Session:
     """aiohttp's session with one origin.
 
-    It holds at most `peak` connections, since it makes one only where each of those it has serves
+    It holds at most `peak` connections, since it opens one only if each of the existing ones serves
     a request.
     """
 
@@ -71,8 +71,8 @@ class _Session:
 class HttpClient:
     """Sends GET requests.
 
-    Keeps about `max_idle` connections that serve no request; those of the origin that was used
-    longest ago are closed first.
+    Keeps about `max_idle` idle connections, and closes those of the least recently used origin
+    first.
     """
 
     def __init__(self, resolver: GuardedResolver, max_idle: int) -> None:
@@ -91,27 +91,27 @@ class HttpClient:
     async def get(
         self, origin: Origin, target: str, conditions: Sequence[HttpHeader]
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """The response to a request for `target`, its body unread.
+        """Request `target`; yields the response, its body unread.
 
-        A request to which the server has sent nothing is sent once more, by a new connection.
+        If the server sends nothing, the request is sent once more, over a new connection.
 
         Raises:
             ImageUrlBlocked, ImageFetchFailed
         """
         url = URL.build(scheme=origin.scheme, authority=origin.authority, path=target, encoded=True)
-        assert url.raw_host == origin.host  # what is dialled is what was checked
+        assert url.raw_host == origin.host  # the host that was checked
         headers = [(name.decode("ascii"), value.decode("latin-1")) for name, value in conditions]
         for is_last in (False, True):
             async with self._session(origin, is_new=is_last) as session:
                 try:
                     response = await session.get(url, headers=headers, allow_redirects=False)
                 except aiohttp.ClientSSLError:
-                    message = "no secure connection to the image's server could be made"
+                    message = "the secure connection to the image's server failed"
                     raise ImageFetchFailed(message) from None
                 except _NOT_REACHED:
                     continue
                 except aiohttp.ClientError:
-                    message = "the image's server did not answer in HTTP"
+                    message = "the image's server did not send a valid HTTP response"
                     raise ImageFetchFailed(message) from None
                 async with response:
                     yield response
@@ -124,7 +124,7 @@ class HttpClient:
         session = replaced = self._sessions.pop(origin, None)
         if session is None or is_new:
             session = _Session(self._make_session(origin))
-        self._sessions[origin] = session  # at the end: it was used last
+        self._sessions[origin] = session  # at the end, as the most recently used
         session.users += 1
         session.peak = max(session.peak, session.users)
         try:
@@ -140,7 +140,7 @@ class HttpClient:
     async def _close_surplus(self) -> None:
         idle = sum(session.peak - session.users for session in self._sessions.values())
         surplus = []
-        for origin, session in self._sessions.items():  # the one that was used longest ago first
+        for origin, session in self._sessions.items():  # least recently used first
             if idle <= self._max_idle:
                 break
             if not session.users:
@@ -150,7 +150,7 @@ class HttpClient:
             await session.http.close()
 
     def _make_session(self, origin: Origin) -> aiohttp.ClientSession:
-        self._resolver.check_literal(origin.host)  # of which aiohttp does not ask the resolver
+        self._resolver.check_literal(origin.host)  # aiohttp does not resolve addresses
         connector = BoundedConnector(
             resolver=self._resolver,
             use_dns_cache=False,
@@ -173,12 +173,12 @@ class HttpClient:
 
 
 async def read_body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
-    """The body of `response`.
+    """Read the body of `response`, of at most `max_bytes`.
 
     Raises:
         ImageFetchFailed, ImageTooLarge
     """
-    # Grows in place and gives its bytes out uncopied; joining pieces would copy them on the loop.
+    # Grows in place and returns its bytes without a copy; joining pieces would copy on the loop.
     body, size, pieces = io.BytesIO(), 0, 0
     content = response.content
     try:
@@ -188,19 +188,23 @@ async def read_body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
             if size > max_bytes:
                 raise too_large(max_bytes)
             if pieces > FREE_PIECES + size // MIN_PIECE_BYTES:
-                raise ImageFetchFailed("the image's server sent it in too many small pieces")
+                raise ImageFetchFailed("the image's server sent the image in too many small pieces")
             if pieces % PIECES_A_TURN == 0:
                 await asyncio.sleep(0)
             body.write(piece)
         if error := content.exception():
             raise error
     except (aiohttp.ClientError, OSError):
-        raise ImageFetchFailed("the image's server broke off in the middle of the image") from None
+        raise ImageFetchFailed(
+            "the connection to the image's server broke in the middle of the image"
+        ) from None
     return body.getvalue()
 
 
 def inflated(data: bytes, max_bytes: int) -> bytes:
-    """`data` without gzip or zlib. Some stores serve to everyone what was uploaded compressed.
+    """Decompress `data` (gzip or zlib) to at most `max_bytes`.
+
+    Some object stores serve compressed uploads even to clients that do not accept compression.
 
     Raises:
         ImageFetchFailed, ImageTooLarge
@@ -213,7 +217,7 @@ def inflated(data: bytes, max_bytes: int) -> bytes:
     if len(plain) > max_bytes:
         raise too_large(max_bytes)
     if not inflater.eof:
-        raise ImageFetchFailed("the image's server compressed it wrongly")
+        raise ImageFetchFailed("the image's server sent invalid compressed data")
     return plain
 
 

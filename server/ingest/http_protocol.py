@@ -1,9 +1,9 @@
-"""aiohttp's client protocol, with the limits that it lacks against servers that mean harm.
+"""aiohttp's client protocol, with additional limits against hostile servers.
 
 Heads are parsed on the event loop. aiohttp limits the number and the length of header fields, but
-reads any number of interim (1xx) responses, all that one read brings at once; keeps what a server
-sends over an idle connection as the answer to the next request; and takes a reset for the end of a
-body without a length. Both hooks used here, `BaseConnector._factory` and `ResponseHandler`, are not
+it parses any number of interim (1xx) responses that arrive in one read, takes data that arrives on
+an idle connection for the answer to the next request, and takes a reset for the end of a body
+without a length. Both hooks used here, `BaseConnector._factory` and `ResponseHandler`, are not
 documented: `tests/unit/test_fetch.py` fails if they stop working.
 """
 
@@ -16,8 +16,8 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.http import RawResponseMessage
 from aiohttp.streams import StreamReader
 
-# How much is parsed at once where one read could bring many messages: of a head, of a body without
-# a length.
+# Most bytes that are parsed at once where one read may hold many messages: of a head, and of a body
+# without a length.
 HEAD_STEP_BYTES = 4096
 CHUNKS_STEP_BYTES = 16 * 1024
 MAX_HEAD_BYTES = 64 * 1024
@@ -29,7 +29,7 @@ class NoResponse(aiohttp.ClientError):
 
 
 class BrokenResponse(aiohttp.ClientError):
-    """The server sent something that is not a whole response, or more than is accepted."""
+    """The server sent an incomplete or invalid response, or more than the limits allow."""
 
 
 class BoundedConnector(aiohttp.TCPConnector):
@@ -42,7 +42,7 @@ class BoundedConnector(aiohttp.TCPConnector):
 
 
 class _BoundedProtocol(ResponseHandler):
-    """One connection. `_body` is that of the last response; what is behind it is not parsed."""
+    """One connection. `_body` is the body of the last response; data after it is not parsed."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop)
@@ -59,7 +59,7 @@ class _BoundedProtocol(ResponseHandler):
         super().set_response_params(**params)
 
     def data_received(self, data: bytes) -> None:
-        if not data:  # the parser goes on where it paused
+        if not data:  # the parser resumes after a pause
             super().data_received(data)
         parsed = 0
         while parsed < len(data):
@@ -74,7 +74,7 @@ class _BoundedProtocol(ResponseHandler):
             if self._interim_responses > MAX_INTERIM_RESPONSES or (
                 self._in_head and self._head_bytes > MAX_HEAD_BYTES
             ):
-                self.set_exception(BrokenResponse("too much before the response"))
+                self.set_exception(BrokenResponse("too much data before the response"))
                 self._abort_transport()
                 return
 
@@ -104,23 +104,23 @@ class _BoundedProtocol(ResponseHandler):
     def connection_lost(self, error: BaseException | None) -> None:
         body = self._body
         if error is not None and body is not None and not body.is_eof():
-            body.set_exception(BrokenResponse("broke off"))
+            body.set_exception(BrokenResponse("the connection broke"))
         super().connection_lost(error)
 
     def set_exception(self, error: BaseException, *cause: BaseException) -> None:
-        """aiohttp calls this when the connection is lost, and when what came is not HTTP."""
+        """aiohttp calls this when the connection is lost, and when it receives invalid HTTP."""
         lost = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError)
         if self._in_head and isinstance(error, lost):
-            error = BrokenResponse("broke off") if self._head_bytes else NoResponse()
+            error = BrokenResponse("the connection broke") if self._head_bytes else NoResponse()
         super().set_exception(error, *cause)
-        # The parser drops a body in which it finds an error, without a word to its reader.
+        # When the parser finds an error in a body, it drops the body without notifying the reader.
         if self._body is not None and not self._body.is_eof() and self._body.exception() is None:
-            self._body.set_exception(BrokenResponse("what came is not HTTP"))
+            self._body.set_exception(BrokenResponse("invalid HTTP"))
 
     def close(self) -> None:
-        """Close at once; a TLS farewell would keep the connection as long as the server likes."""
+        """Close at once: with a TLS shutdown, the server could keep the connection open."""
         self.abort()
 
     def _abort_transport(self) -> None:
-        if self.transport is not None:  # `abort` would forget the exception as well
+        if self.transport is not None:  # `abort` would also forget the exception
             self.transport.abort()

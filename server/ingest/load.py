@@ -1,9 +1,9 @@
-"""Loads the media of a request: bytes from wherever they are, and what their headers say.
+"""Loads the media of a request: their bytes, and the sizes in their headers.
 
     MediaRef -> bytes (body | web, past the guard | file | upload) -> hash, header, limits -> images
 
-All parts of a request load side by side. The first failure, or the end of the request, ends them
-all.
+All parts of a request load concurrently. The first failure, or the end of the request, cancels the
+others.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ from server.request.media import Inline, MediaLimits, MediaRef, Remote, SentBefo
 from server.tasks import all_or_none, in_thread
 from server.telemetry import metrics
 
-# Images that clients may name without sending them again.
+# Most images that clients may name by uuid without sending them again.
 _REMEMBERED_NAMES = 100_000
 
 
@@ -57,7 +57,7 @@ class MediaLoader:
         files: FileStore | None,
         expander: Expander,
     ) -> None:
-        """`file:` URLs lead below `local_path`, or nowhere."""
+        """`local_path` is the folder that `file:` URLs may point into; None refuses them."""
         self._fetcher = fetcher
         self._limits = limits
         self._local_path = Path(local_path).resolve() if local_path else None
@@ -71,20 +71,20 @@ class MediaLoader:
 
     @property
     def files(self) -> FileStore:
-        """The uploaded files.
+        """The store of uploaded files.
 
         Raises:
-            FilesDisabled: the server keeps none.
+            FilesDisabled: the server has none.
         """
         if self._files is None:
-            raise FilesDisabled("this server keeps no files; it was started without --files-dir")
+            raise FilesDisabled("the Files API is off: the server was started without --files-dir")
         return self._files
 
     async def load(self, context: RequestContext) -> None:
-        """Fill `images`, or the `data` of a clip, of each media part of `context`.
+        """Set `images`, or `data` of a clip, on each media part of `context`.
 
         Raises:
-            ClientError: any of those about images, with `param` set to the path of the part.
+            ClientError: a part cannot be loaded; `param` is the path of the part.
             ImageFetchTimeout: the deadline of the request has passed.
         """
         media = context.media
@@ -100,15 +100,15 @@ class MediaLoader:
         self._check_count(media)
 
     async def check_upload(self, data: bytes, context: RequestContext) -> None:
-        """Hold a file that is to be kept against the rules for images and PDFs.
+        """Check a file before it is stored, by the rules for images and PDFs.
 
         Raises:
-            ClientError: a request that showed it would be refused as well.
+            ClientError: a request with this file would be refused too.
         """
         await self._expander.check_upload(data, context.record.timeline)
 
     def _check_uploads(self, context: RequestContext) -> None:
-        """Find unknown files before anything is fetched."""
+        """Refuse unknown files before anything is fetched."""
         for ref in context.media:
             if isinstance(ref.source, Uploaded):
                 try:
@@ -140,7 +140,7 @@ class MediaLoader:
         except SaccadeError as error:
             error.param = error.param or ref.path
             raise
-        ref.source = None  # frees the body, whose views payloads are
+        ref.source = None  # frees the body, since payloads are views of it
 
     async def _images(self, ref: MediaRef, context: RequestContext) -> list[EncodedImage]:
         is_small = isinstance(ref.source, Inline) and payloads.is_small(ref.source.text)
@@ -159,7 +159,7 @@ class MediaLoader:
         return images
 
     async def _clip(self, ref: MediaRef, context: RequestContext) -> bytes:
-        """Raises what `_bytes` does, but VideoTooLarge or AudioTooLarge."""
+        """Raises as `_bytes` does, but VideoTooLarge or AudioTooLarge for ImageTooLarge."""
         most, source = self._limits.max_clip_bytes, ref.source
         try:
             if ref.kind == "video" and isinstance(source, Inline):
@@ -191,8 +191,8 @@ class MediaLoader:
             return await self._fetcher.fetch(source.url, context.group, most)
 
     def _read(self, url: str, max_bytes: int) -> bytes:
-        """Read a local file. A client that may not read a file cannot learn whether it exists."""
-        blocked = ImageUrlBlocked("the file is not below --allowed-local-media-path")
+        """Read a local file. Errors do not reveal which files exist outside the allowed folder."""
+        blocked = ImageUrlBlocked("the file is outside of --allowed-local-media-path")
         if self._local_path is None:
             raise blocked
         try:
@@ -203,7 +203,7 @@ class MediaLoader:
         if parts.netloc not in ("", "localhost") or not path.is_relative_to(self._local_path):
             raise blocked
         try:
-            # Not blocking: a named pipe would wait for its writer.
+            # O_NONBLOCK: otherwise, opening a named pipe would wait for its writer.
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             with os.fdopen(fd, "rb") as file:
                 if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -217,7 +217,7 @@ class MediaLoader:
 
 
 def _on_loop(deadline: float | None) -> float | None:
-    """A time of `time.monotonic()` on the clock of the event loop."""
+    """Convert a time on `time.monotonic()` to the clock of the event loop."""
     if deadline is None:
         return None
     return asyncio.get_running_loop().time() + deadline - time.monotonic()
@@ -225,7 +225,7 @@ def _on_loop(deadline: float | None) -> float | None:
 
 @contextlib.contextmanager
 def _timed(context: RequestContext, source: object) -> Iterator[None]:
-    """Note how long it takes to load what is at `source`, also where that fails."""
+    """Record the duration of the load from `source`, also if it fails."""
     started = time.monotonic()
     fetch = context.record.timeline.fetch(started)
     try:
@@ -244,9 +244,9 @@ def _kind_of(source: object) -> str:
 
 
 class NamedImages:
-    """What is known of the images that were sent under a uuid, without their bytes.
+    """The images that were sent under a uuid, without their bytes.
 
-    A uuid is a name for bytes that its group has sent, and never a key of a cache.
+    A uuid names bytes that the same group has sent; it is never used as the key of a cache.
     """
 
     def __init__(self) -> None:
@@ -254,7 +254,7 @@ class NamedImages:
         self._images: LRUCache[bytes, EncodedImage] = LRUCache(_REMEMBERED_NAMES)
 
     def put(self, group: str, uuid: str, images: Sequence[EncodedImage]) -> None:
-        """Remember what `uuid` names; nothing, if that is several images."""
+        """Remember the image that `uuid` names, unless it names several."""
         if len(images) == 1:
             self._images[_key(group, uuid)] = replace(images[0], data=b"", path="")
 
@@ -262,7 +262,7 @@ class NamedImages:
         """Raises UnknownImage if `group` has sent nothing under `uuid`."""
         image = self._images.get(_key(group, uuid))
         if image is None:
-            raise UnknownImage("the part has no image data, and its uuid is not known")
+            raise UnknownImage("the part has no image data, and its uuid is unknown")
         return image
 
 

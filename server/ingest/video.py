@@ -1,6 +1,6 @@
-"""From the bytes of a video or an audio clip to frames or sound, decoded in a child process.
+"""Decodes videos and audio clips in child processes: from bytes to frames or sound.
 
-What decodes them is named by the caller, as "module:function"; this package does not know it. It
+The caller names the decoder, as "module:function"; this package does not import it. The decoder
 gets a `VideoJob`, a `PicturesJob` or an `AudioJob` in msgpack.
 """
 
@@ -43,7 +43,7 @@ _JOB_ERRORS: dict[str, type[SaccadeError]] = {
 
 class VideoOptions(msgspec.Struct, frozen=True):
     """How a video is sampled. `loader` is the "module:class" that chooses and decodes the frames;
-    it gets `num_frames` and `options`. `image` are the options for frames that come as images."""
+    it gets `num_frames` and `options`. `image` has the options for a video sent as images."""
 
     loader: str
     num_frames: int
@@ -60,7 +60,7 @@ class VideoJob(msgspec.Struct, frozen=True, tag="video"):
 
 
 class PicturesJob(msgspec.Struct, frozen=True, tag="pictures"):
-    """Decode the file, which is base64 texts of pictures with commas between them."""
+    """Decode the file, which consists of comma-separated images in base64."""
 
     sampling: VideoOptions
     max_pixels: int
@@ -73,14 +73,16 @@ class AudioJob(msgspec.Struct, frozen=True, tag="audio"):
 
 
 class VideoAnswer(msgspec.Struct, frozen=True):
-    """What is known of the decoded video. The entries of `metadata` in `whole_file` are the file
-    itself, which is not sent back."""
+    """The metadata of a decoded video. Its entries under the keys in `whole_file` are the file,
+    which is not sent back."""
 
     metadata: dict[str, Any]
     whole_file: list[str] = []
 
 
 class AudioAnswer(msgspec.Struct, frozen=True):
+    """`sample_rate` is in samples per second."""
+
     sample_rate: int | float
 
 
@@ -92,7 +94,7 @@ class DecodedVideo(NamedTuple):
 
 
 class DecodedAudio(NamedTuple):
-    """`waveform`: float32 (samples,); `sample_rate` is in samples a second."""
+    """`waveform`: float32 (samples,); `sample_rate` is in samples per second."""
 
     waveform: npt.NDArray[np.float32]
     sample_rate: int | float
@@ -116,23 +118,22 @@ class ClipDecoder:
         )
 
     def close(self) -> None:
-        """Take no more clips."""
+        """Accept no more clips."""
         self._sandbox.close()
 
     async def load_video(self, data: bytes, options: VideoOptions) -> DecodedVideo:
-        """The frames of the video file `data` that `options` choose.
+        """Decode those frames of the video file `data` that `options` select.
 
         Raises:
             UnsupportedVideoFormat, InvalidVideo, VideoTooLarge
             MediaProcessingTimeout, MediaProcessingFailed
-            ServerBusy: too many clips wait.
+            ServerBusy: too many clips are waiting.
         """
         job = VideoJob(video_container(data), options, self._max_pixels)
         return self._video(await self._run("video", job, data), data)
 
     async def load_pictures(self, text: bytes, options: VideoOptions) -> DecodedVideo:
-        """The video that `text` gives as base64 of one picture after the other, with commas between
-        them.
+        """Decode a video that was sent as comma-separated images in base64.
 
         Raises: as `load_video` does.
         """
@@ -140,12 +141,12 @@ class ClipDecoder:
         return self._video(await self._run("video", job, text), text)
 
     async def load_audio(self, data: bytes, backend: str | None = None) -> DecodedAudio:
-        """The sound of the file `data`, at its own sample rate.
+        """Decode the audio file `data`, at its own sample rate.
 
         Raises:
             UnsupportedAudioFormat, InvalidAudio, AudioTooLarge
             MediaProcessingTimeout, MediaProcessingFailed
-            ServerBusy: too many clips wait.
+            ServerBusy: too many clips are waiting.
         """
         audio_container(data)
         output = await self._run("audio clip", AudioJob(backend), data)
@@ -166,7 +167,9 @@ class ClipDecoder:
             return await self._sandbox.run(self._prepare, msgspec.msgpack.encode(job), data)
         except JobTimedOut:
             limit = self._settings.video_timeout_s
-            raise MediaProcessingTimeout(f"the {kind} took longer than {limit:g} s") from None
+            raise MediaProcessingTimeout(
+                f"decoding the {kind} took longer than {limit:g} s"
+            ) from None
         except JobDied:
             raise MediaProcessingFailed(f"the {kind} could not be processed") from None
         except JobRefused as error:
@@ -176,7 +179,7 @@ class ClipDecoder:
 def _checked(
     output: Output, kind: type[T], dtype: str, dimensions: int
 ) -> tuple[T, npt.NDArray[Any]]:
-    """The answer and the one array of a job, which a hostile file may have taken over."""
+    """Check the answer and the one array of a job, which may come from a hijacked process."""
     try:
         (array,) = output.arrays
         answer = msgspec.msgpack.decode(output.answer, type=kind)

@@ -1,1 +1,1 @@
-"""What is known of one request: where its time goes, what it cost, how it ended."""
+"""Observability: records of requests, stages, metrics, logs and traces."""

@@ -1,4 +1,4 @@
-"""Logs as JSON: every line of the server's and of the engine's processes, and a line a request."""
+"""JSON logs of the server's and the engine's processes, with one line per request."""
 
 import logging
 import logging.config
@@ -6,13 +6,13 @@ from typing import Any
 
 from server.telemetry.record import Record, Times
 
-# The engine's own JSON lines have these fields too.
+# The same fields as in the engine's own JSON lines.
 _FIELDS = "%(asctime)s %(levelname)s %(name)s %(processName)s %(process)d %(message)s"
 _requests = logging.getLogger("saccade.request")
 
 
 def use_json() -> None:
-    """Write logs of this process as JSON. vLLM's loggers and uvicorn's are configured by vLLM."""
+    """Write the logs of this process as JSON. vLLM configures its own loggers and uvicorn's."""
     logging.config.dictConfig(
         {
             "version": 1,
@@ -26,7 +26,7 @@ def use_json() -> None:
 
 
 def write(record: Record, times: Times) -> None:
-    """One line about a request that is over. Times are in milliseconds."""
+    """Log one line about a finished request. Its times are in milliseconds."""
     first = record.time_to_first_token()
     found: dict[str, Any] = {
         "request_id": record.id,

@@ -1,7 +1,7 @@
-"""Every metric of Saccade's own, on the registry that vLLM's `/metrics` shows.
+"""All of Saccade's own metrics, on the registry that vLLM's `/metrics` exposes.
 
-Labels come from closed sets, and each of their values is there from the start: a rate does not see
-the step from nothing to one.
+Labels come from closed sets, and every series exists from the start: `rate` misses the step from an
+absent series to 1.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,10 +29,10 @@ from server.errors import CODES
 from server.telemetry.record import OUTCOMES
 from server.telemetry.stages import Stage
 
-# When each series was made: it lengthens a scrape, and no query asks for it.
+# The time at which each series was created lengthens a scrape, and no query uses it.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
-# The values of labels that are not an enumeration elsewhere.
+# Values of labels that are not enumerated elsewhere.
 SOURCES = ("http", "data", "file", "stored")
 CAPS = ("none", "server", "request", "image")
 OTHER_CODE = "other"
@@ -48,79 +48,87 @@ _TOKEN_BUCKETS = tuple(2.0**n for n in range(4, 16))  # 16 to 32768
 
 # ---------------------------------------------------------------------- requests
 
-requests = Counter("saccade_requests_total", "Requests by how they ended.", ["outcome"])
-requests_in_flight = Gauge("saccade_requests_in_flight", "Requests that are being answered.")
-refusals = Counter("saccade_refusals_total", "Errors that were answered, by their code.", ["code"])
+requests = Counter("saccade_requests_total", "Requests by outcome.", ["outcome"])
+requests_in_flight = Gauge("saccade_requests_in_flight", "Requests in progress.")
+refusals = Counter(
+    "saccade_refusals_total", "Requests that were answered with an error, by its code.", ["code"]
+)
 cancellations = Counter(
-    "saccade_cancellations_total", "Clients that left before their answer, by stage.", ["stage"]
+    "saccade_cancellations_total",
+    "Requests whose client left before the end of the answer, by stage.",
+    ["stage"],
 )
 request_stage = Histogram(
     "saccade_request_stage_seconds",
-    "Time of an answered request in one stage; the stages of a request add up to its duration.",
+    "Time of an answered request in each stage; the stages of a request add up to its duration.",
     ["stage"],
     buckets=_REQUEST_BUCKETS,
 )
 time_to_first_token = Histogram(
     "saccade_time_to_first_token_seconds",
-    "From the first byte of a request to the first piece of its answer.",
+    "Time from the first byte of a request to the first chunk of its answer.",
     ["images"],
     buckets=_REQUEST_BUCKETS,
 )
 request_seconds = Histogram(
     "saccade_request_seconds",
-    "From the first byte of a request to the last of its answer.",
+    "Time from the first byte of a request to the last byte of its answer.",
     ["images"],
     buckets=_LONG_BUCKETS,
 )
-ready = Gauge("saccade_ready", "1 while requests can be served, as /ready says.")
-build = Info("saccade_build", "Versions, and what is served on what.")
-devices = Gauge("saccade_devices", "Accelerators that the engine uses; on a CPU its processes.")
+ready = Gauge("saccade_ready", "1 while the server is ready, as /ready reports.")
+build = Info("saccade_build", "Versions, device and model.")
+devices = Gauge("saccade_devices", "Accelerators used by the engine; on a CPU, its processes.")
 
 # ---------------------------------------------------------------------- images
 
 image_fetch = Histogram(
     "saccade_image_fetch_seconds",
-    "Loading one image or file, by where it was; also where that failed.",
+    "Time to load one image or file, by source; includes failed loads.",
     ["source"],
     buckets=_STAGE_BUCKETS,
 )
 image_queue_wait = Histogram(
-    "saccade_image_queue_wait_seconds", "Waiting for a worker.", buckets=_STAGE_BUCKETS
+    "saccade_image_queue_wait_seconds",
+    "Time that one image waited for a worker.",
+    buckets=_STAGE_BUCKETS,
 )
 image_decode = Histogram(
-    "saccade_image_decode_seconds", "Decoding one image in a worker.", buckets=_STAGE_BUCKETS
+    "saccade_image_decode_seconds", "Time to decode one image in a worker.", buckets=_STAGE_BUCKETS
 )
 image_preprocess = Histogram(
     "saccade_image_preprocess_seconds",
-    "The model's image processor for one image in a worker.",
+    "Time of the model's image processor for one image in a worker.",
     buckets=_STAGE_BUCKETS,
 )
 image_bytes = Histogram(
-    "saccade_image_bytes", "Bytes of one image file as it came.", buckets=_BYTE_BUCKETS
+    "saccade_image_bytes", "Bytes of one image file as received.", buckets=_BYTE_BUCKETS
 )
 image_pixels = Histogram(
-    "saccade_image_pixels", "Pixels of one image as it came.", buckets=_PIXEL_BUCKETS
+    "saccade_image_pixels", "Pixels of one image as received.", buckets=_PIXEL_BUCKETS
 )
 image_tokens = Histogram(
     "saccade_image_tokens",
-    "Tokens of one image in a prompt, by the cap that lowered them.",
+    "Tokens of one image in a prompt, by the cap that reduced them.",
     ["cap"],
     buckets=_TOKEN_BUCKETS,
 )
 
 # ---------------------------------------------------------------------- image workers
 
-image_workers = Gauge("saccade_image_workers", "Image workers that there should be.")
+image_workers = Gauge("saccade_image_workers", "Configured image workers.")
 image_workers_up = Gauge("saccade_image_workers_up", "Image workers that can take work.")
-image_workers_busy = Gauge("saccade_image_workers_busy", "Image workers at work.")
-image_queue = Gauge("saccade_image_queue", "Images that wait for a worker.")
-image_queue_limit = Gauge("saccade_image_queue_limit", "Images that may wait for a worker.")
+image_workers_busy = Gauge(
+    "saccade_image_workers_busy", "Image workers that are processing an image."
+)
+image_queue = Gauge("saccade_image_queue", "Images waiting for a worker.")
+image_queue_limit = Gauge("saccade_image_queue_limit", "Limit of images waiting for a worker.")
 image_worker_deaths = Counter("saccade_image_worker_deaths_total", "Image workers that died.")
 image_worker_restarts = Counter(
-    "saccade_image_worker_restarts_total", "Image workers that were started in the place of others."
+    "saccade_image_worker_restarts_total", "Image workers that were started to replace others."
 )
 images_dropped = Counter(
-    "saccade_images_dropped_total", "Images dropped or stopped because their callers had left."
+    "saccade_images_dropped_total", "Images dropped or stopped because all their clients had left."
 )
 
 # ---------------------------------------------------------------------- caches and files
@@ -131,20 +139,20 @@ image_lookups = Counter(
     ["result"],
 )
 images_joined = Counter(
-    "saccade_images_joined_total", "Images that were being processed already for another request."
+    "saccade_images_joined_total", "Images that were already being processed for another request."
 )
 features_evicted = Counter(
-    "saccade_features_evicted_total", "Images whose features left the feature cache for others."
+    "saccade_features_evicted_total", "Images whose features were evicted from the feature cache."
 )
-features_bytes = Gauge("saccade_features_bytes", "Bytes of images' features that the engine holds.")
+features_bytes = Gauge("saccade_features_bytes", "Bytes of image features that the engine holds.")
 fetch_cache_requests = Counter(
     "saccade_fetch_cache_requests_total",
-    "Images served by the fetcher with its cache: hit (no request), revalidated (confirmed by the "
-    "image's server), miss (fetched and kept), bypass (fetched, and not to be kept).",
+    "Fetched images by cache result: hit (no request), revalidated (confirmed by the image's "
+    "server), miss (fetched and cached), bypass (fetched, not cacheable).",
     ["result"],
 )
-fetch_cache_bytes = Gauge("saccade_fetch_cache_bytes", "Bytes of the fetched images that are kept.")
-files = Gauge("saccade_files", "Uploaded files that are kept.")
+fetch_cache_bytes = Gauge("saccade_fetch_cache_bytes", "Bytes of cached fetched images.")
+files = Gauge("saccade_files", "Stored uploaded files.")
 file_bytes = Gauge("saccade_file_bytes", "Bytes of uploaded files on the disk.")
 
 for _metric, _values in (
@@ -165,7 +173,7 @@ for _metric, _values in (
 
 @contextmanager
 def embedding_cache(snapshots: Mapping[Any, Mapping[str, Any]]) -> Iterator[None]:
-    """Show what the embedding caches of the engines report, for as long as this lasts."""
+    """Expose the reports of the engines' embedding caches while the context is open."""
     collector = EmbeddingCacheCollector(snapshots)
     REGISTRY.register(collector)
     try:
@@ -176,17 +184,19 @@ def embedding_cache(snapshots: Mapping[Any, Mapping[str, Any]]) -> Iterator[None
 
 _PREFIX = "saccade_embedding_cache_"
 _COUNTS = {
-    "hits": "Images whose embeddings the tier had.",
-    "misses": "Images whose embeddings the tier did not have.",
-    "evictions": "Images whose embeddings left the tier for others.",
-    "errors": "Reads and writes of the tier that failed, and damaged entries.",
-    "dropped": "Images that were not written to the tier, since too many waited for it.",
+    "hits": "Images whose embeddings were in the tier.",
+    "misses": "Images whose embeddings were not in the tier.",
+    "evictions": "Images whose embeddings were evicted from the tier.",
+    "errors": "Failed reads and writes of the tier, and damaged entries.",
+    "dropped": "Images that were not written to the tier because its queue was full.",
 }
 
 
 class EmbeddingCacheCollector(Collector):
-    """Metrics of the embedding cache by tier, summed over the engines, from their last reports:
-    engine -> tier -> counts, and `seconds`: operation -> counts by bucket and the sum."""
+    """Metrics of the embedding cache by tier, summed over the last reports of the engines.
+
+    A report is {tier: counts}; its `seconds` is {operation: counts by bucket, then their sum}.
+    """
 
     def __init__(self, snapshots: Mapping[Any, Mapping[str, Any]]) -> None:
         self._snapshots = snapshots
@@ -203,11 +213,11 @@ class EmbeddingCacheCollector(Collector):
         for tier in tiers:
             sizes = [r[tier].get("bytes") for r in reports if tier in r]
             if None not in sizes:
-                # The engines share what is below their own memory.
+                # The engines share the tiers below host memory.
                 gauge.add_metric([tier], sum(sizes) if tier in ("gpu", "host") else max(sizes))
         yield gauge
         seconds = HistogramMetricFamily(
-            _PREFIX + "seconds", "Reading or writing one image's embeddings in a tier.",
+            _PREFIX + "seconds", "Time to read or write one image's embeddings in a tier.",
             labels=["tier", "operation"],
         )  # fmt: skip
         for tier in tiers:
@@ -220,6 +230,6 @@ class EmbeddingCacheCollector(Collector):
 
 
 def _buckets(counts: list[float]) -> list[tuple[str, float]]:
-    """Cumulative counts by their upper bounds, as Prometheus has them."""
+    """(upper bound, cumulative count) of each bucket, as Prometheus expects."""
     bounds = [*map(str, EMBEDDING_SECONDS), "+Inf"]
     return list(zip(bounds, accumulate(counts), strict=True))

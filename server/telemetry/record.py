@@ -1,4 +1,4 @@
-"""The record of one request: its id, its times, and what became of it."""
+"""The record of one request: its id, its times and its outcome."""
 
 import time
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ _STAGES = tuple(Stage)
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt of a request as the engine got it: its tokens, images, and tokens of images."""
+    """One prompt as sent to the engine: its number of tokens, of images, and of image tokens."""
 
     tokens: int
     images: int
@@ -23,10 +23,18 @@ class Prompt:
 
 @dataclass(eq=False)
 class Record:
-    """`epoch_ns` is the wall clock at `timeline.start`. `prompts` are by the engine's names for
-    them, `under_way` the ids there that are not over. `complete`: all of the answer was sent, and
-    no error in it. `left_in` is the stage in which the client left. `trace_id` is hexadecimal,
-    `span` the request's span where it is traced."""
+    """What the server knows about one request, for metrics, logs and traces.
+
+    Attributes:
+        epoch_ns: the wall clock at `timeline.start`, in nanoseconds since 1970.
+        prompts: the prompts of the request, by the engine's request id.
+        under_way: the engine's ids of its prompts that are not finished.
+        status: the HTTP status of the answer; None before it begins.
+        complete: whether the whole answer was sent, without an error in it.
+        left_in: the stage in which the client left; None if it did not.
+        trace_id: in hexadecimal.
+        span: the OpenTelemetry span of the request; None if it is not traced.
+    """
 
     id: str = ""
     method: str = ""
@@ -63,7 +71,7 @@ class Record:
 
     @property
     def outcome(self) -> Outcome:
-        """How it ended; 503 is a refusal, since the server chose it."""
+        """How the request ended. A 503 counts as refused, since the server chose to refuse it."""
         if self.left_in is not None:
             return "cancelled"
         if not self.complete or self.status is None:
@@ -73,18 +81,19 @@ class Record:
         return "refused" if self.status >= 400 else "answered"
 
     def time_to_first_token(self) -> float | None:
-        """Seconds from the request's first byte to the first piece of the answer."""
+        """Seconds from the first byte of the request to the first chunk of the answer; None before
+        that."""
         at = self.timeline.first_token_at()
         return None if at is None else at - self.timeline.start
 
     def epoch(self, at: float) -> int:
-        """A time of the timeline in nanoseconds since 1970."""
+        """Convert a time on the timeline to nanoseconds since 1970."""
         return self.epoch_ns + round((at - self.timeline.start) * 1e9)
 
 
 @dataclass(frozen=True)
 class Times:
-    """The stages of a record up to `end`: in stretches, and in seconds by stage."""
+    """The stages of a request up to `end`: as segments, and in seconds by stage."""
 
     end: float
     segments: list[Segment]

@@ -1,11 +1,11 @@
-"""Where the time of one request goes. Each moment counts to exactly one stage.
+"""Where the time of one request goes. Each moment belongs to exactly one stage.
 
     upload, admission, render, engine_queue, prefill, first_token, generate, respond
 
-are phases: one begins where the one before it ends. While some image is fetched, waits for a
-worker, is decoded or preprocessed, or the encoder runs, the moment counts to that instead; with
-several images, to what the one that is furthest behind is doing. So the stages of a request add up
-to its duration, and those up to `first_token` to its time to first token.
+are phases: each begins where the previous one ends. While an image is fetched, waits for a worker,
+is decoded or preprocessed, or while the encoder runs, the moment belongs to that stage instead;
+with several images, to the stage of the image that is furthest behind. So the stages of a request
+add up to its duration, and those up to `first_token` to its time to first token.
 
 All times are seconds on `time.monotonic()`, which the processes of one machine share.
 """
@@ -23,29 +23,29 @@ class Stage(StrEnum):
     UPLOAD = "upload"
     """The body arrives."""
     ADMISSION = "admission"
-    """The body is parsed and its options are read, and its files looked into."""
+    """The body is parsed, its options are read and its files are inspected."""
     FETCH = "fetch"
-    """Images are loaded from where they are: the web, the disk, the body."""
+    """Images are loaded from the web, the disk or the body."""
     IMAGE_QUEUE = "image_queue"
     """Images wait for a worker."""
     DECODE = "decode"
-    """A worker decodes; with the way of the picture to it."""
+    """A worker decodes an image; includes the transfer of the image to the worker."""
     PREPROCESS = "preprocess"
     """A worker runs the model's processor."""
     RENDER = "render"
-    """Chat template, tokens, placeholders; on routes without the engine, the route's own work."""
+    """Chat template, tokens, placeholders; on routes without the engine, all work of the route."""
     ENGINE_QUEUE = "engine_queue"
-    """Sent to the engine and not scheduled yet."""
+    """The request was sent to the engine and is not scheduled yet."""
     ENCODE = "encode"
     """The vision encoder runs."""
     PREFILL = "prefill"
-    """The language model reads the prompt; with the steps of others in between."""
+    """The language model processes the prompt; includes the steps of other requests in between."""
     FIRST_TOKEN = "first_token"  # noqa: S105
-    """From the first token in the engine to the first piece of the answer."""
+    """From the first token in the engine to the first chunk of the answer."""
     GENERATE = "generate"
-    """From the first piece to the last token."""
+    """From the first chunk to the last token."""
     RESPOND = "respond"
-    """What is left of the answer is written and sent."""
+    """The rest of the answer is written and sent."""
 
 
 _PHASES = (
@@ -58,7 +58,7 @@ _PHASES = (
     Stage.GENERATE,
     Stage.RESPOND,
 )
-# What goes before the phase, and before those behind it in this order.
+# Stages that take precedence over the phase, and over those after them in this order.
 _OVERLAYS = (
     Stage.FETCH,
     Stage.IMAGE_QUEUE,
@@ -69,7 +69,7 @@ _OVERLAYS = (
 
 
 class Segment(NamedTuple):
-    """A stretch of time."""
+    """A span of time in one stage."""
 
     stage: Stage
     start: float
@@ -82,10 +82,13 @@ class Segment(NamedTuple):
 
 @dataclass(eq=False)
 class ImageWork:
-    """One image's way through the pool; shared by all requests that wait for it.
+    """One image's passage through the pool, shared by all requests that wait for it.
 
-    `given` to a worker, `done` when it replied or gave up, after `preprocess_s` seconds of the
-    model's processor.
+    Attributes:
+        queued: when the image entered the queue.
+        given: when a worker got it.
+        done: when the worker replied, or the pool gave up.
+        preprocess_s: how long the model's processor took at the end, in seconds.
     """
 
     queued: float
@@ -94,7 +97,7 @@ class ImageWork:
     preprocess_s: float = 0.0
 
     def segments(self, since: float, until: float) -> Iterator[Segment]:
-        """Its stages between two times."""
+        """Yield its stages between `since` and `until`."""
         done = until if self.done is None else min(self.done, until)
         given = done if self.given is None else min(self.given, done)
         decoded = max(given, done - self.preprocess_s)
@@ -106,7 +109,7 @@ class ImageWork:
 
     @property
     def stage(self) -> Stage | None:
-        """What is done with it now; None if that is over."""
+        """The current stage of the image; None once it is done."""
         if self.done is not None:
             return None
         return Stage.IMAGE_QUEUE if self.given is None else Stage.DECODE
@@ -114,7 +117,7 @@ class ImageWork:
 
 @dataclass(eq=False)
 class Fetch:
-    """One image on its way from where it is."""
+    """The load of one image or file. `end` is None until it ends."""
 
     start: float
     end: float | None = None
@@ -122,7 +125,7 @@ class Fetch:
 
 @dataclass(eq=False)
 class Timeline:
-    """What was noted of one request, from `start` on."""
+    """The events of one request, from `start` on."""
 
     start: float
     _phases: dict[Stage, float] = field(default_factory=dict)
@@ -131,33 +134,33 @@ class Timeline:
     _encodes: list[tuple[float, float]] = field(default_factory=list)
 
     def begin(self, phase: Stage, at: float) -> None:
-        """`phase` began at this time; what is said of it later does not count."""
+        """Note that `phase` began at this time. Only the first call for a phase counts."""
         self._phases.setdefault(phase, at)
 
     def begin_again(self, phase: Stage, at: float) -> None:
-        """`phase` began at this time, whatever was said before."""
+        """Note that `phase` began at this time, in place of an earlier one."""
         self._phases[phase] = at
 
     def began(self, phase: Stage) -> bool:
         return phase in self._phases
 
     def fetch(self, at: float) -> Fetch:
-        """An image begins to be loaded; the caller sets the end."""
+        """Note that the load of an image began; the caller sets its end."""
         fetch = Fetch(at)
         self._fetches.append(fetch)
         return fetch
 
     def join(self, work: ImageWork, at: float) -> None:
-        """The request waits for `work` from now on."""
+        """Note that the request waits for `work` from this time on."""
         self._works.append((at, work))
 
     def encode(self, start: float, end: float) -> None:
-        """The encoder ran for the request."""
+        """Note that the encoder ran for the request."""
         self._encodes.append((start, end))
 
     def stage(self) -> Stage:
-        """The stage that the request is in now, as far as it is known: the engine tells what it
-        does with its reports of the encoder and with the first token."""
+        """The current stage, as far as the server knows it: the engine reports only encoder runs
+        and the first token."""
         if any(fetch.end is None for fetch in self._fetches):
             return Stage.FETCH
         found = {work.stage for _, work in self._works}
@@ -167,10 +170,10 @@ class Timeline:
         return next((p for p in reversed(_PHASES) if p in self._phases), Stage.UPLOAD)
 
     def segments(self, end: float) -> list[Segment]:
-        """The time from start to `end`, cut where the stage changes. O(n log n) in what was noted.
+        """The time from `start` to `end`, split where the stage changes; O(n log n) in events.
 
-        What was noted out of order, by clocks read in several processes, counts from where the
-        phase before it began.
+        Clocks read in several processes may order the starts of two phases wrongly. The later phase
+        then counts from the start of the earlier one.
         """
         bounds, at = [(self.start, Stage.UPLOAD)], self.start
         for phase in _PHASES:
@@ -203,7 +206,7 @@ class Timeline:
         return found
 
     def image_segments(self, end: float) -> Iterator[Segment]:
-        """What was done for each image, in stretches that may lie over each other."""
+        """Yield the stages of each image, as segments that may overlap."""
         for fetch in self._fetches:
             until = end if fetch.end is None else min(fetch.end, end)
             if fetch.start < until:
@@ -215,7 +218,7 @@ class Timeline:
                 yield Segment(Stage.ENCODE, max(start, self.start), min(until, end))
 
     def first_token_at(self) -> float | None:
-        """When the first piece of the answer was there."""
+        """When the first chunk of the answer was ready; None before that."""
         return self._phases.get(Stage.GENERATE)
 
 

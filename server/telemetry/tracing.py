@@ -1,8 +1,8 @@
-"""OpenTelemetry spans of requests: one for the request, one for each stretch of its stages.
+"""OpenTelemetry spans of requests: one for the request, one for each segment of its stages.
 
 The engine's option `--otlp-traces-endpoint` turns tracing on, and the engine sets up the exporter.
-Its own spans join the trace, since the request goes on to it with our span as the parent. Names of
-attributes are those of OpenTelemetry's conventions for HTTP and generative AI.
+The engine's own spans join the trace, because it receives the request with our span as the parent.
+Attribute names follow OpenTelemetry's semantic conventions for HTTP and generative AI.
 """
 
 import threading
@@ -28,25 +28,25 @@ _OPERATIONS = {
 
 
 class Tracing:
-    """Makes spans of records with the tracer provider of the process.
+    """Turns records into spans, with the tracer provider of the process.
 
-    Stages become spans when they are over. They go to the provider's processor as such: to start
-    and to end each would take ten times as long.
+    Stages become spans after the request has ended, and are handed to the provider's processor as
+    finished spans: starting and ending each of them would take ten times as long.
     """
 
     def __init__(self) -> None:
         """Raises TypeError if there is no tracer provider of OpenTelemetry's SDK."""
         provider = trace.get_tracer_provider()
         if not isinstance(provider, TracerProvider):
-            raise TypeError("nothing is traced in this process")
+            raise TypeError("the process has no tracer provider of OpenTelemetry's SDK")
         self._tracer = trace.get_tracer("saccade", __version__)
         self._scope = InstrumentationScope("saccade", __version__)
         self._provider = provider
-        self._processor = provider._active_span_processor  # there is no public way to it
+        self._processor = provider._active_span_processor  # not public
 
     def start(self, record: Record, scope: Scope) -> Scope:
-        """Begin the request's span, in the trace that its headers name; `scope` with headers that
-        name the span."""
+        """Start the request's span, in the trace that its headers name; returns `scope` with
+        headers that name the span as the parent."""
         record.span = self._tracer.start_span(
             record.method,
             context=propagate.extract(_context_headers(scope)),
@@ -61,18 +61,18 @@ class Tracing:
         return {**scope, "headers": kept + added}
 
     def finish(self, record: Record, times: Times) -> None:
-        """End the request's span; its stages and images become spans below it."""
+        """End the request's span; its stages and images become child spans."""
         span = record.span
         if not span.is_recording():
             span.end()
             return
-        if record.route is not None:  # else the path may be anything
+        if record.route is not None:  # any other path is arbitrary text
             span.update_name(f"{record.method} {record.route}")
         span.set_attributes(_attributes(record))
         if record.outcome == "failed":
             span.set_status(Status(StatusCode.ERROR, record.error_code))
         shown = [(segment.stage.value, segment) for segment in times.segments]
-        if record.images > 1:  # one image's stretches are the stages
+        if record.images > 1:  # the segments of a single image equal the stages
             images = record.timeline.image_segments(times.end)
             shown += [(f"image {segment.stage}", segment) for segment in images]
         for name, segment in shown:
@@ -101,27 +101,27 @@ class Tracing:
 
 
 def close(timeout_s: float) -> None:
-    """Send what is left to be sent, for at most this long, and no more after that. Blocks.
+    """Send the remaining spans for at most `timeout_s` seconds, then drop the rest. Blocks.
 
-    By itself the SDK would wait at the process's end for a collector that is down, for up to half a
-    minute.
+    The SDK alone would wait up to half a minute at the end of the process for a collector that is
+    down.
     """
     shutdown = getattr(trace.get_tracer_provider(), "shutdown", None)
-    if shutdown is not None:  # else nothing was traced
+    if shutdown is not None:  # otherwise, nothing was traced
         closing = threading.Thread(target=shutdown, daemon=True)
         closing.start()
         closing.join(timeout_s)
 
 
 def given_trace_id(scope: Scope) -> str | None:
-    """The trace that a request's headers name, where nothing is traced here."""
+    """The trace id in a request's headers, for a server that does not trace; None without one."""
     given = _context_headers(scope)
     context = propagate.extract(given) if given else None
     return _trace_id(trace.get_current_span(context).get_span_context())
 
 
 def _context_headers(scope: Scope) -> dict[str, str]:
-    """The headers by which a trace goes on; of several, as one (RFC 9110, 5.3)."""
+    """The trace context in a request's headers; repeated ones are joined (RFC 9110, 5.3)."""
     given: dict[str, str] = {}
     for raw, value in scope["headers"]:
         if (name := raw.decode("latin-1")) in propagate.get_global_textmap().fields:

@@ -123,7 +123,11 @@ def framed(frames: Any, data: bytes | None = None) -> dict[str, Any]:
     [
         (file_part(b"%PDF-1.7 nothing"), InvalidFile, "damaged"),
         (file_part(b"PK\3\4 a zip file"), UnsupportedImageFormat, "format"),
-        (file_part(pdf((9, 9)), pages="2"), ImageFrameMissing, "1 pages, and no page 2"),
+        (
+            file_part(pdf((9, 9)), pages="2"),
+            ImageFrameMissing,
+            "page 2 does not exist",
+        ),
         (file_part(pdf(*[(9, 9)] * 5)), TooManyImages, "5 pages, the limit is 4"),
         (file_part(pdf((9, 9)), pages="1,1,1,1,1"), TooManyImages, "more than 4 pages"),
         (file_part(RED, pages="1"), InvalidFile, "has no pages"),

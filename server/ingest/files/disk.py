@@ -1,13 +1,14 @@
-"""The folder of stored files: what is on the disk, and how it stays whole.
+"""The folder of stored files: its layout, and how it stays consistent.
 
     <root>/lock                         held by the server that uses the folder
     <root>/partial/<random>             being written
     <root>/<group>/blobs/<digest>       contents, each once
     <root>/<group>/files/<id>.json      one record a file
 
-A file is written to `partial` and then renamed, a blob before its record and removed after it. So
-a server that is killed leaves partial files and blobs without a record, which the next one removes.
-Names on the disk are hashes and our own ids, never what a client wrote. Everything here blocks.
+Each file is written to `partial` and then renamed. A blob is written before its record and removed
+after it. So a killed server leaves at most partial files and blobs without a record, and the next
+one removes them. Names on the disk are hashes and generated ids, never a client's text. All methods
+block.
 """
 
 import contextlib
@@ -40,8 +41,15 @@ _MAX_RECORD_BYTES = 64 * 1024
 
 
 class StoredFile(msgspec.Struct, frozen=True):
-    """`size` is in bytes, `digest` that of the content, and `expires_at` in seconds since 1970, as
-    is `created_at`; None is never. `filename` is the client's and names nothing on the disk."""
+    """The record of a stored file.
+
+    Attributes:
+        digest: the hash of the content.
+        size: in bytes.
+        filename: the client's name for it, which names nothing on the disk.
+        created_ns: in nanoseconds since 1970.
+        expires_at: in seconds since 1970; None: never.
+    """
 
     id: Annotated[str, Meta(pattern=r"\Afile-[0-9a-f]{32}\Z")]
     digest: Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
@@ -53,6 +61,7 @@ class StoredFile(msgspec.Struct, frozen=True):
 
     @property
     def created_at(self) -> int:
+        """In seconds since 1970."""
         return self.created_ns // _NS_PER_S
 
     def is_expired(self, now: float) -> bool:
@@ -62,7 +71,7 @@ class StoredFile(msgspec.Struct, frozen=True):
 def new_file(
     digest: str, size: int, filename: str, purpose: Purpose, now: float, lifetime_s: int | None
 ) -> StoredFile:
-    """A record with an id that nobody can guess. `now` is in seconds since 1970."""
+    """A record with an id that cannot be guessed. `now` is in seconds since 1970."""
     return StoredFile(
         id=f"file-{secrets.token_hex(16)}",
         digest=digest,
@@ -75,12 +84,12 @@ def new_file(
 
 
 def unknown_file() -> UnknownFile:
-    """The one answer for what never was, what is gone, and what is another group's."""
+    """The same error for files that never existed, are gone, or belong to another group."""
     return UnknownFile("there is no such file; it may have been deleted or have expired")
 
 
 def _base_name(filename: str) -> str:
-    """The last component of `filename`, without what terminals and headers would obey."""
+    """The last component of `filename`, without control characters."""
     name = filename.replace("\\", "/").rpartition("/")[2]
     return "".join(filter(str.isprintable, name))[:_MAX_FILENAME_CHARS] or "file"
 
@@ -94,14 +103,14 @@ class FileDisk:
         self._lock: BinaryIO | None = None
 
     def open(self) -> None:
-        """Make the folder, if it is missing, and hold it until `close`.
+        """Create the folder if it is missing, and lock it until `close`.
 
         Raises:
             CannotStart: it cannot be written, or another server uses it.
         """
         try:
             self._partial.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # A lock of the process and not of the descriptor: forked children have no part in it.
+            # A lock of the process, not of the descriptor: forked children do not inherit it.
             self._lock = (self._root / "lock").open("wb")
             try:
                 fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -116,7 +125,7 @@ class FileDisk:
             raise CannotStart(f"--files-dir {self._root}: {error.strerror}") from None
 
     def close(self) -> None:
-        """Let another server have the folder."""
+        """Release the lock."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -124,8 +133,8 @@ class FileDisk:
     # ------------------------------------------------------------------ at the start
 
     def load(self) -> Iterator[tuple[str, list[StoredFile]]]:
-        """Each group with its records, oldest first. Damaged records are ignored, blobs that none
-        needs are removed.
+        """Yield each group with its records, oldest first. Ignores damaged records, and removes
+        blobs without a record.
 
         Raises:
             CannotStart: the folder cannot be read.
@@ -150,7 +159,7 @@ class FileDisk:
                     raise ValueError("its blob is missing or has another size")
                 records.append(record)
             except (OSError, ValueError) as error:  # ValueError is also msgspec's
-                log.warning("the stored file %s is ignored: %s", path, error)
+                log.warning("ignoring stored file %s: %s", path, error)
         return sorted(records, key=lambda record: (record.created_ns, record.id))
 
     def _remove_unused(self, folder: Path, used: set[str]) -> None:
@@ -161,14 +170,14 @@ class FileDisk:
     # ------------------------------------------------------------------ blobs and records
 
     def has_blob(self, group: str, record: StoredFile) -> bool:
-        """Whether the content of `record` is there in full length."""
+        """Whether the content of `record` exists, in full length."""
         try:
             return self._blob(group, record.digest).stat().st_size == record.size
         except OSError:
             return False
 
     def open_blob(self, group: str, record: StoredFile) -> BinaryIO:
-        """The content of `record`, which stays readable if it is removed meanwhile.
+        """Open the content of `record`, which stays readable if it is removed later.
 
         Raises:
             UnknownFile: it was removed.
@@ -198,11 +207,11 @@ class FileDisk:
             self._record(group, record.id).unlink(missing_ok=True)
 
     def remove_blob(self, group: str, digest: str) -> None:
-        """Remove a content that no record needs; if that fails, the next start does it."""
+        """Remove a blob that no record needs. If that fails, the next start removes it."""
         try:
             self._blob(group, digest).unlink(missing_ok=True)
         except OSError as error:
-            log.warning("a deleted file is still on the disk: %s", error)
+            log.warning("failed to remove the content of a deleted file: %s", error)
 
     def _write(self, path: Path, data: bytes) -> None:
         partial = self._partial / secrets.token_hex(16)
@@ -233,4 +242,4 @@ def _translated() -> Iterator[None]:
         yield
     except OSError as error:
         log.error("--files-dir: %s", error)
-        raise FileStorageFailed("the server's folder of files cannot be used") from None
+        raise FileStorageFailed("the server cannot read or write its stored files") from None

@@ -1,4 +1,4 @@
-"""The stored files of all groups: found by id, held to quotas, gone when they expire."""
+"""The stored files of all groups: found by id, limited by quotas, removed when they expire."""
 
 import asyncio
 import contextlib
@@ -29,7 +29,7 @@ _SWEEP_INTERVAL_S = 30.0
 
 @dataclass(frozen=True)
 class Quota:
-    """Most bytes on the disk and most files; None is no limit."""
+    """The most bytes on the disk and the most files; None: no limit."""
 
     max_bytes: int | None = None
     max_files: int | None = None
@@ -37,8 +37,8 @@ class Quota:
 
 @dataclass
 class _Group:
-    """The files of one group by id, oldest first; `uses` counts the files of each digest, and
-    `nbytes` each content once."""
+    """The files of one group by id, oldest first. `uses` counts the files of each digest; `nbytes`
+    counts each content once."""
 
     files: dict[str, StoredFile] = field(default_factory=dict)
     uses: Counter[str] = field(default_factory=Counter)
@@ -58,10 +58,10 @@ class _Group:
 
 
 class FileStore:
-    """Files below `root`, between `async with`.
+    """Stores files below `root` while its `async with` block is open.
 
-    All changes happen in one thread, one after another. What is asked in between, on the event
-    loop or in other threads, finds the index whole: one dict operation changes what it sees.
+    One thread makes all changes, one after another. Readers on the event loop and in other threads
+    always find a consistent index, since a single dict operation makes each change visible.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class FileStore:
             self._writer.shutdown()
             self._disk.close()
             raise
-        self._sweeper = asyncio.create_task(self._sweep_now_and_then())
+        self._sweeper = asyncio.create_task(self._sweep_periodically())
         return self
 
     async def __aexit__(
@@ -122,11 +122,11 @@ class FileStore:
         order: Literal["asc", "desc"] = "desc",
         limit: int,
     ) -> tuple[list[StoredFile], bool]:
-        """At most `limit` files in the order of their creation, from the one behind `after`; and
-        whether there are more. Takes time with the number of files.
+        """At most `limit` files in order of creation, starting behind the file `after`; and whether
+        there are more. Takes time proportional to the number of files.
 
         Raises:
-            UnknownFile: there is no file `after`.
+            UnknownFile: the file `after` does not exist.
         """
         if after is not None:
             self.get(group, after)
@@ -143,7 +143,7 @@ class FileStore:
         return page[:limit], len(page) > limit
 
     def open(self, group: str, file_id: str) -> tuple[StoredFile, BinaryIO]:
-        """A file and its content, open for reading. Blocks.
+        """Open the content of a file for reading; returns its record too. Blocks.
 
         Raises:
             UnknownFile, FileStorageFailed
@@ -153,11 +153,11 @@ class FileStore:
         return file, self._disk.open_blob(folder, file)
 
     def read(self, group: str, file_id: str, max_bytes: int) -> bytes:
-        """The content of a file. Blocks.
+        """Read the content of a file. Blocks.
 
         Raises:
             UnknownFile, FileStorageFailed
-            ImageTooLarge: it has more than `max_bytes`.
+            ImageTooLarge: the file has more than `max_bytes`.
         """
         file, content = self.open(group, file_id)
         with content:
@@ -183,7 +183,7 @@ class FileStore:
     async def put(
         self, group: str, data: bytes, filename: str, purpose: Purpose, lifetime_s: int | None
     ) -> StoredFile:
-        """Keep `data` for `group`, for `lifetime_s` or else as long as the server keeps files.
+        """Store `data` for `group`, for `lifetime_s` seconds or for the longest lifetime allowed.
 
         Raises:
             FileQuotaExceeded, FileStorageFailed
@@ -251,7 +251,7 @@ class FileStore:
             self._disk.remove_blob(folder, file.digest)
 
     def _sweep(self) -> None:
-        """Remove what has expired."""
+        """Remove expired files."""
         now = self._clock()
         for folder, index in self._groups.items():
             for file in [file for file in index.files.values() if file.is_expired(now)]:
@@ -259,7 +259,7 @@ class FileStore:
                     self._remove(folder, file)
         self._count()
 
-    async def _sweep_now_and_then(self) -> None:
+    async def _sweep_periodically(self) -> None:
         while True:
             await asyncio.sleep(_SWEEP_INTERVAL_S)
             await self._in_writer(self._sweep)
@@ -276,7 +276,7 @@ class FileStore:
 
 
 def _folder(group: str) -> str:
-    """The name of a group's folder: 32 hex digits, whatever the group is called."""
+    """The name of a group's folder: 32 hex digits, derived from the name of the group."""
     return blake3(group.encode()).hexdigest()[:32]
 
 
@@ -284,9 +284,9 @@ def _check(quota: Quota, nbytes: int, count: int, whose: str) -> None:
     """Raises FileQuotaExceeded."""
     if quota.max_bytes is not None and nbytes > quota.max_bytes:
         raise FileQuotaExceeded(
-            f"the files of {whose} would have more than {quota.max_bytes} bytes, which is the limit"
+            f"with this file, {whose} would exceed its limit of {quota.max_bytes} bytes"
         )
     if quota.max_files is not None and count > quota.max_files:
         raise FileQuotaExceeded(
-            f"{whose} would have more than {quota.max_files} files, which is the limit"
+            f"with this file, {whose} would exceed its limit of {quota.max_files} files"
         )
