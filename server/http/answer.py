@@ -1,7 +1,7 @@
-"""The one wrapper around an answer on its way out: headers, error shape, times.
+"""The only wrapper around an outgoing answer: sets headers, shapes errors, takes times.
 
-It acts on the first message, on errors and on the last message; the pieces of a stream in between
-are passed on without a coroutine of their own.
+It acts on the first message, on errors and on the last message. Chunks of a stream in between are
+passed on without an additional coroutine.
 """
 
 import re
@@ -15,14 +15,14 @@ from server.telemetry.record import Record, Times
 from server.telemetry.stages import Stage, Timeline
 
 ID_HEADER = b"x-request-id"
-# An event by which vLLM tells of an error in a stream which has begun.
+# An event by which vLLM reports an error in a stream that has begun.
 _STREAMED_ERROR = re.compile(rb'(?:\A|\n\n)(?:data: {"error"|event: error|event: response\.failed)')
-# The body of an error is a few hundred bytes; vLLM's error shape is not expected in a longer one.
+# Bodies of errors have a few hundred bytes; longer ones are passed on as they are.
 _MAX_ERROR_BYTES = 64 * 1024
 
 
 class Answer:
-    """Sends an answer on. `times` are those of a stream that has ended."""
+    """Passes an answer on. `times` are set at the end of a stream."""
 
     def __init__(self, record: Record, send: Send, *, server_timing: bool) -> None:
         self._record = record
@@ -55,7 +55,7 @@ class Answer:
         return self._send(message)
 
     async def fail(self) -> None:
-        """Answer that the server failed, unless an answer has begun: that one is cut off."""
+        """Send an internal error, unless an answer has begun, which is then cut off."""
         if self.has_begun:
             return
         self._error_body = b""
@@ -68,7 +68,7 @@ class Answer:
         await self.send({"type": "http.response.body", "body": body})
 
     async def _hold(self, message: Message) -> None:
-        """Keep an error back until it is complete, and send it in the shape of its dialect."""
+        """Hold an error back until it is complete, then send it in the shape of its dialect."""
         self._error_body += message.get("body", b"")
         more = bool(message.get("more_body"))
         if more and len(self._error_body) <= _MAX_ERROR_BYTES:
@@ -100,7 +100,7 @@ class Answer:
         return {**message, "headers": headers}
 
     def _look_at(self, message: Message) -> Message:
-        """Note when the first piece of a stream leaves, and shape an error in it."""
+        """Note the time of the first chunk of a stream, and shape the errors in it."""
         if self._is_first_piece and self._record.timeline.began(Stage.GENERATE):
             self._is_first_piece = False
             self._record.timeline.begin_again(Stage.GENERATE, time.monotonic())
@@ -128,7 +128,7 @@ class Answer:
 
 
 async def _nothing() -> None:
-    """What is awaited for a message that is held back."""
+    """Awaited in the place of a message that is held back."""
 
 
 def _value(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:
@@ -136,6 +136,6 @@ def _value(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:
 
 
 def server_timing(times: Times, timeline: Timeline) -> str:
-    """The value of the header `Server-Timing` (W3C): milliseconds by stage, and in all."""
+    """The value of the header `Server-Timing` (W3C): milliseconds by stage, and in total."""
     parts = [f"{stage};dur={seconds * 1e3:.1f}" for stage, seconds in times.stages.items()]
     return ", ".join([*parts, f"total;dur={(times.end - timeline.start) * 1e3:.1f}"])

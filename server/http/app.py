@@ -30,7 +30,7 @@ from server.settings import GIB, Settings
 from server.telemetry import metrics
 from server.workers.pool import ImagePool
 
-# Routes whose work ends when the client leaves.
+# Routes whose work is cancelled when the client leaves.
 _ABORTED = (
     "/v1/chat/completions",
     "/v1/chat/completions/batch",
@@ -54,7 +54,7 @@ _ABORTED = (
 
 @dataclass(frozen=True)
 class Parts:
-    """What runs behind the app. `pool` and `loader` are None where the model takes no media."""
+    """The services behind the app. `pool` and `loader` are None if the model takes no media."""
 
     engine: vllm_http.AsyncLLM
     caches: EngineCaches
@@ -67,10 +67,10 @@ class Parts:
 async def build_app(
     args: Namespace, settings: Settings, parts: Parts, key_ring: keys.KeyRing
 ) -> FastAPI:
-    """The FastAPI app: our routes first, then vLLM's, then what every request passes.
+    """Build the FastAPI app: our routes first, then vLLM's, then the middleware.
 
-    Middleware that is added later lies further out: a request meets vLLM's middleware (keys, CORS),
-    the keys in groups, the body reader, and then its route, whose answer meets the usage.
+    Middleware that is added later wraps what was added before: a request passes vLLM's middleware
+    (keys, CORS), the groups of keys, the body reader, the usage, and then its route.
     """
     engine = parts.engine
     docs = not args.disable_fastapi_docs
@@ -122,7 +122,7 @@ async def build_app(
 
 
 def observed(app: FastAPI, args: Namespace, settings: Settings) -> observe.Observed:
-    """`app` with records around it, and what the metrics tell of the server as a whole."""
+    """Wrap `app` with records of its requests, and set the metrics of the server as a whole."""
     parallel = app.state.vllm_config.parallel_config
     metrics.devices.set(parallel.world_size * parallel.data_parallel_size)
     metrics.ready.set_function(lambda: float(routes.unreadiness(app.state) is None))
@@ -148,6 +148,6 @@ def observed(app: FastAPI, args: Namespace, settings: Settings) -> observe.Obser
 
 
 def model_name(args: Namespace) -> str:
-    """The first name under which clients know the model."""
+    """The first name of the model for clients."""
     names: list[str] = args.served_model_name or [args.model]
     return names[0]

@@ -1,4 +1,4 @@
-"""The client's side of a request: its body as it arrives, and whether it is still there."""
+"""The client's side of a request: receives its messages, and notices when it leaves."""
 
 import asyncio
 
@@ -9,8 +9,8 @@ from server.telemetry.record import Record
 
 
 class Client:
-    """Receives what the client sends. From the end of the body, where `aborts` is set, one task
-    waits for the client to leave, and cancels the work for it."""
+    """Receives the client's messages. If `aborts` is set, one task waits from the end of the body
+    on for the client to leave, and then cancels the work of the request."""
 
     def __init__(self, receive: Receive, record: Record, answer: Answer, *, aborts: bool) -> None:
         self._receive = receive
@@ -22,8 +22,8 @@ class Client:
         self._cancelled = False
 
     async def receive(self) -> Message:
-        """The next ASGI message. Whoever waits for one after the body learns of the client's
-        leaving by it, and is not cancelled."""
+        """The next ASGI message. A caller that waits for one after the body gets the disconnect as
+        a message, and is not cancelled."""
         if self._watch is not None:
             self._work = None
             return await asyncio.shield(self._watch)
@@ -36,12 +36,12 @@ class Client:
         return message
 
     def forgive_cancelling(self) -> bool:
-        """Whether the work was cancelled because the client left, and by nobody else."""
+        """Whether the work was cancelled only because the client left; if so, clears that."""
         task = asyncio.current_task()
         return self._cancelled and task is not None and task.uncancel() == 0
 
     def stop_watching(self) -> None:
-        """The request is over."""
+        """Stop waiting for the client to leave. Call it at the end of the request."""
         self._work = None
         if self._watch is not None:
             self._watch.cancel()

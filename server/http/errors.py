@@ -1,4 +1,4 @@
-"""The shape in which errors leave: OpenAI's, and Anthropic's on the routes of its API."""
+"""Shapes error responses: OpenAI's shape, and Anthropic's on the routes of its API."""
 
 import asyncio
 import inspect
@@ -23,7 +23,7 @@ Dialect = Literal["openai", "anthropic"]
 _INTERNAL = SaccadeError("internal error")
 INTERNAL_ERROR = json.dumps(error_body(_INTERNAL.message, _INTERNAL.type, _INTERNAL.code)).encode()
 _ANTHROPIC_PATHS = ("/v1/messages", "/v1/messages/")
-# What a validator raises that does not expect a value's type, and FastAPI's function around it.
+# Errors of a validator that does not expect the type of a value, and its caller in FastAPI.
 _OF_VALIDATORS = (AttributeError, IndexError, KeyError, TypeError)
 _VALIDATING = "request_body_to_args"
 # Anthropic's types of errors, by status.
@@ -41,14 +41,14 @@ _OVERLOAD_LOG_S = 1.0
 
 
 class OverloadLog:
-    """Logs refusals of an overloaded server: the first at once, then once a second how many."""
+    """Logs refusals with status 503: the first at once, then their number once a second."""
 
     def __init__(self) -> None:
         self._more = 0
         self._timer: asyncio.TimerHandle | None = None
 
     def note(self, error: SaccadeError) -> None:
-        """Call it on the event loop."""
+        """Log or count a refusal. Call it on the event loop."""
         if self._timer is not None:
             self._more += 1
             return
@@ -69,7 +69,7 @@ _overload = OverloadLog()
 
 
 def dialect_of(path: str) -> Dialect:
-    """The API that a path belongs to, where errors differ."""
+    """The API whose error shape the path has."""
     is_anthropic = path == _ANTHROPIC_PATHS[0] or path.startswith(_ANTHROPIC_PATHS[1])
     return "anthropic" if is_anthropic else "openai"
 
@@ -103,7 +103,7 @@ def _answer_unfit(app: FastAPI, kind: type[Exception]) -> None:
 
 
 async def _answer(_: Request, error: Exception) -> JSONResponse:
-    # An unknown exception is raised on to the outermost layer, which logs it.
+    # An unknown exception also reaches the outermost layer, which logs it.
     return respond(error if isinstance(error, SaccadeError) else _INTERNAL)
 
 
@@ -114,7 +114,7 @@ async def _answer_invalid(_: Request, error: Exception) -> JSONResponse:
 
 
 def respond(error: SaccadeError) -> JSONResponse:
-    """The response for `error`, naming the part of the request it is about."""
+    """The response for `error`, in OpenAI's shape."""
     if error.status == 503:
         _overload.note(error)
     elif error.status >= 500 and error is not _INTERNAL:
@@ -125,11 +125,11 @@ def respond(error: SaccadeError) -> JSONResponse:
 
 
 def shaped(body: bytes, status: int, dialect: Dialect, request_id: str) -> tuple[bytes, str] | None:
-    """The body of an error of any route in the shape of `dialect`, and the error's code; None if
-    `body` has none of the shapes that errors have here.
+    """Rewrite the error body of any route in the shape of `dialect`; returns the body and the
+    error's code, or None if `body` has no known error shape.
 
-    vLLM's own errors carry the HTTP status as their code and its phrase as their type, some of its
-    middleware a bare text.
+    vLLM's own errors have the HTTP status as their code and its phrase as their type; some of its
+    middleware sends only a text.
     """
     try:
         parsed = json.loads(body)
@@ -194,13 +194,13 @@ def with_length(headers: Iterable[tuple[bytes, bytes]], length: int) -> list[tup
 
 
 def as_markdown() -> str:
-    """The table of all codes, as `docs/errors.md` has it."""
+    """The content of `docs/errors.md`, with the table of all codes."""
     rows = {
         error.code: (error.status, " ".join((inspect.getdoc(error) or "").split()))
         for error in error_classes()
     }
     for status, code in STATUS_CODES.items():
-        rows.setdefault(code, (status, f"{HTTPStatus(status).phrase}, as the route says."))
+        rows.setdefault(code, (status, f"{HTTPStatus(status).phrase}; `message` has the reason."))
     lines = [
         "# Errors",
         "",

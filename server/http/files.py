@@ -1,4 +1,4 @@
-"""`/v1/files`, as OpenAI has it: images and PDFs that are sent once and shown in many requests."""
+"""OpenAI's `/v1/files`: images and PDFs that are uploaded once and used in many requests."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _CHUNK_BYTES = 256 * 1024
 _MAX_LISTED = 10_000
 # OpenAI's bounds: an hour and 30 days.
 _MIN_LIFETIME_S, _MAX_LIFETIME_S = 3600, 30 * 24 * 3600
-# What a form may have beside its file, in bytes: boundaries, headers and the other fields.
+# Most bytes of a form besides its file: boundaries, headers and the other fields.
 MAX_OVERHEAD_BYTES = 64 * 1024
 _MAX_FIELDS = 32
 
@@ -30,11 +30,13 @@ router = APIRouter()
 
 @router.post(PATH)
 async def create_file(raw_request: Request) -> JSONResponse:
-    """Keep an image or a PDF; the form has `file`, `purpose` and perhaps `expires_after`."""
+    """Store an image or a PDF; the form has `file`, `purpose` and optionally `expires_after`."""
     loader, store = _loader(raw_request), _store(raw_request)
     context = context_of(raw_request.scope)
     content_type = raw_request.headers.get("content-type", "")
-    body = (await raw_request.receive())["body"]  # all of it, uncopied: the body reader has read it
+    body = (await raw_request.receive())[
+        "body"
+    ]  # the whole body, not copied: the body reader has read it
     form = await in_thread(read_form, content_type, body)
     file, purpose, lifetime_s = _required(form, "file"), _purpose(form), _lifetime_s(form)
     try:
@@ -56,7 +58,7 @@ def list_files(
     order: Literal["asc", "desc"] = "desc",
     limit: Annotated[int, Query(ge=1, le=_MAX_LISTED)] = _MAX_LISTED,
 ) -> JSONResponse:
-    """The files of the caller's group by time; `after` is the last id of the page before."""
+    """List the files of the caller's group by time; `after` is the last id of the previous page."""
     store = _store(raw_request)
     try:
         files, has_more = store.listed(
@@ -78,13 +80,13 @@ def list_files(
 
 @router.get(PATH + "/{file_id}")
 async def retrieve_file(file_id: str, raw_request: Request) -> JSONResponse:
-    """What is known of a file beside its bytes."""
+    """Return the metadata of a file."""
     return JSONResponse(_shown(_store(raw_request).get(group_of(raw_request.scope), file_id)))
 
 
 @router.get(PATH + "/{file_id}/content")
 async def file_content(file_id: str, raw_request: Request) -> StreamingResponse:
-    """The bytes of a file. They are a stranger's, so no browser is to show them."""
+    """Return the content of a file as a download: browsers must not render untrusted bytes."""
     file, content = await in_thread(_store(raw_request).open, group_of(raw_request.scope), file_id)
     headers = {
         "Content-Length": str(file.size),
@@ -98,7 +100,7 @@ async def file_content(file_id: str, raw_request: Request) -> StreamingResponse:
 
 @router.delete(PATH + "/{file_id}")
 async def delete_file(file_id: str, raw_request: Request) -> JSONResponse:
-    """Forget a file; requests that name it are refused from now on."""
+    """Delete a file; later requests that name it are refused."""
     await _store(raw_request).delete(group_of(raw_request.scope), file_id)
     return JSONResponse({"id": file_id, "object": "file", "deleted": True})
 
@@ -139,7 +141,7 @@ def _chunks(content: BinaryIO) -> Iterator[bytes]:
 
 @dataclass(frozen=True)
 class Field:
-    """`filename` is the client's, "" if it gave none."""
+    """A field of a form. `filename` is the client's; "" if it gave none."""
 
     filename: str
     data: bytes
@@ -150,16 +152,16 @@ class Field:
 
 
 def read_form(content_type: str, body: bytes) -> dict[str, Field]:
-    """The fields of a form by name. Takes time and as much memory as `body`.
+    """Parse the fields of a form, by name. Takes time and as much memory as `body`.
 
     Raises:
-        ClientError: not a form, a damaged one, or one with too many fields.
+        ClientError: the body is not a form, is damaged, or has too many fields.
     """
     kind, options = parse_options_header(content_type)
     boundary = options.get(b"boundary", b"")
     if kind != b"multipart/form-data" or not boundary:
         raise ClientError("the body must be multipart/form-data, with a boundary")
-    # What the parser would go through byte by byte is left out, so that its steps are bounded.
+    # Input that the parser would read byte by byte is refused, so that its steps are bounded.
     delimiter = b"\r\n--" + boundary
     if body.count(delimiter) > _MAX_FIELDS:
         raise ClientError(f"the form has more than {_MAX_FIELDS} fields")
@@ -188,7 +190,7 @@ def read_form(content_type: str, body: bytes) -> dict[str, Field]:
 
 
 class _Reader:
-    """What the parser finds in `body`: it is given the body at once, and tells positions."""
+    """Collects the fields of `body`: the parser gets the body at once and reports positions."""
 
     def __init__(self, body: bytes) -> None:
         self.fields: dict[str, Field] = {}
@@ -222,7 +224,9 @@ class _Reader:
             raise _malformed()
         field = Field(filename.decode("utf-8", "replace"), b"".join(self._data))
         if self.fields.setdefault(name.decode("utf-8", "replace"), field) is not field:
-            raise ClientError("the form has a field twice", param=name.decode("utf-8", "replace"))
+            raise ClientError(
+                "the form has a duplicate field", param=name.decode("utf-8", "replace")
+            )
 
     def finish(self) -> None:
         self.finished = True
@@ -247,7 +251,7 @@ def _purpose(form: dict[str, Field]) -> Purpose:
 
 
 def _lifetime_s(form: dict[str, Field]) -> int | None:
-    """How long the file is to be kept, in seconds; None if the form does not say."""
+    """The requested lifetime of the file in seconds; None if the form has none."""
     names = "expires_after[anchor]", "expires_after[seconds]"
     if not any(name in form for name in names):
         return None

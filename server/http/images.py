@@ -1,4 +1,4 @@
-"""`POST /v1/images/tokens`: what images would cost, from their headers alone."""
+"""`POST /v1/images/tokens`: the cost of images in tokens, computed from their headers alone."""
 
 from typing import Annotated, Any
 
@@ -18,8 +18,7 @@ router = APIRouter()
 
 
 class ImageSize(BaseModel):
-    """An image that is known by its size only: `width` and `height` of the upright picture, in
-    pixels."""
+    """An image given by its size only: `width` and `height` of the upright image, in pixels."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -32,8 +31,8 @@ class ImageSize(BaseModel):
 class ImageTokensRequest(BaseModel):
     """Images as parts of `messages` (or of `input`), as sizes in `images`, or both.
 
-    Messages may be those of any API that takes images; their texts are not looked at.
-    `max_image_tokens` is the budget for all of them together.
+    Messages may have the form of any API that takes images; their texts are ignored.
+    `max_image_tokens` is the budget for all images together.
     """
 
     model_config = ConfigDict(extra="allow")

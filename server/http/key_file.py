@@ -1,9 +1,9 @@
-"""The file of API keys: which there are, and the group of each.
+"""The file of API keys and of their groups.
 
     {"groups": {"team-a": ["sk-...", "sha256:<hex digest of a key>"]}, "admin": ["sk-..."]}
 
-Keys are kept as SHA-256 only. What is said of a bad file names its entries by their places, since
-whatever stands in it may be a key.
+Keys are kept as SHA-256 only. Messages about an invalid file name its entries by their positions,
+since any text in it may be a key.
 """
 
 import hashlib
@@ -22,37 +22,37 @@ _KEY = re.compile(r"[!-~]+\Z")  # what a header can carry after `Bearer `
 _HASHED = "sha256:"
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}\Z")
 
-# By what a changed file is told from the one that was read: device, inode, bytes, times in ns.
+# Identifies a version of the file: device, inode, size in bytes, times in ns.
 Version = tuple[int, int, int, int, int]
 
 
 class BadKeys(ValueError):
-    """The keys cannot be used; the message says why and has none of them."""
+    """The keys cannot be used; the message says why and contains no key."""
 
 
 @dataclass(frozen=True)
 class KeyTable:
-    """Known keys by their digests: `groups` is {digest: group}, `admins` are those of admins."""
+    """Known keys by digest: `groups` is {digest: group}, `admins` are the digests of admin keys."""
 
     groups: Mapping[bytes, str] = field(default_factory=dict)
     admins: frozenset[bytes] = frozenset()
 
     def joined(self, other: "KeyTable") -> "KeyTable":
-        """Both tables as one.
+        """Merge both tables.
 
         Raises:
-            BadKeys: a key would be in two groups, or in a group and an admin's.
+            BadKeys: a key would be in two groups, or would be both in a group and an admin key.
         """
         groups = {**self.groups, **other.groups}
         admins = self.admins | other.admins
         moved = any(groups[key] != group for key, group in self.groups.items())
         if moved or not admins.isdisjoint(groups):
-            raise BadKeys("a key that is also given as a flag is in two groups, or an admin's")
+            raise BadKeys("a key that is also given as a flag is in two groups, or is an admin key")
         return KeyTable(groups, admins)
 
 
 def digest(key: str) -> bytes:
-    """What is kept of a key."""
+    """The SHA-256 digest of a key."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
@@ -62,13 +62,13 @@ def version_of(path: Path) -> Version:
 
 
 def read(path: Path) -> tuple[KeyTable, Version]:
-    """The keys in the file at `path`, and the version of it.
+    """Read the file at `path`; returns its keys and its version.
 
     Raises:
         OSError: the file cannot be read.
-        BadKeys: it is not such a file.
+        BadKeys: its content is invalid.
     """
-    # Not blocking: a named pipe would wait for its writer.
+    # O_NONBLOCK: otherwise, opening a named pipe would wait for its writer.
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -88,10 +88,10 @@ def parse(text: bytes) -> KeyTable:
     except json.JSONDecodeError as error:
         raise BadKeys(f"it is not JSON: line {error.lineno}, column {error.colno}") from None
     if not isinstance(document, dict) or not document.keys() <= {"groups", "admin"}:
-        raise BadKeys('it must be an object of "groups" and "admin", and nothing else')
+        raise BadKeys('it must be an object with "groups" and "admin", and no other names')
     listed = document.get("groups", {})
     if not isinstance(listed, dict):
-        raise BadKeys('"groups" must be an object that has a list of keys for each group')
+        raise BadKeys('"groups" must be an object with a list of keys for each group')
     groups: dict[bytes, str] = {}
     for number, (group, keys) in enumerate(listed.items(), 1):
         place = f"group {number}"
@@ -102,11 +102,11 @@ def parse(text: bytes) -> KeyTable:
             )
         for key, where in _digests(keys, place):
             if groups.setdefault(key, group) != group:
-                raise BadKeys(f"{where} is in another group as well")
+                raise BadKeys(f"{where} is in another group too")
     admins = set()
     for key, where in _digests(document.get("admin", []), "admin"):
         if key in groups:
-            raise BadKeys(f"{where} is in a group as well")
+            raise BadKeys(f"{where} is in a group too")
         admins.add(key)
     if not groups and not admins:
         raise BadKeys("it has no keys")
@@ -114,13 +114,13 @@ def parse(text: bytes) -> KeyTable:
 
 
 def _digests(keys: Any, place: str) -> Iterator[tuple[bytes, str]]:
-    """Each key of a list as its digest, and where it stands."""
+    """Yield the digest of each key in a list, and its position."""
     if not isinstance(keys, list):
         raise BadKeys(f"{place} must be a list of keys")
     for number, key in enumerate(keys, 1):
         where = f"key {number} of {place}"
         if not isinstance(key, str) or not _KEY.match(key):
-            raise BadKeys(f"{where} must be a text of visible ASCII characters without blanks")
+            raise BadKeys(f"{where} must be a string of visible ASCII characters without blanks")
         if not key.startswith(_HASHED):
             yield digest(key), where
         elif _DIGEST.match(hashed := key.removeprefix(_HASHED)):
@@ -130,10 +130,10 @@ def _digests(keys: Any, place: str) -> Iterator[tuple[bytes, str]]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON would silently keep only the last of two equal names, and lose keys."""
+    """Refuse equal names: `json` would silently keep only the last one, and lose keys."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise BadKeys("a name stands twice in it")
+        raise BadKeys("an object in it has a duplicate name")
     return found
 
 

@@ -1,7 +1,7 @@
-"""API keys: who may come in, and the group that a request works for.
+"""API keys: which requests are let in, and the group that a request belongs to.
 
-With a file of keys the check is made here, on the paths that vLLM guards, and before the body of a
-request is read. Without one, vLLM's own check of `--api-key` stays, and there are no groups.
+With a file of keys, the check is made here, on the paths that vLLM guards, before the body of a
+request is read. Without one, vLLM's own check of `--api-key` applies, and there are no groups.
 """
 
 import asyncio
@@ -25,19 +25,19 @@ from server.settings import AccessSettings
 
 log = logging.getLogger("saccade.api")
 
-# The group of the keys that are given by `--api-key` beside a file.
+# The group of the keys that are given by `--api-key` in addition to a file.
 DEFAULT_GROUP = "default"
 _CHECK_INTERVAL_S = 1.0
 
 
 class KeyRing:
-    """The keys that the server knows: those of the file, as it is now, and those given by flags."""
+    """The keys that the server accepts: those of the current file, and those given as flags."""
 
     def __init__(self, path: Path | None, keys: Sequence[str], admin_key: str | None) -> None:
         """`keys` are those of `--api-key`.
 
         Raises:
-            CannotStart: the file cannot be used, or the admin key is not one.
+            CannotStart: the file cannot be used, or the admin key is empty.
         """
         if admin_key is not None and not admin_key.strip():
             raise CannotStart("--admin-key is empty")
@@ -60,7 +60,7 @@ class KeyRing:
 
     @property
     def has_groups(self) -> bool:
-        """Whether keys are in groups, and checked here."""
+        """Whether keys are in groups, and are checked here."""
         return self._path is not None
 
     @property
@@ -68,7 +68,7 @@ class KeyRing:
         return bool(self._table.admins)
 
     async def group_of(self, key: str) -> str | None:
-        """The group of `key`; None if it is not known."""
+        """The group of `key`; None if it is unknown."""
         await self._refresh()
         digest = key_file.digest(key)
         return groups.ADMIN if digest in self._table.admins else self._table.groups.get(digest)
@@ -78,7 +78,7 @@ class KeyRing:
         return key_file.digest(key) in self._table.admins
 
     async def _refresh(self) -> None:
-        """Read the file again if it has changed; at most once a second, and once at a time."""
+        """Read the file again if it has changed; at most once a second, and never concurrently."""
         if self._path is None or time.monotonic() < self._check_at:
             return
         self._check_at = math.inf
@@ -94,11 +94,11 @@ class KeyRing:
             if version == self._version:
                 return
             self._table, version = self._read(path)
-            log.info("the API keys were read again")
+            log.info("reloaded the API keys")
         except (BadKeys, OSError) as error:
-            if version is not None or self._version is not None:  # else it is missing still
+            if version is not None or self._version is not None:  # otherwise, it is still missing
                 why = error.strerror if isinstance(error, OSError) else error
-                log.error("%s: %s; the keys before it stay", path, why)
+                log.error("failed to reload the API keys from %s: %s; the old keys stay", path, why)
         self._version = version
 
     def _read(self, path: Path) -> tuple[KeyTable, Version]:
@@ -107,21 +107,22 @@ class KeyRing:
 
 
 def key_ring(access: AccessSettings, given: Sequence[str], *, keeps_responses: bool) -> KeyRing:
-    """The ring for these settings and the keys `given` by `--api-key`. `keeps_responses`: vLLM
-    stores responses, for all groups alike.
+    """The key ring for these settings and the keys `given` by `--api-key`. `keeps_responses`: vLLM
+    stores responses, which all groups share.
 
     Raises:
         CannotStart
     """
     if access.api_keys_file is not None and keeps_responses:
         raise CannotStart(
-            "--api-keys-file: VLLM_ENABLE_RESPONSES_API_STORE keeps responses for all groups alike"
+            "--api-keys-file: all groups would share the responses that "
+            "VLLM_ENABLE_RESPONSES_API_STORE keeps"
         )
     return KeyRing(access.api_keys_file, given, _admin_key(access))
 
 
 def keys_for_vllm(access: AccessSettings, given: Sequence[str]) -> list[str]:
-    """The keys that vLLM's own check has to let in; none where it is not to check."""
+    """The keys that vLLM's own check accepts; none if it is not to check."""
     if access.api_keys_file is not None or not given:
         return []
     admin_key = _admin_key(access)
@@ -133,11 +134,11 @@ def _admin_key(access: AccessSettings) -> str | None:
 
 
 class ApiKeys:
-    """Lets requests to guarded paths in by their key, and enters the group of the key."""
+    """Checks the keys of requests to guarded paths, and notes the group of the key."""
 
     def __init__(self, app: ASGIApp, ring: KeyRing, guarded: tuple[str, ...]) -> None:
-        """`guarded` are the beginnings of the paths, below the root path, that need a key also
-        where they are only read. What does more than read needs one on every path."""
+        """`guarded` are prefixes of paths, below the root path, that need a key for GET and HEAD
+        too. Other methods need a key on every path."""
         self._app = app
         self._ring = ring
         self._guarded = guarded
@@ -151,7 +152,7 @@ class ApiKeys:
         if group is None and self._needs_key(scope):
             response = respond(
                 InvalidApiKey(
-                    "the API key is not known"
+                    "the API key is unknown"
                     if key
                     else "the request has no API key; send it as `Authorization: Bearer KEY`"
                 )
@@ -171,7 +172,7 @@ class ApiKeys:
 
 
 async def require_admin(request: Request) -> None:
-    """A route's dependency: only admin keys may pass.
+    """A dependency of routes: only admin keys may pass.
 
     Raises:
         AdminKeyRequired: the request has none.
@@ -189,6 +190,6 @@ async def require_admin(request: Request) -> None:
 
 
 def _presented(headers: Headers) -> str | None:
-    """The key that a request comes with, if it has one."""
+    """The bearer key of a request; None if it has none."""
     scheme, _, key = headers.get("Authorization", "").partition(" ")
     return key if scheme.lower() == "bearer" and key else None

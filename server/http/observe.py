@@ -1,8 +1,8 @@
-"""The outermost layer: each request gets an id and a record, and whatever fails becomes an answer.
+"""The outermost layer: gives each request an id and a record, and answers when it fails.
 
-The id is the client's `X-Request-Id`, or else a new one, and every answer names it. When the answer
-has gone, the record becomes metrics, a line in the log and a trace. The stages of a request are in
-the header `Server-Timing` of an answer that is sent whole, and in a comment at the end of a stream.
+The id is the client's `X-Request-Id`, or a new one, and is in every answer. After the answer was
+sent, the record becomes metrics, a line in the log and a trace. The stages of a request are in the
+header `Server-Timing` of an answer that is sent whole, and in a comment at the end of a stream.
 A failure to record a request is logged and does not affect its answer.
 """
 
@@ -27,7 +27,7 @@ _log = logging.getLogger("saccade.observe")
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9._:=+/-]{1,128}\Z")
 _PATH_LENGTH = 200
-# Machines ask for these over and over; they are logged only if they fail.
+# Machines request these all the time; they are logged only if they fail.
 _PROBES = frozenset({"/health", "/ready", "/ping", "/load", "/metrics", "/version"})
 
 _REQUEST_STAGE = {stage: metrics.request_stage.labels(stage) for stage in Stage}
@@ -49,7 +49,7 @@ class Observed:
         aborted: Iterable[str] = (),
     ) -> None:
         """`routes` are paths that may name spans, `unlogged` those without a line in the log, and
-        `aborted` those whose work ends when the client leaves; all below `root_path`. With
+        `aborted` those whose work is cancelled when the client leaves; all below `root_path`. With
         `traced`, the process has a tracer provider."""
         self._app = app
         self._root_path = root_path
@@ -102,7 +102,7 @@ class Observed:
         )
 
     def _scope(self, scope: Scope, record: Record, *, is_work: bool) -> Scope:
-        """`scope` with the record, and with headers that name its id and its span."""
+        """`scope` with the record, and with headers that carry its id and its span."""
         scope = {**scope}
         set_record(scope, record)
         if _ids(scope) not in ([], [record.id.encode()]):
@@ -134,7 +134,7 @@ class Observed:
 
 
 def _ids(scope: Scope) -> list[bytes]:
-    """The ids that the client gave the request; it should be one at most."""
+    """All ids that the client gave the request, of which the first counts."""
     return [value for name, value in scope["headers"] if name == ID_HEADER]
 
 
@@ -149,7 +149,7 @@ def _measure(record: Record, times: Times) -> None:
         metrics.refusals.labels(code if code in CODES else metrics.OTHER_CODE).inc()
         return
     first = record.time_to_first_token()
-    if first is None:  # no work of the engine
+    if first is None:  # the engine did nothing for it
         return
     for stage, seconds in times.stages.items():
         _REQUEST_STAGE[stage].observe(seconds)

@@ -1,8 +1,8 @@
-"""The routes that answer conversations, on vLLM's serving classes, and those about the server.
+"""The routes of conversations, on vLLM's serving classes, and the routes about the server.
 
-vLLM's own routes listen for the client's leaving in tasks of their own, twice for a stream; here
-the outermost layer cancels the task of the request (`http/client.py`). vLLM's route for messages
-makes a 500 of every error that is raised below it.
+vLLM's own routes wait for the client to leave in additional tasks, two for a stream; here the
+outermost layer cancels the task of the request (`http/client.py`). vLLM's route for messages turns
+every error that is raised below it into a 500.
 """
 
 from collections.abc import AsyncGenerator, Callable
@@ -44,7 +44,7 @@ _STREAMED: dict[int | str, dict[str, Any]] = {
 
 @conversations.post("/v1/chat/completions", responses=_STREAMED)
 async def create_chat_completion(request: ChatCompletionRequest, raw_request: Request) -> Response:
-    """Answer a conversation, whole or streamed. A client that leaves cancels its work."""
+    """Answer a conversation, whole or streamed. Its work is cancelled if the client leaves."""
     state = raw_request.app.state
     serving: OpenAIServingChat | None = state.openai_serving_chat
     if serving is None:
@@ -74,7 +74,7 @@ async def create_message(request: AnthropicMessagesRequest, raw_request: Request
 
 @conversations.post("/v1/messages/count_tokens")
 async def count_tokens(request: AnthropicCountTokensRequest, raw_request: Request) -> Response:
-    """The tokens that a conversation would take."""
+    """Count the tokens of a conversation."""
     with _Load(raw_request.app.state):
         answer = await _messages(raw_request).count_tokens(request, raw_request)
     if isinstance(answer, ErrorResponse):
@@ -111,7 +111,7 @@ class _Load:
             self._end()
 
     def until_end(self) -> Callable[[], None]:
-        """Let the request count until the function that this returns is called."""
+        """Keep counting the request until the returned function is called."""
         self._goes_on = True
         return self._end
 
@@ -125,7 +125,7 @@ class _Load:
 
 @status.get("/health")
 async def health(request: Request) -> Response:
-    """200 while the engine is alive, 503 when it has died. Cheap: for liveness probes."""
+    """200 while the engine is alive, 503 when it has died. Cheap enough for liveness probes."""
     try:
         await request.app.state.engine_client.check_health()
     except EngineDeadError:
@@ -147,7 +147,7 @@ def unreadiness(state: State) -> str | None:
     if state.engine_client.errored:
         return "the engine has died"
     if state.image_pool is not None and not state.image_pool.ready:
-        return "no image worker can take work"
+        return "no image worker is available"
     return None
 
 
@@ -178,8 +178,8 @@ async def show_caches(raw_request: Request) -> dict[str, Any]:
 
 @caches.delete("")
 async def clear_caches(raw_request: Request) -> dict[str, Any]:
-    """Forget all images. `cleared` names the caches that are empty now, except for the images of
-    running requests."""
+    """Clear all caches of images. `cleared` names the caches that are empty now, except for the
+    images of running requests."""
     engine_caches: EngineCaches = raw_request.app.state.engine_caches
     fetched: FetchCache | None = raw_request.app.state.fetch_cache
     cleared = await engine_caches.clear()

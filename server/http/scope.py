@@ -1,4 +1,4 @@
-"""What the layers around the routes keep in the ASGI scope of a request, for those further in."""
+"""The record and the context of a request, in its ASGI scope."""
 
 from starlette.types import Scope
 
@@ -10,7 +10,7 @@ _CONTEXT = "saccade.context"
 
 
 def set_record(scope: Scope, record: Record) -> None:
-    """Keep the record of the request; done by the outermost layer."""
+    """Store the record of the request; the outermost layer does it."""
     scope[_RECORD] = record
 
 
@@ -28,12 +28,12 @@ def group_of(scope: Scope) -> str:
 
 
 def set_context(scope: Scope, context: RequestContext) -> None:
-    """Keep what is known of the request since its body was read."""
+    """Store the context of the request; the body reader does it."""
     scope[_CONTEXT] = context
 
 
 def context_of(scope: Scope) -> RequestContext:
-    """What is known of the request.
+    """The context of the request.
 
     Raises:
         KeyError: its body has not been read.

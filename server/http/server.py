@@ -1,4 +1,4 @@
-"""Runs the HTTP server until a signal or the engine's death, and tells systemd how it is doing."""
+"""Runs the HTTP server until a signal or the engine's death, and reports its state to systemd."""
 
 import asyncio
 import contextlib
@@ -60,7 +60,10 @@ def uvicorn_config(app: Observed, args: Namespace, settings: Settings) -> uvicor
 async def serve(
     server: Server, sock: socket.socket, engine: vllm_http.AsyncLLM, app: FastAPI
 ) -> int:
-    """Serve until a signal; the first one drains, a second one does not wait."""
+    """Serve until a signal. The first lets running requests finish, the second does not wait.
+
+    Returns the exit status: 1 if the engine has died.
+    """
 
     def stop() -> None:
         if app.state.draining:
@@ -97,6 +100,6 @@ def _notify(state: str) -> None:
         return
     if address.startswith("@"):  # an abstract socket
         address = "\0" + address[1:]
-    # A supervisor that does not listen any more must not stop the server.
+    # A supervisor that no longer listens must not stop the server.
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as line:
         line.sendto(state.encode(), address)

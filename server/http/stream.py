@@ -1,4 +1,4 @@
-"""An answer that is sent as it comes, as server-sent events."""
+"""Streams an answer as server-sent events."""
 
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import aclosing, suppress
@@ -9,7 +9,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-# Events that are there at once are sent together, up to this size.
+# Events that are ready together are sent together, up to this size.
 _MAX_BYTES = 64 * 1024
 
 
@@ -18,8 +18,8 @@ class EventStream(Response):
 
     Events that the generator has ready are sent together with those before them: the first two of
     an answer, and the last token with the usage and the end. Each write costs a system call and a
-    walk through the middleware. Starlette's StreamingResponse sends them one by one, and listens
-    for the client's leaving in a task of its own; here `http/client.py` does that for the whole
+    pass through the middleware. Starlette's StreamingResponse sends them one by one, and waits for
+    the client to leave in an additional task; here `http/client.py` does that for the whole
     request.
     """
 
@@ -44,7 +44,7 @@ class EventStream(Response):
 
 
 async def _send_events(events: AsyncGenerator[str, None], send: Send) -> bytes:
-    """Send what is ready whenever the next event has to be waited for; returns the last of it."""
+    """Send the ready events whenever the next one is not ready; returns the unsent rest."""
     ready = bytearray()
     while True:
         step = _Step(events)
@@ -72,10 +72,10 @@ async def _send_piece(ready: bytearray, send: Send) -> None:
 
 
 class _Step:
-    """A step of an async generator that is begun before it is awaited.
+    """A step of an async generator that begins before it is awaited.
 
-    This does by hand what `await` does: what the step yields is handed to the event loop, and what
-    comes back is handed to the step.
+    This does by hand what `await` does: it passes values that the step yields to the event loop,
+    and the results back to the step.
     """
 
     def __init__(self, events: AsyncGenerator[str, None]) -> None:
@@ -83,7 +83,7 @@ class _Step:
         self._yielded: Any = None
 
     def begin(self) -> str | None:
-        """The next event if it is ready, None if it has to be waited for.
+        """The next event if it is ready; None if not.
 
         Raises:
             StopAsyncIteration: there are no more events.
@@ -101,7 +101,7 @@ class _Step:
         return event
 
     async def fail(self, error: BaseException) -> None:
-        """Raise `error` in the step instead, and wait for what the generator does then."""
+        """Raise `error` in the step instead, and wait until the generator has handled it."""
         with suppress(StopAsyncIteration):
             try:
                 self._yielded = self._step.throw(error)

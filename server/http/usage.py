@@ -1,6 +1,6 @@
-"""Completes the usage of an answer: how many tokens its images took, and on request each image.
+"""Adds the tokens of images to the usage of an answer, and on request details of each image.
 
-vLLM writes the answers; this puts `image_tokens` beside its `cached_tokens`, in each of the three
+vLLM writes the answers; this adds `image_tokens` next to its `cached_tokens`, in each of the three
 dialects, in bodies and in the events of streams.
 """
 
@@ -33,8 +33,8 @@ class ImageUsage:
 
 
 class _Completing:
-    """Sends an answer on, and looks only at what has a usage: a whole answer, or the event of a
-    stream that tells of it."""
+    """Passes an answer on, and parses only messages that have a usage: a whole answer, or an event
+    of a stream."""
 
     def __init__(self, request: RequestContext, send: Send) -> None:
         self._request = request
@@ -78,7 +78,7 @@ def _completed_events(events: bytes, request: RequestContext) -> bytes:
 
 
 def completed(body: bytes, request: RequestContext) -> bytes:
-    """The JSON object `body` with the images' part of its usage, if it has a usage."""
+    """The JSON object `body` with the tokens of images in its usage, if it has one."""
     if _USAGE not in body:
         return body
     try:
@@ -101,7 +101,7 @@ def _complete(usage: dict[str, Any], request: RequestContext) -> None:
     image_tokens = sum(image.tokens for image in request.shown)
     if "prompt_tokens" in usage:
         holder = usage["prompt_tokens_details"] = usage.get("prompt_tokens_details") or {}
-        if not request.shown:  # vLLM counts what came as embeddings
+        if not request.shown:  # vLLM counts images that were sent as embeddings
             image_tokens = (holder.get("multimodal_tokens") or {}).get("image", 0)
     elif "input_tokens_details" in usage:
         holder = usage["input_tokens_details"] = usage.get("input_tokens_details") or {}
@@ -113,10 +113,10 @@ def _complete(usage: dict[str, Any], request: RequestContext) -> None:
 
 
 def details(request: RequestContext) -> list[dict[str, Any]]:
-    """`image_details` of an answer: see `ShownImage` for what they mean.
+    """`image_details` of an answer, one for each image; `ShownImage` explains the values.
 
-    `cached` is the furthest stage whose work was there already: "embedding" (the encoder did not
-    run), "features" (nor did the processor), or "none".
+    `cached` is the last cached result that the image needed: "embedding" (the encoder did not run),
+    "features" (the processor did not run), or "none".
     """
     encoded = request.encoded or []
     if len(encoded) != len(request.shown):

@@ -1,8 +1,8 @@
 """Explains why a request does not fit its route, in one sentence about one value.
 
-Where a value may have one of several forms, pydantic lists what keeps it from being each of them,
-hundreds of errors for one missing field. Here the form that the value comes closest to is chosen,
-and the first thing that is wrong with it is named.
+If a value may have one of several forms, pydantic lists the errors of all forms: hundreds for one
+missing field. This module chooses the form that the value comes closest to, and reports its first
+error.
 """
 
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from fastapi.exceptions import RequestValidationError
 
-# Fields that say which of several forms a value has.
+# Fields that determine which of several forms a value has.
 _TAGS = ("type", "role")
-# Steps of pydantic's that stand for no form of their own.
+# Steps in pydantic's paths that are not a form.
 _WRAPPERS = ("union[", "tagged-union[", "function-", "nullable[", "lax-or-strict[")
 
 
@@ -45,7 +45,7 @@ def explained(error: RequestValidationError) -> tuple[str, str | None]:
 
 
 def _closest(problems: Sequence[_Problem], value: Any) -> _Problem:
-    """The problem to tell of, with the whole path of it."""
+    """The problem to report, with its whole path."""
     first = problems[0]
     if not first.path:
         return first
@@ -59,7 +59,7 @@ def _closest(problems: Sequence[_Problem], value: Any) -> _Problem:
 
 
 def _of_forms(problems: Sequence[_Problem], value: Any) -> _Problem:
-    """Of the forms that `value` might have, tell what is wrong with the one it comes closest to."""
+    """The problem of the form that `value` comes closest to."""
     forms: dict[str | int, list[_Problem]] = {}
     for path, error in problems:
         while path and str(path[0]).startswith(_WRAPPERS):
@@ -68,7 +68,7 @@ def _of_forms(problems: Sequence[_Problem], value: Any) -> _Problem:
             forms.setdefault(path[0], []).append(_Problem(path[1:], error))
     candidates = [form for form in forms.values() if not any(map(_is_other_form, form))]
     if candidates:
-        # The deepest problem is that of the form which fits best above it.
+        # The form with the deepest problem fits best.
         return _closest(min(candidates, key=lambda form: (-_depth(form), len(form))), value)
     tagged = {each.path[0] for form in forms.values() for each in form if _is_of_tag(each)}
     if isinstance(value, dict) and tagged:
@@ -85,8 +85,8 @@ def _depth(form: Sequence[_Problem]) -> int:
 
 
 def _is_other_form(problem: _Problem) -> bool:
-    """Whether the value was not meant to have this form. An `id` is missing in nearly all values,
-    since servers make it."""
+    """Whether the value was not meant to have this form. A form that needs an `id` is one of the
+    server's, and clients rarely mean it."""
     lacks_id = problem.path == ("id",) and problem.error["type"] == "missing"
     return not problem.path or lacks_id or _is_of_tag(problem)
 
@@ -109,7 +109,7 @@ def _is_missing(problem: _Problem) -> bool:
 
 
 def _names(locs: Sequence[Sequence[str | int]]) -> dict[str | int, None]:
-    """A stand-in for what was not in the body, such as parameters of the query."""
+    """A stand-in for values outside of the body, such as parameters of the query."""
     return {loc[1]: None for loc in locs if len(loc) > 1}
 
 

@@ -192,7 +192,7 @@ class ImagePool:
         if self._closing:
             raise ServerBusy("the server is shutting down")
         if self._slots.health.unhealthy and not self.worker_pids:
-            raise ServerBusy("no image worker can take work")
+            raise ServerBusy("no image worker is available")
         if len(self._queue) >= self._settings.image_queue:
             raise ServerBusy(
                 f"{len(self._queue)} images wait to be processed, the limit is "
@@ -281,7 +281,7 @@ class ImagePool:
                 self._queue.appendleft(task)
         if self._slots.health.unhealthy and not self.worker_pids:
             for waiting in list(self._queue):
-                self._fail(waiting, ServerBusy("no image worker can take work"))
+                self._fail(waiting, ServerBusy("no image worker is available"))
             self._queue.clear()
         self._dispatch()
 

@@ -307,7 +307,7 @@ def test_keys_come_and_go_with_the_file(
         assert prefix_hit(post(web, new, question))  # another key, the same group
         keys_file.write_text('{"groups": {"team-b": ["sk-secret-in-a-broken-file"')
         deadline = time.monotonic() + 30
-        while not any("the keys before it stay" in line for line in guarded.log):
+        while not any("the old keys stay" in line for line in guarded.log):
             assert time.monotonic() < deadline
             assert web.get("/v1/models", headers=bearer(new)).status_code == 200
             time.sleep(0.1)

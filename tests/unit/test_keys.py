@@ -75,7 +75,7 @@ BAD: list[tuple[Any, str]] = [
     ({"groups": {"a": ["sk-secret"], "b": ["sk-secret"]}}, "key 1 of group 2 is in another group"),
     ({"groups": {"a": ["sk-secret"], "b": [hashed("sk-secret")]}}, "is in another group"),
     ({"groups": {"a": ["sk-secret"]}, "admin": ["sk-secret"]}, "key 1 of admin is in a group"),
-    ('{"groups": {"a": ["sk-secret"], "a": ["sk-x"]}}', "a name stands twice"),
+    ('{"groups": {"a": ["sk-secret"], "a": ["sk-x"]}}', "has a duplicate name"),
     ({"groups": {}}, "no keys"),
     ({"groups": {"a": []}, "admin": []}, "no keys"),
     (" " * (1 << 20) + "{}", "more than 1048576 bytes"),
@@ -103,7 +103,7 @@ def test_what_is_no_file_stops_the_start(tmp_path: Path) -> None:
 
 def test_a_key_of_a_flag_may_not_be_in_a_group_too(path: Path) -> None:
     for keys, admin in (([A], None), ([], A), (["sk-x"], "sk-x"), ([ADMIN], None)):
-        with pytest.raises(CannotStart, match="in two groups, or an admin's"):
+        with pytest.raises(CannotStart, match="in two groups, or is an admin key"):
             KeyRing(path, keys, admin)
     with pytest.raises(CannotStart, match="--admin-key is empty"):
         KeyRing(None, (), " ")
