@@ -1,4 +1,4 @@
-"""The settings: each is declared once; flag, variable and help text are derived from it.
+"""The settings. Each is declared once; its flag, variable and help text are derived from that.
 
 A setting `fetch_timeout_s` is the flag `--fetch-timeout-s` and the environment variable
 `SACCADE_FETCH_TIMEOUT_S`. Flags override variables, variables override defaults. An unknown
@@ -34,8 +34,8 @@ class ImageSettings(_Group):
         default_factory=usable_cores,
         ge=1,
         le=1024,
-        description="Image worker processes (default: the cores this process may use, by affinity "
-        "and CPU quota).",
+        description="Image worker processes (default: the cores that the server may use, by "
+        "affinity and CPU quota).",
     )
     image_decode: Literal["fast", "exact"] = Field(
         "fast",
@@ -46,19 +46,19 @@ class ImageSettings(_Group):
         1024, ge=1, description="Images that may wait for a worker before requests get a 503."
     )
     image_timeout_s: float = Field(
-        30.0, gt=0, description="Longest time one image may take in a worker, in seconds."
+        30.0, gt=0, description="Longest time that one image may take in a worker, in seconds."
     )
     max_image_bytes: int = Field(
         50 * MIB, ge=1, description="Largest encoded image or file, in bytes."
     )
     max_image_pixels: int = Field(
-        100_000_000, ge=1, description="Largest image by width x height, read from its header."
+        100_000_000, ge=1, description="Most pixels of an image, by the size in its header."
     )
     max_image_side: int = Field(
-        32_768, ge=1, description="Longest side of an image in pixels, read from its header."
+        32_768, ge=1, description="Longest side of an image in pixels, by the size in its header."
     )
     max_image_aspect_ratio: float = Field(
-        200.0, ge=1, description="Longest side of an image divided by its shortest."
+        200.0, ge=1, description="Largest ratio of an image's longer side to its shorter side."
     )
     max_request_images: int = Field(
         128, ge=1, description="Most images in one request, counting frames and pages."
@@ -82,7 +82,7 @@ class VideoSettings(_Group):
         256 * MIB, ge=1, description="Largest encoded video or audio clip, in bytes."
     )
     video_workers: int = Field(
-        4, ge=1, le=1024, description="Videos and audio clips that are decoded concurrently."
+        4, ge=1, le=1024, description="Videos and audio clips that are decoded at the same time."
     )
     video_queue: int = Field(
         256, ge=1, description="Videos and audio clips that may wait before requests get a 503."
@@ -130,11 +130,12 @@ class HttpSettings(_Group):
         10.0, gt=0, description="Deadline for fetching one http(s) image, in seconds."
     )
     fetch_max_redirects: int = Field(3, ge=0, description="Most redirects that one fetch follows.")
-    fetch_connections: int = Field(100, ge=1, description="Most open connections of all fetches.")
+    fetch_connections: int = Field(100, ge=1, description="Most fetches at the same time.")
     fetch_connections_per_host: int = Field(
         16,
         ge=1,
-        description="Concurrent fetches from one host; others wait, within their deadline.",
+        description="Most fetches from one host at the same time; others wait within their "
+        "deadline.",
     )
     fetch_cache_gb: float = Field(
         0.25,
@@ -193,8 +194,8 @@ class CacheSettings(_Group):
         0.04,
         ge=0,
         allow_inf_nan=False,
-        description="Longest time a request waits for embeddings from disk or the shared store "
-        "before its images are encoded again, in seconds.",
+        description="Longest time that a request waits for embeddings from disk or the shared "
+        "store before its images are encoded again, in seconds.",
     )
     encoder_cache_tokens: int | None = Field(
         None,
@@ -248,7 +249,7 @@ class _LeafEnvironment(PydanticBaseSettingsSource):
     """Reads `SACCADE_<SETTING>` for each setting of every group."""
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        raise NotImplementedError  # the whole tree is read at once below
+        raise NotImplementedError  # `__call__` reads the whole tree at once
 
     def __call__(self) -> dict[str, Any]:
         names = {name for _, name, _ in leaves()}
@@ -299,7 +300,7 @@ def leaves() -> Iterator[tuple[str, str, FieldInfo]]:
 
 
 def nest(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """{setting: value} as the tree that `Settings` takes."""
+    """{setting: value} as the tree {group: {setting: value}} that `Settings` takes."""
     tree: dict[str, dict[str, Any]] = {}
     for group, name, _ in leaves():
         if name in values:
@@ -340,7 +341,7 @@ def from_flags(args: argparse.Namespace) -> Settings:
 
 
 def as_markdown() -> str:
-    """The table of all settings, for `docs/settings.md`."""
+    """The content of `docs/settings.md`, with a table of settings for each group."""
     lines = [
         "# Settings",
         "",
