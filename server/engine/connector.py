@@ -18,6 +18,7 @@ from vllm.multimodal.media import (
     VideoMediaIO,
 )
 
+from server.concurrency import in_thread
 from server.engine.clips import check_options, video_options
 from server.engine.vllm_adapter.processors import tensor
 from server.errors import InvalidImageUrl, SaccadeError, UnknownImage
@@ -26,7 +27,6 @@ from server.imaging.encoded import EncodedImage
 from server.ingest.video import ClipDecoder
 from server.request import context as contexts
 from server.request.context import Resolved
-from server.tasks import in_thread
 from server.workers.jobs import DecodeIO, PixelsJob, encode_job
 from server.workers.pool import ImagePool
 

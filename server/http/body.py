@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.concurrency import in_thread
 from server.errors import RequestTimeout, RequestTooLarge, SaccadeError
 from server.http.errors import respond, with_length
 from server.http.scope import record_of, set_context
@@ -19,7 +20,6 @@ from server.request.dialects import dialect_of
 from server.request.payloads import MIN_PAYLOAD_BYTES
 from server.request.read import RequestReader
 from server.settings import HttpSettings
-from server.tasks import in_thread
 from server.telemetry.stages import Stage
 
 # Reading this much takes about 0.1 ms, the same as handing it to a thread.

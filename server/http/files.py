@@ -10,11 +10,11 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from server.concurrency import in_thread
 from server.errors import ClientError, UnknownFile
 from server.http.scope import context_of, group_of
 from server.ingest.files import PURPOSES, FileStore, Purpose, StoredFile
 from server.ingest.load import MediaLoader
-from server.tasks import in_thread
 
 PATH = "/v1/files"
 _CHUNK_BYTES = 256 * 1024

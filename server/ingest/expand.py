@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
+from server.concurrency import in_thread
 from server.errors import ImageFrameMissing, InvalidFile, TooManyImages
 from server.imaging.encoded import EncodedImage, check_bytes, check_size, digest, encoded
 from server.imaging.header import ImageHeader
 from server.request.media import MediaLimits, MediaRef
-from server.tasks import in_thread
 from server.telemetry.stages import Timeline
 
 _PDF_MAGIC = b"%PDF-"

@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 from blake3 import blake3
 from cachetools import LRUCache
 
+from server.concurrency import all_or_none, in_thread
 from server.errors import (
     AudioTooLarge,
     FilesDisabled,
@@ -39,7 +40,6 @@ from server.ingest.files import FileStore
 from server.request import payloads
 from server.request.context import RequestContext
 from server.request.media import Inline, MediaLimits, MediaRef, Remote, SentBefore, Uploaded
-from server.tasks import all_or_none, in_thread
 from server.telemetry import metrics
 
 # Most images that clients may name by uuid without sending them again.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from server.cores import usable_cores
+from server.concurrency import usable_cores
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ LAYERS = (
     ("workers",),
     ("imaging",),
     ("telemetry",),
-    ("tasks", "notify"),
-    ("settings", "cores"),
+    ("settings",),
+    ("concurrency",),
     ("errors",),
 )
 BELOW_THE_ENGINE = ("ingest", "request", "workers", "imaging", "telemetry")

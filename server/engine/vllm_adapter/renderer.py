@@ -28,6 +28,7 @@ from vllm.multimodal.inputs import MultiModalKwargsItem
 from vllm.renderers import ChatParams
 from vllm.renderers.hf import HfRenderer
 
+from server.concurrency import all_or_none
 from server.engine.token_allocator import TokenAllocator
 from server.engine.vllm_adapter import processors, typed_placeholders
 from server.engine.vllm_adapter.processor_cache import PooledItem, ProcessorCache, copied
@@ -45,7 +46,6 @@ from server.request import context as requests
 from server.request.context import RequestContext, ShownImage
 from server.request.groups import prefixed
 from server.settings import Settings
-from server.tasks import all_or_none
 from server.telemetry import metrics
 from server.workers.jobs import DecodeIO, PixelsJob, ProcessJob, encode_job, encode_kwargs
 from server.workers.pool import ImagePool
