@@ -1,1 +1,1 @@
-"""Image files: their headers and limits, decoding to upright pictures, and their cost in tokens."""
+"""Image files: headers, limits, decoding to upright pictures, and cost in tokens."""

@@ -1,7 +1,7 @@
-"""Which container a video or an audio clip is, told by its first bytes, before a decoder sees it.
+"""Identifies the container of a video or audio clip by its first bytes, before decoding.
 
-FFmpeg guesses the format of what it is given, and some formats are lists of other files and
-addresses, which it then opens. So only containers that hold all of their data are let through.
+FFmpeg guesses the format of its input, and some formats are lists of other files and addresses,
+which it then opens. So only containers that hold all of their data are accepted.
 """
 
 import struct
@@ -21,11 +21,11 @@ from server.imaging.header.boxes import FULL, Box, boxes, whole
 VideoContainer: TypeAlias = Literal["mp4", "matroska", "avi"]
 AudioContainer: TypeAlias = Literal["wav", "flac", "ogg", "mp3"] | VideoContainer
 
-# Where an MP4 file says in which file the samples of a track are.
+# The path to the boxes of an MP4 file that name the file with a track's samples.
 _TO_REFERENCES = (b"moov", b"trak", b"mdia", b"minf", b"dinf", b"dref")
-# Version and flags of a box, and a count.
+# The length of a box's version, flags and count.
 _REFERENCE_FIELDS = FULL + 4
-# Of base64, what tells a picture.
+# As many base64 characters as identify a picture.
 _HEAD_CHARACTERS = 16
 _ID3_HEADER_BYTES = 10
 _ID3_HAS_FOOTER = 0x10
@@ -35,21 +35,21 @@ def video_container(data: bytes) -> VideoContainer:
     """The container of a video.
 
     Raises:
-        UnsupportedVideoFormat: it is none of those that are opened.
+        UnsupportedVideoFormat: the container is not supported.
     """
     container = _with_pictures(data)
     if container is None:
         raise UnsupportedVideoFormat(
-            "the video is in none of the formats that are opened: MP4, MOV, Matroska, WebM, AVI"
+            "the video is not in a supported format (MP4, MOV, Matroska, WebM, AVI)"
         )
     return container
 
 
 def audio_container(data: bytes) -> AudioContainer:
-    """The container of an audio clip; a video has one as well, since it may have sound.
+    """The container of an audio clip, which may also be a video with sound.
 
     Raises:
-        UnsupportedAudioFormat: it is none of those that are opened.
+        UnsupportedAudioFormat: the container is not supported.
     """
     if data[:4] in (b"RIFF", b"RF64") and data[8:12] == b"WAVE":
         return "wav"
@@ -57,7 +57,7 @@ def audio_container(data: bytes) -> AudioContainer:
         return "flac"
     if data[:4] == b"OggS":
         return "ogg"
-    # What follows a tag is looked at as well: a decoder skips the tag before it guesses.
+    # Decoders skip an ID3 tag before they guess the format, so what follows it counts.
     start = _behind_id3(data)
     if data[start : start + 1] == b"\xff" and data[start + 1 : start + 2] >= b"\xe0":
         return "mp3"
@@ -66,21 +66,21 @@ def audio_container(data: bytes) -> AudioContainer:
     container = _with_pictures(data)
     if container is None:
         raise UnsupportedAudioFormat(
-            "the audio is in none of the formats that are opened: "
-            "WAV, FLAC, Ogg, MP3, MP4, M4A, Matroska, WebM"
+            "the audio clip is not in a supported format "
+            "(WAV, FLAC, Ogg, MP3, MP4, M4A, Matroska, WebM)"
         )
     return container
 
 
 def is_picture(data: bytes) -> bool:
-    """Whether `data` is one of the pictures that a video may be sent as: JPEG, PNG, WebP."""
+    """Whether `data` is a JPEG, PNG or WebP picture, of which a video may be a series."""
     is_webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
     return is_webp or data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"))
 
 
 def holds_pictures(text: bytes | memoryview) -> bool:
-    """Whether `text` is base64 that begins with a picture: a video may be sent as such texts, with
-    commas between them."""
+    """Whether `text` is a picture in base64. A video may be sent as a list of such texts, separated
+    by commas."""
     try:
         return is_picture(pybase64.b64decode(bytes(text[:_HEAD_CHARACTERS]), validate=True))
     except ValueError:
@@ -88,13 +88,13 @@ def holds_pictures(text: bytes | memoryview) -> bool:
 
 
 def refuse_references(data: bytes) -> None:
-    """Refuse an MP4 file that has tracks whose samples lie in another file.
+    """Refuse an MP4 file with a track whose samples are in another file.
 
-    FFmpeg does not follow such references unless it is told to; the check is there to say what
-    is wrong with the file. A damaged file is left to the decoder. The time grows with the file.
+    FFmpeg does not follow such references by default; the check gives a clear error. A damaged file
+    is left to the decoder. The time grows with the number of boxes.
 
     Raises:
-        InvalidVideo: there is such a track.
+        InvalidVideo: a track refers to another file.
     """
     try:
         locations = any(
@@ -119,7 +119,7 @@ def _with_pictures(data: bytes) -> VideoContainer | None:
 
 
 def _behind_id3(data: bytes) -> int:
-    """The offset of what follows the ID3v2 tag with which `data` may begin."""
+    """The offset behind the ID3v2 tag, or 0 if `data` does not begin with one."""
     if data[:3] != b"ID3" or len(data) < _ID3_HEADER_BYTES:
         return 0
     size = 0
@@ -130,7 +130,7 @@ def _behind_id3(data: bytes) -> int:
 
 
 def _boxes_at(data: bytes, parent: Box, path: tuple[bytes, ...]) -> Iterator[Box]:
-    """Every box that lies at `path` below `parent`."""
+    """All boxes at `path` below `parent`."""
     for box in boxes(data, parent):
         if box.kind == path[0]:
             if len(path) == 1:

@@ -1,4 +1,4 @@
-"""From a picture as it is stored to what a screen shows: sRGB on a background, eight bits, upright.
+"""Converts a stored picture to what a screen shows: 8-bit sRGB on a background, upright.
 
 Pillow keeps RGB in four bytes a pixel. Converting to that layout and back takes a third as long as
 decoding a JPEG, so RGB pictures stay arrays: see `ArrayImage`.
@@ -22,8 +22,8 @@ _BAND_ROWS = 64
 class ArrayImage(Image.Image):
     """An RGB picture whose pixels are `pixels`, uint8 (height, width, 3), C-contiguous.
 
-    numpy reads these. When Pillow needs its own copy it makes one, and from then on only that copy
-    is used.
+    numpy reads these. When Pillow needs its internal layout, it makes a copy, and from then on only
+    that copy is used.
     """
 
     def __init__(self, pixels: Pixels) -> None:
@@ -52,7 +52,7 @@ class ArrayImage(Image.Image):
 
 
 def bands(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
-    """A picture in bands of few rows, each with its place, to keep intermediate pictures small."""
+    """Bands of a few rows, each with its slice of rows, to keep intermediate pictures small."""
     width, height = image.size
     for top in range(0, height, _BAND_ROWS):
         bottom = min(top + _BAND_ROWS, height)
@@ -60,8 +60,8 @@ def bands(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
 
 
 def pixels_of(image: Image.Image) -> Pixels:
-    """The pixels of a picture of one channel: uint8 (height, width). Pillow would hold them twice
-    to export them."""
+    """The pixels of a one-channel picture: uint8 (height, width). An export by Pillow would hold
+    them twice."""
     pixels = np.empty(image.size[::-1], np.uint8)
     for rows, band in bands(image):
         pixels[rows] = np.asarray(band)
@@ -76,7 +76,8 @@ def to_mode(
 ) -> Image.Image:
     """Convert `picture`, whose colours are those of `profile`, to sRGB in Pillow's `mode`.
 
-    Without a `mode`, the picture keeps its own. With "RGB", `background` lies under transparency.
+    If `mode` is None, the picture keeps its mode. With "RGB", `background` is the colour under
+    transparent pixels.
     """
     if mode == "RGB":
         return ArrayImage(_rgb(picture, profile, background))
@@ -104,7 +105,7 @@ def _rgb(picture: Stored, profile: bytes | None, background: RGB) -> Pixels:
 
 
 def _looked_up(picture: Indexed, profile: bytes | None, background: RGB) -> Pixels:
-    """Convert its 256 colours instead of its pixels."""
+    """Convert the 256 colours of the table instead of each pixel."""
     from server.imaging.codecs import kernels
 
     colours = _converted(picture.entries, profile, background)[0]
@@ -119,6 +120,7 @@ def _looked_up(picture: Indexed, profile: bytes | None, background: RGB) -> Pixe
 
 
 def _entries(image: Image.Image) -> Image.Image:
+    """The 256 values of an "L" or "P" picture as a picture of 256x1 pixels."""
     entries = image.crop((0, 0, 256, 1))
     entries.frombytes(bytes(range(256)))
     entries.info = image.info
@@ -126,7 +128,7 @@ def _entries(image: Image.Image) -> Image.Image:
 
 
 def _converted(image: Image.Image, profile: bytes | None, background: RGB) -> Pixels:
-    """Convert with Pillow, a band at a time."""
+    """Convert with Pillow, one band at a time: uint8 (height, width, 3)."""
     pixels = np.empty((image.height, image.width, 3), np.uint8)
     for rows, band in bands(image):
         band = _managed(band, profile)
@@ -138,12 +140,13 @@ def _converted(image: Image.Image, profile: bytes | None, background: RGB) -> Pi
 
 
 def _in_mode(image: Image.Image, mode: str | None) -> Image.Image:
-    """Converted if needed: Pillow copies the picture even if it has the mode already."""
+    """Convert unless the picture has the mode already: Pillow would copy it even then."""
     return image if mode in (None, image.mode) else image.convert(mode)
 
 
 def _laid_on(pixels: Pixels, background: RGB) -> Pixels:
-    """uint8 (height, width, 4) on `background`, rounded as vLLM's loader rounds."""
+    """Lay RGBA pixels, uint8 (height, width, 4), on `background`, rounding as vLLM's loader does.
+    Returns uint8 (height, width, 3)."""
     from server.imaging.codecs import kernels
 
     cv2 = opencv()
@@ -173,7 +176,7 @@ def _as_image(picture: Stored) -> Image.Image:
 
 
 def _managed(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """`image` in sRGB, as RGB or RGBA, if its profile fits its mode and makes a difference."""
+    """Convert to sRGB, as RGB or RGBA, if the profile fits the mode and makes a difference."""
     if profile is None and image.mode != "LAB":
         return image
     alpha = None
@@ -208,7 +211,7 @@ _TURNS = {
 
 
 def upright(image: Image.Image, orientation: int) -> Image.Image:
-    """`image` turned from EXIF's `orientation`, 1 to 8."""
+    """Turn `image` upright from the EXIF `orientation`, 1 to 8."""
     if orientation == 1:
         return image
     if isinstance(image, ArrayImage) and image.pixels is not None:
@@ -217,7 +220,7 @@ def upright(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def _turned(pixels: Any, orientation: int) -> Any:
-    """OpenCV is four times as fast at this as numpy and Pillow."""
+    """By OpenCV, which is four times as fast as numpy and Pillow."""
     cv2 = opencv()
     if orientation in (2, 4):
         return cv2.flip(pixels, 1 if orientation == 2 else 0)

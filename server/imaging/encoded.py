@@ -1,4 +1,4 @@
-"""An image as it was sent: its file, what its header says, and how the request wants it shown."""
+"""An image as it was sent: its file, header, limits, and the options of the request."""
 
 from dataclasses import dataclass, field
 
@@ -12,8 +12,8 @@ from server.imaging.tokens import Detail
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """`max_bytes` of the file, `max_pixels` and `max_side` in pixels, `max_aspect_ratio` of the
-    longer side to the shorter."""
+    """Limits of an image. `max_bytes` is for the file, `max_pixels` for width x height, `max_side`
+    in pixels; `max_aspect_ratio` is longer side / shorter side."""
 
     max_bytes: int
     max_pixels: int
@@ -22,13 +22,14 @@ class ImageLimits:
 
 
 def check_bytes(nbytes: int, limits: ImageLimits) -> None:
-    """Raises ImageTooLarge."""
+    """Raises ImageTooLarge if a file of `nbytes` is over the limit."""
     if nbytes > limits.max_bytes:
         raise ImageTooLarge(f"the image has {nbytes} bytes, the limit is {limits.max_bytes} bytes")
 
 
 def check_size(size: tuple[int, int], limits: ImageLimits) -> None:
-    """Raises ImageTooLarge or ImageAspectRatio. `size` is (width, height), both at least 1."""
+    """Raises ImageTooLarge or ImageAspectRatio if `size`, (width, height) in pixels, both at least
+    1, is over a limit."""
     width, height = size
     if width * height > limits.max_pixels:
         raise ImageTooLarge(
@@ -49,8 +50,8 @@ def check_size(size: tuple[int, int], limits: ImageLimits) -> None:
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """What a request may say about one image. `max_tokens` caps it, `detail` names a budget of the
-    model's; `frame` counts from 0, and is a page where the file is a PDF."""
+    """A request's options for one image. `max_tokens` is a cap, `detail` selects one of the model's
+    budgets; `frame` is the number, from 0, of a frame or of a PDF's page."""
 
     detail: Detail = "auto"
     max_tokens: int | None = None
@@ -61,14 +62,14 @@ class ImageOptions:
 class EncodedImage:
     """An image file and the hash of its bytes.
 
-    A page of a PDF is an image as well: its file is the PDF, and `header` tells the page's size in
-    pixels at the resolution that is set for PDFs.
+    A page of a PDF is an image too: its file is the PDF, and `header` has the page's size in pixels
+    at the resolution set for PDFs.
 
     Attributes:
-        data: the file; empty where only its hash is known any more.
+        data: the file; empty if only its hash is known.
         digest: BLAKE3 of the file, in hexadecimal.
         header: what its header says.
-        options: how the request wants it shown.
+        options: the request's options for it.
         path: the place of its part in the request, for errors.
     """
 
@@ -85,12 +86,12 @@ class EncodedImage:
 
 
 def digest(data: bytes) -> str:
-    """The name of a file's content, by which it is recognised."""
+    """BLAKE3 of a file, in hexadecimal."""
     return blake3(data).hexdigest()
 
 
 def encoded(data: bytes, limits: ImageLimits) -> EncodedImage:
-    """Hash `data`, read its header and hold both against `limits`.
+    """Hash `data`, read its header and check both against `limits`.
 
     Raises:
         InvalidImage, UnsupportedImageFormat, ImageTooLarge, ImageAspectRatio

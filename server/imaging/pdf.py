@@ -1,6 +1,6 @@
-"""PDF files with PDFium: the number of pages, their sizes and their pictures.
+"""PDF files, read with PDFium: page count, page sizes and rendering.
 
-Runs in image workers only: PDFium is a large parser of untrusted bytes.
+Used in image workers only: PDFium is a large parser that runs on untrusted bytes.
 """
 
 import math
@@ -16,16 +16,16 @@ from server.imaging.sizing import Size
 if TYPE_CHECKING:
     import pypdfium2
 
-# Bounds of a page's sides. PDFium assumes US Letter where a page gives no size.
+# Bounds of a page's sides, in points. PDFium assumes US Letter if a page has no size.
 _MIN_POINTS, _MAX_POINTS = 1.0, 200_000.0
 
 
 def page_sizes(data: bytes, most: int) -> tuple[list[tuple[float, float]], int]:
-    """Upright (width, height) of the first `most` pages in points (1/72 inch), and the number of
-    all pages.
+    """Upright (width, height) in points (1/72 inch) of each of the first `most` pages, and the
+    number of all pages.
 
     Raises:
-        InvalidFile: damaged, encrypted, or without pages.
+        InvalidFile: the PDF is damaged or encrypted, or has no pages.
     """
     with _opened(data) as document:
         count = len(document)
@@ -36,11 +36,12 @@ def page_sizes(data: bytes, most: int) -> tuple[list[tuple[float, float]], int]:
 
 
 def render(data: bytes, page: int, size: Size) -> Image.Image:
-    """Page number `page` (from 0) as an RGB picture on white that covers `size` (width, height).
+    """Render page `page` (from 0) on white as RGB, at the smallest scale that covers `size`,
+    (width, height) in pixels.
 
     Raises:
-        InvalidFile: damaged or encrypted.
-        ImageFrameMissing: there is no such page.
+        InvalidFile: the PDF is damaged or encrypted, or the page has no valid size.
+        ImageFrameMissing: the PDF has fewer pages.
     """
     with _opened(data) as document:
         if page >= len(document):
@@ -55,7 +56,7 @@ def render(data: bytes, page: int, size: Size) -> Image.Image:
 def _size(points: tuple[float, float]) -> tuple[float, float]:
     width, height = points
     if not all(math.isfinite(side) for side in points):
-        raise InvalidFile("a page of the PDF has no valid size")
+        raise InvalidFile("a page of the PDF has an invalid size")
     return (
         min(max(width, _MIN_POINTS), _MAX_POINTS),
         min(max(height, _MIN_POINTS), _MAX_POINTS),
@@ -64,7 +65,7 @@ def _size(points: tuple[float, float]) -> tuple[float, float]:
 
 @contextmanager
 def _opened(data: bytes) -> Iterator["pypdfium2.PdfDocument"]:
-    # Imported here: few workers ever see a PDF, and PDFium does not survive a fork.
+    # Imported here: few workers ever open a PDF, and PDFium does not survive a fork.
     import pypdfium2
 
     with _translated():

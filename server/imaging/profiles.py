@@ -1,8 +1,8 @@
-"""ICC profiles: from the colours of a file to sRGB, by LittleCMS (Pillow's ImageCms).
+"""ICC profiles: converts the colours of a file to sRGB with LittleCMS (Pillow's ImageCms).
 
-Most profiles make no difference. They are recognised by their effect, and then cost nothing.
-Profiles of RGB spaces with a matrix, such as the Display P3 of phones, are applied by a compiled
-loop that is checked against LittleCMS and takes a quarter of its time.
+Most profiles make no visible difference; they are recognised once and then skipped. RGB profiles
+with a matrix, such as the Display P3 of phones, are applied by a compiled loop that is checked
+against LittleCMS and takes a quarter of its time.
 """
 
 import functools
@@ -19,7 +19,7 @@ from server.imaging.codecs.base import Pixels
 
 # The colour space that a profile must have for a picture of a mode.
 _SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}
-# Levels of 255 by which two spaces may differ and still count as the same.
+# Two spaces whose values differ by no more than this, of 255, count as the same.
 _SAME = 2
 _LATTICE_STEPS = 9
 _KEPT_PROFILES = 16
@@ -33,7 +33,7 @@ _PARAMETERS = {0: "g", 1: "gab", 2: "gabc", 3: "gabcd", 4: "gabcdef"}
 
 @dataclass(frozen=True)
 class Shaper:
-    """A change of RGB space as curves and a matrix: the arguments of `kernels.shape`."""
+    """A conversion between RGB spaces by curves and a matrix: the arguments of `kernels.shape`."""
 
     light: npt.NDArray[np.int32]
     matrix: npt.NDArray[np.int32]
@@ -51,7 +51,7 @@ class Shaper:
 
 @dataclass(frozen=True)
 class Change:
-    """From a profile's space to sRGB. `shaper`, if any, does the same faster."""
+    """The conversion from a profile's space to sRGB. `shaper`, if any, does the same faster."""
 
     transform: Any
     shaper: Shaper | None
@@ -118,7 +118,7 @@ def _lab() -> Change:
 
 
 def _samples(mode: str) -> Image.Image:
-    """Colours from all over the space, as a picture one pixel high."""
+    """Colours from the whole space, as a picture one pixel high."""
     if mode == "L":
         return Image.frombytes("L", (256, 1), bytes(range(256)))
     steps = np.linspace(0, 255, _LATTICE_STEPS).round().astype(np.uint8)
@@ -149,7 +149,7 @@ def _shaper(
 
 
 def _primaries(profile: ImageCms.ImageCmsProfile) -> npt.NDArray[np.float64] | None:
-    """Red, green and blue as columns of XYZ."""
+    """The XYZ values of red, green and blue as columns: float64 (3, 3)."""
     core = profile.profile
     columns = (core.red_colorant, core.green_colorant, core.blue_colorant)
     if any(column is None for column in columns):
@@ -158,7 +158,8 @@ def _primaries(profile: ImageCms.ImageCmsProfile) -> npt.NDArray[np.float64] | N
 
 
 def _curve(profile: bytes, name: bytes) -> npt.NDArray[np.float64] | None:
-    """The light of the 256 values of a channel, 0 to 1 (ICC.1:2022, 10.6 and 10.18), or None."""
+    """The linear light, 0 to 1, of the 256 values of a channel (ICC.1:2022, 10.6 and 10.18); None
+    if the curve is not supported."""
     at = _tag(profile, name)
     if at is None:
         return None
@@ -175,7 +176,7 @@ def _curve(profile: bytes, name: bytes) -> npt.NDArray[np.float64] | None:
 
 
 def _tag(profile: bytes, name: bytes) -> int | None:
-    """Where the data of a tag begins."""
+    """The offset of a tag's data; None if the profile lacks the tag."""
     (count,) = struct.unpack_from(">I", profile, 128)
     for number in range(min(count, _MAX_TAGS)):
         tag, at = struct.unpack_from(">4sI", profile, 132 + 12 * number)
@@ -187,6 +188,7 @@ def _tag(profile: bytes, name: bytes) -> int | None:
 def _parametric(
     values: npt.NDArray[np.float64], form: int, numbers: bytes
 ) -> npt.NDArray[np.float64] | None:
+    """A curve of the type "para" (ICC.1:2022, 10.18); None if `form` is unknown."""
     if form not in _PARAMETERS:
         return None
     names = _PARAMETERS[form]
@@ -195,10 +197,11 @@ def _parametric(
     p |= {name: number / 65536 for name, number in zip(names, given, strict=True)}
     knee = -p["b"] / p["a"] if form in (1, 2) else p["d"]
     curve = np.maximum(p["a"] * values + p["b"], 0) ** p["g"]
-    if form == 2:  # here c is added to both parts
+    if form == 2:  # in this form, c is added to both parts
         return np.where(values >= knee, curve + p["c"], p["c"])
     return np.where(values >= knee, curve + p["e"], p["c"] * values + p["f"])
 
 
 def _encoded(light: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The sRGB values, 0 to 1, of linear light (IEC 61966-2-1)."""
     return np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)

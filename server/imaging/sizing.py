@@ -1,8 +1,8 @@
-"""How large a picture must be decoded so that the processor still only shrinks it.
+"""How far decoding may shrink a picture so that the processor still only shrinks it further.
 
-Pure arithmetic on widths and heights in pixels. A rule gives, for an upright picture of
-`width` x `height`, the smallest size that loses nothing the processor would have kept. None means
-that the whole picture is wanted.
+Pure arithmetic on widths and heights in pixels. For an upright picture of `width` x `height`, a
+rule gives the size that the decoded picture must cover, so that no detail is lost that the
+processor would have kept. None means that the whole picture must be decoded.
 """
 
 import math
@@ -19,7 +19,9 @@ Size = tuple[int, int]
 class ResizeRule(Protocol):
     """How one family's image processor changes the size of a picture."""
 
-    def target(self, width: int, height: int) -> Size | None: ...
+    def target(self, width: int, height: int) -> Size | None:
+        """The (width, height) to cover; None for the whole picture."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class NativeResolution:
 
     def target(self, width: int, height: int) -> Size | None:
         if max(width, height) > 200 * min(width, height):
-            return None  # the processor refuses it with an error of its own
+            return None  # the processor itself refuses it
         w = round(width / self.factor) * self.factor
         h = round(height / self.factor) * self.factor
         if w * h > self.max_pixels:
@@ -84,7 +86,7 @@ class LongestEdge:
 
 @dataclass(frozen=True)
 class BestGrid:
-    """LLaVA-NeXT AnyRes: fitted into the grid that keeps most of it and wastes least.
+    """LLaVA-NeXT AnyRes: the picture is fitted into the grid that keeps most and wastes least.
 
     `grids` are (height, width) pairs as in `image_grid_pinpoints`.
     """
@@ -109,7 +111,7 @@ class BestGrid:
 
 
 def jpeg_scale(size: Size, target: Size | None) -> int:
-    """The largest of 8, 4, 2 and 1 by which a JPEG of `size` may be divided and still cover
+    """The largest of 8, 4, 2 and 1 by which the sides of a JPEG can be divided and still cover
     `target`. libjpeg rounds the reduced sides up."""
     if target is None:
         return 1
@@ -120,10 +122,10 @@ def jpeg_scale(size: Size, target: Size | None) -> int:
 
 
 def covers(rule: ResizeRule, size: Size, reduced: Size) -> bool:
-    """Whether the processor does the same with `reduced` as it would with `size`.
+    """Whether the processor resizes a picture of size `reduced` as it would one of `size`.
 
-    The processor only sees the reduced picture. For a tiling rule, one pixel of rounding may tip
-    the choice of the grid and with it the number of tokens; then the picture is decoded in full.
+    The processor only sees the reduced picture. For a tiling rule, rounding by one pixel may change
+    the grid and thus the number of tokens; such a picture is decoded in full.
     """
     if isinstance(rule, BestGrid):
         return rule.best(*size) == rule.best(*reduced)
@@ -134,4 +136,5 @@ def covers(rule: ResizeRule, size: Size, reduced: Size) -> bool:
 
 
 def grids(pinpoints: Sequence[Sequence[int]]) -> tuple[Size, ...]:
+    """(height, width) pairs from a configuration's `image_grid_pinpoints`."""
     return tuple((int(height), int(width)) for height, width in pinpoints)

@@ -1,4 +1,5 @@
-"""What decoders share: the forms in which they return a picture, its metadata, their errors."""
+"""What decoders share: the types of a decoded picture, metadata, errors, large and deep
+pictures."""
 
 import functools
 from collections.abc import Mapping
@@ -17,26 +18,26 @@ Pixels: TypeAlias = npt.NDArray[np.uint8]
 # EXIF orientations that swap width and height.
 SIDEWAYS = range(5, 9)
 
-# Frames and pages beyond these are not counted, and cannot be asked for.
+# Frames and pages beyond this number are neither counted nor decoded.
 MAX_FRAMES = 1000
 
-# A larger colour profile is ignored. Those of printing presses have up to 3 MB.
+# A larger colour profile is ignored. Profiles of printing presses have up to 3 MB.
 MAX_PROFILE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
 class Indexed:
-    """A picture with one number per pixel: `indices` uint8 (height, width).
+    """A picture with a colour table: `indices` is uint8 (height, width).
 
-    `entries` is a picture of 256x1 pixels that shows the colour of each number, with its palette
-    and transparency.
+    `entries` is a picture of 256x1 pixels with the colour of each index, including palette and
+    transparency.
     """
 
     indices: Pixels
     entries: Image.Image
 
 
-# An array is uint8 (height, width, channels): grey, RGB or RGBA by its number of channels.
+# Arrays are uint8 (height, width, channels): grey, RGB or RGBA, by the number of channels.
 Stored: TypeAlias = Image.Image | Indexed | Pixels
 
 
@@ -60,14 +61,15 @@ class Reductions:
 
 
 NO_REDUCTIONS = Reductions()
-# libjpeg skips coefficients, which takes less work than decoding the whole picture.
+# libjpeg skips coefficients, which is less work than decoding the whole picture.
 BY_DCT = Reductions({8: 1.2, 4: 1.2, 2: 1.2}, drifts=True, is_checked=True)
 # libvips and libwebp average pixels.
 BY_MEANS = Reductions(dict.fromkeys(range(32, 1, -1), 1.5))
 
 
 class Source(Protocol):
-    """An encoded picture whose header was read: `size` in pixels and `orientation` as stored."""
+    """An encoded picture whose header was read: `size` (width, height) in pixels as stored, EXIF
+    `orientation`, ICC `profile`, and the `reductions` that the decoder can do."""
 
     size: Size
     orientation: int
@@ -75,21 +77,22 @@ class Source(Protocol):
     reductions: Reductions
 
     def load(self, factor: int) -> Stored:
-        """Decode, with both sides divided by `factor`, which is 1 or one of `reductions`."""
+        """Decode with both sides divided by `factor`, which is 1 or one of `reductions`."""
         ...
 
 
 def reduced(size: Size, factor: int) -> Size:
+    """`size` divided by `factor`, rounded up."""
     return -(-size[0] // factor), -(-size[1] // factor)
 
 
 def orientation(image: Image.Image) -> int:
     """The orientation, 1 to 8, from the EXIF or else the XMP in `image.info`; 1 if missing."""
     try:
-        # The base class's method: PNG's would decode the picture to read the chunks behind it.
+        # Not PNG's override, which would decode the picture to read the chunks behind it.
         value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
         return int(value) if value in range(1, 9) else 1
-    except Exception:  # damaged EXIF says nothing about the pixels
+    except Exception:  # damaged EXIF does not mean damaged pixels
         return 1
 
 
@@ -100,6 +103,7 @@ def profile(image: Any) -> bytes | None:
 
 
 def only_first(frame: int) -> None:
+    """Raises ImageFrameMissing unless `frame` is 0."""
     if frame:
         raise no_frame(frame)
 
@@ -118,8 +122,8 @@ def damaged() -> InvalidImage:
 
 @functools.cache
 def opencv() -> Any:
-    """OpenCV without threads of its own: one picture a process. It is the fastest at turning
-    pictures and exchanging channels, and has libwebp."""
+    """OpenCV, limited to one thread: each process decodes one picture. It is the fastest at turning
+    pictures and swapping channels, and includes libwebp."""
     import cv2
 
     cv2.setNumThreads(1)
@@ -137,16 +141,16 @@ def _vips() -> Any:
 
     pyvips.vips_lib.vips_concurrency_set(1)  # one picture a process
     pyvips.cache_set_max(0)
-    pyvips.block_untrusted_set(True)  # our readers are named below; they must not call others
+    pyvips.block_untrusted_set(True)  # the readers below must not call others
     return pyvips
 
 
 def load_large(reader: str, data: bytes, size: Size, factor: int) -> Pixels:
-    """uint8 (height, width, channels) of a picture of `size` with 8 bits, its sides divided by
-    `factor`. `reader` is one of "pngload", "tiffload" and "webpload".
+    """Decode an 8-bit picture of `size` with libvips, with its sides divided by `factor`. Returns
+    uint8 (height, width, channels). `reader` is "pngload", "tiffload" or "webpload".
 
     Raises:
-        InvalidImage: truncated or damaged.
+        InvalidImage: the file is truncated or damaged.
     """
     vips = _vips()
     width, height = reduced(size, factor)
@@ -164,8 +168,8 @@ def load_large(reader: str, data: bytes, size: Size, factor: int) -> Pixels:
 
 
 def _shrunk(image: Any, width: int, height: int) -> Any:
-    """Exactly `width` x `height`: where they do not divide the sides, means over whole pixels would
-    shift the picture. The colours of transparent pixels do not matter."""
+    """Resize to exactly `width` x `height`: means over whole pixels would shift the picture if
+    these do not divide its sides. Transparent pixels do not bleed into others."""
     across, down = width / image.width, height / image.height
     if not image.hasalpha():
         return image.resize(across, vscale=down, kernel="cubic")
@@ -174,18 +178,18 @@ def _shrunk(image: Any, width: int, height: int) -> Any:
 
 
 # ---------------------------------------------------------------------- more than eight bits
-# Pillow's own conversion clips such samples, which makes most of them white.
+# Pillow's conversion clips such samples, which makes most of them white.
 
 _PREMULTIPLIED = {"RGBa": "RGBA", "La": "LA"}
 
 
 def eight_bits(image: Image.Image, bits: int = 16, white_is_zero: bool = False) -> Image.Image:
-    """The same picture with eight bits a sample, in a mode that Pillow converts to RGB.
+    """Convert to eight bits per sample, in a mode that Pillow converts to RGB.
 
-    16-bit grey keeps its upper 8 of `bits`, as Pillow's 16-bit RGB does. 32-bit grey is taken as it
-    is if it fits into 8 or 16 bits, floats if they fit into 0..1 or 0..255; else the range from the
-    least to the greatest value becomes 0..255. Infinite values become the greatest or the least
-    finite value, NaN the least. `white_is_zero` says that the greatest value is black.
+    16-bit grey keeps the upper 8 of `bits`, as Pillow's 16-bit RGB does. 32-bit integers keep their
+    scale if they fit 8 or 16 bits, and floats if they fit 0..1 or 0..255; else the range from the
+    smallest to the largest value becomes 0..255. Infinite values become the largest or smallest
+    finite value, NaN the smallest. `white_is_zero` means that the largest value is black.
     """
     if image.mode in _PREMULTIPLIED:
         return image.convert(_PREMULTIPLIED[image.mode])
@@ -204,7 +208,7 @@ def eight_bits(image: Image.Image, bits: int = 16, white_is_zero: bool = False) 
 
 
 def _upper(values: npt.NDArray[np.uint16], bits: int) -> npt.NDArray[np.uint8]:
-    """The upper 8 of `bits`, without another array of 16."""
+    """The upper 8 of `bits`, without a second 16-bit array."""
     upper = np.empty(values.shape, np.uint8)
     np.right_shift(values, bits - 8, out=upper, casting="unsafe")
     return upper
@@ -216,7 +220,7 @@ def _transparent(grey: Image.Image, hidden: npt.NDArray[np.bool_]) -> Image.Imag
 
 
 def _scaled(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """uint8 of int32 or float32."""
+    """Scale int32 or float32 to uint8; see `eight_bits`."""
     whole = values.dtype.kind == "i"
     numbers: npt.NDArray[Any] = values.astype(np.float32)
     finite = numbers[np.isfinite(numbers)]

@@ -1,4 +1,4 @@
-"""HEIF (HEIC) by libheif, which turns and crops the picture itself, and AVIF by Pillow."""
+"""HEIF (HEIC) by libheif, which also turns and crops the picture, and AVIF by Pillow."""
 
 import io
 from typing import Any
@@ -19,9 +19,9 @@ from server.imaging.codecs.base import (
 from server.imaging.codecs.pillow import PillowSource
 from server.imaging.sizing import Size
 
-AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # one picture a process
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # each process decodes one picture
 
-# A file has about four.
+# Files have about four.
 _MAX_BOXES = 1000
 
 
@@ -37,7 +37,7 @@ class HeifSource:
         only_first(frame)
         _check_boxes(data)
         options = pillow_heif.options
-        options.DECODE_THREADS = 1  # one picture a process
+        options.DECODE_THREADS = 1  # each process decodes one picture
         options.THUMBNAILS = options.DEPTH_IMAGES = options.AUX_IMAGES = False
         opened = pillow_heif.open_heif(io.BytesIO(data))
         self._image: Any = opened[opened.primary_index]
@@ -57,16 +57,18 @@ class HeifSource:
 
 
 class AvifSource(PillowSource):
+    """A picture, or a frame of a sequence."""
+
     def __init__(self, data: bytes, frame: int) -> None:
         _check_boxes(data)
         super().__init__(data, frame, "AVIF")
 
 
 def _check_boxes(data: bytes) -> None:
-    """Check that the file is not cut off, by its outermost boxes.
+    """Check by the outermost boxes that the file is complete.
 
     Raises:
-        InvalidImage: a box ends behind the end of the data, or none can.
+        InvalidImage: a box ends beyond the data, or has an impossible size.
     """
     at = 0
     for _ in range(_MAX_BOXES):
@@ -75,7 +77,7 @@ def _check_boxes(data: bytes) -> None:
         size = int.from_bytes(data[at : at + 4], "big")
         if size == 1:
             size = int.from_bytes(data[at + 8 : at + 16], "big")
-        if size == 0:  # it ends with the file
+        if size == 0:  # the box extends to the end of the file
             return
         if at + 8 > len(data) or at + size > len(data):
             raise truncated()

@@ -1,7 +1,7 @@
-"""JPEG by TurboJPEG, which reports what libjpeg only warns about: damage in the middle of a file.
+"""JPEG by TurboJPEG, which reports libjpeg's warnings about damage in the middle of a file.
 
-Some damage cannot be detected: a flipped bit that leaves the codes in step changes a few blocks, or
-the brightness of those behind it, and the format has no checksum.
+The format has no checksum, so some damage cannot be detected: a flipped bit that keeps the codes in
+step changes a few blocks, or the brightness of the blocks behind it.
 """
 
 import functools
@@ -25,34 +25,36 @@ from server.imaging.codecs.base import (
     truncated,
 )
 
-# Each scan of a progressive file covers the whole picture. Encoders make about ten scans; this many
-# pixels take a minute.
+# Each scan of a progressive file covers the whole picture. Encoders write about ten scans; decoding
+# this many pixels takes a minute.
 _MAX_SCANS, _MAX_SCANNED_PIXELS = 500, 5_000_000_000
 _START_OF_SCAN, _END_OF_IMAGE, _TABLES = b"\xff\xda", b"\xff\xd9", b"\xff\xc4"
 _MAX_SEGMENTS = 10_000
 _SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
 
-# Warnings that do not concern pixels, and TurboJPEG's about a subsampling that it does not know.
+# Warnings that do not concern pixels, and TurboJPEG's about a subsampling unknown to it.
 _HARMLESS = re.compile(
     "unknown JFIF revision|Unknown Adobe color transform|Invalid SOS parameters for sequential"
     "|bad ICC marker|determine subsampling"
 )
 _EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0x([0-9a-f]{2})")
-# Some webcams leave a few bytes before a restart. Damage rarely leaves as few.
+# Some webcams leave a few bytes before a restart marker. Damage rarely leaves so few.
 _RESTARTS, _MAX_LEFT_BYTES = range(0xD0, 0xD8), 3
 _END, _MAX_PADDING_BYTES = 0xD9, 64
 # Markers before the first scan, where there are no pixels yet: quantization tables, frame header,
 # restart interval, application data, comments.
 _HEADERS = frozenset((0xC0, 0xC1, 0xC2, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE))
 
-# Disks and interrupted transfers leave holes of zeros, which are usually valid codes. This many
-# stand for whole blocks whose coefficients are all -1, which no picture has, unless the shortest
-# code is that of an empty block.
+# Faulty disks and interrupted transfers leave holes of zeros, which are usually valid codes. This
+# many zeros are whole blocks whose coefficients are all -1, which no picture has, unless the
+# shortest code is that of an empty block.
 _HOLE = bytes(32)
 _END_OF_BLOCK = 0
 
 
 class JpegSource:
+    """A JPEG file. Reduced pictures are decoded by `jpeg_reduced` if it supports the file."""
+
     reductions = BY_DCT
 
     def __init__(self, data: bytes, frame: int) -> None:
@@ -81,7 +83,7 @@ class JpegSource:
             raise damaged()
         if space != "CMYK":
             return pixels
-        # Adobe stores inks inverted, and so does everyone else.
+        # Adobe stores inks inverted, as do all other encoders.
         inks = np.invert(pixels, out=pixels)
         return Image.frombuffer("CMYK", inks.shape[1::-1], inks, "raw", "CMYK", 0, 1)
 
@@ -111,10 +113,10 @@ class JpegSource:
         return self._image
 
     def _has_hole(self) -> bool:
-        """Whether the only scan has a run of zeros that no picture has."""
+        """Whether the scan of a one-scan file has a run of zeros that no picture has."""
         image: Any = self._image
         if image.info.get("progressive"):
-            return False  # there zeros can stand for many empty blocks
+            return False  # zeros can encode many empty blocks there
         tables, scan = _read_tables(self._data)
         in_one_scan = self._data[scan : scan + 1] == bytes((image.layers,))
         if not in_one_scan or not tables or tables[0] == _END_OF_BLOCK:
@@ -150,7 +152,8 @@ def _decode_reduced(data: bytes, factor: int) -> Pixels | None:
 
 
 def _decode(data: bytes, space: str, width: int, height: int) -> Pixels:
-    """uint8 (height, width, channels), at the least scale that covers `width` x `height`.
+    """Decode to uint8 (height, width, channels), at the smallest scale that covers `width` x
+    `height`.
 
     Raises:
         ValueError: libjpeg's first warning or error.
@@ -164,8 +167,8 @@ def _decode(data: bytes, space: str, width: int, height: int) -> Pixels:
 
 
 def _read_tables(data: bytes) -> tuple[list[int], int]:
-    """The symbol of the shortest code, which is all zeros, in each AC table; and the offset of the
-    first scan's header, behind its length field."""
+    """The symbol of the shortest code, which is all zeros, of each AC table, and the offset of the
+    first scan's header behind its length field."""
     codes: list[int] = []
     at = 2
     for _ in range(_MAX_SEGMENTS):

@@ -1,4 +1,4 @@
-"""The header of a JPEG for the reduced decoder, which is strict: any oddity is unsupported."""
+"""The header of a JPEG for the reduced decoder, which supports no unusual files."""
 
 from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias
@@ -8,17 +8,17 @@ import numpy.typing as npt
 
 Factors: TypeAlias = npt.NDArray[np.float32]
 
-# Factors of the coefficients that are used at most, in zigzag order.
+# The most coefficients that the decoder uses, in zigzag order.
 USED_FACTORS = 10
 _MAX_SEGMENTS = 256
 
 
 class Unsupported(Exception):
-    """This decoder does not take the file."""
+    """The reduced decoder does not support the file."""
 
 
 class Component(NamedTuple):
-    """`h` and `v` are the sampling factors; `tables` are the numbers of its DC and AC table."""
+    """`h` and `v` are the sampling factors, `tables` the numbers of the DC and AC tables."""
 
     identifier: int
     h: int
@@ -28,7 +28,8 @@ class Component(NamedTuple):
 
 
 class JpegHeader(NamedTuple):
-    """What precedes the scan. `interval` is in MCUs, 0: no restarts; `scan` is an offset."""
+    """What precedes the scan. `interval` is the restart interval in MCUs (0: none); `scan` is the
+    offset of its data; `huffman` has (class << 4 | number, counts and values) of each table."""
 
     size: tuple[int, int]
     components: list[Component]
@@ -39,12 +40,13 @@ class JpegHeader(NamedTuple):
 
 
 def expect(condition: bool) -> None:
+    """Raises Unsupported if `condition` is false."""
     if not condition:
         raise Unsupported
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, bytes, int]]:
-    """Marker, content and end of each segment that comes before the scan's data."""
+    """Marker, content and end of each segment before the scan's data."""
     expect(data[:2] == b"\xff\xd8")
     at = 2
     for _ in range(_MAX_SEGMENTS):
@@ -57,6 +59,7 @@ def _segments(data: bytes) -> Iterator[tuple[int, bytes, int]]:
 
 
 def parse(data: bytes) -> JpegHeader:
+    """Read the header up to the scan. Raises Unsupported."""
     quantisers: dict[int, Factors] = {}
     huffman: dict[int, bytes] = {}
     interval, frame = 0, b""
@@ -107,11 +110,11 @@ def _quantisers(content: bytes) -> Iterator[tuple[int, Factors]]:
 
 
 def _components(frame: bytes, scan: bytes) -> list[Component]:
-    """Put together what the frame's and the scan's header say of the components."""
+    """The components, from the headers of the frame and the scan."""
     expect(len(frame) > 6 and frame[0] == 8 and frame[5] in (1, 3))
     count = frame[5]
     expect(len(frame) == 6 + 3 * count and len(scan) == 4 + 2 * count and scan[0] == count)
-    expect(scan[-3:] == b"\x00\x3f\x00")  # all coefficients, in one go
+    expect(scan[-3:] == b"\x00\x3f\x00")  # all coefficients in one scan
     components = []
     for i in range(count):
         identifier, sampling, quantiser = frame[6 + 3 * i : 9 + 3 * i]
@@ -119,7 +122,7 @@ def _components(frame: bytes, scan: bytes) -> list[Component]:
         expect(selected == identifier and tables in (0x00, 0x01, 0x10, 0x11))
         h, v = sampling >> 4, sampling & 15
         expect(1 <= h <= 4 and 1 <= v <= 4)
-        if count == 1:  # then there is one block in an MCU, whatever is said of sampling
+        if count == 1:  # then an MCU has one block, whatever the sampling factors are
             h = v = 1
         components.append(Component(identifier, h, v, quantiser, (tables >> 4, tables & 15)))
     expect([component.identifier for component in components] != list(b"RGB"))

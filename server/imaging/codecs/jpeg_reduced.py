@@ -1,23 +1,23 @@
-"""Baseline JPEG straight to a quarter or an eighth of its size, in half of libjpeg's time.
+"""Decodes baseline JPEG directly to 1/4 or 1/8 of its size, in half of libjpeg's time.
 
-libjpeg spends nearly all of its time for a reduced picture on reading DCT coefficients that the
-reduced picture does not show. Here a block's DC and, for 2x2 samples, its four lowest AC
-coefficients are read, nine where subsampled chroma needs 4x4; the rest is parsed only to find the
-block's end, with several Huffman symbols per table lookup. The coefficients are transformed at the
-reduced size. The tests compare the pictures with libjpeg's reduced ones: they are about as near
-to the whole picture filtered, and nearer at 4:2:2, where libjpeg's chroma is coarse.
+For a reduced picture, libjpeg spends nearly all of its time on DCT coefficients that the reduced
+picture does not show. This decoder reads a block's DC and, for 2x2 samples, its four lowest AC
+coefficients, or nine if subsampled chroma needs 4x4; it parses the rest only to find the end of the
+block, with several Huffman symbols per table lookup. The coefficients are transformed at the
+reduced size. The tests compare the results with libjpeg's: they are about as close to the filtered
+whole picture, and closer for 4:2:2, for which libjpeg's chroma is coarse.
 
-The decoder takes the common case only: 8-bit baseline or extended sequential Huffman coding,
-greyscale or YCbCr, luma sampled once or twice as often as chroma, one scan. It also gives up on
-damage to the scan that libjpeg would only warn about. What is not decoded here goes to libjpeg.
+The decoder supports only the common case: 8-bit baseline or extended sequential Huffman coding,
+greyscale or YCbCr, luma sampled once or twice as often as chroma, one scan. It also fails on damage
+to the scan that libjpeg only warns about. The caller passes these files to libjpeg.
 
 The loops are compiled by numba with bounds checks, which cost 3% of the time. In the few functions
-where they would cost far more, one check ahead of the loop covers all of its indices: see
-`_checks_ahead`. The code does not rely on the checks: looked-up bits are shifted down to the size
-of their table, a block's place comes from the header, and the reader's position is checked after
-each MCU, the data being padded by more bytes than one takes.
-All loops are in this file: of a function kept on disk, numba only checks that its own file is the
-same, not those of the functions it calls.
+in which they would cost much more, one check before the loop covers all of its indices: see
+`_checks_ahead`. The code does not rely on the checks: bits are shifted down to the size of the
+table that they index, a block's place comes from the header, and the reader's position is checked
+after each MCU, while the data is padded by more bytes than an MCU takes. All loops are in this file
+because numba's cache checks only whether the file of a cached function has changed, not the files
+of the functions that it calls.
 """
 
 import functools
@@ -53,11 +53,11 @@ _Samples = npt.NDArray[np.float32]
 _Bits = np.uint64
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-# Conversions that compiled code needs, with the types that mypy should see.
+# Conversions for compiled code, with types for mypy.
 _int64 = cast("Callable[[Any], int]", np.int64)
 _int16 = cast("Callable[[Any], int]", np.int16)
 
-# A table lookup sees this many of the next bits: the tables in use fit the first-level cache.
+# Bits per table lookup, chosen so that the tables in use fit the first-level cache.
 _WINDOW = 12
 _TABLE = 1 << _WINDOW
 _TO_WINDOW = _Bits(64 - _WINDOW)
@@ -65,38 +65,38 @@ _TO_SYMBOL = _Bits(64 - 16)
 _ONE, _EIGHT = _Bits(1), _Bits(8)
 _EACH_LOW, _EACH_HIGH = _Bits(0x0101010101010101), _Bits(0x8080808080808080)
 
-# Coefficients that are read, in zigzag order: for 2x2 samples of a block, and for 4x4.
+# The number of coefficients to read, in zigzag order: for 2x2 samples per block, and for 4x4.
 _FEW, _TEN = 5, USED_FACTORS
-# How far the end of a block advances; in a skip entry, a flag says so.
+# The advance of the end of a block, and the flag for it in a skip entry.
 _END, _END_FLAG = 64, 512
 # The advance of a skip entry that one lookup cannot resolve.
 _UNRESOLVED = 127
-# More bytes than an MCU takes: 6 blocks of 64 symbols of 31 bits.
+# More bytes than an MCU takes, which is 6 blocks of 64 symbols of 31 bits.
 _PADDING = 2048
 
 
 def _compiled(function: _Function, inline: bool = False, checked: bool = True) -> _Function:
-    """`function` as machine code, kept on disk where there is a place for it.
+    """Compile `function` to machine code, cached on disk if a folder is writable.
 
-    An index outside its array raises IndexError, if `checked`. NUMBA_BOUNDSCHECK=1 in the
-    environment checks every function: the tests and `tests/fuzz/fuzz_jpeg.py` run so.
+    If `checked`, an index outside its array raises IndexError. NUMBA_BOUNDSCHECK=1 in the
+    environment, as in the tests and `tests/fuzz/fuzz_jpeg.py`, checks every function.
     """
     options = {"nogil": True, "boundscheck": checked, "forceinline": inline}
     try:
         compiled: _Function = numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # neither this folder nor the user's cache can be written
+    except RuntimeError:  # neither this folder nor the user's cache is writable
         compiled = numba.njit(**options)(function)
     return compiled
 
 
 def _inlined(function: _Function) -> _Function:
-    """As `_compiled`, and put into its callers: calls would cost a seventh of the time."""
+    """Like `_compiled`, but inlined: calls would cost a seventh of the time."""
     return _compiled(function, inline=True)
 
 
 def _checks_ahead(function: _Function) -> _Function:
-    """As `_inlined`, without a check at each index, which would keep LLVM from using vectors or
-    wide loads. `function` raises IndexError before it touches what is outside its arrays."""
+    """Like `_inlined`, but without a check at each index, which would keep LLVM from using vectors
+    or wide loads. `function` itself raises IndexError before an access outside its arrays."""
     return _compiled(function, inline=True, checked=False)
 
 
@@ -104,13 +104,14 @@ def _checks_ahead(function: _Function) -> _Function:
 
 
 class _Tables(NamedTuple):
-    """Lookups for two DC and two AC tables, one after the other in each array.
+    """Lookup tables for two DC and two AC Huffman tables, consecutive in each array.
 
-    `symbols` has DC 0, DC 1, AC 0, AC 1 by the next 16 bits: code length << 8 | symbol, 0: none.
-    The others go by the next `_WINDOW` bits, and their lowest six bits say how many are used:
-    `dc` and `ac` one symbol, value << 16 | advance << 6; 0: too long.
-    `head` all that fit from position 1 on: values of 12 bits << 16, then position << 6.
-    `skip` all that fit, advance << 6, with `_END_FLAG` in it if the block ends with them.
+    `symbols` has DC 0, DC 1, AC 0, AC 1, indexed by the next 16 bits: code length << 8 | symbol, or
+    0 if there is no symbol. The others are indexed by the next `_WINDOW` bits, and the lowest six
+    bits of an entry are the number of bits used.
+    `dc` and `ac`: one symbol, value << 16 | advance << 6; 0 if it is too long.
+    `head`: all symbols that fit from position 1 on, as 12-bit values << 16 | position << 6.
+    `skip`: all symbols that fit, advance << 6, with `_END_FLAG` if the block ends with them.
     """
 
     dc: _Values
@@ -126,7 +127,7 @@ def _fill_symbols(counts: Bytes, values: Bytes, out: _Symbols) -> bool:
     code, k = 0, 0
     for length in range(1, 17):
         count = _int64(counts[length - 1])
-        if count and code + count >= 1 << length:  # a code must not be all ones either
+        if count and code + count >= 1 << length:  # also, no code may be all ones
             return False
         span = 1 << (16 - length)
         for _ in range(count):
@@ -183,7 +184,7 @@ def _head_entry(symbols: _Symbols, bits: int) -> int:
 @_compiled
 def _skip_entry(symbols: _Symbols, bits: int) -> int:
     used, advance = 0, 0
-    while used < _WINDOW:  # the extra bits of the last symbol may lie beyond the window
+    while used < _WINDOW:  # the last symbol's extra bits may be beyond the window
         length, run, size = _split(symbols[(bits << used) & 0xFFFF])
         if length == 0 or length > _WINDOW - used:
             break
@@ -203,11 +204,12 @@ def _fill_ac(symbols: _Symbols, head: _Ints, skip: _Symbols) -> None:
         skip[window] = _skip_entry(symbols, window << (16 - _WINDOW))
 
 
-@functools.lru_cache(maxsize=4)  # 0.7 MB each; a camera uses one set for all its pictures
+@functools.lru_cache(maxsize=4)  # 0.7 MB each; a camera uses one set for all pictures
 def _lookups(huffman: tuple[tuple[int, bytes], ...]) -> _Tables:
     """Lookups for tables given as (class << 4 | number, counts and values).
 
-    A table that the file lacks has no valid symbol, and no entry that uses and advances nothing.
+    A table that is not in the file has no valid symbols, and no entries that neither use bits nor
+    advance.
     """
     tables = _Tables(
         dc=np.zeros(2 * _TABLE, np.int32),
@@ -232,7 +234,7 @@ def _lookups(huffman: tuple[tuple[int, bytes], ...]) -> _Tables:
 
 
 class _Reader(NamedTuple):
-    """Unread data: the first `valid` of `bits`, then the bytes from `at` on."""
+    """The unread data: the first `valid` bits of `bits`, then the bytes from `at` on."""
 
     at: _Bits
     bits: _Bits
@@ -241,7 +243,7 @@ class _Reader(NamedTuple):
 
 @_checks_ahead
 def _word(data: Bytes, at: _Bits) -> _Bits:
-    """Eight bytes as one number. LLVM makes one load of it, if it is one expression."""
+    """Eight bytes as one number. As one expression, LLVM compiles it to one load."""
     if at + _EIGHT > _Bits(len(data)):
         raise IndexError
     return (
@@ -258,7 +260,7 @@ def _word(data: Bytes, at: _Bits) -> _Bits:
 
 @_compiled
 def _next_ff(data: Bytes, at: _Bits) -> _Bits:
-    """Where the next byte 255 is; the length of the data if there is none."""
+    """The offset of the next byte 255, or the length of the data if there is none."""
     end = _Bits(len(data))
     while at + _EIGHT <= end:
         word = _word(data, at)
@@ -280,10 +282,11 @@ def _copy(data: Bytes, at: _Bits, out: Bytes, to: _Bits, size: _Bits) -> None:
 
 @_compiled
 def _unstuff(data: Bytes, out: Bytes, ends: _Ints) -> bool:
-    """Copy the scan without stuffed zeros and markers; `ends` gets where each interval ends.
+    """Copy the scan without stuffed zeros and markers, and write the end of each interval to
+    `ends`.
 
-    False unless there are as many intervals as `ends` has places, restart markers in their order
-    between them and EOI behind.
+    Returns False unless there are exactly `len(ends)` intervals, with restart markers in order
+    between them and EOI behind the last one.
     """
     at, to, interval = _Bits(0), _Bits(0), 0
     while True:
@@ -307,7 +310,7 @@ def _unstuff(data: Bytes, out: Bytes, ends: _Ints) -> bool:
 
 @_inlined
 def _refilled(data: Bytes, reader: _Reader) -> _Reader:
-    """The reader with at least 56 valid bits; any bits set beyond those are correct too."""
+    """The reader with at least 56 valid bits; bits beyond the valid ones are correct or 0."""
     at, bits, valid = reader
     bits |= _word(data, at) >> valid
     return _Reader(at + ((_Bits(63) - valid) >> _Bits(3)), bits, valid | _Bits(56))
@@ -320,7 +323,7 @@ def _dropped(reader: _Reader, used: _Bits) -> _Reader:
 
 @_compiled
 def _ends_at(reader: _Reader, end: int) -> bool:
-    """Whether the byte with the last bit that was used is the one before `end`."""
+    """Whether the last used bit is in the byte before `end`."""
     return bool((reader.at * _EIGHT - reader.valid + _Bits(7)) >> _Bits(3) == _Bits(end))
 
 
@@ -329,7 +332,7 @@ def _ends_at(reader: _Reader, end: int) -> bool:
 
 @_compiled
 def _long_value(bits: _Bits, symbols: _Symbols, table: int) -> tuple[_Bits, int, int]:
-    """Bits used (0: no valid symbol), advance and value of the next symbol, however long."""
+    """Bits used (0: no valid symbol), advance and value of the next symbol of any length."""
     length, run, size = _split(symbols[(_Bits(table) << _Bits(16)) | (bits >> _TO_SYMBOL)])
     if length == 0 or (size == 0 and 0 < run < 15):
         return _Bits(0), 0, 0
@@ -343,7 +346,7 @@ def _long_value(bits: _Bits, symbols: _Symbols, table: int) -> tuple[_Bits, int,
 def _value(
     bits: _Bits, lookup: _Values, number: int, symbols: _Symbols, table: int
 ) -> tuple[_Bits, int, int]:
-    """As `_long_value`, most often by one lookup."""
+    """Like `_long_value`, usually with one lookup."""
     entry = _int64(lookup[(_Bits(number) << _Bits(_WINDOW)) | (bits >> _TO_WINDOW)])
     if entry:
         return _Bits(entry & 63), (entry >> 6) & 127, entry >> 16
@@ -354,7 +357,7 @@ def _value(
 def _read_few(
     data: Bytes, reader: _Reader, head: _Ints, number: int, out: _Blocks, row: int, x: int
 ) -> tuple[_Reader, int]:
-    """Put the first AC coefficients into `out`, as far as one lookup goes; the next position."""
+    """Write the first AC coefficients of one lookup to `out`; returns the next position too."""
     reader = _refilled(data, reader)
     entry = _int64(head[(_Bits(number) << _Bits(_WINDOW)) | (reader.bits >> _TO_WINDOW)])
     out[row, 1, x] = entry << 36 >> 52
@@ -368,7 +371,7 @@ def _read_few(
 def _skip(
     data: Bytes, reader: _Reader, k: int, skip: _Symbols, symbols: _Symbols, number: int
 ) -> tuple[_Reader, bool]:
-    """Read from position `k` to the end of the block; False if it does not end properly."""
+    """Skip from position `k` to the end of the block; False if the block is damaged."""
     table = _Bits(number) << _Bits(_WINDOW)
     while True:
         reader = _refilled(data, reader)
@@ -377,7 +380,7 @@ def _skip(
         if k > 63:
             break
         reader = _dropped(reader, _Bits(entry & 63))
-        entry = _int64(skip[table | (reader.bits >> _TO_WINDOW)])  # 29 bits are left, or more
+        entry = _int64(skip[table | (reader.bits >> _TO_WINDOW)])  # at least 29 bits are left
         k += entry >> 6
         if k > 63:
             break
@@ -391,7 +394,7 @@ def _skip(
 def _skip_singly(
     data: Bytes, reader: _Reader, k: int, symbols: _Symbols, number: int
 ) -> tuple[_Reader, bool]:
-    """As `_skip`, where a lookup holds more than the block does, or a code is long."""
+    """Like `_skip`, symbol by symbol: for lookups beyond the end of the block, and long codes."""
     while k < 64:
         reader = _refilled(data, reader)
         used, advance, _ = _long_value(reader.bits, symbols, 2 + number)
@@ -414,7 +417,8 @@ def _read_mcus(
     predicted: _Ints,
     out: _Blocks,
 ) -> tuple[_Reader, bool]:
-    """Read the MCUs from `columns[0]` to `columns[1]`, none of them beyond byte `columns[2]`."""
+    """Read the MCUs from `columns[0]` to `columns[1]`; False if one is damaged or ends beyond byte
+    `columns[2]`."""
     dc, head, ac, skip, symbols = tables
     for column in range(columns[0], columns[1]):
         for b in range(len(layout)):
@@ -444,16 +448,15 @@ def _read_mcus(
 
 # ---------------------------------------------------------------------- samples
 
-# Frequency down and across of the coefficients, in zigzag order.
+# The vertical frequencies of the coefficients, in zigzag order.
 _DOWN = np.array([0, 0, 1, 2, 1, 0, 0, 1, 2, 3])
 
 
 def _harmonics() -> _Samples:
-    """The DCT's cosines by samples a block has, frequency and sample, as `_HARMONIC`.
+    """The DCT's cosines by samples per block, frequency and sample: see `_HARMONIC`.
 
-    Each is the mean over the part of the block that the sample stands for. Without
-    the mean, that is with the DCT cut off, pictures that are not shrunk further alias more than
-    libjpeg's.
+    Each one is the mean over the part of the block that the sample covers. A truncated DCT, without
+    the mean, aliases more than libjpeg if pictures are not shrunk further.
     """
     cosine = np.cos(np.outer(np.arange(4), 2 * np.arange(8) + 1) * np.pi / 16)
     cosine[1:] *= np.sqrt(2)
@@ -473,7 +476,7 @@ def _has(block: _Blocks, coefficients: int, columns: int) -> bool:
 
 @_checks_ahead
 def _fill_line_of_few(block: _Blocks, weights: _Samples, n: int, out: _Samples) -> None:
-    """Samples of one line through a row of blocks, `n` (1 or 2) a block."""
+    """Compute one line of samples through a row of blocks, with `n` (1 or 2) samples per block."""
     if not (1 <= n <= 2 and len(weights) >= _FEW and _has(block, _FEW, len(out) // n)):
         raise IndexError
     near = _HARMONIC[n, 1, 0]
@@ -489,7 +492,7 @@ def _fill_line_of_few(block: _Blocks, weights: _Samples, n: int, out: _Samples) 
 
 @_checks_ahead
 def _fill_line_of_ten(block: _Blocks, weights: _Samples, n: int, out: _Samples) -> None:
-    """As `_fill_line_of_few`, with ten coefficients and for `n` of 2 or 4."""
+    """Like `_fill_line_of_few`, with ten coefficients and for `n` of 2 or 4."""
     if not (2 <= n <= 4 and len(weights) >= _TEN and _has(block, _TEN, len(out) // n)):
         raise IndexError
     near, far = _HARMONIC[n, :, 0], _HARMONIC[n, :, 1]
@@ -516,7 +519,7 @@ def _byte(sample: Any) -> Any:
 
 @_checks_ahead
 def _fill_rgb(luma: _Samples, blue: _Samples, red: _Samples, out: Bytes) -> None:
-    """YCbCr to RGB as JFIF defines it (ITU-T T.871, 7); samples are centred on zero."""
+    """Convert YCbCr, centred on zero, to RGB by JFIF's formula (ITU-T T.871, 7)."""
     if min(len(luma), len(blue), len(red)) < len(out) // 3:
         raise IndexError
     for x in range(len(out) // 3):
@@ -538,7 +541,7 @@ def _fill_grey(luma: _Samples, out: Bytes) -> None:
 def _fill_rows(
     blocks: _Blocks, planes: _Ints, scales: _Samples, mcu_row: int, lines: _Samples, out: Bytes
 ) -> None:
-    """Turn one row of MCUs into lines of the picture."""
+    """Compute the picture's lines for one row of MCUs."""
     per_mcu = planes[0, 1] * planes[0, 3]
     for i in range(min(per_mcu, len(out) - mcu_row * per_mcu)):
         for c in range(len(planes)):
@@ -567,7 +570,8 @@ def _decode_scan(
     mcus: tuple[int, int, int],
     out: Bytes,
 ) -> bool:
-    """Decode unstuffed `data` into `out`; `mcus`: in a row, in a column, between restarts."""
+    """Decode unstuffed `data` into `out`. `mcus` are the MCUs per row, per column and per restart
+    interval. Returns False if the data is damaged."""
     across, down, interval = mcus
     blocks = np.zeros((2 * len(planes), _TEN, 2 * across), np.int16)
     lines = np.empty((3, 4 * across), np.float32)
@@ -576,7 +580,7 @@ def _decode_scan(
     segment, left = 0, interval
     for row in range(down):
         blocks[:, _FEW:] = 0
-        column = _int64(0)  # a literal would be a type of its own, and compiled for
+        column = _int64(0)  # a literal has another type, for which numba would compile again
         while column < across:
             if left == 0:
                 if not _ends_at(reader, ends[segment]):
@@ -601,10 +605,10 @@ def _decode_scan(
 def decode(data: bytes, scale: int) -> Bytes | None:
     """Decode a JPEG at 1/`scale` of its size; None if the file or the scale is not supported.
 
-    The answer is RGB of (height, width, 3) or grey of (height, width), with sides divided by
-    `scale` and rounded up, as libjpeg's. EXIF orientation is not applied. A file with visible
-    damage also gives None, so every None should go to libjpeg. The caller checks that the picture
-    is not too large: a byte can hold four blocks, which are 256 pixels.
+    Returns uint8, RGB (height, width, 3) or grey (height, width), with sides divided by `scale` and
+    rounded up, like libjpeg. EXIF orientation is not applied. Files with visible damage also return
+    None, so the caller decodes those with libjpeg. The caller limits the size of the picture: a
+    byte can encode four blocks, which are 256 pixels.
     """
     try:
         expect(scale in SCALES)
@@ -637,16 +641,16 @@ def _decode(data: bytes, header: JpegHeader, scale: int) -> Bytes:
 
 
 def _check_plausible(header: JpegHeader, mcus: int, interval: int, length: int) -> None:
-    """Refuse a header that announces more than the file can hold, before memory is allocated."""
+    """Raise Unsupported, before memory is allocated, if the file is too short for its header."""
     blocks = mcus * sum(c.h * c.v for c in header.components)
-    expect(0 < 2 * blocks <= 8 * length)  # a block has two symbols at least
-    expect(3 * (mcus // interval) <= length)  # and a restart interval a byte and a marker
+    expect(0 < 2 * blocks <= 8 * length)  # a block has at least two symbols
+    expect(3 * (mcus // interval) <= length)  # a restart interval has at least a byte and a marker
     expect(all(c.quantiser in header.quantisers for c in header.components))
 
 
 def _layout(components: list[Component], planes: _Ints) -> _Ints:
-    """The blocks of an MCU, in order: row of coefficients, columns a MCU, column in it, the two
-    tables' numbers, how many coefficients to read (0: DC alone)."""
+    """The blocks of an MCU, in order: row of coefficients, columns per MCU, column in the MCU, the
+    numbers of the two tables, the number of coefficients to read (0: only DC)."""
     wanted = {1: 0, 2: _FEW, 4: _TEN}
     return np.array(
         [
@@ -661,19 +665,19 @@ def _layout(components: list[Component], planes: _Ints) -> _Ints:
 
 # ---------------------------------------------------------------------- the check
 
-# Mean difference, of 255, from libjpeg's whole picture reduced, on pictures of smooth waves.
+# The largest mean difference, of 255, from libjpeg's picture reduced afterwards, on smooth waves.
 _LIKENESS = 3.0
 
 
 def agrees_with_libjpeg() -> bool:
-    """Whether small pictures come out like libjpeg's, in every sampling and scale.
+    """Whether small test pictures are like libjpeg's, in every sampling and scale.
 
-    Call it once before workers are forked: it compiles or loads all that `decode` needs.
+    Call it once before workers are forked: it compiles or loads everything that `decode` needs.
     """
     try:
         return all(_is_alike(file, scale) for file in _waves() for scale in SCALES)
-    except Exception:  # from numba or LLVM; a server can do without this decoder
-        log.exception("the reduced JPEG decoder does not work here; using libjpeg instead")
+    except Exception:  # from numba or LLVM; the server works without this decoder
+        log.exception("failed to set up the reduced JPEG decoder; using libjpeg instead")
         return False
 
 
@@ -687,7 +691,7 @@ def _is_alike(file: bytes, scale: int) -> bool:
 
 
 def _waves() -> Iterator[bytes]:
-    """JPEG files of a picture with sides that no block divides, grey and in each sampling."""
+    """JPEG files of a picture whose sides are not multiples of 8, in grey and in each sampling."""
     y, x = np.mgrid[:45, :67]
     waves = [127 + 90 * np.sin(x / a + y / b) for a, b in ((29, 17), (21, -25), (-36, 13))]
     image = Image.fromarray(np.stack(waves, axis=-1).astype(np.uint8))

@@ -1,9 +1,9 @@
-"""Loops over pixels that no library at hand offers as fast, compiled by numba.
+"""Loops over pixels, compiled by numba, for which no available library is as fast.
 
-Importing this module compiles them, in half a second, or loads what an earlier process has kept
-beside this file. An index outside its array raises IndexError: it is checked where that costs an
-eighth of the time at most. In `unfilter` it would cost up to eight times the time, so that function
-checks the sizes of its arrays first, and its indices follow from those alone.
+Importing this module compiles them, in half a second, or loads the code that an earlier process has
+cached beside this file. Indices are checked, at a cost of an eighth of the time at most, and raise
+IndexError outside of their array. In `unfilter`, checks would cost up to eight times the time, so
+it checks the sizes of its arrays first, and its indices depend only on those.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def _compiled(signature: str, checked: bool = True) -> Callable[[_F], _F]:
         options = {"nogil": True, "boundscheck": checked}
         try:
             done: _F = njit(signature, cache=True, **options)(function)
-        except RuntimeError:  # there is no folder to keep the compiled code in
+        except RuntimeError:  # no folder for the compiled code is writable
             done = njit(signature, **options)(function)
         return done
 
@@ -40,10 +40,11 @@ def _nearest(a: Any, b: Any, c: Any) -> Any:
 
 @njit(boundscheck=False)  # type: ignore[untyped-decorator]
 def _undo_paeth_of_rgb(src: Any, up: Any, dst: Any) -> None:
-    """For most rows of most photos: three bytes side by side, in registers, take two thirds
-    of the time. The caller has checked that the rows are of one length."""
+    """Most rows of most photos have this filter. Handling three bytes at a time in registers takes
+    two thirds of the time of the general loop. The caller has checked that the rows are equally
+    long."""
     a0 = a1 = a2 = c0 = c1 = c2 = np.int32(0)
-    for x in range(dst.size // 3):  # with a step, numba would look for negative indices
+    for x in range(dst.size // 3):  # with a step, numba would check for negative indices
         i = 3 * x
         b0, b1, b2 = np.int32(up[i]), np.int32(up[i + 1]), np.int32(up[i + 2])
         a0 = np.int32((src[i] + _nearest(a0, b0, c0)) & 255)
@@ -57,12 +58,12 @@ def _undo_paeth_of_rgb(src: Any, up: Any, dst: Any) -> None:
 def unfilter(raw: Pixels, out: Pixels, step: int) -> int:
     """Undo PNG's filters (the PNG specification, section 9).
 
-    `raw` is (rows, 1 + row bytes), each row behind the number of its filter; `out` (rows, row
-    bytes) gets the pixels; `step` is the number of bytes of a pixel. Returns the first row whose
-    filter is unknown, or -1.
+    `raw` is (rows, 1 + row bytes), where each row follows the number of its filter; `out`, (rows,
+    row bytes), receives the pixels; `step` is the number of bytes of a pixel. Returns the first row
+    whose filter is unknown, or -1.
 
     Raises:
-        IndexError: the arrays do not fit together, or a row has no whole pixel.
+        IndexError: the shapes do not match, or a row is shorter than a pixel.
     """
     rows, n = out.shape
     if not (raw.shape[0] == rows and raw.shape[1] == n + 1 and 1 <= step <= n):
@@ -104,7 +105,7 @@ def unfilter(raw: Pixels, out: Pixels, step: int) -> int:
 
 @_compiled("void(u1[::1], u1[:,::1], u1[:,::1])")
 def look_up(indices: Pixels, colours: Pixels, out: Pixels) -> None:
-    """`out` (n, 3) becomes the `colours` (256, 3) of `indices` (n,)."""
+    """Write the `colours`, (256, 3), of `indices`, (n,), to `out`, (n, 3)."""
     for i in range(indices.size):
         index = indices[i]
         out[i, 0] = colours[index, 0]
@@ -114,7 +115,8 @@ def look_up(indices: Pixels, colours: Pixels, out: Pixels) -> None:
 
 @_compiled("void(u1[:,::1], u1[::1], u1[:,::1])")
 def flatten(rgba: Pixels, background: Pixels, out: Pixels) -> None:
-    """Lay `rgba` (n, 4) on a `background` (3,) into `out` (n, 3), rounding as Pillow's paste."""
+    """Composite `rgba`, (n, 4), on `background`, (3,), into `out`, (n, 3), rounding like Pillow's
+    paste."""
     for i in range(rgba.shape[0]):
         alpha = np.uint32(rgba[i, 3])
         for k in range(3):
@@ -126,9 +128,9 @@ def flatten(rgba: Pixels, background: Pixels, out: Pixels) -> None:
 def shape(pixels: Pixels, light: Any, matrix: Any, encoded: Pixels) -> None:
     """Convert `pixels` (n, 3) in place from one RGB space to another.
 
-    `light` (3, 256) is linear light by channel and value, `matrix` (3, 3) mixes it, each in units
-    of 2**-14, and `encoded` (2**14 + 1,) is the value that stands for some light in the new space.
-    A fourth channel stays.
+    `light`, (3, 256), is the linear light of each channel and value, and `matrix`, (3, 3), converts
+    it, both in units of 2**-14; `encoded`, (2**14 + 1,), has the new value for each light. A fourth
+    channel is not changed.
     """
     for i in range(pixels.shape[0]):
         r = light[0, pixels[i, 0]]

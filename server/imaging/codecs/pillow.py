@@ -1,4 +1,5 @@
-"""What Pillow decodes: GIF, BMP, TIFF, and for other modules PNG, AVIF and frames of animations."""
+"""Formats that Pillow decodes: GIF, BMP and TIFF, and PNG, AVIF and animations for other
+modules."""
 
 import io
 import itertools
@@ -23,14 +24,14 @@ from server.imaging.codecs.base import (
 )
 from server.imaging.sizing import Size
 
-# Pillow checks a limit of its own while it opens a file, and does not report the size. Our limit
-# replaces it.
+# Pillow's limit is checked while a file is opened, and its error does not have the size. The
+# server's limit replaces it.
 Image.MAX_IMAGE_PIXELS = None
 
-# Frames of an animation are laid over each other, so one is decoded with all before it.
+# Frames of an animation build on each other, so a frame is decoded with all frames before it.
 MAX_ANIMATED_PIXELS = 1_000_000_000
 
-# The TIFF compressions in use: none, fax, LZW, JPEG, deflate, run lengths.
+# The supported TIFF compressions: none, fax, LZW, JPEG, deflate, run lengths.
 _CODINGS = frozenset(
     (
         *("raw", "packbits", "tiff_lzw", "jpeg", "tiff_adobe_deflate", "tiff_deflate"),
@@ -41,12 +42,13 @@ _BITS, _PHOTOMETRIC, _TILE_WIDTH, _TILE_HEIGHT = 258, 262, 322, 323
 _PLACES = (273, 324), (279, 325)  # offsets and lengths in bytes of strips or of tiles
 _WHITE_IS_ZERO, _RGB = 0, 2
 _MAX_TILE_PIXELS = 1 << 26
-# In RGB about 100 MB. Larger pictures are streamed.
+# About 100 MB in RGB. Larger pictures are streamed.
 _MAX_WHOLE_PIXELS = 32_000_000
 
 
 class PillowSource:
-    """A picture as Pillow opens it; `frame` counts from 0, and is decoded with all before it."""
+    """A picture opened by Pillow. `frame` counts from 0 and is decoded with all frames before
+    it."""
 
     reductions = NO_REDUCTIONS
 
@@ -72,6 +74,8 @@ class PillowSource:
 
 
 class BmpSource(PillowSource):
+    """A BMP file, checked for truncation."""
+
     def __init__(self, data: bytes, frame: int) -> None:
         super().__init__(data, frame, "BMP")
         for tile in self._image.tile:
@@ -83,13 +87,15 @@ class BmpSource(PillowSource):
 
 
 class GifSource(PillowSource):
+    """A frame of a GIF file, checked for truncation."""
+
     def __init__(self, data: bytes, frame: int) -> None:
         if not _has_end(data):
             raise truncated()
         super().__init__(data, frame, "GIF")
 
     def _canvas(self, data: bytes) -> Size:
-        """Frames may reach beyond the first, and Pillow then makes the picture larger."""
+        """Frames may extend beyond the first one, and Pillow then enlarges the picture."""
         if not self._frame:
             return self._image.size
         reaches = list(itertools.islice(_gif_frames(data), min(self._frame + 1, MAX_FRAMES)))
@@ -100,7 +106,7 @@ class GifSource(PillowSource):
 
 
 class TiffSource:
-    """A page. Pillow turns it upright itself and gives its upright size."""
+    """A page of a TIFF file. Pillow turns it upright itself and returns its upright size."""
 
     orientation = 1
 
@@ -129,7 +135,7 @@ class TiffSource:
 
 
 def count_frames(data: bytes, format_: str) -> int:
-    """Frames or pages, up to `MAX_FRAMES`."""
+    """The number of frames or pages, up to `MAX_FRAMES`."""
     if format_ == "GIF":
         return sum(1 for _ in itertools.islice(_gif_frames(data), MAX_FRAMES))
     image = Image.open(io.BytesIO(data), formats=(format_,))
@@ -160,7 +166,8 @@ def _check_coding(image: Any) -> None:
 def _check_extent(image: Any, data: bytes) -> None:
     """
     Raises:
-        InvalidImage: the page's data, its directory or the next one lie beyond the file's end.
+        InvalidImage: the page's data, its directory or the next one lies beyond the end of the
+        file.
     """
     tags = image.tag_v2
     starts, counts = (tags.get(strips) or tags.get(tiles) or () for strips, tiles in _PLACES)
@@ -175,7 +182,7 @@ def _check_extent(image: Any, data: bytes) -> None:
 
 
 def _streams(image: Any) -> bool:
-    """Whether the picture is large, and libvips decodes it to the same pixels as Pillow."""
+    """Whether the picture is large and libvips decodes it to the same pixels as Pillow."""
     tags = image.tag_v2
     plain = image.mode == "RGB" and set(tags.get(_BITS, ())) == {8} and tags[_PHOTOMETRIC] == _RGB
     return plain and image.width * image.height > _MAX_WHOLE_PIXELS
@@ -198,16 +205,16 @@ def _seek(image: Any, frame: int) -> None:
 
 
 # ---------------------------------------------------------------------- frames of GIF
-# Found without decoding them (GIF89a specification).
+# Found without decoding (GIF89a specification).
 
 _EXTENSION, _IMAGE, _END = 0x21, 0x2C, 0x3B
 _SCREEN_BYTES = 13
-# Blocks have up to 255 bytes, and encoders fill them.
+# Blocks have up to 255 bytes, and encoders usually fill them.
 _MAX_BLOCKS = 2_000_000
 
 
 def _has_end(data: bytes) -> bool:
-    """Whether the file is complete. Some writers pad it or append other data."""
+    """Whether the file is complete. Some writers pad files or append other data."""
     if data.rstrip(b"\0\r\n ")[-1:] == bytes((_END,)):
         return True
     try:
@@ -219,7 +226,7 @@ def _has_end(data: bytes) -> bool:
 
 
 def _gif_frames(data: bytes) -> Iterator[Size]:
-    """The extent of each frame from the upper left corner: (width, height) in pixels.
+    """The extent of each frame from the upper left corner of the screen: (width, height) in pixels.
 
     Raises:
         InvalidImage: the file ends within a frame, or has an unknown block.
@@ -255,7 +262,7 @@ def _table_bytes(flags: int) -> int:
 
 
 def _skip_blocks(data: bytes, at: int, left: int) -> tuple[int, int]:
-    """The offset behind the blocks that begin at `at`, and how many more may be read."""
+    """The offset behind the blocks at `at`, and the number of blocks that may still be read."""
     while data[at] and left:
         at += data[at] + 1
         left -= 1

@@ -1,7 +1,7 @@
-"""PNG of up to eight bits a sample and not interlaced, as nearly all are; Pillow reads the rest.
+"""PNG. Files that are interlaced or have 16 bits per sample, which are rare, are left to Pillow.
 
-Inflating with libdeflate and undoing the filters in compiled loops takes 40 % of Pillow's time. The
-checksums of all chunks that are shown are checked.
+Inflating with libdeflate and undoing the filters in compiled loops takes 40% of Pillow's time. The
+checksums of all critical chunks are checked.
 """
 
 import io
@@ -31,7 +31,7 @@ _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _FRAME = struct.Struct(">I4s")
 _HEADER = struct.Struct(">IIBBBBB")
 _CRITICAL = frozenset((b"IHDR", b"PLTE", b"IDAT", b"IEND"))
-# Chunks that are useless without the image data or the other frames.
+# Chunks of pixels and of animation, which Pillow does not get.
 _LEFT_OUT = frozenset((b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT"))
 
 _UNPACKED = frozenset((b"iCCP", b"zTXt", b"iTXt"))
@@ -39,19 +39,20 @@ _MAX_PALETTE_BYTES = 3 * 256
 
 _GREY, _RGB, _PALETTE, _GREY_ALPHA, _RGBA = 0, 2, 3, 4, 6
 _CHANNELS = {_GREY: 1, _RGB: 3, _PALETTE: 1, _GREY_ALPHA: 2, _RGBA: 4}
-_PACKED = (1, 2, 4)  # bits a sample, of which bytes hold several
+_PACKED = (1, 2, 4)  # bits per sample; a byte holds several samples
 
-# Encoders cut the image data into chunks of 8 KiB or more.
+# Encoders split the image data into chunks of 8 KiB or more.
 _MAX_CHUNKS = 200_000
-# Some encoders add data behind the rows; libpng and Pillow ignore it.
+# Some encoders append data to the rows; libpng and Pillow ignore it.
 _SURPLUS_BYTES = 1 << 16
-# In RGB about 100 MB. Larger pictures are streamed.
+# About 100 MB in RGB. Larger pictures are streamed.
 _MAX_WHOLE_PIXELS = 32_000_000
 
 
 @dataclass
 class _Chunks:
-    """`data` are the places of the image data; `rest` is the file without it and other frames."""
+    """`data` has the (start, end) of each chunk of image data; `rest` are the chunks without pixels
+    and animation."""
 
     header: tuple[int, ...]
     data: list[tuple[int, int]] = field(default_factory=list)
@@ -59,6 +60,8 @@ class _Chunks:
 
 
 class PngSource:
+    """The still picture of a PNG file."""
+
     def __init__(self, data: bytes) -> None:
         chunks = _read(data)
         image = _opened(chunks.rest)
@@ -74,7 +77,7 @@ class PngSource:
         transparent = "transparency" in image.info
         packed = bits in _PACKED and (colour == _PALETTE or (colour == _GREY and not transparent))
         self._plain = not interlaced and colour in _CHANNELS and (bits == 8 or packed)
-        # libvips decodes these to the same pixels.
+        # libvips decodes these to the same pixels as the code below.
         streams = bits == 8 and colour in (_GREY, _RGB, _RGBA) and not transparent
         self._large = self._plain and streams and width * height > _MAX_WHOLE_PIXELS
         self.reductions = BY_MEANS if self._large else NO_REDUCTIONS
@@ -96,7 +99,9 @@ class PngSource:
         return rows
 
     def _rows(self) -> Pixels:
-        """uint8 (height, width, channels); packed samples stay bytes, as wide as there are."""
+        """The unfiltered rows: uint8 (height, width, channels). Packed samples stay packed: then
+            width
+        is the number of bytes."""
         import deflate
 
         from server.imaging.codecs import kernels
@@ -126,11 +131,11 @@ def open_png(data: bytes, frame: int) -> "PngSource | PillowSource":
 def _read(data: bytes) -> _Chunks:
     """
     Raises:
-        InvalidImage: the file is truncated, a checksum is wrong, or it has no header.
+        InvalidImage: the file is truncated, a checksum is wrong, or the header is missing.
     """
     chunks = _Chunks(())
     for kind, start, end in _walk(data):
-        if (kind == b"IHDR") == bool(chunks.header):  # it comes first, and once
+        if (kind == b"IHDR") == bool(chunks.header):  # it must be first and unique
             raise damaged()
         if kind == b"IHDR":
             chunks.header = _HEADER.unpack_from(data, start)
@@ -142,22 +147,22 @@ def _read(data: bytes) -> _Chunks:
             chunks.rest.append(data[start - 8 : end + 4])
     if not chunks.data:
         raise damaged()
-    # Pillow reads up to the image data, and fails without the start of it.
+    # Pillow reads up to the image data, and fails if none begins.
     chunks.rest = [_SIGNATURE, *chunks.rest, _FRAME.pack(0, b"IDAT") + bytes(4)]
     return chunks
 
 
 def _opened(chunks: list[bytes]) -> Image.Image:
-    """The picture that the chunks describe: mode, palette, transparency, profile, EXIF and XMP."""
+    """Open `chunks` with Pillow for mode, palette, transparency, profile, EXIF and XMP."""
     try:
         return Image.open(io.BytesIO(b"".join(chunks)), formats=("PNG",))
-    except ValueError:  # a profile or text that unpacks to more than Pillow allows
+    except ValueError:  # a profile or text decompresses to more than Pillow allows
         plain = [chunk for chunk in chunks if chunk[4:8] not in _UNPACKED]
         return Image.open(io.BytesIO(b"".join(plain)), formats=("PNG",))
 
 
 def _walk(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """(type, start, end) of the chunks up to the last one, with the checksums of critical ones."""
+    """(type, start, end) of the chunks up to IEND. Checks the checksums of critical chunks."""
     view = memoryview(data)
     at = len(_SIGNATURE)
     for _ in range(_MAX_CHUNKS):
@@ -183,11 +188,11 @@ def _checksum(chunk: memoryview) -> bytes:
 
 
 def _unpacked(packed: Pixels, bits: int, width: int) -> Pixels:
-    """One number a byte, the first from the upper bits: uint8 (height, width)."""
+    """One number per byte, the first one from the highest bits: uint8 (height, width)."""
     count = 8 // bits
     shifts = np.arange(8 - bits, -1, -bits, dtype=np.uint8)
     numbers = (np.arange(256, dtype=np.uint8)[:, None] >> shifts) & ((1 << bits) - 1)
-    # The numbers in a byte form one wider number for numpy, so that one lookup finds them all.
+    # The numbers of a byte are viewed as one wider number, so one lookup unpacks all of them.
     together = numbers.view(f"u{count}").ravel()[packed]
     return together.view(np.uint8)[:, :width]
 
@@ -197,7 +202,8 @@ def _has_palette(image: Image.Image) -> bool:
 
 
 def _entries(image: Image.Image, bits: int) -> Image.Image:
-    """The colours of the 256 numbers. With fewer bits, only the first ones occur."""
+    """The colours of the 256 indices as a picture of 256x1 pixels. With fewer bits, only the first
+    ones occur."""
     if image.mode != "P":
         greys = np.arange(256) % (1 << bits) * 255 // ((1 << bits) - 1)
         entries = Image.fromarray(greys.astype(np.uint8)[None])

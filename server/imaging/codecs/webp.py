@@ -26,18 +26,19 @@ from server.imaging.codecs.pillow import PillowSource
 from server.imaging.sizing import Size
 
 _CHUNK = struct.Struct("<4sI")
-_FIRST = 12  # behind RIFF, its length and WEBP
+_FIRST = 12  # behind "RIFF", the length and "WEBP"
 _ANIMATED, _ALPHA = 0x02, 0x10
 _INFO = {b"ICCP": "icc_profile", b"EXIF": "exif", b"XMP ": "xmp"}
 # A still picture has up to seven chunks, and an animation one per frame.
 _MAX_CHUNKS = 100_000
-
-
-# In RGBA about 64 MB. Larger pictures are shrunk while they are read: slower, with less memory.
+# About 64 MB in RGBA. Larger pictures are shrunk while they are read, which is slower but takes
+# less memory.
 _MAX_WHOLE_PIXELS = 16_000_000
 
 
 class WebpSource:
+    """A still picture."""
+
     def __init__(self, data: bytes) -> None:
         holder = Image.Image()
         for kind, start, end in _walk(data):
@@ -57,7 +58,7 @@ class WebpSource:
 
 
 class WebpAnimation:
-    """One frame, by Pillow. It opens the file only in `load`, since it allocates two canvases."""
+    """One frame, by Pillow. `load` opens the file, since Pillow allocates two canvases for it."""
 
     reductions = NO_REDUCTIONS
 
@@ -82,7 +83,7 @@ def _decode(data: bytes, size: Size) -> Pixels:
     cv2 = opencv()
     flag = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     try:
-        # No flag gives red first and keeps alpha.
+        # There is no flag for RGBA.
         how = cv2.IMREAD_UNCHANGED if _may_have_alpha(data) else flag
         pixels: Pixels | None = cv2.imdecode(np.frombuffer(data, np.uint8), how)
     except cv2.error as error:
@@ -114,7 +115,7 @@ def is_animated(data: bytes) -> bool:
 
 
 def count_frames(data: bytes) -> int:
-    """The frames of an animation, up to `MAX_FRAMES`."""
+    """The number of frames of an animation, up to `MAX_FRAMES`."""
     frames = (True for kind, _, _ in _walk(data) if kind == b"ANMF")
     return sum(itertools.islice(frames, MAX_FRAMES))
 

@@ -1,13 +1,13 @@
 """Format, size and orientation of an encoded picture, from its header alone.
 
-It runs on the event loop and reads hostile bytes: pure Python on lengths and offsets, which decodes
-no pixel and allocates nothing on the word of a header. The result is what the decoders (Pillow, and
-libheif for HEIF) make of the file after turning it upright. Where a header is so damaged that they
-might differ, the picture is refused or, beyond the bounds, taken as it is stored.
+It runs on the event loop and reads hostile bytes, so it is pure Python on lengths and offsets: it
+decodes no pixels and never allocates memory by a length in the header. The result agrees with the
+decoders (Pillow, and libheif for HEIF) after they turn the picture upright. If a header is so
+damaged that they might differ, the picture is refused or, beyond the limits below, not turned.
 
-The bounds: a reader follows at most a dozen lists of segments, chunks, blocks, boxes or entries,
-each for at most `MAX_STEPS` length fields (in PNG there is one list, of 4096), and looks through at
-most `MAX_TEXT_BYTES` of XMP or of EXIF in hexadecimal. Nothing is recursive.
+Limits: a reader follows at most a dozen lists of segments, chunks, blocks, boxes or entries, each
+for at most `MAX_STEPS` length fields (PNG has one list, of 4096), and searches at most
+`MAX_TEXT_BYTES` of XMP or of EXIF in hexadecimal. Nothing is recursive.
 """
 
 import struct
@@ -19,18 +19,18 @@ from server.imaging.header.base import ImageHeader, damaged
 
 __all__ = ["FORMATS", "ImageHeader", "read"]
 
-# What `ImageHeader.format` can be; they are also Pillow's names of the formats.
+# The values of `ImageHeader.format`, which are Pillow's names of the formats.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
 
-# BMP: the file's own header is 14 bytes long, and that of OS/2 1.x behind it 12.
+# BMP: the file header has 14 bytes, and the OS/2 1.x header behind it 12.
 _BMP_FILE_HEADER, _BMP_OS2 = 14, 12
 _BMP_WINDOWS = frozenset((40, 52, 56, 64, 108, 124))
-# A height is negative where the rows go from top to bottom; Pillow accepts it up to this one.
+# A negative height means that rows go from top to bottom; Pillow accepts it down to this value.
 _BMP_MAX_TOP_DOWN = 1 << 24
 
 
 def _read_bmp(data: bytes) -> ImageHeader:
-    """The size from the header of OS/2 1.x, or of Windows and OS/2 2.x.
+    """The size, from an OS/2 1.x header or one of Windows and OS/2 2.x.
 
     Raises:
         InvalidImage: the header is truncated or has an unknown length.
@@ -45,7 +45,7 @@ def _read_bmp(data: bytes) -> ImageHeader:
         if -_BMP_MAX_TOP_DOWN <= height < 0:
             height = -height
     else:
-        raise damaged("BMP", f"a header of {length} bytes")
+        raise damaged("BMP", f"its header has {length} bytes")
     return ImageHeader("BMP", width, height)
 
 
@@ -60,10 +60,10 @@ _MAGIC: tuple[tuple[bytes, Callable[[bytes], ImageHeader]], ...] = (
 
 
 def read(data: bytes) -> ImageHeader:
-    """The header of the encoded picture `data`; the magic bytes alone decide the format.
+    """Read the header of the encoded picture `data`. Only the magic bytes decide the format.
 
     Raises:
-        UnsupportedImageFormat: the data does not begin like any of the formats.
+        UnsupportedImageFormat: the data is in none of the formats.
         InvalidImage: the header is truncated or damaged, or a side is zero.
     """
     if not data:

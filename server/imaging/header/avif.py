@@ -1,7 +1,8 @@
 """AVIF: the primary picture, or the first track of a sequence, as libavif and Pillow read it.
 
-AV1 Image File Format 1.2. libavif does not crop, and turns before it mirrors. If the file asks for
-neither, Pillow turns the picture by its XMP, unless its EXIF has an orientation of any value.
+AV1 Image File Format 1.2. libavif does not crop, and turns before it mirrors. If the file has
+neither property, Pillow turns the picture by its XMP, unless its EXIF has an orientation of any
+value.
 """
 
 import struct
@@ -29,24 +30,24 @@ from server.imaging.header.tiff import Span, has_orientation, orientation
 
 _BRANDS = frozenset((b"avif", b"avis"))
 
-# What a file's first brand must be one of.
+# The accepted values of a file's first brand.
 BRANDS = _BRANDS | {b"mif1", b"msf1"}
 _MAX_BRANDS_BYTES = 256
 
-# Where width and height are in a track's header, by its version: 16.16 bits each.
+# The offset of width and height, each 16.16 bits, in a track's header, by version.
 _TRACK_SIZE = (76, 88)
 _SAMPLE_ENTRY_BYTES = 78
 
 
 class _Metadata(NamedTuple):
-    """Where EXIF and XMP are in the file."""
+    """The places of EXIF and XMP in the file."""
 
     exif: Span | None = None
     xmp: Span | None = None
 
 
 def accepts(data: bytes) -> bool:
-    """Whether the file is AVIF rather than HEIF, which has the same container."""
+    """Whether a file in this container is AVIF rather than HEIF."""
     if data[8:12] not in BRANDS:
         return False
     size = min(struct.unpack_from(">I", data)[0], _MAX_BRANDS_BYTES, len(data))
@@ -57,7 +58,7 @@ def read(data: bytes) -> ImageHeader:
     """`animated` if the file calls itself a sequence.
 
     Raises:
-        InvalidImage: no primary item or track, or none with a size.
+        InvalidImage: there is no primary item or track, or it has no size.
     """
     if data[8:12] == b"avis":
         return _sequence(data)
@@ -96,7 +97,7 @@ def _sample_properties(data: bytes, parts: dict[bytes, Box]) -> list[Box]:
 
 
 def _turn(data: bytes, picture: Picture, properties: list[Box]) -> bool:
-    """Whether the properties turn or mirror the picture, by the first of each kind."""
+    """Apply the first property of each kind; returns whether the picture was turned or mirrored."""
     first: dict[bytes, Box] = {}
     for box in properties:
         first.setdefault(box.kind, box)
@@ -121,12 +122,12 @@ _XMP_TYPE = b"application/rdf+xml\0"
 
 _MAX_NAME = 256
 
-# The first version of an item's entry that has a type.
+# The first version of an item's entry with a type.
 _TYPED = 2
-# Where an item's offset counts from.
+# The base of an item's offset.
 _IN_FILE, _IN_IDAT = 0, 1
 
-# The offset of its TIFF header precedes EXIF; decoders ignore it.
+# EXIF is preceded by the offset of its TIFF header, which decoders ignore.
 _EXIF_OFFSET_BYTES = 4
 
 
@@ -181,7 +182,7 @@ def _describing(data: bytes, iref: Box, item: int) -> set[int]:
 
 
 def _extents(data: bytes, parts: dict[bytes, Box], wanted: Collection[int]) -> dict[int, Span]:
-    """Where the bytes of the `wanted` items are, if they are in the file and in one piece."""
+    """The places of the `wanted` items that are in the file and in one piece."""
     iloc = parts[b"iloc"]
     version = data[iloc.start]
     fields = Fields(data, iloc.start + FULL)
@@ -198,7 +199,7 @@ def _extents(data: bytes, parts: dict[bytes, Box], wanted: Collection[int]) -> d
             break
         number = fields.take(number_bytes)
         method = fields.take(2) & 15 if version > 0 else _IN_FILE
-        fields.take(2)  # the file that the item is in; decoders take it to be this one
+        fields.take(2)  # the item's file; decoders assume this one
         base = fields.take(base_bytes)
         extents = fields.take(2)
         behind = fields.at + extents * (index_bytes + offset_bytes + length_bytes)

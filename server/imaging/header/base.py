@@ -1,11 +1,11 @@
-"""What a header says, and what the readers of all formats share."""
+"""The contents of a header, and what the readers of all formats share."""
 
 from dataclasses import dataclass
 
 from server.errors import InvalidImage
 
-# No reader takes more steps than this along one list of segments, chunks, blocks, boxes or entries
-# of a directory. A step reads one length field and takes less than a microsecond.
+# Readers follow a list of segments, chunks, blocks, boxes or directory entries for at most this
+# many steps. A step reads one length field and takes less than a microsecond.
 MAX_STEPS = 1024
 
 # XMP, and EXIF in hexadecimal, are searched and unpacked up to this many bytes.
@@ -17,13 +17,12 @@ SIDEWAYS = range(5, 9)
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What the header of an encoded picture says.
+    """The header of an encoded picture.
 
-    `format` is one of `FORMATS`. `width` and `height` are in pixels and as stored, but with HEIF's
-    crops done. `orientation` is how a viewer turns them: EXIF's 1 to 8, with 1 also for a missing
-    or invalid one. The decoders of TIFF and HEIF turn pictures themselves; for all other formats
-    the caller does. `animated` says that there may be more frames or pages; the size is that of the
-    first.
+    `format` is one of `FORMATS`. `width` and `height` are in pixels, as stored but after HEIF's
+    crops. `orientation` is EXIF's, 1 to 8, and 1 if it is missing or invalid; the decoders of TIFF
+    and HEIF turn the picture themselves, and the caller does so for all other formats. `animated`
+    means that there may be more frames or pages; the size is that of the first one.
     """
 
     format: str
@@ -41,4 +40,5 @@ class ImageHeader:
 
 
 def damaged(format_: str, what: str) -> InvalidImage:
+    """The error for a damaged header."""
     return InvalidImage(f"the {format_} image is damaged: {what}")

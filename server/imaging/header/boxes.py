@@ -1,4 +1,4 @@
-"""The boxes that HEIF and AVIF files are made of, and the properties of their primary item.
+"""Boxes of HEIF and AVIF files, and the properties of their primary item.
 
 ISO/IEC 14496-12, 4.2; ISO/IEC 23008-12, 6.2 and 9.3. No list is followed for more than `MAX_STEPS`
 entries.
@@ -15,12 +15,12 @@ from server.imaging.header.base import MAX_STEPS, damaged
 _HEAD = struct.Struct(">I4s")
 _LARGE = struct.Struct(">Q")
 
-# The bytes of version and flags with which a "full" box begins.
+# The length of the version and flags at the start of a "full" box.
 FULL = 4
 
 
 class Box(NamedTuple):
-    """A box's type, and its contents from `start` up to `end`."""
+    """The type of a box, and the offsets of its contents."""
 
     kind: bytes
     start: int
@@ -33,7 +33,7 @@ def whole(data: bytes) -> Box:
 
 
 def boxes(data: bytes, parent: Box, skip: int = 0) -> Iterator[Box]:
-    """The boxes in `parent`, behind its own fields of `skip` bytes; at most `MAX_STEPS` of them.
+    """At most `MAX_STEPS` boxes in `parent`, after `skip` bytes of fields.
 
     Raises:
         InvalidImage: a box reaches beyond `parent`.
@@ -67,7 +67,7 @@ def child(data: bytes, parent: Box, kind: bytes, skip: int = 0) -> Box:
     """The first box of type `kind` in `parent`.
 
     Raises:
-        InvalidImage: there is none.
+        InvalidImage: `parent` has no such box.
     """
     for box in boxes(data, parent, skip):
         if box.kind == kind:
@@ -76,19 +76,20 @@ def child(data: bytes, parent: Box, kind: bytes, skip: int = 0) -> Box:
 
 
 def missing(kind: bytes) -> InvalidImage:
-    return damaged("HEIF or AVIF", f"there is no {kind.decode()!r} box where one must be")
+    """The error for a file without a required box."""
+    return damaged("HEIF or AVIF", f"a {kind.decode()!r} box is missing")
 
 
 def id_bytes(data: bytes, box: Box) -> int:
-    """The bytes of an item's number, or of a count, in a box that widens them after version 0."""
+    """The width in bytes of item numbers and counts in a box: 2, or 4 after version 0."""
     return 4 if data[box.start] > 0 else 2
 
 
 def unsigned(data: bytes, start: int, size: int) -> int:
-    """The number in `size` bytes from `start` on.
+    """The big-endian number of `size` bytes at `start`.
 
     Raises:
-        IndexError: the data ends before.
+        IndexError: the data ends before it.
     """
     if start + size > len(data):
         raise IndexError
@@ -97,7 +98,7 @@ def unsigned(data: bytes, start: int, size: int) -> int:
 
 @dataclass
 class Fields:
-    """Numbers that follow one another from the offset `at` on."""
+    """Reads consecutive numbers from the offset `at`."""
 
     data: bytes
     at: int
@@ -110,15 +111,15 @@ class Fields:
 
 # ---------------------------------------------------------------------- the primary item
 
-# There is one list for all items, or one for each width of their numbers.
+# Files have one list for all items, or one for each width of numbers.
 _MAX_LISTS = 4
 
 
 def primary_item(data: bytes, parts: dict[bytes, Box]) -> int:
-    """The number of the item that is the picture; `parts` are the boxes in `meta`.
+    """The number of the primary item; `parts` are the boxes in `meta`.
 
     Raises:
-        InvalidImage: the file does not name one.
+        InvalidImage: the file has no primary item.
     """
     box = parts.get(b"pitm")
     if box is None:
@@ -127,10 +128,10 @@ def primary_item(data: bytes, parts: dict[bytes, Box]) -> int:
 
 
 def primary_properties(data: bytes, parts: dict[bytes, Box]) -> list[Box]:
-    """The property boxes of the primary item, in the order in which they are to be applied.
+    """The property boxes of the primary item, in the order of their application.
 
     Raises:
-        InvalidImage: there are none, or one does not exist.
+        InvalidImage: there are no properties, or the item refers to one that does not exist.
     """
     item = primary_item(data, parts)
     if b"iprp" not in parts:
@@ -141,12 +142,12 @@ def primary_properties(data: bytes, parts: dict[bytes, Box]) -> list[Box]:
     for box in [box for box in lists if box.kind == b"ipma"][:_MAX_LISTS]:
         indices += _associated(data, box, item)
     if any(index > len(known) for index in indices):
-        raise damaged("HEIF or AVIF", "a property that does not exist")
+        raise damaged("HEIF or AVIF", "it refers to a property that does not exist")
     return [known[index - 1] for index in indices if index]
 
 
 def _associated(data: bytes, ipma: Box, item: int) -> list[int]:
-    """The numbers (from 1 on; 0 for none) of the properties that `ipma` gives to `item`."""
+    """The numbers (from 1; 0 means none) of the properties that `ipma` assigns to `item`."""
     number_bytes = id_bytes(data, ipma)
     bytes_each, mask = (2, 0x7FFF) if data[ipma.start + 3] & 1 else (1, 0x7F)
     fields = Fields(data, ipma.start + FULL)

@@ -1,4 +1,4 @@
-"""GIF: the screen, enlarged where the first frame is larger (GIF89a specification, 18 to 26)."""
+"""GIF: size of the screen, or of the first frame if that is larger (GIF89a, 18 to 26)."""
 
 import struct
 
@@ -10,24 +10,24 @@ _FRAME = struct.Struct("<HHHHB")
 _EXTENSION, _IMAGE, _TRAILER = b"!,;"
 _COMMENT = 0xFE
 
-# This many blocks of 255 bytes, the largest possible, are skipped at once.
+# Blocks of 255 bytes, the largest possible, are skipped in groups of this many.
 _STRIDE = 256
 _FULL = b"\xff" * _STRIDE
 
 
 def read(data: bytes) -> ImageHeader:
-    """At most `MAX_STEPS` blocks each are read before, in and behind the first frame; 256 full
+    """At most `MAX_STEPS` blocks are read before, in and behind the first frame each; 256 full
     blocks in a row count as one.
 
     Raises:
-        InvalidImage: no frame.
+        InvalidImage: there is no frame.
     """
     width, height, flags = _SCREEN.unpack_from(data, 6)
     at = _next_frame(data, 13 + _palette_bytes(flags))
     if at is None:
-        raise damaged("GIF", "no frame")
+        raise damaged("GIF", "it has no frame")
     left, top, frame_width, frame_height, flags = _FRAME.unpack_from(data, at)
-    at += _FRAME.size + _palette_bytes(flags) + 1  # one byte: the bits of a code
+    at += _FRAME.size + _palette_bytes(flags) + 1  # one byte has the code size
     return ImageHeader(
         "GIF",
         max(width, left + frame_width),
@@ -41,7 +41,7 @@ def _palette_bytes(flags: int) -> int:
 
 
 def _next_frame(data: bytes, at: int) -> int | None:
-    """The offset of the next frame's descriptor; None if there is no further frame.
+    """The offset of the next frame's descriptor; None if there are no more frames.
 
     Raises:
         IndexError: the data ends within an extension.

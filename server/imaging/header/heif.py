@@ -1,4 +1,4 @@
-"""HEIF (HEIC): the primary picture, cropped and turned as its properties say, in their order.
+"""HEIF (HEIC): the primary picture, cropped and turned by its properties, in their order.
 
 ISO/IEC 23008-12, 6.5. Orientations in EXIF and XMP only repeat the turns of the properties; libheif
 ignores them, and pillow-heif removes them.
@@ -11,7 +11,7 @@ from server.imaging.header.boxes import FULL, Box, child, children, primary_prop
 
 _SEQUENCES = frozenset((b"hevc", b"hevx", b"hevm", b"hevs", b"msf1"))
 
-# What a file's first brand must be one of.
+# The accepted values of a file's first brand.
 BRANDS = _SEQUENCES | {b"heic", b"heix", b"heim", b"heis", b"mif1"}
 
 
@@ -19,7 +19,7 @@ def read(data: bytes) -> ImageHeader:
     """`animated` if the file calls itself a sequence; a collection of pictures counts as one.
 
     Raises:
-        InvalidImage: no primary item, or none with a size.
+        InvalidImage: there is no primary item, or it has no size.
     """
     meta = child(data, whole(data), b"meta")
     properties = primary_properties(data, children(data, meta, FULL))
@@ -36,17 +36,19 @@ def read(data: bytes) -> ImageHeader:
 
 # ---------------------------------------------------------------------- transformations
 
-# The orientation that each of EXIF's becomes by a quarter turn to the left, and by exchanging top
-# and bottom (axis 0) or left and right (axis 1).
+# EXIF orientations after a quarter turn to the left, and after a flip of top and bottom (axis 0) or
+# left and right (axis 1), by the orientation before.
 _TURNED_LEFT = (0, 8, 5, 6, 7, 4, 1, 2, 3)
 _MIRRORED = ((0, 4, 3, 2, 1, 8, 7, 6, 5), (0, 2, 1, 4, 3, 6, 5, 8, 7))
 
-# Width, height and the offset of their centre: each a numerator and a denominator.
+# Width, height, and horizontal and vertical offset of the centre, each as numerator and
+# denominator.
 _APERTURE = struct.Struct(">IIIIiIiI")
 
 
 class Picture:
-    """The picture so far: upright width and height in pixels, and how it got there."""
+    """The upright width and height in pixels of a picture while its properties are applied, and its
+    orientation."""
 
     def __init__(self, width: int, height: int) -> None:
         self.width = width
@@ -62,7 +64,7 @@ class Picture:
         self.orientation = _MIRRORED[data[imir.start] & 1][self.orientation]
 
     def orient(self, orientation: int) -> None:
-        """Turn and mirror a picture that is still as it is stored."""
+        """Set the orientation of a picture that was not turned yet."""
         self.orientation = orientation
         if orientation in SIDEWAYS:
             self.width, self.height = self.height, self.width
@@ -90,19 +92,20 @@ def spatial_extents(data: bytes, properties: list[Box]) -> Picture:
     """The picture before any transformation.
 
     Raises:
-        InvalidImage: no size, or several.
+        InvalidImage: it has no size, or several.
     """
     extents = [box for box in properties if box.kind == b"ispe"]
     if len(extents) != 1:
-        raise damaged("HEIF or AVIF", f"its picture has {len(extents)} sizes")
+        raise damaged("HEIF or AVIF", f"its picture has {len(extents)} sizes instead of one")
     return Picture(*struct.unpack_from(">II", data, extents[0].start + FULL))
 
 
 def _kept(side: int, kept: tuple[int, int], offset: tuple[int, int], rounds: bool) -> int:
-    """How many of `side` pixels are left if `kept` of them are, `offset` off the centre.
+    """The number of pixels of a side of `side` pixels after a crop to `kept` pixels whose centre is
+    `offset` pixels off.
 
-    Both are numerator and denominator. As libheif does it: what lies outside is lost, and only the
-    upper edge is rounded to the nearest pixel, the left one towards zero.
+    `kept` and `offset` are (numerator, denominator). As in libheif, pixels outside the picture are
+    dropped, the upper edge is rounded to the nearest pixel, and the left one towards zero.
     """
     n, d = kept
     offset_n, offset_d = offset

@@ -9,7 +9,7 @@ from server.imaging.header.tiff import Span, orientation
 _LENGTH = struct.Struct(">H")
 _SIZE = struct.Struct(">HH")
 
-# Of a frame's header: precision, height, width, number of components.
+# The start of a frame header: precision, height, width, number of components.
 _FRAME_BYTES = 6
 
 _FIRST_MARKER = 0xC0
@@ -19,13 +19,13 @@ _APP1 = 0xE1
 _FRAMES = frozenset((0xC0, 0xC1, 0xC2, 0xC3, 0xC9, 0xCA))
 # Hierarchical and differential frames, and lossless arithmetic coding.
 _OTHER_FRAMES = frozenset((0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF, 0xDE))
-# Markers that no length follows, as Pillow sees it: RSTn, SOI, EOI, JPG and JPGn.
+# Markers without a length in Pillow's reader: RSTn, SOI, EOI, JPG and JPGn.
 _ALONE = frozenset((0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE)))
 
 _EXIF = b"Exif\0\0"
 _XMP = b"http://ns.adobe.com/xap/1.0/\0"
 
-# Cameras pad between segments; decoders skip over any bytes up to the next marker.
+# Some cameras pad between segments; decoders skip all bytes up to the next marker.
 _MAX_JUNK_BYTES = 4096
 # EXIF above 64 kB continues in further segments.
 _MAX_EXIF_SEGMENTS = 8
@@ -35,7 +35,8 @@ def read(data: bytes) -> ImageHeader:
     """At most `MAX_STEPS` markers are read. Pictures within segments are ignored.
 
     Raises:
-        InvalidImage: no frame before the image data, several, or one of an unsupported type.
+        InvalidImage: there is no frame header before the image data, or several, or one of an
+            unsupported type.
     """
     sizes: list[tuple[int, int]] = []
     exif: list[tuple[int, int]] = []
@@ -50,24 +51,24 @@ def read(data: bytes) -> ImageHeader:
         elif marker == _APP1 and data.startswith(_XMP, start, end):
             xmp = Span(data, start + len(_XMP), end)
     if len(sizes) != 1:
-        raise damaged("JPEG", f"{len(sizes)} frames before the image data")
+        raise damaged("JPEG", f"it has {len(sizes)} frame headers before the image data")
     height, width = sizes[0]
     return ImageHeader("JPEG", width, height, orientation(_whole_exif(data, exif), xmp))
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """The segments before the image data: marker, and offsets of its contents' start and end.
+    """The segments before the image data: marker, and start and end of the contents.
 
     Raises:
-        InvalidImage: bytes that are not a segment, or too many segments.
-        IndexError: no image data.
+        InvalidImage: there are bytes outside of segments, or too many segments.
+        IndexError: the data ends before the image data begins.
     """
     at = 2
     for _ in range(MAX_STEPS):
         if data[at] != 0xFF:
             at = data.find(b"\xff", at, at + _MAX_JUNK_BYTES)
             if at < 0:
-                raise damaged("JPEG", "no marker where one should be")
+                raise damaged("JPEG", "a marker is missing")
         marker = data[at + 1]
         if marker == 0xFF:  # a fill byte before the marker
             at += 1

@@ -1,4 +1,4 @@
-"""PNG: size, EXIF and XMP from the chunks, of which some may come after the image data.
+"""PNG: size, EXIF and XMP from the chunks, some of which may follow the image data.
 
 The W3C's PNG specification, third edition, sections 5 and 11. ImageMagick and exiftool write EXIF
 as text in hexadecimal ("Raw profile type exif").
@@ -19,8 +19,8 @@ _FIRST = 8  # the signature is before it
 _IHDR_BYTES = 13
 
 _MAX_CHUNKS = 4096
-# Chunks of image data follow one another, and most encoders give all but the last one the same
-# length (libpng: 8 KiB). So this many are skipped at once if the one behind them is like the first.
+# Chunks of image data are consecutive, and most encoders make all but the last one equally long
+# (libpng: 8 KiB). So this many are skipped at once if the chunk behind them has the same length.
 _LEAP = 64
 
 _EXIF = b"exif"
@@ -32,10 +32,9 @@ _MAX_KEYWORD = 80
 
 @dataclass
 class _Found:
-    """`texts` are the last chunks by keyword: (type, start behind the keyword, end).
-
-    `frames` is the number of frames that an animation announces; the image data is one of them if
-    `framed`.
+    """What the chunks say. `texts` has the last chunk of each keyword: (type, start behind the
+    keyword, end). `frames` is the number of frames of an animation; the image data is the first of
+    them if `framed`.
     """
 
     width: int
@@ -55,11 +54,11 @@ def read(data: bytes) -> ImageHeader:
     """At most 4096 chunks are read; later ones are ignored, and so are checksums.
 
     Raises:
-        InvalidImage: no header first, or no image data.
+        InvalidImage: the first chunk is not the header, or there is no image data.
     """
     found = _walk(data)
     if not found.pixels:
-        raise damaged("PNG", "no image data")
+        raise damaged("PNG", "it has no image data")
     exif, xmp = found.exif, None
     if exif is None and _PROFILE in found.texts:
         exif = _from_profile(_text(data, *found.texts[_PROFILE]))
@@ -95,11 +94,11 @@ def _walk(data: bytes) -> _Found:
 
 
 def _see(data: bytes, kind: bytes, place: tuple[int, int], found: _Found) -> bool:
-    """Note what a chunk other than IDAT says. False where the first frame's chunks end, or where
-    the data is not a chunk."""
+    """Record a chunk other than IDAT. Returns False behind the chunks of the first frame, or if the
+    data is not a chunk."""
     start, end = place
     if kind == b"IHDR" and not found.pixels:
-        raise damaged("PNG", "several headers")
+        raise damaged("PNG", "it has several headers")
     if kind == b"eXIf":
         found.exif = Span(data, start, end)
     elif kind in (b"tEXt", b"zTXt", b"iTXt"):
@@ -132,13 +131,13 @@ def _see_text(data: bytes, kind: bytes, place: tuple[int, int], found: _Found) -
 
 
 def _text(data: bytes, kind: bytes, start: int, end: int) -> bytes:
-    """A text chunk's text as bytes; empty if it is damaged.
+    """The text of a text chunk; empty if it is damaged.
 
-    The text is cut off after `MAX_TEXT_BYTES`, both before and after unpacking.
+    The text is truncated to `MAX_TEXT_BYTES`, both before and after unpacking.
     """
     compressed = kind == b"zTXt"
     if compressed:
-        start += 1  # the method; there is only one
+        start += 1  # the compression method; there is only one
     elif kind == b"iTXt":
         compressed, method = data[start] != 0, data[start + 1]
         limit = min(end, start + MAX_TEXT_BYTES)
@@ -157,10 +156,10 @@ def _text(data: bytes, kind: bytes, start: int, end: int) -> bytes:
 
 
 def _from_profile(text: bytes) -> Span:
-    """EXIF from a profile in hexadecimal, whose first lines are its name and length."""
+    """EXIF from a profile in hexadecimal, which begins with lines for its name and length."""
     lines = text.split(b"\n", 3)
     digits = lines[3].translate(None, b"\n") if len(lines) == 4 else b""
-    if len(text) == MAX_TEXT_BYTES:  # cut off, maybe within a byte
+    if len(text) == MAX_TEXT_BYTES:  # truncated, perhaps within a byte
         digits = digits[: len(digits) & ~1]
     try:
         exif = bytes.fromhex(digits.decode("latin-1"))

@@ -1,9 +1,9 @@
 """TIFF and BigTIFF: size and orientation of the first page; orientation from EXIF and XMP.
 
 A file's header leads to its first directory of tagged values (TIFF 6.0, sections 2 and 8; BigTIFF
-has wider fields). EXIF is a TIFF file without pixels. Both are read as Pillow reads them: where
-EXIF has no orientation, XMP's counts; where EXIF cannot be read at all, or has the form of BigTIFF,
-the picture is left as it is stored.
+has wider fields). EXIF is a TIFF file without pixels. Both are read as Pillow reads them: if EXIF
+has no orientation, XMP's counts; if EXIF cannot be read at all, or is a BigTIFF, the picture is not
+turned.
 """
 
 import re
@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from server.imaging.header.base import MAX_STEPS, MAX_TEXT_BYTES, ImageHeader, damaged
 
-# The headers that Pillow takes for TIFF, with the byte order that it then assumes. Of the two that
-# stand for BigTIFF (with a plus sign), it reads the second like TIFF.
+# The headers that Pillow accepts as TIFF, with the byte order that it assumes. Of the two BigTIFF
+# headers (with a plus sign), it reads the second one as TIFF.
 ORDERS = {
     b"II*\0": "<",
     b"II\0*": "<",
@@ -25,10 +25,11 @@ ORDERS = {
     b"MM\0+": ">",
 }
 _BIG = b"II+\0"
-# Pillow skips a value at this offset or beyond; one beyond the file's end only ends the directory.
+# Pillow skips a value at this offset or beyond; a value beyond the end of the file ends the
+# directory.
 _MAX_OFFSET = 1 << 63
 
-# Bytes of one value of a type, and its `struct` code; empty where the value is not a number.
+# The size in bytes and the `struct` code of each type; the code is empty if it is not numeric.
 _TYPES = {
     1: (1, ""),
     2: (1, ""),
@@ -56,7 +57,7 @@ class Span(NamedTuple):
 
 
 class Value(NamedTuple):
-    """Where a directory's value lies; `type` is TIFF's."""
+    """The place of a directory's value; `type` is the TIFF type."""
 
     type: int
     start: int
@@ -64,7 +65,7 @@ class Value(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Byte order and fields of a directory, of TIFF or (`big`) of BigTIFF."""
+    """The byte order and field sizes of a directory of TIFF or, if `big`, BigTIFF."""
 
     order: str
     big: bool
@@ -88,7 +89,7 @@ _LAYOUTS = {
 
 @dataclass
 class Directory:
-    """The wanted values by their tags; `next` is where the next directory's offset is stored."""
+    """The wanted values by tag; the offset of the next directory is stored at `next`."""
 
     layout: Layout
     offset: int
@@ -96,7 +97,7 @@ class Directory:
     next: int | None = None
 
     def number(self, data: bytes, tag: int) -> int | float | None:
-        """The first number under `tag`; None if there is none."""
+        """The first number of `tag`; None if there is none."""
         value = self.values.get(tag)
         code = _TYPES[value.type][1] if value else ""
         if value is None or not code:
@@ -110,9 +111,9 @@ class Directory:
 
 
 def read_directory(span: Span, wanted: Collection[int]) -> Directory | None:
-    """The first directory of a TIFF file; None if `span` does not begin like one.
+    """The first directory of a TIFF file; None if `span` does not begin with a TIFF header.
 
-    Of a truncated directory, the values that can be read. At most `MAX_STEPS` entries are read.
+    A truncated directory has the values that can be read. At most `MAX_STEPS` entries are read.
     """
     data, start, end = span
     order = ORDERS.get(data[start : min(start + 4, end)])
@@ -139,9 +140,9 @@ def _read_entries(
     entries: tuple[int, int],
     wanted: Collection[int],
 ) -> bool:
-    """Fill `directory` from `entries` (offset, count); False where the data ended too early.
+    """Fill `directory` from `entries` (offset, count); returns False if the data ends too early.
 
-    Values that together claim more than the whole file are skipped, as in Pillow.
+    Values beyond a total size of the whole file are skipped, as in Pillow.
     """
     data, start, end = span
     layout = directory.layout
@@ -185,7 +186,7 @@ _XMP_ORIENTATION = re.compile(_XMP_NAME + b'(?:="|>)([0-9])')
 
 
 def orientation(exif: Span | None, xmp: Span | None) -> int:
-    """EXIF's orientation, or else XMP's; 1 if there is none, or EXIF cannot be read."""
+    """The orientation from EXIF, or else from XMP; 1 if there is none or EXIF cannot be read."""
     directory = None
     if exif is not None:
         exif = _without_prefix(exif)
@@ -197,12 +198,13 @@ def orientation(exif: Span | None, xmp: Span | None) -> int:
 
 
 def has_orientation(exif: Span) -> bool:
+    """Whether EXIF has an orientation, valid or not."""
     directory = read_directory(_without_prefix(exif), (ORIENTATION,))
     return directory is not None and ORIENTATION in directory.values
 
 
 def orientation_of(data: bytes, directory: Directory | None, xmp: Span | None) -> int:
-    """The orientation, 1 to 8, of a directory of `data`, or else of XMP; 1 if neither is valid."""
+    """The orientation, 1 to 8, from a directory of `data`, or else from XMP; 1 if it is invalid."""
     found: int | float | None = None
     if directory is not None and ORIENTATION in directory.values:
         found = directory.number(data, ORIENTATION)
@@ -220,10 +222,10 @@ def _without_prefix(exif: Span) -> Span:
 
 
 def _in_xmp(xmp: Span) -> int | None:
-    """The first orientation in RDF notation within `MAX_TEXT_BYTES`."""
+    """The first orientation in RDF notation in the first `MAX_TEXT_BYTES`."""
     data, start, end = xmp
     end = min(end, start + MAX_TEXT_BYTES)
-    # Far faster than the expression where there is no orientation.
+    # Much faster than the regular expression if there is no orientation.
     start = data.find(_XMP_NAME, start, end)
     match = _XMP_ORIENTATION.search(data, start, end) if start >= 0 else None
     return int(match[1]) if match else None
@@ -237,10 +239,10 @@ _WIDTH, _HEIGHT, _XMP = 256, 257, 700
 
 
 def read(data: bytes) -> ImageHeader:
-    """Of the first page; `animated` if there is another one.
+    """Read the first page; `animated` if there is another one.
 
     Raises:
-        InvalidImage: no directory, or no width or height in it.
+        InvalidImage: there is no directory, or it has no width or height.
     """
     wanted = (_WIDTH, _HEIGHT, ORIENTATION, _XMP)
     directory = read_directory(Span(data, 0, len(data)), wanted)
@@ -249,7 +251,7 @@ def read(data: bytes) -> ImageHeader:
     width = directory.number(data, _WIDTH)
     height = directory.number(data, _HEIGHT)
     if not isinstance(width, int) or not isinstance(height, int):
-        raise damaged("TIFF", "no width and height in its first directory")
+        raise damaged("TIFF", "its first directory has no width or height")
     value = directory.values.get(_XMP)
     xmp = Span(data, value.start, value.end) if value else None
     turned = orientation_of(data, directory, xmp)

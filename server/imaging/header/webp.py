@@ -1,4 +1,4 @@
-"""WebP: size of the only frame or of the canvas, EXIF and XMP (RFC 9649, sections 2.3 to 2.7)."""
+"""WebP: size of the frame or canvas, EXIF and XMP (RFC 9649, sections 2.3 to 2.7)."""
 
 import struct
 
@@ -10,7 +10,7 @@ _U32 = struct.Struct("<I")
 _FIRST = 12  # the first chunk; RIFF's header is before it
 
 _ANIMATED = 0x02
-# Flags of the chunks that the decoder keeps.
+# The flags that announce metadata chunks; decoders ignore chunks without their flag.
 _METADATA = {b"XMP ": 0x04, b"EXIF": 0x08}
 
 
@@ -18,7 +18,7 @@ def read(data: bytes) -> ImageHeader:
     """At most `MAX_STEPS` chunks are read; metadata behind more frames than that is ignored.
 
     Raises:
-        InvalidImage: the file is shorter than it says, or has no frame or canvas first.
+        InvalidImage: the file is truncated, or does not begin with a frame or canvas.
     """
     end = _FIRST - 4 + _U32.unpack_from(data, 4)[0]
     if end > len(data):
@@ -32,7 +32,7 @@ def read(data: bytes) -> ImageHeader:
     if kind == b"VP8L" and data[20] == 0x2F:
         (bits,) = _U32.unpack_from(data, 21)
         return ImageHeader("WEBP", (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1)
-    raise damaged("WebP", "no frame where the first should be")
+    raise damaged("WebP", "it does not begin with a frame")
 
 
 def _extended(data: bytes, end: int) -> ImageHeader:

@@ -1,7 +1,7 @@
-"""How many tokens a picture costs, and how to keep it within a cap; pure arithmetic.
+"""The number of tokens that a picture costs, and how to meet a cap; pure arithmetic.
 
-Each family of models has a rule behind one protocol, `TokenRule`. The engine chooses a model's rule
-by its processor's configuration (`server.engine.token_rules`).
+Each family of models has a rule with the protocol `TokenRule`. `server.engine.token_rules` chooses
+the rule by the configuration of the model's processor.
 """
 
 from server.imaging.tokens.budget import Claim, allocate_together, kv_bytes_per_token, share

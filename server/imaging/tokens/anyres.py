@@ -1,19 +1,19 @@
 """LLaVA-NeXT and LLaVA-OneVision: a base view, and tiles on the best of a list of grids (AnyRes).
 
-The picture is fitted into the grid that keeps most of it and wastes least; it is cut into tiles
-of `tile` pixels, each of `side` x `side` features. Features that show only padding are dropped
-again, a newline is added to each row, and the base view's `base` features come first: LLaVA-NeXT
-at 336 pixels takes up to 2880 = 5 x 576 and its newlines. LLaVA-OneVision shrinks what is left
-where it is more than 1.1 times (in side) nine tiles' worth.
+The picture is fitted into the grid that keeps most of its pixels and wastes least, and is cut into
+tiles of `tile` pixels with `side` x `side` features each. Features that show only padding are
+dropped, a newline token is added to each row, and the `base` features of the base view come first:
+LLaVA-NeXT at 336 pixels takes up to 2880 = 5 x 576 tokens plus newlines. LLaVA-OneVision shrinks
+the features if their side is more than 1.1 times that of nine tiles.
 
-The model packs the features by the picture's size and its own list of grids, so options cannot
-choose another grid. A smaller picture can: one that just fills a grid is put into it, or into a
-smaller grid that holds it too. A cap is met by trying the size that fills each grid and taking the
-one with the most tokens within the cap. That loses nothing: the picture is shown in the grid at
-this size in any case. The base view is then taken from the smaller picture.
+The model packs the features by the picture's size and its configured grids, so options cannot
+choose another grid, but a smaller picture can: one that just fills a grid is put into that grid, or
+into a smaller one that also holds it. To meet a cap, the rule tries the size that fills each grid
+and takes the one with the most tokens within the cap. The tiles lose no detail, since the picture
+is shown in that grid at this size in any case; only the base view is made from the smaller picture.
 
-`detail: low` is the smallest grid that the picture can have: for a square one 1176 tokens
-(LLaVA-NeXT) or 1485 (LLaVA-OneVision). `high` is the largest.
+`detail: low` is the smallest grid possible for the picture: 1176 tokens (LLaVA-NeXT) or 1485
+(LLaVA-OneVision) for a square one. `high` is the largest.
 """
 
 import functools
@@ -24,8 +24,8 @@ from typing import NamedTuple
 from server.imaging.sizing import BestGrid, Size
 from server.imaging.tokens.rule import TokenAllocation, cap_too_low, whole
 
-# Where LLaVA-OneVision begins to shrink its features: sides `_SHRUNK_FROM` times those of
-# `_SHRUNK_TO_TILES` tiles.
+# LLaVA-OneVision shrinks its features from sides `_SHRUNK_FROM` times those of `_SHRUNK_TO_TILES`
+# tiles on.
 _SHRUNK_TO_TILES = 9
 _SHRUNK_FROM = 1.1
 _REMEMBERED_PICTURES = 1024
@@ -33,7 +33,8 @@ _REMEMBERED_PICTURES = 1024
 
 @dataclass(frozen=True)
 class AnyResTokens:
-    """`rule.grids` are the (height, width) pairs of `image_grid_pinpoints`, in pixels."""
+    """`rule.grids` are the (height, width) pairs of `image_grid_pinpoints`, in pixels; for the
+    other fields see the module."""
 
     family: str
     rule: BestGrid
@@ -47,7 +48,7 @@ class AnyResTokens:
         return self.base
 
     @functools.cached_property
-    def most(self) -> int:  # not always a full grid: that may be just large enough to shrink
+    def most(self) -> int:  # not always a full grid, which may be shrunk
         return self.base + max(
             self._packed(features)
             for rows, columns in map(self._features, self.rule.grids)
@@ -87,7 +88,7 @@ class AnyResTokens:
         return TokenAllocation(way.tokens, way.tokens, content, whole(width, height), resize)
 
     def _way(self, width: int, height: int) -> "_Way":
-        """The tokens that the processor makes of a picture of this size."""
+        """The tokens of a picture of this size."""
         features = self._unpadded(self._features(self.rule.best(width, height)), width, height)
         return _Way((width, height), self.base + self._packed(features))
 
@@ -97,7 +98,7 @@ class AnyResTokens:
 
     @staticmethod
     def _unpadded(features: Size, width: int, height: int) -> Size:
-        """The (rows, columns) that are left without padding; rounded as the model rounds."""
+        """(rows, columns) of features without padding, with the model's rounding."""
         rows, columns = features
         if width / height > columns / rows:
             seen = int(round(height * (columns / width), 7))
@@ -106,7 +107,7 @@ class AnyResTokens:
         return rows, columns - 2 * ((columns - seen) // 2)
 
     def _packed(self, features: Size) -> int:
-        """Tokens of (rows, columns) of features, with a newline a row."""
+        """The tokens of (rows, columns) of features, including a newline for each row."""
         rows, columns = features
         if self.shrinks:
             ratio = math.sqrt(rows * columns / (_SHRUNK_TO_TILES * self.side**2))
@@ -116,7 +117,7 @@ class AnyResTokens:
 
 
 class _Way(NamedTuple):
-    """A size in which the picture could be given to the processor, and its tokens then."""
+    """A size to which the picture could be resized, and its tokens at that size."""
 
     size: Size
     tokens: int
@@ -133,8 +134,8 @@ def _ways(rule: AnyResTokens, width: int, height: int) -> tuple[_Way, ...]:
 
 
 def _fitted(width: int, height: int, grid: Size) -> Size:
-    """(width, height) of the picture in a (height, width) grid, aspect ratio kept; rounded as the
-    processor rounds."""
+    """(width, height) of the picture fitted into a (height, width) grid with its aspect ratio kept
+    and the processor's rounding."""
     grid_height, grid_width = grid
     if grid_width / width < grid_height / height:
         return grid_width, min(math.ceil(height * (grid_width / width)), grid_height)

@@ -1,6 +1,6 @@
-"""Families that keep a picture's own resolution: Qwen2-VL to Qwen3-VL, Pixtral, Mistral 3.
+"""Families that keep a picture's native resolution: Qwen2-VL to Qwen3-VL, Pixtral, Mistral 3.
 
-`detail: low` is 256 tokens, and `high` is the most that the processor takes.
+`detail: low` is 256 tokens, and `high` the maximum of the processor.
 """
 
 import bisect
@@ -23,16 +23,16 @@ _MOST_RATIO = 200
 class QwenTokens:
     """Qwen2-VL, Qwen2.5-VL, Qwen3-VL.
 
-    Sides are rounded to multiples of `factor` (28 or 32 pixels: a patch of 14 or 16, merged 2 x 2),
-    and each square of `factor` is a token: (height / 14 x width / 14) / 4.
+    Sides are rounded to multiples of `factor` (28 or 32 pixels: patches of 14 or 16, merged 2 x 2),
+    and each square of `factor` x `factor` pixels is one token.
 
-    A cap is a smaller pixel budget, as the family's own `max_pixels` sets it. It is met by giving
-    the processor a picture whose size it then leaves alone, so that no option varies with the
-    picture: each distinct set of options costs a worker a check of its fused path. Only a picture
-    that has to be smaller than the processor's `min_pixels` needs options, and always the same.
+    A cap acts like a smaller `max_pixels`. It is met by resizing the picture to a size that the
+    processor keeps, so that the options do not depend on the picture: for each distinct set of
+    options, a worker must check its fused preprocessing. Only a picture below the processor's
+    `min_pixels` needs options, and these are always the same.
 
-    256 tokens are 448 x 448 pixels for Qwen2-VL: the lower end of the range that the family's
-    authors recommend (256 to 1280).
+    256 tokens are 448 x 448 pixels for Qwen2-VL: the lower end of the range that its authors
+    recommend (256 to 1280).
     """
 
     rule: NativeResolution
@@ -43,7 +43,7 @@ class QwenTokens:
     @property
     def most(self) -> int:
         squares = self.rule.max_pixels // self.rule.factor**2
-        # A strip one square high keeps that height when its area is too large.
+        # A strip that is one square high keeps its height even if its area is too large.
         return max(squares, math.isqrt(_MOST_RATIO * squares))
 
     @property
@@ -73,12 +73,13 @@ class QwenTokens:
         return TokenAllocation(tokens, tokens, target, whole(width, height), target, options)
 
     def _within(self, width: int, height: int, cap: int) -> Size:
-        """The size for at most `cap` tokens that the processor leaves as it is."""
+        """A size of at most `cap` tokens that the processor does not change."""
         factor = self.rule.factor
         squares = min(cap, self.rule.max_pixels // factor**2)
         capped = replace(self.rule, min_pixels=factor**2, max_pixels=squares * factor**2)
         columns, rows = (side // factor for side in self._target(capped, width, height))
-        # The formula lets a long strip exceed the budget rather than be less than a square high.
+        # The formula lets a long strip exceed the budget rather than make it less than a square
+        # high.
         short = min(columns, rows)
         long = min(max(columns, rows), max(squares // short, 1), _MOST_RATIO * short)
         columns, rows = (long, short) if columns > rows else (short, long)
@@ -105,12 +106,13 @@ class PixtralTokens:
     """Pixtral and Mistral 3 in the Hugging Face format.
 
     A picture whose longer side exceeds `longest_edge` is shrunk to it; then both sides are rounded
-    up to `patch` (16 pixels; 28 for Mistral 3, which merges 2 x 2 patches of 14), and each square
-    is a token. The prompt has one more token a row: [IMG_BREAK], the last one [IMG_END].
+    up to multiples of `patch` (16 pixels; 28 for Mistral 3, which merges 2 x 2 patches of 14), and
+    each square is a token. The prompt has one more token for each row: [IMG_BREAK], and [IMG_END]
+    for the last one.
 
-    A cap is a smaller `longest_edge`. vLLM counts with the model's own value whatever the options
-    say, so the cap is met by resizing the picture to whole squares, which the processor leaves
-    alone. 256 tokens are 256 x 256 pixels for Pixtral, 448 x 448 for Mistral 3.
+    A cap acts like a smaller `longest_edge`. vLLM ignores that option when it counts tokens, so the
+    cap is met by resizing the picture to whole squares, which the processor does not change. 256
+    tokens are 256 x 256 pixels for Pixtral, 448 x 448 for Mistral 3.
     """
 
     patch: int
@@ -155,11 +157,11 @@ class PixtralTokens:
     def _natural(self, width: int, height: int) -> Size:
         size = _fitted(width, height, self.longest_edge)
         if min(size) < 1:
-            raise ImageAspectRatio("the image is so thin that the model would see nothing of it")
+            raise ImageAspectRatio("the image is too narrow for the model")
         return size
 
     def _within(self, width: int, height: int, cap: int) -> Size:
-        """The largest size by the family's rule that is covered by `cap` squares."""
+        """The largest size by the family's rule that takes at most `cap` squares."""
 
         def size(edge: int) -> Size:
             fitted = _fitted(width, height, edge)
@@ -170,7 +172,7 @@ class PixtralTokens:
         return size(edges[fitting - 1])
 
     def _grid(self, size: Size) -> Size:
-        """(columns, rows) of squares that cover a size."""
+        """The (columns, rows) of squares that cover a size."""
         return -(-size[0] // self.patch), -(-size[1] // self.patch)
 
     def _covered(self, size: Size) -> Size:
@@ -183,7 +185,8 @@ class PixtralTokens:
 
 
 def _fitted(width: int, height: int, edge: int) -> Size:
-    """Shrunk until neither side exceeds `edge`, with the processor's own rounding."""
+    """The size after shrinking so that neither side exceeds `edge`, with the processor's
+    rounding."""
     ratio = max(width / edge, height / edge)
     if ratio <= 1:
         return width, height

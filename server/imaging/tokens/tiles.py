@@ -1,6 +1,6 @@
 """Families that cut a picture into tiles: InternVL, Idefics3, SmolVLM.
 
-`detail: low` is a single view, and `high` the processor's own maximum.
+`detail: low` is a single view, and `high` the maximum of the processor.
 """
 
 import functools
@@ -17,12 +17,13 @@ from server.imaging.tokens.rule import JSON, TokenAllocation, cap_too_low, whole
 class InternVLTokens:
     """InternVL 1.5 to 3.5: the grid nearest to the picture's aspect ratio, and a thumbnail.
 
-    The picture is stretched to a grid of at most `most_tiles` tiles (448 pixels, 256 tokens each
-    after pixel shuffle); a thumbnail of the whole follows where there are several: (tiles + 1) x
-    256. The prompt has the start and the end of the image around them.
+    The picture is stretched to a grid of at most `most_tiles` tiles (448 x 448 pixels, 256 tokens
+    each after pixel shuffle). If there are several tiles, a thumbnail of the whole picture follows:
+    (tiles + 1) x 256 tokens. The prompt has `frame_tokens` more, for the start and end of the
+    image.
 
-    A cap is a lower maximum of tiles, by the family's own option, whose name is `option`. Its value
-    is the number of tiles that the grid then has, so that there are few distinct sets of options.
+    A cap is a lower maximum of tiles, set by the processor option `option`. Its value is the number
+    of tiles of the grid, which keeps the number of distinct option sets small.
     """
 
     tile: Size
@@ -76,8 +77,8 @@ class InternVLTokens:
         return tiles + 1 if self.thumbnail and tiles > 1 else tiles
 
     def _grid(self, width: int, height: int, most_tiles: int) -> Size:
-        """The (columns, rows) of tiles nearest in aspect ratio. Of equally near ones the larger
-        wins if the picture has more than half its pixels."""
+        """The (columns, rows) of tiles with the nearest aspect ratio. Of two equally near grids,
+        the larger wins if the picture has more than half its pixels."""
         best, best_distance = (1, 1), float("inf")
         for columns, rows in _grids(self.least_tiles, most_tiles):
             distance = abs(width / height - columns / rows)
@@ -98,23 +99,22 @@ def _grids(least_tiles: int, most_tiles: int) -> tuple[Size, ...]:
     return tuple(sorted(fitting, key=lambda grid: grid[0] * grid[1]))
 
 
-# Idefics3's processor never makes a side longer than this (transformers, MAX_IMAGE_SIZE).
+# The longest side that Idefics3's processor makes (MAX_IMAGE_SIZE in transformers).
 _MOST_PIXELS = 4096
 
 
 @dataclass(frozen=True)
 class IdeficsTokens:
-    """Idefics3 and SmolVLM: tiles row by row, then the whole picture in one more.
+    """Idefics3 and SmolVLM: tiles row by row, then a global view of the whole picture.
 
-    The longer side becomes `longest_edge` whatever it was, both sides are stretched up to whole
-    tiles, and a global view follows where there are several. A tile is (side / patch / shuffle)
-    squared tokens: 364 / 14 / 2 -> 169 for Idefics3, 512 / 16 / 4 -> 64 for SmolVLM. The prompt
-    names the row and column of each tile: `prompt_tokens(rows, columns)` is the length of the
-    placeholder, with (0, 0) for a single view; it depends on how the tokenizer joins tags and line
-    breaks.
+    The longer side is resized to `longest_edge`, up or down, and both sides are stretched to whole
+    tiles; if there are several tiles, a global view follows. A tile has (side / patch / shuffle)^2
+    tokens: 364 / 14 / 2 -> 169 for Idefics3, 512 / 16 / 4 -> 64 for SmolVLM. The prompt names the
+    row and column of each tile: `prompt_tokens(rows, columns)` is the length of the placeholder,
+    with (0, 0) for a single view; it depends on how the tokenizer joins tags and line breaks.
 
-    Resizing the picture changes nothing here. A cap is a smaller `longest_edge`, in whole tiles; at
-    one tile, only the global view is left.
+    Resizing the picture does not change the number of tiles. A cap is a smaller `longest_edge`, in
+    whole tiles; at one tile, only the global view is left.
     """
 
     tile: int
@@ -174,17 +174,17 @@ class IdeficsTokens:
         return (grid[0] * grid[1] + 1) * self.tokens_per_tile
 
     def _grid(self, width: int, height: int, longest_edge: int) -> Size:
-        """(rows, columns) of tiles; (0, 0) if there is only the global view. At some values of
-        `longest_edge`, the processor rounds a width of one pixel down to none and fails."""
+        """(rows, columns) of tiles; (0, 0) if there is only the global view. For some values of
+        `longest_edge`, the processor rounds a width of one pixel down to zero and fails."""
         width, height = _longest_edge(width, height, longest_edge)
         if height > width and not int(height * (width / height)):
-            raise ImageAspectRatio("the image is so thin that nothing is left of it")
+            raise ImageAspectRatio("the image is too narrow for the model")
         rows, columns = math.ceil(height / self.tile), math.ceil(width / self.tile)
         return (rows, columns) if rows * columns > 1 else (0, 0)
 
 
 def _longest_edge(width: int, height: int, edge: int) -> Size:
-    """The size after the longer side has become `edge`; rounded as the processor rounds."""
+    """The size after the longer side was resized to `edge`, with the processor's rounding."""
     aspect = width / height
     if width >= height:
         width, height = edge, int(edge / aspect)

@@ -1,4 +1,4 @@
-"""Families whose encoder sees views of one size: LLaVA-1.5, PaliGemma, BLIP-2, Gemma 3."""
+"""Families with views of a fixed size: LLaVA-1.5, PaliGemma, BLIP-2, Gemma 3."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,13 +10,14 @@ from server.imaging.tokens.rule import JSON, Region, TokenAllocation, cap_too_lo
 
 @dataclass(frozen=True)
 class FixedTokens:
-    """One view: LLaVA-1.5 (576 tokens at 336 pixels and patches of 14), PaliGemma (256, 1024,
+    """One view: LLaVA-1.5 (576 tokens at 336 pixels and patches of 14), PaliGemma (256, 1024 or
     4096), BLIP-2 (32 learned queries), and tiling families whose tiling is switched off.
 
-    Every picture costs the same, so a cap below it cannot be met; `low` and `high` are that number.
+    Every picture has the same number of tokens, which `low` and `high` are too; a lower cap cannot
+    be met.
 
-    `view` is the encoder's picture in pixels. The picture is stretched to it, or, where
-    `shortest_edge` is set, its shorter side becomes that long and the middle is cropped.
+    `view` is the encoder's input in pixels. The picture is stretched to it or, if `shortest_edge`
+    is set, resized so that its shorter side has that length, and cropped in the centre.
     """
 
     family: str
@@ -61,29 +62,29 @@ class FixedTokens:
 
 
 def _shortest_edge(width: int, height: int, edge: int) -> Size:
-    """The size of which the processor crops the middle."""
+    """The size whose centre the processor crops."""
     long = int(edge * max(width, height) / min(width, height))
     return (edge, long) if width <= height else (long, edge)
 
 
 def _cropped(side: int, resized: int, crop: int) -> tuple[float, float]:
-    """The part of `side`, in its pixels, that the middle `crop` of `resized` shows. Where `crop` is
-    the larger, the processor pads, and the result reaches outside."""
+    """The part of `side`, in its pixels, that the central `crop` pixels of `resized` show. If
+    `crop` is larger, the processor pads, and the part extends beyond `side`."""
     start = -((crop - resized) // 2) if crop > resized else (resized - crop) // 2
     return start * side / resized, (start + crop) * side / resized
 
 
 @dataclass(frozen=True)
 class PanAndScan:
-    """Gemma 3's rule for crops. `min_crop` in pixels; `min_ratio` of the longer to the shorter
-    side."""
+    """Gemma 3's rule for crops. `min_crop` is in pixels; `min_ratio` is longer side / shorter side
+    from which a picture is cropped."""
 
     min_crop: int
     max_crops: int
     min_ratio: float
 
     def crops(self, width: int, height: int) -> int:
-        """How many crops the processor makes, along the longer side."""
+        """The number of crops along the longer side."""
         long, short = max(width, height), min(width, height)
         if long / short < self.min_ratio:
             return 0
@@ -94,12 +95,12 @@ class PanAndScan:
 
 @dataclass(frozen=True)
 class GemmaTokens:
-    """Gemma 3: one view of 896 pixels pooled to 256 tokens and, with pan-and-scan, crops of a
-    picture that is much longer than wide, or wider than long, at 256 tokens each.
+    """Gemma 3: one view of 896 x 896 pixels pooled to 256 tokens and, with pan-and-scan, crops of
+    elongated pictures with 256 tokens each.
 
-    A cap is a lower maximum of crops, or none. The prompt has text around the views:
+    A cap is met by fewer crops, or none. The prompt has text around the views:
     `prompt_tokens(crops)` is the length of the placeholder. `processed` is the view of the whole
-    picture. `detail: low` is that view alone, `high` all crops.
+    picture. `detail: low` is that view alone, `high` has all crops.
     """
 
     view: Size
@@ -145,7 +146,7 @@ class GemmaTokens:
         )
 
     def _within(self, width: int, height: int, most: int) -> tuple[int, Mapping[str, JSON]]:
-        """At most `most` crops, and the options for them; a single one would repeat the view."""
+        """At most `most` crops, and the options for them; a single crop would repeat the view."""
         if most >= 2:
             scan = PanAndScan(self.scan.min_crop, most, self.scan.min_ratio)
             if crops := scan.crops(width, height):
