@@ -18,12 +18,12 @@ from server.engine.embedding_cache import control as control_module
 from server.engine.embedding_cache import worker as worker_module
 from server.engine.embedding_cache.arena import PAGE_BYTES, Arena
 from server.engine.embedding_cache.control import (
+    Action,
     Clear,
     ControlClient,
     ControlServer,
     Describe,
     ExpectReset,
-    Order,
     Prefetch,
 )
 from server.engine.embedding_cache.scheduler import ENCODED, Scheduler
@@ -285,10 +285,10 @@ def test_every_type_comes_back_as_it_was(
 def test_orders_are_done_and_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two questions at a time: each waits for its own answer."""
     monkeypatch.setattr(control_module, "_ANSWER_TIMEOUT_S", 60)
-    done: list[Order] = []
+    done: list[Action] = []
     reported, may_clear = threading.Event(), threading.Event()
 
-    def obey(order: Order) -> None:
+    def obey(order: Action) -> None:
         if order == Clear():
             assert may_clear.wait(30)
         done.append(order)

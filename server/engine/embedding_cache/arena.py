@@ -1,7 +1,7 @@
-"""A region of shared memory of a fixed size, handed out in pages.
+"""A region of shared memory of fixed size, allocated in pages.
 
-It is anonymous (memfd), so it needs no space in /dev/shm and is gone with its processes. Memory is
-taken from the machine as pages are first written.
+It is anonymous (memfd), so it needs no space in /dev/shm and is freed with its processes. The
+kernel allocates memory when a page is first written.
 """
 
 import bisect
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 PAGE_BYTES = 64 * 1024
 
-# Where the bytes of an entry are: (offset, length) of each piece, in bytes and in their order.
+# The place of an entry: (offset, length) in bytes of each piece, in order.
 Extents = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
 class ArenaName:
-    """How another process of the same user on the same machine finds an arena."""
+    """The address of an arena, for processes of the same user on the same machine."""
 
     pid: int
     fd: int
@@ -26,15 +26,15 @@ class ArenaName:
 
 
 class FreePages:
-    """Which pages of an arena are free: runs of (first page, count), in their order."""
+    """The free pages of an arena, as ordered runs of (first page, count)."""
 
     def __init__(self, pages: int) -> None:
         self._runs = [(0, pages)] if pages else []
         self.free = pages
 
     def take(self, pages: int) -> list[tuple[int, int]] | None:
-        """Runs of `pages` pages in all, one if there is a run that is long enough; None if too few
-        are free."""
+        """Allocate `pages` pages: one run if a free run is long enough, else several. None if too
+        few pages are free."""
         if pages > self.free:
             return None
         self.free -= pages
@@ -60,7 +60,7 @@ class FreePages:
         return taken
 
     def give_back(self, first: int, count: int) -> None:
-        """Make a run free again, joined with its free neighbours."""
+        """Free a run and join it with its free neighbours."""
         self.free += count
         at = bisect.bisect(self._runs, (first, count))
         if at < len(self._runs) and self._runs[at][0] == first + count:
@@ -73,7 +73,8 @@ class FreePages:
 
 
 class Arena:
-    """The region in the process that made it. Not safe for concurrent calls; its memory is."""
+    """The region, in the process that created it. Calls must not be concurrent; access to its
+    memory may be."""
 
     def __init__(self, nbytes: int) -> None:
         pages = nbytes // PAGE_BYTES
@@ -93,7 +94,7 @@ class Arena:
         return self._pages.free * PAGE_BYTES
 
     def allocate(self, nbytes: int) -> Extents | None:
-        """Room for `nbytes` bytes; None if there is none."""
+        """Allocate `nbytes` bytes; None if there is not enough room."""
         runs = self._pages.take(_pages(nbytes))
         if runs is None:
             return None
@@ -105,16 +106,16 @@ class Arena:
         return tuple(extents)
 
     def free(self, extents: Extents) -> None:
-        """Give back what `allocate` gave."""
+        """Free an allocation."""
         for offset, length in extents:
             self._pages.give_back(offset // PAGE_BYTES, _pages(length))
 
     def views(self, extents: Extents) -> list[memoryview]:
-        """The memory at `extents`, uncopied."""
+        """The memory at `extents`, without a copy."""
         return [self._memory[offset : offset + length] for offset, length in extents]
 
     def close(self) -> None:
-        """Give the memory back to the machine, now or with the last view of it."""
+        """Release the memory, now or with the last view of it."""
         self._memory.release()
         os.close(self._fd)
         with contextlib.suppress(BufferError):
@@ -122,10 +123,10 @@ class Arena:
 
 
 def attach(name: ArenaName) -> mmap.mmap:
-    """The memory of an arena, in another process or the same.
+    """Map the memory of an arena in any process.
 
     Raises:
-        OSError: its process is gone, or runs elsewhere or as another user.
+        OSError: the arena's process is gone, or runs elsewhere or as another user.
     """
     fd = os.open(f"/proc/{name.pid}/fd/{name.fd}", os.O_RDWR)
     try:
@@ -135,7 +136,7 @@ def attach(name: ArenaName) -> mmap.mmap:
 
 
 def size_on_pages(nbytes: int) -> int:
-    """The bytes that an entry of `nbytes` takes in an arena."""
+    """The bytes that an entry of `nbytes` takes in an arena, which allocates whole pages."""
     return _pages(nbytes) * PAGE_BYTES
 
 

@@ -1,4 +1,4 @@
-"""The class that vLLM makes, once in the scheduler's process and once in each worker's."""
+"""The connector class, which vLLM creates in the scheduler's process and in each worker."""
 
 import logging
 import time
@@ -19,10 +19,10 @@ from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 
 from server.engine.embedding_cache.arena import Arena
 from server.engine.embedding_cache.control import (
+    Action,
     Clear,
     ControlClient,
     ExpectReset,
-    Order,
     Prefetch,
     Snapshot,
 )
@@ -41,18 +41,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("saccade.embeddings")
 
-# A reset of vLLM's encoder cache is expected this long after it was announced.
+# How long after its announcement a reset of vLLM's encoder cache is expected.
 _RESET_WITHIN_S = 10.0
-# Called when vLLM empties the encoder cache of the scheduler in this process.
+# Called when vLLM resets the encoder cache of the scheduler in this process.
 reset_listeners: list[Callable[[], None]] = []
 
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """What the server tells its connectors, in the extra configuration of vLLM's transfer.
+    """The server's options for its connectors, passed in the extra configuration of vLLM's
+    transfer.
 
-    Sizes are those of one engine, in bytes. `patience_s`: how long a request waits for the lower
-    tiers. `control`: where the server listens.
+    Sizes are in bytes for one engine. `patience_s` is how long a request waits for the lower tiers;
+    `control` is the address of the server's control socket.
     """
 
     host_bytes: int
@@ -67,9 +68,9 @@ class CacheOptions:
 
 
 class AnnouncedEncoderCache(EncoderCacheManager):
-    """vLLM's encoder cache manager, which says when it is emptied.
+    """vLLM's encoder cache manager, which also calls `reset_listeners`.
 
-    vLLM empties it in several ways when the weights have changed, and tells no connector.
+    vLLM resets it in several places when the weights have changed, without a call to the connector.
     """
 
     def reset(self) -> None:
@@ -79,7 +80,7 @@ class AnnouncedEncoderCache(EncoderCacheManager):
 
 
 class EmbeddingCacheConnector(ECConnectorBase):
-    """Passes vLLM's calls to the half that this process needs."""
+    """Passes vLLM's calls to the scheduler or worker part, depending on the process."""
 
     def __init__(self, vllm_config: VllmConfig, role: ECConnectorRole) -> None:
         super().__init__(vllm_config, role)
@@ -93,7 +94,7 @@ class EmbeddingCacheConnector(ECConnectorBase):
         self._reset_expected_until = 0.0
         reset_listeners.append(self._was_reset)
         engine = str(vllm_config.parallel_config.data_parallel_index)
-        self._control = ControlClient(options.control, engine, self._obey, self._snapshot)
+        self._control = ControlClient(options.control, engine, self._execute, self._snapshot)
 
     def shutdown(self) -> None:
         if self.role is ECConnectorRole.SCHEDULER:
@@ -148,8 +149,8 @@ class EmbeddingCacheConnector(ECConnectorBase):
 
     # ------------------------------------------------------------------ for the server
 
-    def _obey(self, order: Order) -> None:
-        match order:
+    def _execute(self, action: Action) -> None:
+        match action:
             case Prefetch(images):
                 for name, tokens in images:
                     if (spec := self._scheduler.spec("image", tokens)) is not None:
@@ -160,14 +161,17 @@ class EmbeddingCacheConnector(ECConnectorBase):
                 self._store.clear()
 
     def _was_reset(self) -> None:
-        """vLLM has emptied its encoder cache. Unless that was announced, the weights have changed,
-        and the lower tiers, which are named after the old weights, must not be used any more."""
+        """Handle a reset of vLLM's encoder cache. Unless it was announced, the weights have
+        changed, and the lower tiers, whose names depend on the old weights, must no longer be
+        used."""
         self._scheduler.forget_gpu()
         expected = time.monotonic() < self._reset_expected_until
         self._reset_expected_until = 0.0
         if expected:
             return
-        log.warning("vLLM reset its encoder cache: embeddings are kept in memory only from now on")
+        log.warning(
+            "vLLM reset its encoder cache: from now on, embeddings are only cached in memory"
+        )
         self._store.detach()
 
     def _snapshot(self) -> Snapshot:
@@ -175,20 +179,20 @@ class EmbeddingCacheConnector(ECConnectorBase):
 
 
 def _tiers(config: VllmConfig, options: CacheOptions) -> list[Tier]:
-    """The tiers that outlive this process, from the fastest to the slowest."""
+    """The tiers that outlive this process, fastest first."""
     if options.disk_directory is None and options.shared_url is None:
         return []
     try:
         name = namespace(config)
     except UnknownWeights as error:
-        log.error("the embedding cache keeps nothing on disk or in a shared store: %s", error)
+        log.error("the embedding cache uses neither disk nor shared store: %s", error)
         return []
     tiers: list[Tier] = []
     if options.disk_directory is not None:
         try:
             tiers.append(DiskTier(Path(options.disk_directory), name, options.disk_bytes))
         except OSError as error:
-            log.error("the embedding cache keeps nothing on disk: %s", error)
+            log.error("the embedding cache does not use the disk: %s", error)
     if options.shared_url is not None:
         tiers.append(SharedTier(options.shared_url, name, READERS + WRITERS))
     return tiers

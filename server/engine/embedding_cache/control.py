@@ -1,8 +1,8 @@
-"""The line between the server and the connectors in its engine processes.
+"""The control channel between the server and the connectors in its engine processes.
 
-The server binds a socket in a private directory and every connector connects. The server sends a
-`Request`, with a number if it wants an answer. A connector sends a `Reply` when there is something
-new to report, and one with the number to answer.
+The server binds a socket in a private directory, to which every connector connects. The server
+sends a `Command`, with a number if it needs an answer. A connector sends a `Reply` when its counts
+have changed, and one with the number as an answer.
 """
 
 import asyncio
@@ -25,62 +25,62 @@ log = logging.getLogger("saccade.embeddings")
 
 _REPORT_INTERVAL_S = 1.0
 _ANSWER_TIMEOUT_S = 2.0
-# Orders that wait for an engine that does not take them; more are dropped.
+# Commands that may wait for a busy engine; more are dropped.
 _MOST_WAITING = 10_000
 
-# What the caches of one engine hold and have counted: by tier, by name.
+# Sizes and counts of one engine's caches: tier -> name -> value.
 Snapshot: TypeAlias = dict[str, dict[str, Any]]
 
 
 class Prefetch(msgspec.Struct, frozen=True, tag="prefetch"):
-    """Look for images that will be asked for: (name, tokens) of each."""
+    """Start to look up images that are needed soon: (name, tokens) of each."""
 
     images: list[tuple[str, int]]
 
 
 class ExpectReset(msgspec.Struct, frozen=True, tag="expect_reset"):
-    """vLLM's encoder cache will be emptied with the weights as they are."""
+    """vLLM's encoder cache is going to be reset without a change of weights."""
 
 
 class Clear(msgspec.Struct, frozen=True, tag="clear"):
-    """Forget everything, also on disk and in the shared store."""
+    """Delete all entries, also on disk and in the shared store."""
 
 
 class Describe(msgspec.Struct, frozen=True, tag="describe"):
-    """Do nothing but answer."""
+    """Do nothing; the answer has the snapshot."""
 
 
-Order: TypeAlias = Prefetch | ExpectReset | Clear | Describe
+Action: TypeAlias = Prefetch | ExpectReset | Clear | Describe
 
 
-class Request(msgspec.Struct, frozen=True):
-    """What the server sends; `number` is None where it wants no answer."""
+class Command(msgspec.Struct, frozen=True):
+    """A message of the server; `number` is None if it needs no answer."""
 
-    order: Order
+    action: Action
     number: int | None = None
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """What a connector sends; `number` is that of the request it answers, if it answers one."""
+    """A message of a connector; `number` is that of the answered command, if any."""
 
     snapshot: Snapshot
     number: int | None = None
 
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode_request = msgspec.msgpack.Decoder(Request).decode
+_decode_command = msgspec.msgpack.Decoder(Command).decode
 _decode_reply = msgspec.msgpack.Decoder(Reply).decode
 
 
 class _Question(NamedTuple):
-    """Which engines have not answered yet, and whether all have."""
+    """The engines that have not answered yet, and an event for when all have."""
 
     silent: set[bytes]
     answered: asyncio.Event
 
 
 class ControlServer:
-    """The server's end. Make it before the engine starts; use it inside `async with`."""
+    """The server's end. Create it before the engine starts; use it inside `async with`."""
 
     def __init__(self) -> None:
         self._directory = Path(tempfile.mkdtemp(prefix="saccade-"))
@@ -112,32 +112,33 @@ class ControlServer:
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def prefetch(self, images: Sequence[tuple[str, int]]) -> None:
-        """Say that images will be asked for: (name, tokens) of each. Never waits."""
-        self._send(Request(Prefetch(list(images))))
+        """Announce images that are needed soon: (name, tokens) of each. Does not wait."""
+        self._send(Command(Prefetch(list(images))))
 
     async def expect_reset(self) -> bool:
-        """Say that vLLM's encoder cache will be emptied with the weights as they are.
+        """Announce that vLLM's encoder cache is going to be reset without a change of weights.
 
         Returns whether every engine has answered.
         """
         return await self._ask(ExpectReset())
 
     async def clear(self) -> None:
-        """Forget everything, also on disk and in the shared store."""
+        """Delete all entries, also on disk and in the shared store."""
         await self._ask(Clear())
 
     async def report(self) -> list[Snapshot]:
-        """What each engine's caches hold now; the last known where one does not answer."""
+        """Each engine's snapshot; the last known one if an engine does not answer."""
         await self._ask(Describe())
         return list(self.snapshots.values())
 
-    async def _ask(self, order: Order) -> bool:
-        """Send, and wait a while until every engine has answered. Returns whether all have."""
+    async def _ask(self, action: Action) -> bool:
+        """Send, and wait up to `_ANSWER_TIMEOUT_S` for all engines. Returns whether all have
+        answered."""
         if not self.snapshots:
             return False
         number = next(self._numbers)
         question = self._asked[number] = _Question(set(self.snapshots), asyncio.Event())
-        self._send(Request(order, number))
+        self._send(Command(action, number))
         try:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(question.answered.wait(), _ANSWER_TIMEOUT_S)
@@ -145,8 +146,8 @@ class ControlServer:
         finally:
             del self._asked[number]
 
-    def _send(self, request: Request) -> None:
-        data = _encode(request)
+    def _send(self, command: Command) -> None:
+        data = _encode(command)
         for engine in self.snapshots:
             self._socket.send_multipart([engine, data], zmq.DONTWAIT)
 
@@ -163,16 +164,16 @@ class ControlServer:
 
 
 class ControlClient:
-    """A connector's end: a thread that obeys orders, and reports when there is something new."""
+    """A connector's end: a thread that executes commands and reports changed counts."""
 
     def __init__(
         self,
         address: str,
         identity: str,
-        obey: Callable[[Order], None],
+        execute: Callable[[Action], None],
         snapshot: Callable[[], Snapshot],
     ) -> None:
-        self._obey = obey
+        self._execute = execute
         self._snapshot = snapshot
         self._stopped = threading.Event()
         self._last: Snapshot | None = None
@@ -195,22 +196,22 @@ class ControlClient:
             while not self._stopped.is_set():
                 number = None
                 if socket.poll(int(_REPORT_INTERVAL_S * 1000)):
-                    request = _decode_request(socket.recv())
-                    number = request.number
-                    self._do(request.order)
+                    command = _decode_command(socket.recv())
+                    number = command.number
+                    self._do(command.action)
                 self._report(socket, number)
         finally:
             socket.close()
             context.term()
 
-    def _do(self, order: Order) -> None:
+    def _do(self, action: Action) -> None:
         try:
-            self._obey(order)
+            self._execute(action)
         except Exception:
-            log.exception("the embedding cache failed to obey an order")
+            log.exception("the embedding cache failed to execute a command")
 
     def _report(self, socket: Any, number: int | None) -> None:
-        """Send the snapshot: as an answer, or now and then if it has changed."""
+        """Send the snapshot: as an answer, or once per `_REPORT_INTERVAL_S` if it has changed."""
         if number is None and time.monotonic() < self._report_at:
             return
         self._report_at = time.monotonic() + _REPORT_INTERVAL_S

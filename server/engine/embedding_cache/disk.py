@@ -1,10 +1,10 @@
-"""The tier on a local disk: one file an entry, in a directory that survives the server.
+"""The tier on a local disk: one file per entry, in a directory that outlives the server.
 
 DIRECTORY/NAMESPACE/ab/abcdef....safetensors
 
-A file appears whole, by renaming. Several servers may share a directory: each finds what the others
-wrote, and all of them together keep to the limit, by a count that they share. Files of other names
-are not touched.
+Files appear complete, by renaming. Several servers may share a directory: each one finds the
+entries of the others, and a shared count keeps all of them together within the limit. Files with
+other names are not touched.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ _SUFFIX = ".safetensors"
 _UNFINISHED = ".part"
 _NAME = re.compile(r"[0-9a-f]{64}(\.safetensors|\.[0-9a-f]{16}\.part)")
 _SCAN_INTERVAL_S = 60.0
-# An unfinished file that is older than this is not being written any more.
+# An unfinished file that is older than this was abandoned by its writer.
 _LONGEST_WRITE_S = 600.0
 _NUMBER = struct.Struct("<Q")
 _LONGEST_WAIT_S = 5.0
@@ -47,14 +47,14 @@ _POLL_INTERVAL_S = 0.002
 
 
 @dataclass
-class Count:
-    """The bytes that several servers keep in a directory; None before the first count."""
+class UsageCount:
+    """The bytes that all servers keep in a directory; None before the first scan."""
 
     nbytes: int | None
     _fd: int
 
     def add(self, nbytes: int) -> None:
-        """Count what is going to be written."""
+        """Count bytes before they are written."""
         self.nbytes = (self.nbytes or 0) + nbytes
         self.save()
 
@@ -64,18 +64,18 @@ class Count:
 
 
 class Usage:
-    """The bytes in a directory as several servers agree on them: a number in the file `path`.
+    """The bytes that all servers keep in a directory: a number in the file `path`.
 
     A file is counted before it is written and until after it is deleted, so a server that is killed
-    leaves the number too high, never too low, until the next scan.
+    leaves the number too high until the next scan, but never too low.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[Count]:
-        """The count, while no other thread or server reads or changes it.
+    def locked(self) -> Iterator[UsageCount]:
+        """The count, locked against other threads and servers, and saved at the end.
 
         Raises:
             OSError: the file cannot be used; TimeoutError if another server keeps it locked.
@@ -85,7 +85,7 @@ class Usage:
             _lock(fd)
             data = os.pread(fd, _NUMBER.size, 0)
             before = _NUMBER.unpack(data)[0] if len(data) == _NUMBER.size else None
-            count = Count(before, fd)
+            count = UsageCount(before, fd)
             try:
                 yield count
             finally:
@@ -102,25 +102,25 @@ def _lock(fd: int) -> None:
             return
         except BlockingIOError:
             if time.monotonic() > deadline:
-                raise TimeoutError("the directory is locked") from None
+                raise TimeoutError("another server keeps the cache directory locked") from None
         time.sleep(_POLL_INTERVAL_S)
 
 
 class DiskTier:
-    """Entries of one model in a directory, of `max_bytes` together with those of other models.
-    Keys are 64 hexadecimal digits."""
+    """The entries of one model in a directory, limited to `max_bytes` together with those of other
+    models. Keys are 64 hexadecimal digits."""
 
     name = "disk"
 
     def __init__(self, directory: Path, namespace: str, max_bytes: int) -> None:
-        """Raises OSError if the directory cannot be made, read and written."""
+        """Raises OSError if the directory cannot be created, read or written."""
         self.counts = Counts()
         self.breaker = Breaker()
         self._root = directory
         self._folder = directory / namespace
         self._max_bytes = max_bytes
         self._usage = Usage(directory / "saccade-usage")
-        self._lock = threading.Lock()  # of what is known of the files
+        self._lock = threading.Lock()  # protects the fields below
         self._sizes: dict[Path, int] = {}
         self._order: S3Fifo[Path] = S3Fifo()
         self._bytes = 0
@@ -153,7 +153,7 @@ class DiskTier:
             filled = 0
             while filled < len(piece):
                 if not (count := os.readv(fd, [piece[filled:]])):
-                    raise DamagedEntry("the entry is cut short")
+                    raise DamagedEntry("the entry is truncated")
                 filled += count
         if os.read(fd, 1):
             raise DamagedEntry("the entry is too long")
@@ -163,7 +163,7 @@ class DiskTier:
         path = self._path(key)
         with contextlib.suppress(FileNotFoundError):
             self._use(path, path.stat().st_size)
-            return  # if it is damaged, its next reader deletes it
+            return  # the next reader deletes it if it is damaged
         start = head(key, spec, checksum(data))
         size = len(start) + spec.nbytes
         part = path.with_suffix(f".{secrets.token_hex(8)}{_UNFINISHED}")
@@ -176,7 +176,7 @@ class DiskTier:
                     written = 0
                     while written < len(piece):
                         written += file.write(piece[written:])
-            with self._usage.locked():  # nobody scans meanwhile
+            with self._usage.locked():  # no scan runs meanwhile
                 part.replace(path)
         except BaseException:
             self._give_up(part, size)
@@ -194,7 +194,7 @@ class DiskTier:
         for _, path, _ in self._files():
             if path.suffix == _SUFFIX and path.is_relative_to(self._folder):
                 path.unlink(missing_ok=True)
-        if self._root.is_dir():  # else somebody has cleared it more thoroughly
+        if self._root.is_dir():  # else the directory was deleted
             with self._usage.locked() as usage:
                 self._scan(usage)
 
@@ -211,7 +211,7 @@ class DiskTier:
     # ------------------------------------------------------------------ room
 
     def _reserve(self, part: Path, size: int) -> bool:
-        """Make a file of `size` bytes to write to; False if there is no room for it."""
+        """Create a file of `size` bytes to write to; False if there is no room for it."""
         self._root.mkdir(parents=True, exist_ok=True)
         with self._usage.locked() as usage:
             if usage.nbytes is None or time.monotonic() > self._scan_at:
@@ -231,8 +231,8 @@ class DiskTier:
                 if usage.nbytes is not None:
                     usage.nbytes -= size
 
-    def _make_room(self, size: int, usage: Count) -> bool:
-        """Delete files until `size` bytes are free; False if that cannot be."""
+    def _make_room(self, size: int, usage: UsageCount) -> bool:
+        """Delete files until `size` bytes are free; False if that is impossible."""
         may_scan = True
         while (usage.nbytes or 0) + size > self._max_bytes:
             if size > self._max_bytes:
@@ -246,7 +246,7 @@ class DiskTier:
                     usage.nbytes = (usage.nbytes or 0) - known
                     self.counts.add("evictions")
             elif may_scan:
-                self._scan(usage)  # for what other servers wrote
+                self._scan(usage)  # finds the files of other servers
                 may_scan = False
             else:
                 return False
@@ -255,7 +255,7 @@ class DiskTier:
     # ------------------------------------------------------------------ what is there
 
     def _use(self, path: Path, size: int) -> None:
-        """Note a use of a file, also for the other servers and the next start."""
+        """Record a use of a file, also for other servers and the next start."""
         with contextlib.suppress(OSError):
             os.utime(path)
         with self._lock:
@@ -263,22 +263,22 @@ class DiskTier:
             self._order.hit(path)
 
     def _note(self, path: Path, size: int) -> None:
-        """Count a file; under the lock."""
+        """Add a file to the index. Call it with the lock held."""
         if path not in self._sizes:
             self._order.add(path)
         self._bytes += size - self._sizes.get(path, 0)
         self._sizes[path] = size
 
     def _forget(self, path: Path) -> int:
-        """Count a file no more; its size as it was known. Under the lock."""
+        """Remove a file from the index; returns its size. Call it with the lock held."""
         size = self._sizes.pop(path, 0)
         self._order.discard(path)
         self._bytes -= size
         return size
 
-    def _scan(self, usage: Count) -> None:
-        """Count what is there, learn of it, the oldest first, and remove what others left
-        unfinished."""
+    def _scan(self, usage: UsageCount) -> None:
+        """Count all files, add unknown ones to the index, oldest first, and delete abandoned
+        ones."""
         self._scan_at = time.monotonic() + _SCAN_INTERVAL_S
         total, present = 0, set()
         for modified, path, size in sorted(self._files()):
@@ -296,11 +296,11 @@ class DiskTier:
                 self._forget(path)
 
     def _files(self) -> Iterator[tuple[float, Path, int]]:
-        """(time of last use, path, size) of each file that a tier wrote, for any model."""
+        """(time of last use, path, size) of each file of any model's tier."""
         for name in glob.iglob("*/[0-9a-f][0-9a-f]/*", root_dir=self._root):
             path = self._root / name
             if _NAME.fullmatch(path.name):
-                with contextlib.suppress(FileNotFoundError):  # another server deletes them, too
+                with contextlib.suppress(FileNotFoundError):  # other servers delete files too
                     found = path.lstat()
                     if stat.S_ISREG(found.st_mode):
                         yield found.st_mtime, path, found.st_size

@@ -1,7 +1,7 @@
-"""What embeddings depend on besides the image: the weights, and how the model is run.
+"""A name for everything that embeddings depend on besides the image: weights and configuration.
 
-Entries that outlive the server lie under the hash of all this, so that another model, other
-weights at the same place, other processor options or another vLLM never find them.
+Entries that outlive the server are stored under this name, so that another model, other weights at
+the same path, other processor options or another version of vLLM do not find them.
 """
 
 import json
@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 from vllm import __version__ as vllm_version
 from vllm.config import ModelConfig, VllmConfig
 
-# Increase it when the stored data, or what it is made from, changes its meaning.
+# Increase it when the format or meaning of the stored data changes.
 FORMAT = 1
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
@@ -28,15 +28,15 @@ _NAME_LENGTH = 32
 
 
 class UnknownWeights(Exception):
-    """The weights are not in files of this machine, so nothing identifies them."""
+    """The weights are not in local files, so they cannot be identified."""
 
 
 def namespace(config: VllmConfig) -> str:
-    """A name for all embeddings that are interchangeable with those of `config`, in hexadecimal
-    digits. Reads all weights: a second for a few GB in the page cache.
+    """The name, 32 hexadecimal digits, shared by engines whose embeddings are interchangeable.
+    Reads all weights: about a second for a few GB in the page cache.
 
     Raises:
-        UnknownWeights
+        UnknownWeights: the weights are not in local files.
     """
     model = config.model_config
     hasher = blake3(max_threads=blake3.AUTO)
@@ -63,7 +63,7 @@ def namespace(config: VllmConfig) -> str:
 
 
 def _without_place(config: object) -> object:
-    """A configuration without the path that it was read from, in itself and in its parts."""
+    """A configuration without the paths that it and its parts were read from."""
     if not isinstance(config, dict):
         return config
     return {name: _without_place(v) for name, v in config.items() if name != "_name_or_path"}
@@ -74,8 +74,8 @@ def _multimodal(model: ModelConfig, option: str) -> object:
 
 
 def _files(model: ModelConfig, downloads: str | None) -> Iterator[Path]:
-    """The files of weights, of the model's code and of the processor's configuration, in an order
-    that is always the same."""
+    """The files of weights, of the model's code and of the processor's configuration, in a fixed
+    order."""
     place = Path(model.model)
     if place.is_file():
         yield place
@@ -84,7 +84,7 @@ def _files(model: ModelConfig, downloads: str | None) -> Iterator[Path]:
         place = _snapshot(model, downloads)
     weights = sorted(path for pattern in _WEIGHTS for path in place.glob(pattern))
     if not weights:
-        raise UnknownWeights(f"there are no weights in {place}")
+        raise UnknownWeights(f"no weights were found in {place}")
     yield from weights
     yield from sorted(place.glob("*.py"))
     yield from (path for name in _CONFIGURATION if (path := place / name).is_file())
@@ -97,4 +97,4 @@ def _snapshot(model: ModelConfig, downloads: str | None) -> Path:
             snapshot_download(name, revision=revision, cache_dir=downloads, local_files_only=True)
         )
     except Exception as error:
-        raise UnknownWeights(f"{model.model} is not in the local cache of models") from error
+        raise UnknownWeights(f"{model.model} is not in the local model cache") from error

@@ -1,7 +1,7 @@
-"""The entries of an arena: which there are, in what state, and which go when there is no room.
+"""The entries of an arena, their states, and their eviction.
 
-Entries go by S3-FIFO (Yang et al., "FIFO Queues are All You Need for Cache Eviction", SOSP 2023).
-`benchmarks/eviction.py` has its hit rates beside those of other policies.
+Entries are evicted by S3-FIFO (Yang et al., "FIFO Queues are All You Need for Cache Eviction", SOSP
+2023). `benchmarks/eviction.py` compares its hit rates with those of other policies.
 """
 
 import enum
@@ -22,12 +22,11 @@ HOST = "host"
 
 
 class S3Fifo(Generic[K]):
-    """Orders keys; the holder of the entries counts their bytes and asks for victims.
+    """Chooses which key to evict; the owner counts bytes and asks for victims.
 
-    New keys pass a small queue and reach the main one only if they are used on the way, so that a
-    scan of pictures that are never asked for again does not empty the cache. A ghost queue
-    remembers the keys of what was given up, and lets those that come back straight into the main
-    queue.
+    New keys enter a small queue and reach the main queue only if they are used there, so a scan of
+    pictures that are never used again does not empty the cache. A ghost queue remembers evicted
+    keys, which enter the main queue directly if they return.
     """
 
     def __init__(self) -> None:
@@ -39,7 +38,7 @@ class S3Fifo(Generic[K]):
         return len(self._small) + len(self._main)
 
     def add(self, key: K) -> None:
-        """Take in a key that is not there."""
+        """Add a new key."""
         if key in self._ghost:
             del self._ghost[key]
             self._main[key] = 0
@@ -47,18 +46,18 @@ class S3Fifo(Generic[K]):
             self._small[key] = 0
 
     def hit(self, key: K) -> None:
-        """Note a use of a key that is there."""
+        """Record a use of a key."""
         queue = self._small if key in self._small else self._main
         queue[key] = min(_MOST_USES, queue[key] + 1)
 
     def discard(self, key: K) -> None:
-        """Forget a key, as if it had never been there."""
+        """Remove a key, without remembering it."""
         self._small.pop(key, None)
         self._main.pop(key, None)
 
     def evict(self, may_go: Callable[[K], bool] = lambda _: True) -> K | None:
-        """Take out the key to give up next; None if none of them may go."""
-        kept = 0  # keys in a row that were moved on for not being allowed to go
+        """Remove and return the key to evict next; None if no key may go."""
+        kept = 0  # consecutive keys that may not go
         while kept < len(self):
             from_small = len(self._small) > _SMALL_SHARE * len(self) or not self._main
             queue = self._small if from_small else self._main
@@ -86,16 +85,16 @@ class S3Fifo(Generic[K]):
 
 
 class State(enum.Enum):
-    SOUGHT = enum.auto()  # threads look for it in the lower tiers
-    ABSENT = enum.auto()  # no tier has it; its room is kept for what the encoder makes
-    MADE = enum.auto()  # a worker is copying it into the arena
+    SOUGHT = enum.auto()  # threads look it up in the lower tiers
+    ABSENT = enum.auto()  # no tier has it; its room is kept for the encoder's output
+    MADE = enum.auto()  # a worker copies it into the arena
     READY = enum.auto()
 
 
 @dataclass(eq=False, slots=True)
 class Entry:
-    """One image's embeddings, or the room for them. `pins` are uses that its room must outlive:
-    reading it, writing it, filling it."""
+    """One image's embeddings, or the room for them. `pins` counts the reads and writes in progress,
+    during which its room must not be freed."""
 
     key: str
     spec: Spec
@@ -107,8 +106,8 @@ class Entry:
 
 
 class Index:
-    """Not safe for concurrent calls. An entry's room is given back when it is forgotten and has no
-    pins, whichever comes last."""
+    """The entries of an arena by key. Calls must not be concurrent. An entry's room is freed when
+    the entry was removed and has no pins."""
 
     def __init__(self, arena: Arena, clock: Callable[[], float] = time.monotonic) -> None:
         self.arena = arena
@@ -121,16 +120,16 @@ class Index:
         return self._entries.get(key)
 
     def holds(self, entry: Entry) -> bool:
-        """Whether `entry` has not been forgotten."""
+        """Whether `entry` is still in the index."""
         return self._entries.get(entry.key) is entry
 
     def age_s(self, entry: Entry) -> float:
-        """How long it has been in its state."""
+        """The time since the entry's last change of state."""
         return self._clock() - entry.since
 
     def add(self, key: str, spec: Spec, state: State) -> Entry | None:
-        """Room for a key that is not there, for which others may have to go; None if there is not
-        enough. The room is not taken while the state is SOUGHT or MADE."""
+        """Add an entry for a new key, evicting others if needed; None if there is not enough room.
+        The entry cannot be evicted while its state is SOUGHT or MADE."""
         if size_on_pages(spec.nbytes) > self.arena.nbytes:
             return None
         while (extents := self.arena.allocate(spec.nbytes)) is None:
@@ -144,17 +143,17 @@ class Index:
         return entry
 
     def settle(self, entry: Entry, state: State) -> None:
-        """End the search for an entry, or its making: it is READY or ABSENT, and may be evicted."""
+        """Set an entry to READY or ABSENT; it may be evicted from now on."""
         entry.state, entry.since = state, self._clock()
         self._order.add(entry.key)
 
     def make(self, entry: Entry) -> None:
-        """Let the room of an ABSENT entry be filled."""
+        """Set an ABSENT entry to MADE; it cannot be evicted until it is settled."""
         entry.state = State.MADE
         self._order.discard(entry.key)
 
     def hit(self, entry: Entry) -> None:
-        """Note a use of a READY entry."""
+        """Record a use of a READY entry."""
         if self.holds(entry):
             self._order.hit(entry.key)
 
@@ -175,6 +174,6 @@ class Index:
         self._order.clear()
 
     def size(self) -> dict[str, int]:
-        """How many entries are READY, and their `bytes`."""
+        """The number of READY `entries` and their `bytes`, and the arena's `max_bytes`."""
         ready = [e.spec.nbytes for e in self._entries.values() if e.state is State.READY]
         return {"entries": len(ready), "bytes": sum(ready), "max_bytes": self.arena.nbytes}

@@ -1,8 +1,8 @@
-"""The scheduler's half: decides what is loaded and what is saved, and counts.
+"""The scheduler's part: decides which embeddings are loaded and saved, and counts.
 
-In each pass vLLM's scheduler calls, for each request, `ensure` (must it wait for anything?), then
-`has` for each image that the GPU does not hold, then `allocated` for those that are scheduled.
-`orders` ends the pass; `reported` is called when the workers have obeyed.
+In each pass, vLLM's scheduler calls `ensure` for each request (may it be scheduled?), then `has`
+for each image that is not on the GPU, then `allocated` for each image that is scheduled. `orders`
+ends the pass; `reported` is called when the workers have executed the orders.
 """
 
 import time
@@ -25,8 +25,8 @@ ENCODED = "saccade_encoded"
 
 @dataclass
 class _Progress:
-    """One request: when its images were first asked for, how many of its tokens the KV cache had
-    then, and which images it had allocated and encoded."""
+    """One request: when it was first seen, how many of its tokens were in the KV cache then, and
+    the indices of its images that were allocated and encoded."""
 
     since: float
     from_kv: int
@@ -35,14 +35,14 @@ class _Progress:
 
 
 class _Held(NamedTuple):
-    """What an image takes on the GPU."""
+    """The space of an image on the GPU."""
 
     tokens: int
     nbytes: int
 
 
 class Scheduler:
-    """`patience_s`: how long a request waits for the lower tiers in all, in seconds."""
+    """`patience_s` is the total time, in seconds, that a request waits for the lower tiers."""
 
     def __init__(self, config: VllmConfig, store: EmbeddingStore, patience_s: float) -> None:
         self._store = store
@@ -63,7 +63,7 @@ class Scheduler:
         self._gpu_counts = Counts()
 
     def spec(self, modality: str, rows: int) -> Spec | None:
-        """The tensor that `rows` tokens of an image take; None if it cannot be kept."""
+        """The tensor for `rows` tokens of an item; None if it cannot be cached."""
         width = self._widths.get(modality)
         if width is None or self._dtype is None or not rows:
             return None
@@ -71,7 +71,7 @@ class Scheduler:
 
     def _spec_of(self, feature: MultiModalFeatureSpec) -> Spec | None:
         if feature.mm_hash is not None and feature.identifier != feature.mm_hash:
-            return None  # with an adapter, whose weights nothing here knows
+            return None  # made with a LoRA adapter, whose weights the cache does not know
         return self.spec(feature.modality, feature.mm_position.get_num_embeds())
 
     # ------------------------------------------------------------------ one pass
@@ -91,7 +91,7 @@ class Scheduler:
         return not waits or time.monotonic() - progress.since > self._patience_s
 
     def has(self, name: str) -> bool:
-        """Whether the image can be loaded. If so it stays where it is until `orders`."""
+        """Whether the image can be loaded. If so, it is pinned until `orders`."""
         spec = self._wanted.get(name)
         if (known := self._held.get(name) or self._loads.get(name)) is not None:
             return known.spec == spec
@@ -101,7 +101,7 @@ class Scheduler:
         return entry is not None
 
     def allocated(self, request: Request, index: int) -> None:
-        """The image `index` of `request` gets its place on the GPU: to be loaded, or encoded."""
+        """The image `index` of `request` was given space on the GPU, to be loaded or encoded."""
         feature = request.mm_features[index]
         name, progress = feature.identifier, self._progress(request, 0)
         progress.allocated.add(index)
@@ -120,8 +120,8 @@ class Scheduler:
             self._saves[name] = room
 
     def orders(self, output: SchedulerOutput) -> Orders:
-        """What the workers do in the step that was just scheduled. If every request was preempted,
-        they do no step, and the orders wait for the next one."""
+        """The copies that the workers make in the step that was just scheduled. If the step has no
+        tokens, workers do not run it, and the orders wait for the next step."""
         for name in output.free_encoder_mm_hashes:
             if self._on_gpu.pop(name, None) is not None:
                 self._gpu_counts.add("evictions")
@@ -146,7 +146,7 @@ class Scheduler:
         return orders
 
     def reported(self, report: Report) -> None:
-        """The workers have done a step's orders."""
+        """The workers have executed the orders of a step."""
         for name in set(report.loaded):
             if (entry := _pop_first(self._loading, name)) is not None:
                 self._store.release(entry)
@@ -171,11 +171,11 @@ class Scheduler:
         return {ENCODED: [index in progress.encoded for index in images]}
 
     def forget_gpu(self) -> None:
-        """vLLM has emptied its encoder cache."""
+        """vLLM has reset its encoder cache."""
         self._on_gpu.clear()
 
     def gpu_snapshot(self) -> dict[str, Any]:
-        held = self._on_gpu.copy().values()  # this is another thread than the scheduler's
+        held = self._on_gpu.copy().values()  # called in a thread beside the scheduler's
         return self._gpu_counts.snapshot() | {
             "entries": len(held),
             "bytes": sum(item.nbytes for item in held),
@@ -192,8 +192,8 @@ class Scheduler:
 
 
 def _pop_first(waiting: dict[str, list[Entry]], name: str) -> Entry | None:
-    """The entry that was ordered first: after a clear, a name may be ordered again before the
-    earlier step is reported."""
+    """Remove and return the entry that was ordered first. After a clear, a name may be ordered
+    again before the earlier step is reported."""
     entries = waiting.get(name)
     if not entries:
         return None

@@ -1,4 +1,4 @@
-"""Puts the embedding cache into vLLM's configuration before the engine starts."""
+"""Adds the embedding cache to vLLM's configuration before the engine starts."""
 
 import logging
 import os
@@ -6,10 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm.config import ECTransferConfig, EncoderCacheManagerConfig, VllmConfig
-from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.encoder_budget import MultiModalBudget
 from vllm.platforms import current_platform
-from vllm.v1.engine.async_llm import AsyncLLM
 
 from server.engine.embedding_cache.connector import (
     AnnouncedEncoderCache,
@@ -20,23 +17,23 @@ from server.settings import GIB, MIB, CacheSettings
 
 log = logging.getLogger("saccade.embeddings")
 
-# The host tier's default: a share of the machine's memory, and no more than this.
+# The host tier's default size: a share of the machine's memory, and its limit.
 _HOST_SHARE = 1 / 8
 _MOST_HOST_BYTES = 32 * GIB
-# Without a host tier, what the other tiers need to read and write through.
+# Without a host tier, the buffer through which the other tiers read and write.
 _STAGING_BYTES = 256 * MIB
-# The GPU tier's default: a share of the device's memory, and no more than this.
+# The GPU tier's default size: a share of the device's memory, and its limit.
 _GPU_SHARE = 0.02
 _MOST_GPU_TOKENS = 65_536
 
-# Where Granite Vision's configuration has its levels.
+# The fields of Granite Vision's configuration with its levels.
 _LEVELS = ("deepstack_layer_map", "spatial_target_layers")
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def is_wanted(config: VllmConfig, settings: CacheSettings) -> bool:
-    """Whether there is an embedding cache: a tier is on, and the model and its engine can have one.
-    A transfer of embeddings that the user has set up is left alone."""
+    """Whether to add an embedding cache: a tier is enabled, model and engine support it, and the
+    user has not configured another transfer of embeddings."""
     on = (
         settings.embedding_cache_gb != 0
         or settings.embedding_cache_dir is not None
@@ -52,27 +49,28 @@ def is_wanted(config: VllmConfig, settings: CacheSettings) -> bool:
 
 
 def _obstacle(config: VllmConfig) -> str | None:
-    """Why this engine cannot have an embedding cache, if it cannot."""
+    """Why this engine cannot have an embedding cache; None if it can."""
     model, parallel = config.model_config, config.parallel_config
     options = model.multimodal_config
     if parallel.nnodes > 1 or parallel.distributed_executor_backend in ("ray", "external_launcher"):
-        return "the workers are on several machines, or have a scheduler each"
+        return "the workers run on several machines, or have separate schedulers"
     pipeline = parallel.pipeline_parallel_size > 1
     if not config.use_v2_model_runner and (model.runner_type == "pooling" or pipeline):
-        return "vLLM's first model runner loses what it reports for this kind of model"
+        return "vLLM's V1 model runner drops the connector's reports for this kind of model"
     if options is not None and options.skip_mm_profiling:
-        return "with --skip-mm-profiling the encoder must not run at the start"
+        return "with --skip-mm-profiling, the encoder must not run at start-up"
     limits = [options.get_limit_per_prompt(each) for each in ("image", "video")] if options else []
     if not any(limits):
-        return "the model takes neither images nor videos"
+        return "the model accepts neither images nor videos"
     return None
 
 
 def configure(config: VllmConfig, settings: CacheSettings, control: str) -> None:
-    """Have vLLM make the connector in each engine. `control`: the address it reports to.
+    """Configure vLLM to create the connector in each engine. `control` is the address of the
+    control server.
 
-    Call it after vLLM has checked its configuration: there, a transfer that receives embeddings
-    would also let clients send them.
+    Call it after vLLM has checked its configuration: during that check, a transfer that receives
+    embeddings would also allow clients to send them.
     """
     engines = config.parallel_config.data_parallel_size_local or 1
     host = _host_bytes(settings) // engines
@@ -108,7 +106,7 @@ def size_gpu_tier(config: VllmConfig, settings: CacheSettings) -> None:
     tokens = settings.encoder_cache_tokens
     fixed = cache.kv_cache_memory_bytes
     if tokens is None and fixed is not None:
-        return  # an operator who sizes the KV cache in bytes has divided the device already
+        return  # with a KV cache sized in bytes, the user has divided the memory
     token_bytes = _embedding_bytes(config)
     if current_platform.is_cpu():
         scheduler.encoder_cache_size = max(default, tokens or 0)
@@ -124,22 +122,9 @@ def size_gpu_tier(config: VllmConfig, settings: CacheSettings) -> None:
         cache.gpu_memory_utilization -= more * token_bytes / device_bytes
 
 
-def keep_item_limit(engine: AsyncLLM) -> None:
-    """Refuse items that are too large for one step, although the encoder cache could hold them.
-
-    vLLM compares them with the size of the cache, which it takes for the limit of a step: they
-    would wait for ever.
-    """
-    scheduler = engine.vllm_config.scheduler_config
-    if scheduler.encoder_cache_size > scheduler.max_num_encoder_input_tokens:
-        checked: Any = engine.input_processor
-        budget = MultiModalBudget(engine.vllm_config, MULTIMODAL_REGISTRY)
-        checked.mm_encoder_cache_size = budget.get_encoder_budget()
-
-
 def _embedding_bytes(config: VllmConfig) -> int:
     """Bytes of one token in the encoder cache. Encoders with features for several layers of the
-    language model (DeepStack) give them side by side."""
+    language model (DeepStack) concatenate them."""
     model = config.model_config
     whole: Any = model.hf_config
     parts = (whole, getattr(whole, "thinker_config", None))
@@ -158,7 +143,7 @@ def _host_bytes(settings: CacheSettings) -> int:
 
 
 def memory_bytes() -> int:
-    """The memory that this process may use: the machine's, or its container's limit."""
+    """The memory that this process may use: the machine's, or the container's limit if lower."""
     found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in _CGROUP_LIMITS:
         try:

@@ -1,8 +1,8 @@
 """The tier that replicas share: a Redis or Valkey server.
 
-What it may hold is for its `maxmemory` to say, with the policy `allkeys-lru` or `allkeys-lfu`. A
-server that is slow, gone or full makes misses: every call has a deadline, and after some failures
-in a row none is made for a while.
+Its `maxmemory` limits the size, with the policy `allkeys-lru` or `allkeys-lfu`. If the server is
+slow, gone or full, lookups are misses: every call has a deadline, and after several failures in a
+row no calls are made for a while.
 """
 
 from collections.abc import Sequence
@@ -32,12 +32,12 @@ _SCAN_COUNT = 1000
 
 
 class SharedTier:
-    """Entries of one model in a store at a `redis://`, `rediss://` or `unix://` URL."""
+    """The entries of one model in a store at a `redis://`, `rediss://` or `unix://` URL."""
 
     name = "shared"
 
     def __init__(self, url: str, namespace: str, connections: int) -> None:
-        """Raises ValueError if `url` is none. Nothing is asked of the server yet."""
+        """Raises ValueError if `url` is invalid. Does not connect yet."""
         self.counts = Counts()
         self.breaker = Breaker()
         self._prefix = f"saccade:embedding:{namespace}:"
@@ -64,12 +64,12 @@ class SharedTier:
         return True
 
     def _get(self, name: str, most: int) -> bytes:
-        """A value, or the first bytes of one that is too long; nothing if there is none."""
+        """The value of a key, truncated to `most` + 1 bytes; empty if there is none."""
         try:
             value: bytes = self._redis.getrange(name, 0, most)
         except redis.ResponseError as error:
             if str(error).startswith("WRONGTYPE"):
-                raise DamagedEntry("the entry is of another type") from None
+                raise DamagedEntry("the entry has the wrong Redis type") from None
             raise
         return value
 
@@ -79,7 +79,7 @@ class SharedTier:
         digest = check_head(bytes(value[LENGTH_BYTES:start]), key, spec)
         data = value[start:]
         if len(data) != spec.nbytes:
-            raise DamagedEntry("the entry has another length")
+            raise DamagedEntry("the entry has the wrong length")
         check_data([data], digest)
         at = 0
         for piece in into:
@@ -109,7 +109,8 @@ class SharedTier:
 
 
 class _as_os_errors:
-    """Raises the library's errors as OSError, without what they say: it may name the password."""
+    """Raises the library's errors as OSError without their message, which may contain the
+    password."""
 
     def __enter__(self) -> None: ...
 

@@ -1,7 +1,7 @@
-"""The entries in the arena, and how others get there.
+"""All tiers together: the entries in the arena, and threads that access the lower tiers.
 
-Threads look for an entry that is not in the arena in the lower tiers, one tier after the other, and
-write entries that the encoder has made to them. Callers of `EmbeddingStore` wait for neither.
+Threads look up entries that are not in the arena in one lower tier after the other, and write new
+entries to these tiers. Callers of `EmbeddingStore` wait for neither.
 """
 
 import itertools
@@ -22,17 +22,17 @@ log = logging.getLogger("saccade.embeddings")
 
 READERS = 4
 WRITERS = 2
-# Entries waiting to be written keep their room in the arena: at most this share of it.
+# Entries that wait to be written may take at most this share of the arena.
 _MOST_WAITING_SHARE = 0.5
-# How long the finding that no tier has an entry is relied on.
+# How long an entry counts as absent before the tiers are searched again.
 _ABSENT_S = 5.0
 _FLUSH_LIMIT_S = 10.0
 _CLEAR_AGAIN_S = 1.0
 
 
 class EmbeddingStore:
-    """All tiers, as the scheduler sees them. Every call but `close` returns at once; safe to call
-    from several threads. Keys are names of images; `Spec` says what tensor an image's must be."""
+    """All tiers, as the scheduler uses them. Every call but `close` returns at once. Thread-safe.
+    Keys are names of images; `Spec` is the tensor that an image must have."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class EmbeddingStore:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`tiers` from the fastest to the slowest."""
+        """`tiers` are the lower tiers, fastest first."""
         self.arena = arena
         self.counts = Counts()
         self._opened = self._tiers = tuple(tiers)
@@ -57,13 +57,13 @@ class EmbeddingStore:
     # ------------------------------------------------------------------ looking for an entry
 
     def prefetch(self, key: str, spec: Spec) -> None:
-        """Begin to look for an entry that will be asked for."""
+        """Start to look up an entry that is needed soon."""
         with self._lock:
             self._seek(key, spec)
 
     def settled(self, key: str, spec: Spec) -> bool:
-        """Whether there is nothing to wait for: the entry is in the arena, or no tier has it. If
-        that is not known, begins to look for it."""
+        """Whether the lookup of an entry is over: it is in the arena, or no tier has it. Starts the
+        lookup if needed."""
         with self._lock:
             entry = self._seek(key, spec)
             return entry is None or entry.state is not State.SOUGHT
@@ -83,10 +83,10 @@ class EmbeddingStore:
         return entry
 
     def _look_in(self, number: int, entry: Entry) -> None:
-        """In a thread of tier `number`: read the entry, or pass it on to the next tier."""
+        """In a thread of tier `number`: read the entry, or continue with the next tier."""
         with self._lock:
             if not self._index.holds(entry):
-                return  # it was forgotten, and its room is gone
+                return  # it was removed, and its room is gone
             tier = self._tiers[number]
             entry.pins += 1
         found = self._read(tier, entry)
@@ -112,7 +112,7 @@ class EmbeddingStore:
                 views = self.arena.views(entry.extents)
                 found = tier.read(stored_name(entry.key), entry.spec, views)
         except DamagedEntry as error:
-            log.warning("ignoring an unusable entry of the %s tier: %s", tier.name, error)
+            log.warning("ignoring a damaged entry in the %s tier: %s", tier.name, error)
             tier.counts.add("errors")
             tier.breaker.succeeded()
             found = False
@@ -127,7 +127,7 @@ class EmbeddingStore:
     # ------------------------------------------------------------------ using an entry
 
     def take(self, key: str, spec: Spec) -> Entry | None:
-        """The entry, if it is in the arena, where it stays until `release`."""
+        """The entry, pinned until `release`, if it is in the arena; else None."""
         with self._lock:
             entry = self._index.get(key)
             if entry is None or entry.state is not State.READY or entry.spec != spec:
@@ -136,7 +136,7 @@ class EmbeddingStore:
             return entry
 
     def used(self, entry: Entry) -> None:
-        """Note that a taken entry is used."""
+        """Count a use of a taken entry."""
         with self._lock:
             if entry.loaded_from == HOST:
                 self.counts.add("hits")
@@ -150,8 +150,8 @@ class EmbeddingStore:
     # ------------------------------------------------------------------ making an entry
 
     def reserve(self, key: str, spec: Spec) -> Entry | None:
-        """Room for what the encoder is about to make, to be followed by `commit` or `abandon`;
-        None if the entry is there already or there is no room."""
+        """Reserve room for an output of the encoder, to be followed by `commit` or `abandon`; None
+        if the entry exists already or there is no room."""
         with self._lock:
             entry = self._index.get(key)
             if entry is None:
@@ -162,7 +162,7 @@ class EmbeddingStore:
                 self._index.make(entry)
                 entry.pins += 1
                 return entry
-            else:  # of another shape, or found too late
+            else:  # of another shape, or its lookup took too long
                 self._index.forget(entry)
             entry = self._index.add(key, spec, State.MADE)
             if entry is not None:
@@ -170,7 +170,7 @@ class EmbeddingStore:
             return entry
 
     def commit(self, entry: Entry) -> None:
-        """The reserved room is filled."""
+        """Publish an entry whose reserved room was filled."""
         with self._lock:
             if self._index.holds(entry):
                 self._index.settle(entry, State.READY)
@@ -179,7 +179,7 @@ class EmbeddingStore:
             self._index.unpin(entry)
 
     def abandon(self, entry: Entry) -> None:
-        """The reserved room will not be filled."""
+        """Free reserved room that will not be filled."""
         with self._lock:
             if self._index.holds(entry):
                 self._index.forget(entry)
@@ -206,7 +206,7 @@ class EmbeddingStore:
                     tier.write(name, entry.spec, self.arena.views(entry.extents))
                 tier.breaker.succeeded()
                 if not self._is_current(entry):
-                    tier.delete(name)  # all was cleared meanwhile
+                    tier.delete(name)  # the cache was cleared meanwhile
         except Exception as error:
             self._note_failure(tier, error)
         finally:
@@ -230,8 +230,8 @@ class EmbeddingStore:
     # ------------------------------------------------------------------ the whole
 
     def clear(self) -> None:
-        """Forget every entry, also what is being read, made or written; in the lower tiers by
-        threads. Until they are done nothing is read from these."""
+        """Delete all entries, including those being read, made or written. Threads clear the lower
+        tiers, from which nothing is read until they are done."""
         with self._lock:
             self._index.clear()
             for number, tier in enumerate(self._tiers):
@@ -239,8 +239,8 @@ class EmbeddingStore:
                 self._writers[number].submit(self._clear, tier)
 
     def _clear(self, tier: Tier) -> None:
-        """Try until it succeeds, or the tiers are detached: forgotten entries must not come back
-        with a tier that was gone for a while."""
+        """Clear a tier, and try again until that succeeds or the tiers are detached: deleted
+        entries must not return with a tier that was unreachable for a while."""
         done = False
         if tier.breaker.allows():
             try:
@@ -259,7 +259,7 @@ class EmbeddingStore:
             self._writing.notify_all()
 
     def detach(self) -> None:
-        """Forget every entry in memory, and use the lower tiers no more."""
+        """Delete all entries in memory, and stop using the lower tiers."""
         with self._lock:
             self._tiers = ()
             self._index.clear()
@@ -274,7 +274,7 @@ class EmbeddingStore:
         return found
 
     def close(self) -> None:
-        """Finish what is being written, for a few seconds, and stop."""
+        """Wait up to `_FLUSH_LIMIT_S` for pending writes, and stop."""
         with self._writing:
             self._writing.wait_for(lambda: not self._writes + self._clears, _FLUSH_LIMIT_S)
         self.detach()
@@ -285,5 +285,5 @@ class EmbeddingStore:
 
 
 def stored_name(key: str) -> str:
-    """What the entry is called in the lower tiers: a hash, whatever the key looks like."""
+    """The name of an entry in the lower tiers: a hash of its key, 64 hexadecimal digits."""
     return blake3(key.encode()).hexdigest()

@@ -1,9 +1,9 @@
-"""The tiers below the host's memory: what one offers, how an entry is stored in it, what is counted
-and when a failing tier is tried again.
+"""The tiers below host memory: their protocol, the format of entries, counts, and a circuit
+breaker.
 
-An entry is a safetensors file with one tensor, `embedding`. The metadata of the file names the
-entry's key and the BLAKE3 hash of its data. A reader checks both and the tensor's type and shape:
-an entry that is damaged, or that its name does not describe, is not used. Nothing is unpickled.
+An entry is a safetensors file with one tensor, `embedding`. The file's metadata has the entry's key
+and the BLAKE3 hash of its data. A reader checks both, and the tensor's type and shape, and does not
+use an entry that is damaged or belongs to another key. Nothing is unpickled.
 """
 
 import json
@@ -23,7 +23,7 @@ from server.telemetry.metrics import EMBEDDING_SECONDS
 _TENSOR = "embedding"
 _LENGTH = struct.Struct("<Q")
 LENGTH_BYTES = _LENGTH.size
-# A header as `head` writes it has some 300 bytes.
+# Headers written by `head` have about 300 bytes.
 MAX_HEADER_BYTES = 4096
 MAX_HEAD_BYTES = LENGTH_BYTES + MAX_HEADER_BYTES
 
@@ -31,13 +31,13 @@ _ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 
 
 class DamagedEntry(Exception):
-    """The data is not the entry that was asked for."""
+    """The stored data is not the requested entry."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """The tensor of an entry: `rows` embeddings of `width` numbers; `dtype` as safetensors has it
-    ("F32")."""
+    """The tensor of an entry: `rows` embeddings of `width` numbers; `dtype` is safetensors' name,
+    such as "F32"."""
 
     dtype: str
     rows: int
@@ -77,21 +77,21 @@ def header_length(start: bytes | memoryview) -> int:
     """The length of the header, from the first bytes of an entry.
 
     Raises:
-        DamagedEntry
+        DamagedEntry: the entry is too short, or the length is impossible.
     """
     if len(start) < LENGTH_BYTES:
         raise DamagedEntry("the entry is too short")
     (length,) = _LENGTH.unpack_from(start)
     if not 0 < length <= MAX_HEADER_BYTES:
-        raise DamagedEntry("the header has no possible length")
+        raise DamagedEntry("the header has an invalid length")
     return int(length)
 
 
 def check_head(header: bytes, key: str, spec: Spec) -> str:
-    """The hash that the data must have, if `header` is that of the entry `key`.
+    """Check that `header` is that of the entry `key`; returns the hash that the data must have.
 
     Raises:
-        DamagedEntry
+        DamagedEntry: the header is damaged or belongs to another entry.
     """
     try:
         document = json.loads(header)
@@ -99,9 +99,9 @@ def check_head(header: bytes, key: str, spec: Spec) -> str:
         found = metadata["key"], tensor["dtype"], tensor["shape"], tensor["data_offsets"]
         digest = metadata["blake3"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise DamagedEntry("the header cannot be read") from None
+        raise DamagedEntry("the header is damaged") from None
     if found != (key, spec.dtype, [spec.rows, spec.width], [0, spec.nbytes]):
-        raise DamagedEntry("the entry is another one")
+        raise DamagedEntry("the header is that of another entry")
     return str(digest)
 
 
@@ -119,9 +119,9 @@ LONGEST_PAUSE_S = 30.0
 
 
 class Breaker:
-    """Opens after failures in a row. While it is open, no call may be made. After a pause, one
-    trial call may: it closes the breaker or doubles the pause. Calls that began before it opened do
-    not count if they fail later. Safe to use from several threads."""
+    """A circuit breaker: it opens after `FAILURES_IN_A_ROW`, and no calls are made while it is
+    open. After a pause, one trial call is allowed, which closes the breaker or doubles the pause.
+    Failures of calls that began before it opened do not count. Thread-safe."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -137,17 +137,18 @@ class Breaker:
 
     @property
     def may_try(self) -> bool:
-        """Whether `allows` would say yes."""
+        """Whether `allows` would return True."""
         return not self._pause_s or self._clock() >= self._until
 
     def allows(self) -> bool:
-        """Whether to make a call now. While open, the caller that gets True makes the trial."""
+        """Whether a call may be made now. While the breaker is open, True makes it the trial
+        call."""
         with self._lock:
             if not self._pause_s:
                 return True
             if self._clock() < self._until:
                 return False
-            self._until = self._clock() + self._pause_s  # nobody else until this one is done
+            self._until = self._clock() + self._pause_s  # no other trial until this one is done
             self._on_trial = True
             return True
 
@@ -169,8 +170,8 @@ class Breaker:
 
 @dataclass
 class Counts:
-    """What happened in one tier since the start. `seconds`: operation -> counts by bucket, and the
-    sum of all. Safe to use from several threads."""
+    """Counts of one tier since the start. `seconds`: operation -> counts by histogram bucket, then
+    the sum in seconds. Thread-safe."""
 
     hits: int = 0
     misses: int = 0
@@ -186,7 +187,7 @@ class Counts:
 
     @contextmanager
     def timed(self, operation: str) -> Iterator[None]:
-        """Count the time that the body takes: in a bucket of the histogram, and in its sum."""
+        """Add the duration of the body to the histogram of `operation`."""
         began = time.perf_counter()
         try:
             yield
@@ -205,10 +206,10 @@ class Counts:
 
 
 class Tier(Protocol):
-    """A place for entries that is larger or lives longer than the host's memory.
+    """A store for entries that is larger or lives longer than host memory.
 
-    Its calls come from threads of its own and may block. They raise DamagedEntry, or anything else
-    where the tier fails, OSError as a rule.
+    Methods are called in separate threads and may block. They raise DamagedEntry, or any other
+    exception, usually OSError, if the tier fails.
     """
 
     name: str
@@ -216,18 +217,18 @@ class Tier(Protocol):
     breaker: Breaker
 
     def read(self, key: str, spec: Spec, into: Sequence[memoryview]) -> bool:
-        """Fill `into` with the entry `key`; False if there is none. A damaged one is deleted."""
+        """Read the entry `key` into `into`; False if there is none. Deletes a damaged entry."""
 
     def write(self, key: str, spec: Spec, data: Sequence[memoryview]) -> None:
-        """Keep an entry: all of it or nothing."""
+        """Store an entry atomically."""
 
     def delete(self, key: str) -> None:
-        """Delete an entry, if it is there."""
+        """Delete an entry, if it exists."""
 
     def clear(self) -> None:
         """Delete all entries of this model."""
 
     def size(self) -> dict[str, int | None]:
-        """`entries` and `bytes` kept, and `max_bytes`; None for what the tier cannot know."""
+        """`entries`, `bytes` and `max_bytes`; None for values that the tier does not know."""
 
     def close(self) -> None: ...

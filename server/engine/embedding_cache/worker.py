@@ -1,5 +1,5 @@
-"""The worker's half: copies between vLLM's encoder cache and the arena, as the scheduler orders in
-each step of the engine."""
+"""The worker's part: copies between vLLM's encoder cache and the arena, by the scheduler's orders
+for each step of the engine."""
 
 import logging
 from dataclasses import dataclass, field
@@ -30,8 +30,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass
 class Orders(ECConnectorMetadata):
-    """What the workers copy in this step: from the arena for the `loads`, into it for the `saves`,
-    both by the name of the image."""
+    """The copies of one step, by name of the image: `loads` from the arena, `saves` into it."""
 
     arena: ArenaName
     loads: dict[str, tuple[Extents, Spec]] = field(default_factory=dict)
@@ -40,7 +39,7 @@ class Orders(ECConnectorMetadata):
 
 @dataclass
 class Report(ECConnectorWorkerMetadata):
-    """What was copied: the names of loads, and of saves with whether they succeeded."""
+    """The copies that were made: names of loads, and name -> success of saves."""
 
     loaded: list[str] = field(default_factory=list)
     saved: dict[str, bool] = field(default_factory=dict)
@@ -53,14 +52,15 @@ class Report(ECConnectorWorkerMetadata):
 
 
 class Worker:
-    """Every worker loads. Those that share a model have equal embeddings: the first one saves."""
+    """Executes orders. Every worker loads; of the workers that share a model, which have equal
+    embeddings, the first one saves."""
 
     def __init__(self) -> None:
         self._memory: tuple[ArenaName, torch.Tensor] | None = None
         self._report = Report()
 
     def load(self, orders: Orders, encoder_cache: dict[str, torch.Tensor]) -> None:
-        """Put the embeddings that the scheduler counts on into the encoder cache."""
+        """Copy the ordered embeddings into the encoder cache."""
         for name, (extents, spec) in orders.loads.items():
             if name not in encoder_cache:
                 with gpu_sync_allowed():
@@ -68,7 +68,8 @@ class Worker:
             self._report.loaded.append(name)
 
     def save(self, orders: Orders, name: str, embedding: torch.Tensor) -> None:
-        """Copy an output of the encoder if there is room for it and its shape is as expected."""
+        """Copy an output of the encoder to the arena if that was ordered and its shape is as
+        expected."""
         if name not in orders.saves or get_tensor_model_parallel_rank() != 0:
             return
         extents, spec = orders.saves[name]
@@ -85,13 +86,13 @@ class Worker:
                     at += len(piece)
         else:
             log.warning(
-                "cannot cache an output of the encoder: %s of shape %s",
+                "not caching an encoder output of unexpected type or shape: %s, %s",
                 embedding.dtype, tuple(embedding.shape),
             )  # fmt: skip
         self._report.saved[name] = fits
 
     def report(self, orders: Orders) -> Report:
-        """What was done since the last report. Saves that did not happen count as failed."""
+        """The copies since the last report. Ordered saves that did not happen count as failed."""
         report, self._report = self._report, Report()
         if get_tensor_model_parallel_rank() == 0:
             for name in orders.saves.keys() - report.saved.keys():
@@ -99,7 +100,7 @@ class Worker:
         return report
 
     def _tensor(self, arena: ArenaName, extents: Extents, spec: Spec) -> torch.Tensor:
-        """A copy, on the CPU."""
+        """A copy of an entry, on the CPU."""
         flat = torch.cat(self._pieces(arena, extents))
         return flat.view(DTYPES[spec.dtype]).view(spec.rows, spec.width)
 
@@ -111,7 +112,7 @@ class Worker:
 
 
 def _device() -> Any:
-    """The device of this worker, where its encoder cache is."""
+    """The device of this worker's encoder cache."""
     if current_platform.is_cuda_alike():
         return torch.device(current_platform.device_type, current_platform.current_device())
     return current_platform.device_type
