@@ -1,4 +1,4 @@
-"""The command line of `saccade serve`: vLLM's own parser and a group of ours."""
+"""The command line of `saccade serve`: vLLM's flags and Saccade's."""
 
 import os
 from argparse import Namespace
@@ -27,7 +27,7 @@ from server.telemetry import log  # noqa: E402
 DEMO_MODEL = Path(__file__).parents[1] / "demo"
 DEMO_NAME = "saccade-tiny"
 
-# What a CPU can bear, where the user has not said otherwise: {flag: (attribute, value)}.
+# Defaults on a CPU, for flags that the user has not set: {flag: (attribute, value)}.
 _CPU_DEFAULTS: dict[str, tuple[str, object]] = {
     "--enforce-eager": ("enforce_eager", True),
     "--dtype": ("dtype", "float32"),
@@ -36,7 +36,7 @@ _CPU_DEFAULTS: dict[str, tuple[str, object]] = {
 }
 _CPU_KV_CACHE_GIB = "1"
 _CPU_MAX_MODEL_LEN = 8192
-# Several of vLLM's API processes, or none, are another kind of server than this one.
+# Flags for several of vLLM's API processes, or for none.
 _UNSUPPORTED = {
     "headless": "--headless",
     "grpc": "--grpc",
@@ -45,7 +45,8 @@ _UNSUPPORTED = {
 
 
 def parse(argv: Sequence[str]) -> tuple[Namespace, Settings]:
-    """vLLM's arguments and our settings; ends the process with status 2 if they are wrong."""
+    """Parse a command line into vLLM's arguments and Saccade's settings. Exits with status 2 if
+    they are invalid."""
     parser = FlexibleArgumentParser(  # type: ignore[no-untyped-call]
         prog="saccade serve",
         usage="saccade serve [MODEL] [flags]",
@@ -63,19 +64,19 @@ def parse(argv: Sequence[str]) -> tuple[Namespace, Settings]:
         parser.error(str(error))
     if args.otlp_traces_endpoint and args.disable_log_stats:
         parser.error(
-            "--otlp-traces-endpoint needs the statistics that --disable-log-stats is without"
+            "--otlp-traces-endpoint needs the statistics that --disable-log-stats switches off"
         )
     for attribute, flag in _UNSUPPORTED.items():
         if getattr(args, attribute, None):
-            parser.error(f"{flag} is not supported: Saccade is one server around one engine")
+            parser.error(f"{flag} is not supported: Saccade runs one API server with one engine")
     if (args.api_server_count or 1) > 1:
-        parser.error("--api-server-count: image work is scaled with --image-workers instead")
+        parser.error("--api-server-count: scale image processing with --image-workers instead")
     if settings.observability.log_format == "json":
         given = getattr(args, "logging_config", None) or LoggingConfig()
         args.logging_config = replace(given, formatter="json")
         args.use_tqdm_on_load = False
         if getattr(args, "log_config_file", None) or given.pylogging_config_file:
-            parser.error("--log-format json: logs are configured by a file already")
+            parser.error("--log-format json: logging is configured by a file already")
         log.use_json()
         plugin.ask(json_logs=True)
     cli_env_setup()  # type: ignore[no-untyped-call]
@@ -95,15 +96,15 @@ def _choose_model(args: Namespace) -> None:
     if args.model is None:
         args.model = str(DEMO_MODEL)
         args.served_model_name = args.served_model_name or [DEMO_NAME]
-        # Left the choice, so small a model writes blanks between the tokens of JSON for ever.
+        # If whitespace is allowed in JSON, so small a model may write it without end.
         args.structured_outputs_config.backend = "xgrammar"
         args.structured_outputs_config.disable_any_whitespace = True
     args.api_server_count = 1
-    args.enable_prompt_tokens_details = True  # cached tokens, beside which image tokens are shown
+    args.enable_prompt_tokens_details = True  # usage details, to which image tokens are added
 
 
 def _fit_to_cpu(args: Namespace, given: set[str]) -> None:
-    """Start small and without compilation; each choice only where the user made none."""
+    """Set small defaults without compilation for flags that the user has not set."""
     cpu_waits.ask()
     for flag, (attribute, value) in _CPU_DEFAULTS.items():
         if flag not in given:
@@ -115,7 +116,7 @@ def _fit_to_cpu(args: Namespace, given: set[str]) -> None:
 
 
 def _short_enough(args: Namespace) -> int:
-    """The model's own length, at most what fits the small KV cache."""
+    """The model's maximum length, limited to what fits the small KV cache."""
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     model = AsyncEngineArgs.from_cli_args(args).create_model_config()
@@ -123,8 +124,8 @@ def _short_enough(args: Namespace) -> int:
 
 
 def _flags_in(argv: Sequence[str]) -> set[str]:
-    """The long flags a command line names, in the form with dashes; `--no-x` counts as `--x`."""
+    """The long flags of a command line, spelled with dashes; `--no-x` counts as `--x`."""
     flags = {word.partition("=")[0].replace("_", "-") for word in argv if word.startswith("--")}
-    if "--config" in flags:  # a file may set anything: leave all of it to the user
+    if "--config" in flags:  # a file may set any flag, so no default applies
         flags |= set(_CPU_DEFAULTS) | {"--max-model-len"}
     return flags | {flag.replace("--no-", "--", 1) for flag in flags}

@@ -1,6 +1,7 @@
-"""Videos and audio clips as vLLM decodes them: its loaders, run in a child process.
+"""Decodes videos and audio clips with vLLM's loaders in a child process.
 
-`video_options` reads what vLLM would decode by, in the server. `prepare` runs in the child.
+`video_options`, which reads how vLLM would decode a video, runs in the server; `prepare` in the
+child.
 """
 
 import functools
@@ -48,7 +49,7 @@ logger = init_logger(__name__)
 PREPARE = "server.engine.clips:prepare"
 
 _FFMPEG_OPTIONS = "OPENCV_FFMPEG_CAPTURE_OPTIONS"
-# FFmpeg's names of the containers that it may open; see `imaging.containers`.
+# FFmpeg's names of the allowed containers; see `imaging.containers`.
 _DEMUXERS = {"mp4": "mov", "matroska": "matroska", "avi": "avi"}
 _MAX_COUNT = 1 << 16
 _GPU_OPTIONS = ("backend", "device", "hw_decoders", "pool_size", "timeout_sec")
@@ -73,8 +74,8 @@ _Index = Annotated[int, Field(ge=0)]
 
 
 class _Options(BaseModel):
-    """What vLLM's loaders take, and in which range. What is not given is left to the loader, and a
-    loader may take more, which passes if it is JSON."""
+    """Types and ranges of the options of vLLM's loaders. Options that are not given are left to the
+    loader. A loader may have further options, whose values may be any JSON."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     __pydantic_extra__: dict[str, JsonValue]
@@ -103,15 +104,15 @@ class _Options(BaseModel):
     ] = None
     total_num_frames: _Count = None
     duration: Annotated[
-        float | None, Field(ge=0, allow_inf_nan=False, description="a number from 0")
+        float | None, Field(ge=0, allow_inf_nan=False, description="a number of at least 0")
     ] = None
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Hold `media_io_kwargs.video` against what vLLM's loaders take.
+    """Check `media_io_kwargs.video` against the options of vLLM's loaders.
 
     Raises:
-        ClientError: a value is of another type or out of range; `param` names it.
+        ClientError: a value has the wrong type or is out of range; `param` names it.
     """
     try:
         _Options.model_validate(dict(options))
@@ -120,16 +121,16 @@ def check_options(options: Mapping[str, Any]) -> None:
         field = _Options.model_fields.get(name)
         path = f"media_io_kwargs.video.{name}"
         raise ClientError(
-            f"{path} must be {field.description if field else 'JSON'}", param=path
+            f"{path} must be {field.description if field else 'a JSON value'}", param=path
         ) from None
     loader = options.get("video_backend")
     if loader is not None and loader not in VIDEO_LOADER_REGISTRY.name2class:
         path = "media_io_kwargs.video.video_backend"
-        raise ClientError(f"{path} is not the name of a video loader", param=path)
+        raise ClientError(f"{path} must be the name of a video loader", param=path)
 
 
 def video_options(io: VideoMediaIO) -> VideoOptions:
-    """How `io` would decode a video."""
+    """The options with which `io` would decode a video."""
     loader = type(io.video_loader)
     return VideoOptions(
         loader=f"{loader.__module__}:{loader.__qualname__}",
@@ -140,8 +141,8 @@ def video_options(io: VideoMediaIO) -> VideoOptions:
 
 
 def use_cpu_decoders(config: VllmConfig) -> None:
-    """Take decoders that need a GPU out of the engine's configuration: videos are decoded in
-    processes of their own, which have none."""
+    """Remove video decoders that need a GPU from the engine's configuration: videos are decoded in
+    separate processes, which have no GPU."""
     multimodal = config.model_config.multimodal_config
     options = multimodal.media_io_kwargs.get("video", {}) if multimodal is not None else {}
     names = (options.get("video_backend"), options.get("backend"))
@@ -150,7 +151,7 @@ def use_cpu_decoders(config: VllmConfig) -> None:
         on_gpu.append(f"device {options['device']}")
     if not on_gpu:
         return
-    logger.warning("videos are decoded on the CPU; not using %s", ", ".join(on_gpu))
+    logger.warning("ignoring %s: videos are decoded on the CPU", ", ".join(on_gpu))
     for name in _GPU_OPTIONS:
         options.pop(name, None)
     if options.get("video_backend") in on_gpu:
@@ -161,7 +162,7 @@ def use_cpu_decoders(config: VllmConfig) -> None:
 
 
 def prepare(job: bytes) -> Callable[[bytes], Output]:
-    """Import what the job needs; see `sandbox.Prepare`."""
+    """Import what a job needs and return the function that decodes; see `sandbox.Prepare`."""
     wanted = msgspec.msgpack.decode(job, type=VideoJob | PicturesJob | AudioJob)
     if isinstance(wanted, AudioJob):
         return functools.partial(_audio, AudioMediaIO(audio_backend=wanted.backend))
@@ -169,22 +170,22 @@ def prepare(job: bytes) -> Callable[[bytes], Output]:
     module, _, name = wanted.sampling.loader.partition(":")
     loader = getattr(importlib.import_module(module), name)()
     if isinstance(wanted, PicturesJob):
-        Image.init()  # imports the readers of all formats
+        Image.init()  # imports the plugins of all formats
         return functools.partial(_pictures, wanted.sampling)
     _prepare_decoder(loader, wanted)
     return functools.partial(_video, loader, wanted)
 
 
 def _prepare_decoder(loader: Any, job: VideoJob) -> None:
-    """Load what is loaded late, and keep FFmpeg from formats that it would take the file for."""
+    """Import what the loader would import late, and restrict FFmpeg to the file's container."""
     given = os.environ.get(_FFMPEG_OPTIONS)
     allowed = f"format_whitelist;{_DEMUXERS[job.container]}|protocol_whitelist;none"
     os.environ[_FFMPEG_OPTIONS] = f"{given}|{allowed}" if given else allowed
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    cv2.getNumberOfCPUs()  # reads files the first time
+    cv2.getNumberOfCPUs()  # reads files at its first call
     options = job.sampling.options
     importlib.import_module(f"vllm.multimodal.video_decoders.{options.get('backend', 'opencv')}")
-    with suppress(Exception):  # some choose frames with the help of modules that they import then
+    with suppress(Exception):  # some loaders import modules when they choose frames
         loader.compute_frames_index_to_sample(
             source=VideoSourceMetadata(total_frames_num=8, original_fps=2.0, duration=4.0),
             target=VideoTargetMetadata(num_frames=4, fps=1, max_duration=4),
@@ -206,18 +207,19 @@ def _video(loader: Any, job: VideoJob, data: bytes) -> Output:
 
 
 def _check_pictures(data: bytes, max_pixels: int) -> None:
-    """Raises InvalidVideo or VideoTooLarge. Reads no more than FFmpeg does to open the file."""
+    """Check the size of the frames, which FFmpeg reads when it opens the file. Raises InvalidVideo
+    or VideoTooLarge."""
     stream: Any = BytesIO(data)  # OpenCV's types lack this overload
     capture = cv2.VideoCapture(stream, cv2.CAP_FFMPEG, [])
     if not capture.isOpened():
-        raise InvalidVideo("the video is damaged, or has no pictures")
+        raise InvalidVideo("the video is damaged or has no frames")
     width = int(capture.get(cv2.CAP_PROP_FRAME_WIDTH))
     height = int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
     if width < 1 or height < 1:
-        raise InvalidVideo("the video has no pictures that can be decoded")
+        raise InvalidVideo("the video has no frames that can be decoded")
     if width * height > max_pixels:
         raise VideoTooLarge(
-            f"the video has {width}x{height} = {width * height} pixels, "
+            f"the video has {width}x{height} = {width * height} pixels per frame, "
             f"the limit is {max_pixels} pixels"
         )
 
@@ -243,7 +245,7 @@ def _video_output(frames: Any, metadata: dict[str, Any], data: bytes) -> Output:
 
 
 def _plain(value: Any) -> Any:
-    """A number or array of numpy's as Python's."""
+    """A numpy number or array as Python's numbers and lists."""
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     raise NotImplementedError
@@ -253,8 +255,8 @@ def _video_error(error: Exception) -> SaccadeError:
     if _is_out_of_memory(error):
         return VideoTooLarge("the frames of the video take more memory than the limit allows")
     if isinstance(error, ImportError):
-        return ClientError("the video decoder that was asked for is not installed")
-    return InvalidVideo("the video could not be decoded as it was asked for")
+        return ClientError("the requested video decoder is not installed")
+    return InvalidVideo("the video could not be decoded with the requested options")
 
 
 def _audio(io: AudioMediaIO, data: bytes) -> Output:
@@ -267,7 +269,7 @@ def _audio(io: AudioMediaIO, data: bytes) -> Output:
     except Exception as error:
         if _is_out_of_memory(error):
             raise AudioTooLarge("the audio clip takes more memory than the limit allows") from error
-        raise InvalidAudio("the audio clip could not be decoded, or is too long") from error
+        raise InvalidAudio("the audio clip is damaged or too long") from error
     answer = msgspec.msgpack.encode(AudioAnswer(rate), enc_hook=_plain)
     return Output(answer, [np.asarray(waveform, np.float32)])
 

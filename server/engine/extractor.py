@@ -1,9 +1,8 @@
-"""Decoding and preprocessing for one model, as it runs inside an image worker.
+"""Decoding and preprocessing for one model, inside an image worker.
 
-The Hugging Face processor that vLLM would call decides what the features are. For the
-native-resolution families (Qwen2-VL and its kin) resize and patchify are also done here in one
-go; that way is taken only where it has been checked, at the start of the worker, to give the
-processor's own bits.
+The features are those of the Hugging Face processor that vLLM would call. For the families with
+native resolution (Qwen2-VL to Qwen3-VL), resizing and patchifying are fused here. The fused path is
+only used if a check at start-up has shown that it returns the processor's output bit for bit.
 """
 
 import functools
@@ -33,25 +32,27 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("saccade.images")
 
-# Sizes on which the fused way must equal the processor: above, inside and below the usual range.
+# Sizes at which the fused path must equal the processor: above, within and below the usual range.
 _CHECK_SIZES = ((640, 480), (2000, 1500), (97, 33), (31, 300))
-# The picture on which a resize rule is checked: cells of random colour, in pixels.
+# The picture with which a resize rule is checked: its size, and that of its cells, in pixels.
 _LARGE_SIZE, _CELL = (2400, 1800), 2
-# Arrays this small hold sizes and counts, not pixels.
+# Smaller arrays hold sizes and counts, not pixels.
 _FEW = 64
+# Features are alike if their mean difference is below this share of their standard deviation.
 _LIKENESS = 0.5
 
 
 def worker_spec(model_config: "ModelConfig", *, fast: bool, max_pixels: int) -> WorkerSpec:
-    """What workers need to build an `ImageExtractor` of this model."""
+    """The spec with which workers build an `ImageExtractor` of this model. `fast`: decoding may
+    shrink pictures; `max_pixels`: the limit for width x height."""
     payload = cloudpickle.dumps((model_config, fast, max_pixels))
     return WorkerSpec("server.engine.extractor:load", payload)
 
 
 def load(payload: bytes) -> Extractor:
-    """Build the extractor; called once, before workers are forked. `payload` is our own."""
+    """Build the extractor; called once, before workers are forked. `payload` is `worker_spec`'s."""
     plugin.make_torchvision_importable()
-    torch.set_num_threads(1)  # one picture a process; also, threads do not survive the fork
+    torch.set_num_threads(1)  # one picture per process; also, threads do not survive a fork
     from vllm.multimodal import MULTIMODAL_REGISTRY
     from vllm.plugins import load_general_plugins
 
@@ -63,10 +64,10 @@ def load(payload: bytes) -> Extractor:
 
 @dataclass(frozen=True)
 class _Pipeline:
-    """How pictures are processed under one set of options.
+    """How pictures are processed with one set of processor options.
 
-    `rule` tells how far decoding may shrink; None: not at all. `tokens` counts what comes out,
-    which must not change by it. `patches` is the fused way.
+    `rule` says how far decoding may shrink pictures (None: not at all). `tokens` counts the tokens,
+    which shrinking must not change. `patches` is the fused path, if it may be used.
     """
 
     rule: sizing.ResizeRule | None
@@ -75,7 +76,7 @@ class _Pipeline:
 
 
 class ImageExtractor:
-    """Implements `workers.worker.Extractor` with a vLLM multimodal processor."""
+    """The `workers.worker.Extractor` for a multimodal processor of vLLM's."""
 
     def __init__(
         self, processor: "BaseMultiModalProcessor[Any]", *, fast: bool, max_pixels: int
@@ -84,17 +85,18 @@ class ImageExtractor:
         self._fast = fast
         self._max_pixels = max_pixels
         self._pipeline = functools.lru_cache(maxsize=64)(self._build_pipeline)
-        # Checked once here, before the fork, rather than in each worker.
+        # Checked here, before the fork, rather than once in each worker.
         if isinstance(rule := self._pipeline(encode_kwargs({})).rule, sizing.NativeResolution):
             capped = {"min_pixels": rule.factor**2, "max_pixels": rule.max_pixels}
             self._pipeline(encode_kwargs(capped))
 
     def decode(self, data: bytes, job: PictureJob) -> Decoded:
-        """The picture as `job` wants it; `Decoded.size` is what the processor chooses its output
-        size by.
+        """Decode a picture to the size and mode of `job`. `Decoded.size` is the size by which the
+        processor chooses its output size.
 
         Raises:
-            InvalidImage: damaged, or not of `job.size`.
+            InvalidImage: the picture is damaged, or its size is not `job.size`.
+            Otherwise as `imaging.decode.decode` and `imaging.pdf.render`.
         """
         resize = job.resize
         if job.format == "PDF":
@@ -103,7 +105,7 @@ class ImageExtractor:
         else:
             decoded = decode(data, self._decode_options(job), self._target_size(job))
             if decoded.size != job.size:
-                raise InvalidImage("the image does not have the size that its header says")
+                raise InvalidImage("the image does not have the size in its header")
         if resize is None:
             return decoded
         if self._fused(decoded.image, job) is not None:
@@ -114,7 +116,7 @@ class ImageExtractor:
         return DecodeOptions(job.io.image_mode, job.io.background, self._max_pixels, job.frame)
 
     def _target_size(self, job: PictureJob) -> TargetSize | None:
-        """How far decoding may shrink; None: not at all."""
+        """How far decoding may shrink the picture; None: not at all."""
         if not self._fast:
             return None
         if job.resize is not None:
@@ -127,7 +129,7 @@ class ImageExtractor:
         return functools.partial(_reducible, pipeline.rule, pipeline.tokens)
 
     def features(self, decoded: Decoded, job: ProcessJob) -> dict[str, Feature]:
-        """The fields that the model wants, as vLLM's processor would give them for one picture."""
+        """The fields that vLLM's processor returns for one picture, by name."""
         patches = self._fused(decoded.image, job)
         features = patches.features(decoded.image, decoded.size) if patches is not None else None
         return features or self._processed(decoded.image, decode_kwargs(job.kwargs))
@@ -141,7 +143,7 @@ class ImageExtractor:
         from server.engine.vllm_adapter.processors import processed  # imports vLLM: see `load`
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # deprecations of the processor's, once a picture
+            warnings.simplefilter("ignore")  # the processor's deprecations, once per picture
             outputs, fields = processed(self._processor, image, kwargs)
         return {name: _export(outputs[name]) for name in fields if outputs.get(name) is not None}
 
@@ -158,21 +160,21 @@ class ImageExtractor:
             patches = _NativePatches.of(image_processor, rule)
             if patches is not None and self._equals_processor(patches, kwargs):
                 return _Pipeline(rule, patches=patches)
-            return _Pipeline(None)  # what cannot be checked is left to the processor
+            return _Pipeline(None)  # without a successful check, the processor does the work
         if rule is None:
             return _Pipeline(None)
         from server.engine.token_rules import token_rule  # imports vLLM: see `load`
 
         tokens = token_rule(self._processor, kwargs)
-        return _Pipeline(rule if self._bears_reduction(rule, tokens, kwargs) else None, tokens)
+        return _Pipeline(rule if self._tolerates_reduction(rule, tokens, kwargs) else None, tokens)
 
-    def _bears_reduction(
+    def _tolerates_reduction(
         self, rule: sizing.ResizeRule, tokens: TokenRule | None, kwargs: Mapping[str, Any]
     ) -> bool:
-        """Whether the processor makes nearly the same of a large picture and of a reduced one.
+        """Whether the processor returns nearly the same for a large picture and a reduced one.
 
-        Attributes of an image processor may mislead: where tiles are cut elsewhere, they tell the
-        size of one tile, and detail that the tiles would have shown would be lost.
+        The attributes of an image processor may be misleading: if another component cuts tiles,
+        they have the size of one tile, and reduction would lose detail that the tiles show.
         """
         width, height = _LARGE_SIZE
         cells = np.random.default_rng(0).integers(
@@ -193,18 +195,18 @@ class ImageExtractor:
             image = Image.fromarray(noise)
             ours = patches.features(image, image.size)
             if ours is None or not _same(ours, self._processed(image, kwargs)):
-                log.info("the fused preprocessing does not fit this model; using its processor")
+                log.info("fused preprocessing differs from this model's processor; not using it")
                 return False
         return True
 
 
 @dataclass(frozen=True)
 class _NativePatches:
-    """Resize and patchify of the Qwen2-VL image processor, without what is around it.
+    """The resize and patchify steps of the Qwen2-VL image processor, fused.
 
-    The pixels stay uint8; vLLM normalises them on the device. A row of `pixel_values` is one
-    patch: channels x temporal patch x patch height x patch width, rows ordered so that the
-    `merge` x `merge` patches that become one token are neighbours.
+    Pixels stay uint8; vLLM normalises them on the device. A row of `pixel_values` is one patch:
+    channels x `temporal` x `patch` x `patch`. Rows are ordered so that the `merge` x `merge`
+    patches of one token are consecutive.
     """
 
     rule: sizing.NativeResolution
@@ -224,9 +226,10 @@ class _NativePatches:
         )
 
     def features(self, image: Image.Image, size: sizing.Size) -> dict[str, Feature] | None:
-        """`pixel_values` uint8 (patches, patch bytes) and `image_grid_thw` int64 (1, 3).
+        """`pixel_values`, uint8 (patches, patch bytes), and `image_grid_thw`, int64 (1, 3): frames,
+        rows and columns of patches. None if the processor refuses the size.
 
-        `size` is the full size, by which the processor would have chosen the grid.
+        `size` is the full (width, height), by which the processor would choose the grid.
         """
         target = self.rule.target(*size)
         if target is None:
@@ -252,11 +255,12 @@ class _NativePatches:
 
 
 def _resize(pixels: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:
-    """Bicubic with antialiasing, as the processor's backend does it; returns channels first."""
+    """Resize uint8 (height, width, 3) bicubically with antialiasing, as the processor's backend
+    does; returns uint8 (3, height, width)."""
     import torchvision.transforms.v2.functional as tv
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's buffer is read-only, and it is only read
+        warnings.simplefilter("ignore")  # Pillow's buffer is read-only, which does no harm here
         planes = torch.from_numpy(pixels).permute(2, 0, 1)
     if planes.shape[1:] != (height, width):
         planes = tv.resize(
@@ -267,6 +271,7 @@ def _resize(pixels: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArr
 
 
 def _resized(image: Image.Image, size: sizing.Size) -> Image.Image:
+    """Resize a picture bicubically to (width, height)."""
     if image.size == size:
         return image
     if image.mode != "RGB":
@@ -278,7 +283,7 @@ def _resized(image: Image.Image, size: sizing.Size) -> Image.Image:
 def _reducible(
     rule: sizing.ResizeRule, tokens: TokenRule | None, width: int, height: int
 ) -> sizing.Size | None:
-    """`rule`'s target, unless shrinking to it would change what the processor does."""
+    """The rule's target size; None if shrinking to it would change the tokens or the grid."""
     target = rule.target(width, height)
     scale = sizing.jpeg_scale((width, height), target)
     reduced = (-(-width // scale), -(-height // scale))
@@ -291,7 +296,7 @@ def _reducible(
 
 
 def _rule(image_processor: Any, kwargs: Mapping[str, Any]) -> sizing.ResizeRule | None:
-    """The resize rule of an image processor, read from its attributes; None if unknown."""
+    """The resize rule of an image processor, from its attributes and options; None if unknown."""
     size = dict(getattr(image_processor, "size", None) or {})
     size = {name: value for name, value in size.items() if value is not None}
     override = kwargs.get("size")
@@ -305,7 +310,7 @@ def _rule(image_processor: Any, kwargs: Mapping[str, Any]) -> sizing.ResizeRule 
             return None
         factor = image_processor.patch_size * image_processor.merge_size
         return sizing.NativeResolution(factor, least, most)
-    if set(kwargs) - {"size"}:  # an override we do not know may change the rule
+    if set(kwargs) - {"size"}:  # an unknown option may change the rule
         return None
     if pinpoints := getattr(image_processor, "image_grid_pinpoints", None):
         return sizing.BestGrid(sizing.grids(pinpoints))
@@ -322,13 +327,14 @@ def _rule(image_processor: Any, kwargs: Mapping[str, Any]) -> sizing.ResizeRule 
 
 
 def _flat(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Processor options without the `images_kwargs` scope."""
+    """Processor options, with those in the scope `images_kwargs` at the top level."""
     flat = {name: value for name, value in kwargs.items() if not name.endswith("_kwargs")}
     return flat | dict(kwargs.get("images_kwargs") or {})
 
 
 def _export(value: Any) -> Feature:
-    """Tensors as arrays over the same memory; nested lists stay nested."""
+    """An output of the processor as a feature. Tensors become arrays over the same memory; lists
+    stay lists."""
     if isinstance(value, torch.Tensor):
         tensor = value.detach().contiguous()
         dtype = str(tensor.dtype).removeprefix("torch.")
@@ -341,11 +347,11 @@ def _export(value: Any) -> Feature:
         return [_export(item) for item in value]
     if isinstance(value, int | float | str | None):
         return value
-    raise InvalidImage(f"the image processor returned {type(value).__name__}")
+    raise InvalidImage(f"the image processor returned an unsupported type: {type(value).__name__}")
 
 
 def _near(ours: Feature, theirs: Feature) -> bool:
-    """Whether two arrays have one shape and differ by little of their spread."""
+    """Whether two arrays have the same shape and differ by a small share of their spread."""
     if not isinstance(ours, Array) or not isinstance(theirs, Array):
         return ours == theirs
     if ours.dtype != theirs.dtype or ours.data.shape != theirs.data.shape:
@@ -357,6 +363,7 @@ def _near(ours: Feature, theirs: Feature) -> bool:
 
 
 def _same(ours: Mapping[str, Feature], theirs: Mapping[str, Feature]) -> bool:
+    """Whether the features are arrays that are equal bit for bit."""
     if ours.keys() != theirs.keys():
         return False
     for name, value in ours.items():

@@ -1,4 +1,4 @@
-"""Starts vLLM inside this process, with our renderer, media connector and cache order."""
+"""Starts vLLM inside this process, with Saccade's renderer, media connector and send pipeline."""
 
 import io
 import os
@@ -27,7 +27,7 @@ from server.engine.embedding_cache.control import ControlServer
 from server.engine.extractor import worker_spec
 from server.engine.token_allocator import TokenAllocator
 from server.engine.token_rules import measured_rule, token_rule
-from server.engine.vllm_adapter.engine_caches import EngineCaches
+from server.engine.vllm_adapter.engine_caches import EngineCaches, keep_item_limit
 from server.engine.vllm_adapter.outcomes import Outcomes
 from server.engine.vllm_adapter.processor_cache import ProcessorCache
 from server.engine.vllm_adapter.processors import is_image_by_image, keep_groups_apart
@@ -50,7 +50,8 @@ logger = init_logger(__name__)
 
 @dataclass(frozen=True)
 class PreparedEngine:
-    """What is known before the engine starts. `workers` is None for models without images."""
+    """The configuration of an engine that has not started. `workers` is None for text-only
+    models."""
 
     config: VllmConfig
     engine_args: AsyncEngineArgs
@@ -58,7 +59,7 @@ class PreparedEngine:
 
 
 def prepare(args: Namespace, settings: Settings) -> PreparedEngine:
-    """Read the model's configuration and put our parts in the place of vLLM's."""
+    """Read the model's configuration and register Saccade's parts in place of vLLM's."""
     os.environ["VLLM_MEDIA_CONNECTOR"] = connector.NAME
     RENDERER_REGISTRY.renderers["hf"] = ("server.engine.vllm_adapter.renderer", "PooledRenderer")
     engine_args = AsyncEngineArgs.from_cli_args(args)
@@ -77,7 +78,8 @@ def prepare(args: Namespace, settings: Settings) -> PreparedEngine:
 
 
 def limits(settings: Settings) -> ImageLimits:
-    """What an image may be; of our limit and vLLM's for its pixels, the stricter."""
+    """The limits of an image. For its pixels, the stricter of Saccade's and vLLM's limit
+    applies."""
     images = settings.images
     pixels = [limit for limit in (images.max_image_pixels, envs.VLLM_MAX_IMAGE_PIXELS) if limit > 0]
     return ImageLimits(
@@ -89,13 +91,13 @@ def limits(settings: Settings) -> ImageLimits:
 
 
 def clip_decoder(settings: Settings) -> ClipDecoder:
-    """What decodes videos and audio clips, in forks of the process that the workers come from."""
+    """The decoder of videos and audio clips, which runs in forks of the workers' forkserver."""
     return ClipDecoder(clips.PREPARE, settings.videos, limits(settings).max_pixels)
 
 
 def media_limits(engine: AsyncLLM, settings: Settings) -> MediaLimits | None:
-    """How much media a request may have; of our limits and those of the model, the stricter. None
-    if the model takes no media."""
+    """The limits for the media of a request: the stricter of Saccade's and the model's. None if the
+    model takes no media."""
     if engine.renderer.mm_processor is None:
         return None
     allowed = engine.renderer.get_mm_processor().info.allowed_mm_limits
@@ -112,7 +114,7 @@ def media_limits(engine: AsyncLLM, settings: Settings) -> MediaLimits | None:
 
 
 def accepted_embeddings(engine: AsyncLLM) -> frozenset[str]:
-    """The types of content parts with embeddings that the server's flags let in."""
+    """The types of content parts with embeddings that the server's flags allow."""
     model = engine.model_config
     accepted = {"prompt_embeds"} if model.enable_prompt_embeds else set()
     if model.multimodal_config is not None and model.multimodal_config.enable_mm_embeds:
@@ -136,9 +138,9 @@ def add_embedding_cache(prepared: PreparedEngine, settings: Settings) -> Control
 async def running(
     prepared: PreparedEngine, outcomes: Outcomes, gate: Gate
 ) -> AsyncIterator[AsyncLLM]:
-    """The engine from start to shutdown. `outcomes` follows its requests, which pass `gate` on
-    their way to it. Starting blocks the event loop, as vLLM does it."""
-    torch.set_num_threads(1)  # this process only moves data; cores belong to workers and engine
+    """Run the engine, from start to shutdown. `outcomes` follows its requests, which pass `gate`
+    before they are sent. Starting blocks the event loop, as in vLLM."""
+    torch.set_num_threads(1)  # this process only moves data; workers and engine use the cores
     engine = AsyncLLM.from_vllm_config(
         vllm_config=prepared.config,
         usage_context=UsageContext.OPENAI_API_SERVER,
@@ -147,11 +149,11 @@ async def running(
         disable_log_stats=prepared.engine_args.disable_log_stats,
     )
     try:
-        await engine.reset_mm_cache()  # waits for the warm-up, and drops what it left
+        await engine.reset_mm_cache()  # waits for the warm-up, and drops its items
         outcomes.follow(engine)
         Sender(engine, _processor_cache(engine), outcomes, gate)
         keep_groups_apart(engine.renderer)
-        setup.keep_item_limit(engine)
+        keep_item_limit(engine)
         yield engine
     finally:
         engine.shutdown(timeout=prepared.config.shutdown_timeout)
@@ -164,8 +166,8 @@ def _processor_cache(engine: AsyncLLM) -> ProcessorCache | None:
 
 @dataclass(frozen=True)
 class ImagePath:
-    """How far images go our way. `encoded`: they stay encoded until the renderer has them, and the
-    pool decodes them. `pooled`: it preprocesses them as well."""
+    """Which steps the pool does for images. `encoded`: images stay encoded up to the renderer, and
+    the pool decodes them. `pooled`: it also preprocesses them."""
 
     encoded: bool
     pooled: bool
@@ -186,15 +188,15 @@ async def connect(
     decoder: ClipDecoder,
     embeddings: ControlServer | None,
 ) -> ImagePath:
-    """Lead the images of `engine` through `pool`, as far as the model allows it, and its videos and
-    audio clips through `decoder`.
+    """Connect the engine's images to `pool`, as far as the model supports it, and its videos and
+    audio clips to `decoder`.
 
-    A model whose processor looks at the prompt as a whole, or for which the pool's result differs
-    from vLLM's on a test picture, keeps vLLM's own preprocessing. One with a renderer of its own,
-    or with one modality for images and videos, gets decoded pictures.
+    vLLM preprocesses images itself if the model's processor needs the whole prompt, or if the
+    pool's result differs from vLLM's for a test picture. Models with another renderer, or with one
+    modality for images and videos, get decoded pictures.
 
     Raises:
-        CannotStart: the model cannot keep images below `max_image_tokens`.
+        CannotStart: the model cannot keep images within `max_image_tokens`.
     """
     renderer: Any = engine.renderer  # vLLM types it as its base class
     takes_encoded = isinstance(renderer, PooledRenderer) and not renderer.use_unified_vision_chunk
@@ -208,7 +210,7 @@ async def connect(
     fits = is_image_by_image(renderer.mm_processor)
     renderer.attach(settings, pool, allocator, pooled=fits)
     if fits and not await _agrees(renderer):
-        logger.warning("the image pool does not fit this model; using vLLM's own preprocessing")
+        logger.warning("the image pool does not support this model; using vLLM's preprocessing")
         renderer.attach(settings, pool, allocator, pooled=False)
         fits = False
     seeks = settings.caches.embedding_cache_dir or settings.caches.embedding_cache_url
@@ -217,12 +219,12 @@ async def connect(
     return ImagePath(encoded=True, pooled=fits)
 
 
-# A picture that every model must be able to show within the server's cap, (width, height).
+# A picture, (width, height), that the model must be able to show within the server's cap.
 _USUAL_SIZE = (640, 480)
 
 
 def _token_allocator(renderer: PooledRenderer, settings: Settings) -> TokenAllocator:
-    """Raises CannotStart if the model cannot keep the server's cap."""
+    """Raises CannotStart if the model cannot meet the server's cap."""
     processor, cap = renderer.get_mm_processor(), settings.images.max_image_tokens
 
     def make_rule(options: Mapping[str, Any]) -> TokenRule:
@@ -237,7 +239,7 @@ def _token_allocator(renderer: PooledRenderer, settings: Settings) -> TokenAlloc
 
 
 async def _agrees(renderer: PooledRenderer) -> bool:
-    """Whether pool and vLLM make the same of one picture: tokens, placeholders, features."""
+    """Whether pool and vLLM give one picture the same tokens, placeholders and features."""
     processor = renderer.get_mm_processor()
     text = processor.dummy_inputs.get_dummy_text({"image": 1})
     prompt = renderer.get_tokenizer().encode(text, add_special_tokens=False)
@@ -266,7 +268,7 @@ async def _agrees(renderer: PooledRenderer) -> bool:
 
 
 def same_data(ours: object, theirs: object) -> bool:
-    """Whether two fields of an item hold the same numbers."""
+    """Whether two fields of an item are equal."""
     if isinstance(ours, int | float | np.number):
         return bool(ours == theirs)
     return nested_tensors_equal(ours, theirs)  # type: ignore[arg-type]

@@ -1,8 +1,7 @@
 """The token rule of a model, from its multimodal processor in vLLM.
 
-Which rule fits is told by vLLM's class for the family; its numbers are those of the processor
-under the server's own options and those of the request. A rule is handed out only after it has
-agreed with the processor on a few pictures.
+vLLM's processor class determines the rule; its numbers come from the processor under the options of
+server and request. A rule is only used if it agrees with the processor on a few test pictures.
 """
 
 import functools
@@ -29,13 +28,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("saccade.images")
 
 Options = Mapping[str, Any]
-# Pictures on which a rule must agree with the processor: none of a size that a rule might like.
+# Sizes at which a rule must agree with the processor; none is a round number for any family.
 _CHECK_SIZES = ((347, 251), (130, 411), (61, 59), (790, 160))
 
 
 def token_rule(processor: "BaseMultiModalProcessor[Any]", options: Options) -> TokenRule | None:
     """The rule for requests with `options` (`mm_processor_kwargs`); None if the family is unknown
-    or the processor does otherwise than its family. Runs the processor some ten times."""
+    or the processor differs from its family. Runs the processor about ten times."""
     builder = _BUILDERS.get((type(processor.info).__name__, type(processor).__name__))
     if builder is None:
         return None
@@ -43,22 +42,22 @@ def token_rule(processor: "BaseMultiModalProcessor[Any]", options: Options) -> T
         rule = builder(processor, options)
         if rule is not None and _agrees(rule, processor, options):
             return rule
-    except Exception:  # a configuration that its family's rule does not foresee
-        log.exception("the image tokens of %s cannot be predicted", type(processor).__name__)
+    except Exception:  # a configuration that the family's rule does not support
+        log.exception("failed to compute the image tokens of %s", type(processor).__name__)
         return None
-    log.warning("%s counts image tokens in an unknown way", type(processor).__name__)
+    log.warning("the image token rule does not match %s", type(processor).__name__)
     return None
 
 
 def measured_rule(processor: "BaseMultiModalProcessor[Any]", options: Options) -> MeasuredTokens:
-    """For families that have no rule: the tokens of each size of picture are measured."""
+    """The rule for other families: it measures the tokens of each size."""
 
     def measured(width: int, height: int) -> Count:
         try:
             return count(processor, width, height, options)
         except ValueError as error:
             raise InvalidImage(
-                f"the model does not take an image of {width} x {height} pixels"
+                f"the model does not accept an image of {width}x{height} pixels"
             ) from error
 
     return MeasuredTokens(measured)
@@ -67,7 +66,7 @@ def measured_rule(processor: "BaseMultiModalProcessor[Any]", options: Options) -
 def count(
     processor: "BaseMultiModalProcessor[Any]", width: int, height: int, options: Options
 ) -> Count:
-    """Run the processor on a blank picture, and count as the engine will."""
+    """Count the tokens of a blank picture by running the processor."""
     image = Image.new("RGB", (width, height))
     outputs, _ = processors.processed(processor, image, options)
     _, updates = processors.item(processor, outputs, image, options)
@@ -93,7 +92,7 @@ def _agrees(rule: TokenRule, processor: "BaseMultiModalProcessor[Any]", options:
     return True
 
 
-# ---------------------------------------------------------------------- one builder a family
+# ---------------------------------------------------------------------- one builder per family
 
 
 def _qwen(processor: Any, options: Options) -> TokenRule:
@@ -139,7 +138,7 @@ def _anyres(family: str, processor: Any, options: Options, *, shrinks: bool) -> 
     config, encoder = processor.info.get_hf_config(), processor.info.get_vision_encoder_info()
     grids = sizing.grids(config.image_grid_pinpoints)
     if sizing.grids(_Settings(processor, options)["image_grid_pinpoints"]) != grids:
-        return None  # the model would pack the features for another grid
+        return None  # the model packs the features for the grids of its configuration
     tile = encoder.get_image_size()
     base = get_num_selected_vision_tokens(
         encoder.get_num_image_tokens(image_width=tile, image_height=tile),
@@ -165,14 +164,14 @@ def _internvl(processor: Any, options: Options) -> TokenRule:
 
 
 def _internvl_chat(processor: Any, options: Options) -> TokenRule | None:
-    """InternVL in the format of its authors, with vLLM's own processor."""
+    """InternVL in the format of its authors, with vLLM's processor."""
     hf_processor = processor.info.get_hf_processor(**options)
     images = hf_processor.image_processor
     if not images.dynamic_image_size:
         side = images.image_size
         return _one_view("internvl", processor, options, {"width": side, "height": side})
     if images.min_dynamic_patch != 1:
-        return None  # among equally near grids, vLLM takes one in no particular order
+        return None  # vLLM chooses between equally near grids in no particular order
     return InternVLTokens(
         tile=(images.image_size, images.image_size),
         tokens_per_tile=hf_processor.image_seq_length,
@@ -191,12 +190,12 @@ def _idefics(processor: Any, options: Options) -> TokenRule | None:
     if not settings["do_image_splitting"]:
         return _one_view("idefics3", processor, options, {"width": tile, "height": tile})
     if tile % 2:
-        return None  # rounding to even sides, vLLM may count a row that is not there
+        return None  # vLLM rounds to even sides and may count a row that does not exist
     hf_processor = info.get_hf_processor(**options)
 
     @functools.cache
     def prompt_tokens(rows: int, columns: int) -> int:
-        """Of a picture that has just this grid: on its shorter side, the last tile is half full."""
+        """For a picture with this grid; on its shorter side, half of the last tile is empty."""
         width, height = max(columns, 1) * tile, max(rows, 1) * tile
         longest = max(width, height)
         text = info.get_image_repl(
@@ -220,7 +219,7 @@ def _gemma3(processor: Any, options: Options) -> TokenRule:
 
     @functools.cache
     def prompt_tokens(crops: int) -> int:
-        """Of a picture so wide that it has all the crops it may have."""
+        """For a picture that is wide enough for this number of crops."""
         most = {"pan_and_scan_max_num_crops": crops} if crops else {"do_pan_and_scan": False}
         height = max(1, math.ceil(scan.min_crop))
         width = math.ceil(height * max(scan.min_ratio, 2) * max(crops, 1))
@@ -269,7 +268,7 @@ def _view(size: Mapping[str, int]) -> sizing.Size:
 
 
 class _Settings:
-    """What the image processor goes by: its attributes, and the options over them."""
+    """The settings of an image processor: its attributes, overridden by the options."""
 
     def __init__(self, processor: Any, options: Options) -> None:
         self._images = processor.info.get_hf_processor().image_processor
@@ -280,14 +279,14 @@ class _Settings:
         return self._options.get(name, getattr(self._images, name, None))
 
     def size(self, name: str) -> dict[str, int]:
-        """One of the sizes, of which options may replace parts."""
+        """A size setting, parts of which options may override."""
         return {**dict(getattr(self._images, name)), **(self._options.get(name) or {})}
 
 
 _Builder = Callable[[Any, Options], TokenRule | None]
 _QWEN2, _QWEN3 = "Qwen2VLMultiModalProcessor", "Qwen3VLMultiModalProcessor"
 
-# By the names of vLLM's classes, not the classes: to import them all would load every family.
+# Keyed by names: importing vLLM's classes would load the modules of every family.
 _BUILDERS: dict[tuple[str, str], _Builder] = {
     ("Qwen2VLProcessingInfo", _QWEN2): _qwen,
     ("Qwen2_5_VLProcessingInfo", "Qwen2_5_VLMultiModalProcessor"): _qwen,

@@ -1,4 +1,4 @@
-"""vLLM's HTTP side: its routes, its serving classes, its middleware, for our own app."""
+"""vLLM's HTTP routes, serving classes and middleware, as Saccade's app uses them."""
 
 from argparse import Namespace
 from collections.abc import Sequence
@@ -76,7 +76,8 @@ __all__ = [
 
 
 def refresh_certificates(config: uvicorn.Config, args: Namespace) -> SSLCertRefresher:
-    """Load the TLS files of `config`, and again whenever they change, until it is stopped."""
+    """Load the TLS files of `config`, and reload them when they change, until the returned
+    refresher is stopped."""
     config.load()
     assert config.ssl is not None
     return SSLCertRefresher(
@@ -88,34 +89,34 @@ def refresh_certificates(config: uvicorn.Config, args: Namespace) -> SSLCertRefr
 
 
 def paths_that_keep_bodies() -> frozenset[str]:
-    """Routes that keep a request for later turns, when its payloads would be gone."""
+    """The paths of routes that store requests for later turns, so payloads must stay in them."""
     return frozenset({"/v1/responses"} if envs.VLLM_ENABLE_RESPONSES_API_STORE else ())
 
 
 def stays_up_without_engine() -> bool:
-    """Whether vLLM's setting asks a server to outlive its engine."""
+    """Whether vLLM's setting makes the server outlive a dead engine."""
     return bool(envs.VLLM_KEEP_ALIVE_ON_ENGINE_DEATH)
 
 
 async def add_vllm_routes(app: FastAPI, args: Namespace, engine: AsyncLLM) -> None:
-    """Mount vLLM's routes behind those that `app` already has, and build what they serve with."""
+    """Add vLLM's routes after those of `app`, and build their serving classes."""
     tasks = await engine.get_supported_tasks()
     register_api_routers(args, app, tasks, engine.model_config)
     attach_endpoint_plugins(app, tasks)
     init_exception_handler(app)
-    with entered(RequestContext(Record())):  # what is rendered to warm up belongs to no client
+    with entered(RequestContext(Record())):  # the warm-up renders without a client
         await init_app_state(engine, app.state, args, tasks)
 
 
 def api_keys(args: Namespace) -> list[str]:
-    """The keys of vLLM's own flag `--api-key`, or else of its variable."""
+    """The keys of vLLM's flag `--api-key`, or else of its environment variable."""
     return [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
 
 
 async def add_vllm_middleware(
     app: FastAPI, args: Namespace, engine: AsyncLLM, keys: Sequence[str]
 ) -> None:
-    """CORS, request ids and the user's own `--middleware`, as vLLM adds them; and its check for
-    one of `keys`, if there are any."""
+    """Add vLLM's CORS, request ids and `--middleware`, and its check for one of `keys`, if there
+    are any."""
     given = Namespace(**{**vars(args), "api_key": list(keys) or [""]})
     init_entrypoints_middleware(given, app, await engine.get_supported_tasks())

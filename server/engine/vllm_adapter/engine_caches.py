@@ -1,23 +1,24 @@
-"""All caches of the engine at once: what they hold, and how they are emptied."""
+"""All caches of the engine: sizes, emptying, and the limit for items of the encoder cache."""
 
 import asyncio
 from typing import Any
 
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.encoder_budget import MultiModalBudget
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from server.engine.embedding_cache.control import ControlServer
 from server.engine.vllm_adapter.processor_cache import ProcessorCache
 from server.engine.vllm_adapter.send import Gate
 
-# What an operator reads of each tier; the histograms are for the metrics.
+# The values of each tier in reports; histograms are only in the metrics.
 _SIZES = ("entries", "bytes", "tokens", "max_bytes", "max_tokens")
 _COUNTS = ("hits", "misses", "evictions", "errors", "dropped")
 
 
 class EngineCaches:
-    """`features` is what vLLM's processor cache holds, `embeddings` the line to the embedding
-    caches; each None where there is none. `gate` is where requests pass on their way to the
-    engine."""
+    """`features` is vLLM's processor cache, and `embeddings` the control server of the embedding
+    caches; each is None if it does not exist. Requests pass `gate` before they are sent."""
 
     def __init__(
         self,
@@ -95,3 +96,16 @@ def _summed(snapshots: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         asked = found["hits"] + found["misses"]
         found["hit_rate"] = found["hits"] / asked if asked else None
     return tiers
+
+
+def keep_item_limit(engine: AsyncLLM) -> None:
+    """Refuse items that are too large for one step, even if the encoder cache could hold them.
+
+    vLLM checks items against the size of the cache, which it assumes to be the limit of a step;
+    larger items would wait forever.
+    """
+    scheduler = engine.vllm_config.scheduler_config
+    if scheduler.encoder_cache_size > scheduler.max_num_encoder_input_tokens:
+        checked: Any = engine.input_processor
+        budget = MultiModalBudget(engine.vllm_config, MULTIMODAL_REGISTRY)
+        checked.mm_encoder_cache_size = budget.get_encoder_budget()
