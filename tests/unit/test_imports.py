@@ -8,7 +8,7 @@ SERVER = Path(__file__).parents[2] / "server"
 # From the top down; a package may import what stands below it.
 LAYERS = (
     ("cli", "__main__"),
-    ("app", "serve"),
+    ("app",),
     ("http",),
     ("engine",),
     ("ingest",),

@@ -32,8 +32,8 @@ SECTION = Section(
         ),
         timeseries(
             "Hit ratio of embeddings, by tier",
-            "Of the images that came as far as the tier. An image is encoded when all tiers miss"
-            " it.",
+            "Share of the images looked up in the tier. An image is encoded when all tiers"
+            " miss it.",
             "percentunit",
             {"{{tier}}": f"{rate(HITS, by='tier')} /"
                          f" ({rate(HITS, by='tier')} + {rate(MISSES, by='tier')})"},
@@ -101,7 +101,7 @@ SECTION = Section(
             },
         ),
         timeseries(
-            "Seconds of an entry of embeddings",
+            "Time to read or write an entry of embeddings",
             "Reading and writing one image's embeddings. A read above --embedding-cache-wait-s is"
             " not waited for, and the tier is of no use.",
             "s",

@@ -65,7 +65,7 @@ SECTION = Section(
             },
         ),
         timeseries(
-            "Answers by reason of their end",
+            "Answers by finish reason",
             "length: max_tokens ended the answer. abort: the client left. error: see the log.",
             "reqps",
             {"{{finished_reason}}": rate("vllm:request_success_total", by="finished_reason")},

@@ -113,7 +113,7 @@ SECTION = Section(
             | percentiles("saccade_request_seconds", 'images="false"', "text"),
         ),
         timeseries(
-            "Requests that did not end well",
+            "Requests that failed, were refused or cancelled",
             "As shares of all. Failed ones are bugs or broken machines; refused ones clients to"
             " talk to; many cancelled ones mean that clients wait longer than they want to.",
             "percentunit",
@@ -139,7 +139,7 @@ SECTION = Section(
         ),
         timeseries(
             "Cancellations by stage",
-            "What was being done for a request when its client left. Before the first token:"
+            "The stage of a request when its client left. Before the first token:"
             " the client's timeout is shorter than the wait.",
             "reqps",
             {"{{stage}}": rate("saccade_cancellations_total", by="stage")},

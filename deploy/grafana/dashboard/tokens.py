@@ -32,7 +32,7 @@ SECTION = Section(
     [
         stat(
             "Tokens of 1000 images",
-            "Image tokens that 1000 images of a prompt have, over the range of the dashboard.",
+            "Image tokens per 1000 images in prompts, over the range of the dashboard.",
             "short",
             ratio(f"1000 * {TOKENS_SEEN}", IMAGES_SEEN),
             instant=True,
@@ -91,7 +91,7 @@ SECTION = Section(
             stack=True,
         ),
         timeseries(
-            "Image tokens of an image, p90 by cap",
+            "Tokens per image, p90 by cap",
             "Tokens that remain under the caps.",
             "short",
             {"{{cap}}": quantile(0.9, IMAGE_TOKENS, by="cap")},
