@@ -1,4 +1,4 @@
-"""What a child process sets for itself at its start, and how it keeps the memory of its heap."""
+"""Set-up of child processes, and control over the freed memory that a process keeps."""
 
 import contextlib
 import ctypes

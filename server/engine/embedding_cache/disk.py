@@ -208,7 +208,7 @@ class DiskTier:
     def _path(self, key: str) -> Path:
         return self._folder / key[:2] / f"{key}{_SUFFIX}"
 
-    # ------------------------------------------------------------------ room
+    # ------------------------------------------------------------------ space
 
     def _reserve(self, part: Path, size: int) -> bool:
         """Create a file of `size` bytes to write to; False if there is no room for it."""
@@ -252,7 +252,7 @@ class DiskTier:
                 return False
         return True
 
-    # ------------------------------------------------------------------ what is there
+    # ------------------------------------------------------------------ known files
 
     def _use(self, path: Path, size: int) -> None:
         """Record a use of a file, also for other servers and the next start."""
