@@ -43,10 +43,10 @@ class _Origin(asyncio.Protocol):
             self._transport.write(bytes(size))
 
 
-def _serve(told: Connection) -> None:
+def _serve(port_sender: Connection) -> None:
     async def serve() -> None:
         server = await asyncio.get_running_loop().create_server(_Origin, "127.0.0.1", 0)
-        told.send(server.sockets[0].getsockname()[1])
+        port_sender.send(server.sockets[0].getsockname()[1])
         await server.serve_forever()
 
     asyncio.run(serve())

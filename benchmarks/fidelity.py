@@ -1,10 +1,10 @@
-"""How far `--image-decode fast` moves what the model sees, against a full decode.
+"""How much `--image-decode fast` changes the features, compared with a full decode.
 
     python -m benchmarks.fidelity
 
 For photos of several sizes, the features of both ways are compared: peak signal-to-noise ratio in
-dB, mean and largest difference in grey levels (0..255). The reference point is what a change of
-the JPEG quality by one step does to the same photo under full decode. No engine is needed.
+dB, mean and largest difference in grey levels (0..255). The reference point is the effect of one
+step of JPEG quality on the same photo, decoded in full. No engine is needed.
 """
 
 import argparse

@@ -11,7 +11,7 @@ from benchmarks.load import Answer
 from benchmarks.measure import Measurement
 from benchmarks.workloads import Workload
 
-# name in Measurement, what the table calls it, factor to the unit shown
+# name in Measurement, name in the table, factor to the unit in the table
 _METRICS = (
     ("requests_per_second", "requests/s", 1.0),
     ("ttft_p50", "TTFT p50, ms", 1e3),
