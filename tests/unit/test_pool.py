@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from server.settings import ImageSettings
 from server.telemetry import metrics
 from server.telemetry.stages import Timeline
 from server.workers import pool as pools
+from server.workers import slots
 from server.workers.forkserver import Forkserver, WorkerProcess
 from server.workers.jobs import ProcessJob, encode_kwargs
 from server.workers.pool import ImagePool
@@ -35,6 +36,41 @@ from server.workers.worker import WorkerSpec
 
 SPEC = WorkerSpec("tests.extractors:load", b"payload")
 JOB = ProcessJob("PNG", (8, 6), kwargs=encode_kwargs({"option": "set"}))
+
+
+class SharedForkserver(Forkserver):
+    """Outlives the pools that use it: each start of a forkserver loads libraries for a second."""
+
+    def close(self) -> None:
+        """Called by each pool."""
+
+    def stop(self) -> None:
+        super().close()
+
+
+@pytest.fixture(scope="module")
+def shared_forkserver() -> Iterator[SharedForkserver]:
+    forkserver = SharedForkserver(SPEC)
+    yield forkserver
+    forkserver.stop()
+
+
+@pytest.fixture(autouse=True)
+def pools_share_a_forkserver(
+    shared_forkserver: SharedForkserver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pools, "Forkserver", lambda spec: shared_forkserver)
+
+
+@pytest.fixture
+def own_forkserver(
+    pools_share_a_forkserver: None,
+    shared_forkserver: SharedForkserver,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each pool starts and stops a forkserver, as in the server."""
+    shared_forkserver.stop()
+    monkeypatch.setattr(pools, "Forkserver", Forkserver)
 
 
 def _numpy(dtype: str, shape: tuple[int, ...], buffer: Any, offset: int) -> Any:
@@ -238,7 +274,11 @@ def test_a_full_queue_refuses_at_once(tmp_path: Path) -> None:
     run(test)
 
 
-def test_workers_dying_in_a_row_make_the_pool_unready_until_one_works() -> None:
+def test_workers_dying_in_a_row_make_the_pool_unready_until_one_works(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(slots, "_RESTART_DELAYS_S", (0.0, 0.01))
+
     async def test() -> None:
         async with running(image_workers=1) as pool:
             for i in range(3):
@@ -252,7 +292,7 @@ def test_workers_dying_in_a_row_make_the_pool_unready_until_one_works() -> None:
     run(test)
 
 
-def test_the_pool_heals_when_the_process_it_forks_from_is_killed() -> None:
+def test_the_pool_heals_when_its_forkserver_is_killed(own_forkserver: None) -> None:
     async def test() -> None:
         async with running() as pool:
             parent = psutil.Process(pool.worker_pids[0]).ppid()
@@ -422,7 +462,7 @@ def test_no_descriptor_is_closed_while_a_picture_is_sent(monkeypatch: pytest.Mon
     run(test)
 
 
-def test_a_pool_leaves_no_descriptor_open() -> None:
+def test_a_stopped_pool_leaves_no_descriptor_open(own_forkserver: None) -> None:
     async def use() -> None:
         async with running() as pool:
             os.kill(pool.worker_pids[0], signal.SIGKILL)
@@ -439,7 +479,9 @@ def test_a_pool_leaves_no_descriptor_open() -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_no_process_or_file_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_pool_leaves_no_process_and_no_file(
+    own_forkserver: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     before = {child.pid for child in psutil.Process().children(recursive=True)}
 

@@ -6,7 +6,6 @@ import multiprocessing
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from multiprocessing import forkserver
-from pathlib import Path
 from typing import Any, cast
 
 import msgspec
@@ -196,20 +195,17 @@ def test_memory_has_a_limit() -> None:
     run(test)
 
 
-def test_a_caller_that_leaves_takes_the_process_along(tmp_path: Path) -> None:
+def test_a_job_is_killed_when_its_caller_is_cancelled() -> None:
     async def test() -> None:
-        started = tmp_path / "started"
         jobs = sandbox()
-        # The job may not open the file: whether it runs is told by its process.
         work = asyncio.create_task(jobs.run(COMMANDED, b"", b"hang"))
         while not decoders():
             await asyncio.sleep(0.01)
         work.cancel()
         with pytest.raises(asyncio.CancelledError):
             await work
-        assert not started.exists()
         assert (await jobs.run(COMMANDED, b"next", b"echo")).answer == b"next"
-        assert not decoders()
+        assert decoders() == []
 
     run(test)
 
@@ -331,9 +327,9 @@ def test_frames_that_take_too_much_memory_are_refused() -> None:
 
 
 def test_a_decoder_that_takes_too_long_is_killed() -> None:
-    data = clips.video(".mkv", "MJPG", frames=200, size=(1024, 768))
+    data = clips.video(".mkv", "MJPG", frames=48, size=(1024, 768))
     options = video_options(vllm_io(num_frames=-1))
-    found = refusal(lambda decoder: decoder.load_video(data, options), video_timeout_s=0.05)
+    found = refusal(lambda decoder: decoder.load_video(data, options), video_timeout_s=0.02)
     assert type(found) is MediaProcessingTimeout
 
 
