@@ -13,6 +13,10 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries report what is not freed at exit
+
+
 @pytest.fixture(scope="session")
 def server() -> None:
     pytest.fail("tests/unit starts no server: this test belongs to tests/server")

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from server.engine.vllm_adapter.typed_placeholders import TypedPlaceholders, of_model
 from server.errors import ClientError
 
-DEMO = Path(__file__).parents[2] / "server" / "demo"
+DEMO = Path(__file__).parents[3] / "server" / "demo"
 PAD, VIDEO = "<|image_pad|>", "<|video_pad|>"
 IMAGE = {"type": "image_url", "image_url": {"url": f"https://example.com/{PAD}.png"}}
 
