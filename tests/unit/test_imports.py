@@ -1,6 +1,7 @@
 """Imports point one way, and what is below the engine knows neither vLLM nor FastAPI."""
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,12 @@ LAYERS = (
 BELOW_THE_ENGINE = ("ingest", "request", "workers", "imaging", "telemetry")
 
 
-def modules() -> Iterator[tuple[str, ast.Module]]:
+@functools.cache
+def modules() -> list[tuple[str, ast.Module]]:
+    return list(parsed())
+
+
+def parsed() -> Iterator[tuple[str, ast.Module]]:
     for path in sorted(SERVER.rglob("*.py")):
         name = ".".join(path.relative_to(SERVER).with_suffix("").parts).removesuffix(".__init__")
         if not name.startswith("demo"):

@@ -1,1 +1,1 @@
-"""Unit tests that import vLLM, Transformers or torch. One process runs them all: see the Makefile."""
+"""Unit tests that import vLLM, Transformers or torch, run by one process: see the Makefile."""

@@ -1,4 +1,4 @@
-"""Torch uses one thread, as in an image worker: threads of several processes wait for each other."""
+"""Torch uses one thread, as in an image worker: many threads on few cores are slow."""
 
 import torch
 
