@@ -99,3 +99,14 @@ def test_vllm_and_fastapi_stay_above() -> None:
         if name.split(".")[0] in BELOW_THE_ENGINE and module.split(".")[0] in ("vllm", "fastapi")
     ]
     assert found == []
+
+
+def test_only_tests_in_the_vllm_folder_import_vllm_or_torch() -> None:
+    """Else more than one process of `make test-fast` spends the time of these imports."""
+    found = [
+        f"{path.name} imports {module}"
+        for path in sorted(Path(__file__).parent.glob("*.py"))
+        for module in imported(ast.parse(path.read_text()))
+        if module.split(".")[0] in ("vllm", "torch", "transformers")
+    ]
+    assert found == []
