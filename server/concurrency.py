@@ -30,8 +30,11 @@ async def all_or_none(work: Iterable[Any]) -> list[Any]:
 
     The first failure cancels the rest and is raised.
     """
+    parts = list(work)
+    if len(parts) == 1:  # most requests have one image, which needs no task of its own
+        return [await parts[0]]
     async with _unwrapped(), asyncio.TaskGroup() as group:
-        tasks = [group.create_task(part) for part in work]
+        tasks = [group.create_task(part) for part in parts]
     return [task.result() for task in tasks]
 
 

@@ -128,6 +128,17 @@ CONTRACTS = [
         "BaseRenderer._mm_processor_only_cache",
         "BaseRenderer.update_mm_cache_stats",
     ),
+    # Streamed answers.
+    Contract(
+        "entrypoints.openai.chat_completion.serving",
+        "OpenAIServingChat.chat_completion_stream_generator",
+        calls=(
+            "DeltaMessage(content=delta_text)",
+            "chunk.model_dump_json(exclude_unset=True)",
+            "chunk.system_fingerprint = ",
+            "chunk.usage = ",
+        ),
+    ),
     # Multimodal processors.
     Contract(_PROCESSOR, f"{_BASE}._get_mm_hashes", ("self", "inputs")),
     Contract(_PROCESSOR, f"{_BASE}._apply_hf_processor_main", ("self", "mm_items", "hf_kwargs")),

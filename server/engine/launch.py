@@ -154,8 +154,10 @@ async def running(
         Sender(engine, _processor_cache(engine), outcomes, gate)
         keep_groups_apart(engine.renderer)
         keep_item_limit(engine)
+        envs.enable_envs_cache()  # as in vLLM's other processes: each request reads many of them
         yield engine
     finally:
+        envs.disable_envs_cache()
         engine.shutdown(timeout=prepared.config.shutdown_timeout)
 
 

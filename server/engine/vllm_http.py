@@ -41,6 +41,7 @@ from vllm.plugins.endpoint_plugins.interface import attach_endpoint_plugins
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from server.engine.vllm_adapter import stream_chunks
 from server.request.context import RequestContext, entered
 from server.telemetry.record import Record
 
@@ -104,6 +105,7 @@ async def add_vllm_routes(app: FastAPI, args: Namespace, engine: AsyncLLM) -> No
     register_api_routers(args, app, tasks, engine.model_config)
     attach_endpoint_plugins(app, tasks)
     init_exception_handler(app)
+    stream_chunks.install()
     with entered(RequestContext(Record())):  # the warm-up renders without a client
         await init_app_state(engine, app.state, args, tasks)
 

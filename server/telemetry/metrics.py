@@ -123,6 +123,13 @@ image_workers_busy = Gauge(
 )
 image_queue = Gauge("saccade_image_queue", "Images waiting for a worker.")
 image_queue_limit = Gauge("saccade_image_queue_limit", "Limit of images waiting for a worker.")
+POOL_GAUGES = (
+    image_workers,
+    image_workers_up,
+    image_workers_busy,
+    image_queue,
+    image_queue_limit,
+)
 image_worker_deaths = Counter("saccade_image_worker_deaths_total", "Image workers that died.")
 image_worker_restarts = Counter(
     "saccade_image_worker_restarts_total", "Image workers that were started to replace others."

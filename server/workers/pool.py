@@ -85,8 +85,7 @@ class ImagePool:
 
     async def __aenter__(self) -> "ImagePool":
         self.preload()
-        metrics.image_workers.set(len(self._slots.all))
-        metrics.image_queue_limit.set(self._settings.image_queue)
+        self._show_gauges()
         self._slots.start()
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
@@ -110,13 +109,22 @@ class ImagePool:
     async def stop(self) -> None:
         """Fail all tasks, and stop the workers and the forkserver."""
         self._closing = True
-        for gauge in (metrics.image_workers, metrics.image_workers_up, metrics.image_queue_limit):
-            gauge.set(0)
+        for gauge in metrics.POOL_GAUGES:
+            gauge.set_function(float)  # 0
         for task in list(self._tasks.values()):
             self._fail(task, ServerBusy("the server is shutting down"))
         self._queue.clear()
         await self._slots.close()
         self._senders.shutdown(wait=False, cancel_futures=True)
+
+    def _show_gauges(self) -> None:
+        """Let each scrape ask for the state of the pool."""
+        slots = self._slots.all
+        metrics.image_workers.set_function(lambda: len(slots))
+        metrics.image_workers_up.set_function(lambda: len(self.worker_pids))
+        metrics.image_workers_busy.set_function(lambda: sum(bool(slot.task) for slot in slots))
+        metrics.image_queue.set_function(lambda: len(self._queue))
+        metrics.image_queue_limit.set_function(lambda: self._settings.image_queue)
 
     # ------------------------------------------------------------------ what callers use
 
@@ -213,7 +221,6 @@ class ImagePool:
         task.result.cancel()
         with contextlib.suppress(ValueError):
             self._queue.remove(task)
-            metrics.image_queue.set(len(self._queue))
             metrics.images_dropped.inc()
         grace_s = min(ABANDONED_GRACE_S, self._settings.image_timeout_s)
         for slot in self._slots.all:
@@ -230,9 +237,6 @@ class ImagePool:
                 break
             if slot.idle:
                 self._give(slot, self._queue.popleft())
-        metrics.image_queue.set(len(self._queue))
-        metrics.image_workers_up.set(len(self.worker_pids))
-        metrics.image_workers_busy.set(sum(slot.task is not None for slot in self._slots.all))
 
     def _give(self, slot: Slot, task: Task) -> None:
         channel = slot.channel

@@ -8,11 +8,12 @@ placeholders into the prompt. Its class is one of a model's family; what is used
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from types import SimpleNamespace
 from typing import Any
 
+import cachetools
 import torch
 from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
@@ -29,6 +30,8 @@ Processor = BaseMultiModalProcessor[Any]
 Options = Mapping[str, Any]
 Updates = Sequence[ResolvedPromptUpdate]
 """What an image puts into the prompt."""
+Fields = Mapping[str, Any]
+"""How vLLM divides the outputs of a processor among images, by name."""
 
 # A processor that overrides one of these does more than look at one image at a time.
 _WHOLE_PROMPT_METHODS = (
@@ -67,12 +70,79 @@ def item(
 ) -> tuple[MultiModalKwargsItem, Updates]:
     """The features of one picture as vLLM's item, and what they put into the prompt. `outputs` are
     those of the Hugging Face processor, by name; `image` may be `blank`."""
-    features = BatchFeature(dict(outputs))
-    fields = processor._get_mm_fields_config(features, options)
-    items = MultiModalKwargsItems.from_hf_inputs(features, fields)
+    fields = processor._get_mm_fields_config(BatchFeature(dict(outputs)), options)
+    items = _divided(outputs, fields)
+    return items["image"][0], _updates(processor, image, options, items)
+
+
+def _divided(outputs: Mapping[str, Any], fields: Fields) -> MultiModalKwargsItems:
+    return MultiModalKwargsItems.from_hf_inputs(BatchFeature(dict(outputs)), fields)
+
+
+def _updates(
+    processor: Processor, image: Image.Image, options: Options, items: MultiModalKwargsItems
+) -> Updates:
     sized = processor.info.parse_mm_data({"image": [image]}, validate=False)
-    updates = processor._get_mm_prompt_updates(sized, options, items)
-    return items["image"][0], updates["image"][0]
+    updates: Updates = processor._get_mm_prompt_updates(sized, options, items)["image"][0]
+    return updates
+
+
+class ItemMaker:
+    """Makes items as `item` does, and remembers for which sizes it has.
+
+    How features are divided into fields, and what goes into the prompt, follow from the size of
+    the picture, the options, the shapes of the features and their whole numbers (grids, counts).
+    Working that out costs as much as the rest of an image's way on the event loop.
+    """
+
+    def __init__(self, processor: Processor) -> None:
+        self._processor = processor
+        self._known: cachetools.LRUCache[Hashable, tuple[Fields, Updates]]
+        self._known = cachetools.LRUCache(1024)
+
+    def item(
+        self, outputs: Mapping[str, Any], size: Size, options: Options, options_id: bytes
+    ) -> tuple[MultiModalKwargsItem, Updates]:
+        """As `item`, of a picture of `size`, (width, height). `options_id` stands for `options`."""
+        try:
+            key = (size, options_id, *((name, _outline(outputs[name])) for name in outputs))
+        except _TooLarge:
+            return item(self._processor, outputs, blank(size), options)
+        known = self._known.get(key)
+        if known is None:
+            features = BatchFeature(dict(outputs))
+            fields = self._processor._get_mm_fields_config(features, options)
+            items = _divided(outputs, fields)
+            self._known[key] = fields, _updates(self._processor, blank(size), options, items)
+            return items["image"][0], self._known[key][1]
+        fields, updates = known
+        return _divided(outputs, fields)["image"][0], updates
+
+
+class _TooLarge(Exception):
+    """A feature has more numbers than are worth comparing."""
+
+
+_MOST_BYTES = 4096
+
+
+def _outline(feature: Any) -> Hashable:
+    """Stands for a feature in a key: its type and shape, and all its numbers, but not those of
+    large arrays of floating-point numbers or bytes, which are pixels.
+
+    Raises:
+        _TooLarge: it is another large array, such as a mask.
+    """
+    if isinstance(feature, list | tuple):
+        return tuple(map(_outline, feature))
+    if not isinstance(feature, torch.Tensor):
+        return type(feature), feature
+    shape, dtype = tuple(feature.shape), feature.dtype
+    if feature.nbytes > _MOST_BYTES:
+        if not dtype.is_floating_point and dtype != torch.uint8:
+            raise _TooLarge
+        return shape, dtype
+    return shape, dtype, tuple(feature.flatten().tolist())
 
 
 def qwen_pixels(info: Any, options: Options) -> dict[str, int]:

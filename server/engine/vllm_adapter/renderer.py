@@ -53,6 +53,8 @@ from server.workers.protocol import Features
 
 log = logging.getLogger("saccade.engine")
 
+_HITS, _MISSES = (metrics.image_lookups.labels(result) for result in ("hit", "miss"))
+
 Announce = Callable[[Sequence[tuple[str, int]]], None]
 """Takes the key and the tokens of each image of a prompt. Returns at once."""
 
@@ -81,6 +83,7 @@ class PooledRenderer(HfRenderer):
         self._typed = TypedPlaceholders({})
         self._pool: ImagePool | None = None
         self._pooled = False
+        self._items: processors.ItemMaker | None = None
         self.allocator: Any = None
         self._fingerprint = b""
         self.announce: Announce | None = None
@@ -104,6 +107,7 @@ class PooledRenderer(HfRenderer):
         vLLM's own processor."""
         self._pool = pool
         self._pooled = pooled
+        self._items = processors.ItemMaker(self.get_mm_processor()) if pooled else None
         self.allocator = allocator
         model = self.model_config
         parts = (
@@ -278,9 +282,9 @@ class PooledRenderer(HfRenderer):
         if job.image.data:
             item.refill = functools.partial(self._features_of, job)
         if cache is not None and (known := cache.updates(job.key)) is not None:
-            metrics.image_lookups.labels("hit").inc()
+            _HITS.inc()
             return item, known
-        metrics.image_lookups.labels("miss").inc()
+        _MISSES.inc()
         features, updates = await self._process(job)
         item.update(features)
         if cache is not None:
@@ -307,8 +311,8 @@ class PooledRenderer(HfRenderer):
         features = await self._in_pool(job.key, job, job.work)
         assert features.size is not None
         arrays = features.arrays(processors.tensor)
-        picture = processors.blank(features.size)
-        return processors.item(self.get_mm_processor(), arrays, picture, job.kwargs)
+        assert self._items is not None
+        return self._items.item(arrays, features.size, job.kwargs, job.work.kwargs)
 
     async def _in_pool(self, key: str, job: ImageJob, work: PixelsJob | ProcessJob) -> Features:
         assert self._pool is not None
