@@ -106,6 +106,19 @@ CONTRACTS = [
     Contract("renderers.hf", "HfRenderer.use_unified_vision_chunk"),
     Contract(
         "renderers.base",
+        "BaseRenderer.render_chat_async",
+        ("self", "conversations", "chat_params", "tok_params"),
+        calls=(
+            "self.render_messages_async(conversation, chat_params)",
+            "self.tokenize_prompts_async(dict_prompts, tok_params)",
+            "prompt_extras['media_io_kwargs'] = chat_params.media_io_kwargs or {}",
+            "self._apply_prompt_extras(tok_prompts, prompt_extras)",
+            "self.process_for_engine_async(p, arrival_time, skip_mm_cache=skip_mm_cache, "
+            "tok_params=tok_params)",
+        ),
+    ),
+    Contract(
+        "renderers.base",
         "BaseRenderer.__init__",
         calls=("make_async(self._tokenize_prompt", "make_async(self._process_multimodal"),
     ),

@@ -45,6 +45,7 @@ class Client:
         self._work = None
         if self._watch is not None:
             self._watch.cancel()
+            self._watch = None  # it refers to this object: together they would wait for the GC
 
     async def _wait(self) -> Message:
         message = await self._receive()

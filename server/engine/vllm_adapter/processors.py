@@ -76,7 +76,9 @@ def item(
 
 
 def _divided(outputs: Mapping[str, Any], fields: Fields) -> MultiModalKwargsItems:
-    return MultiModalKwargsItems.from_hf_inputs(BatchFeature(dict(outputs)), fields)
+    items: MultiModalKwargsItems
+    items = MultiModalKwargsItems.from_hf_inputs(BatchFeature(dict(outputs)), fields)
+    return items
 
 
 def _updates(

@@ -14,6 +14,7 @@ import asyncio
 import functools
 import json
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -139,6 +140,34 @@ class PooledRenderer(HfRenderer):
             processor.info.get_hf_config(),
             model_class.get_placeholder_str,
         )
+
+    async def render_chat_async(
+        self,
+        conversations: Sequence[Any],
+        chat_params: ChatParams,
+        tok_params: Any = None,
+        *,
+        prompt_extras: dict[str, Any] | None = None,
+        skip_mm_cache: bool = False,
+    ) -> Any:
+        """vLLM's, with the steps of a single conversation in the task of the request. vLLM starts
+        a task for each step of each conversation."""
+        if len(conversations) != 1:
+            return await super().render_chat_async(
+                conversations, chat_params, tok_params,
+                prompt_extras=prompt_extras, skip_mm_cache=skip_mm_cache,
+            )  # fmt: skip
+        arrived = time.time()
+        tok_params = tok_params or self.default_chat_tok_params
+        conversation, prompt = await self.render_messages_async(conversations[0], chat_params)
+        tokens = await self.tokenize_prompt_async(prompt, tok_params)
+        media_io_kwargs = chat_params.media_io_kwargs or {}
+        extras = {**(prompt_extras or {}), "media_io_kwargs": media_io_kwargs}
+        self._apply_prompt_extras([tokens], extras)
+        engine_prompt = await self.process_for_engine_async(
+            tokens, arrived, skip_mm_cache=skip_mm_cache, tok_params=tok_params
+        )
+        return [conversation], [engine_prompt]
 
     async def render_messages_async(self, messages: Any, params: ChatParams) -> Any:
         """vLLM's, with typed placeholders marked while the chat template runs."""
