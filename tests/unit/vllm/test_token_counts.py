@@ -18,6 +18,8 @@ from transformers.feature_extraction_utils import BatchFeature
 from vllm.multimodal.inputs import MultiModalKwargsItems
 
 from server.engine import token_rules
+from server.engine.launch import same_data
+from server.engine.vllm_adapter import processors
 from server.errors import ImageAspectRatio, ImageTokenCap, InvalidImage
 from server.imaging.sizing import Size
 from server.imaging.tokens import Count, TokenAllocation, TokenRule
@@ -176,6 +178,40 @@ def test_placeholders_in_a_prompt(model: str, checkpoints: Path) -> None:
         (placeholder,) = real.apply(inputs, TimingContext())["mm_placeholders"]["image"]
         assert placeholder.get_num_embeds() == got.tokens
         assert placeholder.length == got.prompt_tokens
+
+
+# ------------------------------------------------------------------ items of equal sizes
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_an_item_of_a_known_size_is_made_as_vllm_makes_it(model: str, checkpoints: Path) -> None:
+    """Pictures of equal sizes and different pixels: what is remembered of one fits the others."""
+    real = processor(model, checkpoints)
+    maker = processors.ItemMaker(real)
+    noise = np.random.default_rng(1)
+    for width, height in [(347, 251), (61, 59)]:
+        for number in range(3):
+            pixels = noise.integers(0, 256 >> number, (height, width, 3), dtype=np.uint8)
+            outputs, _ = processors.processed(real, Image.fromarray(pixels), {})
+            blank = processors.blank((width, height))
+            item, updates = processors.item(real, outputs, blank, {})
+            got, got_updates = maker.item(outputs, (width, height), {}, b"{}")
+            assert got.keys() == item.keys()
+            assert all(same_data(got[name].data, item[name].data) for name in item)
+            assert list(map(inserted, got_updates)) == list(map(inserted, updates))
+
+
+def inserted(update: Any) -> Any:
+    """What an update of the prompt says, without its functions, which are made anew each time."""
+    target = update.target if isinstance(update.target, str | list) else type(update.target)
+    return update.mode, target, update.content.full
+
+
+def test_a_large_mask_is_not_remembered() -> None:
+    with pytest.raises(processors._TooLarge):
+        processors._outline(torch.zeros(100, 100, dtype=torch.bool))
+    ours, other = (processors._outline(torch.full((1, 3), value)) for value in (1, 2))
+    assert ours != other
 
 
 # ------------------------------------------------------------------ what the encoder sees
