@@ -1,4 +1,4 @@
-"""vLLM's Hugging Face renderer, with the image work handed to the worker pool.
+"""From tokens and images to what the engine takes, with the image work handed to the worker pool.
 
 What vLLM does in one thread for a whole prompt is done here image by image:
 
@@ -14,9 +14,8 @@ import asyncio
 import functools
 import json
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from blake3 import blake3
@@ -24,14 +23,12 @@ from PIL import Image
 from vllm import __version__ as vllm_version
 from vllm.config import VllmConfig
 from vllm.inputs import MultiModalInput
-from vllm.model_executor.model_loader.utils import get_model_cls
 from vllm.multimodal.inputs import MultiModalKwargsItem
-from vllm.renderers import ChatParams
-from vllm.renderers.hf import HfRenderer
 
 from server.concurrency import all_or_none
 from server.engine.token_allocator import TokenAllocator
-from server.engine.vllm_adapter import processors, typed_placeholders
+from server.engine.vllm_adapter import processors
+from server.engine.vllm_adapter.conversation import ConversationRenderer
 from server.engine.vllm_adapter.processor_cache import PooledItem, ProcessorCache, copied
 from server.engine.vllm_adapter.processors import (
     PlaceholdersMissing,
@@ -39,7 +36,6 @@ from server.engine.vllm_adapter.processors import (
     Updates,
     translated_errors,
 )
-from server.engine.vllm_adapter.typed_placeholders import TypedPlaceholders
 from server.errors import ClientError, ImageTokenCap, SaccadeError, UnknownImage
 from server.imaging.encoded import EncodedImage
 from server.imaging.tokens import TokenAllocation
@@ -73,7 +69,7 @@ class ImageJob:
     kwargs: Mapping[str, Any]
 
 
-class PooledRenderer(HfRenderer):
+class PooledRenderer(ConversationRenderer):
     """Registered in the place of `HfRenderer`. Without `attach` it is vLLM's, with the cache
     order settled at sending. `announce`, if set, is told of images before they are processed."""
 
@@ -81,7 +77,6 @@ class PooledRenderer(HfRenderer):
         super().__init__(config, tokenizer)
         if self._mm_processor_cache is not None:
             self._mm_processor_cache = ProcessorCache(self._mm_processor_cache)
-        self._typed = TypedPlaceholders({})
         self._pool: ImagePool | None = None
         self._pooled = False
         self._items: processors.ItemMaker | None = None
@@ -127,73 +122,6 @@ class PooledRenderer(HfRenderer):
         of the same image when it is decoded."""
         ours = await self._process_images(prompt, {"image": [image]}, None, None)
         return ours, self._process_multimodal(prompt, {"image": [picture]}, None, None)
-
-    # ------------------------------------------------------------------ messages
-
-    def keep_typed_placeholders(self) -> None:
-        """Let the model's placeholders be text where a user types them."""
-        processor = self.get_mm_processor()
-        model_class: Any = get_model_cls(self.model_config)
-        self._typed = typed_placeholders.of_model(
-            processor.info.get_hf_processor(),
-            self.get_tokenizer(),
-            processor.info.get_hf_config(),
-            model_class.get_placeholder_str,
-        )
-
-    async def render_chat_async(
-        self,
-        conversations: Sequence[Any],
-        chat_params: ChatParams,
-        tok_params: Any = None,
-        *,
-        prompt_extras: dict[str, Any] | None = None,
-        skip_mm_cache: bool = False,
-    ) -> Any:
-        """vLLM's, with the steps of a single conversation in the task of the request. vLLM starts
-        a task for each step of each conversation."""
-        if len(conversations) != 1:
-            return await super().render_chat_async(
-                conversations, chat_params, tok_params,
-                prompt_extras=prompt_extras, skip_mm_cache=skip_mm_cache,
-            )  # fmt: skip
-        arrived = time.time()
-        tok_params = tok_params or self.default_chat_tok_params
-        conversation, prompt = await self.render_messages_async(conversations[0], chat_params)
-        tokens = await self.tokenize_prompt_async(prompt, tok_params)
-        media_io_kwargs = chat_params.media_io_kwargs or {}
-        extras = {**(prompt_extras or {}), "media_io_kwargs": media_io_kwargs}
-        self._apply_prompt_extras([tokens], extras)
-        engine_prompt = await self.process_for_engine_async(
-            tokens, arrived, skip_mm_cache=skip_mm_cache, tok_params=tok_params
-        )
-        return [conversation], [engine_prompt]
-
-    async def render_messages_async(self, messages: Any, params: ChatParams) -> Any:
-        """vLLM's, with typed placeholders marked while the chat template runs."""
-        marked = self._typed.mark(messages)
-        options = self._typed.mark(params.chat_template_kwargs)
-        if marked is messages and options is params.chat_template_kwargs:
-            return await super().render_messages_async(messages, params)
-        with_marks = replace(params, chat_template_kwargs=options)
-        conversation, prompt = await super().render_messages_async(marked, with_marks)
-        if "prompt_token_ids" in prompt or "prompt_embeds" in prompt:
-            # The template has made tokens, as it is told to for embeddings in the prompt.
-            return await super().render_messages_async(messages, params)
-        return self._typed.restored(conversation), prompt
-
-    def _tokenize_prompt(self, prompt: Any, params: Any) -> Any:
-        """vLLM's, with marked placeholders as text."""
-        if not self._typed.is_marked(prompt["prompt"]):
-            return super()._tokenize_prompt(prompt, params)
-        text, flags = self._typed.read(prompt["prompt"])
-        tokens: Any = super()._tokenize_prompt({**prompt, "prompt": text}, params)  # type: ignore[typeddict-item]
-        cut_left = getattr(self.get_tokenizer(), "truncation_side", "right") == "left"
-        ids, origin = self._typed.as_text(tokens["prompt_token_ids"], flags, cut_left=cut_left)
-        tokens["prompt_token_ids"] = ids
-        if (offsets := tokens.get("prompt_token_offsets")) is not None:
-            tokens["prompt_token_offsets"] = [offsets[place] for place in origin]
-        return tokens
 
     # ------------------------------------------------------------------ one prompt
 
