@@ -21,8 +21,10 @@ PYTEST = $(VENV)/bin/python -m pytest
 PARALLEL = --numprocesses logical --maxprocesses 4 --dist loadfile
 # Side by side, so that only one process spends the 10 s that imports of vLLM and torch take.
 UNIT = @$(MAKE) --no-print-directory --jobs 2 --keep-going --output-sync=target unit unit-vllm
+# Two processes: most of a server's start needs one core, and a running server takes 3 GiB.
+HALVES = @$(MAKE) --no-print-directory --jobs 2 --keep-going --output-sync=target half-main half-other
 
-.PHONY: setup serve test test-fast unit unit-vllm lint types check benchmark vllm-next docs lock sbom image-check clean
+.PHONY: setup serve test test-fast unit unit-vllm half-main half-other lint types check benchmark vllm-next docs lock sbom image-check clean
 .DEFAULT_GOAL := serve
 
 setup: $(VENV)/.installed
@@ -39,7 +41,7 @@ test: setup
 	@$(VENV)/bin/python -m tests.kubernetes_tools $(VENV)/services/bin
 ifeq ($(TESTS),)
 	$(UNIT)
-	$(PYTEST) tests/server tests/deploy
+	$(HALVES)
 else
 	$(PYTEST) $(TESTS)
 endif
@@ -52,6 +54,9 @@ unit:
 
 unit-vllm:
 	$(PYTEST) tests/unit/vllm
+
+half-main half-other:
+	$(PYTEST) --half $(@:half-%=%) tests/server tests/deploy
 
 lint: setup
 	$(VENV)/bin/ruff check .

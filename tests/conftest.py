@@ -51,9 +51,44 @@ hypothesis.settings.register_profile("unhurried", deadline=None)  # machines are
 hypothesis.settings.load_profile("unhurried")
 
 START_TIMEOUT_S = 240
+# Fixtures of servers that several files share, the main server first.
+SHARED = ("server", "guarded", "tight")
 # Connections last longer than clients keep them: else one ends just when its client sends again.
 OF_SERVERS = {"SACCADE_IMAGE_WORKERS": "2", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75"}
 STOP_TIMEOUT_S = 90  # above the 30 s in which running requests may end
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--half", choices=("main", "other"), help="run only the tests of the main server, or others"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put tests that share a server next to each other, those that end it last; choose a half."""
+    groups = {item: _group(item) for item in items}
+    places = {group: place for place, group in enumerate(dict.fromkeys(groups.values()))}
+
+    def key(item: pytest.Item) -> tuple[bool, int, bool]:
+        ends = item.get_closest_marker("ends_server") is not None
+        return groups[item] not in SHARED, places[groups[item]], ends
+
+    items.sort(key=key)
+    if (half := config.getoption("half")) is not None:
+        chosen = [item for item in items if (groups[item] == SHARED[0]) == (half == "main")]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+        items[:] = chosen
+
+
+def _group(item: pytest.Item) -> str:
+    """What the test is marked with, or else the server that it shares, or its file."""
+    if (marker := item.get_closest_marker("group")) is not None:
+        return str(marker.args[0])
+    fixtures = getattr(item, "fixturenames", ())
+    shared = [name for name in SHARED if name in fixtures]
+    if len(shared) > 1:
+        raise pytest.UsageError(f"{item.nodeid} shares two servers: {', '.join(shared)}")
+    return shared[0] if shared else item.nodeid.partition("::")[0]
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Manifests for Kubernetes: rendered by the real programs, checked by their kinds' schemas."""
 
+import functools
 import os
 import re
 import subprocess
@@ -9,8 +10,6 @@ from typing import Any
 
 import kubernetes_validate
 import yaml
-from cloudcoil.models.keda.v1alpha1 import ScaledObject
-from cloudcoil.models.prometheus_operator.v1 import PodMonitor
 
 from tests.services import program
 
@@ -23,7 +22,6 @@ OVERLAYS = ("cpu", "gpu", "multi-gpu")
 
 # The oldest and the newest release that the manifests are for.
 VERSIONS = ("1.30", "1.37")
-_CUSTOM: dict[str, Any] = {"PodMonitor": PodMonitor, "ScaledObject": ScaledObject}
 
 
 def kustomize(folder: Path) -> list[Manifest]:
@@ -75,7 +73,7 @@ def check_schema(manifest: Manifest) -> None:
     Raises:
         kubernetes_validate.ValidationError, ValueError: no; the message names the field.
     """
-    custom = _CUSTOM.get(manifest["kind"])
+    custom = _custom_kinds().get(manifest["kind"])
     if custom is None:
         for version in VERSIONS:
             kubernetes_validate.validate(manifest, version, strict=True)
@@ -85,6 +83,15 @@ def check_schema(manifest: Manifest) -> None:
     )
     if known != manifest:
         raise ValueError(f"of {manifest}, the kind knows only {known}")
+
+
+@functools.cache
+def _custom_kinds() -> dict[str, Any]:
+    # Imported when used: they take seconds, and pytest imports this file for every test.
+    from cloudcoil.models.keda.v1alpha1 import ScaledObject
+    from cloudcoil.models.prometheus_operator.v1 import PodMonitor
+
+    return {"PodMonitor": PodMonitor, "ScaledObject": ScaledObject}
 
 
 def one(manifests: Sequence[Manifest], kind: str, name: str = "saccade") -> Manifest:

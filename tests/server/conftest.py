@@ -1,4 +1,4 @@
-"""Servers that several files of tests share, each with flags that do not disturb the other's."""
+"""Servers that several files of tests share. The flags of each do not disturb its tests."""
 
 import json
 from collections.abc import Iterator
@@ -42,4 +42,19 @@ def guarded(
     # The variable would have the client library keep metrics in files, for several processes.
     files = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path_factory.mktemp("metrics"))}
     with serving(*keys, *told, *more, OTEL_BSP_SCHEDULE_DELAY="100", **files) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def tight() -> Iterator[Server]:
+    """A server with tight limits for videos, and an image cache that holds two pictures.
+
+    The tests that overfill the cache send pictures of up to 2.3 MB.
+    """
+    videos = ("--video-timeout-s", "0.7", "--video-max-memory-mb", "128")
+    fetches = ("--allowed-private-media", "127.0.0.1")
+    with serving(
+        *(*videos, "--max-video-bytes", str(4 << 20), "--trust-request-mm-kwargs"),
+        *(*fetches, "--max-model-len", "4096", "--mm-processor-cache-gb", "0.0030"),
+    ) as running:
         yield running

@@ -4,14 +4,13 @@ import asyncio
 import os
 import random
 import signal
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
 from tests import pictures
-from tests.conftest import STOP_TIMEOUT_S, Server, assert_nothing_is_left, serving
+from tests.conftest import STOP_TIMEOUT_S, Server, assert_nothing_is_left
 from tests.pictures import image_part, shape, text_part, user
 
 WHAT = text_part("What is in the image?")
@@ -93,19 +92,12 @@ def test_requests_cancelled_at_random_moments(server: Server) -> None:
     asyncio.run(weather(server.url, files, 0))
 
 
-@pytest.fixture(scope="module")
-def small() -> Iterator[Server]:
-    """A server whose cache holds two of the pictures; the largest takes 2.3 MB."""
-    with serving("--mm-processor-cache-gb", "0.0030") as running:
-        yield running
-
-
-def test_a_cache_too_small_for_the_pictures(small: Server) -> None:
+def test_a_cache_too_small_for_the_pictures(tight: Server) -> None:
     """Every picture pushes another one out, and one does not fit at all."""
     sizes = {"red": (560, 560), "green": (728, 560), "blue": (224, 224), "black": (600, 300)}
     files = {color: pictures.encode(shape(color, "circle", s)) for color, s in sizes.items()}
-    asyncio.run(weather(small.url, files, 1))
-    with httpx.Client(base_url=small.url, timeout=60) as client:
+    asyncio.run(weather(tight.url, files, 1))
+    with httpx.Client(base_url=tight.url, timeout=60) as client:
         parts = [image_part(files[color]) for color in ("red", "green", "blue", "red")]
         body = {"model": "saccade-tiny", "messages": user(*parts, WHAT), "temperature": 0}
         answers = [client.post("/v1/chat/completions", json=body) for _ in range(3)]
@@ -116,10 +108,11 @@ def test_a_cache_too_small_for_the_pictures(small: Server) -> None:
         assert len(three.json()["choices"]) == 3
 
 
-def test_ctrl_c_ends_everything(small: Server) -> None:
-    """The last test with this server. A terminal sends SIGINT to the whole group of processes."""
-    children = small.children()
+@pytest.mark.ends_server
+def test_ctrl_c_ends_everything(tight: Server) -> None:
+    """A terminal sends SIGINT to the whole group of processes."""
+    children = tight.children()
     assert len(children) >= 5
-    os.killpg(small.process.pid, signal.SIGINT)
-    assert small.process.wait(STOP_TIMEOUT_S) == 0
+    os.killpg(tight.process.pid, signal.SIGINT)
+    assert tight.process.wait(STOP_TIMEOUT_S) == 0
     assert_nothing_is_left(children)

@@ -19,6 +19,7 @@ from server.demo.training import train, vocabulary
 from server.demo.training.examples import single
 from tests.demo_twins import Twins
 
+pytestmark = pytest.mark.group("server")  # only so that both halves take as long
 STEPS, LOG_EVERY = 24, 4
 SEED_OF_A_PHOTO = "14"  # its first batch has a photo of scikit-image
 

@@ -8,10 +8,12 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import redis
 from prometheus_client.parser import text_string_to_metric_families
@@ -20,6 +22,8 @@ from tests.conftest import Server, assert_nothing_is_left, serving
 from tests.pictures import TOKEN_PIXELS, encode, image_part, photo, text_part, user
 from tests.redis_server import RedisServer, redis_server
 
+# Some tests compare with the server that other files share.
+pytestmark = pytest.mark.group("server")
 MODEL = "saccade-tiny"
 ADMIN = {"Authorization": "Bearer admin"}
 
@@ -197,44 +201,57 @@ def test_metrics_by_tier(web: httpx.Client) -> None:
     assert names["saccade_embedding_cache_seconds_bucket"] == {"disk", "shared"}
 
 
-def test_a_replica_encodes_nothing_again(store: RedisServer, web: httpx.Client) -> None:
-    first = ask_all(web)
-    stored_by_all(web, store, len(PICTURES))
-    with client_of(*tiers(None, store, "--embedding-cache-gb", "0", *PATIENT)) as (_, other):
-        encodes_nothing_again(other, first, "shared")
-
-
 def ask_all(web: httpx.Client) -> list[Any]:
     return [ask(web, picture, text=f"Picture {i}") for i, picture in enumerate(PICTURES)]
 
 
-def encodes_nothing_again(web: httpx.Client, first: list[Any], tier: str) -> None:
-    """A server that has just started answers as another did, and finds all pictures in `tier`."""
-    again = ask_all(web)
-    assert [stages(answer) for answer in again] == [["embedding"]] * len(PICTURES)
-    assert list(map(logprobs, again)) == list(map(logprobs, first))
-    assert counts(web)[tier]["hits"] == len(PICTURES)
-    assert encoder_runs(web) == 0
-
-
-def test_another_model_finds_nothing(
-    folder: Path, web: httpx.Client, tmp_path: Path, repository: Path
-) -> None:
-    """The trap: the key of an image says nothing about the files of the model."""
-    first = ask(web, PICTURES[0])
-    wait_for(lambda: counts(web)["disk"]["entries"] == 1)
-    model = tmp_path / "model"
+@pytest.fixture(scope="module")
+def other_model(
+    folder: Path, cached: Server, tmp_path_factory: pytest.TempPathFactory, repository: Path
+) -> Iterator[httpx.Client]:
+    """Another model with the same disk tier, and 16 pages of memory for pictures of two each."""
+    model = tmp_path_factory.mktemp("other") / "model"
     shutil.copytree(repository / "server" / "demo", model, ignore=shutil.ignore_patterns("*.py"))
     path = model / "preprocessor_config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "image_mean": [0.1, 0.1, 0.1]}))
-    copy = tmp_path / "embeddings"  # what this model writes is not for the tests that follow
+    with httpx.Client(base_url=cached.url, timeout=60) as web:
+        ask(web, PICTURES[0])
+        wait_for(lambda: counts(web)["disk"]["entries"] >= 1)
+    copy = model.with_name("embeddings")  # what this model writes does not concern other tests
     shutil.copytree(folder, copy)
-    flags = (str(model), "--served-model-name", MODEL, *tiers(copy, None))
-    with client_of(*flags) as (_, other):
-        second = ask(other, PICTURES[0])
-        assert stages(second) == ["none"]
-        assert logprobs(second) != logprobs(first)
+    memory = ("--embedding-cache-gb", str(16 * 65536 / 2**30))
+    with client_of(str(model), "--served-model-name", MODEL, *tiers(copy, None), *memory) as (
+        _,
+        client,
+    ):
+        yield client
+
+
+def test_another_model_finds_nothing(web: httpx.Client, other_model: httpx.Client) -> None:
+    """The trap: the key of an image says nothing about the files of the model."""
+    first, second = ask(web, PICTURES[0]), ask(other_model, PICTURES[0])
+    assert stages(second) == ["none"]
+    assert logprobs(second) != logprobs(first)
+
+
+def test_memory_too_small_for_what_is_asked(other_model: httpx.Client) -> None:
+    """Everything is evicted all the time."""
+    alone = [_tokens(logprobs(ask(other_model, p, text="Which?"))) for p in PICTURES]
+
+    def load(number: int) -> None:
+        rng = random.Random(number)
+        for _ in range(12):
+            index = rng.randrange(len(PICTURES))
+            together = ask(other_model, PICTURES[index], text="Which?")
+            assert _tokens(logprobs(together)) == alone[index]
+            ask(other_model, *rng.sample(PICTURES, 3), LARGE, text="Which?")
+
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        list(threads.map(load, range(4)))
+    found = counts(other_model)["host"]
+    assert found["evictions"] > 0
+    assert found["bytes"] <= found["max_bytes"] == 16 * 65536
 
 
 def test_only_admins_see_and_empty_the_caches(web: httpx.Client) -> None:
@@ -319,27 +336,6 @@ def _tokens(found: Any) -> list[str]:
     return [token["token"] for token in found["content"]]
 
 
-def test_too_small_for_what_is_asked() -> None:
-    """16 pages of memory for pictures of two: everything is evicted all the time."""
-    flags = tiers(None, None, "--embedding-cache-gb", str(16 * 65536 / 2**30))
-    with client_of(*flags) as (_, web):
-        alone = [_tokens(logprobs(ask(web, p, text="Which?"))) for p in PICTURES]
-
-        def load(number: int) -> None:
-            rng = random.Random(number)
-            for _ in range(12):
-                index = rng.randrange(len(PICTURES))
-                together = ask(web, PICTURES[index], text="Which?")
-                assert _tokens(logprobs(together)) == alone[index]
-                ask(web, *rng.sample(PICTURES, 3), LARGE, text="Which?")
-
-        with concurrent.futures.ThreadPoolExecutor(4) as threads:
-            list(threads.map(load, range(4)))
-        found = counts(web)["host"]
-        assert found["evictions"] > 0
-        assert found["bytes"] <= found["max_bytes"] == 16 * 65536
-
-
 def test_clients_cannot_send_embeddings(server: Server) -> None:
     """The engine takes them from its cache only, although it is a receiver of embeddings now."""
     part = {"type": "image_embeds", "image_embeds": "AAAA"}
@@ -349,32 +345,70 @@ def test_clients_cannot_send_embeddings(server: Server) -> None:
     assert "enable-mm-embeds" in response.text or "enable_mm_embeds" in response.text
 
 
-def test_kill_9_leaves_no_process_and_loses_only_what_was_not_written(
-    folder: Path, cached: Server, web: httpx.Client
-) -> None:
-    """The last test with this server: it ends it."""
-    first = ask_all(web)
-    wait_for(lambda: counts(web)["disk"]["entries"] == len(PICTURES))
+# ------------------------------------------------------- from here on `cached` is dead
+
+
+@dataclass
+class Killed:
+    """What the server with all tiers left: its child processes, and its answers to `ask_all`."""
+
+    children: list[psutil.Process]
+    answers: list[Any]
+
+
+@pytest.fixture(scope="module")
+def killed(folder: Path, store: RedisServer, cached: Server) -> Killed:
+    with httpx.Client(base_url=cached.url, timeout=60) as web:
+        web.delete("/v1/cache", headers=ADMIN).raise_for_status()
+        answers = ask_all(web)
+        stored_by_all(web, store, len(PICTURES))
     children = cached.children()
     assert cached.named("VLLM::EngineCore")
     cached.process.kill()
-    assert_nothing_is_left(children)
+    return Killed(children, answers)
+
+
+def test_kill_9_leaves_no_process(killed: Killed) -> None:
+    assert_nothing_is_left(killed.children)
+
+
+@pytest.fixture(scope="module")
+def replica(folder: Path, store: RedisServer, killed: Killed) -> Iterator[httpx.Client]:
+    """A server without memory that finds half of the entries on the disk, and all in Redis."""
+    for path in sorted(folder.rglob("*.safetensors"))[::2]:
+        path.unlink()
     more = ("--encoder-cache-tokens", "5000", "--trust-request-mm-kwargs")
-    flags = tiers(folder, None, *PATIENT, *more)
-    with client_of(*flags, VLLM_SERVER_DEV_MODE="1") as (_, other):
-        encodes_nothing_again(other, first, "disk")
-        # Who resets the encoder cache says that the weights are others than those of the files.
-        assert other.post("/reset_encoder_cache").status_code == 200
-        assert stages(ask(other, PICTURES[0], text="Now?")) == ["features"]
-        assert stages(ask(other, PICTURES[0], text="And now?")) == ["embedding"]
-        assert counts(other).keys() == {"gpu", "host"}
-        # The GPU holds more than a step may encode; what is larger than a step is refused at once.
-        assert counts(other)["gpu"]["max_tokens"] == 5000
-        large = encode(photo((1600, 1200), 1), "JPEG")
-        body = {
-            "model": MODEL, "messages": user(image_part(large)), "max_tokens": 1,
-            "mm_processor_kwargs": {"max_pixels": 4_000_000},
-        }  # fmt: skip
-        response = other.post("/v1/chat/completions", json=body)
-        assert response.status_code == 400, response.text
-        assert "encoder cache size 600" in response.text
+    flags = tiers(folder, store, "--embedding-cache-gb", "0", *PATIENT, *more)
+    with client_of(*flags, VLLM_SERVER_DEV_MODE="1") as (_, client):
+        yield client
+
+
+def test_a_replica_encodes_nothing_again(replica: httpx.Client, killed: Killed) -> None:
+    """It finds what is on the disk there, and the rest in the shared store."""
+    again = ask_all(replica)
+    assert [stages(answer) for answer in again] == [["embedding"]] * len(PICTURES)
+    assert list(map(logprobs, again)) == list(map(logprobs, killed.answers))
+    found = counts(replica)
+    assert found["disk"]["hits"] == found["shared"]["hits"] == len(PICTURES) // 2
+    assert encoder_runs(replica) == 0
+
+
+def test_a_reset_of_the_encoder_cache_empties_it(replica: httpx.Client) -> None:
+    """It says that the weights are no longer those of the model's files: other tiers close."""
+    assert replica.post("/reset_encoder_cache").status_code == 200
+    assert stages(ask(replica, PICTURES[0], text="Now?")) == ["features"]
+    assert stages(ask(replica, PICTURES[0], text="And now?")) == ["embedding"]
+    assert counts(replica).keys() == {"gpu", "host"}
+
+
+def test_the_gpu_holds_more_than_a_step_may_encode(replica: httpx.Client) -> None:
+    """A picture that is larger than a step is refused at once."""
+    assert counts(replica)["gpu"]["max_tokens"] == 5000
+    large = encode(photo((1600, 1200), 1), "JPEG")
+    body = {
+        "model": MODEL, "messages": user(image_part(large)), "max_tokens": 1,
+        "mm_processor_kwargs": {"max_pixels": 4_000_000},
+    }  # fmt: skip
+    response = replica.post("/v1/chat/completions", json=body)
+    assert response.status_code == 400, response.text
+    assert "encoder cache size 600" in response.text

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -53,7 +54,8 @@ def manager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[socket.socket]
 
 @pytest.fixture(scope="module")
 def secured(certificate: Path, manager: socket.socket) -> Iterator[Server]:
-    """A server with vLLM's flags for keys, CORS, TLS and root path, in `exact` mode."""
+    """A server with vLLM's flags for keys, CORS, TLS and root path, in `exact` mode, that caps
+    every image."""
     with serving(
         *("--api-key", "secret", "--root-path", "/vlm", "--served-model-name", "my-model"),
         *("--allowed-origins", '["https://example.org"]', "--image-decode", "exact"),
@@ -61,6 +63,7 @@ def secured(certificate: Path, manager: socket.socket) -> Iterator[Server]:
         *("--ssl-certfile", str(certificate / "cert.pem")),
         "--enable-ssl-refresh",
         *("--limit-mm-per-prompt", '{"image": 2}', "--enable-request-id-headers"),
+        *("--max-image-tokens", "30"),
         SACCADE_MAX_REQUEST_BYTES=str(MAX_BODY),
         NOTIFY_SOCKET=manager.getsockname(),
     ) as server:
@@ -120,10 +123,25 @@ def test_cors_root_path_and_limits(web: httpx.Client) -> None:
     assert "more than 2 images" in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("options", "fewest", "most"),
+    [({}, 20, 30), ({"detail": "high", "max_tokens": 500}, 20, 30), ({"max_tokens": 9}, 1, 9)],
+)
+def test_the_server_caps_every_image(
+    web: httpx.Client, options: dict[str, Any], fewest: int, most: int
+) -> None:
+    part = image_part(pictures.encode(pictures.photo((640, 480), 7), "JPEG"))
+    part["image_url"].update(options)
+    request = {**REQUEST, "messages": user(part), "max_tokens": 1}
+    answer = web.post("/v1/chat/completions", json=request, headers=KEY).raise_for_status().json()
+    tokens = answer["usage"]["prompt_tokens_details"]["image_tokens"]
+    assert fewest <= tokens <= most
+
+
+@pytest.mark.ends_server
 def test_sigterm_lets_running_requests_finish_and_leaves_nothing(
     secured: Server, manager: socket.socket
 ) -> None:
-    """The last test with this server: it ends it."""
     assert manager.recv(100) == b"READY=1"
     children = secured.children()
     assert len(secured.image_workers()) == 2
@@ -144,6 +162,16 @@ def test_sigterm_lets_running_requests_finish_and_leaves_nothing(
     asking.join()
     assert answers[0].status_code == 200
     assert answers[0].json()["usage"]["completion_tokens"] == 400
+    assert_nothing_is_left(children)
+
+
+@pytest.mark.ends_server
+def test_a_dead_engine_ends_the_server(guarded: Server) -> None:
+    """The engine cannot come back, so whatever supervises the server has to start it again."""
+    children = guarded.children()
+    (core,) = guarded.named("VLLM::EngineCore")
+    core.kill()
+    assert guarded.process.wait(STOP_TIMEOUT_S) == 1
     assert_nothing_is_left(children)
 
 
@@ -168,70 +196,91 @@ def test_a_signal_during_the_start_leaves_nothing(stage: str) -> None:
     assert_nothing_is_left(children)
 
 
-def start(*flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "server", *flags],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
-# Each call in a child, which has vLLM already.
-CALLS = """
+# Runs each command in a child of a process that has imported vLLM already.
+COMMANDS = """
 import json, os, sys
-from server import cli
+from server import app, cli
 from server.engine import arguments
-for call in json.loads(sys.argv[1]):
-    sys.stdout.flush()
+for command in json.loads(sys.argv[1]):
     if not os.fork():
-        os.environ.update(call["environment"])
-        os.dup2(os.open(call["errors"], os.O_WRONLY | os.O_CREAT), 2)
-        cli.main(call["flags"])
+        os.environ.update(command["environment"])
+        for stream in ("stdout", "stderr"):
+            to = os.open(command[stream], os.O_WRONLY | os.O_CREAT)
+            os.dup2(to, getattr(sys, stream).fileno())
+        cli.main(command["words"])
+        sys.stdout.flush()
         os._exit(0)
     _, status = os.wait()
-    print(os.waitstatus_to_exitcode(status))
+    print(os.waitstatus_to_exitcode(status), flush=True)
 """
+# What is refused: {command: (variables, exit status, text on standard error)}.
+REFUSED: dict[str, tuple[dict[str, str], int, str]] = {
+    "serve --no-such-flag": ({}, 2, "--no-such-flag"),
+    "serve --image-workers none": ({}, 2, "image_workers"),
+    "serve": ({"SACCADE_IMAGE_WORKRES": "2"}, 2, "SACCADE_IMAGE_WORKRES"),
+    "serve --headless": ({}, 2, "--headless is not supported"),
+    "serve --api-server-count 4": ({}, 2, "--image-workers"),
+    "sevre": ({}, 2, "unknown command 'sevre'"),
+    "serve --port 0 --allowed-private-media 10.0.0.0/99": ({}, 1, "10.0.0.0/99"),
+}
+SHOWN = {
+    "--help": "saccade serve",
+    "--version": r"\Asaccade \d+\.\d+\.\d+\n\Z",
+    "serve --help=Saccade": r"--fetch-timeout-s(.|\n)+--image-workers",
+}
 
 
-def test_wrong_calls_are_refused(tmp_path: Path) -> None:
-    wrong: list[tuple[list[str], dict[str, str], str]] = [
-        (["serve", "--no-such-flag"], {}, "--no-such-flag"),
-        (["serve", "--image-workers", "none"], {}, "image_workers"),
-        (["serve"], {"SACCADE_IMAGE_WORKRES": "2"}, "SACCADE_IMAGE_WORKRES"),
-        (["serve", "--headless"], {}, "--headless is not supported"),
-        (["serve", "--api-server-count", "4"], {}, "--image-workers"),
-        (["sevre"], {}, "unknown command 'sevre'"),
-    ]
-    files = [tmp_path / str(number) for number in range(len(wrong))]
-    calls = [
-        {"flags": flags, "environment": environment, "errors": str(file)}
-        for (flags, environment, _), file in zip(wrong, files, strict=True)
-    ]
-    command = [sys.executable, "-c", CALLS, json.dumps(calls)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
-    assert done.stdout.split()[-len(wrong) :] == ["2"] * len(wrong)
-    for (flags, _, message), file in zip(wrong, files, strict=True):
-        errors = file.read_text()
-        assert message in errors, flags
-        assert "Traceback" not in errors, flags
-
-
-def test_help_and_version() -> None:
-    assert "saccade serve" in start("--help").stdout
-    assert re.fullmatch(r"saccade \d+\.\d+\.\d+\n", start("--version").stdout)
-    listed = start("serve", "--help=Saccade").stdout
-    assert "--image-workers" in listed
-    assert "--fetch-timeout-s" in listed
-
-
-def test_a_taken_port_is_said() -> None:
+@pytest.fixture(scope="module")
+def ended(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, subprocess.CompletedProcess[str]]:
+    """All commands that end by themselves, after their end."""
+    folder = tmp_path_factory.mktemp("commands")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        done = start("serve", "--host", "127.0.0.1", "--port", port)
+        words = {name: name.split() for name in (*REFUSED, *SHOWN)}
+        words["taken port"] = ["serve", "--host", "127.0.0.1", "--port", port]
+        files = {name: (folder / f"{n}.out", folder / f"{n}.err") for n, name in enumerate(words)}
+        commands = [
+            {
+                "words": words[name],
+                "environment": REFUSED[name][0] if name in REFUSED else {},
+                "stdout": str(files[name][0]),
+                "stderr": str(files[name][1]),
+            }
+            for name in words
+        ]
+        done = subprocess.run(
+            [sys.executable, "-c", COMMANDS, json.dumps(commands)],
+            capture_output=True, text=True, timeout=240, check=True,
+        )  # fmt: skip
+    statuses = map(int, done.stdout.split()[-len(words) :])
+    return {
+        name: subprocess.CompletedProcess(name, status, *(f.read_text() for f in files[name]))
+        for name, status in zip(words, statuses, strict=True)
+    }
+
+
+@pytest.mark.parametrize("command", REFUSED)
+def test_a_wrong_command_is_refused(
+    command: str, ended: dict[str, subprocess.CompletedProcess[str]]
+) -> None:
+    _, status, message = REFUSED[command]
+    assert ended[command].returncode == status
+    assert message in ended[command].stderr
+    assert "Traceback" not in ended[command].stderr
+
+
+@pytest.mark.parametrize("command", SHOWN)
+def test_help_and_version(command: str, ended: dict[str, subprocess.CompletedProcess[str]]) -> None:
+    assert ended[command].returncode == 0
+    assert re.search(SHOWN[command], ended[command].stdout)
+
+
+def test_a_port_in_use_is_named(ended: dict[str, subprocess.CompletedProcess[str]]) -> None:
+    done = ended["taken port"]
     assert done.returncode == 1
     assert "cannot start" in done.stderr
     assert "Address already in use" in done.stderr

@@ -16,6 +16,7 @@ from tests import pictures
 from tests.conftest import START_TIMEOUT_S, STOP_TIMEOUT_S
 from tests.pictures import image_part, shape, text_part, user
 
+pytestmark = pytest.mark.group("server")  # all tests compare with it
 RED, BLUE = (pictures.encode(shape(color)) for color in ("red", "blue"))
 PHOTO = pictures.encode(pictures.photo((900, 700)), "PNG")
 WHAT = text_part("Describe the image.")

@@ -10,28 +10,16 @@ import numpy as np
 import pytest
 
 from tests import clips
-from tests.conftest import Origin, Server, serving
+from tests.conftest import Origin, Server
 from tests.pictures import data_url, encode, shape, text_part, user
 
 WHAT = text_part("What is in the video?")
 RED, BLUE = (np.asarray(shape(color))[:, :, ::-1] for color in ("red", "blue"))
-LIMITS = (
-    *("--video-timeout-s", "0.7"),
-    *("--video-max-memory-mb", "128"),
-    *("--max-video-bytes", str(4 << 20)),
-)
 
 
 @pytest.fixture(scope="module")
-def limited() -> Iterator[Server]:
-    flags = ("--allowed-private-media", "127.0.0.1", "--trust-request-mm-kwargs")
-    with serving(*LIMITS, *flags, "--max-model-len", "4096") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def web(limited: Server) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=limited.url, timeout=60) as client:
+def web(tight: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=tight.url, timeout=60) as client:
         yield client
 
 
@@ -132,11 +120,11 @@ def test_a_bad_video_is_refused_at_once(web: httpx.Client, url: str, code: str) 
     assert time.monotonic() - started < 8
 
 
-def test_limits_of_memory_and_time_hold(web: httpx.Client, limited: Server) -> None:
+def test_limits_of_memory_and_time_hold(web: httpx.Client, tight: Server) -> None:
     wide, small = np.zeros((1024, 1024, 3), np.uint8), np.zeros((240, 320, 3), np.uint8)
     large = clips.of_frames([wide] * 64, ".mkv", "mp4v", fps=2)
     assert refusal(ask(web, mp4_url(large))) == "video_too_large"
     long = clips.of_frames([small] * 30_000, ".mkv", "mp4v", fps=1000)
     assert refusal(ask(web, mp4_url(long))) == "media_processing_timeout"
-    assert not limited.named("VideoDecoder")
+    assert not tight.named("VideoDecoder")
     assert shown(ask(web, mp4_url(GOOD)))
