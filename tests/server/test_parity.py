@@ -80,6 +80,8 @@ class Rig:
 
 @contextlib.asynccontextmanager
 async def rig(model: Path, decode: str = "exact") -> AsyncIterator[Rig]:
+    from vllm import envs
+
     from server.engine import launch
     from server.engine.arguments import parse
     from server.engine.vllm_adapter.outcomes import Outcomes
@@ -99,6 +101,7 @@ async def rig(model: Path, decode: str = "exact") -> AsyncIterator[Rig]:
         assert embeddings is not None
         await stack.enter_async_context(embeddings)
         engine = await stack.enter_async_context(launch.running(prepared, Outcomes(), Gate()))
+        envs.disable_envs_cache()  # `render` changes a variable
         await stack.enter_async_context(pool)
         limits = launch.media_limits(engine, settings)
         assert limits is not None
