@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from server.errors import ClientError
@@ -94,6 +94,7 @@ def refusal(loader: MediaLoader, body: bytes, route: str) -> ClientError | None:
 
 
 @settings(max_examples=150, deadline=None)
+@example({"messages": [{"content": [{"type": "input_audio"}]}]}, "/v1/chat/completions")
 @given(DOCUMENTS, st.sampled_from(ROUTES))
 def test_any_body_is_read_or_refused(loader: MediaLoader, document: Any, route: str) -> None:
     error = refusal(loader, json.dumps(document).encode(), route)

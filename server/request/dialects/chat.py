@@ -123,6 +123,8 @@ def read_input_audio(part: Part) -> tuple[MediaRef, Write]:
     data = holder.get("data") if isinstance(holder, dict) else None
     if data in (None, "") and uuid_of(part) is not None:
         return _clip_sent_before("audio", part)
+    if not isinstance(holder, dict):
+        raise InvalidImageUrl("the part must have an input_audio object", param=path)
     source = data_source(data, part, f"{path}.data")
     return MediaRef("audio", path, source, uuid=uuid_of(part)), _clip_writer(part, "audio")
 
