@@ -1,5 +1,6 @@
 """The command line: `saccade serve` and `saccade demo`. Imports are light until a command runs."""
 
+import atexit
 import logging
 import os
 import signal
@@ -7,6 +8,7 @@ import sys
 import time
 import warnings
 from types import FrameType
+from typing import NoReturn
 
 from server import __version__
 from server.errors import CannotStart
@@ -87,13 +89,26 @@ def _serve(argv: list[str]) -> None:
         status = _run(argv, progress)
     except KeyboardInterrupt:
         progress("stopped during start-up")
-        status = 130
+        _end(130)
     except (OSError, CannotStart) as error:  # the port is taken, a file is missing
         progress(f"cannot start: {error}")
         status = 1
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     raise SystemExit(status)
+
+
+def _end(status: int) -> NoReturn:
+    """End the process after the functions registered with `atexit`, without waiting for threads.
+
+    The interruption may have hit the start of a thread in a pool, just before the pool noted it.
+    Nothing tells such a thread to end, and the interpreter would wait for it for ever.
+    """
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _quiet_libraries() -> None:
