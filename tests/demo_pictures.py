@@ -18,7 +18,6 @@ from server.demo.drawing import COLORS, Lettering, draw_shape
 from server.demo.training.words import ORDINALS, article
 from server.imaging.sizing import Size
 from tests import encoded, pictures, profiles
-from tests.unit.test_decode import STORED_AS
 
 WHAT = "What is in the image?"
 READ = "What does the text say?"
@@ -108,7 +107,7 @@ def orders(count: int) -> Iterator[Asked]:
 def turned(orientation: int, *, tagged: bool = True) -> Asked:
     """A text that is upright if EXIF's orientation is followed; also without that tag."""
     upright = np.asarray(written(UPRIGHT, (256, 224), 40))
-    stored = Image.fromarray(np.ascontiguousarray(STORED_AS[orientation](upright)))
+    stored = Image.fromarray(np.ascontiguousarray(pictures.STORED_AS[orientation](upright)))
     file = encoded.turned(stored, "PNG", orientation) if tagged else pictures.encode(stored)
     return asked(file, question=READ, answer=UPRIGHT)
 

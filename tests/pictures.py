@@ -16,6 +16,18 @@ _PROCESSOR = json.loads((_DEMO_MODEL / "preprocessor_config.json").read_text())
 TOKEN_PIXELS: int = _PROCESSOR["patch_size"] * _PROCESSOR["merge_size"]
 """Pixels of one token of the demo model, along each side of a picture."""
 
+# Maps an upright array (height, width, channels) to its layout in a file, per EXIF orientation.
+STORED_AS = {
+    1: lambda upright: upright,
+    2: lambda upright: upright[:, ::-1],
+    3: lambda upright: upright[::-1, ::-1],
+    4: lambda upright: upright[::-1],
+    5: lambda upright: upright.transpose(1, 0, 2),
+    6: lambda upright: np.rot90(upright, 1),
+    7: lambda upright: np.rot90(upright.transpose(1, 0, 2), 2),
+    8: lambda upright: np.rot90(upright, -1),
+}
+
 
 def shape(color: str, kind: str = "circle", size: Size = (224, 224)) -> Image.Image:
     """One shape ("circle" or "square") in the middle of a white picture."""

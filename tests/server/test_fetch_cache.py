@@ -6,8 +6,8 @@ import httpx
 import pytest
 
 from tests import pictures
+from tests.fetch_cache_bench import Bench
 from tests.hostile_origin import HostileOrigin
-from tests.unit.test_fetch_cache import Bench
 
 
 @pytest.fixture

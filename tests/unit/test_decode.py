@@ -21,18 +21,6 @@ PHOTO = pictures.photo((321, 243), 1)
 FILES = encoded.files(PHOTO)
 EVEN = pictures.photo((320, 240), 1)
 
-# How the upright picture is stored under each EXIF orientation.
-STORED_AS = {
-    1: lambda upright: upright,
-    2: lambda upright: upright[:, ::-1],
-    3: lambda upright: upright[::-1, ::-1],
-    4: lambda upright: upright[::-1],
-    5: lambda upright: upright.transpose(1, 0, 2),
-    6: lambda upright: np.rot90(upright, 1),
-    7: lambda upright: np.rot90(upright.transpose(1, 0, 2), 2),
-    8: lambda upright: np.rot90(upright, -1),
-}
-
 
 def _psnr(ours: np.ndarray, theirs: np.ndarray) -> float:
     error = np.mean((ours.astype(np.float64) - theirs) ** 2)
@@ -59,14 +47,14 @@ def test_pillow_and_numpy_see_the_same_pixels() -> None:
 # ------------------------------------------------------------------ orientation
 
 
-@pytest.mark.parametrize("orientation", STORED_AS)
+@pytest.mark.parametrize("orientation", pictures.STORED_AS)
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "HEIF"])
 def test_pictures_are_turned_upright(kind: str, orientation: int) -> None:
     corners = np.zeros((48, 64, 3), np.uint8)
     corners[:24, :32] = (255, 0, 0)
     corners[:24, 32:] = (0, 255, 0)
     corners[24:, 32:] = (0, 0, 255)
-    stored = Image.fromarray(np.ascontiguousarray(STORED_AS[orientation](corners)))
+    stored = Image.fromarray(np.ascontiguousarray(pictures.STORED_AS[orientation](corners)))
     decoded = decode(encoded.turned(stored, kind, orientation), DecodeOptions())
     assert decoded.size == decoded.image.size == (64, 48)
     difference = np.abs(np.asarray(decoded.image).astype(int) - corners)

@@ -4,7 +4,6 @@ import asyncio
 import gzip
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from email.utils import formatdate
 from typing import Any
 
 import pytest
@@ -24,100 +23,10 @@ from server.errors import (
 from server.ingest.fetch import Fetcher, FetchSettings
 from server.ingest.fetch_cache import ENTRY_BYTES, CacheStats, FetchCache
 from server.ingest.freshness import HttpHeader, ResponseHead
+from tests.fetch_cache_bench import GROUP, MIB, Bench
 from tests.hostile_origin import HostileOrigin, Visit
 
-MIB = 1 << 20
-GROUP = "customers"
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
-
-
-class Clock:
-    """Both clocks of `time`. They stand still unless the test advances them."""
-
-    def __init__(self) -> None:
-        self.now = 1_800_000_000.0
-
-    def time(self) -> float:
-        return self.now
-
-    def monotonic(self) -> float:
-        return self.now - 1_000_000_000
-
-    def date(self, seconds: float = 0) -> str:
-        """The time in so many seconds, as HTTP writes it."""
-        return formatdate(self.now + seconds, usegmt=True)
-
-
-class Picture:
-    """The content of a path of the origin. A request with its validator is answered with a 304.
-
-    `headers` go with the picture, `newer` with a 304 instead (None: those of the picture).
-    """
-
-    def __init__(self, *headers: str, body: bytes = b"picture") -> None:
-        self.headers = list(headers)
-        self.newer: list[str] | None = None
-        self.body = body
-        self.visits: list[Visit] = []
-        self._may_answer = asyncio.Event()
-        self._may_answer.set()
-
-    async def __call__(self, visit: Visit) -> None:
-        self._loop = asyncio.get_running_loop()
-        self.visits.append(visit)
-        await self._may_answer.wait()
-        if self._is_known_to(visit):
-            lines = self.headers if self.newer is None else self.newer
-            await visit.send("\r\n".join(["HTTP/1.1 304 Not Modified", *lines, "", ""]).encode())
-        else:
-            await visit.respond("200 OK", self.body, *self.headers)
-
-    def hold(self) -> None:
-        """Hold all answers until `answer` is called."""
-        self._may_answer.clear()
-
-    def answer(self) -> None:
-        """Answer all pending and future requests."""
-        self._loop.call_soon_threadsafe(self._may_answer.set)
-
-    def _is_known_to(self, visit: Visit) -> bool:
-        asked = visit.header("If-None-Match"), visit.header("If-Modified-Since")
-        ours = self._field("ETag"), self._field("Last-Modified")
-        return any(a and a == b for a, b in zip(asked, ours, strict=True))
-
-    def _field(self, name: str) -> str:
-        lines = (line.partition(": ") for line in self.headers)
-        return next((value for key, _, value in lines if key == name), "")
-
-
-class Bench:
-    """A fetcher with a cache, a clock, and an origin with one picture."""
-
-    def __init__(self, origin: HostileOrigin, max_bytes: int = MIB) -> None:
-        self.origin = origin
-        self.clock = Clock()
-        self.cache = FetchCache(max_bytes, self.clock)
-        self.settings: dict[str, Any] = {"allow_private": True}
-        self.url = origin.url("/picture")
-
-    def put(self, *headers: str, body: bytes = b"picture", path: str = "/picture") -> Picture:
-        picture = Picture(*headers, body=body)
-        self.origin.routes[path] = picture
-        return picture
-
-    def fetcher(self, **settings: Any) -> Fetcher:
-        return Fetcher(FetchSettings(**{**self.settings, **settings}), cache=self.cache)
-
-    def outcome(self, fetches: int = 2) -> CacheStats:
-        """Fetch the picture the given number of times, one after the other."""
-
-        async def fetch() -> None:
-            async with self.fetcher() as fetcher:
-                for _ in range(fetches):
-                    await fetcher.fetch(self.url, GROUP)
-
-        asyncio.run(fetch())
-        return self.cache.stats()
 
 
 @pytest.fixture(params=[asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
@@ -467,10 +376,15 @@ def test_arbitrary_heads_are_handled(headers: list[HttpHeader]) -> None:
     assert ResponseHead.of(headers).updated(head).is_confirmed_by(head)
 
 
-def test_heads_are_read_in_linear_time() -> None:
+@pytest.mark.parametrize(
+    "end",
+    [b" " * 10**6 + b"\x00", b'a="' + b"\\" * 10**6, b"a" * 10**6 + b"\x00"],
+    ids=["spaces", "escapes", "letters"],
+)
+def test_malformed_cache_control_of_a_megabyte_is_refused_in_linear_time(end: bytes) -> None:
     """In quadratic time this would take hours and exceed the test's timeout."""
-    for text in (b" " * 10**6 + b"\x00", b'a="' + b"\\" * 10**6, b"a" * 10**6 + b"\x00"):
-        ResponseHead.of([(b"cache-control", text)]).fresh_s(0, 0)
+    head = ResponseHead.of([(b"cache-control", b"max-age=60," + end)])
+    assert head.fresh_s(0, 0) == 0
 
 
 # For whom.
