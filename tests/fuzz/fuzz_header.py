@@ -322,19 +322,22 @@ def _orientation(image: Image.Image) -> Any:
         return 1
 
 
-def check(data: bytes) -> bool:
-    """Whether the header could be read.
-
-    Raises:
-        AssertionError: it says something else than the decoders.
-    """
+def header_size(data: bytes) -> Size | None:
+    """Upright (width, height) from the header of `data`; None if the reader refuses it."""
     try:
-        found = header.read(data)
+        return header.read(data).size
     except ClientError:
-        return False
-    size = decoded_size(data)
-    assert size in (None, found.size), f"{found} is decoded to {size}"
-    return True
+        return None
+
+
+def check(data: bytes) -> None:
+    """
+    Raises:
+        AssertionError: the header reader and the decoders find different sizes.
+    """
+    found = header_size(data)
+    decoded = decoded_size(data) if found else None
+    assert decoded in (None, found), f"the header says {found}, decoded to {decoded}"
 
 
 def main() -> None:

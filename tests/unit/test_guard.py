@@ -177,8 +177,10 @@ def test_lists_of_hosts(host: str, is_on_the_list: bool) -> None:
     assert not may(only, "10.0.0.1", host)  # such a list opens nothing
 
 
-def test_without_a_list_no_host_is_refused() -> None:
+def test_hosts_are_refused_only_if_there_is_a_list_of_hosts() -> None:
     check_host("anywhere.example", Policy.of(allowed=["images.internal"]))
+    with pytest.raises(ImageUrlBlocked):
+        check_host("anywhere.example", Policy.of(only_hosts=["images.internal"]))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 import torch
 import uvloop
+import zmq
 
 from server.engine.vllm_adapter import plugin
 from server.engine.vllm_adapter.encode_timer import CudaTimer, WallTimer, connected, send, timed
@@ -107,10 +108,12 @@ def test_a_server_that_does_not_listen_holds_nobody_up() -> None:
     assert 0 < runs.index(last) < 20_000
 
 
-def test_nobody_listens() -> None:
+def test_reports_without_a_listener_are_dropped_when_the_queue_is_full() -> None:
     with connected("ipc:///nonexistent/encoder") as socket:
+        assert socket.poll(0, zmq.POLLOUT)
         for _ in range(20_000):
             send(socket, EncoderRun(["a"], 0.0, 0.0))
+        assert not socket.poll(0, zmq.POLLOUT)
 
 
 @contextlib.contextmanager
