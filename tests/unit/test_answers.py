@@ -1,4 +1,4 @@
-"""What leaves around the routes: errors, kept connections, and the work of clients that left.
+"""Responses outside the routes: errors, kept connections, and requests whose client disconnected.
 
 A real uvicorn serves a small app behind the outermost layer, without an engine.
 """
@@ -45,7 +45,7 @@ class _Body(BaseModel):
     @field_validator("case", mode="before")
     @classmethod
     def _check(cls, value: Any) -> Any:
-        return value.strip()  # as some of vLLM's do, whatever the type
+        return value.strip()  # as some of vLLM's validators do, for any type
 
     content: str | list[_Text] = ""
 
@@ -141,7 +141,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("case", ["raises", "vllm 500"])
-def test_a_failure_keeps_the_connection_and_hides_its_text(
+def test_an_internal_error_keeps_the_connection_and_hides_its_text(
     url: str, case: str, path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     connection = http.client.HTTPConnection(url.removeprefix("http://"))
@@ -158,14 +158,14 @@ def test_a_failure_keeps_the_connection_and_hides_its_text(
             error = json.loads(body)["error"]
             assert (error["message"], error["code"]) == ("internal error", "internal_error")
             assert SECRET.encode() not in body
-        until(lambda: "r-3" in caplog.text)  # it may be logged after it was answered
+        until(lambda: "r-3" in caplog.text)  # it may be logged after the response
     assert sockets[0] is sockets[1] is sockets[2]
     assert all(name in caplog.text for name in ("r-1", "r-2", "r-3"))
     assert SECRET in caplog.text
     connection.close()
 
 
-def test_a_stream_that_fails_is_cut_off(url: str) -> None:
+def test_a_failing_stream_is_cut_off(url: str) -> None:
     with pytest.raises(httpx.RemoteProtocolError):
         ask(url, "cut off")
     assert "cut off" in ended
@@ -198,7 +198,7 @@ ANTHROPIC = [
 
 @pytest.mark.parametrize(("case", "status", "kind", "code"), ANTHROPIC)
 @pytest.mark.parametrize("path", PATHS[1:])
-def test_errors_of_messages_have_anthropics_shape(
+def test_errors_of_the_messages_routes_have_anthropics_shape(
     url: str, case: str, status: int, kind: str, code: str, path: str
 ) -> None:
     answer = ask(url, case, path)
@@ -213,7 +213,7 @@ def test_errors_of_messages_have_anthropics_shape(
 
 
 @pytest.mark.parametrize(("case", "status", "kind", "code"), ANTHROPIC)
-def test_the_same_errors_elsewhere_have_openais(
+def test_errors_of_the_other_routes_have_openais_shape(
     url: str, case: str, status: int, kind: str, code: str
 ) -> None:
     answer = ask(url, case)
@@ -256,7 +256,7 @@ def test_openais_sdk_reads_an_error_in_a_stream(url: str) -> None:
     assert (error.value.code, error.value.message) == ("internal_error", "internal error")
 
 
-# ---------------------------------------------------------------------- bodies that do not fit
+# ---------------------------------------------------------------------- invalid bodies
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,9 @@ def test_openais_sdk_reads_an_error_in_a_stream(url: str) -> None:
         (b"[]", None, "input should be a valid dictionary or object to extract fields from"),
     ],
 )
-def test_one_value_is_named(url: str, body: bytes, param: str | None, message: str) -> None:
+def test_the_error_for_an_invalid_body_names_one_value(
+    url: str, body: bytes, param: str | None, message: str
+) -> None:
     headers = {"Content-Type": "application/json"}
     answer = httpx.post(url + PATHS[0], content=body, headers=headers)
     error = answer.json()["error"]
@@ -276,18 +278,18 @@ def test_one_value_is_named(url: str, body: bytes, param: str | None, message: s
     assert (error["param"], error["message"]) == (param, message)
 
 
-def test_broken_json_is_named(url: str) -> None:
+def test_the_error_for_malformed_json_says_so(url: str) -> None:
     headers = {"Content-Type": "application/json"}
     answer = httpx.post(url + PATHS[0], content=b'{"case": ', headers=headers)
     assert answer.status_code == 400
     assert answer.json()["error"]["message"].startswith("the body is not valid JSON: ")
 
 
-# ---------------------------------------------------------------------- clients that leave
+# ---------------------------------------------------------------------- clients that disconnect
 
 
 @pytest.mark.parametrize("with_middleware", [False, True])
-def test_the_work_ends_when_the_client_leaves(
+def test_work_is_cancelled_when_the_client_disconnects(
     with_middleware: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     ended.clear()

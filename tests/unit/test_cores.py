@@ -1,4 +1,4 @@
-"""The cores that a process may use, by its affinity and the quota of its control group."""
+"""The number of cores a process may use, from its affinity and its control group's quota."""
 
 import os
 from pathlib import Path
@@ -43,12 +43,12 @@ V1 = "3:memory:/a\n2:cpu,cpuacct:/docker/x\n1:name=systemd:/a\n"
         (V1, {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
     ],
 )  # fmt: skip
-def test_the_quota_limits_the_cores(
+def test_the_cgroup_quota_limits_the_cores(
     tmp_path: Path, groups: str, files: dict[str, str], expected: int
 ) -> None:
     assert cores(tmp_path, groups, files) == expected
 
 
 @pytest.mark.usefixtures("four_cores")
-def test_without_control_groups_the_affinity_counts(tmp_path: Path) -> None:
+def test_the_affinity_limits_the_cores_without_control_groups(tmp_path: Path) -> None:
     assert usable_cores(tmp_path / "none", tmp_path / "none") == 4

@@ -1,4 +1,4 @@
-"""Decoding: the same pixels as vLLM's loader, or fewer of them; upright; within limits."""
+"""Decoding: orientation, reduced sizes, limits, and refused files."""
 
 import functools
 import io
@@ -32,7 +32,7 @@ def test_heif_decodes_to_the_encoded_picture() -> None:
     assert _psnr(np.asarray(image), np.asarray(PHOTO)) > 35
 
 
-def test_pillow_and_numpy_see_the_same_pixels() -> None:
+def test_pillow_and_numpy_views_share_the_pixels() -> None:
     data = FILES["jpeg"]
     image = decode(data, DecodeOptions()).image
     before = np.array(image)
@@ -49,7 +49,7 @@ def test_pillow_and_numpy_see_the_same_pixels() -> None:
 
 @pytest.mark.parametrize("orientation", pictures.STORED_AS)
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "HEIF"])
-def test_pictures_are_turned_upright(kind: str, orientation: int) -> None:
+def test_every_exif_orientation_is_decoded_upright(kind: str, orientation: int) -> None:
     corners = np.zeros((48, 64, 3), np.uint8)
     corners[:24, :32] = (255, 0, 0)
     corners[:24, 32:] = (0, 255, 0)
@@ -74,7 +74,7 @@ def test_png_orientation_after_the_image_data_is_applied() -> None:
     assert np.array_equal(np.asarray(turned), np.rot90(np.asarray(PHOTO), -1))
 
 
-def test_damaged_exif_leaves_the_picture_as_it_is_stored() -> None:
+def test_damaged_exif_leaves_the_orientation_unchanged() -> None:
     data = pictures.encode(PHOTO, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     assert decode(data, DecodeOptions()).image.size == PHOTO.size
 
@@ -84,13 +84,13 @@ def test_damaged_exif_leaves_the_picture_as_it_is_stored() -> None:
 
 @pytest.fixture
 def every_size_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stream pictures of all sizes: those that are large take long to draw."""
+    """Stream pictures of every size, because drawing a large one takes long."""
     for codec in (pillow, png, webp):
         monkeypatch.setattr(codec, "_MAX_WHOLE_PIXELS", 0)
 
 
 @pytest.mark.parametrize("name", ["jpeg", "jpeg turned", "jpeg cmyk", "jpeg grey", "jpeg 4:4:4"])
-def test_reduced_jpeg_is_the_same_picture(name: str) -> None:
+def test_reduced_jpeg_matches_the_full_decode(name: str) -> None:
     data = encoded.jpegs(EVEN)[name]
     rule = NativeResolution(28, 784, 112 * 112)
     whole = decode(data, DecodeOptions())
@@ -99,21 +99,27 @@ def test_reduced_jpeg_is_the_same_picture(name: str) -> None:
     assert less.image.size == (whole.image.width // 2, whole.image.height // 2)
     small = whole.image.resize(less.image.size, Image.Resampling.BOX)
     difference = np.asarray(less.image, np.float32) - np.asarray(small, np.float32)
-    assert np.abs(difference).mean() < 6  # of another picture: above 40
+    assert np.abs(difference).mean() < 6  # a different picture differs by more than 40
 
 
 @pytest.mark.parametrize(
     ("size", "target", "expected"),
     [
         ((320, 240), (130, 98), (160, 120)),
-        ((320, 240), (140, 105), (320, 240)),  # too near for the last filter to do its work
+        (
+            (320, 240),
+            (140, 105),
+            (320, 240),
+        ),  # too close to the target for the final filter to be effective
         ((320, 240), (80, 60), (160, 120)),
         ((320, 240), (50, 38), (80, 60)),
         ((321, 240), (130, 98), (321, 240)),  # half a pixel off at the right
         ((321, 240), (60, 45), (161, 120)),
     ],
 )
-def test_how_far_a_jpeg_is_reduced(size: Size, target: Size, expected: Size) -> None:
+def test_jpeg_is_reduced_to_the_smallest_sufficient_scale(
+    size: Size, target: Size, expected: Size
+) -> None:
     data = pictures.encode(EVEN.crop((0, 0, *size)), "JPEG")
     assert decode(data, DecodeOptions(), FixedSize(*target).target).image.size == expected
 
@@ -146,7 +152,7 @@ def test_reduced_text_matches_a_full_decode_after_resizing(
 
 
 def _check_fidelity(picture: bytes, kind: str, target: Size, least: float) -> None:
-    """The last resize is the processor's, bicubic and antialiased, as Pillow's is."""
+    """Resize as the processor does at the end: bicubic and antialiased, like Pillow."""
     options = {"PNG": {"compress_level": 1}, "TIFF": {}}.get(kind, {"quality": 90})
     data = pictures.encode(Image.open(io.BytesIO(picture)), kind, **options)
     whole = decode(data, DecodeOptions()).image
@@ -177,13 +183,13 @@ def test_large_pictures_are_streamed(kind: str) -> None:
     if kind != "WEBP":
         assert np.array_equal(np.asarray(whole), np.asarray(large))
     small = np.asarray(whole.resize((1600, 842), Image.Resampling.BICUBIC))
-    # libwebp's means are another filter; another picture has 12 dB.
+    # libwebp uses a different averaging filter; a different picture has 12 dB.
     assert _psnr(np.asarray(less.image), small) > (25 if kind == "WEBP" else 40)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
 @pytest.mark.parametrize("background", [(255, 255, 255), (0, 0, 0)])
-def test_hidden_colours_do_not_show_at_the_edges_of_reduced_pictures(
+def test_colours_of_transparent_pixels_do_not_bleed_into_reduced_pictures(
     kind: str, background: tuple[int, int, int], every_size_is_large: None
 ) -> None:
     picture = Image.new("RGBA", (400, 400), (0, 255, 0, 0))
@@ -214,7 +220,7 @@ def test_a_picture_is_not_reduced_if_the_processor_would_treat_it_differently(
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "GIF", "JPEG", "BMP"])
-def test_pixels_are_limited_before_they_are_decoded(kind: str) -> None:
+def test_the_pixel_limit_is_checked_before_decoding(kind: str) -> None:
     large = pictures.encode(Image.new("L", (4000, 3000)), kind)
     with pytest.raises(ImageTooLarge, match="4000x3000 = 12000000 pixels.*11999999"):
         decode(large, DecodeOptions(max_pixels=11_999_999))
@@ -222,7 +228,7 @@ def test_pixels_are_limited_before_they_are_decoded(kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", [None, "webp", "avif", "heif"])
-def test_small_limits(name: str | None) -> None:
+def test_a_picture_beyond_a_small_pixel_limit_is_refused(name: str | None) -> None:
     with pytest.raises(ImageTooLarge, match="321x243"):
         decode(FILES[name or "png"], DecodeOptions(max_pixels=1000))
 
@@ -245,7 +251,7 @@ def test_formats_outside_the_list_are_refused(kind: str) -> None:
         b"\x89PN",
     ],
 )
-def test_other_files_are_refused(data: bytes) -> None:
+def test_files_that_are_not_images_are_refused(data: bytes) -> None:
     with pytest.raises(UnsupportedImageFormat):
         decode(data, DecodeOptions())
 

@@ -1,4 +1,4 @@
-"""Colours: a patch in the file, and the sRGB colour it decodes to."""
+"""The sRGB colour that a patch of each colour space, depth and profile decodes to."""
 
 import io
 import struct
@@ -19,7 +19,7 @@ RED, TEAL, GREY = (200, 40, 30), (20, 140, 150), (119, 119, 119)
 
 
 def _shown(data: bytes, **options: Any) -> np.ndarray:
-    """The colour in the middle."""
+    """The decoded colour at the centre."""
     pixels = np.asarray(decode(data, DecodeOptions(**options)).image)
     assert pixels.shape[:2] == SIZE[::-1]
     return pixels[SIZE[1] // 2, SIZE[0] // 2].astype(int)
@@ -31,7 +31,7 @@ def _near(shown: np.ndarray, wanted: Any, tolerance: int) -> bool:
 
 # ------------------------------------------------------------------ plain colours
 
-# How far a flat patch may be off: not at all, by the rounding of YCbCr, or by a lossy codec.
+# Tolerance for a flat patch: lossless, YCbCr rounding, lossy codec.
 CODECS = [
     ("PNG", {}, 0),
     ("BMP", {}, 0),
@@ -78,13 +78,13 @@ def test_a_grey_patch_keeps_its_colour(kind: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
-def test_cmyk_without_a_profile(kind: str) -> None:
-    inks = Image.new("CMYK", SIZE, (255, 0, 0, 51))  # all of cyan and a fifth of black
+def test_cmyk_without_a_profile_is_converted_to_rgb(kind: str) -> None:
+    inks = Image.new("CMYK", SIZE, (255, 0, 0, 51))  # full cyan, 20 % black
     data = pictures.encode(inks, kind, **({"quality": 98} if kind == "JPEG" else {}))
     assert _near(_shown(data), (0, 204, 204), 3)
 
 
-def test_lab() -> None:
+def test_lab_is_converted_to_srgb() -> None:
     lab = Image.merge("LAB", [Image.new("L", SIZE, value) for value in (138, 209, 198)])
     # L* 54, a* 81, b* 70 (Pillow adds 128) is the red of sRGB (255, 0, 0).
     assert _near(_shown(pictures.encode(lab, "TIFF")), (255, 0, 0), 6)
@@ -109,13 +109,17 @@ def _alpha_files() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("background", [(255, 255, 255), (0, 0, 0), (10, 200, 90)])
 @pytest.mark.parametrize("name", _alpha_files())
-def test_a_fifth_of_a_colour_on_a_background(name: str, background: tuple[int, int, int]) -> None:
+def test_transparent_colour_is_blended_with_the_background(
+    name: str, background: tuple[int, int, int]
+) -> None:
     wanted = np.array(RED) * 0.2 + np.array(background) * 0.8
     assert _near(_shown(_alpha_files()[name], background=background), wanted, 2)
 
 
 @pytest.mark.parametrize("background", [(255, 255, 255), (0, 0, 0)])
-def test_a_fifth_of_a_colour_in_heif(background: tuple[int, int, int]) -> None:
+def test_transparent_colour_in_heif_is_blended_with_the_background(
+    background: tuple[int, int, int],
+) -> None:
     data = encoded.heif(Image.new("RGBA", (64, 64), (*RED, 51)))
     pixels = np.asarray(decode(data, DecodeOptions(background=background)).image)
     wanted = np.array(RED) * 0.2 + np.array(background) * 0.8
@@ -160,7 +164,7 @@ def _png16(samples: np.ndarray, colour: int) -> bytes:
 
 
 @pytest.mark.parametrize("value", [0, 257, 20_000, 32_768, 65_535])
-def test_sixteen_bits_become_eight(value: int) -> None:
+def test_sixteen_bit_samples_are_scaled_to_eight_bits(value: int) -> None:
     wanted = (value // 256,) * 3
     grey = np.full((*SIZE[::-1], 1), value, np.uint16)
     assert _near(_shown(_png16(grey, 0)), wanted, 0)
@@ -172,7 +176,7 @@ def test_sixteen_bits_become_eight(value: int) -> None:
     assert _near(_shown(pictures.encode(image, "TIFF", compression="tiff_lzw")), wanted, 0)
 
 
-def test_sixteen_bits_where_white_is_zero() -> None:
+def test_sixteen_bit_white_is_zero_tiff_is_inverted() -> None:
     image = Image.fromarray(np.full(SIZE[::-1], 65_535, np.uint16))
     assert _near(_shown(pictures.encode(image, "TIFF", tiffinfo={262: 0})), (0, 0, 0), 0)
 
@@ -188,7 +192,7 @@ def test_sixteen_bits_where_white_is_zero() -> None:
     ],
 )
 @pytest.mark.parametrize("odd", [None, np.nan, np.inf, -np.inf])
-def test_floats_become_eight_bits(
+def test_float_samples_are_scaled_to_eight_bits(
     low: float, value: float, high: float, wanted: int, odd: float | None
 ) -> None:
     pixels = np.full(SIZE[::-1], value, np.float32)
@@ -207,19 +211,21 @@ def test_floats_become_eight_bits(
     ("low", "value", "high", "wanted"),
     [(0, 200, 255, 200), (0, 32_768, 65_535, 128), (0, 500_000, 1_000_000, 127), (-50, 0, 50, 127)],
 )
-def test_integers_of_32_bits_become_eight(low: int, value: int, high: int, wanted: int) -> None:
+def test_integer_samples_of_32_bits_are_scaled_to_eight_bits(
+    low: int, value: int, high: int, wanted: int
+) -> None:
     pixels = np.full(SIZE[::-1], value, np.int32)
     pixels[0, :2] = low, high
     assert _near(_shown(pictures.encode(Image.fromarray(pixels), "TIFF")), (wanted,) * 3, 1)
 
 
-def test_a_picture_of_nan_is_black() -> None:
+def test_nan_samples_decode_to_black() -> None:
     pixels = np.full(SIZE[::-1], np.nan, np.float32)
     assert _near(_shown(pictures.encode(Image.fromarray(pixels), "TIFF")), (0, 0, 0), 0)
 
 
 @pytest.mark.parametrize("bits", [10, 12])
-def test_ten_and_twelve_bits_in_heif(bits: int) -> None:
+def test_ten_and_twelve_bit_heif_is_scaled_to_eight_bits(bits: int) -> None:
     import pillow_heif
 
     values = np.full((64, 64, 3), 65_535 // 3, np.uint16)
@@ -235,7 +241,7 @@ def test_ten_and_twelve_bits_in_heif(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [10, 12])
-def test_ten_and_twelve_bits_in_avif(bits: int) -> None:
+def test_ten_and_twelve_bit_avif_is_scaled_to_eight_bits(bits: int) -> None:
     import pyvips
 
     flat = pyvips.Image.new_from_array(np.full((64, 64, 3), 65_535 // 3, np.uint16))
@@ -272,7 +278,7 @@ def _in_srgb(colour: tuple[int, int, int], primaries: Any, gamma: float | None) 
     ("profile", "primaries", "gamma"),
     [(P3, profiles.DISPLAY_P3, None), (ADOBE, profiles.ADOBE_RGB, 2.2)],
 )
-def test_profiles_of_wide_spaces_are_applied(
+def test_wide_gamut_profiles_are_applied(
     profile: bytes, primaries: Any, gamma: float | None, kind: str, colour: tuple[int, int, int]
 ) -> None:
     options = {"lossless": True} if kind == "WEBP" else {}
@@ -281,7 +287,7 @@ def test_profiles_of_wide_spaces_are_applied(
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "AVIF", "HEIF"])
-def test_profiles_of_phones_are_applied(kind: str) -> None:
+def test_phone_camera_profiles_are_applied(kind: str) -> None:
     image = Image.new("RGB", (64, 64), TEAL)
     if kind == "HEIF":
         data = encoded.heif(image, icc_profile=P3)
@@ -294,7 +300,7 @@ def test_profiles_of_phones_are_applied(kind: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["P", "RGBA"])
-def test_profiles_are_applied_to_palettes_and_under_transparency(mode: str) -> None:
+def test_profiles_are_applied_to_palettes_and_transparent_pixels(mode: str) -> None:
     image = Image.new("RGBA", SIZE, (*TEAL, 255))
     if mode == "P":
         image = image.convert("RGB").quantize(4)
@@ -302,9 +308,9 @@ def test_profiles_are_applied_to_palettes_and_under_transparency(mode: str) -> N
     assert _near(_shown(data), _in_srgb(TEAL, profiles.DISPLAY_P3, None), 2)
 
 
-def test_profiles_are_applied_to_grey() -> None:
+def test_grey_profiles_are_applied() -> None:
     data = pictures.encode(Image.new("L", SIZE, 64), icc_profile=profiles.grey(profiles.gamma(1.0)))
-    assert _near(_shown(data), (137, 137, 137), 2)  # a quarter of the light
+    assert _near(_shown(data), (137, 137, 137), 2)  # a quarter of the luminance
 
 
 def test_an_srgb_profile_changes_no_pixel() -> None:
@@ -320,7 +326,7 @@ def test_broken_profiles_are_ignored(profile: bytes) -> None:
     assert _near(_shown(data), TEAL, 0)
 
 
-def test_profiles_of_another_kind_of_picture_are_ignored() -> None:
+def test_profiles_for_another_colour_space_are_ignored() -> None:
     grey = profiles.grey(profiles.gamma(1.0))
     data = pictures.encode(Image.new("RGB", SIZE, TEAL), icc_profile=grey)
     assert _near(_shown(data), TEAL, 0)
@@ -328,7 +334,7 @@ def test_profiles_of_another_kind_of_picture_are_ignored() -> None:
     assert _near(_shown(data), (64, 64, 64), 0)
 
 
-def test_cmyk_with_a_profile() -> None:
+def test_cmyk_profiles_are_applied() -> None:
     import pyvips
 
     profile = bytes(pyvips.Image.profile_load("cmyk"))
@@ -342,7 +348,7 @@ def test_cmyk_with_a_profile() -> None:
         shown[name] = _shown(pictures.encode(image, "JPEG", quality=98, icc_profile=profile))
     assert _near(shown["paper"], (255, 255, 255), 3)
     assert shown["black"].max() < 70
-    # The cyan of printing presses, and not the (0, 255, 255) of a screen.
+    # Cyan as printed, not the (0, 255, 255) of a screen.
     assert shown["cyan"][0] < 60
     assert 140 < shown["cyan"][1] < 190
     assert 190 < shown["cyan"][2] < 245
@@ -361,9 +367,7 @@ def test_cmyk_with_a_profile() -> None:
     ],
 )
 @pytest.mark.parametrize("primaries", [profiles.DISPLAY_P3, profiles.ADOBE_RGB])
-def test_the_fast_way_to_apply_a_profile_agrees_with_the_slow_one(
-    primaries: Any, curve: bytes
-) -> None:
+def test_the_fast_profile_conversion_agrees_with_the_slow_one(primaries: Any, curve: bytes) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
     change = change_of(profiles.rgb(primaries, curve), "RGB")
     assert change is not None
@@ -377,7 +381,7 @@ def test_the_fast_way_to_apply_a_profile_agrees_with_the_slow_one(
 
 
 @pytest.mark.parametrize("coding", ["lzma", "zstd"])
-def test_rare_codings_of_tiff_are_refused(coding: str) -> None:
+def test_rare_tiff_encodings_are_refused(coding: str) -> None:
     data = pictures.encode(Image.new("RGB", SIZE, RED), "TIFF", compression=coding)
     with pytest.raises(UnsupportedImageFormat, match=coding):
         decode(data, DecodeOptions())

@@ -1,4 +1,4 @@
-"""Truncated, damaged and hostile files are refused with a reason, and never decoded."""
+"""Truncated, damaged and hostile files are refused with a clear error, and never decoded."""
 
 import contextlib
 import io
@@ -22,7 +22,7 @@ FILES = encoded.files(PHOTO)
 
 
 def _cuts(size: int) -> Iterator[int]:
-    """Lengths to truncate a file to: all over it, and every one near its ends."""
+    """Lengths to truncate a file to: spread over the file, and every length near both ends."""
     yield from range(1, min(size, 100))
     yield from range(100, size, max(1, size // 60))
     yield from range(max(1, size - 30), size)
@@ -30,7 +30,7 @@ def _cuts(size: int) -> Iterator[int]:
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.filterwarnings("ignore")  # Pillow's, of damaged metadata
-def test_a_truncated_file_is_never_a_picture(name: str) -> None:
+def test_a_truncated_file_is_always_refused(name: str) -> None:
     data = FILES[name]
     decode(data, DecodeOptions())
     for size in sorted(set(_cuts(len(data)))):
@@ -42,7 +42,7 @@ def test_a_truncated_file_is_never_a_picture(name: str) -> None:
     ("name", "kept"),
     [("png", 900), ("jpeg", 3000), ("webp", 900), ("gif", 900), ("tiff", 9000), ("bmp", 9000)],
 )
-def test_the_error_for_a_truncated_file(name: str, kept: int) -> None:
+def test_the_error_for_a_truncated_file_says_truncated(name: str, kept: int) -> None:
     with pytest.raises(InvalidImage, match=r"truncated$"):
         decode(FILES[name][:kept], DecodeOptions())
 
@@ -50,7 +50,7 @@ def test_the_error_for_a_truncated_file(name: str, kept: int) -> None:
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_files_decode_or_raise_our_errors(name: str) -> None:
-    """No library's own exception escapes, whatever the bytes are."""
+    """No exception of a library escapes, whatever the bytes are."""
     chance = random.Random(name)
     for _ in range(60):
         data = bytearray(FILES[name])
@@ -77,7 +77,7 @@ def _refusal(read: Callable[[], Any]) -> str | None:
 
 
 def _damaged(data: bytes, at: float, how: str, seed: int) -> bytes:
-    """`data` with damage as disks and networks do it, at a part of its length."""
+    """`data` with typical disk or network damage at a fraction of its length."""
     chance = random.Random(seed)
     place = int(len(data) * at)
     if how == "sector of zeros":
@@ -104,7 +104,7 @@ def test_a_jpeg_damaged_midway_is_refused(options: dict[str, object], how: str, 
     files = [_damaged(data, at + seed / 200, how, seed) for seed in range(10)]
     refusals = [_refusal(lambda: decode(file, DecodeOptions())) for file in files]  # noqa: B023
     refused = sum(message is not None for message in refusals)
-    # In a progressive file zeros can be valid, and lost bytes leave the number of blocks as it was.
+    # In a progressive file zeros can be valid, and lost bytes do not change the number of blocks.
     assert refused >= (4 if options.get("progressive") else 9)
 
 
@@ -119,7 +119,7 @@ def test_flipped_bits_that_desynchronise_the_codes_are_refused() -> None:
             decode(bytes(flipped), DecodeOptions())
         except InvalidImage:
             refused += 1
-    # Most flipped bits change a number and leave the codes in step: nothing tells of those.
+    # Most flipped bits change a value but keep the codes in step, which is undetectable.
     assert refused >= 20
 
 
@@ -138,14 +138,14 @@ def test_padding_between_jpeg_segments_is_accepted() -> None:
         data[:-2] + bytes(3) + data[-2:],  # padding before the end
         data[:tables] + bytes(7) + data[tables:],  # and before the tables
         data + b"appended by a program",
-        data.replace(b"JFIF\0\1\1", b"JFIF\0\7\1", 1),  # a version yet to come
+        data.replace(b"JFIF\0\1\1", b"JFIF\0\7\1", 1),  # a future version
         data + bytes(5000),
     ):
         assert np.array_equal(np.asarray(decode(harmless, DecodeOptions()).image), whole)
 
 
 @pytest.mark.parametrize("options", [{}, {"optimize": True}, {"progressive": True}])
-def test_zeros_in_a_flat_picture_are_accepted(options: dict[str, object]) -> None:
+def test_zeros_in_the_data_of_a_flat_jpeg_are_accepted(options: dict[str, object]) -> None:
     flat = Image.new("RGB", (1200, 900), "white")
     flat.paste(PHOTO, (600, 400))
     data = pictures.encode(flat, "JPEG", **options)
@@ -215,7 +215,7 @@ def test_contradictory_png_files_are_refused(data: bytes) -> None:
         decode(data, DecodeOptions())
 
 
-def test_surplus_data_in_a_png_is_ignored() -> None:
+def test_surplus_image_data_in_a_png_is_ignored() -> None:
     data = _png(_header(10, 10), _chunk(b"IDAT", zlib.compress(bytes(110) + b"surplus")))
     assert decode(data, DecodeOptions()).size == (10, 10)
 
@@ -237,7 +237,7 @@ def test_metadata_bombs_are_not_decompressed(chunk: bytes) -> None:
     assert _peak_kib() - before < 100_000
 
 
-def test_a_png_of_very_many_chunks_is_refused() -> None:
+def test_a_png_with_too_many_chunks_is_refused() -> None:
     with pytest.raises(InvalidImage, match="no image data"):
         decode(_png(_header(10, 10), _chunk(b"tESt", b"") * 200_000), DecodeOptions())
 
@@ -267,7 +267,7 @@ def test_tiles_far_larger_than_the_picture_are_refused() -> None:
         decode(_tiff(tags | {322: 65_536, 323: 65_536}, bytes(256)), DecodeOptions())
 
 
-def test_strips_far_larger_than_the_picture_take_no_memory() -> None:
+def test_strips_far_larger_than_the_picture_are_not_allocated() -> None:
     packed = zlib.compress(bytes(256))
     tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 273: 8, 279: len(packed)}
     before = _peak_kib()
@@ -276,7 +276,7 @@ def test_strips_far_larger_than_the_picture_take_no_memory() -> None:
     assert _peak_kib() - before < 10_000
 
 
-def test_a_directory_that_points_to_itself_is_one_page() -> None:
+def test_a_tiff_directory_that_points_to_itself_is_one_page() -> None:
     data = bytearray(pictures.encode(PHOTO, "TIFF"))
     (directory,) = struct.unpack_from("<I", data, 4)
     (entries,) = struct.unpack_from("<H", data, directory)

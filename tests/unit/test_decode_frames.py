@@ -23,7 +23,7 @@ def _animation(kind: str) -> bytes:
 
 @pytest.mark.parametrize("frame", range(4))
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF", "TIFF"])
-def test_each_frame_can_be_chosen(kind: str, frame: int) -> None:
+def test_each_frame_can_be_selected(kind: str, frame: int) -> None:
     options = {"duration": 50} if kind == "TIFF" else {}
     del options
     decoded = decode(_animation(kind), DecodeOptions(frame=frame))
@@ -50,7 +50,7 @@ def test_still_pictures_have_one_frame(name: str) -> None:
         decode(data, DecodeOptions(frame=count))
 
 
-def test_frames_are_composed_on_earlier_ones() -> None:
+def test_frames_are_composed_over_earlier_frames() -> None:
     first = Image.new("RGB", SIZE, (200, 0, 0))
     second = first.copy()
     second.paste((0, 0, 200), (0, 0, 20, 30))
@@ -60,7 +60,7 @@ def test_frames_are_composed_on_earlier_ones() -> None:
     assert tuple(shown[15, 35]) == (200, 0, 0)
 
 
-def test_pages_have_their_own_sizes() -> None:
+def test_tiff_pages_keep_their_own_sizes() -> None:
     pages = [Image.new("RGB", (10 * n, 7 * n), COLOURS[n]) for n in (1, 2, 3)]
     data = pictures.encode(pages[0], "TIFF", save_all=True, append_images=pages[1:])
     for number, page in enumerate(pages):
@@ -68,7 +68,7 @@ def test_pages_have_their_own_sizes() -> None:
         assert decoded.size == decoded.image.size == page.size
 
 
-def test_counting_stops_at_a_thousand() -> None:
+def test_counting_frames_stops_at_a_thousand() -> None:
     frames = [Image.new("L", (1, 1), n % 256) for n in range(1100)]
     data = pictures.encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert frame_count(data) == 1000
@@ -77,7 +77,9 @@ def test_counting_stops_at_a_thousand() -> None:
         decode(data, DecodeOptions(frame=1000))
 
 
-def test_the_work_to_reach_a_frame_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_frame_that_takes_too_much_work_to_reach_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(pillow, "MAX_ANIMATED_PIXELS", 3 * SIZE[0] * SIZE[1])
     data = _animation("GIF")
     decode(data, DecodeOptions(frame=2))
@@ -85,6 +87,6 @@ def test_the_work_to_reach_a_frame_is_limited(monkeypatch: pytest.MonkeyPatch) -
         decode(data, DecodeOptions(frame=3))
 
 
-def test_counting_frames_of_other_data_is_refused() -> None:
+def test_counting_frames_of_data_that_is_not_an_image_is_refused() -> None:
     with pytest.raises(UnsupportedImageFormat):
         frame_count(b"%PDF-1.7")

@@ -1,4 +1,4 @@
-"""Reduced JPEG: close to a resized full decode, in libjpeg's sizes; None for other files."""
+"""Reduced JPEG decoding: like a resized full decode, in libjpeg's sizes; None for other files."""
 
 import io
 import multiprocessing
@@ -26,7 +26,7 @@ from tests import pictures
 PHOTO = pictures.photo((160, 120), 1)
 SAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
 SIZES = ((1, 1), (7, 9), (17, 3), (8, 8), (16, 16), (33, 65), (250, 31))
-# Offset of the first byte that is not the file's signature or JFIF's version and density.
+# Offset of the first byte after the signature and JFIF's version and density.
 AFTER_JFIF = 20
 
 Pixels = npt.NDArray[np.uint8]
@@ -55,12 +55,12 @@ def _decoded(data: bytes, scale: int) -> Pixels:
     return pixels
 
 
-# ---------------------------------------------------------------------- what is decoded
+# ---------------------------------------------------------------------- files that are decoded
 
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_photos_are_as_accurate_as_libjpegs(sampling: str, scale: int) -> None:
+def test_reduced_photos_are_as_accurate_as_libjpegs(sampling: str, scale: int) -> None:
     drawn = Image.open(io.BytesIO(photos.photo(1920, 1440, 3, quality=98)))
     data = _jpeg(drawn, subsampling=sampling)
     wanted = (int(1920 / scale * 0.8), int(1440 / scale * 0.8))
@@ -75,7 +75,7 @@ def test_photos_are_as_accurate_as_libjpegs(sampling: str, scale: int) -> None:
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_coloured_text_is_nearly_as_sharp_as_libjpegs(sampling: str, scale: int) -> None:
+def test_reduced_coloured_text_is_nearly_as_sharp_as_libjpegs(sampling: str, scale: int) -> None:
     data = _jpeg(_coloured_text(), subsampling=sampling)
     wanted = (1200 // scale * 4 // 5, 900 // scale * 4 // 5)
     whole = Image.open(io.BytesIO(data)).resize(wanted, Image.Resampling.BICUBIC)
@@ -100,7 +100,7 @@ def _coloured_text() -> Image.Image:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("sampling", [*SAMPLINGS, "L"])
-def test_sizes_are_libjpegs(size: tuple[int, int], sampling: str) -> None:
+def test_reduced_sizes_are_libjpegs(size: tuple[int, int], sampling: str) -> None:
     image = pictures.photo((250, 250), 2).crop((0, 0, *size))
     data = _jpeg(image.convert("L")) if sampling == "L" else _jpeg(image, subsampling=sampling)
     whole = Image.open(io.BytesIO(data))
@@ -108,7 +108,7 @@ def test_sizes_are_libjpegs(size: tuple[int, int], sampling: str) -> None:
         pixels = _decoded(data, scale)
         reduced = np.asarray(whole.reduce(scale), np.float32)
         assert pixels.shape == reduced.shape
-        assert np.abs(pixels - reduced).mean() < 16  # of another picture: above 40
+        assert np.abs(pixels - reduced).mean() < 16  # a different picture differs by more than 40
         if min(size) >= scale:
             assert _libjpegs(data, scale).size == pixels.shape[1::-1]
 
@@ -128,14 +128,14 @@ def test_sizes_are_libjpegs(size: tuple[int, int], sampling: str) -> None:
     ],
     ids=str,
 )
-def test_the_same_coefficients_give_the_same_pixels(
+def test_every_encoding_of_the_same_coefficients_gives_the_same_pixels(
     options: dict[str, object], sampling: str, scale: int
 ) -> None:
     plain = _decoded(_jpeg(subsampling=sampling), scale)
     assert np.array_equal(_decoded(_jpeg(subsampling=sampling, **options), scale), plain)
 
 
-def test_every_block_of_noise_has_its_mean() -> None:
+def test_every_block_of_noise_decodes_to_its_mean() -> None:
     """Noise has long codes, and blocks that end with their last coefficient."""
     noise = np.random.default_rng(0).integers(60, 196, (256, 256), dtype=np.uint8)
     data = _jpeg(Image.fromarray(noise), quality=100)
@@ -146,22 +146,22 @@ def test_every_block_of_noise_has_its_mean() -> None:
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_luma_may_be_sampled_more_often_down_than_across(scale: int) -> None:
+def test_luma_with_more_samples_vertically_than_horizontally_is_decoded(scale: int) -> None:
     data = bytearray(_jpeg(PHOTO.resize((120, 120)), subsampling="4:2:2"))
     sampling = data.index(b"\xff\xc0") + 11
     assert data[sampling] == 0x21
-    data[sampling] = 0x12  # the same number of blocks, though not in their places
+    data[sampling] = 0x12  # the same number of blocks, in different positions
     whole = Image.open(io.BytesIO(bytes(data)))
     pixels = _decoded(bytes(data), scale)
     assert np.abs(pixels - np.asarray(whole.reduce(scale), np.float32)).mean() < 4  # libjpeg: 5
 
 
-def test_tables_may_be_as_short_as_they_come() -> None:
-    grey = _two_blocks(b"\x01" + bytes(16), bytes(1))  # the end of a block is a zero bit, too
+def test_the_shortest_possible_tables_are_accepted() -> None:
+    grey = _two_blocks(b"\x01" + bytes(16), bytes(1))  # "end of block" is a zero bit as well
     assert np.array_equal(_decoded(grey, 8), [[128, 128]])
 
 
-def test_grey_may_have_any_sampling() -> None:
+def test_grey_jpeg_with_any_sampling_factors_is_decoded() -> None:
     data = bytearray(_jpeg(PHOTO.convert("L")))
     plain = _decoded(bytes(data), 4)
     data[data.index(b"\xff\xc0") + 11] = 0x22
@@ -175,11 +175,11 @@ def test_a_redundant_adobe_marker_is_accepted() -> None:
     assert np.array_equal(_decoded(_with_adobe_transform(1), 4), _decoded(_jpeg(), 4))
 
 
-def test_data_after_the_picture_is_ignored() -> None:
+def test_data_after_the_end_of_image_is_ignored() -> None:
     assert np.array_equal(_decoded(_jpeg() + _jpeg(), 4), _decoded(_jpeg(), 4))
 
 
-# ---------------------------------------------------------------------- what is left to libjpeg
+# ---------------------------------------------------------------------- files left to libjpeg
 
 
 def _patched(marker: bytes, offset: int, value: int) -> bytes:
@@ -238,7 +238,7 @@ def _with_segment(marker: bytes, content: bytes) -> bytes:
 
 
 def _without_table(selector: int) -> bytes:
-    """The table is there, though as a second one for the other components."""
+    """The table is defined, but as a second table of the other class."""
     found = re.search(b"\xff\xc4.." + bytes([selector]), _jpeg(), re.DOTALL)
     assert found
     data = bytearray(_jpeg())
@@ -251,7 +251,7 @@ def _with_adobe_transform(transform: int) -> bytes:
 
 
 def _two_blocks(ac_table: bytes, scan: bytes) -> bytes:
-    """A grey picture of two blocks. DC has one code, a zero bit, for no difference."""
+    """A grey picture of two blocks. The only DC code is a zero bit, for no difference."""
     header = _jpeg(Image.new("L", (16, 8)))
     header = header[: header.index(b"\xff\xc4")]
     for selector, table in ((0x00, b"\x01" + bytes(16)), (0x10, ac_table)):
@@ -294,7 +294,7 @@ def _bases() -> list[bytes]:
 
 
 def _damaged(count: int, seed: int) -> Iterator[tuple[bytes, int]]:
-    """Files with a few bytes changed, put in or left out, three in ten near the tables."""
+    """Files with a few bytes changed, inserted or removed; three in ten near the tables."""
     random = np.random.default_rng(seed)
     bases = _bases()
     for _ in range(count):
@@ -331,12 +331,12 @@ def test_damage_is_detected_where_libjpeg_detects_it() -> None:
         if pixels is not None:
             taken += 1
             assert _is_whole_for_libjpeg(data)
-    assert 400 < taken < 2000  # most damage shows; some makes another picture
+    assert 400 < taken < 2000  # most damage is detected; some only changes the picture
 
 
 @given(scan=st.binary(max_size=600), interval=st.integers(0, 3))
 @settings(max_examples=300, deadline=None)
-def test_any_bytes_can_be_a_scan(scan: bytes, interval: int) -> None:
+def test_arbitrary_bytes_as_a_scan_decode_or_are_refused(scan: bytes, interval: int) -> None:
     data = _jpeg(PHOTO.resize((40, 40)), restart_marker_blocks=interval)
     header = data[: data.index(b"\xff\xda") + 14]
     for scale in SCALES:
@@ -345,10 +345,10 @@ def test_any_bytes_can_be_a_scan(scan: bytes, interval: int) -> None:
 
 
 def _longest_scans() -> Iterator[bytes]:
-    """Scans that end anywhere in an MCU of nothing but the longest symbols: 31 zero bits each."""
+    """Scans that end anywhere in an MCU of only the longest symbols, of 31 zero bits each."""
     header = _jpeg(PHOTO, subsampling="4:2:0")
     header = header[: header.index(b"\xff\xc4")]
-    codes = bytes(15) + b"\x01\x0f"  # one of 16 bits, for a value of 15
+    codes = bytes(15) + b"\x01\x0f"  # one code of 16 bits, for a value of 15 bits
     for selector in (0x00, 0x01, 0x10, 0x11):
         header += b"\xff\xc4\x00\x14" + bytes([selector]) + codes
     header += b"\xff\xda\x00\x0c\x03\x01\x00\x02\x11\x03\x11\x00\x3f\x00"
@@ -358,7 +358,7 @@ def _longest_scans() -> Iterator[bytes]:
         yield header + bytes(9 * mcu_bytes + length) + b"\xff\xd9"
 
 
-def test_the_longest_symbols_end_with_the_data() -> None:
+def test_a_scan_of_only_the_longest_symbols_is_refused() -> None:
     assert all(decode(data, scale) is None for data in _longest_scans() for scale in SCALES)
 
 
@@ -391,7 +391,7 @@ _BLOCK = np.zeros((10, 4), np.int16)
         (jpeg_reduced._long_value, (np.uint64(1 << 63), np.zeros(9, np.uint16), 0)),
     ],
 )
-def test_an_index_outside_its_array_is_an_error(
+def test_an_index_out_of_bounds_raises_an_error_when_checked(
     function: Callable[..., object], arguments: tuple[object, ...]
 ) -> None:
     with pytest.raises(IndexError):
@@ -399,7 +399,7 @@ def test_an_index_outside_its_array_is_an_error(
 
 
 def _decode_with_checked_bounds() -> None:
-    """Runs in a process of its own, where every index is checked."""
+    """Runs in a separate process in which every index is checked."""
     assert numba.config.BOUNDSCHECK
     for data, scale in _damaged(1500, 2):
         decode(data, scale)
@@ -409,22 +409,22 @@ def _decode_with_checked_bounds() -> None:
         assert all(decode(data, scale) is not None for scale in SCALES)
 
 
-def test_no_index_leaves_its_array() -> None:
-    # A cache apart from the server's, whose code checks no bounds; kept, as compiling takes long.
+def test_all_indices_are_in_bounds_for_damaged_files() -> None:
+    # Separate from the server's cache, whose code has no bounds checks. Kept: compiling takes long.
     cache = Path(__file__).parents[2] / "build" / "numba-boundscheck"
     checked = {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(cache)}
     code = "from tests.unit import test_decode_jpeg_reduced as t; t._decode_with_checked_bounds()"
     subprocess.run([sys.executable, "-c", code], env=os.environ | checked, check=True, timeout=800)
 
 
-# ---------------------------------------------------------------------- where it runs
+# ---------------------------------------------------------------------- environments
 
 
-def test_it_agrees_with_libjpeg_here() -> None:
+def test_the_self_test_agrees_with_libjpeg_on_this_machine() -> None:
     assert jpeg_reduced.agrees_with_libjpeg()
 
 
-def test_it_runs_without_a_writable_cache() -> None:
+def test_the_decoder_runs_without_a_writable_cache() -> None:
     environ = os.environ | {"NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator"}
     environ.pop("NUMBA_CACHE_DIR", None)
     code = "from tests.unit import test_decode_jpeg_reduced as t; t._decode_a_line_without_cache()"
@@ -438,7 +438,7 @@ def _decode_a_line_without_cache() -> None:
     assert jpeg_reduced._fill_grey.stats.cache_path is None  # type: ignore[attr-defined]
 
 
-def test_disagreement_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_self_test_detects_disagreement_with_libjpeg(monkeypatch: pytest.MonkeyPatch) -> None:
     turned = [pictures.encode(PHOTO.rotate(180), "JPEG"), pictures.encode(PHOTO, "JPEG")]
     wrong = decode(turned[0], 4)
     monkeypatch.setattr(jpeg_reduced, "decode", lambda data, scale: wrong)
@@ -446,7 +446,7 @@ def test_disagreement_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not jpeg_reduced.agrees_with_libjpeg()
 
 
-def test_a_forked_child_decodes_as_its_parent() -> None:
+def test_a_forked_child_decodes_the_same_pixels_as_its_parent() -> None:
     parents = _decoded(_jpeg(), 4)
     with multiprocessing.get_context("fork").Pool(1) as pool:
         assert np.array_equal(pool.apply(decode, (_jpeg(), 4)), parents)

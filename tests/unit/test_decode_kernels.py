@@ -1,4 +1,4 @@
-"""Compiled loops over pixels: arrays that do not fit together are an error, not a crash."""
+"""Compiled pixel loops: arrays of mismatched sizes raise an error instead of crashing."""
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ def _zeros(*shape: int) -> Pixels:
         ((5, 10), (5, 9), -1),
     ],
 )
-def test_rows_that_do_not_fit_are_not_unfiltered(
+def test_unfiltering_rows_of_the_wrong_size_is_an_error(
     kind: int, raw: tuple[int, int], out: tuple[int, int], step: int
 ) -> None:
     filtered = _zeros(*raw)
@@ -35,7 +35,7 @@ def test_rows_that_do_not_fit_are_not_unfiltered(
         kernels.unfilter(filtered, _zeros(*out), step)
 
 
-def test_a_palette_too_short_for_an_index_is_an_error() -> None:
+def test_a_palette_index_out_of_range_is_an_error() -> None:
     indices = np.arange(9, dtype=np.uint8)
     with pytest.raises(IndexError):
         kernels.look_up(indices, _zeros(8, 3), _zeros(9, 3))
@@ -48,12 +48,12 @@ def test_an_output_too_short_is_an_error() -> None:
         kernels.flatten(_zeros(9, 4), _zeros(3), _zeros(8, 3))
 
 
-def test_a_picture_without_three_channels_has_no_rgb_space() -> None:
+def test_converting_a_picture_without_three_channels_to_rgb_is_an_error() -> None:
     with pytest.raises(IndexError):
         kernels.shape(_zeros(9, 2), LIGHT, MATRIX, ENCODED)
 
 
-def test_curves_too_short_are_an_error() -> None:
+def test_curves_that_are_too_short_are_an_error() -> None:
     bright = np.full((3, 256), 1 << 14, np.int32)
     identity = np.eye(3, dtype=np.int32) << 14
     with pytest.raises(IndexError):

@@ -1,4 +1,4 @@
-"""The wheel and the source archive have what `saccade demo` needs, and not the training code."""
+"""The wheel and the source archive contain what `saccade demo` needs, without the training code."""
 
 import os
 import shutil
@@ -38,7 +38,7 @@ main(["demo", sys.argv[1]])
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
-    """What the build reads of the repository: a build of the checkout would write into it."""
+    """A copy of the files that the build reads: building in the checkout would write into it."""
     folder = tmp_path_factory.mktemp("source")
     shutil.copytree(
         repository / "server", folder / "server", ignore=shutil.ignore_patterns("__pycache__")
@@ -50,7 +50,7 @@ def source(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def built(source: Path) -> Path:
-    """A folder with a wheel and a source archive."""
+    """A folder with the built wheel and source archive."""
     command = [sys.executable, "-m", "hatchling", "build", "-d", "dist"]
     done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -70,14 +70,14 @@ def names(built: Path, archive: str) -> set[str]:
 
 
 @pytest.mark.parametrize("archive", ["wheel", "sdist"])
-def test_archives_have_the_model_but_not_its_training(built: Path, archive: str) -> None:
+def test_archives_contain_the_model_without_its_training_code(built: Path, archive: str) -> None:
     found = names(built, archive)
     assert found >= MODEL_FILES | {"card.md", "command.py", "samples.py"}
     assert not [name for name in found if name.startswith("training")]
 
 
 def test_the_demo_command_runs_from_the_wheel_alone(built: Path, tmp_path: Path) -> None:
-    """Another process, without the training code and the extras, writes the same samples."""
+    """A process without the training code and the extras writes the same samples."""
     unpacked, folder = tmp_path / "unpacked", tmp_path / "new" / "demo"
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         wheel.extractall(unpacked)

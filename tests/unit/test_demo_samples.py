@@ -41,7 +41,7 @@ def test_a_folder_with_other_files_is_refused(
     assert contents(tmp_path) == {name: b"mine"}
 
 
-def test_boxes_are_where_the_shapes_are(made: list[Sample], tmp_path: Path) -> None:
+def test_boxes_enclose_the_shapes(made: list[Sample], tmp_path: Path) -> None:
     command.main([str(tmp_path)])
     for name in ("red-circle.png", "corner.png"):
         (sample,) = (sample for sample in made if name in sample.files)
@@ -58,13 +58,13 @@ def test_boxes_are_where_the_shapes_are(made: list[Sample], tmp_path: Path) -> N
         assert json.loads(answer) == pytest.approx(found, abs=8)
 
 
-def test_every_expected_answer_counts_as_right(made: list[Sample]) -> None:
+def test_every_expected_answer_is_scored_as_correct(made: list[Sample]) -> None:
     for sample in made:
         for question in sample.questions:
             assert score(question.task, question.answer, question.answer) == 1, question
 
 
-def test_an_unreachable_server_is_reported(
+def test_the_error_names_an_unreachable_server(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:

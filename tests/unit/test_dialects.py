@@ -1,4 +1,4 @@
-"""The tables of the dialects: where media stand, what they ask for, and what is left alone."""
+"""The dialect tables: where requests contain media, their options, and what is left unchanged."""
 
 import copy
 import json
@@ -59,7 +59,7 @@ SOURCES = [
 
 
 @pytest.mark.parametrize(("route", "part", "key", "source"), SOURCES)
-def test_a_part_is_found_where_its_dialect_has_it(
+def test_a_media_part_is_found_in_its_dialects_place(
     route: str, part: dict[str, Any], key: str, source: object
 ) -> None:
     ref = only(copy.deepcopy(part), route)
@@ -69,14 +69,14 @@ def test_a_part_is_found_where_its_dialect_has_it(
 
 
 @pytest.mark.parametrize("route", [CHAT, RESPONSES, MESSAGES])
-def test_a_count_of_tokens_takes_the_parts_of_every_dialect(route: str) -> None:
+def test_token_counting_accepts_the_parts_of_every_dialect(route: str) -> None:
     for _, part, _, source in (case for case in SOURCES if case[0] == route):
         key = "input" if route == RESPONSES else "messages"
         (ref,) = read({key: [{"role": "user", "content": [part]}]}, TOKENS).context.media
         assert ref.source == source
 
 
-def test_what_stands_elsewhere_is_not_media() -> None:
+def test_lookalikes_outside_of_content_are_not_media() -> None:
     schema = {"type": "object", "properties": {"image_url": {"type": "string"}}}
     call = {"type": "function", "function": {"name": "f", "arguments": json.dumps({"u": URL})}}
     document = chat({"type": "text", "text": URL}) | {
@@ -92,7 +92,7 @@ def test_what_stands_elsewhere_is_not_media() -> None:
 
 
 def test_arguments_of_anthropic_tools_are_not_read() -> None:
-    """Neither a URL in them, nor what looks like an option of ours."""
+    """Neither URLs in them nor keys that look like the server's options."""
     given = {"image_url": URL, "detail": "full", "frames": 3, "type": "image", "source": None}
     block = {"type": "tool_use", "id": "t", "name": "f", "input": given}
     body = {"messages": [{"role": "assistant", "content": [block]}]}
@@ -102,14 +102,14 @@ def test_arguments_of_anthropic_tools_are_not_read() -> None:
 
 
 @pytest.mark.parametrize("kind", ["function_call_output", "custom_tool_call_output"])
-def test_the_output_of_a_tool_may_hold_images(kind: str) -> None:
+def test_responses_tool_output_may_contain_images(kind: str) -> None:
     output = [{"type": "input_image", "image_url": URL}]
     body = {"input": [{"type": kind, "call_id": "c", "output": output}]}
     (ref,) = read(body, RESPONSES).context.media
     assert ref.path == "input[0].output[0].image_url"
 
 
-def test_tool_results_may_hold_images() -> None:
+def test_anthropic_tool_results_may_contain_images() -> None:
     image = {"type": "image", "source": {"type": "url", "url": URL}}
     block = {"type": "tool_result", "tool_use_id": "t", "content": [image]}
     (ref,) = read({"messages": [{"role": "user", "content": [block]}]}, MESSAGES).context.media
@@ -121,13 +121,13 @@ def test_tool_results_may_hold_images() -> None:
     [("/v1/embeddings", "input"), ("/score", "data_1"), ("/rerank", "documents"),
      ("/v2/embed", "inputs"), ("/pooling", "messages")],
 )  # fmt: skip
-def test_pooling_routes_have_parts_in_their_inputs(route: str, key: str) -> None:
+def test_pooling_routes_take_media_parts_in_their_inputs(route: str, key: str) -> None:
     part = {"type": "image_url", "image_url": {"url": URL}}
     (ref,) = read({key: [{"content": [part]}]}, route).context.media
     assert ref.path == f"{key}[0].content[0].image_url"
 
 
-def test_bare_urls_of_cohere_are_media() -> None:
+def test_bare_urls_in_cohere_requests_are_media() -> None:
     (ref,) = read({"images": [URL]}, "/v2/embed").context.media
     assert (ref.path, ref.source) == ("images[0]", Remote(URL))
 
@@ -162,11 +162,11 @@ def test_batches_of_conversations_are_read() -> None:
         {},
     ],
 )
-def test_a_part_that_the_table_lacks_is_refused_by_name(part: dict[str, Any]) -> None:
+def test_the_error_for_an_unknown_part_names_its_type(part: dict[str, Any]) -> None:
     assert refused(part).param == "messages[0].content[0].type"
 
 
-def test_embeddings_pass_where_the_server_takes_them() -> None:
+def test_embedding_parts_are_accepted_if_the_server_allows_them() -> None:
     part = {"type": "image_embeds", "image_embeds": "AAAA"}
     body = chat(part)
     assert read(body, embeddings=EMBEDDINGS).context.media == []
@@ -192,7 +192,7 @@ def test_embeddings_pass_where_the_server_takes_them() -> None:
         ({"type": "file"}, "file"),
     ],
 )
-def test_a_wrong_value_is_named(part: dict[str, Any], param: str) -> None:
+def test_the_error_for_an_invalid_value_names_it(part: dict[str, Any], param: str) -> None:
     assert refused(part).param == f"messages[0].content[0].{param}"
 
 
@@ -203,7 +203,7 @@ def test_an_anthropic_image_without_a_source_is_refused(source: object) -> None:
 
 
 @pytest.mark.parametrize("kind", ["image", "document"])
-def test_system_prompts_of_anthropic_take_no_media(kind: str) -> None:
+def test_media_in_an_anthropic_system_prompt_are_refused(kind: str) -> None:
     block = {"type": kind, "source": {"type": "base64", "data": "AA=="}}
     assert refused(block, MESSAGES, role="system").param == "messages[0].content[0]"
     with pytest.raises(ClientError) as refusal:
@@ -211,13 +211,13 @@ def test_system_prompts_of_anthropic_take_no_media(kind: str) -> None:
     assert refusal.value.param == "system[0]"
 
 
-def test_a_content_part_must_be_an_object() -> None:
+def test_a_content_part_that_is_not_an_object_is_refused() -> None:
     assert refused(5).param == "messages[0].content[0]"
     assert read(chat("a text")).context.media == []  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
-def test_a_model_without_this_kind_of_media_refuses_it(kind: str) -> None:
+def test_media_of_a_kind_that_the_model_does_not_take_are_refused(kind: str) -> None:
     part = {"type": f"{kind}_url", f"{kind}_url": {"url": URL}}
     refusal = refused(part, limits=None)
     assert f"no {kind} input" in refusal.message
@@ -228,7 +228,7 @@ def test_a_model_without_this_kind_of_media_refuses_it(kind: str) -> None:
 
 
 @pytest.mark.parametrize("beside_url", [True, False])
-def test_options_stand_beside_the_url_or_in_the_part(beside_url: bool) -> None:
+def test_options_are_read_beside_the_url_and_from_the_part(beside_url: bool) -> None:
     part: dict[str, Any] = {"type": "image_url", "image_url": {"url": URL}}
     (part["image_url"] if beside_url else part).update(detail="low", max_tokens=64)
     assert only(part).options == ImageOptions("low", 64)
@@ -238,7 +238,7 @@ def test_options_stand_beside_the_url_or_in_the_part(beside_url: bool) -> None:
 @pytest.mark.parametrize(
     ("route", "part"), [(r, p) for r, p, k, _ in SOURCES if k != "input_audio"]
 )
-def test_no_detail_is_auto(route: str, part: dict[str, Any], detail: str | None) -> None:
+def test_missing_detail_is_auto(route: str, part: dict[str, Any], detail: str | None) -> None:
     assert only({**copy.deepcopy(part), "detail": detail}, route).options == ImageOptions()
 
 
@@ -255,7 +255,7 @@ def test_original_detail_and_unknown_keys_are_accepted() -> None:
         ("frames", [1, "2"]), ("frames", [-1]), ("frames", True), ("frames", [False]),
     ],
 )  # fmt: skip
-def test_a_wrong_option_is_named(option: str, value: object) -> None:
+def test_the_error_for_an_invalid_option_names_it(option: str, value: object) -> None:
     refusal = refused({"type": "image_url", "image_url": {"url": URL, option: value}})
     assert refusal.param == f"messages[0].content[0].image_url.{option}"
     for more in ({"image_url": URL}, {"image_url": {"url": URL}}, {"uuid": "U"}):
@@ -277,31 +277,31 @@ def test_pages_are_counted_from_one(pages: object, wanted: tuple[int, ...]) -> N
 @pytest.mark.parametrize(
     "pages", ["0", "3-1", "a", "1-", "-2", "", "1,,2", "1-99999,1-99999", "²", "9" * 9, {}, True]
 )
-def test_wrong_pages_are_named(pages: object) -> None:
+def test_the_error_for_invalid_pages_names_them(pages: object) -> None:
     refusal = refused({"type": "file", "file": {"file_data": "AA==", "pages": pages}})
     assert refusal.param == "messages[0].content[0].file.pages"
 
 
-def test_a_uuid_alone_can_have_options() -> None:
+def test_a_part_with_only_a_uuid_may_have_options() -> None:
     ref = only({"type": "image_url", "image_url": None, "uuid": "U", "max_tokens": 5})
     assert (ref.source, ref.uuid, ref.options) == (SentBefore(), "U", ImageOptions(max_tokens=5))
     assert only({"type": "image_url", "uuid": "x"}).source == SentBefore()
 
 
-def test_a_part_with_a_uuid_has_no_frames() -> None:
+def test_frames_and_pages_of_a_part_with_a_uuid_are_refused() -> None:
     part = {"type": "image_url", "image_url": {"url": URL, "frames": 2}, "uuid": "U"}
     assert "uuid" in refused(part).message
     part = {"type": "file", "file": {"file_data": "AA=="}, "pages": "1", "uuid": "U"}
     assert refused(part).param == "messages[0].content[0].pages"
 
 
-def test_a_file_without_data_says_so() -> None:
+def test_the_error_for_a_file_without_data_says_so() -> None:
     refusal = refused({"type": "file", "file": {"filename": "a.pdf"}})
     assert isinstance(refusal, InvalidFile)
     assert "no file_data" in refusal.message
 
 
-def test_an_empty_url_is_not_called_an_unknown_uuid() -> None:
+def test_the_error_for_an_empty_url_with_a_uuid_is_about_the_url() -> None:
     refusal = refused({"type": "image_url", "image_url": {"url": " "}, "uuid": "U"})
     assert isinstance(refusal, InvalidImageUrl)
     assert "empty" in refusal.message

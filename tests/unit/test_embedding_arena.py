@@ -1,4 +1,4 @@
-"""The arena of the embedding cache: what it hands out, and what other processes see of it."""
+"""The arena of the embedding cache: allocation, and access from other processes."""
 
 import gc
 import os
@@ -20,7 +20,7 @@ from server.engine.embedding_cache.arena import (
 )
 
 
-def test_free_pages_are_one_run_where_there_is_one() -> None:
+def test_an_entry_gets_a_contiguous_run_if_one_is_free() -> None:
     free = FreePages(10)
     assert free.take(4) == [(0, 4)]
     assert free.take(6) == [(4, 6)]
@@ -31,20 +31,20 @@ def test_free_pages_are_one_run_where_there_is_one() -> None:
     assert free.free == 4
 
 
-def test_scattered_pages_are_used_together() -> None:
+def test_an_entry_gets_scattered_pages_if_no_run_is_long_enough() -> None:
     free = FreePages(6)
     assert [free.take(1) for _ in range(6)] == [[(page, 1)] for page in range(6)]
     for page in (0, 2, 3, 5):
         free.give_back(page, 1)
     taken = free.take(3)
     assert taken is not None
-    assert taken[0] == (2, 2), "the longest first"
+    assert taken[0] == (2, 2), "the longest run first"
     assert sum(count for _, count in taken) == 3
     assert free.free == 1
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 9)), max_size=80))
-def test_no_page_is_handed_out_twice_or_lost(steps: list[tuple[bool, int]]) -> None:
+def test_every_page_is_allocated_once_or_free(steps: list[tuple[bool, int]]) -> None:
     free, held, used = FreePages(32), [], set()
     for takes, number in steps:
         if takes:
@@ -65,14 +65,14 @@ def test_no_page_is_handed_out_twice_or_lost(steps: list[tuple[bool, int]]) -> N
     for runs in held:
         for first, count in runs:
             free.give_back(first, count)
-    assert free.take(32) == [(0, 32)], "neighbours are joined"
+    assert free.take(32) == [(0, 32)], "adjacent free runs are merged"
 
 
 @pytest.mark.parametrize(
     ("nbytes", "pages"),
     [(0, 1), (1, 1), (PAGE_BYTES, 1), (PAGE_BYTES + 1, 2), (5 * PAGE_BYTES - 1, 5)],
 )
-def test_entries_take_whole_pages(nbytes: int, pages: int) -> None:
+def test_an_entry_takes_whole_pages(nbytes: int, pages: int) -> None:
     arena = Arena(8 * PAGE_BYTES + 5)
     assert arena.nbytes == 8 * PAGE_BYTES
     extents = arena.allocate(nbytes)
@@ -85,7 +85,7 @@ def test_entries_take_whole_pages(nbytes: int, pages: int) -> None:
     arena.close()
 
 
-def test_what_does_not_fit_gets_nothing() -> None:
+def test_an_entry_that_does_not_fit_is_not_allocated() -> None:
     arena = Arena(2 * PAGE_BYTES)
     assert arena.allocate(2 * PAGE_BYTES + 1) is None
     assert arena.free_bytes == arena.nbytes
@@ -118,7 +118,7 @@ def test_scattered_entries_keep_their_bytes() -> None:
     arena.close()
 
 
-def test_another_process_reads_and_writes_it() -> None:
+def test_another_process_can_read_and_write_the_arena() -> None:
     arena = Arena(3 * PAGE_BYTES)
     arena.views(((PAGE_BYTES, 5),))[0][:] = b"hello"
     code = (
@@ -134,14 +134,14 @@ def test_another_process_reads_and_writes_it() -> None:
     arena.close()
 
 
-def test_an_arena_of_a_gone_process_is_an_error() -> None:
+def test_opening_the_arena_of_an_ended_process_is_an_error() -> None:
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     with pytest.raises(OSError):
         attach(ArenaName(child.pid, 3, PAGE_BYTES))
 
 
-def test_closing_leaves_no_file_and_no_memory() -> None:
+def test_closing_the_arena_frees_its_file_and_memory() -> None:
     def arenas() -> int:
         with open("/proc/self/maps") as maps:
             mapped = sum("saccade-embeddings" in line for line in maps)
@@ -150,7 +150,7 @@ def test_closing_leaves_no_file_and_no_memory() -> None:
             try:
                 links.append(os.readlink(f"/proc/self/fd/{fd}"))
             except FileNotFoundError:
-                continue  # the one of this listing
+                continue  # the descriptor of this listing
         return mapped + sum("saccade-embeddings" in link for link in links)
 
     gc.collect()
@@ -160,7 +160,7 @@ def test_closing_leaves_no_file_and_no_memory() -> None:
     view = arena.views(((0, PAGE_BYTES),))[0]
     assert arenas() > before
     arena.close()
-    view[:4] = b"late"  # who still has a view may use it
+    view[:4] = b"late"  # existing views stay usable
     assert other[:4] == b"late"
     other.close()
     del view, arena

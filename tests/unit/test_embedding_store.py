@@ -1,4 +1,4 @@
-"""The index of the embedding cache over its tiers: with real disks, whose calls tests hold up."""
+"""The embedding store over its tiers, with real disks whose calls the tests can block."""
 
 import random
 import threading
@@ -61,7 +61,7 @@ class Clock:
 # ------------------------------------------------------------------ the arena alone
 
 
-def test_what_was_made_is_there(make_store: MakeStore) -> None:
+def test_a_stored_entry_is_found(make_store: MakeStore) -> None:
     store = make_store(8)
     assert store.settled("a", ODD), "without tiers there is nothing to wait for"
     assert stored(store, "a", ODD) is None
@@ -72,28 +72,28 @@ def test_what_was_made_is_there(make_store: MakeStore) -> None:
     assert (host["hits"], host["misses"], host["evictions"]) == (1, 1, 0)
 
 
-def test_an_entry_of_another_shape_is_not_it(make_store: MakeStore) -> None:
+def test_an_entry_of_another_shape_is_a_miss(make_store: MakeStore) -> None:
     store = make_store(8)
     keep(store, "a", PAGE)
     assert store.take("a", ODD) is None
-    assert keep(store, "a", ODD), "the new shape takes its place"
+    assert keep(store, "a", ODD), "the new shape replaces it"
     assert store.take("a", PAGE) is None
     assert stored(store, "a", ODD) == content("a", ODD)
     assert store.arena.free_bytes == 6 * PAGE_BYTES
 
 
-def test_what_is_being_made_is_not_there_yet(make_store: MakeStore) -> None:
+def test_an_entry_being_encoded_is_a_miss(make_store: MakeStore) -> None:
     store = make_store(4)
     room = store.reserve("a", PAGE)
     assert room is not None
-    assert store.reserve("a", PAGE) is None, "one makes it, not two"
+    assert store.reserve("a", PAGE) is None, "only one encodes it"
     assert store.take("a", PAGE) is None
     store.abandon(room)
     assert store.arena.free_bytes == store.arena.nbytes
     assert keep(store, "a")
 
 
-def test_a_full_cache_gives_up_the_oldest(make_store: MakeStore) -> None:
+def test_a_full_cache_evicts_the_oldest_entry(make_store: MakeStore) -> None:
     store = make_store(4)
     for key in "abcdef":
         assert keep(store, key)
@@ -108,7 +108,7 @@ def test_an_entry_larger_than_the_arena_evicts_nothing(make_store: MakeStore) ->
     assert stored(store, "a") == content("a")
 
 
-def test_what_is_being_loaded_keeps_its_bytes(make_store: MakeStore) -> None:
+def test_an_entry_being_loaded_is_not_evicted(make_store: MakeStore) -> None:
     store = make_store(4)
     for key in "abcd":
         keep(store, key)
@@ -129,7 +129,7 @@ def test_what_is_being_loaded_keeps_its_bytes(make_store: MakeStore) -> None:
     assert keep(store, "room")
 
 
-def test_clearing_leaves_what_is_being_loaded_until_it_is_loaded(make_store: MakeStore) -> None:
+def test_clearing_keeps_an_entry_being_loaded_until_the_load_ends(make_store: MakeStore) -> None:
     store = make_store(2)
     keep(store, "a")
     taken = store.take("a", PAGE)
@@ -140,17 +140,17 @@ def test_clearing_leaves_what_is_being_loaded_until_it_is_loaded(make_store: Mak
     made = [store.reserve("c", PAGE)]  # in the place of b
     assert store.reserve("d", PAGE) is None
     assert joined(store.arena.views(taken.extents)) == content("a")
-    store.used(taken)  # of a forgotten entry: counted, and no more
+    store.used(taken)  # of a forgotten entry: only counted
     store.release(taken)
     made.append(store.reserve("d", PAGE))
     store.clear()
-    assert store.arena.free_bytes == 0, "what is being made keeps its room"
+    assert store.arena.free_bytes == 0, "an entry being encoded keeps its pages"
     for entry in made:
         assert entry is not None
         store.abandon(entry)
 
 
-def test_what_was_begun_before_a_clear_does_not_appear_after_it(make_store: MakeStore) -> None:
+def test_an_entry_begun_before_a_clear_is_absent_after_it(make_store: MakeStore) -> None:
     store = make_store(4)
     old = store.reserve("a", PAGE)
     assert old is not None
@@ -170,7 +170,7 @@ def test_what_was_begun_before_a_clear_does_not_appear_after_it(make_store: Make
 # ------------------------------------------------------------------ with a disk
 
 
-def test_an_entry_comes_back_from_the_disk(make_store: MakeStore, tmp_path: Path) -> None:
+def test_an_evicted_entry_is_read_from_the_disk(make_store: MakeStore, tmp_path: Path) -> None:
     first = make_store(8, DiskTier(tmp_path, NAMESPACE, 1 << 30))
     keep(first, "a", ODD)
     first.close()
@@ -179,11 +179,11 @@ def test_an_entry_comes_back_from_the_disk(make_store: MakeStore, tmp_path: Path
     assert stored(store, "a", ODD) == content("a", ODD)
     found = store.snapshot()
     assert (found["disk"]["hits"], found["disk"]["misses"]) == (1, 0)
-    assert (found["host"]["hits"], found["host"]["misses"]) == (1, 1), "the first was the disk's"
+    assert (found["host"]["hits"], found["host"]["misses"]) == (1, 1), "the disk had the first"
 
 
-def test_no_call_waits_for_a_disk_that_hangs(make_store: MakeStore, tmp_path: Path) -> None:
-    """Nothing here ends before `gate` is set, which is after all of it."""
+def test_a_hanging_disk_blocks_no_call(make_store: MakeStore, tmp_path: Path) -> None:
+    """No disk call ends before `gate` is set, which is at the end."""
     disk = GatedDisk(tmp_path)
     store = make_store(32, disk)
     for number in range(3 * READERS):
@@ -195,7 +195,7 @@ def test_no_call_waits_for_a_disk_that_hangs(make_store: MakeStore, tmp_path: Pa
         keep(store, f"made{number}")
         assert stored(store, f"made{number}") == content(f"made{number}")
     store.clear()
-    assert store.settled("sought0", PAGE), "nothing is read until all is cleared"
+    assert store.settled("sought0", PAGE), "no read begins before the clear ends"
     assert store.snapshot()["host"]["entries"] == 0
     assert not disk.passed
     store.detach()
@@ -204,7 +204,7 @@ def test_no_call_waits_for_a_disk_that_hangs(make_store: MakeStore, tmp_path: Pa
     disk.gate.set()
 
 
-def test_a_search_that_comes_too_late_gives_back_its_room(
+def test_a_lookup_that_is_no_longer_needed_frees_its_pages(
     make_store: MakeStore, tmp_path: Path
 ) -> None:
     disk = GatedDisk(tmp_path)
@@ -216,16 +216,18 @@ def test_a_search_that_comes_too_late_gives_back_its_room(
     for key in keys:
         assert keep(store, key) or store.arena.free_bytes == 0
     made = [key for key in keys if stored(store, key) == content(key)]
-    assert len(made) >= READERS + 2, "searches that have not begun give back their room at once"
+    assert len(made) >= READERS + 2, "lookups that have not begun free their pages at once"
     disk.gate.set()
     wait_until(lambda: disk.passed.count("write") >= READERS)
     wait_until(lambda: store.arena.free_bytes == (2 * READERS + 2 - len(made)) * PAGE_BYTES)
-    assert disk.reached.count("read") == READERS, "what nobody waits for any more is not read"
+    assert disk.reached.count("read") == READERS, "lookups that are no longer needed are not read"
     for key in made:
         assert stored(store, key) == content(key)
 
 
-def test_the_room_of_an_absent_entry_is_used_for_it(make_store: MakeStore, tmp_path: Path) -> None:
+def test_the_pages_reserved_for_an_absent_entry_are_used_for_its_save(
+    make_store: MakeStore, tmp_path: Path
+) -> None:
     store = make_store(4, DiskTier(tmp_path, NAMESPACE, 1 << 30))
     assert seek(store, "a") is None
     assert store.arena.free_bytes == 3 * PAGE_BYTES
@@ -235,15 +237,13 @@ def test_the_room_of_an_absent_entry_is_used_for_it(make_store: MakeStore, tmp_p
     assert store.reserve("a", PAGE) is None
     store.abandon(room)
     assert store.arena.free_bytes == 4 * PAGE_BYTES
-    assert store.snapshot()["host"]["misses"] == 1, "it was missed once"
+    assert store.snapshot()["host"]["misses"] == 1, "one miss"
     assert seek(store, "b", PAGE) is None
-    assert keep(store, "b", ODD), "of another shape than was sought"
+    assert keep(store, "b", ODD), "saved in another shape than the lookup asked for"
     assert store.arena.free_bytes == 2 * PAGE_BYTES
 
 
-def test_that_an_entry_is_absent_is_believed_for_a_while(
-    make_store: MakeStore, tmp_path: Path
-) -> None:
+def test_a_miss_is_remembered_for_some_seconds(make_store: MakeStore, tmp_path: Path) -> None:
     clock = Clock()
     disk, other = GatedDisk(tmp_path), DiskTier(tmp_path, NAMESPACE, 1 << 30)
     disk.gate.set()
@@ -257,17 +257,17 @@ def test_that_an_entry_is_absent_is_believed_for_a_while(
     assert seek(store, "a") == content("a")
 
 
-def test_rooms_of_absent_entries_go_first_or_last_but_go(
+def test_pages_of_absent_entries_are_reused_without_evictions(
     make_store: MakeStore, tmp_path: Path
 ) -> None:
     store = make_store(2, DiskTier(tmp_path, NAMESPACE, 1 << 30))
     for number in range(20):
         assert seek(store, f"absent{number}") is None
     assert keep(store, "a")
-    assert store.snapshot()["host"]["evictions"] == 0, "nothing that was cached had to go"
+    assert store.snapshot()["host"]["evictions"] == 0, "no cached entry was evicted"
 
 
-def test_a_lower_tier_fills_those_above(make_store: MakeStore, tmp_path: Path) -> None:
+def test_a_hit_in_a_lower_tier_fills_the_tiers_above(make_store: MakeStore, tmp_path: Path) -> None:
     upper = DiskTier(tmp_path / "upper", NAMESPACE, 1 << 30)
     lower = DiskTier(tmp_path / "lower", NAMESPACE, 1 << 30)
     lower.name = "lower"
@@ -280,7 +280,7 @@ def test_a_lower_tier_fills_those_above(make_store: MakeStore, tmp_path: Path) -
     assert [found[tier]["misses"] for tier in ("host", "disk", "lower")] == [1, 1, 0]
 
 
-def test_a_tier_that_fails_is_left_alone(make_store: MakeStore, tmp_path: Path) -> None:
+def test_a_failing_tier_is_skipped(make_store: MakeStore, tmp_path: Path) -> None:
     class Broken(DiskTier):
         asked = 0
 
@@ -311,11 +311,11 @@ def test_a_tier_that_fails_is_left_alone(make_store: MakeStore, tmp_path: Path) 
     assert broken.asked == asked + 1
 
 
-def test_too_many_writes_are_dropped(make_store: MakeStore, tmp_path: Path) -> None:
+def test_writes_beyond_the_queue_limit_are_dropped(make_store: MakeStore, tmp_path: Path) -> None:
     disk = GatedDisk(tmp_path)
     store = make_store(8, disk)
     for number in range(20):
-        assert keep(store, str(number)), "the other half of the arena is there for more"
+        assert keep(store, str(number)), "the other half of the arena stays available"
     assert store.snapshot()["disk"]["dropped"] == 16
     disk.gate.set()
     wait_until(lambda: disk.size()["entries"] == 4)
@@ -323,7 +323,7 @@ def test_too_many_writes_are_dropped(make_store: MakeStore, tmp_path: Path) -> N
     wait_until(lambda: disk.size()["entries"] == 5)
 
 
-def test_closing_writes_what_waits(make_store: MakeStore, tmp_path: Path) -> None:
+def test_closing_completes_queued_writes(make_store: MakeStore, tmp_path: Path) -> None:
     disk = DiskTier(tmp_path, NAMESPACE, 1 << 30)
     store = make_store(64, disk)
     for number in range(30):
@@ -348,10 +348,10 @@ def test_closing_ends_the_threads(tmp_path: Path) -> None:
     wait_until(lambda: not threads() - before)
 
 
-# ------------------------------------------------------------------ clearing meanwhile
+# ------------------------------------------------------------------ clearing concurrently
 
 
-def test_clearing_while_a_read_is_in_flight(make_store: MakeStore, tmp_path: Path) -> None:
+def test_clearing_discards_a_read_in_flight(make_store: MakeStore, tmp_path: Path) -> None:
     disk = GatedDisk(tmp_path)
     other = DiskTier(tmp_path, NAMESPACE, 1 << 30)
     other.write(stored_name("a"), PAGE, [memoryview(content("a"))])
@@ -366,8 +366,8 @@ def test_clearing_while_a_read_is_in_flight(make_store: MakeStore, tmp_path: Pat
     assert seek(store, "a") is None, "neither in the arena nor on the disk"
 
 
-def test_clearing_while_a_write_is_in_flight(make_store: MakeStore, tmp_path: Path) -> None:
-    """The write ends after the clear, and leaves nothing; one that has not begun never begins."""
+def test_clearing_discards_a_write_in_flight(make_store: MakeStore, tmp_path: Path) -> None:
+    """The write ends after the clear and leaves nothing; a queued write never begins."""
 
     class LateWrites(GatedDisk):
         def clear(self) -> None:
@@ -388,9 +388,7 @@ def test_clearing_while_a_write_is_in_flight(make_store: MakeStore, tmp_path: Pa
     wait_until(lambda: disk.size()["entries"] == 1)
 
 
-def test_writes_that_wait_when_all_is_cleared_are_not_done(
-    make_store: MakeStore, tmp_path: Path
-) -> None:
+def test_clearing_drops_queued_writes(make_store: MakeStore, tmp_path: Path) -> None:
     disk = GatedDisk(tmp_path)
     store = make_store(32, disk)
     for number in range(10):
@@ -404,11 +402,11 @@ def test_writes_that_wait_when_all_is_cleared_are_not_done(
     assert disk.size()["entries"] == 0
 
 
-# ------------------------------------------------------------------ anything at all
+# ------------------------------------------------------------------ random operations
 
 
 class FlakyDisk(DiskTier):
-    """Takes its time, and fails now and then."""
+    """A disk that is slow and fails now and then."""
 
     rng: random.Random
 
@@ -430,7 +428,9 @@ class FlakyDisk(DiskTier):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_nothing_leaks_and_nothing_is_wrong(seed: int, tmp_path: Path) -> None:
+def test_random_operations_leak_no_page_and_return_no_wrong_bytes(
+    seed: int, tmp_path: Path
+) -> None:
     rng = random.Random(seed)
     tiers = [FlakyDisk(tmp_path / name, NAMESPACE, 12 * PAGE_BYTES) for name in ("one", "two")]
     for tier in tiers:
@@ -488,7 +488,7 @@ def test_nothing_leaks_and_nothing_is_wrong(seed: int, tmp_path: Path) -> None:
 # ------------------------------------------------------------------ the breaker
 
 
-def test_a_breaker_opens_waits_and_tries_once() -> None:
+def test_a_breaker_opens_after_failures_and_allows_one_trial() -> None:
     clock = Clock()
     breaker = Breaker(clock)
     for _ in range(FAILURES_IN_A_ROW - 1):
@@ -513,7 +513,7 @@ def test_a_breaker_opens_waits_and_tries_once() -> None:
     assert breaker.allows()
 
 
-def test_calls_that_had_begun_do_not_lengthen_the_pause() -> None:
+def test_failures_of_calls_begun_before_the_pause_do_not_extend_it() -> None:
     clock = Clock()
     breaker = Breaker(clock)
     for _ in range(FAILURES_IN_A_ROW + 10):
@@ -522,7 +522,7 @@ def test_calls_that_had_begun_do_not_lengthen_the_pause() -> None:
     assert breaker.allows()
 
 
-def test_the_pause_of_a_breaker_has_an_end() -> None:
+def test_the_pause_of_a_breaker_is_bounded() -> None:
     clock = Clock()
     breaker = Breaker(clock)
     for _ in range(100):

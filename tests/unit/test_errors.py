@@ -1,4 +1,4 @@
-"""Errors: one code a class, and all of them documented."""
+"""Errors: each class has its own code, and every code is documented."""
 
 import asyncio
 import json
@@ -13,17 +13,17 @@ from server.http import errors as http_errors
 from server.http.errors import as_markdown
 
 
-def test_the_documented_codes_are_these(repository: Path) -> None:
+def test_the_error_documentation_is_up_to_date(repository: Path) -> None:
     assert (repository / "docs" / "errors.md").read_text() == as_markdown()
 
 
-def test_every_class_has_a_code_of_its_own_and_says_when_it_is_raised() -> None:
+def test_every_error_class_has_a_unique_code_and_a_docstring() -> None:
     classes = list(errors.error_classes())
     assert len({error.code for error in classes}) == len(classes)
     assert all(error.__doc__ for error in classes)
 
 
-def test_what_the_client_did_wrong_has_a_status_of_its_own_kind() -> None:
+def test_client_errors_and_only_those_have_a_4xx_status() -> None:
     for error in errors.error_classes():
         is_clients = issubclass(error, errors.ClientError)
         assert (400 <= error.status < 500) == is_clients
@@ -77,7 +77,7 @@ def test_an_error_event_without_a_message_or_a_status_is_an_internal_error(
         (500, "api_error", "internal_error"),
     ],
 )
-def test_an_error_event_of_anthropics_api_has_the_type_of_its_status(
+def test_an_anthropic_error_event_has_the_type_of_its_status(
     status: int, kind: str, code: str
 ) -> None:
     event = b'event: error\ndata: {"type": "error", "error": {"message": "m", "code": %d}}' % status
@@ -86,6 +86,6 @@ def test_an_error_event_of_anthropics_api_has_the_type_of_its_status(
 
 
 @pytest.mark.parametrize("data", [b"{", b"[]", b'{"error": 3}', b'{"response": {}}'])
-def test_an_event_without_an_error_object_stays_as_it_is(data: bytes) -> None:
+def test_an_event_without_an_error_object_is_unchanged(data: bytes) -> None:
     event = b"event: error\ndata: " + data
     assert http_errors.shaped_event(event, "openai", "r-1") == (event, "internal_error")

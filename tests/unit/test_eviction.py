@@ -1,4 +1,4 @@
-"""The order in which a full cache gives up its entries."""
+"""The order in which a full cache evicts its entries."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,19 +13,19 @@ def filled(*keys: int) -> S3Fifo[int]:
     return order
 
 
-def test_new_keys_go_in_the_order_they_came() -> None:
+def test_new_keys_are_evicted_in_insertion_order() -> None:
     order = filled(1, 2, 3)
     assert [order.evict() for _ in range(4)] == [1, 2, 3, None]
 
 
-def test_a_key_that_was_used_outlives_those_that_were_not() -> None:
+def test_a_used_key_outlives_unused_keys() -> None:
     order = filled(1, 2, 3)
     order.hit(1)
     assert [order.evict() for _ in range(3)] == [2, 3, 1]
 
 
 def test_a_scan_does_not_empty_the_cache() -> None:
-    """As many keys pass as would fill the cache ten times, each asked for once."""
+    """Keys for ten times the cache's capacity pass, each requested once."""
     order, wanted, kept = filled(*range(50)), set(range(50)), set(range(50))
     for key in wanted:
         order.hit(key)
@@ -39,7 +39,7 @@ def test_a_scan_does_not_empty_the_cache() -> None:
     assert wanted <= kept
 
 
-def test_a_key_that_comes_back_is_not_new() -> None:
+def test_a_key_added_again_after_eviction_joins_the_main_queue() -> None:
     order = filled(1, 2, 3)
     assert order.evict() == 1
     order.add(1)
@@ -47,7 +47,7 @@ def test_a_key_that_comes_back_is_not_new() -> None:
     assert [order.evict() for _ in range(3)] == [2, 3, 4], "1 went to the main queue"
 
 
-def test_what_may_not_go_stays() -> None:
+def test_a_key_that_may_not_be_evicted_stays() -> None:
     order = filled(1, 2, 3)
     assert order.evict(lambda key: key == 3) == 3
     assert order.evict(lambda key: False) is None
@@ -55,14 +55,14 @@ def test_what_may_not_go_stays() -> None:
     assert {order.evict(), order.evict()} == {1, 2}
 
 
-def test_a_used_key_goes_if_it_is_the_only_one_that_may() -> None:
+def test_a_used_key_is_evicted_if_no_other_key_may_be() -> None:
     order = filled(1, 2)
     for _ in range(5):
         order.hit(2)
     assert order.evict(lambda key: key == 2) == 2
 
 
-def test_a_discarded_key_is_gone() -> None:
+def test_a_discarded_key_is_never_evicted() -> None:
     order = filled(1, 2)
     order.discard(1)
     order.discard(7)
@@ -72,7 +72,7 @@ def test_a_discarded_key_is_gone() -> None:
     assert (order.evict(), len(order)) == (None, 0)
 
 
-def test_the_keys_that_are_remembered_are_bounded() -> None:
+def test_the_number_of_remembered_keys_is_bounded() -> None:
     order = filled(*range(10))
     for key in range(10, 10_000):
         order.evict()
@@ -84,7 +84,7 @@ def test_the_keys_that_are_remembered_are_bounded() -> None:
     st.lists(st.tuples(st.sampled_from(["add", "hit", "discard", "evict"]), st.integers(0, 12))),
     st.sets(st.integers(0, 12)),
 )
-def test_it_holds_what_was_added_and_not_taken_out(
+def test_the_cache_contains_the_keys_added_and_not_removed(
     steps: list[tuple[str, int]], pinned: set[int]
 ) -> None:
     order: S3Fifo[int] = S3Fifo()

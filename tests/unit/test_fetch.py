@@ -35,7 +35,7 @@ from tests.hostile_origin import WAIT_S, HostileOrigin, Visit, bomb
 MB = 1_000_000
 GROUP = "customers"
 UNTIL_TOLD = 600.0
-# Loopback has many addresses; what is said to be public here are some of them.
+# Loopback has many addresses; these tests treat some of them as public.
 HOME, PUBLIC, PUBLIC_TOO = "127.0.0.1", "127.0.0.2", "127.0.0.3"
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
@@ -43,7 +43,7 @@ Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
 @pytest.fixture(params=[asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
 def run(request: pytest.FixtureRequest) -> Run:
-    """Runs a coroutine on either loop; fails if the loop reported an error."""
+    """Run a coroutine on either event loop; fails if the loop reports an error."""
 
     def run_it(work: Coroutine[Any, Any, Any]) -> Any:
         complaints: list[dict[str, Any]] = []
@@ -67,7 +67,7 @@ def origin() -> Iterator[HostileOrigin]:
 
 
 class Names:
-    """A resolver that gives the next of its answers to each lookup of a name."""
+    """A resolver that returns the next of its answers for each lookup of a name."""
 
     def __init__(self, **answers: list[str]) -> None:
         self.answers = {name.replace("_", "."): list(given) for name, given in answers.items()}
@@ -98,7 +98,7 @@ async def failing(fetcher: Fetcher, url: str) -> SaccadeError:
 
 
 def refusal(run: Run, url: str, names: Names | None = None, **settings: Any) -> SaccadeError:
-    """The error with which `url` is not fetched."""
+    """The error that fetching `url` raises."""
 
     async def fail() -> SaccadeError:
         given = FetchSettings(**{"allow_private": True, **settings})
@@ -110,27 +110,31 @@ def refusal(run: Run, url: str, names: Names | None = None, **settings: Any) -> 
     return error
 
 
-# What arrives.
+# Bodies.
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000, 5 * MB])
 @pytest.mark.parametrize(
     "path", ["/ok?size={}", "/chunked?size={}&piece=8192", "/compressed?size={}"]
 )
-def test_bodies_arrive_whole(run: Run, origin: HostileOrigin, path: str, size: int) -> None:
+def test_bodies_are_returned_complete(
+    run: Run, origin: HostileOrigin, path: str, size: int
+) -> None:
     size -= size % 8192 if "piece" in path else 0
     assert run(one(origin.url(path.format(size)))) == b"x" * size
 
 
-def test_a_page_with_status_200_is_a_body(run: Run, origin: HostileOrigin) -> None:
+def test_an_html_page_with_status_200_is_returned_as_the_body(
+    run: Run, origin: HostileOrigin
+) -> None:
     assert run(one(origin.url("/html"))) == b"<html>not here</html>"
 
 
-def test_the_request_that_is_sent(
+def test_the_request_has_only_the_expected_headers(
     run: Run, origin: HostileOrigin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody is there
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
     names = Names(images_test=[HOME])
 
     async def twice() -> bytes:
@@ -149,7 +153,7 @@ def test_the_request_that_is_sent(
     ]
 
 
-def test_ipv6(run: Run) -> None:
+def test_an_ipv6_address_is_fetched_from(run: Run) -> None:
     try:
         with HostileOrigin("::1") as origin:
             assert len(run(one(origin.url("/ok")))) == 1000
@@ -158,7 +162,7 @@ def test_ipv6(run: Run) -> None:
         pytest.skip("this machine has no IPv6")
 
 
-# Where it is fetched from.
+# Addresses.
 
 
 @pytest.mark.parametrize("host", [HOME, "localhost", "[::ffff:127.0.0.1]", "[::1]"])
@@ -186,14 +190,16 @@ def test_allowed_hosts_are_fetched_from(
     assert run(one(origin.url("/ok", "images.test"), names, **settings))
 
 
-def test_the_error_does_not_tell_the_address(run: Run) -> None:
+def test_the_error_for_a_private_address_does_not_show_it(run: Run) -> None:
     names = Names(secret_test=["10.1.2.3"])
     error = refusal(run, "http://secret.test/", names, allow_private=False)
     assert isinstance(error, ImageUrlBlocked)
     assert "10." not in error.message
 
 
-def test_names_that_turn_out_private_are_refused(run: Run, origin: HostileOrigin) -> None:
+def test_names_that_resolve_to_private_addresses_are_refused(
+    run: Run, origin: HostileOrigin
+) -> None:
     for answer in (HOME, "::1", "::ffff:127.0.0.1", "0.0.0.0", "::"):
         names = Names(**{"localhost.": [answer]})
         error = refusal(run, origin.url("/ok", "localhost."), names, allow_private=False)
@@ -201,7 +207,7 @@ def test_names_that_turn_out_private_are_refused(run: Run, origin: HostileOrigin
     assert origin.connections == 0
 
 
-def test_one_private_address_of_a_name_blocks_it(run: Run, origin: HostileOrigin) -> None:
+def test_a_name_with_one_private_address_is_refused(run: Run, origin: HostileOrigin) -> None:
     with HostileOrigin(PUBLIC) as public:
         for answer in (f"{PUBLIC} {HOME}", f"{HOME} {PUBLIC}"):
             names = Names(images_test=[answer])
@@ -212,11 +218,11 @@ def test_one_private_address_of_a_name_blocks_it(run: Run, origin: HostileOrigin
 
 
 def same_port(host: str, origin: HostileOrigin) -> HostileOrigin:
-    """Another origin on the same port of `host`, so that a name can lead to either."""
+    """Another origin on the same port of `host`, so that a name can resolve to either."""
     return HostileOrigin(host, port=origin.port)
 
 
-def test_a_name_is_looked_up_once_and_that_address_is_used(run: Run) -> None:
+def test_a_name_is_looked_up_once_and_the_checked_address_is_used(run: Run) -> None:
     with HostileOrigin(PUBLIC) as public, same_port(HOME, public) as private:
         names = Names(rebinding_test=[PUBLIC, HOME])
         url = public.url("/ok", "rebinding.test")
@@ -226,8 +232,8 @@ def test_a_name_is_looked_up_once_and_that_address_is_used(run: Run) -> None:
 
 
 @pytest.mark.parametrize("path", ["/shorter-than-announced", "/reset"])
-def test_a_name_that_turns_private_is_not_followed(run: Run, path: str) -> None:
-    """Neither the next fetch nor a retry follows it."""
+def test_a_name_that_changes_to_a_private_address_is_refused(run: Run, path: str) -> None:
+    """Neither for the next fetch nor for a retry."""
     with HostileOrigin(PUBLIC) as public, same_port(HOME, public) as private:
         names = Names(rebinding_test=[PUBLIC, HOME])
         url = public.url(path, "rebinding.test")
@@ -242,7 +248,7 @@ def test_a_name_that_turns_private_is_not_followed(run: Run, path: str) -> None:
         assert (public.connections, private.connections) == (1, 0)
 
 
-def test_names_that_do_not_exist(run: Run) -> None:
+def test_a_name_that_does_not_exist_fails(run: Run) -> None:
     assert isinstance(refusal(run, "http://nowhere.test/", Names()), ImageFetchFailed)
     assert isinstance(refusal(run, "http://empty.test/", Names(empty_test=[""])), ImageFetchFailed)
 
@@ -262,7 +268,7 @@ def test_a_refusing_address_is_skipped(run: Run) -> None:
 
 @contextlib.contextmanager
 def deaf(host: str, port: int) -> Iterator[None]:
-    """A port that neither accepts nor refuses connections: its queue is full."""
+    """A port that neither accepts nor refuses connections because its backlog is full."""
     with contextlib.ExitStack() as sockets:
         listener = sockets.enter_context(socket.socket())
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -276,7 +282,7 @@ def deaf(host: str, port: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("url", ["ftp://{}/", "http://user@{}/", "http://0x7f.1/", "nonsense"])
-def test_odd_urls(run: Run, url: str) -> None:
+def test_malformed_urls_are_refused(run: Run, url: str) -> None:
     assert isinstance(refusal(run, url.format("example.com")), InvalidImageUrl)
 
 
@@ -290,13 +296,15 @@ def test_redirects_are_followed(run: Run, origin: HostileOrigin) -> None:
 
 
 @pytest.mark.parametrize("path", ["/redirect-onwards?times=4", "/redirect-loop"])
-def test_too_many_redirects(run: Run, origin: HostileOrigin, path: str) -> None:
+def test_too_many_redirects_fail(run: Run, origin: HostileOrigin, path: str) -> None:
     assert isinstance(refusal(run, origin.url(path)), ImageFetchFailed)
     assert len(origin.heads) == 4
 
 
 @pytest.mark.parametrize("max_redirects", [0, 1])
-def test_the_limit_of_redirects(run: Run, origin: HostileOrigin, max_redirects: int) -> None:
+def test_the_limit_of_redirects_is_a_setting(
+    run: Run, origin: HostileOrigin, max_redirects: int
+) -> None:
     url = origin.url("/redirect-onwards?times=1")
     if max_redirects:
         assert run(one(url, max_redirects=max_redirects))
@@ -320,7 +328,7 @@ def test_redirects_to_private_addresses_are_refused(run: Run, origin: HostileOri
         assert origin.connections == 0
 
 
-def test_redirects_stay_among_the_allowed_domains(run: Run, origin: HostileOrigin) -> None:
+def test_redirects_outside_the_allowed_domains_are_refused(run: Run, origin: HostileOrigin) -> None:
     names = Names(images_test=[HOME], other_test=[HOME])
     url = origin.url("/redirect?to=" + origin.url("/ok", "other.test"), "images.test")
     assert isinstance(refusal(run, url, names, only_hosts=("images.test",)), ImageUrlBlocked)
@@ -337,7 +345,7 @@ def test_redirects_to_other_schemes_are_refused(
 
 
 @pytest.mark.parametrize("target", ["http://user@{}/", "http://127.1/", "http://[::1", "http://"])
-def test_redirects_to_odd_urls_fail(run: Run, origin: HostileOrigin, target: str) -> None:
+def test_redirects_to_malformed_urls_fail(run: Run, origin: HostileOrigin, target: str) -> None:
     url = origin.url("/redirect?to=" + target.format(HOME))
     assert isinstance(refusal(run, url), ImageFetchFailed)
 
@@ -350,7 +358,7 @@ def test_a_redirect_without_a_target_fails(run: Run, origin: HostileOrigin) -> N
 
 
 @pytest.mark.parametrize("code", [204, 206, 304, 400, 404, 500, 503])
-def test_other_statuses_fail_at_once(run: Run, origin: HostileOrigin, code: int) -> None:
+def test_other_statuses_fail_without_a_retry(run: Run, origin: HostileOrigin, code: int) -> None:
     error = refusal(run, origin.url(f"/status?code={code}"))
     assert isinstance(error, ImageFetchFailed)
     assert str(code) in error.message
@@ -378,7 +386,9 @@ def test_other_statuses_fail_at_once(run: Run, origin: HostileOrigin, code: int)
         "/compressed?cut=5",
     ],
 )
-def test_broken_answers_fail_at_once(run: Run, origin: HostileOrigin, path: str) -> None:
+def test_malformed_responses_fail_without_a_retry(
+    run: Run, origin: HostileOrigin, path: str
+) -> None:
     assert isinstance(refusal(run, origin.url(path)), ImageFetchFailed)
     assert len(origin.heads) == 1
     origin.wait(lambda it: it.open == 0)
@@ -399,7 +409,7 @@ def test_a_silent_server_is_not_retried_twice(run: Run, origin: HostileOrigin, p
     assert origin.connections == 2
 
 
-def test_a_closed_port(run: Run) -> None:
+def test_a_closed_port_fails(run: Run) -> None:
     with HostileOrigin() as origin:
         url = origin.url("/ok")
     assert "could not be reached" in refusal(run, url).message
@@ -415,7 +425,7 @@ def test_one_deadline_covers_the_whole_fetch(run: Run, origin: HostileOrigin, pa
     assert len(origin.heads) == 1
 
 
-def test_lookups_count_under_the_deadline(run: Run) -> None:
+def test_the_deadline_includes_the_lookup(run: Run) -> None:
     async def lookup() -> SaccadeError:
         async def never(host: str, port: int) -> list[Address]:
             await asyncio.sleep(60)
@@ -427,7 +437,7 @@ def test_lookups_count_under_the_deadline(run: Run) -> None:
     assert isinstance(run(lookup()), ImageFetchTimeout)
 
 
-def test_after_the_deadline_the_connection_is_closed(run: Run, origin: HostileOrigin) -> None:
+def test_the_connection_is_closed_after_the_deadline(run: Run, origin: HostileOrigin) -> None:
     async def after() -> None:
         async with Fetcher(FetchSettings(allow_private=True, timeout_s=1.5)) as fetcher:
             for path in ("/drip", "/silent", "/drip?"):
@@ -455,11 +465,11 @@ def test_after_the_deadline_the_connection_is_closed(run: Run, origin: HostileOr
         "/compressed?size=1000001",
     ],
 )
-def test_bodies_over_the_limit(run: Run, origin: HostileOrigin, path: str) -> None:
+def test_bodies_over_the_limit_are_refused(run: Run, origin: HostileOrigin, path: str) -> None:
     assert isinstance(refusal(run, origin.url(path), max_bytes=MB), ImageTooLarge)
 
 
-def test_the_limit_of_one_fetch(run: Run, origin: HostileOrigin) -> None:
+def test_each_fetch_has_its_own_limit(run: Run, origin: HostileOrigin) -> None:
     async def both() -> None:
         async with Fetcher(FetchSettings(allow_private=True, max_bytes=1000)) as fetcher:
             assert isinstance(await failing(fetcher, origin.url("/ok?size=1001")), ImageTooLarge)
@@ -473,7 +483,9 @@ def test_the_limit_of_one_fetch(run: Run, origin: HostileOrigin) -> None:
     ("path", "factor"),
     [("/endless", 1.25), ("/endless-without-framing", 1.25), ("/gzip-bomb", 2.5)],
 )
-def test_memory_is_bounded(run: Run, origin: HostileOrigin, path: str, factor: float) -> None:
+def test_memory_for_hostile_bodies_is_bounded(
+    run: Run, origin: HostileOrigin, path: str, factor: float
+) -> None:
     bomb()
     run(one(origin.url("/ok")))
     tracemalloc.start()
@@ -488,7 +500,7 @@ def test_memory_is_bounded(run: Run, origin: HostileOrigin, path: str, factor: f
 # Connections.
 
 
-def test_connections_are_kept(run: Run, origin: HostileOrigin) -> None:
+def test_connections_are_reused(run: Run, origin: HostileOrigin) -> None:
     async def several() -> None:
         async with Fetcher(FetchSettings(allow_private=True)) as fetcher:
             for size in (1000, 0, 100_000, 5 * MB):
@@ -499,7 +511,9 @@ def test_connections_are_kept(run: Run, origin: HostileOrigin) -> None:
     origin.wait(lambda it: it.open == 0)
 
 
-def test_data_after_a_body_is_not_the_next_answer(run: Run, origin: HostileOrigin) -> None:
+def test_data_after_a_body_is_not_taken_for_the_next_response(
+    run: Run, origin: HostileOrigin
+) -> None:
     async def three() -> None:
         async with Fetcher(FetchSettings(allow_private=True)) as fetcher:
             for n in range(3):
@@ -509,7 +523,7 @@ def test_data_after_a_body_is_not_the_next_answer(run: Run, origin: HostileOrigi
     run(three())
 
 
-def test_unsolicited_data_is_not_the_next_answer(
+def test_unsolicited_data_is_not_taken_for_the_next_response(
     run: Run, origin: HostileOrigin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http_client, "KEEP_ALIVE_S", UNTIL_TOLD)
@@ -543,10 +557,10 @@ def parsed_heads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return parsed
 
 
-def test_responses_behind_a_response_are_not_parsed(
+def test_pipelined_extra_responses_are_not_parsed(
     run: Run, origin: HostileOrigin, parsed_heads: list[int]
 ) -> None:
-    """Parsing thousands of them would hold up the event loop."""
+    """Parsing thousands of them would block the event loop."""
     assert run(one(origin.url("/responses-behind-a-response"))) == b"x" * 10_000
     assert parsed_heads == [200]
     origin.wait(lambda it: it.open == 0)
@@ -568,7 +582,7 @@ def test_a_few_interim_responses_are_skipped(run: Run, origin: HostileOrigin) ->
     assert run(one(origin.url("/hints"))) == b"body"
 
 
-def test_a_head_that_arrives_in_many_segments(run: Run, origin: HostileOrigin) -> None:
+def test_a_head_that_arrives_in_many_segments_is_read(run: Run, origin: HostileOrigin) -> None:
     async def slow_head(visit: Visit) -> None:
         for byte in b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n":
             await visit.send(bytes([byte]))
@@ -589,9 +603,7 @@ def test_groups_share_no_connection(run: Run, origin: HostileOrigin) -> None:
     run(each())
 
 
-def test_a_busy_host_leaves_no_more_idle_connections_than_the_limit(
-    run: Run, origin: HostileOrigin
-) -> None:
+def test_idle_connections_to_a_busy_host_are_limited(run: Run, origin: HostileOrigin) -> None:
     names = Names(first_test=[HOME], second_test=[HOME])
 
     async def both() -> None:
@@ -604,12 +616,12 @@ def test_a_busy_host_leaves_no_more_idle_connections_than_the_limit(
             await asyncio.to_thread(origin.wait, lambda it: it.open == 4)
             assert origin.connections == 8
             await fetch(it, origin.url("/ok", "second.test"))
-            assert origin.connections == 8  # what is left is of the host that was used last
+            assert origin.connections == 8  # the remaining connections belong to the host used last
 
     run(both())
 
 
-def test_kept_connections_that_break_are_replaced(run: Run, origin: HostileOrigin) -> None:
+def test_broken_idle_connections_are_replaced(run: Run, origin: HostileOrigin) -> None:
     seen: set[asyncio.StreamWriter] = set()
 
     async def once_a_connection(visit: Visit) -> None:
@@ -623,7 +635,7 @@ def test_kept_connections_that_break_are_replaced(run: Run, origin: HostileOrigi
         async with Fetcher(FetchSettings(allow_private=True)) as fetcher:
             urls = [origin.url(f"/once?{n}") for n in range(3)]
             assert await asyncio.gather(*(fetch(fetcher, url) for url in urls)) == [b"body"] * 3
-            assert origin.connections == 3  # all of which are kept, and none of which is any good
+            assert origin.connections == 3  # all of them are kept, and all are broken
             assert await fetch(fetcher, origin.url("/once?4")) == b"body"
 
     origin.routes["/once"] = once_a_connection
@@ -656,9 +668,7 @@ def test_concurrent_fetches_from_all_hosts_are_limited(run: Run, origin: Hostile
     assert origin.busiest == 3
 
 
-def test_waiting_for_a_busy_host_counts_towards_the_deadline(
-    run: Run, origin: HostileOrigin
-) -> None:
+def test_the_deadline_includes_waiting_for_a_busy_host(run: Run, origin: HostileOrigin) -> None:
     async def both() -> None:
         settings = FetchSettings(allow_private=True, max_connections_per_host=1, timeout_s=0.5)
         async with Fetcher(settings) as fetcher:
@@ -667,12 +677,12 @@ def test_waiting_for_a_busy_host_counts_towards_the_deadline(
             assert all(isinstance(error, ImageFetchTimeout) for error in errors)
 
     run(both())
-    # If waiting did not count, each would ask in its turn. The next waiter may just get to it when
-    # the deadlines of all are over.
+    # If waiting did not count, each would send its request in turn. The next one may just do so
+    # when all deadlines expire.
     assert len(origin.heads) < 3
 
 
-def test_a_busy_host_does_not_delay_others(run: Run, origin: HostileOrigin) -> None:
+def test_a_busy_host_does_not_delay_other_hosts(run: Run, origin: HostileOrigin) -> None:
     names = Names(busy_test=[HOME], other_test=[HOME])
     settings = FetchSettings(
         allow_private=True, max_connections=2, max_connections_per_host=1, timeout_s=UNTIL_TOLD
@@ -691,8 +701,8 @@ def test_a_busy_host_does_not_delay_others(run: Run, origin: HostileOrigin) -> N
     assert sum("/silent" in head for head in origin.heads) == 1
 
 
-def test_no_slot_is_lost(run: Run, origin: HostileOrigin) -> None:
-    """Neither deadlines nor cancellations at any moment lose a slot."""
+def test_deadlines_and_cancellations_lose_no_slot(run: Run, origin: HostileOrigin) -> None:
+    """Deadlines and cancellations may come at any moment."""
     moments = random.Random(0)
 
     async def leave(fetcher: Fetcher, n: int) -> None:
@@ -717,7 +727,7 @@ def test_no_slot_is_lost(run: Run, origin: HostileOrigin) -> None:
 # Sharing.
 
 
-def test_the_same_url_is_fetched_once_at_a_time(run: Run, origin: HostileOrigin) -> None:
+def test_concurrent_fetches_of_one_url_share_one_request(run: Run, origin: HostileOrigin) -> None:
     url = origin.url("/ok?delay=0.1")
 
     async def ten() -> None:
@@ -731,7 +741,7 @@ def test_the_same_url_is_fetched_once_at_a_time(run: Run, origin: HostileOrigin)
     run(ten())
 
 
-def test_each_waiter_gets_its_own_error(run: Run, origin: HostileOrigin) -> None:
+def test_each_waiter_gets_a_separate_error_object(run: Run, origin: HostileOrigin) -> None:
     async def ten() -> list[SaccadeError]:
         async with Fetcher(FetchSettings(allow_private=True)) as fetcher:
             url = origin.url("/status?code=404")
@@ -742,7 +752,7 @@ def test_each_waiter_gets_its_own_error(run: Run, origin: HostileOrigin) -> None
     assert len(origin.heads) == 1
 
 
-def test_a_fetch_ends_with_its_last_waiter(run: Run, origin: HostileOrigin) -> None:
+def test_a_fetch_is_cancelled_with_its_last_waiter(run: Run, origin: HostileOrigin) -> None:
     async def leave() -> None:
         settings = FetchSettings(allow_private=True, timeout_s=UNTIL_TOLD)
         async with Fetcher(settings) as fetcher:
@@ -763,7 +773,7 @@ def test_a_fetch_ends_with_its_last_waiter(run: Run, origin: HostileOrigin) -> N
     assert len(origin.heads) == 1
 
 
-def test_a_new_waiter_does_not_get_the_cancelled_fetch(run: Run, origin: HostileOrigin) -> None:
+def test_a_new_waiter_does_not_join_a_cancelled_fetch(run: Run, origin: HostileOrigin) -> None:
     url = origin.url("/ok?delay=0.2")
 
     async def leave() -> None:
@@ -784,7 +794,7 @@ def test_a_new_waiter_does_not_get_the_cancelled_fetch(run: Run, origin: Hostile
     assert len(origin.heads) == 2
 
 
-def test_closing_ends_running_fetches(run: Run, origin: HostileOrigin) -> None:
+def test_closing_the_fetcher_cancels_running_fetches(run: Run, origin: HostileOrigin) -> None:
     async def close() -> SaccadeError:
         async with Fetcher(FetchSettings(allow_private=True)) as fetcher:
             waiting = asyncio.create_task(failing(fetcher, origin.url("/silent")))
@@ -802,7 +812,7 @@ def test_closing_ends_running_fetches(run: Run, origin: HostileOrigin) -> None:
 def secure_origin(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[HostileOrigin, list[str]]]:
-    """An origin with a certificate for images.test, and the names that it was called by."""
+    """An origin with a certificate for images.test, and the server names that clients sent."""
     if shutil.which("openssl") is None:
         pytest.skip("openssl makes the certificate")
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
@@ -819,7 +829,9 @@ def secure_origin(
         yield running, names
 
 
-def test_tls(run: Run, secure_origin: tuple[HostileOrigin, list[str]]) -> None:
+def test_a_trusted_certificate_is_accepted(
+    run: Run, secure_origin: tuple[HostileOrigin, list[str]]
+) -> None:
     origin, called = secure_origin
 
     async def two() -> None:
@@ -836,7 +848,7 @@ def test_tls(run: Run, secure_origin: tuple[HostileOrigin, list[str]]) -> None:
 
 
 @pytest.mark.parametrize("host", ["other.test", HOME])
-def test_a_certificate_of_another_name(
+def test_a_certificate_for_another_name_is_refused(
     run: Run, secure_origin: tuple[HostileOrigin, list[str]], host: str
 ) -> None:
     origin, _ = secure_origin
@@ -846,7 +858,7 @@ def test_a_certificate_of_another_name(
     assert origin.heads == []
 
 
-def test_an_untrusted_certificate(
+def test_an_untrusted_certificate_is_refused(
     run: Run,
     secure_origin: tuple[HostileOrigin, list[str]],
     monkeypatch: pytest.MonkeyPatch,
@@ -859,6 +871,6 @@ def test_an_untrusted_certificate(
 
 
 @pytest.mark.parametrize("entry", [{"allowed": ("10.0.0.1/8",)}, {"only_hosts": ("a b",)}])
-def test_unusable_settings_are_refused(entry: dict[str, Any]) -> None:
+def test_invalid_settings_are_refused(entry: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="10|a b"):
         Fetcher(FetchSettings(**entry))

@@ -86,7 +86,7 @@ def test_stale_entries_are_revalidated(run: Run, bench: Bench) -> None:
             bench.clock.now += 1
             assert await fetcher.fetch(bench.url, GROUP) is first
             assert len(picture.visits) == 3
-            assert bench.origin.connections == 1  # which a 304 does not use up
+            assert bench.origin.connections == 1  # a 304 leaves the connection usable
 
     run(fetch())
     stats = bench.cache.stats()
@@ -109,7 +109,7 @@ def test_changed_entries_are_replaced(bench: Bench) -> None:
     assert bench.cache.stats().entries == 1
 
 
-def test_entries_that_may_no_longer_be_kept_are_dropped(bench: Bench) -> None:
+def test_an_entry_whose_new_response_forbids_caching_is_dropped(bench: Bench) -> None:
     bench.put("Cache-Control: max-age=60", 'ETag: "1"')
     bench.outcome(1)
     bench.clock.now += 60
@@ -117,7 +117,7 @@ def test_entries_that_may_no_longer_be_kept_are_dropped(bench: Bench) -> None:
     assert bench.outcome(1).entries == 0
 
 
-def test_a_304_can_forbid_to_keep_it(bench: Bench) -> None:
+def test_an_entry_is_dropped_after_a_304_with_no_store(bench: Bench) -> None:
     picture = bench.put("Cache-Control: max-age=60", 'ETag: "1"')
     bench.outcome(1)
     bench.clock.now += 60
@@ -125,7 +125,7 @@ def test_a_304_can_forbid_to_keep_it(bench: Bench) -> None:
     assert bench.outcome(1).entries == 0
 
 
-def test_a_304_updates_its_own_fields(bench: Bench) -> None:
+def test_a_304_updates_the_fields_it_contains(bench: Bench) -> None:
     """The other fields stay, except for the age and date of the first response."""
     picture = bench.put(
         f"Date: {bench.clock.date(-50)}", "Age: 50", "Cache-Control: max-age=60", 'ETag: "1"'
@@ -143,7 +143,7 @@ def test_a_304_updates_its_own_fields(bench: Bench) -> None:
     assert bench.outcome(1).hits == 2
 
 
-def test_a_304_about_another_picture_is_not_believed(bench: Bench) -> None:
+def test_a_304_with_another_entity_tag_is_ignored(bench: Bench) -> None:
     picture = bench.put("Cache-Control: max-age=60", 'ETag: "1"', body=b"old")
     bench.outcome(1)
     bench.clock.now += 60
@@ -159,7 +159,7 @@ def test_a_304_about_another_picture_is_not_believed(bench: Bench) -> None:
 
 @pytest.mark.parametrize("tag", ['"strong"', 'W/"weak"', '""', '"a,b"'])
 @pytest.mark.parametrize("newer", ["{}", "W/{}"])
-def test_entity_tags(bench: Bench, tag: str, newer: str) -> None:
+def test_matching_entity_tags_confirm_an_entry(bench: Bench, tag: str, newer: str) -> None:
     picture = bench.put(f"ETag: {tag}")
     picture.newer = [f"ETag: {newer.format(tag.removeprefix('W/'))}"]
     assert bench.outcome().revalidated == 1
@@ -171,10 +171,10 @@ def test_malformed_entity_tags_are_not_sent(bench: Bench, tag: str) -> None:
     picture = bench.put("Cache-Control: no-cache", f"ETag: {tag}")
     bench.outcome()
     sent = picture.visits[1].header("If-None-Match")
-    assert sent == ('"1"' if tag == '"1" ' else "")  # HTTP does not count spaces at the end
+    assert sent == ('"1"' if tag == '"1" ' else "")  # HTTP ignores trailing spaces
 
 
-def test_without_a_tag_the_date_is_sent(bench: Bench) -> None:
+def test_without_an_entity_tag_the_modification_date_is_sent(bench: Bench) -> None:
     modified = bench.clock.date(-5000)
     picture = bench.put(f"Last-Modified: {modified}")
     assert bench.outcome().revalidated == 1
@@ -183,7 +183,7 @@ def test_without_a_tag_the_date_is_sent(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("modified", ["yesterday", "0", "Sun, 06 Nov 1994 08:49:37 EST"])
-def test_responses_without_lifetime_and_validator_are_not_kept(bench: Bench, modified: str) -> None:
+def test_responses_without_lifetime_or_validator_are_not_kept(bench: Bench, modified: str) -> None:
     bench.put(f"Last-Modified: {modified}", f"Date: {bench.clock.date()}")
     assert bench.outcome() == CacheStats(0, 0, MIB, hits=0, misses=2, revalidated=0)
 
@@ -191,7 +191,7 @@ def test_responses_without_lifetime_and_validator_are_not_kept(bench: Bench, mod
 @pytest.mark.parametrize(
     "failure", ["/reset", "/status?code=503", "/status?code=404", "/garbage", "/silent"]
 )
-def test_a_revalidation_that_fails_is_a_fetch_that_fails(bench: Bench, failure: str) -> None:
+def test_a_failed_revalidation_fails_the_fetch(bench: Bench, failure: str) -> None:
     path, _, query = failure.partition("?")
     bench.url += "?" + query
     picture = bench.put("Cache-Control: max-age=60, stale-if-error=9999", 'ETag: "1"')
@@ -210,7 +210,7 @@ def test_a_revalidation_that_fails_is_a_fetch_that_fails(bench: Bench, failure: 
     assert bench.outcome(1).revalidated == 1
 
 
-# What may be kept, and for how long.
+# Freshness.
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_a_revalidation_that_fails_is_a_fetch_that_fails(bench: Bench, failure: 
         ('max-age=60, ext="no-store', 0),
     ],
 )
-def test_cache_control(bench: Bench, control: str, hits: int) -> None:
+def test_cache_control_decides_if_an_entry_is_fresh(bench: Bench, control: str, hits: int) -> None:
     bench.put(f"Cache-Control: {control}")
     assert bench.outcome().hits == hits
 
@@ -307,7 +307,9 @@ def test_no_cache_is_revalidated_each_time(bench: Bench) -> None:
         (["Cache-Control: max-age=60", 'ETag: "1"', 'ETag: "2"'], 1),
     ],
 )
-def test_fields(bench: Bench, headers: list[str], hits: int) -> None:
+def test_header_fields_decide_if_an_entry_is_fresh(
+    bench: Bench, headers: list[str], hits: int
+) -> None:
     def dated(line: str) -> str:
         name, brace, rest = line.partition("{")
         return name + bench.clock.date(float(rest[:-1] or 0)) if brace else line
@@ -316,14 +318,14 @@ def test_fields(bench: Bench, headers: list[str], hits: int) -> None:
     assert bench.outcome().hits == hits
 
 
-def test_a_lifetime_too_long_to_count_with_ends(bench: Bench) -> None:
+def test_an_unrepresentably_long_lifetime_is_bounded(bench: Bench) -> None:
     bench.put("Cache-Control: max-age=" + "9" * 1000)
     assert bench.outcome().hits == 1
     bench.clock.now += (1 << 31) + 1
     assert bench.outcome(1).hits == 1
 
 
-def test_the_time_of_the_fetch_counts(bench: Bench) -> None:
+def test_the_duration_of_the_fetch_counts_towards_the_age(bench: Bench) -> None:
     picture = bench.put("Cache-Control: max-age=60", "Age: 20")
     picture.hold()
 
@@ -344,7 +346,9 @@ def test_the_time_of_the_fetch_counts(bench: Bench) -> None:
     asyncio.run(fetch())
 
 
-def test_the_local_time_zone_does_not_count(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_local_time_zone_does_not_change_lifetimes(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TZ", "Pacific/Kiritimati")
     time.tzset()
     try:
@@ -387,10 +391,10 @@ def test_malformed_cache_control_of_a_megabyte_is_refused_in_linear_time(end: by
     assert head.fresh_s(0, 0) == 0
 
 
-# For whom.
+# Groups.
 
 
-def test_groups_share_nothing(run: Run, bench: Bench) -> None:
+def test_groups_share_no_entries(run: Run, bench: Bench) -> None:
     picture = bench.put("Cache-Control: public, max-age=60")
 
     async def of_group(fetcher: Fetcher, group: str) -> None:
@@ -406,7 +410,7 @@ def test_groups_share_nothing(run: Run, bench: Bench) -> None:
     assert bench.cache.stats().hits == 3
 
 
-def test_groups_share_no_flight(run: Run, bench: Bench) -> None:
+def test_groups_share_no_request_in_flight(run: Run, bench: Bench) -> None:
     picture = bench.put("Cache-Control: no-store")
     picture.hold()
 
@@ -426,7 +430,7 @@ def test_groups_share_no_flight(run: Run, bench: Bench) -> None:
     assert len(picture.visits) == 3
 
 
-# Where it is.
+# URLs.
 
 
 def test_entries_are_keyed_by_the_requested_url(bench: Bench) -> None:
@@ -446,8 +450,8 @@ def test_entries_are_keyed_by_the_requested_url(bench: Bench) -> None:
     asyncio.run(fetch())
 
 
-def test_each_hop_is_a_url_of_its_own(bench: Bench) -> None:
-    """A redirect is asked for again, and what it leads to is kept by its own rules."""
+def test_each_redirect_target_is_cached_under_its_own_url(bench: Bench) -> None:
+    """The redirect is requested again; its target is cached by the target's own headers."""
     picture = bench.put("Cache-Control: max-age=60")
     redirects: list[Visit] = []
 
@@ -472,7 +476,7 @@ def test_each_hop_is_a_url_of_its_own(bench: Bench) -> None:
     assert bench.cache.stats().entries == 1
 
 
-def test_a_kept_url_that_now_redirects(bench: Bench) -> None:
+def test_a_cached_url_that_now_redirects_is_followed(bench: Bench) -> None:
     bench.put("Cache-Control: max-age=60", 'ETag: "1"', body=b"old")
     bench.put(body=b"new", path="/new")
     bench.outcome(1)
@@ -528,7 +532,7 @@ def test_other_statuses_are_not_kept(bench: Bench, path: str) -> None:
 # Bodies and bytes.
 
 
-def test_compressed_bodies_are_kept_unchanged(bench: Bench) -> None:
+def test_compressed_bodies_are_cached_unchanged(bench: Bench) -> None:
     plain = b"x" * 1000
     compressed = gzip.compress(plain)
     bench.put("Cache-Control: max-age=60", "Content-Encoding: gzip", body=compressed)
@@ -546,7 +550,7 @@ def test_compressed_bodies_are_kept_unchanged(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("later_s", [0, 60])
-def test_the_limit_of_one_fetch_holds_for_what_is_kept(bench: Bench, later_s: int) -> None:
+def test_the_size_limit_of_a_fetch_applies_to_cached_entries(bench: Bench, later_s: int) -> None:
     bench.put("Cache-Control: max-age=60", 'ETag: "1"', body=b"x" * 1000)
 
     async def fetch() -> None:
@@ -559,7 +563,7 @@ def test_the_limit_of_one_fetch_holds_for_what_is_kept(bench: Bench, later_s: in
     asyncio.run(fetch())
 
 
-def test_a_body_that_breaks_off_is_not_kept(bench: Bench) -> None:
+def test_a_truncated_body_is_not_kept(bench: Bench) -> None:
     async def breaks_off(visit: Visit) -> None:
         head = b"HTTP/1.1 200 OK\r\nCache-Control: max-age=60\r\nContent-Length: 9\r\n\r\n"
         await visit.send(head, b"half")
@@ -575,7 +579,7 @@ def test_a_body_that_breaks_off_is_not_kept(bench: Bench) -> None:
     asyncio.run(fetch())
 
 
-def test_the_least_recently_used_go_first(bench: Bench) -> None:
+def test_the_least_recently_used_entry_is_evicted_first(bench: Bench) -> None:
     each = 100_000
     bench.put("Cache-Control: max-age=60", body=b"x" * each)
 
@@ -598,7 +602,7 @@ def test_the_least_recently_used_go_first(bench: Bench) -> None:
     assert REGISTRY.get_sample_value("saccade_fetch_cache_bytes") == stats.bytes
 
 
-def test_empty_images_take_space_too(bench: Bench) -> None:
+def test_empty_images_count_towards_the_size(bench: Bench) -> None:
     bench.cache = FetchCache(20 * ENTRY_BYTES, bench.clock)
     bench.put("Cache-Control: max-age=60", body=b"")
 
@@ -612,12 +616,14 @@ def test_empty_images_take_space_too(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(("size", "entries"), [(MIB // 8 - 3000, 1), (MIB // 8, 0)])
-def test_entries_above_the_share_limit_are_not_kept(bench: Bench, size: int, entries: int) -> None:
+def test_entries_above_the_maximum_share_are_not_kept(
+    bench: Bench, size: int, entries: int
+) -> None:
     bench.put("Cache-Control: max-age=60", body=b"x" * size)
     assert bench.outcome().entries == entries
 
 
-def test_long_urls_and_heads_count(bench: Bench) -> None:
+def test_long_urls_and_heads_count_towards_the_size(bench: Bench) -> None:
     bench.put("Cache-Control: max-age=60", f'ETag: "{"x" * 3000}"')
     bench.url += "?" + "x" * 5000
     assert bench.outcome().bytes > ENTRY_BYTES + 8000
@@ -629,7 +635,7 @@ def test_heads_that_are_too_long_are_not_kept(bench: Bench, headers: list[str]) 
     assert bench.outcome().entries == 0
 
 
-# At the same time.
+# Concurrent fetches.
 
 
 def test_concurrent_fetches_share_a_revalidation(run: Run, bench: Bench) -> None:
@@ -647,7 +653,7 @@ def test_concurrent_fetches_share_a_revalidation(run: Run, bench: Bench) -> None
     assert bench.cache.stats().revalidated == 1
 
 
-def test_other_limits_at_once(run: Run, bench: Bench) -> None:
+def test_concurrent_fetches_with_different_limits_share_an_entry(run: Run, bench: Bench) -> None:
     bench.put("Cache-Control: max-age=60", 'ETag: "1"', body=b"x" * 1000)
 
     async def fetch() -> None:
@@ -687,7 +693,7 @@ def test_a_cancelled_fetch_does_not_affect_others(run: Run, bench: Bench, is_kep
     assert bench.cache.stats().hits == 1
 
 
-def test_clear(bench: Bench) -> None:
+def test_clearing_removes_all_entries(bench: Bench) -> None:
     bench.put("Cache-Control: max-age=60")
     assert bench.outcome().entries == 1
     bench.cache.clear()
@@ -695,7 +701,7 @@ def test_clear(bench: Bench) -> None:
     assert bench.outcome(1).misses == 2
 
 
-def test_a_fetcher_without_a_cache(bench: Bench) -> None:
+def test_a_fetcher_without_a_cache_fetches_each_time(bench: Bench) -> None:
     picture = bench.put("Cache-Control: max-age=60", 'ETag: "1"')
 
     async def fetch() -> None:

@@ -24,7 +24,7 @@ from server.ingest.files import store as store_module
 
 
 class Clock:
-    """A clock that stands still until it is moved."""
+    """A clock that stands still until the test advances it."""
 
     def __init__(self) -> None:
         self.now = 1_800_000_000.0
@@ -63,7 +63,7 @@ def records(root: Path) -> list[Path]:
     return sorted(root.glob("*/files/*"))
 
 
-def test_what_is_put_is_found_and_survives_a_restart(tmp_path: Path) -> None:
+def test_a_stored_file_is_found_before_and_after_a_restart(tmp_path: Path) -> None:
     async def run() -> None:
         async with opened(tmp_path) as store:
             files = [await put(store, b"data %d" % i, name=f"{i}.png") for i in range(3)]
@@ -86,7 +86,7 @@ def test_ids_cannot_be_guessed(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-def test_equal_contents_of_a_group_lie_on_the_disk_once(tmp_path: Path) -> None:
+def test_equal_contents_of_a_group_are_stored_once(tmp_path: Path) -> None:
     async def run() -> None:
         async with opened(tmp_path, Quota(max_bytes=10)) as store:
             first, second = await put(store, b"12345678"), await put(store, b"12345678")
@@ -101,7 +101,7 @@ def test_equal_contents_of_a_group_lie_on_the_disk_once(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-def test_another_groups_files_do_not_exist(tmp_path: Path) -> None:
+def test_files_of_another_group_are_not_found(tmp_path: Path) -> None:
     groups = ["", "a", "../../up", "a/b", "\0", "ä" * 300]
 
     async def run() -> None:
@@ -127,13 +127,13 @@ def test_another_groups_files_do_not_exist(tmp_path: Path) -> None:
 
     asyncio.run(run())
     folders = {path.parents[1] for path in (*blobs(tmp_path), *records(tmp_path))}
-    assert {len(path.name) for path in folders} == {32}  # hashes, whatever the groups are called
+    assert {len(path.name) for path in folders} == {32}  # hashes, whatever the names of the groups
 
 
 @pytest.mark.parametrize(
     "file_id", ["", ".", "..", "../lock", "file-", "file-" + "0" * 32, "/etc/passwd", "a\0b", "ä"]
 )
-def test_an_id_that_was_never_given_finds_nothing(tmp_path: Path, file_id: str) -> None:
+def test_an_unknown_id_is_not_found(tmp_path: Path, file_id: str) -> None:
     async def run() -> None:
         async with opened(tmp_path) as store:
             await put(store, b"data")
@@ -172,7 +172,7 @@ def test_a_filename_is_kept_but_never_used_as_a_path(tmp_path: Path, given: str,
     ]
 
 
-def test_pages_of_the_list(tmp_path: Path) -> None:
+def test_a_file_list_is_paginated(tmp_path: Path) -> None:
     async def run() -> None:
         async with opened(tmp_path) as store:
             made = [(await put(store, b"%d" % i)).id for i in range(5)]
@@ -201,7 +201,7 @@ def test_pages_of_the_list(tmp_path: Path) -> None:
         (Quota(), Quota(max_files=1)),
     ],
 )
-def test_a_quota_holds_until_something_is_deleted(
+def test_a_full_quota_refuses_uploads_until_a_file_is_deleted(
     tmp_path: Path, server: Quota, group: Quota
 ) -> None:
     async def run() -> None:
@@ -216,7 +216,7 @@ def test_a_quota_holds_until_something_is_deleted(
                     await of_others
             else:
                 await of_others
-        async with opened(tmp_path, server, group) as store:  # what was there counts
+        async with opened(tmp_path, server, group) as store:  # existing files count
             with pytest.raises(FileQuotaExceeded):
                 await put(store, b"abcdefgh")
             await store.delete("", first.id)
@@ -249,7 +249,7 @@ def test_concurrent_uploads_never_exceed_a_quota(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-def test_an_expired_file_is_gone_everywhere_at_once(tmp_path: Path) -> None:
+def test_an_expired_file_disappears_everywhere_at_once(tmp_path: Path) -> None:
     clock = Clock()
 
     async def run() -> None:
@@ -288,7 +288,7 @@ def test_expired_files_are_swept_while_the_server_runs(
     asyncio.run(run())
 
 
-def test_expired_files_make_room_and_the_servers_lifetime_is_the_longest(tmp_path: Path) -> None:
+def test_expired_files_free_their_quota_and_lifetimes_are_capped(tmp_path: Path) -> None:
     clock = Clock()
 
     async def run() -> None:
@@ -323,7 +323,7 @@ asyncio.run(main())
 """
 
 
-def test_a_killed_server_leaves_whole_files_and_no_others(tmp_path: Path) -> None:
+def test_a_killed_server_leaves_only_complete_files(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True
     ) as writer:
@@ -353,7 +353,7 @@ async def _open_and_close(root: Path) -> None:
         pass
 
 
-def test_foreign_files_are_kept(tmp_path: Path) -> None:
+def test_unrelated_files_in_the_folder_are_kept(tmp_path: Path) -> None:
     (tmp_path / "partial").mkdir()
     theirs = [tmp_path / "partial" / "notes.txt", tmp_path / "blobs", tmp_path / "photo.png"]
     for path in theirs:
@@ -391,7 +391,7 @@ def test_a_damaged_record_is_ignored(tmp_path: Path, damage: Any) -> None:
     asyncio.run(run())
 
 
-def test_a_truncated_content_is_not_served(tmp_path: Path) -> None:
+def test_a_file_with_truncated_content_is_not_served(tmp_path: Path) -> None:
     async def run() -> None:
         async with opened(tmp_path) as store:
             file = await put(store, b"content")
@@ -399,7 +399,7 @@ def test_a_truncated_content_is_not_served(tmp_path: Path) -> None:
             blob.write_bytes(b"cont")
             with pytest.raises(FileStorageFailed):
                 store.read("", file.id, 100)
-            again = await put(store, b"content")  # a new upload makes it whole
+            again = await put(store, b"content")  # a new upload repairs it
             assert store.read("", again.id, 100) == store.read("", file.id, 100) == b"content"
             blob.unlink()
             with pytest.raises(UnknownFile):
@@ -440,7 +440,7 @@ def test_a_failing_disk_is_reported_and_changes_no_state(tmp_path: Path) -> None
     asyncio.run(run())
 
 
-def test_an_unusable_folder_stops_the_start(tmp_path: Path) -> None:
+def test_an_unusable_folder_prevents_the_start(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CannotStart, match="--files-dir"):
         asyncio.run(_open_and_close(tmp_path / "file"))

@@ -99,13 +99,13 @@ def may(policy: Policy, address: str, host: str = "") -> bool:
 
 
 @pytest.mark.parametrize("address", PUBLIC)
-def test_public_addresses_are_open(address: str) -> None:
+def test_public_addresses_are_allowed(address: str) -> None:
     assert may(INTERNET, address)
     assert may(PRIVATE_TOO, address)
 
 
 @pytest.mark.parametrize("address", PRIVATE)
-def test_private_addresses_are_open_where_they_are_allowed(address: str) -> None:
+def test_private_addresses_are_allowed_by_settings(address: str) -> None:
     assert not may(INTERNET, address)
     assert may(PRIVATE_TOO, address)
     trusting = Policy.of(allowed=["images.internal"])
@@ -114,7 +114,7 @@ def test_private_addresses_are_open_where_they_are_allowed(address: str) -> None
 
 
 @pytest.mark.parametrize("address", CLOSED)
-def test_special_addresses_are_open_by_their_network_only(address: str) -> None:
+def test_special_addresses_are_allowed_only_by_their_network(address: str) -> None:
     assert not may(INTERNET, address)
     assert not may(PRIVATE_TOO, address)
     assert not may(Policy.of(allowed=["images.internal"]), address, "images.internal")
@@ -122,7 +122,7 @@ def test_special_addresses_are_open_by_their_network_only(address: str) -> None:
 
 
 @given(st.ip_addresses(v=4))
-def test_no_ipv4_address_is_open_that_python_calls_private(
+def test_ipv4_addresses_that_python_calls_private_are_refused(
     address: ipaddress.IPv4Address,
 ) -> None:
     if address.is_private or address.is_multicast or address.is_reserved:
@@ -130,7 +130,7 @@ def test_no_ipv4_address_is_open_that_python_calls_private(
 
 
 @given(st.ip_addresses(v=6))
-def test_no_ipv6_address_is_open_that_python_calls_private(
+def test_ipv6_addresses_that_python_calls_private_are_refused(
     address: ipaddress.IPv6Address,
 ) -> None:
     if address.is_private or address.is_multicast or address.is_reserved:
@@ -138,7 +138,7 @@ def test_no_ipv6_address_is_open_that_python_calls_private(
         assert embedded or not allowed(address, INTERNET)
 
 
-def test_networks_open_what_they_contain() -> None:
+def test_a_network_allows_the_addresses_it_contains() -> None:
     policy = Policy.of(allowed=["10.1.0.0/16", "fd00::/8", "192.168.1.1"])
     for address in ("10.1.2.3", "::ffff:10.1.2.3", "fd12::1", "192.168.1.1"):
         assert may(policy, address)
@@ -163,7 +163,7 @@ def test_networks_open_what_they_contain() -> None:
         ("2001:DB8:0::7", True),
     ],
 )
-def test_lists_of_hosts(host: str, is_on_the_list: bool) -> None:
+def test_a_list_of_hosts_allows_only_its_hosts(host: str, is_on_the_list: bool) -> None:
     hosts = ["Example.com", "*.images.example.", "münchen.example", "192.0.2.7", "[2001:db8::7]"]
     assert may(Policy.of(allowed=hosts), "10.0.0.1", host) == (
         is_on_the_list and not host[0].isdigit()
@@ -174,7 +174,7 @@ def test_lists_of_hosts(host: str, is_on_the_list: bool) -> None:
     else:
         with pytest.raises(ImageUrlBlocked):
             check_host(host, only)
-    assert not may(only, "10.0.0.1", host)  # such a list opens nothing
+    assert not may(only, "10.0.0.1", host)  # such a list allows no additional addresses
 
 
 def test_hosts_are_refused_only_if_there_is_a_list_of_hosts() -> None:
@@ -201,13 +201,13 @@ def test_hosts_are_refused_only_if_there_is_a_list_of_hosts() -> None:
         "user@a.example",
     ],
 )
-def test_unusable_entries_stop_the_start(entry: str) -> None:
+def test_invalid_entries_are_refused(entry: str) -> None:
     with pytest.raises(ValueError, match="not a network|neither a host") as caught:
         Policy.of(allowed=[entry])
     assert entry.strip() in str(caught.value)
 
 
-def test_networks_are_not_hosts() -> None:
+def test_networks_are_refused_in_a_list_of_hosts() -> None:
     with pytest.raises(ValueError, match="neither a host"):
         Policy.of(only_hosts=["10.0.0.0/8"])
 
@@ -230,7 +230,7 @@ def test_networks_are_not_hosts() -> None:
         ("http://example.com?a@b", "example.com", "/?a@b"),
     ],
 )
-def test_plain_urls(url: str, host: str, path: str) -> None:
+def test_plain_urls_are_accepted(url: str, host: str, path: str) -> None:
     parsed = check_url(url)
     assert parsed.raw_host.decode() == host
     assert parsed.raw_path.decode() == path
@@ -263,7 +263,7 @@ def test_plain_urls(url: str, host: str, path: str) -> None:
     + [f"http://example.com:{port}/" for port in ("0", "65536", "-1", "http", "80:80")]
     + ["http://example.com/\ud800", "http://example.com/" + "a" * 70_000],
 )
-def test_odd_urls_are_refused(url: str) -> None:
+def test_malformed_urls_are_refused(url: str) -> None:
     with pytest.raises(InvalidImageUrl):
         check_url(url)
 

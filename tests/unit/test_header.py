@@ -1,4 +1,4 @@
-"""The header reader agrees with the decoders, refuses bad files, and does bounded work."""
+"""The header reader agrees with the decoders, refuses invalid files, and does bounded work."""
 
 import contextlib
 import io
@@ -68,7 +68,7 @@ def _turned(kind: str, orientation: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("kind", "mode"), [(kind, mode) for kind, modes in MODES.items() for mode in modes]
 )
-def test_every_format_mode_size_and_orientation(
+def test_every_format_mode_size_and_orientation_is_read(
     kind: str, mode: str, size: tuple[int, int]
 ) -> None:
     image = picture(mode, size)
@@ -83,7 +83,7 @@ def test_every_format_mode_size_and_orientation(
 
 
 @pytest.mark.parametrize("name", SEEDS)
-def test_seeds_are_read_as_they_are_decoded(name: str) -> None:
+def test_sizes_of_seeds_match_the_decoders(name: str) -> None:
     found = header.read(SEEDS[name])
     assert found.format == name.split()[0].upper()
     assert found.size == decoded_size(SEEDS[name])
@@ -95,7 +95,7 @@ def test_seeds_are_read_as_they_are_decoded(name: str) -> None:
 
 
 def _exif_value(order: str, type_: int, count: int, value: bytes) -> bytes:
-    """EXIF with nothing but an orientation, of any type; a value above four bytes follows it."""
+    """EXIF with only an orientation, of any type; a value longer than four bytes follows it."""
     outside = value if len(value) > 4 else b""
     if outside:
         value = struct.pack(order + "I", 26)
@@ -124,7 +124,7 @@ def _exif_value(order: str, type_: int, count: int, value: bytes) -> bytes:
         (3, 1 << 30, "H", 1),  # more values than the file has bytes
     ],
 )
-def test_exif_orientation_of_any_type(
+def test_exif_orientation_of_any_type_is_read_as_pillow_reads_it(
     order: str, type_: int, count: int, form: str, orientation: int
 ) -> None:
     values = (6, 1)[: len(form)] if form != "HH" else (6, 3)
@@ -133,7 +133,7 @@ def test_exif_orientation_of_any_type(
     assert header.read(data).size == decoded_size(data)
 
 
-def test_the_first_exif_orientation_counts_behind_one_that_claims_too_much() -> None:
+def test_the_first_exif_orientation_counts_after_an_oversized_tag() -> None:
     entries = [(271, 2, 1 << 30, 0), (274, 3, 1, 6 << 16), (274, 3, 1, 3 << 16)]
     data = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, len(entries))
     data += b"".join(struct.pack(">HHII", *entry) for entry in entries) + bytes(4)
@@ -184,14 +184,14 @@ def test_damaged_exif_is_read_as_pillow_reads_it(name: str, kind: str) -> None:
         (b"", 1),
     ],
 )
-def test_xmp(text: bytes, orientation: int) -> None:
+def test_xmp_orientation_is_read(text: bytes, orientation: int) -> None:
     for kind in ("JPEG", "WEBP"):
         data = encode(picture(), kind, xmp=text)
         assert header.read(data) == ImageHeader(kind, WIDTH, HEIGHT, orientation)
         assert header.read(data).size == decoded_size(data)
 
 
-# Odd files of each format.
+# Unusual files of each format.
 
 
 def _jpeg(**options: Any) -> bytes:
@@ -218,13 +218,13 @@ THUMBNAIL = encode(picture(size=(160, 120)), "JPEG")
         SEEDS["jpeg"] + THUMBNAIL,
     ],
 )
-def test_only_the_jpegs_own_frame_counts(data: bytes) -> None:
+def test_the_size_of_an_embedded_jpeg_is_ignored(data: bytes) -> None:
     assert header.read(data) == ImageHeader("JPEG", WIDTH, HEIGHT)
     assert decoded_size(data) == SIZE
 
 
 @pytest.mark.parametrize("marker", [0xC0, 0xC1, 0xC2, 0xC3, 0xC9, 0xCA])
-def test_jpeg_frames_that_are_decoded(marker: int) -> None:
+def test_every_decodable_jpeg_frame_type_is_read(marker: int) -> None:
     data = b"\xff\xd8" + _frame(marker) + SCAN
     assert header.read(data) == ImageHeader("JPEG", WIDTH, HEIGHT)
 
@@ -241,7 +241,7 @@ PROFILE = b"Raw profile type exif\0"
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 8])
-def test_png_metadata_after_many_chunks(length: int) -> None:
+def test_png_metadata_after_many_chunks_is_read(length: int) -> None:
     many = _chunks(encode(Image.effect_noise((40, 30), 99), "PNG"), length)
     turned = with_chunks_at_end(many, chunk(b"IDAT", b""), chunk(b"eXIf", exif(6)[6:]))
     assert many.count(b"IDAT") > 128
@@ -256,7 +256,7 @@ def test_png_metadata_after_many_chunks(length: int) -> None:
         [chunk(b"eXIf", exif(6)[6:]), chunk(b"eXIf", exif(3)[6:])],  # the last one counts
         [chunk(b"eXIf", exif(3)[6:]), chunk(b"eXIf", exif(6)[6:])],
         [chunk(b"eXIf", exif(6)[6:]), chunk(b"IEND", b""), chunk(b"eXIf", exif(1)[6:])],
-        [chunk(b"\0\0\0\0", b""), chunk(b"eXIf", exif(6)[6:])],  # what is behind is not seen
+        [chunk(b"\0\0\0\0", b""), chunk(b"eXIf", exif(6)[6:])],  # later chunks are ignored
         [chunk(b"eXIf", exif(1)[6:]), chunk(b"tEXt", PROFILE + profile(6).encode())],
         [chunk(b"tEXt", PROFILE + profile(6).encode()[:-2])],
         [chunk(b"tEXt", PROFILE + profile(6).encode() + b"z")],
@@ -272,7 +272,7 @@ def test_png_metadata_is_read_as_pillow_reads_it(chunks: list[bytes]) -> None:
     assert header.read(data).size == decoded_size(data) is not None
 
 
-def test_webp_metadata_counts_only_if_it_is_announced() -> None:
+def test_webp_metadata_counts_only_if_its_flag_is_set() -> None:
     data = bytearray(SEEDS["webp exif"])
     assert header.read(bytes(data)).orientation == 6
     data[20] &= ~0x08  # EXIF
@@ -288,12 +288,12 @@ def test_gif_with_comments_after_its_only_frame_is_not_animated() -> None:
     assert header.read(data) == ImageHeader("GIF", WIDTH, HEIGHT)
 
 
-def test_gif_of_very_many_blocks_may_be_animated() -> None:
+def test_gif_of_very_many_blocks_is_taken_as_animated() -> None:
     frame = b"," + struct.pack("<4HBB", 0, 0, 5, 5, 0, 8)
     assert header.read(b"GIF89a\5\0\5\0\0\0\0" + frame + b"\1;" * 5000 + b"\0;").animated
 
 
-def test_gif_extension_whose_first_block_is_empty() -> None:
+def test_gif_extension_with_an_empty_first_block_is_skipped() -> None:
     start = 13 + (3 << (SEEDS["gif"][10] & 7) + 1)
     for label, blocks in ((1, b"\0\4,abc\0"), (0xFE, b"\0")):
         data = SEEDS["gif"][:start] + bytes([0x21, label]) + blocks + SEEDS["gif"][start:]
@@ -301,7 +301,7 @@ def test_gif_extension_whose_first_block_is_empty() -> None:
 
 
 @pytest.mark.parametrize("length", [12, 40, 52, 56, 64, 108, 124])
-def test_bmp_headers(length: int) -> None:
+def test_every_bmp_header_is_read(length: int) -> None:
     if length == 12:
         fields = struct.pack("<IHHHH", 12, 5, 7, 1, 24)
     else:
@@ -311,7 +311,7 @@ def test_bmp_headers(length: int) -> None:
     assert decoded_size(data) == (5, 7)
 
 
-def test_tiff_whose_pages_end_where_they_began() -> None:
+def test_tiff_whose_page_links_to_itself_is_not_animated() -> None:
     data = bytearray(SEEDS["tiff"])
     (first,) = struct.unpack_from("<I", data, 4)
     (entries,) = struct.unpack_from("<H", data, first)
@@ -325,8 +325,8 @@ TURNS = [irot(0), irot(1), irot(2), irot(3), imir(0), imir(1)]
 
 
 @pytest.mark.parametrize("kind", ["HEIF", "AVIF"])
-def test_turns_of_heif_and_avif(kind: str) -> None:
-    """The orientation makes of the stored pixels what the decoder shows."""
+def test_turns_of_heif_and_avif_are_the_orientation(kind: str) -> None:
+    """Applying the orientation to the stored pixels gives the decoder's picture."""
     plain = encode(picture(), kind)
     stored = _decoded(plain)
     for first, second in itertools.product(TURNS, TURNS):
@@ -338,7 +338,7 @@ def test_turns_of_heif_and_avif(kind: str) -> None:
         expected = np.asarray(ImageOps.exif_transpose(tagged), np.float32)
         shown = np.asarray(_decoded(data), np.float32)
         assert found.size == shown.shape[1::-1]
-        assert np.abs(expected - shown).mean() < 5  # of a picture turned otherwise: above 20
+        assert np.abs(expected - shown).mean() < 5  # else > 20
 
 
 def _decoded(data: bytes) -> Image.Image:
@@ -367,7 +367,7 @@ def _decoded(data: bytes) -> Image.Image:
         [clap(100, 50), clap(80, 40, (1, 2))],
     ],
 )
-def test_crops_of_heif(properties: list[bytes]) -> None:
+def test_crops_of_heif_are_applied(properties: list[bytes]) -> None:
     data = with_properties(encode(picture(size=(128, 64)), "HEIF"), *properties)
     assert header.read(data).size == decoded_size(data) is not None
 
@@ -378,7 +378,7 @@ def test_crops_of_avif_are_not_applied() -> None:
     assert decoded_size(data) == SIZE[::-1]
 
 
-def test_avif_metadata_of_another_item_is_not_the_pictures() -> None:
+def test_avif_metadata_of_another_item_is_ignored() -> None:
     data = SEEDS["avif xmp"].replace(b"cdsc", b"thmb")
     assert header.read(data) == ImageHeader("AVIF", WIDTH, HEIGHT)
     assert decoded_size(data) == SIZE
@@ -388,7 +388,7 @@ LARGE_BOX = struct.pack(">I4sQ", 1, b"free", 16 + 7) + b"skipped"
 
 
 def _heif(number: int, ipma: bytes, *, brand: bytes = b"heic", version: int = 0) -> bytes:
-    """Nothing but the boxes that the size is found by; properties are 64x48 and 320x240."""
+    """Only the boxes that determine the size; properties are 64x48 and 320x240."""
     form = ">I" if version else ">H"
     sizes = b"".join(
         box(b"ispe", bytes(4) + struct.pack(">II", *size)) for size in ((64, 48), (320, 240))
@@ -407,7 +407,7 @@ def _heif(number: int, ipma: bytes, *, brand: bytes = b"heic", version: int = 0)
         (1, 1, ">IBH"),
     ],
 )
-def test_heif_takes_the_size_of_the_primary_item(version: int, flags: int, entry: str) -> None:
+def test_the_size_of_heif_is_that_of_the_primary_item(version: int, flags: int, entry: str) -> None:
     items = struct.pack(entry, 1, 1, 1) + struct.pack(entry, 7, 1, 2)
     ipma = box(b"ipma", bytes([version, 0, 0, flags]) + struct.pack(">I", 2) + items)
     for number, size in ((1, (64, 48)), (7, (320, 240))):
@@ -416,7 +416,7 @@ def test_heif_takes_the_size_of_the_primary_item(version: int, flags: int, entry
         header.read(_heif(5, ipma, version=version))
 
 
-# What is refused.
+# Refused files.
 
 
 @pytest.mark.parametrize(
@@ -443,7 +443,7 @@ def test_heif_takes_the_size_of_the_primary_item(version: int, flags: int, entry
         b"\xef\xbb\xbf" + SEEDS["jpeg"],
     ],
 )
-def test_other_formats_are_not_supported(data: bytes) -> None:
+def test_other_formats_are_refused(data: bytes) -> None:
     with pytest.raises(UnsupportedImageFormat, match="JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, HEIC"):
         header.read(data)
 
@@ -460,7 +460,7 @@ IDAT = chunk(b"IDAT", b"")
     ("data", "message"),
     [
         (b"", "empty"),
-        (b"\xff\xd8" + _frame(0xC0, (37, 0)) + SCAN, "37x0 pixels"),  # DNL would give the height
+        (b"\xff\xd8" + _frame(0xC0, (37, 0)) + SCAN, "37x0 pixels"),  # the height would be in DNL
         (b"\xff\xd8" + _frame(0xC0) * 2 + SCAN, "2 frame headers"),
         (b"\xff\xd8" + SCAN, "0 frame headers"),
         (b"\xff\xd8" + segment(0xC0, b"\x08") + SCAN, "0 frame headers"),
@@ -491,7 +491,7 @@ IDAT = chunk(b"IDAT", b"")
         (_heif(1, b"\0\0\xff\xffipma"), "reaches beyond"),
     ],
 )
-def test_damaged_headers_are_invalid(data: bytes, message: str) -> None:
+def test_damaged_headers_are_refused(data: bytes, message: str) -> None:
     with pytest.raises(InvalidImage, match=message):
         header.read(data)
     assert decoded_size(data) is None
@@ -505,7 +505,7 @@ def test_heif_without_a_size_is_refused_though_libheif_finds_one() -> None:
 
 
 @pytest.mark.parametrize("name", SEEDS)
-def test_truncated_files_are_refused_or_read_alike(name: str) -> None:
+def test_truncated_files_are_refused_or_give_the_whole_files_size(name: str) -> None:
     whole = header.read(SEEDS[name])
     for end in range(len(SEEDS[name])):
         try:
@@ -516,7 +516,7 @@ def test_truncated_files_are_refused_or_read_alike(name: str) -> None:
         assert sorted(found.size) == sorted(whole.size)
 
 
-# Anything at all.
+# Random and damaged files.
 
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF\xff\0\0\0WEBPVP8X", b"GIF89a", b"BM")
 MORE_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"\0\0\0\x18ftypheic", b"\0\0\0\x18ftypavis")
@@ -557,7 +557,7 @@ def test_damaged_files_give_a_client_error_or_the_decoded_size(data: bytes) -> N
     assert found is None or decoded_size(data) in (None, found)
 
 
-# The bounds.
+# Bounds.
 
 # Lines of the reader that it may execute, a few for each of at most 4096 chunks of a PNG; and what
 # it may allocate: eight segments of EXIF, twice while they are joined.
@@ -566,7 +566,7 @@ MAX_ALLOCATED_BYTES = 2 << 20
 
 
 def hostile(nbytes: int) -> Iterator[tuple[str, bytes]]:
-    """Files of about `nbytes` that lead as far as they can."""
+    """Files of about `nbytes` that cause as much work as possible."""
     ends = {"end": chunk(b"IDAT", b"0"), "scan": _frame(0xC0) + SCAN}
     entries = [struct.pack("<HHII", tag, 3, 4, 0) for tag in range(60_000)]
     directory = struct.pack("<IH", 8, 60_000) + b"".join(entries)

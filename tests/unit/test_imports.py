@@ -1,4 +1,4 @@
-"""Imports point one way, and what is below the engine knows neither vLLM nor FastAPI."""
+"""Imports point one way, and modules below the engine import neither vLLM nor FastAPI."""
 
 import ast
 import functools
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SERVER = Path(__file__).parents[2] / "server"
-# From the top down; a package may import what stands below it.
+# From the top down; a package may import those below it.
 LAYERS = (
     ("cli", "__main__"),
     ("app",),
@@ -54,7 +54,7 @@ def test_every_module_has_a_layer() -> None:
     assert [name for name, _ in modules() if layer(name) is None and name != "__init__"] == []
 
 
-def test_no_import_points_upward() -> None:
+def test_imports_point_downward() -> None:
     upward = []
     for name, tree in modules():
         here = layer(name)
@@ -65,7 +65,7 @@ def test_no_import_points_upward() -> None:
     assert upward == []
 
 
-def test_modules_import_each_other_in_no_circle() -> None:
+def test_there_are_no_import_cycles() -> None:
     names = {name for name, _ in modules()}
     edges = {
         name: {found.removeprefix("server.") for found in at_import(tree)} & names - {name}
@@ -85,13 +85,13 @@ def test_modules_import_each_other_in_no_circle() -> None:
 
 
 def at_import(tree: ast.Module) -> Iterator[str]:
-    """What is imported when the module is, and not later by its functions or for types only."""
+    """Imports at module level, without those in functions and for type checking."""
     for node in tree.body:
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield from imported(node)
 
 
-def test_vllm_and_fastapi_stay_above() -> None:
+def test_lower_layers_import_neither_vllm_nor_fastapi() -> None:
     found = [
         f"{name} imports {module}"
         for name, tree in modules()
@@ -102,7 +102,7 @@ def test_vllm_and_fastapi_stay_above() -> None:
 
 
 def test_only_tests_in_the_vllm_folder_import_vllm_or_torch() -> None:
-    """Else more than one process of `make test-fast` spends the time of these imports."""
+    """Otherwise several processes of `make test-fast` would spend time on these imports."""
     found = [
         f"{path.name} imports {module}"
         for path in sorted(Path(__file__).parent.glob("*.py"))

@@ -29,7 +29,7 @@ from server.workers.protocol import job_decoder
         CountFrames(),
     ],
 )
-def test_a_job_survives_the_way_to_a_worker(job: Job) -> None:
+def test_a_job_is_equal_after_serialization(job: Job) -> None:
     assert job_decoder.decode(encode_job(job)) == job
 
 
@@ -62,14 +62,14 @@ def nested(levels: int) -> Any:
         ({"x": "y" * 40_000}, "the limit is 32768"),
     ],
 )
-def test_kwargs_that_are_refused(kwargs: dict[str, Any], problem: str) -> None:
+def test_invalid_kwargs_are_refused(kwargs: dict[str, Any], problem: str) -> None:
     with pytest.raises(ClientError, match=problem) as caught:
         encode_kwargs(kwargs)
     assert caught.value.param == "mm_processor_kwargs"
 
 
 @pytest.mark.parametrize("size", [(0, 5), (5, -1), (5, 1 << 31)])
-def test_sizes_that_are_refused(size: tuple[int, int]) -> None:
+def test_invalid_sizes_are_refused(size: tuple[int, int]) -> None:
     with pytest.raises(ClientError, match="out of range"):
         ProcessJob("PNG", size)
     with pytest.raises(ClientError, match="out of range"):
@@ -77,12 +77,12 @@ def test_sizes_that_are_refused(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("frame", [-1, 1 << 31, 10**30])
-def test_frames_that_are_refused(frame: int) -> None:
+def test_invalid_frames_are_refused(frame: int) -> None:
     with pytest.raises(ImageFrameMissing):
         ProcessJob("PNG", (1, 1), frame)
 
 
-def test_decode_io_as_vllm_takes_it() -> None:
+def test_decode_options_are_accepted_in_vllms_forms() -> None:
     assert DecodeIO.of({}) == DecodeIO("RGB", (255, 255, 255))
     given = {"image_mode": None, "rgba_background_color": [0, 127, 255], "of_another_loader": 1}
     assert DecodeIO.of(given) == DecodeIO(None, (0, 127, 255))
@@ -101,7 +101,7 @@ def test_decode_io_as_vllm_takes_it() -> None:
         ("rgba_background_color", "white"),
     ],
 )
-def test_decode_io_that_is_refused(name: str, value: Any) -> None:
+def test_invalid_decode_options_are_refused(name: str, value: Any) -> None:
     with pytest.raises(ClientError, match=name) as caught:
         DecodeIO.of({name: value})
     assert caught.value.param == f"media_io_kwargs.image.{name}"

@@ -1,4 +1,4 @@
-"""Loading the media of a request: files and animations become images, uuids are remembered."""
+"""Loading a request's media: files and animations become images, and uuids are remembered."""
 
 import asyncio
 import time
@@ -62,7 +62,7 @@ def test_the_pages_of_a_pdf_become_images_in_order() -> None:
     assert {image.path for image in images} == {"messages[0].content[1].file"}
 
 
-def test_pages_are_chosen_and_options_hold_for_each() -> None:
+def test_pages_are_selected_and_each_gets_the_options() -> None:
     data = pdf(*[(100 + page, 100) for page in range(9)])
     images = prepare(chat(file_part(data, pages="9,2-3", max_tokens=50, detail="high"))).shown()
     assert [image.options for image in images] == [
@@ -90,13 +90,13 @@ def test_a_pdf_becomes_images_in_every_dialect(path: str, key: str, part: dict[s
     assert prepared.image(handle).size == (144, 144)
 
 
-def test_an_image_may_come_as_a_file() -> None:
+def test_an_image_may_be_sent_as_a_file() -> None:
     part = {"type": "file", "file": {"file_data": pictures.data_url(RED)}}
     (image,) = prepare(chat(part)).shown()
     assert image.data == RED
 
 
-def test_a_large_pdf_is_taken_out_of_the_body_first() -> None:
+def test_a_large_pdf_is_extracted_before_the_body_is_parsed() -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 300, 3), np.uint8))
     data = pictures.encode(noise, "PDF", resolution=72)
     assert len(data) > payloads.MIN_PAYLOAD_BYTES
@@ -107,7 +107,7 @@ def test_a_large_pdf_is_taken_out_of_the_body_first() -> None:
         assert [image.size for image in prepare(chat(part)).shown()] == [(600, 600)]
 
 
-def test_a_page_beyond_the_limits_gets_fewer_pixels() -> None:
+def test_a_page_beyond_the_pixel_limit_is_rendered_smaller() -> None:
     (image,) = prepare(chat(file_part(pdf((9000, 9000))))).shown()
     assert 9_990 <= image.size[0] <= 10_000  # 18000 x 18000 would be over 100 megapixels
 
@@ -138,7 +138,7 @@ def framed(frames: Any, data: bytes | None = None) -> dict[str, Any]:
         (pictures.image_part(RED[:20]), InvalidImage, "."),
     ],
 )
-def test_unusable_files_and_options_are_refused(
+def test_invalid_files_and_options_are_refused(
     part: dict[str, Any], error: type[ClientError], message: str
 ) -> None:
     with pytest.raises(error, match=message) as refusal:
@@ -146,7 +146,7 @@ def test_unusable_files_and_options_are_refused(
     assert (refusal.value.param or "").startswith("messages[0].content[1].")
 
 
-def test_the_refusal_of_a_huge_number_of_frames_is_short() -> None:
+def test_the_error_for_a_huge_number_of_frames_is_short() -> None:
     with pytest.raises(TooManyImages) as refusal:
         prepare(chat(framed(10**4000)))
     assert len(refusal.value.message) < 100
@@ -156,11 +156,13 @@ def test_the_refusal_of_a_huge_number_of_frames_is_short() -> None:
     ("frames", "chosen"),
     [(1, [0]), (3, [0, 4, 9]), (5, [0, 2, 4, 7, 9]), ([7, 2], [7, 2]), (None, [0])],
 )
-def test_frames_of_an_animation_are_spread_or_named(frames: Any, chosen: list[int]) -> None:
+def test_frames_of_an_animation_are_selected_by_count_or_number(
+    frames: Any, chosen: list[int]
+) -> None:
     assert [image.options.frame for image in prepare(chat(framed(frames))).shown()] == chosen
 
 
-def test_frames_of_a_pdf_are_its_pages() -> None:
+def test_frames_of_a_pdf_select_its_pages() -> None:
     images = prepare(chat(framed(2, pdf(*[(9, 9)] * 9)))).shown()
     assert [image.options.frame for image in images] == [0, 8]
 
@@ -169,7 +171,7 @@ def test_a_still_picture_has_one_frame() -> None:
     assert [image.options.frame for image in prepare(chat(framed(4, RED))).shown()] == [0]
 
 
-def test_images_are_counted_with_pages() -> None:
+def test_pages_count_towards_the_image_limit() -> None:
     image, pages = pictures.image_part(RED), file_part(pdf((9, 9), (9, 9), (9, 9)))
     prepare(chat(*[image] * 5, pages))
     with pytest.raises(TooManyImages, match="more than 8 images"):
@@ -185,7 +187,7 @@ def in_group(group: str, document: Any) -> RequestContext:
     return found.context
 
 
-def test_a_name_is_known_to_its_group_alone() -> None:
+def test_a_uuid_is_known_only_in_its_group() -> None:
     loader = media_loader()
     named = {**pictures.image_part(RED), "uuid": "U"}
     again = {"type": "image_url", "image_url": None, "uuid": "U", "max_tokens": 5}
@@ -204,8 +206,8 @@ def test_a_name_is_known_to_its_group_alone() -> None:
     asyncio.run(run())
 
 
-def test_the_right_part_is_named_where_urls_are_alike() -> None:
-    """Also where a name is the end of another part's URL, or both have the same URL."""
+def test_the_error_names_the_right_part_for_similar_urls() -> None:
+    """Also if a part's URL is the end of another part's, or both are equal."""
     good, bad = pictures.image_part(RED), pictures.image_part(RED[:20])
     unknown = {"type": "image_url", "image_url": None, "uuid": good["image_url"]["url"][-9:]}
     for parts, index in (((good, bad), 1), ((bad, bad), 0), ((good, unknown), 1)):
@@ -217,7 +219,7 @@ def test_the_right_part_is_named_where_urls_are_alike() -> None:
 # ---------------------------------------------------------------------- sources
 
 
-def test_uploads_are_off_without_a_folder() -> None:
+def test_uploads_are_refused_without_a_folder() -> None:
     part = {"type": "image_url", "image_url": {"file_id": "file-" + "0" * 32}}
     with pytest.raises(FilesDisabled) as refusal:
         prepare(chat(part))
@@ -233,7 +235,7 @@ def test_local_files_are_blocked_by_default(kind: str) -> None:
 
 
 class Counting(InProcess):
-    """Counts how many files are looked into at a time."""
+    """Counts how many files are inspected at a time."""
 
     running = most = 0
 
@@ -252,7 +254,7 @@ def loader_with(inspector: Any) -> MediaLoader:
     return MediaLoader(Fetcher(FetchSettings()), LIMITS, None, None, expander)
 
 
-def test_parts_load_side_by_side_and_end_together() -> None:
+def test_parts_load_concurrently_and_an_error_cancels_the_rest() -> None:
     counting = Counting()
     slow = pictures.encode(
         pictures.photo((64, 64)), "GIF", save_all=True, append_images=[pictures.photo((64, 64), 1)]
@@ -263,10 +265,10 @@ def test_parts_load_side_by_side_and_end_together() -> None:
         prepare(chat(*parts), loader=loader_with(counting))
     assert counting.most == 3
     assert counting.running == 0
-    assert time.monotonic() - started < 4  # it did not wait for the slow ones
+    assert time.monotonic() - started < 4  # it did not wait for the slow parts
 
 
-def test_the_deadline_of_a_request_ends_its_loading() -> None:
+def test_the_deadline_of_a_request_cancels_its_loading() -> None:
     counting = Counting()
     found = read(chat(framed(3, gif(10) + bytes(3_000))))
     found.context.deadline = time.monotonic() + 0.05

@@ -9,7 +9,7 @@ import pytest
 from server.errors import ImageTooLarge, InvalidImageUrl
 from server.request import payloads
 
-DATA = b"\xfb\xff\xfe" + os.urandom(5000)  # with characters that the alphabets differ in
+DATA = b"\xfb\xff\xfe" + os.urandom(5000)  # with characters that differ between the alphabets
 B64 = base64.b64encode(DATA).decode()
 LIMIT = 1 << 20
 
@@ -39,7 +39,7 @@ LIMIT = 1 << 20
         "data:image/png; base64,",
     ],
 )
-def test_every_writing_of_base64_is_decoded(header: str, text: str) -> None:
+def test_every_variant_of_base64_is_decoded(header: str, text: str) -> None:
     assert payloads.decode(header + text, LIMIT) == DATA
     view = memoryview((header + text).strip().encode())
     assert payloads.decode(view, LIMIT) == DATA
@@ -55,7 +55,7 @@ def test_a_percent_encoded_data_url_is_decoded() -> None:
     ["data:image/png;base64,@@@@", "data:image/png;base64,iVBOR", "data:image/png;base64", "data:",
      "@@@@", "A", "data:image/png;base64,aé==", "AAAA\\u0041AAA"],
 )  # fmt: skip
-def test_what_is_not_base64_is_refused(text: str) -> None:
+def test_invalid_base64_is_refused(text: str) -> None:
     with pytest.raises(InvalidImageUrl):
         payloads.decode(text, LIMIT)
 

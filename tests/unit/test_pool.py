@@ -39,10 +39,10 @@ JOB = ProcessJob("PNG", (8, 6), kwargs=encode_kwargs({"option": "set"}))
 
 
 class SharedForkserver(Forkserver):
-    """Outlives the pools that use it: each start of a forkserver loads libraries for a second."""
+    """Outlives the pools that use it, because a forkserver takes a second to load libraries."""
 
     def close(self) -> None:
-        """Called by each pool."""
+        """Ignore the `close` of each pool."""
 
     def stop(self) -> None:
         super().close()
@@ -68,7 +68,7 @@ def own_forkserver(
     shared_forkserver: SharedForkserver,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each pool starts and stops a forkserver, as in the server."""
+    """Each pool starts and stops its own forkserver, as in the server."""
     shared_forkserver.stop()
     monkeypatch.setattr(pools, "Forkserver", Forkserver)
 
@@ -105,7 +105,7 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.01)
 
 
-def test_features_come_back_as_they_were_made() -> None:
+def test_features_are_returned_unchanged() -> None:
     async def test() -> None:
         async with running() as pool:
             for data in (b"x", os.urandom(200_000), b"large 300000", os.urandom(3_000_000)):
@@ -121,7 +121,7 @@ def test_features_come_back_as_they_were_made() -> None:
     run(test)
 
 
-def test_memory_is_used_again_and_never_while_it_is_read() -> None:
+def test_memory_is_reused_only_after_it_was_read() -> None:
     async def test() -> None:
         async with running(image_workers=1) as pool:
             held = [await process(pool, f"h{i}", b"%d" % i) for i in range(6)]
@@ -148,13 +148,13 @@ def test_requests_for_one_key_run_once(tmp_path: Path) -> None:
             results = await asyncio.gather(*(process(pool, "same", command) for _ in range(20)))
             assert counter.read_text() == "x"
             assert len({id(result) for result in results}) == 1
-            await process(pool, "same", command)  # not a cache: asked again, run again
+            await process(pool, "same", command)  # not a cache: a later request runs again
             assert counter.read_text() == "xx"
 
     run(test)
 
 
-def test_waiting_work_whose_callers_left_is_never_started(tmp_path: Path) -> None:
+def test_queued_work_whose_callers_left_is_never_started(tmp_path: Path) -> None:
     async def test() -> None:
         async with running(image_workers=1) as pool:
             counter, go = tmp_path / "count", tmp_path / "go"
@@ -178,10 +178,10 @@ def test_waiting_work_whose_callers_left_is_never_started(tmp_path: Path) -> Non
     run(test)
 
 
-def test_a_picture_that_cannot_be_handed_over_is_tried_again(
+def test_a_picture_is_retried_after_shared_memory_ran_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Shared memory may run out for a moment; the picture and the pool survive it."""
+    """The shortage may be brief; the picture and the pool survive it."""
     create, failures = Segment.create, [OSError("no space")]
 
     def scarce(nbytes: int) -> Segment:
@@ -205,7 +205,9 @@ def test_a_picture_that_cannot_be_handed_over_is_tried_again(
     ("command", "error"),
     [(b"refuse", InvalidImage), (b"raise", SaccadeError)],
 )
-def test_refusals_are_typed_and_leak_nothing(command: bytes, error: type[Exception]) -> None:
+def test_errors_of_workers_are_typed_and_leak_nothing(
+    command: bytes, error: type[Exception]
+) -> None:
     async def test() -> None:
         async with running() as pool:
             pids = sorted(pool.worker_pids)
@@ -233,7 +235,7 @@ def test_images_of_a_killed_worker_are_retried(tmp_path: Path) -> None:
     run(test)
 
 
-def test_a_picture_that_kills_every_worker_is_given_up() -> None:
+def test_a_picture_that_kills_every_worker_fails() -> None:
     async def test() -> None:
         async with running() as pool:
             with pytest.raises(ImageProcessingFailed):
@@ -245,7 +247,7 @@ def test_a_picture_that_kills_every_worker_is_given_up() -> None:
     run(test)
 
 
-def test_a_picture_that_takes_too_long_is_ended() -> None:
+def test_a_picture_that_takes_too_long_is_killed() -> None:
     async def test() -> None:
         async with running(image_timeout_s=3) as pool:
             started = time.monotonic()
@@ -274,7 +276,7 @@ def test_a_full_queue_refuses_at_once(tmp_path: Path) -> None:
     run(test)
 
 
-def test_workers_dying_in_a_row_make_the_pool_unready_until_one_works(
+def test_repeated_worker_deaths_make_the_pool_unready_until_one_works(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(slots, "_RESTART_DELAYS_S", (0.0, 0.01))
@@ -292,11 +294,11 @@ def test_workers_dying_in_a_row_make_the_pool_unready_until_one_works(
     run(test)
 
 
-def test_the_pool_heals_when_its_forkserver_is_killed(own_forkserver: None) -> None:
+def test_the_pool_recovers_when_its_forkserver_is_killed(own_forkserver: None) -> None:
     async def test() -> None:
         async with running() as pool:
             parent = psutil.Process(pool.worker_pids[0]).ppid()
-            os.kill(parent, signal.SIGKILL)  # its children go with it
+            os.kill(parent, signal.SIGKILL)  # its children end with it
             await until(lambda: not psutil.pid_exists(parent) or not pool.worker_pids)
             made = arrays(await process(pool, "k", b"fine"))
             assert made["bytes"].tobytes() == b"fine"
@@ -305,7 +307,7 @@ def test_the_pool_heals_when_its_forkserver_is_killed(own_forkserver: None) -> N
 
 
 def slow_pdf() -> bytes:
-    """A page that takes PDFium many seconds: large overlapping shapes, drawn with transparency."""
+    """A page of large overlapping transparent shapes that takes PDFium many seconds."""
     shape = b"0 0 200 200 re 100 100 m 0 200 l 200 200 l 50 0 l h f*\n"
     return one_page_pdf(b"/G gs\n" + shape * 20_000)
 
@@ -324,7 +326,7 @@ def one_page_pdf(content: bytes) -> bytes:
     return body + b"trailer<</Root 1 0 R>>\n%%EOF"
 
 
-def test_abandoned_work_is_stopped_with_its_worker() -> None:
+def test_abandoned_slow_work_is_stopped_by_killing_its_worker() -> None:
     async def test() -> None:
         async with running(image_workers=1, image_timeout_s=600) as pool:
             (pid,) = pool.worker_pids
@@ -369,7 +371,7 @@ def test_quick_abandoned_work_keeps_its_worker(
     run(test)
 
 
-def test_a_worker_whose_start_fails_is_started_again(
+def test_a_worker_whose_start_fails_is_restarted(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     start, failures = Forkserver.start, [RuntimeError("no threads"), ValueError("odd")]
@@ -391,7 +393,7 @@ def test_a_worker_whose_start_fails_is_started_again(
     run(test)
 
 
-def test_a_result_that_no_message_can_carry_leaks_no_memory() -> None:
+def test_a_result_too_large_for_a_message_leaks_no_memory() -> None:
     async def test() -> None:
         async with running(image_workers=1) as pool:
             (pid,) = pool.worker_pids
@@ -434,8 +436,10 @@ def test_a_worker_that_breaks_the_protocol_is_replaced(
     run(test)
 
 
-def test_no_descriptor_is_closed_while_a_picture_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise its number could belong to another connection, which would get the picture."""
+def test_a_descriptor_is_not_closed_while_a_picture_is_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Otherwise its number could be reused by another connection, which would get the picture."""
     create, begun, go = Segment.create, threading.Event(), threading.Event()
 
     def waiting(nbytes: int) -> Segment:
@@ -462,7 +466,7 @@ def test_no_descriptor_is_closed_while_a_picture_is_sent(monkeypatch: pytest.Mon
     run(test)
 
 
-def test_a_stopped_pool_leaves_no_descriptor_open(own_forkserver: None) -> None:
+def test_a_stopped_pool_has_closed_all_descriptors(own_forkserver: None) -> None:
     async def use() -> None:
         async with running() as pool:
             os.kill(pool.worker_pids[0], signal.SIGKILL)
@@ -479,7 +483,7 @@ def test_a_stopped_pool_leaves_no_descriptor_open(own_forkserver: None) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_stopped_pool_leaves_no_process_and_no_file(
+def test_a_stopped_pool_has_ended_its_processes_and_removed_its_files(
     own_forkserver: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

@@ -1,4 +1,4 @@
-"""Bodies become requests: JSON, options, payloads, and handles in the place of media."""
+"""Parsing of request bodies: JSON, options, payloads, and handles in place of media."""
 
 import base64
 import json
@@ -28,7 +28,7 @@ MESSAGES = "/v1/messages"
 
 
 def loaded(part: Any, path: str = CHAT, **dump: Any) -> list[bytes]:
-    """The bytes of each media part, and that nothing of them is in the small body."""
+    """The bytes of each media part; fails if the small body contains any of them."""
     body = json.dumps(chat(part), **dump).encode()
     found = read(body, path)
     assert len(found.payloads.small) < 1000
@@ -51,17 +51,17 @@ def loaded(part: Any, path: str = CHAT, **dump: Any) -> list[bytes]:
         {"type": "video_url", "video_url": {"url": "data:video/mp4;base64," + B64}},
     ],
 )
-def test_a_long_payload_is_taken_out_and_found_again(part: Any, dump: Any) -> None:
+def test_a_long_payload_is_extracted_and_resolved(part: Any, dump: Any) -> None:
     assert loaded(part, **dump) == [DATA]
 
 
 @pytest.mark.parametrize("data", [B64, URL])
-def test_anthropic_sources_are_taken_out(data: str) -> None:
+def test_payloads_of_anthropic_sources_are_extracted(data: str) -> None:
     source = {"type": "base64", "media_type": "image/png", "data": data}
     assert loaded({"type": "image", "source": source}, MESSAGES) == [DATA]
 
 
-def test_line_breaks_and_slashes_are_escaped_in_json() -> None:
+def test_payloads_with_escaped_line_breaks_and_slashes_are_extracted() -> None:
     lines = base64.encodebytes(DATA).decode()
     part = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + lines}}
     assert loaded(part) == [DATA]
@@ -82,12 +82,12 @@ def test_line_breaks_and_slashes_are_escaped_in_json() -> None:
         {"messages": [{"role": "user", "content": "a"}], "metadata": {"data": B64}},
     ],
 )
-def test_what_only_looks_like_a_payload_stays(document: Any) -> None:
+def test_strings_that_look_like_payloads_are_unchanged(document: Any) -> None:
     found = read(document)
     assert json.loads(found.rewritten()) == document
 
 
-def test_images_and_lookalikes_in_one_request() -> None:
+def test_images_and_lookalikes_in_one_request_are_told_apart() -> None:
     picture = pictures.encode(pictures.photo((120, 120)), "PNG")
     url = pictures.data_url(picture)
     assert len(url) > MIN_PAYLOAD_BYTES
@@ -99,12 +99,12 @@ def test_images_and_lookalikes_in_one_request() -> None:
     assert all(image.data == picture for image in prepared.shown())
 
 
-def test_many_misplaced_payloads_are_put_back_in_one_go() -> None:
+def test_many_misplaced_payloads_are_restored_in_one_pass() -> None:
     document = chat(*[{"type": "text", "text": URL}] * 40)
     assert (json.loads(read(document).rewritten()) == document) is True
 
 
-def test_a_written_token_is_only_a_text() -> None:
+def test_a_payload_token_sent_by_a_client_is_plain_text() -> None:
     found = read(chat({"type": "image_url", "image_url": {"url": URL}}))
     (token,) = found.payloads._spans
     again = chat({"type": "text", "text": URL}, {"type": "text", "text": token})
@@ -118,7 +118,7 @@ VALUES = st.none() | st.text() | st.sampled_from(["<url>", "image", "image_url"]
 
 
 @given(st.recursive(VALUES, lambda inner: st.lists(inner) | st.dictionaries(KEYS, inner)))
-def test_any_document_without_messages_survives(shape: Any) -> None:
+def test_any_document_without_messages_is_unchanged(shape: Any) -> None:
     text = json.dumps(shape).replace("<url>", URL)
     if len(text) < MAX_JSON_BYTES:
         assert (json.loads(read(text.encode()).rewritten()) == json.loads(text)) is True
@@ -126,7 +126,7 @@ def test_any_document_without_messages_survives(shape: Any) -> None:
 
 @pytest.mark.parametrize("before", ["", "a", "a" * MIN_PAYLOAD_BYTES, '\\"' * MIN_PAYLOAD_BYTES])
 @pytest.mark.parametrize("length", [MIN_PAYLOAD_BYTES - 1, MIN_PAYLOAD_BYTES])
-def test_payloads_are_taken_out_from_a_fixed_length_on(before: str, length: int) -> None:
+def test_payloads_of_at_least_the_minimum_length_are_extracted(before: str, length: int) -> None:
     strings = ["data:a/b;base64," + "A" * length, "A" * length]
     body = f'["{before}", "{strings[0]}", {{"data": "{strings[1]}"}}, "{before}"]'.encode()
     found = read(body)
@@ -135,7 +135,7 @@ def test_payloads_are_taken_out_from_a_fixed_length_on(before: str, length: int)
 
 
 class CountedSearches(bytes):
-    """A body that counts how often the scan looks for a quote."""
+    """A body that counts how often the scan searches for a quote."""
 
     count = 0
 
@@ -158,57 +158,57 @@ def test_the_scan_does_not_stop_at_each_quote() -> None:
     [b"{", b'{"a": NaN}', b'{"a": 1e999}', b'{"a": "\\ud800"}', b"[" * 100_000, b'{"a": "\xff"}',
      b'{"a": "data:image/png;base64,', b"nul"],
 )  # fmt: skip
-def test_what_is_not_json_is_refused(body: bytes) -> None:
+def test_malformed_json_is_refused(body: bytes) -> None:
     with pytest.raises(ClientError, match="not valid JSON"):
         read(body)
 
 
 @pytest.mark.parametrize("body", [b"[]", b"5", b'"a"', b"null", b'\xef\xbb\xbf{"a": 1}'])
-def test_json_without_an_object_is_left_to_the_route(body: bytes) -> None:
+def test_json_that_is_not_an_object_is_passed_to_the_route(body: bytes) -> None:
     assert read(body).rewritten() == body
 
 
 def rewritten_with_frames(found: ReadRequest, frames: int) -> bytes:
-    """`found`, written again at the bottom of so many calls."""
+    """Rewrite `found` below `frames` nested calls."""
     return found.rewritten() if not frames else rewritten_with_frames(found, frames - 1)
 
 
-def test_json_that_is_too_deep_to_write_again_is_refused() -> None:
+def test_json_too_deep_to_rewrite_is_refused() -> None:
     depth = sys.getrecursionlimit() // 2
     found = read(b'{"max_image_tokens":1,"a":' + b"[" * depth + b"]" * depth + b"}")
     with pytest.raises(ClientError, match="nested too deeply"):
         rewritten_with_frames(found, depth)
 
 
-def test_json_besides_the_media_is_limited() -> None:
+def test_the_size_of_json_without_the_media_is_limited() -> None:
     url = "data:image/png;base64," + base64.b64encode(bytes(2 * MAX_JSON_BYTES)).decode()
     image = {"type": "image_url", "image_url": {"url": url}}
     assert len(read(chat(image)).context.media) == 1
     for document in (
         {"messages": [1] * MAX_JSON_BYTES},
         chat({"type": "text", "text": "a" * MAX_JSON_BYTES}),
-        chat({"type": "text", "text": url}),  # put back, it counts
+        chat({"type": "text", "text": url}),  # once restored, it counts
     ):
         with pytest.raises(RequestTooLarge, match=f"more than {MAX_JSON_BYTES} bytes besides"):
             read(document)
 
 
-def test_escapes_in_keys_change_nothing() -> None:
+def test_keys_with_escapes_are_recognized() -> None:
     body = b'{"messages":[{"role":"user","content":[{"type":"im\\u0061ge_url","im\\u0061ge_url":'
     body += b'{"url":"https://a.example/","det\\u0061il":"no"}}]}]}'
     with pytest.raises(ClientError, match="detail"):
         read(body)
 
 
-# ---------------------------------------------------------------------- what the route gets
+# ---------------------------------------------------------------------- rewritten bodies
 
 
-def test_a_request_without_media_stays_byte_for_byte() -> None:
+def test_a_request_without_media_is_passed_on_byte_for_byte() -> None:
     body = json.dumps(chat({"type": "text", "text": "a"}), indent=3).encode()
     assert read(body).rewritten() is body
 
 
-def test_handles_stand_for_media_in_this_request_only() -> None:
+def test_handles_are_valid_only_in_their_request() -> None:
     first, second = (prepare(chat(pictures.image_part(SMALL))) for _ in range(2))
     (part,) = first.content()
     assert part["type"] == "image_url"
@@ -217,19 +217,19 @@ def test_handles_stand_for_media_in_this_request_only() -> None:
     assert second.context.resolve(handle) is None
 
 
-def test_other_keys_of_a_part_go_on_to_the_template() -> None:
+def test_other_keys_of_a_part_are_passed_to_the_template() -> None:
     part = {**pictures.image_part(SMALL), "caption": "a", "detail": "low", "uuid": "U"}
     assert prepare(chat(part)).content()[0].keys() == {"type", "image_url", "caption"}
 
 
-def test_a_text_with_a_uuid_stays_a_text() -> None:
-    """vLLM looks for media in any part with a uuid."""
+def test_a_text_part_with_a_uuid_stays_a_text_part() -> None:
+    """vLLM treats any part with a uuid as media."""
     part = {"type": "text", "text": "a", "uuid": "U", "image_url": "http://127.0.0.1/"}
     content = prepare(chat(part)).content()
     assert content == [{"type": "text", "text": "a", "image_url": "http://127.0.0.1/"}]
 
 
-def test_the_budget_and_the_request_for_details_leave_the_body() -> None:
+def test_the_servers_own_options_are_removed_from_the_body() -> None:
     prepared = prepare(
         chat(pictures.image_part(SMALL), max_image_tokens=99, include_image_details=True,
              stream=True)
@@ -244,7 +244,7 @@ def test_the_budget_and_the_request_for_details_leave_the_body() -> None:
     ("name", "value"),
     [("max_image_tokens", 0), ("max_image_tokens", "9"), ("include_image_details", 1)],
 )
-def test_a_wrong_request_option_is_named(name: str, value: object) -> None:
+def test_the_error_for_an_invalid_request_option_names_it(name: str, value: object) -> None:
     with pytest.raises(ClientError, match=name) as refusal:
         read(chat(pictures.text_part("image"), **{name: value}))
     assert refusal.value.param == name
@@ -274,7 +274,7 @@ def test_texts_of_anthropic_documents_become_text() -> None:
 
 
 class CountedWrites(list[Any]):
-    """A content list that counts how often something is put into it."""
+    """A content list that counts assignments to it."""
 
     count = 0
 
@@ -283,7 +283,7 @@ class CountedWrites(list[Any]):
         super().__setitem__(*args)
 
 
-def test_a_list_with_many_slots_is_written_once() -> None:
+def test_a_list_with_many_media_is_rewritten_once() -> None:
     parts = CountedWrites(range(1000))
     slots = [Slot(parts, index, nodes=lambda: ["a", "b"]) for index in range(0, 1000, 2)]
     Found(slots).fill(lambda _: [])
@@ -301,7 +301,7 @@ def test_a_document_without_text_is_refused(source: dict[str, Any]) -> None:
     assert (refusal.value.param or "").startswith("messages[0].content[0].source.")
 
 
-def test_parts_are_counted_before_they_are_loaded() -> None:
+def test_parts_are_counted_before_loading() -> None:
     part = {"type": "image_url", "image_url": {"url": "https://a.example/"}}
     assert len(read(chat(*[part] * 8)).context.media) == 8
     with pytest.raises(TooManyImages, match="more than 8 images") as refusal:
@@ -313,8 +313,8 @@ def test_parts_are_counted_before_they_are_loaded() -> None:
 
 
 @pytest.mark.parametrize("limits", [None, replace(LIMITS, max_clips={"video": 999})])
-def test_parts_beyond_the_limit_are_not_read(limits: MediaLimits | None) -> None:
-    """Each takes memory: a list of pages is many times as long as the text that asks for it."""
+def test_parts_beyond_the_limit_are_not_parsed(limits: MediaLimits | None) -> None:
+    """Each takes memory: a list of pages is many times as long as the text that selects it."""
     part = {"type": "file", "file": {"file_data": "AA=="}, "pages": "1-9999"}
     wrong = {"type": "file", "file": 5}
     messages = [*chat(*[part] * 100, wrong)["messages"], *chat(wrong)["messages"]]

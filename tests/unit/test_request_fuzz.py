@@ -1,4 +1,4 @@
-"""Bodies of any form, in every dialect: they are read, loaded and written again, or refused."""
+"""Random bodies in every dialect are read, loaded and rewritten, or refused."""
 
 import asyncio
 import json
@@ -31,7 +31,7 @@ KEYS = st.sampled_from((
     "video_url", "audio_url", "input_audio", "data", "source", "content", "title", "detail",
     "max_tokens", "frames", "pages", "uuid", "role", "output", "summary", "status",
 ))  # fmt: skip
-# No URL among them leads out of the process.
+# None of these URLs causes a request outside the process.
 TEXTS = st.sampled_from((
     IMAGE, IMAGE.partition(",")[2], PDF, LONG, "", "\0", "data:", "data:,%", "data:;base64,@",
     "data:video/jpeg;base64,/9j/,/9j/", "http://", "http://\0/", "http://[::1", "http://127.0.0.1/",
@@ -71,7 +71,7 @@ def loader() -> MediaLoader:
 
 
 def has_path(document: Any, path: str) -> bool:
-    """Whether all of `path` but its last step leads to something in `document`."""
+    """Whether `path` without its last step exists in `document`."""
     for step in re.findall(r"\w+|\[\d+\]", path.rpartition(".")[0]):
         key = int(step[1:-1]) if step[0] == "[" else step
         try:
@@ -96,6 +96,8 @@ def refusal(loader: MediaLoader, body: bytes, route: str) -> ClientError | None:
 @settings(max_examples=150, deadline=None)
 @example({"messages": [{"content": [{"type": "input_audio"}]}]}, "/v1/chat/completions")
 @given(DOCUMENTS, st.sampled_from(ROUTES))
-def test_any_body_is_read_or_refused(loader: MediaLoader, document: Any, route: str) -> None:
+def test_any_body_is_read_or_refused_with_a_client_error(
+    loader: MediaLoader, document: Any, route: str
+) -> None:
     error = refusal(loader, json.dumps(document).encode(), route)
     assert error is None or error.param is None or has_path(document, error.param)

@@ -27,7 +27,7 @@ def run(request: pytest.FixtureRequest) -> Run:
 
 
 class Nameserver:
-    """Knows the IPv4 addresses of some names, and never answers about those in `silent`.
+    """Has the IPv4 addresses of some names, and never answers for those in `silent`.
 
     Attributes:
         asked: the names that it was asked about.
@@ -56,7 +56,7 @@ class Nameserver:
 
     def _reply(self, query: bytes) -> bytes | None:
         labels, position = [], 12
-        if len(query) < position:  # c-ares sends empty datagrams too
+        if len(query) < position:  # c-ares also sends empty datagrams
             return None
         while length := query[position]:
             labels.append(query[position + 1 : position + 1 + length].decode().lower())
@@ -102,7 +102,7 @@ async def failure(fetcher: Fetcher, url: str) -> SaccadeError:
     return caught.value
 
 
-def test_names_are_looked_up(run: Run) -> None:
+def test_names_resolve_to_their_addresses(run: Run) -> None:
     async def look_up() -> None:
         async with system_lookup(dns.address) as lookup:
             assert await lookup("images.test", 80) == [ip_address("127.0.0.1")]
@@ -116,7 +116,7 @@ def test_names_are_looked_up(run: Run) -> None:
         run(look_up())
 
 
-def test_the_hosts_file_is_read(run: Run) -> None:
+def test_names_in_the_hosts_file_resolve(run: Run) -> None:
     async def look_up(name: str) -> None:
         async with system_lookup() as lookup:
             found = await lookup(name, 80)
@@ -129,7 +129,7 @@ def test_the_hosts_file_is_read(run: Run) -> None:
         run(look_up(name))
 
 
-def test_names_that_hang_hold_up_no_other_and_no_thread(run: Run) -> None:
+def test_hanging_lookups_block_neither_other_lookups_nor_threads(run: Run) -> None:
     async def many() -> None:
         settings = FetchSettings(allow_private=True, timeout_s=3)
         async with (
@@ -157,7 +157,7 @@ def test_names_that_hang_hold_up_no_other_and_no_thread(run: Run) -> None:
         run(many())
 
 
-def test_looked_up_addresses_are_judged(run: Run) -> None:
+def test_private_addresses_from_the_nameserver_are_refused(run: Run) -> None:
     async def fetch() -> SaccadeError:
         async with (
             system_lookup(dns.address) as lookup,

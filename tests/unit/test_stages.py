@@ -1,4 +1,4 @@
-"""The timeline of a request: each moment counts to one stage, whatever overlaps."""
+"""The timeline of a request: each moment belongs to one stage, even if stages overlap."""
 
 from itertools import pairwise
 
@@ -29,7 +29,7 @@ def _work(
     return ImageWork(queued, given, done, preprocess_s)
 
 
-def test_a_request_without_images_is_its_phases() -> None:
+def test_a_request_without_images_has_only_its_phases() -> None:
     timeline = Timeline(0)
     _phases(timeline)
     assert Times.of(timeline, 31).stages == {
@@ -44,7 +44,7 @@ def test_a_request_without_images_is_its_phases() -> None:
     }
 
 
-def test_an_image_goes_before_the_phase_it_is_in() -> None:
+def test_image_work_takes_precedence_over_the_phase_around_it() -> None:
     timeline = Timeline(0)
     _phases(timeline)
     timeline.fetch(2.5).end = 4
@@ -68,7 +68,7 @@ def test_an_image_goes_before_the_phase_it_is_in() -> None:
     ]
 
 
-def test_of_several_images_the_one_furthest_behind_counts() -> None:
+def test_the_image_furthest_behind_determines_the_stage() -> None:
     timeline = Timeline(0)
     timeline.begin(Stage.RENDER, 0)
     timeline.fetch(0).end = 6
@@ -83,14 +83,14 @@ def test_of_several_images_the_one_furthest_behind_counts() -> None:
     ]
 
 
-def test_work_begun_for_another_request_counts_from_when_it_was_joined() -> None:
+def test_shared_work_counts_from_the_time_it_was_joined() -> None:
     timeline = Timeline(10)
     timeline.begin(Stage.RENDER, 10)
     timeline.join(_work(1, 2, 14, preprocess_s=3), 12)
     assert Times.of(timeline, 15).stages == {Stage.PREPROCESS: 2, Stage.RENDER: 3}
 
 
-def test_the_stage_of_now() -> None:
+def test_the_current_stage_is_the_one_in_progress() -> None:
     timeline = Timeline(0)
     assert timeline.stage() is Stage.UPLOAD
     timeline.begin(Stage.RENDER, 1)
@@ -108,7 +108,7 @@ def test_the_stage_of_now() -> None:
     assert timeline.stage() is Stage.ENGINE_QUEUE
 
 
-def test_what_has_not_ended_ends_with_the_request() -> None:
+def test_unfinished_stages_end_with_the_request() -> None:
     timeline = Timeline(0)
     timeline.begin(Stage.RENDER, 1)
     timeline.fetch(2)
@@ -127,7 +127,9 @@ spans = st.tuples(times, times).map(sorted)
     encodes=st.lists(spans, max_size=3),
     end=times,
 )
-def test_the_stages_add_up_whatever_is_noted(phases, fetches, works, encodes, end) -> None:
+def test_stages_always_add_up_to_the_duration_of_the_request(
+    phases, fetches, works, encodes, end
+) -> None:
     timeline = Timeline(0)
     for phase, at in phases.items():
         timeline.begin(phase, at)

@@ -1,4 +1,4 @@
-"""Streams: what is sent together, and how they end when something fails."""
+"""Streams: which events are sent together, and how a stream ends after a failure."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -12,7 +12,7 @@ Events = AsyncGenerator[str, None]
 
 
 class Sent:
-    """What a stream sends; `send` may fail from a given message on."""
+    """The messages of a stream; `send` can fail from a given message on."""
 
     def __init__(self, fails_at: int | None = None) -> None:
         self.messages: list[Message] = []
@@ -20,7 +20,7 @@ class Sent:
         self._fails_at = fails_at
 
     async def send(self, message: Message) -> None:
-        await asyncio.sleep(0)  # as if the client read slowly
+        await asyncio.sleep(0)  # like a client that reads slowly
         if len(self.messages) == self._fails_at:
             raise OSError("gone")
         self.messages.append(message)
@@ -45,7 +45,7 @@ def run(events: Events, fails_at: int | None = None) -> Sent:
     return sent
 
 
-def test_events_that_are_ready_are_sent_together() -> None:
+def test_ready_events_are_sent_together() -> None:
     async def events() -> Events:
         yield "role "
         yield "first "
@@ -63,7 +63,7 @@ def test_events_that_are_ready_are_sent_together() -> None:
     assert sent.ended == 1
 
 
-def test_a_stream_without_events_ends() -> None:
+def test_an_empty_stream_ends() -> None:
     async def events() -> Events:
         for event in ():
             yield event
@@ -71,7 +71,7 @@ def test_a_stream_without_events_ends() -> None:
     assert run(events()).bodies == [b""]
 
 
-def test_an_event_that_was_waited_for_may_be_the_last() -> None:
+def test_a_stream_may_end_with_an_awaited_event() -> None:
     async def events() -> Events:
         yield "one"
         await asyncio.sleep(0)
@@ -79,7 +79,7 @@ def test_an_event_that_was_waited_for_may_be_the_last() -> None:
     assert run(events()).bodies == [b"one", b""]
 
 
-def test_what_is_ready_is_bounded() -> None:
+def test_the_number_of_ready_events_is_bounded() -> None:
     async def events() -> Events:
         for _ in range(40):
             yield "x" * 10_000
@@ -90,7 +90,7 @@ def test_what_is_ready_is_bounded() -> None:
 
 
 @pytest.mark.parametrize("fails_at", [0, 1, 2])
-def test_the_generator_ends_when_sending_fails(fails_at: int) -> None:
+def test_the_generator_is_closed_when_sending_fails(fails_at: int) -> None:
     ended: list[str] = []
 
     async def events() -> Events:
@@ -107,12 +107,12 @@ def test_the_generator_ends_when_sending_fails(fails_at: int) -> None:
     sent = Sent(fails_at)
     with pytest.raises(OSError, match="gone"):
         asyncio.run(sent.answer(events()))
-    assert ended == (["ended"] if fails_at else [])  # else it was never begun
+    assert ended == (["ended"] if fails_at else [])  # else it was never started
     assert sent.ended == 1
 
 
 def cancelled_while(wait: Callable[[asyncio.Event], Awaitable[None]]) -> list[str]:
-    """What the generator notes if its task is cancelled while it waits."""
+    """The generator's log after its task is cancelled during `wait`."""
     noted: list[str] = []
 
     async def test() -> None:
@@ -139,7 +139,7 @@ def cancelled_while(wait: Callable[[asyncio.Event], Awaitable[None]]) -> list[st
     return noted
 
 
-def test_cancelling_reaches_the_generator() -> None:
+def test_cancelling_the_task_cancels_the_generator() -> None:
     async def wait(waiting: asyncio.Event) -> None:
         asyncio.get_running_loop().call_later(0.01, waiting.set)
         await asyncio.sleep(60)
@@ -147,7 +147,7 @@ def test_cancelling_reaches_the_generator() -> None:
     assert cancelled_while(wait) == ["cancelled", "sent [b'one']"]
 
 
-def test_cancelling_reaches_the_generator_while_a_piece_is_sent() -> None:
+def test_cancelling_the_task_during_a_send_cancels_the_generator() -> None:
     async def wait(waiting: asyncio.Event) -> None:
         waiting.set()
         await asyncio.sleep(60)
@@ -155,7 +155,7 @@ def test_cancelling_reaches_the_generator_while_a_piece_is_sent() -> None:
     assert cancelled_while(wait) == ["cancelled", "sent []"]
 
 
-def test_a_timeout_in_the_generator_works() -> None:
+def test_a_timeout_in_the_generator_is_raised_in_it() -> None:
     async def events() -> Events:
         yield "one"
         try:
@@ -167,7 +167,7 @@ def test_a_timeout_in_the_generator_works() -> None:
     assert run(events()).bodies == [b"one", b"late"]
 
 
-def test_an_exception_of_the_generator_is_raised() -> None:
+def test_an_exception_in_the_generator_is_propagated() -> None:
     async def events() -> Events:
         yield "one"
         await asyncio.sleep(0)

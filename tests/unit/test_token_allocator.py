@@ -1,4 +1,4 @@
-"""Which cap is named as the one that made an image smaller."""
+"""The cap reported as the one that made an image smaller."""
 
 import asyncio
 
@@ -34,12 +34,12 @@ def image(options: ImageOptions) -> EncodedImage:
         (None, 50, ImageOptions(), "request"),
     ],
 )
-def test_the_cap_at_work(
+def test_the_effective_cap_is_reported(
     rule: TokenRule, server: int | None, budget: int | None, options: ImageOptions, named: Cap
 ) -> None:
     allocator, shown = TokenAllocator(lambda _: rule, server), image(options)
     (got,) = asyncio.run(allocator.allocate([shown], budget, {}))
-    if got is None:  # what is not limited is not measured
+    if got is None:  # an image without a limit is not measured
         assert named == "none"
         return
     assert (got.tokens < 100) == (named != "none")
@@ -55,7 +55,7 @@ def test_the_cap_at_work(
         (90, 80, ImageOptions(max_tokens=50), "image"),
     ],
 )
-def test_of_several_caps_the_one_that_binds(
+def test_the_tightest_of_several_caps_is_reported(
     server: int | None, budget: int, options: ImageOptions, named: Cap
 ) -> None:
     allocator, shown = TokenAllocator(lambda _: NATIVE, server), image(options)

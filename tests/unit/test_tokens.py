@@ -1,4 +1,4 @@
-"""The arithmetic of image tokens: the numbers of the literature, and what holds for every size."""
+"""The arithmetic of image tokens: published numbers, and properties that hold for every size."""
 
 import math
 from collections.abc import Callable
@@ -27,11 +27,11 @@ from server.imaging.tokens.views import FixedTokens, GemmaTokens, PanAndScan
 
 
 def tags(tokens: int) -> Callable[[int, int], int]:
-    """As a tokenizer may count: two tags a tile, a line break a row."""
+    """One way a tokenizer may count: two tags per tile, a line break per row."""
     return lambda rows, columns: (rows * columns + 1) * (tokens + 2) + rows + 1
 
 
-# As they are published.
+# As published.
 QWEN2 = QwenTokens(NativeResolution(28, 56 * 56, 28 * 28 * 16384))
 QWEN3 = QwenTokens(NativeResolution(32, 256 * 256, 4096 * 4096))
 PIXTRAL = PixtralTokens(16, 1024)
@@ -77,7 +77,7 @@ RULES: dict[str, TokenRule] = {
 }
 
 
-# ------------------------------------------------------------------ the literature's numbers
+# ------------------------------------------------------------------ published numbers
 
 
 @pytest.mark.parametrize(
@@ -87,11 +87,11 @@ RULES: dict[str, TokenRule] = {
         ((896, 896), 4096), ((1344, 1344), 9216), ((1568, 784), 6272),
     ],
 )  # fmt: skip
-def test_patches_of_14_pixels(size: Size, patches: int) -> None:
+def test_patch_counts_of_14_pixel_models_match_published_numbers(size: Size, patches: int) -> None:
     rule = QwenTokens(NativeResolution(14, 14 * 14, 14 * 14 * 10_000))
     assert rule.allocate(*size).tokens == patches
     assert PixtralTokens(14, 2000).allocate(*size).tokens == patches
-    merged = QWEN2.allocate(*size)  # two by two
+    merged = QWEN2.allocate(*size)  # merged two by two
     assert merged.tokens == patches // 4
     assert merged.processed == size
 
@@ -124,13 +124,15 @@ def test_patches_of_14_pixels(size: Size, patches: int) -> None:
         (LLAVA, (4000, 3000), 576, (336, 336)),
     ],
 )
-def test_tokens(rule: TokenRule, size: Size, tokens: int, processed: Size) -> None:
+def test_token_counts_and_sizes_match_published_numbers(
+    rule: TokenRule, size: Size, tokens: int, processed: Size
+) -> None:
     got = rule.allocate(*size)
     assert (got.tokens, got.processed) == (tokens, processed)
     assert (got.resize, got.options) == (None, {})
 
 
-def test_the_prompt_around_the_tokens() -> None:
+def test_placeholder_text_tokens_are_counted() -> None:
     assert PIXTRAL.allocate(160, 320).prompt_tokens == (10 + 1) * 20
     assert INTERNVL.allocate(448, 448).prompt_tokens == 256 + 2
     assert IDEFICS3.allocate(1456, 728).prompt_tokens == 9 * 171 + 3
@@ -147,19 +149,21 @@ def test_the_prompt_around_the_tokens() -> None:
         (ONEVISION, 8829),
     ],
 )  # fmt: skip
-def test_most(rule: TokenRule, most: int) -> None:
+def test_the_maximum_of_tokens_matches_published_numbers(rule: TokenRule, most: int) -> None:
     assert rule.most == rule.high == most
 
 
-def test_most_of_onevision_is_nearly_reached() -> None:
-    """By a picture that is just not shrunk; vLLM's own worst case is this one, lying."""
+def test_the_maximum_of_onevision_is_nearly_reached() -> None:
+    """By the largest picture that is not shrunk; vLLM's worst case is the same in landscape."""
     assert ONEVISION.allocate(944, 1153).tokens == 729 + 98 * 81 + 98
 
 
-def test_kv_bytes() -> None:
+def test_kv_cache_bytes_match_published_numbers() -> None:
     assert kv_bytes_per_token(32, 8, 128, 2) == 128 * 1024  # Llama-3.1-8B, fp16
     assert kv_bytes_per_token(32, 8, 128, 2) * 576 == 72 * 2**20
-    assert kv_bytes_per_token(32, 32, 128, 2) == 512 * 1024  # a 7B model without grouped heads
+    assert (
+        kv_bytes_per_token(32, 32, 128, 2) == 512 * 1024
+    )  # a 7B model without grouped-query attention
 
 
 # ------------------------------------------------------------------ caps, family by family
@@ -187,14 +191,16 @@ def test_kv_bytes() -> None:
         (GEMMA3, (4000, 1000), 767, 256, (896, 896)),
     ],
 )
-def test_capped(rule: TokenRule, size: Size, cap: int, tokens: int, processed: Size) -> None:
+def test_a_cap_gives_the_expected_tokens_and_size(
+    rule: TokenRule, size: Size, cap: int, tokens: int, processed: Size
+) -> None:
     got = rule.allocate(*size, cap)
     assert (got.tokens, got.processed) == (tokens, processed)
     assert got.region == (0, 0, *size)
 
 
-def test_how_a_cap_is_met() -> None:
-    """By a size that the processor leaves alone, or by an option with few values."""
+def test_a_cap_is_met_by_resizing_or_by_an_option() -> None:
+    """A resize to a size that the processor keeps, or an option with few values."""
     assert QWEN2.allocate(2000, 2000, 256).resize == (448, 448)
     assert QWEN2.allocate(2000, 2000, 256).options == {}
     tiny = QWEN3.allocate(2000, 2000, 20)
@@ -212,7 +218,7 @@ def test_how_a_cap_is_met() -> None:
     ("rule", "size"),
     [(QWEN2, (10_000, 49)), (QWEN3, (1, 201)), (PIXTRAL, (5000, 2)), (MISTRAL3, (1, 1541))],
 )
-def test_extreme_shapes(rule: TokenRule, size: Size) -> None:
+def test_extreme_shapes_are_allocated(rule: TokenRule, size: Size) -> None:
     for cap in (None, 100):
         with pytest.raises(ImageAspectRatio):
             rule.allocate(*size, cap)
@@ -221,15 +227,15 @@ def test_extreme_shapes(rule: TokenRule, size: Size) -> None:
 
 
 @pytest.mark.parametrize("rule", [LLAVA, PALIGEMMA])
-def test_fixed_families_cannot_be_lowered(rule: FixedTokens) -> None:
+def test_caps_below_the_size_of_fixed_families_are_refused(rule: FixedTokens) -> None:
     assert rule.allocate(50, 50, rule.tokens) == rule.allocate(50, 50)
     with pytest.raises(ImageTokenCap, match=f"at least {rule.tokens} tokens"):
         rule.allocate(50, 50, rule.tokens - 1)
 
 
-def test_regions() -> None:
+def test_regions_of_the_original_are_those_the_model_sees() -> None:
     assert PALIGEMMA.allocate(600, 300).region == (0, 0, 600, 300)
-    assert LLAVA.allocate(600, 300).region == (150, 0, 450, 300)  # the middle square
+    assert LLAVA.allocate(600, 300).region == (150, 0, 450, 300)  # the centre square
     assert LLAVA.allocate(300, 600).region == (0, 150, 300, 450)
     assert LLAVA.allocate(600, 300).original(168, 336) == (300, 300)
     padded = FixedTokens("padded", 1, 1, (400, 400), 200).allocate(200, 200)
@@ -239,7 +245,7 @@ def test_regions() -> None:
     assert capped.original(*capped.processed) == (2000, 1000)
 
 
-# ------------------------------------------------------------------ what holds for every picture
+# ------------------------------------------------------------------ properties of every picture
 
 sides = st.integers(1, 3000) | st.integers(1, 30_000) | st.sampled_from([28, 336, 384, 448, 1024])
 
@@ -250,7 +256,7 @@ sides = st.integers(1, 3000) | st.integers(1, 30_000) | st.sampled_from([28, 336
 @example(5600, 28, 0.5)
 @example(8200, 41, 0.86)
 @example(1, 1, 1.0)
-def test_the_cap_is_a_promise(name: str, width: int, height: int, part: float) -> None:
+def test_the_cap_is_never_exceeded(name: str, width: int, height: int, part: float) -> None:
     rule = RULES[name]
     try:
         natural = rule.allocate(width, height)
@@ -269,7 +275,7 @@ def test_the_cap_is_a_promise(name: str, width: int, height: int, part: float) -
     assert got.prompt_tokens >= got.tokens
     assert got.region == natural.region
     if got.resize is not None and not got.options:
-        again = rule.allocate(*got.resize)  # what the processor then sees
+        again = rule.allocate(*got.resize)  # the picture that the processor gets
         assert (again.tokens, again.prompt_tokens) == (got.tokens, got.prompt_tokens)
         assert again.processed == got.processed
 
@@ -292,7 +298,7 @@ def test_a_higher_cap_gives_no_fewer_tokens(
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "pixtral", "mistral3"])
 @settings(max_examples=200, deadline=None)
 @given(width=st.integers(200, 6000), height=st.integers(200, 6000), cap=st.integers(400, 4000))
-def test_native_families_keep_the_shape_and_use_the_cap(
+def test_native_families_keep_the_aspect_ratio_and_use_the_cap(
     name: str, width: int, height: int, cap: int
 ) -> None:
     assume(max(width, height) < 8 * min(width, height))
@@ -308,8 +314,10 @@ def test_native_families_keep_the_shape_and_use_the_cap(
 
 @settings(max_examples=200, deadline=None)
 @given(width=st.integers(100, 4000), height=st.integers(100, 4000), cap=st.integers(4, 70))
-def test_qwen_caps_as_its_own_max_pixels_do(width: int, height: int, cap: int) -> None:
-    """Where no side is less than a square, the size is that of `max_pixels`."""
+def test_a_qwen_cap_gives_the_size_of_the_same_max_pixels(
+    width: int, height: int, cap: int
+) -> None:
+    """If no side is shorter than one token, the size is that of `max_pixels`."""
     assume(max(width, height) < 3 * min(width, height))
     got = QWEN2.allocate(width, height, cap)
     own = NativeResolution(28, 28 * 28, cap * 28 * 28).target(width, height)
@@ -317,8 +325,8 @@ def test_qwen_caps_as_its_own_max_pixels_do(width: int, height: int, cap: int) -
         assert got.processed == own
 
 
-def test_few_sets_of_options() -> None:
-    """Each costs the workers a given of their own."""
+def test_caps_need_few_sets_of_options() -> None:
+    """The workers keep a processor for each set."""
     for rule, most in [(QWEN3, 2), (IDEFICS3, 4), (INTERNVL, 12), (GEMMA3, 5)]:
         distinct = {
             repr(rule.allocate(width, height, cap).options)
@@ -331,7 +339,7 @@ def test_few_sets_of_options() -> None:
 
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("size", [(40, 30), (1000, 700), (3000, 900), (700, 3000)])
-def test_detail(name: str, size: Size) -> None:
+def test_low_detail_takes_at_most_the_tokens_of_high(name: str, size: Size) -> None:
     rule = RULES[name]
 
     def tokens(detail: Detail) -> int:
@@ -356,7 +364,9 @@ def _both(rule: TokenRule, width: int, height: int) -> tuple[int, int]:
 @settings(max_examples=200, deadline=None)
 @given(width=st.integers(1, 4000), height=st.integers(1, 4000), cap=st.integers(1, 5000))
 @pytest.mark.parametrize("name", ["pixtral", "llava_next", "llava_onevision", "gemma3"])
-def test_measured_caps_are_a_promise(name: str, width: int, height: int, cap: int) -> None:
+def test_a_cap_on_a_measured_model_is_never_exceeded(
+    name: str, width: int, height: int, cap: int
+) -> None:
     real = RULES[name]
     assume(max(width, height) < 200 * min(width, height))
     rule = MeasuredTokens(by_size(real))
@@ -374,7 +384,7 @@ def test_measured_caps_are_a_promise(name: str, width: int, height: int, cap: in
         assert real.allocate(*got.processed).tokens == got.tokens
 
 
-def test_measured_is_near_the_best_and_measures_little() -> None:
+def test_measuring_finds_nearly_the_best_size_in_few_steps() -> None:
     asked: list[Size] = []
 
     def count(width: int, height: int) -> Count:
@@ -391,8 +401,8 @@ def test_measured_is_near_the_best_and_measures_little() -> None:
     assert len(asked) == before  # remembered
 
 
-def test_measured_does_not_assume_that_smaller_is_fewer() -> None:
-    """A model that takes fewest for middling pictures: what is returned was measured."""
+def test_measuring_works_if_smaller_pictures_take_more_tokens() -> None:
+    """This model takes the fewest tokens for medium pictures; the result was measured."""
     rule = MeasuredTokens(lambda width, _: Count(100 if 300 <= width <= 340 else 900, 0))
     got = rule.allocate(1000, 1000, 200)
     assert got.tokens == 100
@@ -418,7 +428,7 @@ claims = st.lists(
 
 @settings(max_examples=500, deadline=None)
 @given(claims, st.integers(1, 60_000))
-def test_share(claims: list[Claim], budget: int) -> None:
+def test_a_budget_is_shared_fairly(claims: list[Claim], budget: int) -> None:
     if sum(claim.least for claim in claims) > budget:
         with pytest.raises(ImageTokenCap):
             share(budget, claims)
@@ -429,18 +439,20 @@ def test_share(claims: list[Claim], budget: int) -> None:
     assert all(claim.least <= cap <= claim.tokens for claim, cap in zip(claims, caps, strict=True))
     if sum(wanted) <= budget:
         assert caps == wanted
-    elif caps != wanted:  # but for rounding, nothing is left over while an image wants more
+    elif caps != wanted:  # except for rounding, no tokens are left over while an image wants more
         assert budget - sum(caps) <= len(claims)
     useful = [min(claim.tokens, max(claim.low, claim.least)) for claim in claims]
-    if sum(useful) <= budget:  # no image below its useful minimum, small ones untouched
+    if sum(useful) <= budget:  # no image gets less than its useful minimum
         assert all(cap >= least for cap, least in zip(caps, useful, strict=True))
-    else:  # and none above it
+    else:  # no image gets more than it
         assert all(cap <= most for cap, most in zip(caps, useful, strict=True))
 
 
 @settings(max_examples=200, deadline=None)
 @given(claims, st.integers(1, 60_000), st.randoms(use_true_random=False))
-def test_share_follows_the_order(claims: list[Claim], budget: int, random: object) -> None:
+def test_shares_do_not_depend_on_the_order(
+    claims: list[Claim], budget: int, random: object
+) -> None:
     assume(sum(claim.least for claim in claims) <= budget)
     order = list(range(len(claims)))
     random.shuffle(order)  # type: ignore[attr-defined]
@@ -448,13 +460,13 @@ def test_share_follows_the_order(claims: list[Claim], budget: int, random: objec
     assert share(budget, [claims[index] for index in order]) == [caps[index] for index in order]
 
 
-def test_share_by_area() -> None:
+def test_a_budget_is_shared_by_area() -> None:
     large, half, small = Claim(200, 900, 1, 50), Claim(100, 900, 1, 50), Claim(2, 40, 1, 50)
     assert share(640, [large, half, small]) == [400, 200, 40]
     assert share(640, [half, small, large]) == [200, 40, 400]
-    thrifty = Claim(200, 100, 1, 50)  # large, but it needs little
+    thrifty = Claim(200, 100, 1, 50)  # a large picture that needs few tokens
     assert share(640, [thrifty, half, small]) == [100, 500, 40]
-    assert share(60, [large, half, small]) == [39, 19, 1]  # below what is useful, as evenly
+    assert share(60, [large, half, small]) == [39, 19, 1]  # below the useful minimum, evenly
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -464,7 +476,9 @@ def test_share_by_area() -> None:
     st.integers(100, 20_000),
     st.none() | st.integers(2000, 5000),
 )
-def test_allocate_together(name: str, sizes: list[Size], budget: int, cap: int | None) -> None:
+def test_images_allocated_together_stay_within_the_budget(
+    name: str, sizes: list[Size], budget: int, cap: int | None
+) -> None:
     rule = RULES[name]
     least = sum(rule.fewest(*size) for size in sizes)
     caps = [cap] * len(sizes)
@@ -481,7 +495,7 @@ def test_allocate_together(name: str, sizes: list[Size], budget: int, cap: int |
     assert allocate_together(rule, sizes, None, caps) == alone
 
 
-def test_tiles_that_do_not_use_their_share() -> None:
+def test_tokens_unused_by_tiled_images_are_not_given_to_one_image() -> None:
     """Four images share 4000: 1000 each, of which two tiles and a thumbnail use 768. What is left
     is too little for the next step of all three large ones, so none of them is preferred."""
     sizes = [(2000, 1000)] * 3 + [(1000, 500)]

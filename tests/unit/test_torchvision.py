@@ -1,4 +1,4 @@
-"""A CUDA build of torchvision can be imported beside a CPU torch; a working one stays as it is."""
+"""A CUDA torchvision can be imported with a CPU torch; a working torchvision is left unchanged."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ def run(code: str, *paths: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_torchvision_can_be_imported() -> None:
+def test_a_cuda_torchvision_can_be_imported_with_a_cpu_torch() -> None:
     done = run(
         "from server.engine.vllm_adapter.plugin import make_torchvision_importable\n"
         "make_torchvision_importable(); make_torchvision_importable()\n"
@@ -44,7 +44,7 @@ def healthy_torchvision(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_nothing_is_done_where_torchvision_works(healthy_torchvision: Path) -> None:
+def test_a_working_torchvision_is_left_unchanged(healthy_torchvision: Path) -> None:
     done = run(
         "from server.engine.vllm_adapter import plugin\n"
         "plugin.make_torchvision_importable()\n"
@@ -55,7 +55,7 @@ def test_nothing_is_done_where_torchvision_works(healthy_torchvision: Path) -> N
     assert done.stdout == "fine\n", done.stderr
 
 
-def test_nothing_is_done_after_torchvision_was_imported(healthy_torchvision: Path) -> None:
+def test_a_torchvision_already_imported_is_left_unchanged(healthy_torchvision: Path) -> None:
     done = run(
         "import torchvision\n"
         "from server.engine.vllm_adapter import plugin\n"

@@ -1,4 +1,4 @@
-"""What the server needs of vLLM's insides is there: a failure here says what an upgrade changed."""
+"""vLLM's internals are as the server needs them; a failure names what an upgrade changed."""
 
 import ast
 import re
@@ -18,7 +18,7 @@ def test_vllm_keeps_the_contract(contract: Contract) -> None:
     assert broken is None, f"{broken}. See the table in docs/vllm.md for what depends on it."
 
 
-def test_what_the_server_imports_from_vllm_is_there() -> None:
+def test_every_name_that_the_server_imports_from_vllm_exists() -> None:
     assert list(installed().missing_imports()) == []
 
 
@@ -30,7 +30,7 @@ def test_the_documentation_lists_every_contract() -> None:
 
 
 PRIVATE = re.compile(r"^_[a-z]")
-# Objects of ours, and of libraries other than vLLM, whose private names are used outside.
+# Objects of the server and of other libraries whose private names are used elsewhere.
 OWNERS = frozenset(("self", "cls", "hf_processor", "image", "os", "loop"))
 
 
@@ -100,14 +100,14 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("number", range(len(CHANGES)))
-def test_a_change_is_told_in_a_sentence(tmp_path: Path, number: int) -> None:
+def test_a_broken_contract_is_described_in_a_sentence(tmp_path: Path, number: int) -> None:
     contract, change, sentence = CHANGES[number]
     old, _, new = change.partition("|")
     (tmp_path / "m.py").write_text(OLD.replace(old, new) if change else OLD)
     assert (Source(tmp_path).broken(contract) or "") == sentence
 
 
-def test_a_report_names_what_is_missing(tmp_path: Path) -> None:
+def test_a_report_names_the_missing_imports(tmp_path: Path) -> None:
     (tmp_path / "__init__.py").write_text("")
     found = report(Source(tmp_path))
     assert len(found) > len(CONTRACTS)
