@@ -1,4 +1,4 @@
-"""The Compose file against its schema, and its services' own files in the real services."""
+"""The Compose file against its schema, and the services' configuration in the real services."""
 
 import json
 import re
@@ -36,22 +36,22 @@ def obeys_schema(path: Path) -> bool:
     return subprocess.run([*command, path], capture_output=True).returncode == 0
 
 
-def test_obeys_the_compose_schema(tmp_path: Path) -> None:
+def test_the_compose_file_obeys_its_schema(tmp_path: Path) -> None:
     assert obeys_schema(DEPLOY / "compose.yaml")
     wrong = tmp_path / "compose.yaml"
     wrong.write_text((DEPLOY / "compose.yaml").read_text().replace("stop_grace_period", "grace"))
     assert not obeys_schema(wrong)
 
 
-def test_every_service_is_restricted_and_watched(services: dict[str, Any]) -> None:
+def test_every_service_is_restricted_and_has_a_health_check(services: dict[str, Any]) -> None:
     for name, service in services.items():
         assert service["read_only"], name
         assert service["cap_drop"] == ["ALL"], name
         assert service["restart"] == "unless-stopped", name
-        assert "healthcheck" in service or name in SERVERS, name  # the Dockerfile has theirs
+        assert "healthcheck" in service or name in SERVERS, name  # theirs are in the Dockerfile
 
 
-def test_nothing_is_reached_from_outside_unasked(services: dict[str, Any]) -> None:
+def test_ports_are_bound_to_loopback_by_default(services: dict[str, Any]) -> None:
     for name, service in services.items():
         bound = "${BIND:-127.0.0.1}:" if name in SERVERS else "127.0.0.1:"
         for port in service.get("ports", []):
@@ -59,13 +59,13 @@ def test_nothing_is_reached_from_outside_unasked(services: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("name", SERVERS)
-def test_the_key_is_passed_on(services: dict[str, Any], name: str) -> None:
-    """Compose takes a variable without a value from its own environment."""
+def test_the_api_key_variable_is_passed_to_the_server(services: dict[str, Any], name: str) -> None:
+    """Compose reads a variable without a value from its own environment."""
     environment = services[name]["environment"]
     assert {"HF_TOKEN": None, "VLLM_API_KEY": None}.items() <= environment.items()
 
 
-def test_a_file_of_keys_is_mounted_as_the_page_shows(tmp_path: Path) -> None:
+def test_a_key_file_is_mounted_as_documented(tmp_path: Path) -> None:
     page = (DEPLOY.parent / "docs" / "deploy.md").read_text()
     (shown,) = re.findall(r"```yaml\n(# keys\.yaml.*?)```", page, re.DOTALL)
     added = tmp_path / "keys.yaml"
@@ -81,7 +81,7 @@ def test_a_file_of_keys_is_mounted_as_the_page_shows(tmp_path: Path) -> None:
     assert service["environment"]["SACCADE_API_KEYS_FILE"] == mounted
 
 
-def test_mounted_files_exist(services: dict[str, Any]) -> None:
+def test_every_mounted_file_exists(services: dict[str, Any]) -> None:
     mounted = [volume for each in services.values() for volume in each.get("volumes", [])]
     paths = [volume.split(":")[0] for volume in mounted if volume.startswith(".")]
     assert paths
@@ -94,12 +94,12 @@ def test_a_profile_starts_one_server_with_the_cache(services: dict[str, Any], na
     assert [f"server-{profile}" for profile in service["profiles"]] == [name]
     assert service["build"]["target"] == name.removeprefix("server-")
     assert service["environment"]["SACCADE_EMBEDDING_CACHE_URL"].startswith("redis://redis:")
-    assert "server" in service["networks"]["default"]["aliases"]  # whom Prometheus asks
+    assert "server" in service["networks"]["default"]["aliases"]  # the name that Prometheus scrapes
     grace_s = int(service["stop_grace_period"].removesuffix("s"))
     assert grace_s > Settings().http.drain_timeout_s
 
 
-def test_grafana_finds_its_dashboard_and_its_data(services: dict[str, Any]) -> None:
+def test_grafana_is_provisioned_with_dashboard_and_data_source(services: dict[str, Any]) -> None:
     grafana = DEPLOY / "grafana"
     mounted = {
         target: DEPLOY / source
@@ -116,7 +116,7 @@ def test_grafana_finds_its_dashboard_and_its_data(services: dict[str, Any]) -> N
 
 @pytest.fixture(scope="module")
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """Prometheus with the Compose file's configuration, as it is."""
+    """Prometheus with the Compose file's unmodified configuration."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -141,10 +141,10 @@ def test_promtool_accepts_the_configuration() -> None:
     assert "SUCCESS" in checked.stdout
 
 
-def test_prometheus_asks_the_server(prometheus: httpx.Client, services: dict[str, Any]) -> None:
+def test_prometheus_scrapes_the_server(prometheus: httpx.Client, services: dict[str, Any]) -> None:
     deadline = time.monotonic() + TARGETS_TIMEOUT_S
     while not (targets := prometheus.get("/api/v1/targets").json()["data"]["activeTargets"]):
-        assert time.monotonic() < deadline  # they appear some seconds after it is ready
+        assert time.monotonic() < deadline  # targets appear some seconds after it is ready
         time.sleep(0.1)
     addresses = [
         (target["scrapePool"], target["discoveredLabels"]["__address__"]) for target in targets
@@ -154,7 +154,7 @@ def test_prometheus_asks_the_server(prometheus: httpx.Client, services: dict[str
         assert services[name]["ports"][0].endswith(":8000")
 
 
-def test_prometheus_has_the_alerts(prometheus: httpx.Client) -> None:
+def test_prometheus_loads_the_alerts(prometheus: httpx.Client) -> None:
     groups = prometheus.get("/api/v1/rules").json()["data"]["groups"]
     loaded = {rule["name"] for group in groups for rule in group["rules"]}
     written = yaml.safe_load((PROMETHEUS.parent / "alerts.yml").read_text())["groups"]
@@ -166,7 +166,7 @@ def test_prometheus_has_the_alerts(prometheus: httpx.Client) -> None:
 
 @pytest.fixture
 def redis(tmp_path: Path, services: dict[str, Any]) -> Iterator[RedisServer]:
-    """Redis with the Compose file's configuration, over flags that would keep everything."""
+    """Redis with the Compose file's configuration, which overrides flags that persist data."""
     command = services["redis"]["command"]
     volume = services["redis"]["volumes"][0].split(":")
     assert command == ["redis-server", volume[1]]
@@ -175,15 +175,15 @@ def redis(tmp_path: Path, services: dict[str, Any]) -> Iterator[RedisServer]:
         yield server
 
 
-def test_redis_keeps_nothing_on_disk(redis: RedisServer, tmp_path: Path) -> None:
+def test_redis_persists_nothing_to_disk(redis: RedisServer, tmp_path: Path) -> None:
     with redis.client() as client:
         assert client.config_get("save") == {"save": ""}
         client.set("image", b"0" * KIB)
-        client.shutdown()  # where there are points to save at, it saves
+        client.shutdown()  # Redis would save if it had save points
     assert list(tmp_path.iterdir()) == []
 
 
-def test_redis_makes_room_for_the_new(redis: RedisServer) -> None:
+def test_redis_evicts_old_entries_when_full(redis: RedisServer) -> None:
     with redis.client() as client:
         client.config_set("maxmemory", 8 << 20)
         for number in range(64):

@@ -1,4 +1,4 @@
-"""The Dockerfile as far as it can be judged without building; `make image-check` builds it."""
+"""The Dockerfile, without building it; `make image-check` builds it."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 from deploy.replay.build import REPOSITORY, Builder, Stage, stages
 
 TARGETS = ("gpu", "cpu")
-# What a container is, as against what is built into the image.
+# Instructions for the running container, unlike those that build the image.
 OF_THE_CONTAINER = {"ENV", "WORKDIR", "VOLUME", "USER", "EXPOSE", "STOPSIGNAL", "HEALTHCHECK"}
 OF_THE_CONTAINER |= {"ENTRYPOINT", "LABEL"}
 
@@ -29,14 +29,14 @@ def values(stage: Stage, instruction: str) -> list[str]:
     return [value for name, value in stage.instructions if name == instruction]
 
 
-def test_hadolint_has_nothing_to_say() -> None:
+def test_hadolint_reports_nothing() -> None:
     hadolint = Path(sys.executable).with_name("hadolint")
     checked = subprocess.run([hadolint, REPOSITORY / "Dockerfile"], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_container_is_stopped_and_watched_and_has_no_power(
+def test_a_container_has_a_user_a_stop_signal_and_a_health_check(
     dockerfile: dict[str, Stage], target: str
 ) -> None:
     stage = dockerfile[target]
@@ -53,23 +53,25 @@ def test_a_container_is_stopped_and_watched_and_has_no_power(
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_container_keeps_connections_and_reports_no_usage(
+def test_a_container_keeps_connections_alive_and_sends_no_usage_data(
     dockerfile: dict[str, Stage], target: str
 ) -> None:
     (environment,) = values(dockerfile[target], "ENV")
     set_to = dict(part.split("=", 1) for part in environment.split())
-    assert int(set_to["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"]) > 60  # as long as clouds' proxies do
+    assert int(set_to["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"]) > 60  # longer than cloud load balancers do
     assert set_to["VLLM_NO_USAGE_STATS"] == "1"
 
 
-def test_the_cpu_target_has_the_python_of_its_lock(dockerfile: dict[str, Stage]) -> None:
+def test_the_python_version_of_the_cpu_target_matches_its_lock(
+    dockerfile: dict[str, Stage],
+) -> None:
     lock = (REPOSITORY / "deploy" / "lock.sh").read_text()
     (version,) = re.findall(r"--extra cpu --python-version ([\d.]+)", lock)
     for stage in ("wheel", "cpu-dependencies", "cpu"):
         assert dockerfile[stage].base == f"python:{version}-slim-bookworm"
 
 
-def test_both_targets_run_alike(dockerfile: dict[str, Stage]) -> None:
+def test_both_targets_have_the_same_runtime_instructions(dockerfile: dict[str, Stage]) -> None:
     gpu, cpu = (
         [step for step in dockerfile[target].instructions if step[0] in OF_THE_CONTAINER]
         for target in TARGETS
@@ -77,14 +79,14 @@ def test_both_targets_run_alike(dockerfile: dict[str, Stage]) -> None:
     assert gpu == cpu
 
 
-def test_the_gpu_target_stands_on_the_vllm_that_is_pinned(dockerfile: dict[str, Stage]) -> None:
+def test_the_gpu_target_is_based_on_the_pinned_vllm(dockerfile: dict[str, Stage]) -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     (pinned,) = project["optional-dependencies"]["gpu"]
     assert dockerfile["gpu"].base == "vllm/vllm-openai:v" + pinned.partition("==")[2]
     assert dockerfile["gpu-dependencies"].base == dockerfile["gpu"].base
 
 
-def test_what_is_copied_is_in_the_context(dockerfile: dict[str, Stage]) -> None:
+def test_every_copied_file_is_in_the_build_context(dockerfile: dict[str, Stage]) -> None:
     patterns = (REPOSITORY / ".dockerignore").read_text().splitlines()
     context = exclude_paths(str(REPOSITORY), [line for line in patterns if line[:1] != "#"])
     copied = [
@@ -111,7 +113,7 @@ def test_the_source_is_copied_after_the_dependencies(dockerfile: dict[str, Stage
 
 
 def locked(target: str) -> dict[str, list[str]]:
-    """The hashes of each requirement of a lock file; pip checks all as soon as one has some."""
+    """The hashes of each requirement of a lock file; pip checks all hashes if any is given."""
     text = (REPOSITORY / f"deploy/requirements-{target}.txt").read_text()
     lines = text.replace("\\\n", "").splitlines()
     words = [line.split() for line in lines if not line.startswith("#")]
@@ -119,14 +121,14 @@ def locked(target: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_files_of_each_dependency_are_pinned(target: str) -> None:
+def test_every_dependency_is_pinned_by_hashes(target: str) -> None:
     for pin, hashes in locked(target).items():
         assert hashes, pin
         assert all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", each) for each in hashes), pin
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_bill_of_materials_has_what_is_pinned(target: str) -> None:
+def test_the_bill_of_materials_lists_the_pinned_packages(target: str) -> None:
     cyclonedx = Path(sys.executable).with_name("cyclonedx-py")
     lock = REPOSITORY / f"deploy/requirements-{target}.txt"
     done = subprocess.run([cyclonedx, "requirements", lock], capture_output=True, check=True)
@@ -137,7 +139,7 @@ def test_bill_of_materials_has_what_is_pinned(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_each_dependency_is_pinned(target: str) -> None:
+def test_every_dependency_is_pinned_to_a_version(target: str) -> None:
     pins = locked(target)
     assert all(str(Requirement(pin).specifier).startswith("==") for pin in pins)
     names = {canonicalize_name(Requirement(pin).name) for pin in pins}
@@ -147,7 +149,7 @@ def test_each_dependency_is_pinned(target: str) -> None:
 
 
 def test_replaying_copies_what_the_dockerfile_copies(tmp_path: Path) -> None:
-    """The folder of the build context, as `make image-check` has it."""
+    """The folder that `make image-check` makes is like the build context."""
     (tmp_path / "base").mkdir()
     Builder(tmp_path, []).prepare()
     context = tmp_path / "context"

@@ -1,4 +1,4 @@
-"""deploy/helm: the chart says what the overlays of kustomize say."""
+"""deploy/helm: the chart renders the same manifests as the kustomize overlays."""
 
 import subprocess
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from tests import manifests, promtool
 from tests.manifests import CHART, KUBERNETES, OVERLAYS, Manifest, one
 from tests.services import program
 
-# What kustomize has no name for: the release, in labels and queries, and what helm leaves behind.
+# Absent from kustomize: the release, in labels and queries, and helm's own annotations.
 HELMS = (
     "app.kubernetes.io/instance",
     "app.kubernetes.io/managed-by",
@@ -21,7 +21,7 @@ HELMS = (
 )
 MODELS = "saccade-models"
 OF_THE_RELEASE = ', app_kubernetes_io_instance="saccade"'
-# Lists whose order means nothing, by what names their items.
+# Lists whose order has no meaning, with the key that names their items.
 UNORDERED = {"env": "name", "volumes": "name", "volumeMounts": "mountPath"}
 
 
@@ -46,7 +46,7 @@ def named(rendered: list[Manifest]) -> Iterator[tuple[tuple[str, str], Manifest]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_the_chart_is_what_the_overlay_is(overlay: str) -> None:
+def test_the_chart_renders_the_manifests_of_the_overlay(overlay: str) -> None:
     ours = dict(named(manifests.kustomize(KUBERNETES / "overlays" / overlay)))
     chart = dict(named(manifests.chart(*manifests.values_of(overlay))))
     assert chart.keys() == ours.keys()
@@ -55,7 +55,7 @@ def test_the_chart_is_what_the_overlay_is(overlay: str) -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_the_chart_fits_the_schemas(overlay: str) -> None:
+def test_the_chart_obeys_the_schemas(overlay: str) -> None:
     everything = [
         *("--set", "monitoring.enabled=true,monitoring.labels.release=prometheus"),
         *("--set", "autoscaling.enabled=true,sharedCache.enabled=true,spread=true"),
@@ -75,7 +75,7 @@ def test_the_chart_fits_the_schemas(overlay: str) -> None:
     )
 
 
-def test_selectors_tell_releases_apart() -> None:
+def test_selectors_match_one_release_only() -> None:
     rendered = manifests.chart(*manifests.values_of("multi-gpu"))
     for manifest in rendered:
         spec = manifest.get("spec", {})
@@ -85,7 +85,7 @@ def test_selectors_tell_releases_apart() -> None:
             assert labels["app.kubernetes.io/instance"] == "saccade"
 
 
-RELEASES = {"one": 10, "two": 90}  # and the load of each
+RELEASES = {"one": 10, "two": 90}  # with the load of each
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def releases() -> dict[str, list[Manifest]]:
 
 
 def target_labels(name: str, rendered: list[Manifest]) -> str:
-    """What the operator has Prometheus say of the pods of a release."""
+    """The labels that the operator gives the targets of a release in Prometheus."""
     labels = one(rendered, "Deployment", name)["spec"]["template"]["metadata"]["labels"]
     monitor = one(rendered, "PodMonitor", name)["spec"]
     told = {label: labels[label] for label in monitor["podTargetLabels"]}
@@ -106,10 +106,10 @@ def target_labels(name: str, rendered: list[Manifest]) -> str:
 
 
 @pytest.mark.parametrize("workers", [10, 0])
-def test_releases_scale_apart(
+def test_each_release_is_scaled_by_its_own_load(
     workers: int, releases: dict[str, list[Manifest]], tmp_path: Path
 ) -> None:
-    """Each by its own load; without image workers, as some models are, by requests alone."""
+    """Without image workers, as for some models, only by requests."""
     series = {}
     for name, load in RELEASES.items():
         labels = target_labels(name, releases[name])
@@ -135,23 +135,23 @@ def test_releases_scale_apart(
         }
 
 
-def test_while_nothing_is_scraped_the_autoscaler_hears_nothing(
+def test_queries_of_the_autoscaler_are_empty_while_nothing_is_scraped(
     releases: dict[str, list[Manifest]], tmp_path: Path
 ) -> None:
-    """KEDA leaves the replicas alone then; a 0 would end them."""
+    """KEDA then keeps the replicas; a value of 0 would remove them."""
     for trigger in one(releases["one"], "ScaledObject", "one")["spec"]["triggers"]:
         query = trigger["metadata"]["query"]
         assert promtool.values(query, {'up{job="x"}': "1x9"}, tmp_path, at="4m") == []
         assert trigger["metadata"]["ignoreNullValues"] == "false"
 
 
-def test_models_outlive_the_release() -> None:
+def test_the_claim_of_models_is_kept_after_uninstall() -> None:
     claim = one(manifests.chart(*manifests.values_of("gpu")), "PersistentVolumeClaim", MODELS)
     assert claim["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
 
 
 @pytest.mark.parametrize("values", [("models.storage=1Gi", MODELS), ("models.claim=mine", "mine")])
-def test_models_are_on_their_claim(values: tuple[str, str]) -> None:
+def test_models_are_stored_on_the_claim(values: tuple[str, str]) -> None:
     setting, claim = values
     rendered = manifests.chart("--set", setting)
     folder = manifests.volume_of(rendered, "/var/cache/saccade")
@@ -166,7 +166,7 @@ def test_models_are_on_their_claim(values: tuple[str, str]) -> None:
         ("http://10.0.0.1:4318/v1/traces", 4318),
     ],
 )
-def test_the_collector_can_be_reached(endpoint: str, port: int) -> None:
+def test_the_network_policy_allows_the_trace_collector(endpoint: str, port: int) -> None:
     rendered = manifests.chart("--set", f"tracing.endpoint={endpoint},tracing.namespace=traces")
     egress = one(rendered, "NetworkPolicy")["spec"]["egress"]
     (rule,) = (rule for rule in egress if "traces" in str(rule["to"]))
@@ -187,12 +187,12 @@ def test_the_collector_can_be_reached(endpoint: str, port: int) -> None:
         "tracing.port=4318",
     ],
 )
-def test_a_wrong_value_is_refused(value: str) -> None:
+def test_an_invalid_value_is_refused(value: str) -> None:
     with pytest.raises(RuntimeError, match=value.partition("=")[0].rpartition(".")[2]):
         manifests.chart("--set", value)
 
 
-def test_a_number_of_replicas_and_an_autoscaler_exclude_each_other() -> None:
+def test_a_number_of_replicas_with_an_autoscaler_is_refused() -> None:
     assert manifests.one(manifests.chart("--set", "replicas=3"), "Deployment")["spec"][
         "replicas"
     ] == (3)
@@ -200,5 +200,5 @@ def test_a_number_of_replicas_and_an_autoscaler_exclude_each_other() -> None:
         manifests.chart("--set", "replicas=3,autoscaling.enabled=true")
 
 
-def test_the_chart_passes_helms_own_check() -> None:
+def test_helm_lint_reports_nothing() -> None:
     subprocess.run([program("helm"), "lint", "--strict", CHART], check=True, capture_output=True)

@@ -1,4 +1,4 @@
-"""deploy/kubernetes: rendered by kustomize, and held against the server and its image."""
+"""deploy/kubernetes: rendered by kustomize, and checked against the server and its image."""
 
 import ipaddress
 import os
@@ -15,7 +15,7 @@ from prometheus_client import REGISTRY
 from vllm import envs
 from vllm.v1.metrics import loggers
 
-import server.telemetry.metrics  # noqa: F401 - puts them into REGISTRY
+import server.telemetry.metrics  # noqa: F401 - registers the metrics in REGISTRY
 from server import settings as config
 from server.engine.arguments import parse
 from server.http import routes
@@ -26,11 +26,11 @@ from tests.redis_server import redis_server
 from tests.services import program
 
 COMPONENTS = sorted(path.name for path in (KUBERNETES / "components").iterdir())
-# What the engine and the workers take to end, after the requests.
+# How long the engine and the workers take to stop after the last request.
 STOP_S = 30
 
 MIB = 1 << 20
-# vLLM's message queues: one from the engine, one back from each worker.
+# vLLM's message queues: one from the engine, and one from each worker.
 BROADCAST_BYTES, RESPONSE_BYTES = 160 * MIB, 240 * MIB
 
 
@@ -44,20 +44,20 @@ def multi_gpu() -> list[Manifest]:
     return manifests.kustomize(KUBERNETES / "overlays" / "multi-gpu")
 
 
-def test_manifests_fit_their_schemas(overlay: list[Manifest]) -> None:
+def test_manifests_obey_their_schemas(overlay: list[Manifest]) -> None:
     for manifest in overlay:
         manifests.check_schema(manifest)
 
 
 @pytest.mark.parametrize("kind", ["Deployment", "ScaledObject", "PodMonitor"])
-def test_a_misspelt_field_does_not_fit(kind: str, multi_gpu: list[Manifest]) -> None:
+def test_a_misspelt_field_violates_the_schema(kind: str, multi_gpu: list[Manifest]) -> None:
     manifest = one(multi_gpu, kind)
     with pytest.raises((ValidationError, ValueError), match="replcas"):
         manifests.check_schema({**manifest, "spec": {**manifest["spec"], "replcas": 2}})
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpu"])
-def test_components_go_with_every_overlay(name: str, tmp_path: Path) -> None:
+def test_components_can_be_combined_with_every_overlay(name: str, tmp_path: Path) -> None:
     rendered = manifests.overlay_with(name, COMPONENTS, tmp_path)
     for manifest in rendered:
         manifests.check_schema(manifest)
@@ -74,7 +74,7 @@ def settings_of(rendered: list[Manifest]) -> tuple[Namespace, config.Settings]:
         return parse(container["args"])
 
 
-def test_the_server_takes_flags_and_variables(overlay: list[Manifest]) -> None:
+def test_the_server_accepts_the_flags_and_variables(overlay: list[Manifest]) -> None:
     container = manifests.server(overlay)
     args, settings = settings_of(overlay)
     assert args.port == container["ports"][0]["containerPort"]
@@ -86,7 +86,7 @@ def test_the_server_takes_flags_and_variables(overlay: list[Manifest]) -> None:
     assert args.tensor_parallel_size == int(gpus)
 
 
-def test_the_server_takes_cache_and_tracing(tmp_path: Path) -> None:
+def test_the_server_accepts_the_cache_and_tracing_components(tmp_path: Path) -> None:
     args, settings = settings_of(manifests.overlay_with("cpu", COMPONENTS, tmp_path))
     url = settings.caches.embedding_cache_url
     assert url is not None
@@ -94,10 +94,10 @@ def test_the_server_takes_cache_and_tracing(tmp_path: Path) -> None:
     assert args.otlp_traces_endpoint.endswith(":4317")
 
 
-def test_a_service_of_this_name_would_break_the_start(
+def test_variables_of_kubernetes_services_are_disabled(
     overlay: list[Manifest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What Kubernetes tells pods about services is refused as a misspelt setting."""
+    """The server would refuse them as misspelt settings."""
     assert one(overlay, "Service")
     monkeypatch.setenv("SACCADE_SERVICE_HOST", "10.0.0.1")
     with pytest.raises(ValueError, match="SACCADE_SERVICE_HOST"):
@@ -105,7 +105,7 @@ def test_a_service_of_this_name_would_break_the_start(
     assert all(pod["enableServiceLinks"] is False for pod in manifests.pods(overlay))
 
 
-def test_probes_ask_routes_that_exist(overlay: list[Manifest]) -> None:
+def test_probes_request_routes_that_exist(overlay: list[Manifest]) -> None:
     container = manifests.server(overlay)
     known = {route.path for route in routes.status.routes}  # type: ignore[attr-defined]
     asked = {name: probe["httpGet"] for name, probe in manifests.probes(container)}
@@ -120,7 +120,7 @@ def test_probes_ask_routes_that_exist(overlay: list[Manifest]) -> None:
     assert [port["port"] for port in ingress[0]["ports"]] == list(named.values())
 
 
-def test_the_start_may_take_minutes(overlay: list[Manifest]) -> None:
+def test_the_startup_probe_allows_minutes(overlay: list[Manifest]) -> None:
     deployment = one(overlay, "Deployment")["spec"]
     probe = manifests.server(overlay)["startupProbe"]
     patience_s = probe["periodSeconds"] * probe["failureThreshold"]
@@ -128,7 +128,7 @@ def test_the_start_may_take_minutes(overlay: list[Manifest]) -> None:
     assert deployment["progressDeadlineSeconds"] > patience_s
 
 
-def test_a_pod_has_time_to_drain(overlay: list[Manifest]) -> None:
+def test_the_termination_grace_period_covers_the_drain(overlay: list[Manifest]) -> None:
     pod = one(overlay, "Deployment")["spec"]["template"]["spec"]
     container = manifests.server(overlay)
     drain_s = settings_of(overlay)[1].http.drain_timeout_s
@@ -139,7 +139,7 @@ def test_a_pod_has_time_to_drain(overlay: list[Manifest]) -> None:
 
 
 def test_pods_are_restricted(overlay: list[Manifest]) -> None:
-    """What the namespace enforces (Pod Security Standards, `restricted`), and more."""
+    """By the namespace's Pod Security Standard, `restricted`, and further."""
     labels = one(overlay, "Namespace")["metadata"]["labels"]
     assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
     for pod in manifests.pods(overlay):
@@ -160,7 +160,7 @@ def test_pods_are_restricted(overlay: list[Manifest]) -> None:
             assert memory[0] == memory[1]
 
 
-def test_secrets_are_only_named(overlay: list[Manifest]) -> None:
+def test_secrets_are_referenced_but_not_included(overlay: list[Manifest]) -> None:
     assert not [m for m in overlay if m["kind"] == "Secret"]
     for pod in manifests.pods(overlay):
         for container in pod["containers"]:
@@ -169,7 +169,7 @@ def test_secrets_are_only_named(overlay: list[Manifest]) -> None:
                     assert "secretKeyRef" in variable["valueFrom"]
 
 
-def test_what_the_image_writes_to_can_be_written_to(
+def test_folders_that_the_image_writes_to_are_writable(
     overlay: list[Manifest], repository: Path
 ) -> None:
     text = (repository / "Dockerfile").read_text()
@@ -189,8 +189,8 @@ def test_what_the_image_writes_to_can_be_written_to(
 
 
 @pytest.mark.parametrize("name", ["gpu", "multi-gpu"])
-def test_what_was_compiled_outlives_the_pod(name: str, repository: Path) -> None:
-    """With models: a new pod neither downloads nor compiles again."""
+def test_models_and_compiled_code_are_on_the_claim(name: str, repository: Path) -> None:
+    """So a new pod neither downloads nor compiles again."""
     rendered = manifests.kustomize(KUBERNETES / "overlays" / name)
     text = (repository / "Dockerfile").read_text()
     folders = set(re.findall(r"\b(?:HOME|\w+_HOME|\w+_CACHE_DIR)=(/\S+)", text))
@@ -203,7 +203,7 @@ def test_what_was_compiled_outlives_the_pod(name: str, repository: Path) -> None
 def test_the_server_keeps_connections_longer_than_ingress_controllers(
     overlay: list[Manifest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ingress-nginx, for one, for 60 s (upstream-keepalive-timeout)."""
+    """ingress-nginx, for example, keeps them for 60 s (upstream-keepalive-timeout)."""
     assert envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE < 60
     name = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
     monkeypatch.setenv(name, manifests.environment(manifests.server(overlay))[name])
@@ -227,8 +227,8 @@ def blocks(policy: Manifest) -> list[Manifest]:
     return [peer["ipBlock"] for peer in peers if "ipBlock" in peer]
 
 
-def test_only_public_addresses_can_be_fetched_from(overlay: list[Manifest]) -> None:
-    """The network policy and the guard of fetches know the same addresses."""
+def test_the_network_policy_allows_only_public_addresses(overlay: list[Manifest]) -> None:
+    """The network policy and the server's guard block the same addresses."""
     open_, closed = [], []
     for block in blocks(one(overlay, "NetworkPolicy")):
         open_.append(ipaddress.ip_network(block["cidr"]))
@@ -248,7 +248,7 @@ def test_only_public_addresses_can_be_fetched_from(overlay: list[Manifest]) -> N
         assert not any(address in n for n in closed)
 
 
-def test_the_cache_is_for_the_server_only(multi_gpu: list[Manifest]) -> None:
+def test_only_the_server_can_reach_the_cache(multi_gpu: list[Manifest]) -> None:
     policy = one(multi_gpu, "NetworkPolicy", "saccade-cache")["spec"]
     assert "egress" not in policy
     (rule,) = policy["ingress"]
@@ -258,13 +258,13 @@ def test_the_cache_is_for_the_server_only(multi_gpu: list[Manifest]) -> None:
     assert [each["port"] for each in rule["ports"]] == [port["port"]]
 
 
-def test_the_cache_takes_its_arguments(multi_gpu: list[Manifest]) -> None:
+def test_redis_accepts_the_arguments_of_the_cache(multi_gpu: list[Manifest]) -> None:
     (container,) = one(multi_gpu, "Deployment", "saccade-cache")["spec"]["template"]["spec"][
         "containers"
     ]
     arguments = [word.replace("$(PASSWORD)", "s3cret") for word in container["args"]]
     with redis_server(*arguments, password="s3cret") as redis, redis.client() as client:
-        # One at a time: Redis takes several names from version 7 on.
+        # One at a time: Redis accepts several names only since version 7.
         names = ("maxmemory", "maxmemory-policy", "save")
         found = {name: client.config_get(name)[name] for name in names}
     assert found["maxmemory-policy"] == "allkeys-lru"
@@ -273,7 +273,7 @@ def test_the_cache_takes_its_arguments(multi_gpu: list[Manifest]) -> None:
     assert 0 < int(found["maxmemory"]) < limit
 
 
-def test_the_autoscaler_knows_the_metrics(multi_gpu: list[Manifest], tmp_path: Path) -> None:
+def test_the_autoscaler_queries_existing_metrics(multi_gpu: list[Manifest], tmp_path: Path) -> None:
     triggers = one(multi_gpu, "ScaledObject")["spec"]["triggers"]
     queries = [trigger["metadata"]["query"] for trigger in triggers]
     ours = {metric.name for metric in REGISTRY.collect()}
@@ -288,7 +288,7 @@ def test_the_autoscaler_knows_the_metrics(multi_gpu: list[Manifest], tmp_path: P
     subprocess.run([program("promtool"), "check", "rules", file], check=True, capture_output=True)
 
 
-def test_the_autoscaler_fits_the_deployment(multi_gpu: list[Manifest]) -> None:
+def test_the_autoscaler_targets_the_deployment(multi_gpu: list[Manifest]) -> None:
     spec = one(multi_gpu, "ScaledObject")["spec"]
     deployment = one(multi_gpu, "Deployment")
     assert spec["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
@@ -301,7 +301,7 @@ def test_the_autoscaler_fits_the_deployment(multi_gpu: list[Manifest]) -> None:
     assert int(requests["metadata"]["threshold"]) < args.max_num_seqs
 
 
-def test_prometheus_finds_the_pods(multi_gpu: list[Manifest]) -> None:
+def test_the_pod_monitor_selects_the_pods(multi_gpu: list[Manifest]) -> None:
     monitor = one(multi_gpu, "PodMonitor")["spec"]
     labels = one(multi_gpu, "Deployment")["spec"]["template"]["metadata"]["labels"]
     assert monitor["selector"]["matchLabels"] == labels

@@ -1,4 +1,4 @@
-"""Alerts and dashboard, held against a real Prometheus that scrapes the real server."""
+"""Alerts and dashboard, checked with a real Prometheus that scrapes the real server."""
 
 import concurrent.futures
 import contextlib
@@ -29,7 +29,7 @@ RULES = REPOSITORY / "deploy" / "prometheus"
 GRAFANA = REPOSITORY / "deploy" / "grafana"
 RUNBOOK = REPOSITORY / "docs" / "runbook.md"
 PATIENCE_S = 120
-CLIENTS = 2  # at a time, while Prometheus scrapes
+CLIENTS = 2  # concurrent, while Prometheus scrapes
 WHAT = text_part("What is in the image?")
 
 
@@ -39,14 +39,14 @@ def alerts() -> list[dict[str, Any]]:
 
 
 def panels() -> list[dict[str, Any]]:
-    """All panels, also those inside closed rows; no rows."""
+    """All panels, including those in collapsed rows, without the rows."""
     dashboard = json.loads((GRAFANA / "saccade.json").read_text())
     every = [each for panel in dashboard["panels"] for each in (panel, *panel.get("panels", ()))]
     return [panel for panel in every if panel["type"] != "row"]
 
 
 def names(query: str) -> set[str]:
-    """The metrics that a query reads, but for those that rules record."""
+    """The metrics that a query reads, except recorded ones."""
     return set(re.findall(r"\b(?:saccade_|vllm:|process_)[a-z0-9_:]+", query))
 
 
@@ -54,7 +54,7 @@ def names(query: str) -> set[str]:
 
 
 @pytest.mark.parametrize("command", ["check", "test"])
-def test_rules(command: str) -> None:
+def test_alert_rules_pass_their_promtool_tests(command: str) -> None:
     file = {"check": "alerts.yml", "test": "alerts_test.yml"}[command]
     done = subprocess.run(
         [program("promtool"), command, "rules", file], cwd=RULES, capture_output=True, text=True
@@ -62,7 +62,7 @@ def test_rules(command: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_alert_is_tested_and_explained() -> None:
+def test_every_alert_is_tested_and_documented() -> None:
     tests = (RULES / "alerts_test.yml").read_text()
     headings = re.findall(r"^## (\w+)$", RUNBOOK.read_text(), re.M)
     assert headings == sorted(set(headings))
@@ -74,13 +74,13 @@ def test_every_alert_is_tested_and_explained() -> None:
         assert alert["annotations"]["runbook_url"] == f"docs/runbook.md#{name.lower()}"
 
 
-def test_the_dashboard_is_what_its_generator_writes() -> None:
+def test_the_dashboard_equals_its_generators_output() -> None:
     command = [sys.executable, str(GRAFANA / "build.py")]
     written = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert (GRAFANA / "saccade.json").read_text() == written
 
 
-def test_every_panel_is_explained() -> None:
+def test_every_panel_has_a_description() -> None:
     for panel in panels():
         assert panel["description"], panel["title"]
         assert panel["targets"], panel["title"]
@@ -91,7 +91,7 @@ def test_every_panel_is_explained() -> None:
 
 
 def query_of(kind: str, title: str) -> str:
-    """The query of a panel, over two hours of all servers."""
+    """The query of a panel for all servers over two hours."""
     (panel,) = (p for p in panels() if (p["type"], p["title"]) == (kind, title))
     query: str = panel["targets"][0]["expr"]
     variables = {"$__range": "2h", "$price": "3", "$instance": ".*", "$model_name": ".*"}
@@ -108,7 +108,7 @@ def query_of(kind: str, title: str) -> str:
         ("Cost of 1M tokens", 1e6 * 3 * 4 * 2 / 480_000),
     ],
 )
-def test_replaced_servers_cost_as_long_as_they_lived(
+def test_replaced_servers_count_towards_cost_while_they_ran(
     title: str, expected: float, tmp_path: Path
 ) -> None:
     """Four GPUs for two hours, first in one pod, then in another."""
@@ -131,7 +131,7 @@ def test_replaced_servers_cost_as_long_as_they_lived(
         if panel["type"] == "stat" and "/" in str(panel["targets"])
     ],
 )
-def test_a_share_of_nothing_is_no_number(title: str, tmp_path: Path) -> None:
+def test_shares_without_traffic_have_no_value(title: str, tmp_path: Path) -> None:
     query = query_of("stat", title).replace("$__rate_interval", "5m").replace("$ttft", "2.5")
     labels = '{instance="a", model_name="m", outcome="failed", cap="none", le="2.5"}'
     series = {f"{name}{labels}": "0x240" for name in names(query)}
@@ -141,7 +141,7 @@ def test_a_share_of_nothing_is_no_number(title: str, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- the server's metrics
 
 
-def test_metrics_keep_the_conventions(http: httpx.Client) -> None:
+def test_metrics_pass_promtools_check(http: httpx.Client) -> None:
     lines = http.get("/metrics").text.splitlines()
     ours = [line for line in lines if re.match(r"(# (HELP|TYPE) )?saccade_", line)]
     assert len(ours) > 100
@@ -155,7 +155,7 @@ def test_metrics_keep_the_conventions(http: httpx.Client) -> None:
 
 
 class Prometheus:
-    """A running Prometheus, asked over HTTP."""
+    """A running Prometheus, queried over HTTP."""
 
     def __init__(self, url: str) -> None:
         self.client = httpx.Client(base_url=f"{url}/api/v1", timeout=60)
@@ -171,7 +171,7 @@ class Prometheus:
         return [float(sample["value"][1]) for sample in answer["data"]["result"]]
 
     def values(self, label: str, series: str | None = None) -> list[str]:
-        """What a label has been."""
+        """All values of a label."""
         match = {"match[]": series} if series else {}
         found: list[str] = self.client.get(f"/label/{label}/values", params=match).json()["data"]
         return found
@@ -179,7 +179,7 @@ class Prometheus:
 
 @pytest.fixture
 def prometheus(server: Server, tmp_path: Path) -> Iterator[Prometheus]:
-    """As deploy/prometheus configures it, but for the address of the server and the interval."""
+    """Configured as in deploy/prometheus, except for the server's address and the interval."""
     config = yaml.safe_load((RULES / "prometheus.yml").read_text())
     config["global"]["scrape_interval"] = config["global"]["evaluation_interval"] = "1s"
     (job,) = (job for job in config["scrape_configs"] if job["job_name"] == "saccade")
@@ -217,7 +217,7 @@ def wait_for(condition: Any, what: str) -> None:
 
 
 def traffic(server: Server, http: httpx.Client, origin: Origin) -> None:
-    """One request of each kind that the dashboard tells apart."""
+    """One request of each kind that the dashboard distinguishes."""
 
     def ask(*parts: dict[str, Any], status: int = 200, **more: Any) -> None:
         body = {"model": server.model, "max_tokens": 8, "messages": user(*parts), **more}
@@ -249,7 +249,7 @@ def traffic(server: Server, http: httpx.Client, origin: Origin) -> None:
 
 @contextlib.contextmanager
 def under_load(server: Server) -> Iterator[None]:
-    """Meanwhile, clients ask about pictures, each of which is new."""
+    """Clients send requests with new pictures during the block."""
     ended = threading.Event()
 
     def load(number: int) -> None:
@@ -282,7 +282,7 @@ def filled(query: str, known: dict[str, str]) -> str:
 
 
 def missing(prometheus: Prometheus, known: dict[str, str]) -> list[str]:
-    """The dashboard's queries without a number."""
+    """The dashboard's queries without a value."""
     lacking = []
     for panel in panels():
         for target in panel["targets"]:
@@ -292,10 +292,10 @@ def missing(prometheus: Prometheus, known: dict[str, str]) -> list[str]:
     return lacking
 
 
-def test_the_dashboard_and_the_alerts_have_what_they_ask_for(
+def test_every_query_of_dashboard_and_alerts_has_a_value(
     prometheus: Prometheus, server: Server, http: httpx.Client, origin: Origin
 ) -> None:
-    # Series of the embedding cache begin with its first entries, and rates with the next ones.
+    # Series of the embedding cache appear with its first entries, and rates with the next ones.
     traffic(server, http, origin)
     wait_for(lambda: prometheus.ask("saccade_embedding_cache_seconds_count"), "the first entries")
     traffic(server, http, origin)

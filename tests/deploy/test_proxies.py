@@ -1,4 +1,4 @@
-"""The examples of reverse proxies, before the real server: what they must do and must not."""
+"""The example reverse proxies in front of the real server."""
 
 import base64
 import json
@@ -30,7 +30,7 @@ MakeProxy = Callable[..., Proxy]
 def public(
     request: pytest.FixtureRequest, server: Server, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Proxy]:
-    """A proxy before the server; its second backend is down."""
+    """A proxy in front of the server; its second backend is down."""
     addresses = (server.url.removeprefix("http://"), f"127.0.0.1:{free_port()}")
     with proxy(request.param, tmp_path_factory.mktemp("proxy"), addresses) as made:
         yield made
@@ -63,7 +63,7 @@ def chat(content: Any, **options: Any) -> dict[str, Any]:
 
 
 def metric(text: str, name: str) -> float:
-    """The sum of the samples of a metric, whose name may have labels."""
+    """The sum of the samples of a metric; the name may include labels."""
     lines = [line for line in text.splitlines() if line.startswith((name + "{", name + " "))]
     return sum(float(line.rpartition(" ")[2]) for line in lines)
 
@@ -87,7 +87,7 @@ def error_of(answer: bytes) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_client_that_leaves_ends_its_request(
+def test_a_client_disconnect_aborts_the_request(
     public: Proxy, server: Server, http: httpx.Client, stream: bool
 ) -> None:
     options = {"max_tokens": LONG_TOKENS, "ignore_eos": True, "stream": stream}
@@ -98,7 +98,7 @@ def test_client_that_leaves_ends_its_request(
     ).encode()
 
     def leaves() -> bool:
-        """Whether it could leave in time: a machine may be so slow that the answer ends before."""
+        """Whether the client disconnected in time: on a slow machine the answer may end first."""
         before = scrape(http)
         with ExitStack() as held:
             with public.sent(head + body) as connection:
@@ -116,7 +116,7 @@ def test_client_that_leaves_ends_its_request(
     assert 0 < engine(server, "generation_tokens_total") - made < LONG_TOKENS
 
 
-def test_large_picture_passes(public: Proxy) -> None:
+def test_a_large_picture_is_forwarded(public: Proxy) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (1200, 1600, 3), dtype=np.uint8)
     data = encode(Image.fromarray(noise))
     assert len(data) > 5 << 20
@@ -135,7 +135,7 @@ def announcement(length: int) -> bytes:
     ).encode()
 
 
-def test_limit_of_the_body_is_the_servers(public: Proxy) -> None:
+def test_the_body_limit_equals_the_servers(public: Proxy) -> None:
     limit = HttpSettings().max_request_bytes
     assert public.exchange(announcement(limit)).startswith(b"HTTP/1.1 100 ")
     refused = public.exchange(announcement(limit + 1), up_to=b"}}")
@@ -144,7 +144,7 @@ def test_limit_of_the_body_is_the_servers(public: Proxy) -> None:
     error = error_of(refused)
     assert error["type"] == "invalid_request_error"
     assert error["code"] == "request_too_large"
-    assert "256 MiB" in error["message"]  # the proxy's words, not the server's
+    assert "256 MiB" in error["message"]  # the proxy's error page, not the server's
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_limit_of_the_body_is_the_servers(public: Proxy) -> None:
         "/v1/load_lora_adapter",
     ],
 )
-def test_inner_routes_are_not_public(public: Proxy, target: str) -> None:
+def test_internal_routes_are_not_public(public: Proxy, target: str) -> None:
     request = f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
     answer = public.exchange(request, up_to=b"}}")
     assert answer.startswith(b"HTTP/1.1 404 "), answer[:200]
@@ -178,7 +178,7 @@ def test_inner_routes_are_not_public(public: Proxy, target: str) -> None:
     assert error_of(answer)["code"] == "not_found"
 
 
-def test_public_routes_pass_although_a_backend_is_down(public: Proxy) -> None:
+def test_public_routes_are_served_while_a_backend_is_down(public: Proxy) -> None:
     with public.client() as client:
         for _ in range(4):
             assert client.get("/v1/models").status_code == 200
@@ -189,7 +189,7 @@ def test_public_routes_pass_although_a_backend_is_down(public: Proxy) -> None:
             assert client.post("/v1/images/tokens", json=sizes).status_code == 200
 
 
-def test_request_id_comes_back(public: Proxy) -> None:
+def test_the_request_id_is_returned(public: Proxy) -> None:
     with public.client() as client:
         for path in ("/v1/models", "/metrics", "/v1/files/none"):
             headers = {"X-Request-Id": "mine-1"}
@@ -204,7 +204,7 @@ def test_request_id_comes_back(public: Proxy) -> None:
     ("given", "is_kept"),
     [("aZ09._:=+/-", True), ("a" * 128, True), ("a" * 129, False), ("a b", False), ("a;b", False)],
 )
-def test_request_ids_are_kept_as_the_server_does(
+def test_request_ids_are_kept_by_the_servers_rule(
     public: Proxy, server: Server, given: str, is_kept: bool
 ) -> None:
     headers = {"X-Request-Id": given}
@@ -216,7 +216,7 @@ def test_request_ids_are_kept_as_the_server_does(
         assert (answer.headers["X-Request-Id"] == given) is is_kept
 
 
-def test_event_comes_before_the_next_is_made(
+def test_streamed_events_are_not_buffered(
     kind: str, start: MakeProxy, backends: tuple[Backend, Backend]
 ) -> None:
     for one in backends:
@@ -231,7 +231,7 @@ def test_event_comes_before_the_next_is_made(
         assert "data: [DONE]" in list(events)
 
 
-def test_what_the_backend_hears(
+def test_the_backend_gets_the_clients_headers_and_address(
     kind: str, start: MakeProxy, backends: tuple[Backend, Backend]
 ) -> None:
     one, two = backends
@@ -249,7 +249,7 @@ def test_what_the_backend_hears(
         assert got["X-Forwarded-Proto"] == "https"
 
 
-def test_post_that_was_sent_is_not_sent_again(
+def test_a_post_that_reached_a_backend_is_not_retried(
     kind: str, start: MakeProxy, backends: tuple[Backend, Backend]
 ) -> None:
     one, two = backends
@@ -261,7 +261,7 @@ def test_post_that_was_sent_is_not_sent_again(
     assert len(one.requests + two.requests) == 1
 
 
-def test_no_backend_is_an_error_to_try_again(kind: str, start: MakeProxy) -> None:
+def test_a_request_without_a_backend_gets_a_retryable_error(kind: str, start: MakeProxy) -> None:
     closed = [f"127.0.0.1:{free_port()}" for _ in range(2)]
     with start(kind, *closed).client() as client:
         answer = client.post("/v1/chat/completions", json={}, headers={"X-Request-Id": "mine-3"})
@@ -279,7 +279,7 @@ def test_haproxy_logs_requests(start: MakeProxy, backends: tuple[Backend, Backen
     eventually(lambda: '"POST /v1/completions HTTP/1.1"' in running.log.read_text())
 
 
-def test_haproxy_leaves_a_server_that_is_not_ready_its_requests(
+def test_haproxy_lets_a_server_that_becomes_unready_finish_its_requests(
     start: MakeProxy, backends: tuple[Backend, Backend]
 ) -> None:
     one, two = backends

