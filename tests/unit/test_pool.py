@@ -326,7 +326,7 @@ def one_page_pdf(content: bytes) -> bytes:
     return body + b"trailer<</Root 1 0 R>>\n%%EOF"
 
 
-def test_abandoned_slow_work_is_stopped_by_killing_its_worker() -> None:
+def test_abandoned_slow_work_is_stopped_by_replacing_its_worker() -> None:
     async def test() -> None:
         async with running(image_workers=1, image_timeout_s=600) as pool:
             (pid,) = pool.worker_pids

@@ -218,7 +218,7 @@ def test_a_cap_is_met_by_resizing_or_by_an_option() -> None:
     ("rule", "size"),
     [(QWEN2, (10_000, 49)), (QWEN3, (1, 201)), (PIXTRAL, (5000, 2)), (MISTRAL3, (1, 1541))],
 )
-def test_extreme_shapes_are_allocated(rule: TokenRule, size: Size) -> None:
+def test_extreme_aspect_ratios_are_refused(rule: TokenRule, size: Size) -> None:
     for cap in (None, 100):
         with pytest.raises(ImageAspectRatio):
             rule.allocate(*size, cap)

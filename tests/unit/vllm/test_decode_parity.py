@@ -36,14 +36,14 @@ def test_full_decode_equals_vllms_loader(name: str) -> None:
     ("colour", "bits"),
     [(0, 1), (0, 2), (0, 4), (0, 8), (0, 16), (2, 8), (2, 16), (4, 8), (4, 16), (6, 8), (6, 16)],
 )
-def test_png_rows_of_every_filter_decode_as_by_vllm(colour: int, bits: int) -> None:
-    """Random bytes serve as the filtered rows."""
+def test_png_rows_of_every_filter_equal_vllms_loader(colour: int, bits: int) -> None:
+    """The filtered rows are random bytes."""
     channels = {0: 1, 2: 3, 4: 2, 6: 4}[colour]
     rows = np.random.default_rng(bits).integers(
         0, 256, (90, 1 + -(-37 * channels * bits // 8)), dtype=np.uint8
     )
     rows[:, 0] = np.arange(90) % 5
-    rows[0, 0] = 4  # there is no row above it
+    rows[0, 0] = 4  # it has no row above
     header = struct.pack(">IIBBBBB", 37, 90, bits, colour, 0, 0, 0)
     data = b"\x89PNG\r\n\x1a\n"
     for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
@@ -68,7 +68,7 @@ def test_other_modes_equal_vllms_loader(name: str, mode: str | None) -> None:
 
 
 @pytest.mark.parametrize("name", ["png alpha", "webp alpha", "png palette transparent"])
-def test_the_background_equals_vllms_loader(name: str) -> None:
+def test_other_backgrounds_equal_vllms_loader(name: str) -> None:
     ours = decode(FILES[name], DecodeOptions(background=(10, 200, 30))).image
     theirs = _theirs(FILES[name], rgba_background_color=(10, 200, 30))
     assert np.array_equal(np.asarray(ours), np.asarray(theirs))

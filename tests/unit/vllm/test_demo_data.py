@@ -1,4 +1,4 @@
-"""What the demo model learns from: fonts, words, scenes, and what is known of them."""
+"""The demo model's training data: fonts, words, scenes and their labels."""
 
 import json
 import random
@@ -51,14 +51,14 @@ def test_every_face_draws_every_character(face):
     assert len({drawn[sign] for sign in signs}) == len(signs)
 
 
-def test_no_hairline_or_variable_face():
+def test_hairline_and_variable_faces_are_excluded():
     styles = {face.load(12).getname()[1] for face in FACES}
     assert not [style for style in styles if "Thin" in style or "ExtraLight" in style]
     assert not [face for face in FACES if face.path and "Variable" in face.path.name]
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_families_are_equally_likely(held_out):
+def test_font_families_are_equally_likely(held_out):
     rng = random.Random(1)
     families = fonts.faces(held_out=held_out)
     drawn = Counter(fonts.font(rng, 12, held_out=held_out).getname()[0] for _ in range(1500))
@@ -66,7 +66,7 @@ def test_families_are_equally_likely(held_out):
     assert rarest > 0.7 * 1500 / len(families)
 
 
-def test_a_seed_gives_the_same_fonts():
+def test_the_same_seed_gives_the_same_fonts():
     first, second = (
         [fonts.font(rng, size, held_out=False) for size in range(10, 40)]
         for rng in (random.Random(5), random.Random(5))
@@ -76,7 +76,7 @@ def test_a_seed_gives_the_same_fonts():
     assert len({font.getname() for font in first}) > 5
 
 
-def test_a_missing_package_says_what_to_install():
+def test_the_error_for_a_missing_package_says_what_to_install():
     with pytest.raises(ModuleNotFoundError, match=r"\.\[demo-train\]"):
         fonts._files("font_of_nobody", ("*.ttf",))
 
@@ -91,7 +91,7 @@ def test_pictures_held_out_are_never_in_training():
 
 @pytest.mark.parametrize("held_out", [False, True])
 @pytest.mark.parametrize(("width", "height"), [(32, 32), (224, 160), (300, 640)])
-def test_outside_pictures_are_full_of_detail(held_out, width, height):
+def test_outside_pictures_have_contrast_and_repeat_by_seed(held_out, width, height):
     rng, again = random.Random(7), random.Random(7)
     for _ in range(12):
         picture = outside.outside(rng, width, height, held_out=held_out)
@@ -119,12 +119,12 @@ def test_wordings_held_out_are_never_in_training():
     assert not set(words.TRAINING_WORDS) & set(words.HELD_OUT_WORDS)
 
 
-def test_the_shipped_tokens_are_those_of_the_data():
+def test_the_shipped_tokenizer_is_the_one_of_the_training_data():
     shipped = Path(vocabulary.__file__).parents[1] / "tokenizer.json"
     assert json.loads(shipped.read_text()) == json.loads(vocabulary.build().to_str())
 
 
-def test_written_words_are_known_by_heart_no_more_often_than_not():
+def test_a_tenth_of_the_written_words_are_training_words():
     rng = random.Random(2)
     contents = [words.content(rng, held_out=False) for _ in range(4000)]
     assert all(1 <= len(text) <= 8 and set(text) <= set(words.CHARACTERS) for text in contents)
@@ -133,7 +133,7 @@ def test_written_words_are_known_by_heart_no_more_often_than_not():
 
 
 @pytest.mark.parametrize("layout", [objects._ring, objects._strings, objects._rows])
-def test_crowds_are_whole_and_apart(layout):
+def test_shapes_of_a_crowd_are_inside_the_picture_and_disjoint(layout):
     rng = random.Random(4)
     for _ in range(1500):
         size = rng.choice([(128, 128), (224, 224), (160, 120), (320, 200), (300, 480), (640, 480)])
@@ -147,7 +147,7 @@ def test_crowds_are_whole_and_apart(layout):
                 assert x1 <= other[0] or other[2] <= x0 or y1 <= other[1] or other[3] <= y0
 
 
-def test_each_thing_of_a_crowd_has_its_rank_at_one_token():
+def test_each_shape_of_a_crowd_has_its_rank_at_one_token():
     rng = random.Random(3)
     for _ in range(50):
         picture = single(rng, "crowd", (448, 448)).pictures[0]
@@ -155,7 +155,7 @@ def test_each_thing_of_a_crowd_has_its_rank_at_one_token():
         assert sorted(ranks[ranks > 0]) == list(range(1, len(picture.things) + 1))
 
 
-def test_the_counts_of_thirds_add_up():
+def test_counts_of_thirds_add_up_to_the_number_of_shapes():
     rng = random.Random(4)
     for _ in range(50):
         picture = single(rng, "crowd", (288, 384)).pictures[0]
@@ -166,7 +166,7 @@ def test_the_counts_of_thirds_add_up():
         assert across[0, 1::3].sum() == down[1::4, 0].sum() == len(picture.things)
 
 
-def test_each_character_of_an_answer_is_known_before_it_is_said():
+def test_each_character_of_an_answer_is_labelled_at_the_token_before_it():
     codec = vocabulary.Codec(vocabulary.build())
     rng = random.Random(6)
     spelled = Counter()
@@ -193,7 +193,7 @@ def test_each_character_of_an_answer_is_known_before_it_is_said():
 
 
 @pytest.mark.parametrize("form", [0, 15, 22, 26, 31])  # one, none, a clip, four, no questions
-def test_batches_are_joined_as_they_are(form):
+def test_joined_batches_contain_their_parts_unchanged(form):
     codec = vocabulary.Codec(vocabulary.build())
     parts = [
         draw(codec, random.Random(share), random.Random(form), 0.6, 1500.0) for share in range(3)

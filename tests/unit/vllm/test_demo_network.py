@@ -1,4 +1,4 @@
-"""The network that is trained is the one that is served: Transformers computes the same."""
+"""The trained network is the served one: Transformers computes the same results."""
 
 import json
 import random
@@ -36,7 +36,7 @@ def a_clip() -> tuple[Example, list[Grid]]:
 
 @pytest.fixture(scope="module")
 def twins(tmp_path_factory: pytest.TempPathFactory) -> Twins:
-    """Weights of chance, in which every parameter counts."""
+    """Random weights with which every parameter affects the output."""
     torch.manual_seed(3)
     weights = {
         f"network.{name}": 0.06 * torch.randn_like(parameter) + float("norm" in name)
@@ -49,12 +49,12 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> Twins:
 
 @pytest.mark.parametrize("make", [one_picture, several_pictures, a_clip])
 @pytest.mark.parametrize("worded", [False, True])
-def test_transformers_computes_the_same(twins: Twins, make, worded: bool) -> None:
+def test_transformers_computes_the_same_logits(twins: Twins, make, worded: bool) -> None:
     example, grids = make()
     del example.questions[1:]
     ours, theirs, logits, expected = twins.compare(CODEC, example, grids, worded=worded)
     assert ours == theirs
-    assert expected.std() > 0.3  # it is not the same because it is nothing
+    assert expected.std() > 0.3  # not equal because both are zero
     assert (logits - expected).abs().max() < 1e-3
 
 
@@ -66,7 +66,7 @@ def test_a_saved_checkpoint_has_the_shipped_configuration(twins: Twins) -> None:
         assert (twins.folder / name).read_bytes() == (SHIPPED / name).read_bytes(), name
 
 
-def test_the_processor_normalizes_as_in_the_training() -> None:
+def test_the_processor_normalizes_as_in_training() -> None:
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
         processor = json.loads((SHIPPED / name).read_text())
         assert processor["image_mean"] == list(vision.MEAN)
@@ -89,8 +89,8 @@ def right_answers(model: Any, processor: Any) -> float:
     return right / len(shapes)
 
 
-def test_answers_depend_on_the_normalization() -> None:
-    """A server that normalizes in another way fails the tests of its answers."""
+def test_wrong_normalization_gives_wrong_answers() -> None:
+    """So a server that normalizes differently fails the tests of its answers."""
     model = Qwen3VLForConditionalGeneration.from_pretrained(SHIPPED, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(SHIPPED)
     assert right_answers(model, processor) == 1

@@ -1,4 +1,4 @@
-"""The optimizer of the demo model: one vector holds all weights, and each is changed as its own."""
+"""The optimizer of the demo model: one vector holds all weights, each updated on its own."""
 
 import torch
 from torch import Tensor, nn
@@ -7,11 +7,11 @@ from server.demo.training.optimizer import Optimizer, orthogonal
 
 MATRICES = ("one.weight", "other.weight")
 MUON, ADAM, DECAY = 0.02, 0.02, 0.9
-CLOSE = 1e-3  # matrices are made orthogonal in bfloat16
+CLOSE = 1e-3  # matrices are orthogonalized in bfloat16
 
 
 class Small(nn.Module):
-    """Two matrices of one shape for Muon, an embedding, the embedding of patches, odd vectors."""
+    """Two matrices of equal shape for Muon, two embeddings, and vectors of odd lengths."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ def muon(weight: Tensor, gradients: list[Tensor]) -> Tensor:
     return weight
 
 
-def test_each_weight_is_changed_as_its_own() -> None:
+def test_each_weight_is_updated_as_if_it_were_alone() -> None:
     torch.manual_seed(0)
     network = Small().bfloat16()
     begun = {name: it.detach().float().clone() for name, it in network.named_parameters()}

@@ -1,4 +1,4 @@
-"""How the demo model's answers are scored, and that its evaluation always asks the same."""
+"""Scores of the demo model's answers; its evaluation always asks the same questions."""
 
 import json
 import subprocess
@@ -55,7 +55,7 @@ print(hashlib.sha256("".join(made).encode()).hexdigest())
         ("box", BOX, "300", 0),
     ],
 )
-def test_score(task, expected, got, right):
+def test_answers_are_scored(task, expected, got, right):
     assert score(task, expected, got) == pytest.approx(right)
 
 
@@ -64,14 +64,14 @@ def answers(task, right, wrong, size=""):
     return [Answer(task, f"{number}?", "yes", got, size) for number, got in enumerate(said)]
 
 
-def test_a_task_passes_at_its_bar():
+def test_a_task_passes_at_its_threshold():
     assert Outcome("color", answers("color", 19, 1)).passed
     assert not Outcome("color", answers("color", 18, 2)).passed
     assert Outcome("value", answers("value", 0, 1)).passed
     assert set(BARS) < set(TASKS)
 
 
-def test_the_table_tells_sizes_apart():
+def test_the_table_has_separate_scores_for_each_size():
     mixed = [*answers("color", 3, 1, "224x224"), *answers("color", 1, 3, "larger")]
     shown = ("color", "0.500", "0.95", "8", "MISS", "0.750", "0.250")
     assert report.cells(Outcome("color", mixed)) == shown
@@ -87,12 +87,12 @@ def test_the_table_tells_sizes_apart():
     )
 
 
-def test_reading_is_told_apart_by_length():
+def test_reading_is_scored_by_length():
     read = [Answer("read", "?", text, "AB") for text in ("AB", "ABC", "CD")]
     assert report.by_length(Outcome("read", read)) == {"2": (0.5, 2), "3": (0, 1)}
 
 
-def test_the_result_has_the_first_misses_of_a_task():
+def test_the_result_contains_the_first_wrong_answers_of_a_task():
     outcomes = [Outcome("color", answers("color", 1, 30)), Outcome("what", answers("what", 2, 0))]
     found = json.loads(json.dumps(report.result(outcomes, seed=5)))
     assert list(found["misses"]) == ["color"]
@@ -104,7 +104,7 @@ def test_the_result_has_the_first_misses_of_a_task():
     assert found["seed"] == 5
 
 
-def test_the_card_takes_the_table_and_keeps_the_rest():
+def test_writing_the_table_leaves_the_rest_of_the_card_unchanged():
     outcomes = [Outcome("color", answers("color", 1, 1))]
     card = "# Model\n<!-- scores -->\nold\n<!-- /scores -->\nend\n"
     filled = report.filled_card(card, outcomes)
@@ -118,7 +118,7 @@ def test_the_card_takes_the_table_and_keeps_the_rest():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_each_task_can_be_asked(task):
+def test_every_task_has_examples(task):
     for index in range(4):
         asked = asking.prepare(1, task, index)
         kinds = [part["type"] for part in asked.content]
@@ -134,8 +134,8 @@ def test_each_task_can_be_asked(task):
         assert score(task, asked.expected, asked.expected) == 1
 
 
-def test_examples_depend_on_seed_task_and_number_alone():
-    """Not on the process, its hashes of strings or what it made before."""
+def test_examples_depend_only_on_seed_task_and_number():
+    """Not on the process, its string hashes or earlier examples."""
     tasks = ["json", "pair", "read", "motion", "outside"]
     command = [sys.executable, "-c", DIGEST]
     digests = [
@@ -156,7 +156,7 @@ def test_examples_depend_on_seed_task_and_number_alone():
 
 
 @pytest.mark.parametrize("count", range(4, 9))
-def test_the_model_is_shown_every_frame_as_it_was_drawn(count):
+def test_the_model_gets_every_frame_as_it_was_drawn(count):
     made = (asking.example(1, "motion", index).pictures[0].frames for index in range(20))
     frames = (next(made) * 2)[:count]
     shown, about = VIDEO_LOADER_REGISTRY.load("qwen3_vl").load_bytes(media.avi(frames))

@@ -1,4 +1,4 @@
-"""Under which name embeddings are kept: as long as anything that they depend on is the same."""
+"""The namespace of embeddings: it changes with everything that they depend on."""
 
 import json
 import shutil
@@ -33,9 +33,7 @@ def name(demo: Path) -> str:
     return namespace(configured(demo))
 
 
-def test_the_same_model_has_the_same_name_wherever_it_lies(
-    name: str, model: Path, tmp_path: Path
-) -> None:
+def test_a_model_has_the_same_namespace_at_any_path(name: str, model: Path, tmp_path: Path) -> None:
     assert namespace(configured(model)) == name
     moved = model.rename(tmp_path / "elsewhere")
     assert namespace(configured(moved)) == name
@@ -43,13 +41,13 @@ def test_the_same_model_has_the_same_name_wherever_it_lies(
     assert set(name) <= set("0123456789abcdef")
 
 
-def test_what_embeddings_do_not_depend_on_does_not_matter(name: str, model: Path) -> None:
+def test_unrelated_files_and_options_do_not_change_the_namespace(name: str, model: Path) -> None:
     (model / "generation_config.json").write_text('{"temperature": 0.5}')
     (model / "README.md").write_text("A model.")
     assert namespace(configured(model, seed=7, max_num_seqs=3)) == name
 
 
-def test_other_weights_at_the_same_place_have_another_name(name: str, model: Path) -> None:
+def test_different_weights_at_the_same_path_change_the_namespace(name: str, model: Path) -> None:
     weights = model / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
@@ -68,7 +66,9 @@ def test_other_weights_at_the_same_place_have_another_name(name: str, model: Pat
         {"load_format": "dummy"},
     ],
 )
-def test_other_options_have_another_name(name: str, demo: Path, options: dict[str, Any]) -> None:
+def test_different_options_change_the_namespace(
+    name: str, demo: Path, options: dict[str, Any]
+) -> None:
     config = configured(demo)
     if "dtype" in options and str(config.model_config.dtype) == "torch.float32":
         options = {"dtype": "bfloat16"}
@@ -81,7 +81,7 @@ def rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path.write_text(json.dumps(document))
 
 
-def test_another_configuration_has_another_name(name: str, model: Path) -> None:
+def test_a_different_configuration_changes_the_namespace(name: str, model: Path) -> None:
     path = model / "preprocessor_config.json"
     before = path.read_text()
     rewritten(path, lambda document: document.update(image_mean=[0.1, 0.2, 0.3]))
@@ -92,7 +92,7 @@ def test_another_configuration_has_another_name(name: str, model: Path) -> None:
     assert namespace(configured(model)) != name
 
 
-def test_other_code_has_another_name(name: str, model: Path) -> None:
+def test_different_model_code_changes_the_namespace(name: str, model: Path) -> None:
     code = model / "modeling_own.py"
     code.write_text("scale = 1")
     first = namespace(configured(model))
@@ -100,19 +100,19 @@ def test_other_code_has_another_name(name: str, model: Path) -> None:
     assert len({name, first, namespace(configured(model))}) == 3
 
 
-def test_another_vllm_has_another_name(
+def test_a_different_vllm_version_changes_the_namespace(
     name: str, demo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(identity, "vllm_version", "0.0.1")
     assert namespace(configured(demo)) != name
 
 
-def test_dummy_weights_differ_by_their_seed(demo: Path) -> None:
+def test_the_seed_of_dummy_weights_changes_the_namespace(demo: Path) -> None:
     names = {namespace(configured(demo, load_format="dummy", seed=seed)) for seed in (1, 2)}
     assert len(names) == 2
 
 
-def test_weights_that_are_not_here_have_no_name(model: Path) -> None:
+def test_missing_weights_are_an_error(model: Path) -> None:
     config = configured(model)
     (model / "model.safetensors").unlink()
     with pytest.raises(UnknownWeights):

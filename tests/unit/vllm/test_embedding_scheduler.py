@@ -1,4 +1,4 @@
-"""The two halves of the connector, step by step, and the line to the server; without an engine."""
+"""Both halves of the connector, step by step, and the socket to the server; without an engine."""
 
 import asyncio
 import threading
@@ -47,7 +47,7 @@ def config(repository: Path) -> VllmConfig:
 
 
 class Engine:
-    """The scheduler and a worker, which a test takes through the steps of vLLM."""
+    """The scheduler and a worker; a test runs them through the steps of vLLM."""
 
     def __init__(self, config: VllmConfig, store: EmbeddingStore, patience_s: float = 0.0) -> None:
         self.store = store
@@ -59,7 +59,7 @@ class Engine:
     def schedule(
         self, *requests: Request, freed: tuple[str, ...] = (), preempted: bool = False
     ) -> Orders:
-        """A pass of vLLM's scheduler, in which all images of the requests find room. `preempted`:
+        """A pass of vLLM's scheduler with room for all images of the requests. `preempted`:
         in the end nothing is scheduled."""
         self.encode: list[str] = []
         fresh: set[str] = set()
@@ -128,7 +128,7 @@ def engine(config: VllmConfig) -> Iterator[Engine]:
     engine = Engine(config, store)
     yield engine
     store.close()
-    assert store.arena.free_bytes == store.arena.nbytes, "no room has leaked"
+    assert store.arena.free_bytes == store.arena.nbytes, "leaked pages"
     engine.worker._memory = None
     store.arena.close()
 
@@ -148,7 +148,7 @@ def test_an_image_is_encoded_once_and_then_loaded(engine: Engine) -> None:
     assert not engine.scheduler._requests
 
 
-def test_what_was_asked_for_and_not_scheduled_is_not_held(engine: Engine) -> None:
+def test_an_image_of_a_request_never_scheduled_is_unpinned(engine: Engine) -> None:
     engine.step(request("a"))
     waiting = request("a")
     engine.scheduler.ensure(waiting, 0)
@@ -158,7 +158,7 @@ def test_what_was_asked_for_and_not_scheduled_is_not_held(engine: Engine) -> Non
     assert engine.store._index.get("a").pins == 0  # type: ignore[union-attr]
 
 
-def test_a_step_that_is_not_done_leaves_its_orders_to_the_next(engine: Engine) -> None:
+def test_orders_of_a_preempted_step_are_in_the_next_step(engine: Engine) -> None:
     engine.step(request("a"))
     nothing = engine.schedule(request("a", "b"), freed=("a",), preempted=True)
     assert not nothing.loads
@@ -170,8 +170,8 @@ def test_a_step_that_is_not_done_leaves_its_orders_to_the_next(engine: Engine) -
     assert all(engine.store._index.get(name).pins == 0 for name in "ab")  # type: ignore[union-attr]
 
 
-def test_one_name_for_two_images_is_never_loaded_in_the_wrong_shape(engine: Engine) -> None:
-    """A client may give one name to two videos of its own."""
+def test_an_image_with_the_name_of_another_is_never_loaded_in_its_shape(engine: Engine) -> None:
+    """A client may give two of its videos the same name."""
     engine.step(request("a"))
     right, wrong = request("a"), request("a", tokens=2 * TOKENS)
     assert engine.scheduler.ensure(right, 0)
@@ -200,14 +200,14 @@ def test_an_embedding_of_another_shape_is_not_kept(engine: Engine) -> None:
     assert engine.store.arena.free_bytes == engine.store.arena.nbytes
 
 
-def test_a_save_that_was_not_done_gives_back_its_room(engine: Engine) -> None:
+def test_a_save_that_did_not_happen_frees_its_pages(engine: Engine) -> None:
     orders = engine.schedule(request("a"))
     engine.scheduler.reported(engine.work(orders, []))
     assert engine.store.arena.free_bytes == engine.store.arena.nbytes
 
 
-def test_steps_overlap_and_all_is_cleared_between_them(engine: Engine) -> None:
-    """vLLM schedules the next step before the report of this one has come: the first report must
+def test_reports_of_overlapping_steps_around_a_clear_are_matched(engine: Engine) -> None:
+    """vLLM schedules the next step before this one has reported: the first report must
     not be taken for that of the second."""
     first = engine.schedule(request("a"))
     engine.store.clear()
@@ -224,7 +224,7 @@ def test_steps_overlap_and_all_is_cleared_between_them(engine: Engine) -> None:
     assert engine.encoded == ["a", "a"]
 
 
-def test_loads_of_steps_that_overlap_hold_their_bytes(engine: Engine) -> None:
+def test_loads_of_overlapping_steps_keep_their_entries_pinned(engine: Engine) -> None:
     engine.step(request("a"))
     orders = [engine.schedule(request("a"), freed=("a",))]
     orders.append(engine.schedule(request("a")))
@@ -237,7 +237,7 @@ def test_loads_of_steps_that_overlap_hold_their_bytes(engine: Engine) -> None:
     assert torch.equal(engine.on_gpu["a"], embedding("a"))
 
 
-def test_an_image_with_an_adapter_is_left_alone(engine: Engine) -> None:
+def test_an_image_with_an_adapter_is_not_cached(engine: Engine) -> None:
     asked = request("adapter:a")
     asked.mm_features[0].mm_hash = "a"
     engine.step(asked)
@@ -245,7 +245,9 @@ def test_an_image_with_an_adapter_is_left_alone(engine: Engine) -> None:
     assert engine.store.snapshot()["host"]["entries"] == 0
 
 
-def test_a_request_waits_for_the_disk_for_a_while_only(config: VllmConfig, tmp_path: Path) -> None:
+def test_a_request_waits_for_the_disk_only_for_a_limited_time(
+    config: VllmConfig, tmp_path: Path
+) -> None:
     config.model_config.dtype = torch.float32
     disk = GatedDisk(tmp_path)
     store = EmbeddingStore(Arena(8 * PAGE_BYTES), [disk])
@@ -263,7 +265,7 @@ def test_a_request_waits_for_the_disk_for_a_while_only(config: VllmConfig, tmp_p
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values())
-def test_every_type_comes_back_as_it_was(
+def test_embeddings_of_every_dtype_are_restored_unchanged(
     config: VllmConfig, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(config.model_config, "dtype", dtype)
@@ -279,11 +281,11 @@ def test_every_type_comes_back_as_it_was(
     store.close()
 
 
-# ------------------------------------------------------------------ the line to the server
+# ------------------------------------------------------------------ the socket to the server
 
 
-def test_orders_are_done_and_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two questions at a time: each waits for its own answer."""
+def test_orders_from_the_server_are_executed_and_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two orders at a time: each waits for its own answer."""
     monkeypatch.setattr(control_module, "_ANSWER_TIMEOUT_S", 60)
     done: list[Action] = []
     reported, may_clear = threading.Event(), threading.Event()
@@ -299,7 +301,7 @@ def test_orders_are_done_and_answered(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def play() -> None:
         async with ControlServer() as server:
-            await server.clear()  # nobody is there yet, and nobody is waited for
+            await server.clear()  # no engine is connected yet, so that none is waited for
             quick = ControlClient(server.address, "quick", lambda _: None, lambda: {"host": {}})
             client = ControlClient(server.address, "0", obey, lambda: {"host": {"done": len(done)}})
             while len(server.snapshots) < 2:

@@ -1,4 +1,4 @@
-"""What of the embedding cache is set before the engine starts, and where there is none."""
+"""Setup of the embedding cache before the engine starts, and when it is disabled."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ def configured(repository: Path, **options: Any) -> VllmConfig:
     return EngineArgs(model=model, max_model_len=1024, **options).create_engine_config()
 
 
-def test_the_connector_is_what_vllm_will_make(repository: Path) -> None:
+def test_vllm_creates_the_configured_connector(repository: Path) -> None:
     config = configured(repository)
     settings = CacheSettings(embedding_cache_gb=0.5, embedding_cache_dir=Path("cache"))
     assert setup.is_wanted(config, settings)
@@ -35,7 +35,7 @@ def test_the_connector_is_what_vllm_will_make(repository: Path) -> None:
     assert not multimodal.enable_mm_embeds, "clients must not send embeddings"
 
 
-def test_all_engines_share_the_memory(repository: Path) -> None:
+def test_engines_divide_the_memory_between_them(repository: Path) -> None:
     config = configured(repository)
     config.parallel_config.data_parallel_size_local = 4
     setup.configure(config, CacheSettings(embedding_cache_gb=1), "ipc://nowhere")
@@ -43,7 +43,7 @@ def test_all_engines_share_the_memory(repository: Path) -> None:
     assert config.ec_transfer_config.ec_connector_extra_config["host_bytes"] == GIB // 4
 
 
-def test_by_default_it_takes_a_share_of_the_memory(repository: Path) -> None:
+def test_the_default_size_is_a_share_of_the_memory(repository: Path) -> None:
     config = configured(repository)
     assert setup.is_wanted(config, CacheSettings())
     setup.configure(config, CacheSettings(), "ipc://nowhere")
@@ -59,27 +59,27 @@ def test_by_default_it_takes_a_share_of_the_memory(repository: Path) -> None:
         {"limit_mm_per_prompt": {"image": 0, "video": 0}},
     ],
 )
-def test_where_the_encoder_cannot_be_measured_there_is_none(
+def test_the_cache_is_disabled_if_the_encoder_cannot_be_measured(
     repository: Path, options: dict[str, Any]
 ) -> None:
     assert not setup.is_wanted(configured(repository, **options), CacheSettings())
 
 
-def test_there_is_none_if_every_tier_is_off(repository: Path) -> None:
+def test_the_cache_is_disabled_if_every_tier_is_off(repository: Path) -> None:
     config = configured(repository)
     assert not setup.is_wanted(config, CacheSettings(embedding_cache_gb=0))
     shared = CacheSettings(embedding_cache_gb=0, embedding_cache_url="redis://cache")
     assert setup.is_wanted(config, shared)
 
 
-def test_a_runner_that_loses_reports_has_none(repository: Path) -> None:
+def test_the_cache_is_disabled_for_a_runner_that_loses_reports(repository: Path) -> None:
     config = configured(repository)
     assert not config.use_v2_model_runner
     config.parallel_config.pipeline_parallel_size = 2
     assert not setup.is_wanted(config, CacheSettings())
 
 
-def test_the_cache_on_the_gpu_only_grows(repository: Path) -> None:
+def test_the_gpu_encoder_cache_is_only_enlarged(repository: Path) -> None:
     config = configured(repository)
     planned = config.scheduler_config.encoder_cache_size
     setup.size_gpu_tier(config, CacheSettings())

@@ -1,4 +1,4 @@
-"""Runs of the vision encoder, as vLLM's worker tells them: line and timers."""
+"""Reports of vision encoder runs from vLLM's worker: the socket and the timers."""
 
 import asyncio
 import contextlib
@@ -20,14 +20,14 @@ WAIT_S = 30
 
 
 def address() -> str:
-    """Where vLLM's worker is asked to report."""
+    """The address to which vLLM's worker is configured to report."""
     found = plugin.asked().encoder_runs
     assert found is not None
     return found
 
 
 class Runs(list[EncoderRun]):
-    """What a server is told."""
+    """The runs that the server receives."""
 
     def __call__(self, *run: Any) -> None:
         self.append(EncoderRun(*run))
@@ -39,7 +39,7 @@ class Runs(list[EncoderRun]):
 
 
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
-def test_a_run_reaches_the_server(run: Callable[..., None]) -> None:
+def test_reported_runs_reach_the_server(run: Callable[..., None]) -> None:
     runs, sent = Runs(), [EncoderRun(["a", "b"], 1.5, 2.25), EncoderRun([], 3.0, 3.0)]
 
     async def check() -> None:
@@ -58,7 +58,7 @@ def test_a_run_reaches_the_server(run: Callable[..., None]) -> None:
     "garbage",
     [b"", b"\xc1", b"x" * 100, *map(msgspec.msgpack.encode, ([1, 2, 3], [["a"], 1.0], {"a": 1}))],
 )
-def test_garbage_is_ignored(garbage: bytes, caplog: pytest.LogCaptureFixture) -> None:
+def test_malformed_reports_are_ignored(garbage: bytes, caplog: pytest.LogCaptureFixture) -> None:
     runs, good = Runs(), EncoderRun(["a"], 1.0, 2.0)
 
     async def check() -> None:
@@ -73,7 +73,7 @@ def test_garbage_is_ignored(garbage: bytes, caplog: pytest.LogCaptureFixture) ->
     assert len(caplog.records) == 1
 
 
-def test_a_failing_callback_does_not_end_the_line() -> None:
+def test_a_failing_callback_does_not_stop_later_reports() -> None:
     runs = Runs()
 
     def fail_first(*run: Any) -> None:
@@ -91,14 +91,14 @@ def test_a_failing_callback_does_not_end_the_line() -> None:
     asyncio.run(check())
 
 
-def test_a_server_that_does_not_listen_holds_nobody_up() -> None:
-    """Far more than the sockets hold: the rest is dropped, and what comes later is delivered."""
+def test_a_server_that_does_not_read_never_blocks_the_worker() -> None:
+    """Reports beyond the sockets' capacity are dropped, and later ones are delivered."""
     runs, last = Runs(), EncoderRun(["last"], 0.0, 0.0)
 
     async def check() -> None:
         async with EncodeTimes(runs), asyncio.timeout(WAIT_S):
             with connected(address()) as socket:
-                for number in range(20_000):  # the event loop does not get its turn meanwhile
+                for number in range(20_000):  # the event loop does not run meanwhile
                     send(socket, EncoderRun(["x" * 100], number, number))
                 while last not in runs:
                     send(socket, last)
@@ -126,7 +126,7 @@ def first_runner(
 
 @contextlib.contextmanager
 def second_runner(request_ids: Any) -> Iterator[None]:
-    """The same of its second one."""
+    """`timed_encoder_operation` of its second one."""
     yield
 
 
@@ -141,7 +141,7 @@ REFS = [("a", 0), ("b", 0), ("b", 9), ("c", 0)]
         (second_runner, ({"a": [0], "c": [1]}.keys(),), ["a", "c"]),
     ],
 )
-def test_a_run_is_timed(
+def test_an_encoder_run_is_timed(
     operation: Callable[..., Any], arguments: tuple[Any, ...], expected: list[str]
 ) -> None:
     runs: list[EncoderRun] = []
@@ -155,7 +155,7 @@ def test_a_run_is_timed(
     assert run.end_s <= time.monotonic()
 
 
-def test_an_error_of_the_encoder_passes() -> None:
+def test_an_error_of_the_encoder_is_propagated() -> None:
     runs: list[EncoderRun] = []
     watched = timed(second_runner, WallTimer(runs.append))
     with pytest.raises(KeyError), watched(["a"]):
@@ -163,7 +163,7 @@ def test_an_error_of_the_encoder_passes() -> None:
     assert not runs
 
 
-def test_a_timer_that_fails_fails_no_step(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_timer_fails_no_step(caplog: pytest.LogCaptureFixture) -> None:
     def fail(run: EncoderRun) -> None:
         raise OSError
 
@@ -174,8 +174,8 @@ def test_a_timer_that_fails_fails_no_step(caplog: pytest.LogCaptureFixture) -> N
     assert len(caplog.records) == 1
 
 
-def test_a_device_that_fails_fails_no_step(caplog: pytest.LogCaptureFixture) -> None:
-    device = torch.device("cuda", 1 << 6)  # nowhere are so many
+def test_a_failing_device_fails_no_step(caplog: pytest.LogCaptureFixture) -> None:
+    device = torch.device("cuda", 1 << 6)  # no machine has so many devices
     watched = timed(second_runner, CudaTimer(device, lambda run: None))
     deadline = time.monotonic() + WAIT_S
     while not caplog.records:
@@ -189,7 +189,7 @@ def test_a_device_that_fails_fails_no_step(caplog: pytest.LogCaptureFixture) -> 
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_a_run_on_a_gpu_is_timed() -> None:
+def test_an_encoder_run_on_a_gpu_is_timed_without_waiting() -> None:
     runs: list[EncoderRun] = []
     watched = timed(second_runner, CudaTimer(torch.device("cuda", 0), runs.append))
     square = torch.ones(8192, 8192, device="cuda")
@@ -199,7 +199,7 @@ def test_a_run_on_a_gpu_is_timed() -> None:
         for _ in range(20):
             square @ square
     queued = time.monotonic()
-    assert not runs  # nobody waited for the device
+    assert not runs  # without waiting for the device
     torch.cuda.synchronize()
     deadline = time.monotonic() + WAIT_S
     while not runs:

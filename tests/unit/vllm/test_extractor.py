@@ -39,14 +39,14 @@ def pair(family: str, models: Path) -> tuple[Extractor, Extractor]:
 
 
 @pytest.mark.parametrize("family", REDUCED)
-def test_fast_shrinks_early_and_stays_near(family: str, models: Path) -> None:
+def test_fast_decodes_smaller_and_gives_similar_features(family: str, models: Path) -> None:
     fast, exact = pair(family, models)
     reduced, whole = fast.decode(LARGE, JOB), exact.decode(LARGE, JOB)
     assert whole.image.size == whole.size == reduced.size == (3584, 2688)
     assert reduced.image.width < whole.image.width
     ours, theirs = fast.features(reduced, JOB), exact.features(whole, JOB)
     assert ours.keys() == theirs.keys()
-    for name in theirs.keys() - {"image_sizes"}:  # llava_next's: the size of what it was given
+    for name in theirs.keys() - {"image_sizes"}:  # llava_next's: the size of its input
         near(ours[name], theirs[name])
 
 
@@ -55,11 +55,13 @@ def near(ours: Any, theirs: Any) -> None:
     assert (ours.dtype, ours.data.shape) == (theirs.dtype, theirs.data.shape)
     difference = np.abs(ours.data.astype(np.float64) - theirs.data.astype(np.float64)).mean()
     spread = theirs.data.astype(np.float64).std()
-    assert difference <= 0.06 * spread  # of another picture: about the spread itself
+    assert (
+        difference <= 0.06 * spread
+    )  # a different picture differs by about the standard deviation
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
-def test_only_jpeg_differs(kind: str, models: Path) -> None:
+def test_fast_differs_from_exact_only_for_jpeg(kind: str, models: Path) -> None:
     fast, exact = pair("qwen2_vl", models)
     data = pictures.encode(pictures.photo((800, 600), 2), kind)
     job = ProcessJob(kind, (800, 600))
@@ -72,7 +74,7 @@ def test_only_jpeg_differs(kind: str, models: Path) -> None:
         assert np.array_equal(mine.data, value.data)
 
 
-def test_a_picture_the_processor_refuses(models: Path) -> None:
+def test_a_picture_that_the_processor_refuses_is_an_error(models: Path) -> None:
     fast, _ = pair("qwen2_vl", models)
     thin = pictures.encode(pictures.photo((2010, 10), 3), "JPEG")
     job = ProcessJob("JPEG", (2010, 10))
@@ -80,7 +82,7 @@ def test_a_picture_the_processor_refuses(models: Path) -> None:
         fast.features(fast.decode(thin, job), job)
 
 
-def test_options_change_the_pipeline(models: Path) -> None:
+def test_processor_options_apply_to_fast_and_exact(models: Path) -> None:
     fast, exact = pair("qwen2_vl", models)
     job = ProcessJob("JPEG", (3584, 2688), kwargs=encode_kwargs({"max_pixels": 200 * 200}))
     for extractor in (fast, exact):

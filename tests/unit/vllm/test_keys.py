@@ -1,4 +1,4 @@
-"""API keys: their file, the check of a request's key, and the names that groups make."""
+"""API keys: the key file, the check of a request's key, and groups."""
 
 import argparse
 import asyncio
@@ -48,7 +48,7 @@ def path(tmp_path: Path) -> Path:
 # ---------------------------------------------------------------------- the file
 
 
-def test_keys_are_known_plain_and_hashed(path: Path) -> None:
+def test_plain_and_hashed_keys_are_accepted(path: Path) -> None:
     table, _ = key_file.read(path)
     assert table.groups == {key_file.digest(A): "team-a", key_file.digest(B): "team-b"}
     assert table.admins == {key_file.digest(ADMIN)}
@@ -83,7 +83,9 @@ BAD: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize("number", range(len(BAD)))
-def test_a_bad_file_stops_the_start_and_shows_no_key(tmp_path: Path, number: int) -> None:
+def test_an_invalid_file_prevents_the_start_and_the_error_shows_no_key(
+    tmp_path: Path, number: int
+) -> None:
     document, message = BAD[number]
     path = write(tmp_path / "keys.json", document)
     with pytest.raises(CannotStart, match=re.escape(message)) as caught:
@@ -93,7 +95,7 @@ def test_a_bad_file_stops_the_start_and_shows_no_key(tmp_path: Path, number: int
     assert hashed("sk-secret") not in str(caught.value)
 
 
-def test_what_is_no_file_stops_the_start(tmp_path: Path) -> None:
+def test_a_key_file_that_is_not_a_regular_file_prevents_the_start(tmp_path: Path) -> None:
     with pytest.raises(CannotStart, match="No such file"):
         KeyRing(tmp_path / "none.json", (), None)
     os.mkfifo(tmp_path / "pipe")
@@ -101,7 +103,7 @@ def test_what_is_no_file_stops_the_start(tmp_path: Path) -> None:
         KeyRing(tmp_path / "pipe", (), None)
 
 
-def test_a_key_of_a_flag_may_not_be_in_a_group_too(path: Path) -> None:
+def test_a_key_from_a_flag_must_not_be_in_a_group(path: Path) -> None:
     for keys, admin in (([A], None), ([], A), (["sk-x"], "sk-x"), ([ADMIN], None)):
         with pytest.raises(CannotStart, match="in two groups, or is an admin key"):
             KeyRing(path, keys, admin)
@@ -109,7 +111,7 @@ def test_a_key_of_a_flag_may_not_be_in_a_group_too(path: Path) -> None:
         KeyRing(None, (), " ")
 
 
-# ---------------------------------------------------------------------- the ring
+# ---------------------------------------------------------------------- the key ring
 
 
 def found_group(ring: KeyRing, key: str) -> str | None:
@@ -117,11 +119,11 @@ def found_group(ring: KeyRing, key: str) -> str | None:
     return asyncio.run(ring.group_of(key))
 
 
-def test_keys_of_flags_stand_beside_the_file(path: Path) -> None:
+def test_keys_from_flags_and_the_file_are_both_accepted(path: Path) -> None:
     ring = KeyRing(path, ["sk-flag"], "sk-root")
     assert found_group(ring, "sk-flag") == "default"
     assert found_group(ring, A) == "team-a"
-    assert found_group(ring, hashed(B)) is None  # the hash of a key opens nothing
+    assert found_group(ring, hashed(B)) is None  # the hash of a key is not a valid key
     assert found_group(ring, "sk-root") == found_group(ring, ADMIN) == ADMIN_GROUP
     write(path, {"groups": {"team-c": [A]}})
     assert found_group(ring, A) == "team-c"
@@ -130,14 +132,14 @@ def test_keys_of_flags_stand_beside_the_file(path: Path) -> None:
     assert found_group(ring, "sk-root") == ADMIN_GROUP
 
 
-def test_a_broken_new_version_keeps_the_old_keys(
+def test_an_invalid_new_version_keeps_the_old_keys(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     ring = KeyRing(path, (), None)
     path.write_text('{"groups": {"team-a": ["sk-other-secret"')
     assert found_group(ring, A) == "team-a"
     assert found_group(ring, A) == "team-a"
-    (record,) = caplog.records  # once a version
+    (record,) = caplog.records  # once per version
     assert record.levelno == logging.ERROR
     assert "not JSON" in record.getMessage()
     assert "secret" not in caplog.text
@@ -151,8 +153,8 @@ def test_a_broken_new_version_keeps_the_old_keys(
     assert found_group(ring, B) == "team-b"
 
 
-def test_a_link_that_moves_is_a_new_version(tmp_path: Path) -> None:
-    """As Kubernetes replaces secrets."""
+def test_a_link_to_another_file_is_a_new_version(tmp_path: Path) -> None:
+    """Kubernetes replaces secrets in this way."""
     for name, key in (("one", A), ("two", B)):
         (tmp_path / name).mkdir()
         write(tmp_path / name / "keys.json", {"groups": {"team": [key]}})
@@ -165,7 +167,7 @@ def test_a_link_that_moves_is_a_new_version(tmp_path: Path) -> None:
     assert found_group(ring, A) is None
 
 
-def test_the_file_is_looked_at_once_a_second(path: Path) -> None:
+def test_the_file_is_checked_once_a_second(path: Path) -> None:
     ring = KeyRing(path, (), None)
 
     async def test() -> None:
@@ -213,7 +215,7 @@ def ask(app: FastAPI, path: str, method: str = "GET", **headers: str) -> httpx.R
     ("authorization", "group"),
     [(f"Bearer {A}", "team-a"), (f"bearer {B}", "team-b"), (f"BEARER {ADMIN}", "_admin")],
 )
-def test_a_key_enters_its_group(path: Path, authorization: str, group: str) -> None:
+def test_a_request_is_in_the_group_of_its_key(path: Path, authorization: str, group: str) -> None:
     app = app_with(KeyRing(path, (), None))
     for route in ("/v1/group", "/inference/v1/group", "/group"):
         assert ask(app, route, Authorization=authorization).json() == group
@@ -234,7 +236,7 @@ def test_a_key_enters_its_group(path: Path, authorization: str, group: str) -> N
         {"Authorization": "Bearer sk-\xe9"},
     ],
 )
-def test_without_a_known_key_guarded_paths_are_closed(path: Path, headers: dict[str, str]) -> None:
+def test_guarded_paths_are_refused_without_a_known_key(path: Path, headers: dict[str, str]) -> None:
     app = app_with(KeyRing(path, (), None))
     raw = {name: value.encode("latin-1") for name, value in headers.items()}
     for route in ("/v1/group", "/v1/nothing", "/inference/v1/group"):
@@ -249,14 +251,14 @@ def test_without_a_known_key_guarded_paths_are_closed(path: Path, headers: dict[
     assert ask(app, "/v1/group", "OPTIONS", **raw).json() == "_anonymous"  # type: ignore[arg-type]
 
 
-def test_paths_are_taken_below_the_root_path(path: Path) -> None:
+def test_paths_are_guarded_below_the_root_path(path: Path) -> None:
     app = app_with(KeyRing(path, (), None), root_path="/api")
     assert ask(app, "/api/v1/group").status_code == 401
     assert ask(app, "/v1/group").status_code == 401
     assert ask(app, "/api/v1/group", Authorization=f"Bearer {A}").json() == "team-a"
 
 
-def test_nothing_is_read_of_a_request_without_a_key(path: Path) -> None:
+def test_the_body_of_a_request_without_a_key_is_not_read(path: Path) -> None:
     read: list[str] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -280,7 +282,7 @@ def test_nothing_is_read_of_a_request_without_a_key(path: Path) -> None:
 
 @pytest.mark.parametrize("file", [True, False])
 @pytest.mark.parametrize("admin_key", ["sk-root", None])
-def test_admin_routes(path: Path, file: bool, admin_key: str | None) -> None:
+def test_admin_routes_require_the_admin_key(path: Path, file: bool, admin_key: str | None) -> None:
     write(path, {"groups": {"team-a": [A]}})
     app = app_with(KeyRing(path if file else None, (), admin_key))
     refused = ask(app, "/v1/admin", Authorization=f"Bearer {A}")
@@ -296,7 +298,7 @@ def test_admin_routes(path: Path, file: bool, admin_key: str | None) -> None:
 @pytest.mark.parametrize(
     ("flags", "known"),
     [
-        ([], None),  # nobody checks
+        ([], None),  # without a check
         (["--admin-key", ADMIN], None),
         (["--api-keys-file", "keys.json"], None),  # checked here, not by vLLM
         (["--api-keys-file", "keys.json", "--admin-key", ADMIN], None),
@@ -305,8 +307,10 @@ def test_admin_routes(path: Path, file: bool, admin_key: str | None) -> None:
         (["--api-key", "--api-keys-file", "keys.json"], None),
     ],
 )
-def test_the_keys_that_vllm_checks(flags: list[str], known: set[str] | None) -> None:
-    """Its own, and with them the admin key, unless they are in groups."""
+def test_vllm_checks_the_keys_that_are_not_in_groups(
+    flags: list[str], known: set[str] | None
+) -> None:
+    """Its own keys and, if there are any, the admin key."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--api-key", action="store_const", const=[A])
     config.add_flags(parser)
@@ -345,7 +349,7 @@ def test_the_admin_key_is_not_shown() -> None:
     assert ADMIN not in str(caught.value)
 
 
-def test_responses_are_not_stored_for_all_groups_alike(path: Path) -> None:
+def test_groups_with_a_shared_response_store_prevent_the_start(path: Path) -> None:
     access = AccessSettings(api_keys_file=path)
     assert key_ring(access, (), keeps_responses=False).has_groups
     with pytest.raises(CannotStart, match="VLLM_ENABLE_RESPONSES_API_STORE"):
@@ -353,8 +357,8 @@ def test_responses_are_not_stored_for_all_groups_alike(path: Path) -> None:
     assert not key_ring(AccessSettings(), (), keeps_responses=True).has_groups
 
 
-def test_a_websocket_is_of_the_group_of_its_key(path: Path) -> None:
-    """It has no record of its own, and what vLLM caches for it must be apart all the same."""
+def test_a_websocket_is_in_the_group_of_its_key(path: Path) -> None:
+    """It has no record, but vLLM's caches must still be separate for each group."""
     groups = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,4 +1,4 @@
-"""The application around the app: what it makes of answers that do not go well."""
+"""The outermost application: outcomes, traces and failures of requests."""
 
 import asyncio
 import logging
@@ -66,7 +66,7 @@ def count(outcome: str) -> float:
     return value
 
 
-def test_a_stream_that_is_cut_off_has_failed() -> None:
+def test_a_truncated_stream_counts_as_failed() -> None:
     failed, answered = count("failed"), count("answered")
     sent: list[Message] = []
     serve(answering(200, b"data: 1\n\n", ends=False), sent)
@@ -77,12 +77,12 @@ def test_a_stream_that_is_cut_off_has_failed() -> None:
 @pytest.mark.parametrize(
     "error", [b'data: {"error":{"message":"x"}}\n\n', b"event: error\ndata: {}\n\n"]
 )
-def test_an_error_in_a_stream_is_a_failure(error: bytes) -> None:
+def test_a_stream_with_an_error_event_counts_as_failed(error: bytes) -> None:
     record = serve(answering(200, b"data: 1\n\n", error))
     assert (record.outcome, record.error_code) == ("failed", "internal_error")
 
 
-def test_who_leaves_after_the_answer_was_answered() -> None:
+def test_a_disconnect_after_the_answer_counts_as_answered() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await answering(200)(scope, receive, send)
         await receive()
@@ -90,7 +90,7 @@ def test_who_leaves_after_the_answer_was_answered() -> None:
     assert serve(app).outcome == "answered"
 
 
-def test_who_leaves_before_it_was_not() -> None:
+def test_a_disconnect_before_the_answer_counts_as_cancelled() -> None:
     async def app(_scope: Scope, receive: Receive, _send: Send) -> None:
         await receive()
 
@@ -107,20 +107,20 @@ def test_who_leaves_before_it_was_not() -> None:
         ("nonsense", None),
     ],
 )
-def test_the_trace_is_known_also_where_nothing_is_traced(value: str, trace_id: str | None) -> None:
+def test_the_trace_id_is_recorded_even_if_tracing_is_off(value: str, trace_id: str | None) -> None:
     headers = [(b"traceparent", value.encode())]
     assert serve(answering(200), headers=headers).trace_id == trace_id
     assert serve(answering(200)).trace_id is None
 
 
-def test_several_headers_of_a_trace_are_one() -> None:
+def test_several_tracestate_headers_are_joined() -> None:
     headers = [(b"tracestate", b"a=1"), (b"x", b"y"), (b"tracestate", b"b=2")]
     assert tracing._context_headers({"headers": headers}) == {"tracestate": "a=1,b=2"}
 
 
 @dataclass
 class Output:
-    """What the engine says of a step of a request."""
+    """The engine's output for one step of a request."""
 
     request_id: str
     new_token_ids: list[int]
@@ -128,7 +128,7 @@ class Output:
     ec_transfer_params: None = None
 
 
-def test_an_answer_is_generated_until_the_last_of_it_is() -> None:
+def test_generation_ends_with_the_last_choice() -> None:
     outcomes, record = Outcomes(), Record()
     context = RequestContext(record)
     record.timeline.begin(Stage.ENGINE_QUEUE, record.timeline.start)
@@ -147,13 +147,13 @@ def test_an_answer_is_generated_until_the_last_of_it_is() -> None:
     assert record.completion_tokens == 2
 
 
-def test_a_compressed_stream_is_left_as_it_is() -> None:
+def test_a_compressed_stream_is_not_inspected() -> None:
     sent: list[Message] = []
     serve(answering(200, b"\x1f\x8b", headers=[*EVENTS, (b"content-encoding", b"gzip")]), sent)
     assert [message.get("body", b"") for message in sent[1:]] == [b"\x1f\x8b", b""]
 
 
-def test_what_fails_here_does_not_fail_the_request(
+def test_an_error_while_recording_does_not_fail_the_request(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("server.http.observe._measure", lambda *_: 1 / 0)
@@ -164,7 +164,9 @@ def test_what_fails_here_does_not_fail_the_request(
     assert "ZeroDivisionError" in caplog.text
 
 
-def test_what_cannot_be_followed_does_not_end_the_engine(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_error_while_following_outputs_does_not_stop_the_engine(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     outcomes, context = Outcomes(), RequestContext(Record())
     outcomes._contexts["1"] = context
     outputs: Any = [Output("1", [7])]
@@ -181,7 +183,7 @@ def test_what_cannot_be_followed_does_not_end_the_engine(caplog: pytest.LogCaptu
         (["--otlp-traces-endpoint", "http://x", "--disable-log-stats"], "--disable-log-stats"),
     ],
 )
-def test_flags_that_do_not_go_together_are_refused(
+def test_incompatible_flags_are_refused(
     flags: list[str], reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -1,4 +1,4 @@
-"""What happens to a request between the server and vLLM's engine core."""
+"""The path of a request from the server to vLLM's engine core."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -34,7 +34,7 @@ CAPACITY = 100  # bytes
 
 
 def of_size(nbytes: int) -> SimpleNamespace:
-    """A model's configuration with a processor cache of so many bytes."""
+    """A model's configuration with a processor cache of `nbytes`."""
     config = SimpleNamespace(mm_processor_cache_gb=nbytes / (1 << 30))
     return SimpleNamespace(get_multimodal_config=lambda: config)
 
@@ -46,7 +46,7 @@ def item(nbytes: int = 64) -> PooledItem:
 
 
 def empty(nbytes: int) -> PooledItem:
-    """An item that the engine was known to hold when the request was rendered."""
+    """An item that the engine held when the request was rendered."""
 
     async def refill() -> PooledItem:
         await asyncio.sleep(0)
@@ -105,8 +105,8 @@ def sent_by(cache: ProcessorCache, core: Core, *requests: Any, states: Any = Non
 # ---------------------------------------------------------------------- the processor cache
 
 
-def test_features_stay_after_a_request_let_them_go() -> None:
-    """Where the front end itself holds the features, as with several engines."""
+def test_cached_features_outlive_the_request_that_sent_them() -> None:
+    """In a front end that caches the features itself, as with several engines."""
     config: Any = of_size(1 << 20)
     cache = ProcessorCache(MultiModalProcessorOnlyCache(config))
     cache.remember("k", ())
@@ -118,14 +118,14 @@ def test_features_stay_after_a_request_let_them_go() -> None:
     picture = item()
     lent = picture["x"].data
     sent_by(cache, core, request(feature(picture)))
-    assert not picture  # what was lent for the request is free again
+    assert not picture  # the request's own memory is released
     sent_by(cache, core, request(feature(PooledItem())))
     for data in sent:
         assert torch.equal(data["x"].data, item()["x"].data)
         assert data["x"].data.data_ptr() != lent.data_ptr()
 
 
-def test_an_unsent_request_leaves_no_trace() -> None:
+def test_features_of_an_unsent_request_are_not_cached() -> None:
     config: Any = of_size(1 << 20)
     cache = ProcessorCache(LruKeyReplicatedSenderCache(config))
     cache.remember("k", ())
@@ -138,7 +138,7 @@ def test_an_unsent_request_leaves_no_trace() -> None:
     assert not cache.is_cached_item("k")
 
 
-def test_an_image_that_only_the_client_has_is_asked_for_again() -> None:
+def test_features_missing_on_the_server_make_the_request_retryable() -> None:
     config: Any = of_size(1 << 20)
     cache = ProcessorCache(LruKeyReplicatedSenderCache(config))
 
@@ -202,13 +202,13 @@ def test_every_answer_to_one_prompt_gets_the_features() -> None:
     children = [request(*features, name=name) for name in states]
     sent_by(cache, core, *children, states=states)
     assert received == [[70, 60]] * 3
-    assert [bool(each.data) for each in features] == [True, False]  # the cached one was let go
+    assert [bool(each.data) for each in features] == [True, False]  # the cached one was released
 
 
 # ---------------------------------------------------------------------- the gate
 
 
-def test_nothing_is_sent_while_the_gate_is_closed() -> None:
+def test_requests_wait_while_the_gate_is_closed() -> None:
     async def run() -> None:
         gate, arrived, let_go = Gate(), asyncio.Event(), asyncio.Event()
         order: list[str] = []
@@ -240,7 +240,7 @@ def test_nothing_is_sent_while_the_gate_is_closed() -> None:
     asyncio.run(run())
 
 
-def test_a_request_outside_of_any_context_is_an_error() -> None:
+def test_a_request_without_a_context_is_an_error() -> None:
     async def core(request: Any) -> None: ...
 
     with pytest.raises(LookupError):
@@ -250,7 +250,7 @@ def test_a_request_outside_of_any_context_is_an_error() -> None:
 # ---------------------------------------------------------------------- groups
 
 
-def test_names_and_salts_are_of_one_group() -> None:
+def test_names_and_salts_differ_between_groups() -> None:
     names = {group: prefixed("name", group) for group in ("", "a", "b")}
     assert names[""] == "name"
     assert len(set(names.values())) == 3
@@ -259,11 +259,11 @@ def test_names_and_salts_are_of_one_group() -> None:
     salts = {(group, s): salted(s, group) for group in ("", "a", "b") for s in (None, "a", "b")}
     assert [salts["", s] for s in (None, "a", "b")] == [None, "a", "b"]
     assert len(set(salts.values())) == 9
-    # Also in another process, and on another machine.
+    # The same in every process and on every machine.
     assert names["a"] == "17762fddd969a453925d65717ac3eea2-name"
 
 
-def test_a_request_is_sent_under_names_of_its_group() -> None:
+def test_a_request_is_sent_with_the_names_of_its_group() -> None:
     sent = request(feature(item(), "uuid"), feature(item(), prefixed("hash", "a")))
     keep_in_group(sent, "a")
     names = [prefixed("uuid", "a"), prefixed("hash", "a")]
@@ -274,15 +274,15 @@ def test_a_request_is_sent_under_names_of_its_group() -> None:
     assert (without.mm_features[0].mm_hash, without.cache_salt) == ("uuid", None)
 
 
-def test_vllm_names_items_of_the_group_of_their_request() -> None:
-    """In a thread of vLLM's own, for names of clients and for hashes."""
+def test_names_of_items_have_the_group_of_their_request() -> None:
+    """In a thread of vLLM, for client-chosen names and for hashes."""
     processor: Any = SimpleNamespace(
         _get_mm_hashes=lambda inputs: {"video": [inputs], "audio": ["0" * 64]}
     )
     name_by_group(processor)
     with ThreadPoolExecutor(1) as executor:
         carry_context(executor)
-        executor.submit(int).result()  # the thread is there before any group
+        executor.submit(int).result()  # the thread starts before any group is set
 
         async def names(group: str) -> Any:
             loop = asyncio.get_running_loop()

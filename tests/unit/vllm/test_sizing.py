@@ -1,4 +1,4 @@
-"""The arithmetic of decode sizes, against tables and against the processors' own."""
+"""The arithmetic of decode sizes, against tables and against the processors' own functions."""
 
 import pytest
 from hypothesis import given
@@ -32,7 +32,9 @@ SIDES = st.integers(1, 20_000)
         ((4000, 3000), None, 1),
     ],
 )
-def test_jpeg_scale(size: sizing.Size, target: sizing.Size | None, scale: int) -> None:
+def test_the_jpeg_scale_is_the_smallest_sufficient_one(
+    size: sizing.Size, target: sizing.Size | None, scale: int
+) -> None:
     assert jpeg_scale(size, target) == scale
 
 
@@ -45,7 +47,7 @@ def test_reduced_jpeg_covers_its_target(width: int, height: int, w: int, h: int)
 
 
 @given(SIDES, SIDES)
-def test_native_resolution_is_qwens(width: int, height: int) -> None:
+def test_native_resolution_equals_qwens_resize(width: int, height: int) -> None:
     rule = NativeResolution(28, 56 * 56, 1_003_520)
     if max(width, height) > 200 * min(width, height):
         assert rule.target(width, height) is None
@@ -65,11 +67,13 @@ def test_native_resolution_is_qwens(width: int, height: int) -> None:
         (BestGrid(((336, 672), (672, 336), (672, 672))), (1000, 1000), (672, 672)),
     ],
 )
-def test_targets(rule: sizing.ResizeRule, size: sizing.Size, target: sizing.Size) -> None:
+def test_decode_targets_are_as_in_the_table(
+    rule: sizing.ResizeRule, size: sizing.Size, target: sizing.Size
+) -> None:
     assert rule.target(*size) == target
 
 
-def test_best_grid_is_llava_nexts() -> None:
+def test_the_best_grid_equals_llava_nexts() -> None:
     pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
     rule = BestGrid(sizing.grids(pinpoints))
     for width in range(100, 3000, 171):

@@ -1,4 +1,4 @@
-"""Chunks that are written without pydantic are those that vLLM's models write, to the byte."""
+"""Chunks encoded without pydantic equal the bytes that vLLM's models encode."""
 
 from typing import Any
 
@@ -44,7 +44,7 @@ LATER = some(system_fingerprint=TEXT, usage=st.builds(UsageInfo, prompt_tokens=s
 def written(
     classes: Any, delta: dict[str, Any], choice: dict[str, Any], chunk: dict[str, Any], later: Any
 ) -> str:
-    """The JSON of a chunk, made as vLLM's route makes it."""
+    """The JSON of a chunk, built as in vLLM's route."""
     made_delta = classes[0](**delta)
     made_choice = classes[1](index=1, delta=made_delta, **choice)
     made = classes[2](
@@ -66,7 +66,7 @@ VLLM = (DeltaMessage, ChatCompletionResponseStreamChoice, ChatCompletionStreamRe
 
 
 @given(DELTAS, CHOICES, CHUNKS, LATER)
-def test_a_chunk_of_text_is_written_as_by_pydantic(
+def test_a_text_chunk_is_encoded_as_by_pydantic(
     delta: dict[str, Any], choice: dict[str, Any], chunk: dict[str, Any], later: dict[str, Any]
 ) -> None:
     assert written(OURS, delta, choice, chunk, later) == written(VLLM, delta, choice, chunk, later)
@@ -83,21 +83,21 @@ CALL = DeltaToolCall(index=0, id="call-1", function=DeltaFunctionCall(name="f", 
         ({"content": "a"}, {"logprobs": ChatCompletionLogProbs(content=[])}),
     ],
 )
-def test_a_chunk_of_more_than_text_is_written_by_pydantic(
+def test_a_chunk_with_more_than_text_is_encoded_by_pydantic(
     delta: dict[str, Any], choice: dict[str, Any]
 ) -> None:
     assert written(OURS, delta, choice, {}, {}) == written(VLLM, delta, choice, {}, {})
 
 
-def test_a_delta_of_a_parser_stays_what_it_is() -> None:
+def test_a_delta_from_a_parser_keeps_its_type() -> None:
     delta = DeltaMessage(reasoning="because")
     choice: Any = stream_chunks.choice(index=0, delta=delta)
     assert isinstance(choice, ChatCompletionResponseStreamChoice)
     assert choice.delta.reasoning == "because"
 
 
-def test_the_models_of_vllm_have_no_fields_that_are_not_known_here() -> None:
-    """A field that vLLM adds changes its JSON: `stream_chunks` must learn it."""
+def test_every_field_of_vllms_chunk_models_is_known() -> None:
+    """A field that vLLM adds changes its JSON: `stream_chunks` must then be extended."""
     assert list(DeltaMessage.model_fields) == [*fields(TextDelta), "reasoning", "tool_calls"]
     assert list(ChatCompletionResponseStreamChoice.model_fields) == fields(TextChoice)
     assert list(ChatCompletionStreamResponse.model_fields) == [*fields(TextChunk), "metrics"]

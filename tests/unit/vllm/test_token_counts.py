@@ -1,4 +1,4 @@
-"""The token rules against vLLM: a picture takes the tokens that its rule allocates."""
+"""The token rules against vLLM: a picture takes as many tokens as its rule allocates."""
 
 import functools
 import inspect
@@ -34,7 +34,7 @@ SIZES: list[Size] = [
     (1153, 944), (2000, 1500),
 ]  # fmt: skip
 
-# Each family as it is published, and with options of the server's that change what is counted.
+# Each family as published, and with server options that change the counts.
 PAN_AND_SCAN = {
     "do_pan_and_scan": True,
     "pan_and_scan_min_crop_size": 64,
@@ -60,7 +60,7 @@ MODELS: dict[str, tuple[str, Options]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Stand-ins for missing packages; and one thread, as in the workers."""
+    """Stubs for missing packages, and one thread, as in the workers."""
     path = str(families.import_stubs(tmp_path_factory.mktemp("stubs")))
     sys.path.insert(0, path)
     threads = torch.get_num_threads()
@@ -99,7 +99,7 @@ def rule(model: str, checkpoints: Path) -> TokenRule:
 
 
 def caps(rule: TokenRule, natural: int, fewest: int) -> list[int]:
-    """Just what is possible, just less than the picture takes, and some between."""
+    """The lowest possible cap, just less than the picture takes, and some in between."""
     between = [fewest + (natural - fewest) * part // 4 for part in (1, 2, 3)]
     wanted = {fewest, fewest + 1, *between, rule.low, natural - 1, natural}
     return sorted(cap for cap in wanted if fewest <= cap <= natural)
@@ -110,7 +110,7 @@ def counted(processor: Any, width: int, height: int, got: TokenAllocation) -> Co
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_plans_are_what_the_engine_uses(model: str, checkpoints: Path) -> None:
+def test_allocated_tokens_equal_the_engines(model: str, checkpoints: Path) -> None:
     chosen, real = rule(model, checkpoints), processor(model, checkpoints)
     check_sizes(chosen, real, SIZES)
 
@@ -160,7 +160,7 @@ class _Frozen(dict[str, Any]):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_placeholders_in_a_prompt(model: str, checkpoints: Path) -> None:
+def test_placeholders_in_a_prompt_match_the_rule(model: str, checkpoints: Path) -> None:
     from vllm.multimodal.processing import ProcessorInputs, TimingContext
 
     chosen, real = rule(model, checkpoints), processor(model, checkpoints)
@@ -184,8 +184,8 @@ def test_placeholders_in_a_prompt(model: str, checkpoints: Path) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_an_item_of_a_known_size_is_made_as_vllm_makes_it(model: str, checkpoints: Path) -> None:
-    """Pictures of equal sizes and different pixels: what is remembered of one fits the others."""
+def test_an_item_of_a_known_size_equals_vllms(model: str, checkpoints: Path) -> None:
+    """The remembered layout of one picture fits others of the same size."""
     real = processor(model, checkpoints)
     maker = processors.ItemMaker(real)
     noise = np.random.default_rng(1)
@@ -202,19 +202,19 @@ def test_an_item_of_a_known_size_is_made_as_vllm_makes_it(model: str, checkpoint
 
 
 def inserted(update: Any) -> Any:
-    """What an update of the prompt says, without its functions, which are made anew each time."""
+    """The contents of a prompt update, without its functions, which differ each time."""
     target = update.target if isinstance(update.target, str | list) else type(update.target)
     return update.mode, target, update.content.full
 
 
-def test_a_large_mask_is_not_remembered() -> None:
+def test_large_masks_are_not_cached() -> None:
     with pytest.raises(processors._TooLarge):
         processors._outline(torch.zeros(100, 100, dtype=torch.bool))
     ours, other = (processors._outline(torch.full((1, 3), value)) for value in (1, 2))
     assert ours != other
 
 
-# ------------------------------------------------------------------ what the encoder sees
+# ------------------------------------------------------------------ the encoder's input
 
 SHAPES: list[Size] = [(347, 251), (113, 560), (900, 300), (61, 59)]
 
@@ -236,7 +236,7 @@ def _elements(data: Any) -> int:
 
 
 def seen(model: str, item: Any, got: TokenAllocation) -> Size:
-    """(width, height) of what the encoder is given, from the features themselves."""
+    """(width, height) of the encoder's input, from the features."""
     family = model.partition(",")[0]
     if family.startswith("qwen"):
         patch = 16 if family == "qwen3_vl" else 14
@@ -274,7 +274,7 @@ def white(tiles: torch.Tensor, got: TokenAllocation) -> Size:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_processed_is_what_the_encoder_sees(model: str, checkpoints: Path) -> None:
+def test_the_processed_size_is_that_of_the_encoders_input(model: str, checkpoints: Path) -> None:
     chosen, real = rule(model, checkpoints), processor(model, checkpoints)
     for width, height in SHAPES:
         natural = chosen.allocate(width, height)
@@ -286,8 +286,8 @@ def test_processed_is_what_the_encoder_sees(model: str, checkpoints: Path) -> No
 
 
 @pytest.mark.parametrize("size", [(347, 251), (251, 347), (400, 112), (113, 500), (640, 640)])
-def test_region_is_where_the_crop_was(size: Size, checkpoints: Path) -> None:
-    """LLaVA-1.5 sees the middle: a ramp of brightness tells which part came through."""
+def test_the_region_is_where_the_processor_cropped(size: Size, checkpoints: Path) -> None:
+    """LLaVA-1.5 sees the centre: a brightness ramp shows which part it was given."""
     chosen, real = rule("llava", checkpoints), processor("llava", checkpoints)
     width, height = size
     got = chosen.allocate(width, height)
@@ -303,8 +303,8 @@ def test_region_is_where_the_crop_was(size: Size, checkpoints: Path) -> None:
 
 
 @pytest.mark.parametrize("model", ["internvl", "internvl_chat", "idefics3", "smolvlm"])
-def test_tiles_lie_where_the_rule_says(model: str, checkpoints: Path) -> None:
-    """Put together row by row, the tiles give the ramps of brightness across and down."""
+def test_tiles_are_where_the_rule_says(model: str, checkpoints: Path) -> None:
+    """Joined row by row, the tiles give horizontal and vertical brightness ramps."""
     chosen, real = rule(model, checkpoints), processor(model, checkpoints)
     for width, height in SHAPES:
         x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
@@ -429,8 +429,8 @@ def hf_processor(real: Any, options: str) -> Any:
 
 
 @pytest.mark.parametrize("family", PUBLISHED)
-def test_published_settings(family: str, checkpoints: Path) -> None:
-    """Many sizes, at the real sizes of tiles."""
+def test_rules_match_vllm_for_published_settings(family: str, checkpoints: Path) -> None:
+    """Many picture sizes, with the published tile sizes."""
     real = published(family, checkpoints)
     chosen = token_rules.token_rule(real, {})
     assert chosen is not None
@@ -452,10 +452,10 @@ def test_published_settings(family: str, checkpoints: Path) -> None:
                 assert tokens == got.tokens <= cap, (width, height, cap)
 
 
-# ------------------------------------------------------------------ which rule a model has
+# ------------------------------------------------------------------ choice of the rule
 
 
-def test_options_of_the_request(checkpoints: Path) -> None:
+def test_processor_options_of_a_request_change_the_rule(checkpoints: Path) -> None:
     real = processor("qwen2_vl", checkpoints)
     chosen = token_rules.token_rule(real, {"max_pixels": 28 * 28 * 50})
     assert chosen is not None
@@ -473,11 +473,13 @@ def test_options_of_the_request(checkpoints: Path) -> None:
         ("llava", {"do_center_crop": False}),
     ],
 )
-def test_what_a_rule_does_not_foresee(model: str, options: Options, checkpoints: Path) -> None:
+def test_options_that_no_rule_supports_give_no_rule(
+    model: str, options: Options, checkpoints: Path
+) -> None:
     assert token_rules.token_rule(processor(model, checkpoints), options) is None
 
 
-def test_unknown_processor(checkpoints: Path) -> None:
+def test_an_unknown_processor_has_no_rule(checkpoints: Path) -> None:
     real = processor("llava_next", checkpoints)
     renamed = type("OtherProcessor", (type(real),), {})
     other = renamed(real.info, real.dummy_inputs)
@@ -485,7 +487,7 @@ def test_unknown_processor(checkpoints: Path) -> None:
 
 
 @pytest.mark.parametrize("model", ["llava_next", "qwen2_vl", "pixtral", "idefics3"])
-def test_measured(model: str, checkpoints: Path) -> None:
+def test_measured_tokens_equal_the_engines(model: str, checkpoints: Path) -> None:
     chosen, real = rule(model, checkpoints), processor(model, checkpoints)
     measured = token_rules.measured_rule(real, {})
     for width, height in [(500, 333), (97, 331)]:
@@ -509,7 +511,7 @@ def test_measured(model: str, checkpoints: Path) -> None:
             )
 
 
-def test_measured_refuses_what_the_processor_refuses(checkpoints: Path) -> None:
+def test_measuring_refuses_sizes_that_the_processor_refuses(checkpoints: Path) -> None:
     measured = token_rules.measured_rule(processor("qwen2_vl", checkpoints), {})
     with pytest.raises(InvalidImage):
         measured.allocate(1000, 2)

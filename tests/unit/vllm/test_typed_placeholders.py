@@ -1,4 +1,4 @@
-"""Placeholders of images that a user types: they are text, and the template's own are images."""
+"""Image placeholders typed by a user are text; those of the template are images."""
 
 import sys
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def text(words: str) -> dict[str, str]:
 
 
 def rendered(content: list[dict[str, Any]]) -> str:
-    """As a template writes a message."""
+    """A message as a template renders it."""
     return "".join(part.get("text", f"<|vision_start|>{PAD}<|vision_end|>") for part in content)
 
 
@@ -75,7 +75,7 @@ def test_typed_placeholders_are_text(
     assert typed.restored(marked) == [{"role": "user", "content": content}]
 
 
-def test_the_template_s_own_placeholders_stay_where_they_are(
+def test_placeholders_of_the_template_stay_in_place(
     typed: TypedPlaceholders, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     content = [text(f"{PAD} a"), IMAGE, text(f"b {PAD}"), IMAGE]
@@ -85,14 +85,16 @@ def test_the_template_s_own_placeholders_stay_where_they_are(
     assert plain == f"{PAD} a<|vision_start|>"
 
 
-def test_what_has_no_placeholder_is_not_touched(typed: TypedPlaceholders) -> None:
+def test_values_without_a_placeholder_are_unchanged(typed: TypedPlaceholders) -> None:
     messages = [{"role": "user", "content": [text("< |image_pad| >"), IMAGE]}, {"role": "user"}]
     assert typed.mark(messages) is messages
     assert typed.mark({}) == {}
     assert not typed.is_marked("what is this?")
 
 
-def test_all_that_a_template_may_show_is_marked(typed: TypedPlaceholders) -> None:
+def test_placeholders_in_everything_a_template_may_render_are_marked(
+    typed: TypedPlaceholders,
+) -> None:
     tools = [{"type": "function", "function": {"name": "f", "description": f"see {PAD}"}}]
     call = {"role": "assistant", "content": None, "tool_calls": [{"arguments": f'"{PAD}"'}]}
     for value in (tools, call, {"documents": [{"text": PAD}]}):
@@ -101,7 +103,7 @@ def test_all_that_a_template_may_show_is_marked(typed: TypedPlaceholders) -> Non
         assert typed.restored(marked) == value
 
 
-def test_words_that_are_no_tokens_are_parted() -> None:
+def test_placeholders_that_are_not_single_tokens_are_split() -> None:
     typed = TypedPlaceholders({}, ["<image>"])
     (marked,) = typed.mark(["<image>\nwhat is <image>?"])
     assert "<image>" not in marked
@@ -110,7 +112,7 @@ def test_words_that_are_no_tokens_are_parted() -> None:
     assert "<image>" not in first["text"] + second["text"]
 
 
-def test_a_prompt_that_was_cut(typed: TypedPlaceholders) -> None:
+def test_typed_placeholders_of_a_truncated_prompt_are_matched(typed: TypedPlaceholders) -> None:
     _, flags = typed.read(typed.mark(PAD) + PAD + typed.mark(PAD))
     assert flags == {5: [True, False, True]}
     assert typed.as_text([5, 5], flags, cut_left=True)[0][0] == 5
@@ -121,7 +123,7 @@ pieces = st.lists(st.sampled_from([PAD, VIDEO, "<|image", "_pad|>", "<", "a b", 
 
 
 @hypothesis.given(st.lists(st.tuples(pieces, st.booleans()), max_size=6))
-def test_any_texts_between_images(
+def test_any_texts_between_images_are_restored(
     typed: TypedPlaceholders,
     tokenizer: PreTrainedTokenizerBase,
     parts: list[tuple[list[str], bool]],
@@ -132,7 +134,7 @@ def test_any_texts_between_images(
     assert tokenizer.decode(ids) == rendered(content)
 
 
-def test_what_is_nested_too_deeply_is_refused(typed: TypedPlaceholders) -> None:
+def test_too_deeply_nested_values_are_refused(typed: TypedPlaceholders) -> None:
     value: Any = []
     for _ in range(sys.getrecursionlimit()):
         value = {"inner": [value]}
@@ -141,7 +143,7 @@ def test_what_is_nested_too_deeply_is_refused(typed: TypedPlaceholders) -> None:
 
 
 def calls_of(work: Callable[[], object]) -> int:
-    """How many functions of Python and of C `work` calls."""
+    """The number of Python and C function calls of `work`."""
     count = 0
 
     def note(_: object, event: str, __: object) -> None:
@@ -156,7 +158,7 @@ def calls_of(work: Callable[[], object]) -> int:
     return count
 
 
-def test_the_work_grows_with_the_number_of_parts_and_not_faster(typed: TypedPlaceholders) -> None:
+def test_the_work_is_linear_in_the_number_of_parts(typed: TypedPlaceholders) -> None:
     def messages(times: int) -> list[dict[str, Any]]:
         return [{"role": "user", "content": [text("<|image_"), text("pad|>")] * times}]
 

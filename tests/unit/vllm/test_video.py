@@ -1,4 +1,4 @@
-"""Videos and audio clips: which files reach a decoder, and what a decoder may do."""
+"""Videos and audio clips: files that reach a decoder, and the decoder's limits."""
 
 import asyncio
 import base64
@@ -46,7 +46,7 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module", autouse=True)
 def forking() -> Iterator[None]:
-    """The process that decoders are forked from, with vLLM loaded as in a server."""
+    """The process from which decoders are forked, with vLLM imported as in a server."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(["server.engine.clips"])
     forkserver.ensure_running()
     yield
@@ -74,7 +74,7 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
         (clips.video(".avi"), "avi"),
     ],
 )
-def test_containers_that_hold_all_of_their_data_are_known(data: bytes, container: str) -> None:
+def test_self_contained_video_containers_are_recognized(data: bytes, container: str) -> None:
     assert video_container(data) == container
     assert audio_container(data) == container
 
@@ -92,7 +92,7 @@ def test_containers_that_hold_all_of_their_data_are_known(data: bytes, container
         pictures.encode(pictures.shape("red")),
     ],
 )
-def test_whatever_else_is_no_video(data: bytes) -> None:
+def test_other_files_are_refused_as_video(data: bytes) -> None:
     with pytest.raises(UnsupportedVideoFormat):
         video_container(data)
 
@@ -111,12 +111,12 @@ ID3 = b"ID3\4\0\0\0\0\1\0" + bytes(128)
         (ID3 + b"fLaC\0\0\0\x22", "flac"),
     ],
 )
-def test_sounds_are_known(data: bytes, container: str) -> None:
+def test_audio_containers_are_recognized(data: bytes, container: str) -> None:
     assert audio_container(data) == container
 
 
 @pytest.mark.parametrize("data", [b"", clips.SDP, clips.PLAYLIST, ID3 + clips.PLAYLIST, ID3])
-def test_a_tag_does_not_make_a_sound_of_a_playlist(data: bytes) -> None:
+def test_a_playlist_behind_an_id3_tag_is_refused_as_audio(data: bytes) -> None:
     """FFmpeg skips the tag before it guesses the format."""
     with pytest.raises(UnsupportedAudioFormat):
         audio_container(data)
@@ -126,7 +126,7 @@ def test_a_tag_does_not_make_a_sound_of_a_playlist(data: bytes) -> None:
     ("kind", "location"),
     [(b"url ", b"http://127.0.0.1:9/x.mp4\0"), (b"alis", bytes(160) + b"/etc/passwd")],
 )
-def test_an_mp4_file_whose_samples_lie_elsewhere_is_refused(kind: bytes, location: bytes) -> None:
+def test_an_mp4_file_that_refers_to_other_files_is_refused(kind: bytes, location: bytes) -> None:
     mp4 = clips.video(".mp4")
     refuse_references(mp4)
     refuse_references(clips.referring(mp4, kind, b"\0"))
@@ -142,7 +142,7 @@ def sandbox(**limits: Any) -> Sandbox:
     return Sandbox(SandboxLimits(**{**given, **limits}))
 
 
-def test_a_job_gives_an_answer_and_arrays() -> None:
+def test_a_job_returns_an_answer_and_arrays() -> None:
     async def test() -> None:
         output = await sandbox().run(COMMANDED, b"the job", b"echo")
         assert output.answer == b"the job"
@@ -161,7 +161,7 @@ def test_a_job_can_open_neither_files_nor_sockets() -> None:
 
 
 @pytest.mark.parametrize("command", [b"hang", b"spin"])
-def test_a_job_without_end_is_killed(command: bytes) -> None:
+def test_an_endless_job_is_killed(command: bytes) -> None:
     async def test() -> None:
         with pytest.raises(JobTimedOut):
             await sandbox(timeout_s=0.5).run(COMMANDED, b"", command)
@@ -169,7 +169,7 @@ def test_a_job_without_end_is_killed(command: bytes) -> None:
     run(test)
 
 
-def test_a_job_that_dies_takes_nothing_along() -> None:
+def test_a_job_that_dies_does_not_affect_later_jobs() -> None:
     async def test() -> None:
         jobs = sandbox()
         with pytest.raises(JobDied):
@@ -179,7 +179,7 @@ def test_a_job_that_dies_takes_nothing_along() -> None:
     run(test)
 
 
-def test_memory_has_a_limit() -> None:
+def test_the_memory_of_a_job_is_limited() -> None:
     async def test() -> None:
         jobs = sandbox(max_memory_bytes=128 * MIB)
         assert (await jobs.run(COMMANDED, b"", b"grow 32")).arrays[0].shape == (32 * MIB,)
@@ -206,7 +206,7 @@ def test_a_job_is_killed_when_its_caller_is_cancelled() -> None:
 
 
 def decoders() -> list[psutil.Process]:
-    """The processes of jobs that run."""
+    """The processes of running jobs."""
     found = []
     for child in psutil.Process().children(recursive=True):
         try:
@@ -217,7 +217,7 @@ def decoders() -> list[psutil.Process]:
     return found
 
 
-def test_too_many_jobs_are_refused_at_once() -> None:
+def test_jobs_beyond_the_queue_limit_are_refused_at_once() -> None:
     async def test() -> None:
         jobs = sandbox(queue=1)
         first = asyncio.create_task(jobs.run(COMMANDED, b"", b"hang"))
@@ -252,7 +252,7 @@ VIDEOS = {
 
 
 @pytest.mark.parametrize("loader", ["opencv", "opencv_dynamic", "qwen3_vl", "nemotron_vl"])
-def test_frames_and_metadata_are_those_of_vllm(loader: str) -> None:
+def test_frames_and_metadata_equal_vllms(loader: str) -> None:
     async def test() -> None:
         for data in VIDEOS.values():
             for asked in ({}, {"num_frames": 3}, {"num_frames": -1, "fps": 1}):
@@ -265,7 +265,7 @@ def test_frames_and_metadata_are_those_of_vllm(loader: str) -> None:
     run(test)
 
 
-def test_frames_sent_as_pictures_are_those_of_vllm() -> None:
+def test_frames_sent_as_pictures_equal_vllms() -> None:
     async def test() -> None:
         encoded = [pictures.encode(pictures.shape(color), "JPEG") for color in ("red", "blue")]
         text = ",".join(base64.b64encode(each).decode() for each in encoded)
@@ -305,7 +305,7 @@ OPTIONS = video_options(vllm_io())
         (clips.video(".avi", "MJPG", frames=1, size=(1280, 1024)), VideoTooLarge),
     ],
 )
-def test_bad_videos_are_refused(data: bytes, error: type[ClientError]) -> None:
+def test_invalid_videos_are_refused(data: bytes, error: type[ClientError]) -> None:
     assert type(refusal(lambda decoder: decoder.load_video(data, OPTIONS))) is error
 
 
@@ -326,7 +326,7 @@ def test_the_error_for_a_damaged_mp4_file_is_the_decoders() -> None:
 
 
 @pytest.mark.parametrize("text", [b"", b"AAAA", b"!", base64.b64encode(clips.SDP), b"/9j/,AAAA"])
-def test_bad_pictures_of_a_video_are_refused(text: bytes) -> None:
+def test_invalid_pictures_of_a_video_are_refused(text: bytes) -> None:
     assert type(refusal(lambda decoder: decoder.load_pictures(text, OPTIONS))) is InvalidVideo
 
 
@@ -344,8 +344,8 @@ def test_a_decoder_that_takes_too_long_is_killed() -> None:
     assert type(found) is MediaProcessingTimeout
 
 
-def test_ffmpeg_is_held_to_the_container_that_was_found() -> None:
-    """Also where it would take the file for something else."""
+def test_ffmpeg_may_only_use_the_detected_container() -> None:
+    """Even if FFmpeg would detect another one."""
 
     async def test() -> None:
         for container in ("mp4", "matroska", "avi"):
@@ -361,7 +361,7 @@ def test_ffmpeg_is_held_to_the_container_that_was_found() -> None:
     run(test)
 
 
-def test_a_process_that_cannot_begin_is_reported() -> None:
+def test_a_decoder_process_that_cannot_start_is_reported() -> None:
     options = VideoOptions("server.no_such_module:Loader", 32, {}, {})
     found = refusal(lambda decoder: decoder.load_video(VIDEOS["mp4"], options))
     assert type(found) is MediaProcessingFailed
