@@ -1,4 +1,4 @@
-"""Videos and sounds for tests, and jobs for a sandbox that do what their file says."""
+"""Videos and sounds for tests, and sandbox jobs that execute the command in their file."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from server.errors import InvalidVideo
 from server.workers.sandbox import Output
 
-# A session description, which FFmpeg takes for a live stream: it opens sockets and waits for it.
+# A session description: FFmpeg takes it for a live stream, opens sockets and waits for packets.
 SDP = (
     b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\n"
     b"m=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n"
@@ -35,7 +35,7 @@ def video(
     size: tuple[int, int] = (64, 48),
     fps: float = 4.0,
 ) -> bytes:
-    """A video of noise, (width, height) in pixels, in the container of `suffix`."""
+    """A video of noise, (width, height) in pixels, in the container format of `suffix`."""
     noise = np.random.default_rng(0)
     shape = (size[1], size[0], 3)
     pixels = [noise.integers(0, 256, shape, dtype=np.uint8) for _ in range(frames)]
@@ -62,13 +62,13 @@ def of_frames(
 
 
 def referring(mp4: bytes, kind: bytes, location: bytes) -> bytes:
-    """`mp4` with its samples said to lie in another file: a data reference of `kind`."""
+    """`mp4` with a data reference of `kind` that says its samples are in another file."""
     entry = struct.pack(">I4sI", 12 + len(location), kind, 0) + location
     return _with_references(mp4, (b"moov", b"trak", b"mdia", b"minf", b"dinf", b"dref"), entry)
 
 
 def _with_references(box: bytes, path: tuple[bytes, ...], entry: bytes) -> bytes:
-    """The boxes in `box`, with `entry` as the only one of the box at `path`."""
+    """The boxes in `box`, with `entry` as the only child of the box at `path`."""
     if not path:
         return struct.pack(">II", 0, 1) + entry
     out, at = b"", 0
@@ -94,11 +94,11 @@ def sound(seconds: float = 0.1) -> bytes:
         return file.getvalue()
 
 
-# ---------------------------------------------------------------------- jobs of a sandbox
+# ---------------------------------------------------------------------- sandbox jobs
 
 
 def prepare(job: bytes) -> Callable[[bytes], Output]:
-    """Do what the file says: "echo", "hang", "spin", "die", "grow 100", "open PATH", ..."""
+    """Execute the file's command: "echo", "hang", "spin", "die", "grow 100", "open PATH", ..."""
 
     def work(data: bytes) -> Output:
         command, _, argument = data[:200].decode().partition(" ")

@@ -1,7 +1,7 @@
-"""Which contracts with vLLM the newest release breaks: `python -m tests.contracts_next [VERSION]`.
+"""Report broken vLLM contracts of the newest release: `python -m tests.contracts_next [VERSION]`.
 
-Downloads vLLM's wheel, looks at its Python files only, and ends with status 0 whatever it finds:
-the server runs on the version that `pyproject.toml` names.
+Downloads vLLM's wheel, reads only its Python files, and ends with status 0 whatever it finds:
+the server uses the version pinned in `pyproject.toml`.
 """
 
 import subprocess
@@ -29,7 +29,7 @@ def unpack(wheel: Path, directory: Path) -> Path:
 
 
 def report(source: Source) -> list[str]:
-    """A sentence for each contract that is broken, and each import that fails."""
+    """A sentence for each broken contract and each failing import."""
     broken = [sentence for each in CONTRACTS if (sentence := source.broken(each))]
     return [*broken, *source.missing_imports()]
 

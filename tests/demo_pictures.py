@@ -1,4 +1,4 @@
-"""Pictures that the demo model is certain of, and what it is to say of them.
+"""Pictures that the demo model is certain of, with the expected answers.
 
 They were chosen by measurement: each token of each answer is nearly certain.
 """
@@ -41,7 +41,7 @@ SEVERAL = [
     ("green", "triangle", "white"),
     ("black", "star", "white"),
 ]
-NAMED = ["red", "green", "blue", "yellow"]  # the colors that files of every kind must keep
+NAMED = ["red", "green", "blue", "yellow"]  # the colors that every file format must preserve
 UPRIGHT = "PAPER"
 SMALL = "PAPER"
 SMALL_GLYPH = 24  # pixels, in a picture of 640 x 480
@@ -50,7 +50,7 @@ CAP = 12  # tokens: the small text is 5 pixels high
 
 @dataclass(frozen=True)
 class Asked:
-    """A message and the answer to it."""
+    """A message and its expected answer."""
 
     content: list[dict[str, Any]]
     answer: str
@@ -77,7 +77,7 @@ def written(text: str, size: Size, glyph: float) -> Image.Image:
 
 
 def asked(*files: bytes, question: str, answer: str, **options: Any) -> Asked:
-    """A question about images; `options` are beside each one's URL."""
+    """A question about images; `options` are added beside each image's URL."""
     parts = [pictures.image_part(file) for file in files]
     for part in parts:
         part["image_url"].update(options)
@@ -93,7 +93,7 @@ def fifty() -> list[Asked]:
 
 
 def orders(count: int) -> Iterator[Asked]:
-    """The first pictures of SEVERAL in every order; each in turn is asked for."""
+    """The first `count` pictures of SEVERAL in every order, with a question about one of them."""
     files = {shape: pictures.encode(drawn(*shape)) for shape in SEVERAL[:count]}
     for turn, order in enumerate(itertools.permutations(files)):
         place = turn % count
@@ -105,7 +105,7 @@ def orders(count: int) -> Iterator[Asked]:
 
 
 def turned(orientation: int, *, tagged: bool = True) -> Asked:
-    """A text that is upright if EXIF's orientation is followed; also without that tag."""
+    """A text that is upright if EXIF's orientation is applied; without it if not `tagged`."""
     upright = np.asarray(written(UPRIGHT, (256, 224), 40))
     stored = Image.fromarray(np.ascontiguousarray(pictures.STORED_AS[orientation](upright)))
     file = encoded.turned(stored, "PNG", orientation) if tagged else pictures.encode(stored)
@@ -113,7 +113,7 @@ def turned(orientation: int, *, tagged: bool = True) -> Asked:
 
 
 def kinds(color: str) -> dict[str, Asked]:
-    """One picture by kind of file. Each shows another color to who takes it for plain RGB."""
+    """One picture in every file format. Each shows a wrong color if it is decoded as plain RGB."""
     shape = (color, "square", "black" if color == "yellow" else "white")
     image = drawn(*shape)
     deep = np.asarray(image)[:, :, ::-1].astype(np.uint16) * 257
@@ -134,7 +134,7 @@ def kinds(color: str) -> dict[str, Asked]:
 
 
 def deep_grey() -> Asked:
-    """Black of 16 bits on white: white on white to who cuts off what is above 8 bits."""
+    """16-bit black on white: white on white if samples are clipped to 8 bits."""
     grey = np.asarray(drawn("black", "circle", "white").convert("L")).astype(np.uint16) * 257
     file = cv2.imencode(".png", grey)[1].tobytes()
     return asked(file, question=WHAT, answer="a black circle")
@@ -147,5 +147,5 @@ def small_text(**options: Any) -> Asked:
 
 
 def unreadable_text() -> bytes:
-    """A PNG file with text whose letters are 4 pixels high: the model can only guess."""
+    """A PNG file with text of 4 pixels height, which the model can only guess."""
     return pictures.encode(written(SMALL, (224, 224), 4))

@@ -1,4 +1,4 @@
-"""The demo model twice, on the same conversations: as it is trained, and in Transformers."""
+"""The demo model's training code and Transformers, run on the same conversations."""
 
 import random
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ FPS = 2.0
 
 
 class Chance(random.Random):
-    """Every coin falls on the same side. Of the choices there are, the second is taken."""
+    """Every coin falls on the same side, and `choice` returns the second item."""
 
     def __init__(self, heads: bool) -> None:
         super().__init__()
@@ -32,12 +32,12 @@ class Chance(random.Random):
         return 0.0 if self.heads else 0.99
 
     def choice(self, seq: Any) -> Any:
-        return seq[1]  # of the rates of frames this is FPS
+        return seq[1]  # FPS among the frame rates
 
 
 @dataclass
 class Twins:
-    """The two models of a folder that `server.demo.training.checkpoint` has written."""
+    """Both models, loaded from a folder written by `server.demo.training.checkpoint`."""
 
     folder: Path
     network: Network = field(init=False)
@@ -54,7 +54,7 @@ class Twins:
         self.processor = AutoProcessor.from_pretrained(self.folder)
 
     def inputs(self, example: Example, *, worded: bool) -> dict[str, Tensor]:
-        """What Transformers makes of an example of one question.
+        """The inputs that Transformers builds from an example of one question.
 
         `worded`: a system message comes first, and the question stands before the pictures.
         """
@@ -89,7 +89,7 @@ class Twins:
     def compare(
         self, codec: Codec, example: Example, grids: list[Grid], *, worded: bool = False
     ) -> tuple[list[int], list[int], Tensor, Tensor]:
-        """Ids and logits (length, vocabulary) of the prompt: of the training, of Transformers."""
+        """Ids and logits (length, vocabulary) of the prompt: from training, from Transformers."""
         batch = collate(codec, Chance(worded), [example], grids)
         hidden, _ = self.network.read(
             batch.ids, self.network.see(batch.pictures), batch.positions, batch.mask

@@ -1,4 +1,4 @@
-"""Entries of the embedding cache for tests, and tiers that stop where a test wants them to."""
+"""Entries of the embedding cache for tests, and a disk tier that a test can block."""
 
 import threading
 import time
@@ -15,17 +15,17 @@ from server.engine.embedding_cache.tier import Spec
 
 WAIT_S = 30
 NAMESPACE = "0123456789abcdef0123456789abcdef"
-PAGE = Spec("F32", PAGE_BYTES // 1024, 256)  # as large as a page of the arena
-ODD = Spec("BF16", 41, 1000)  # two pages, of which the second is not full
+PAGE = Spec("F32", PAGE_BYTES // 1024, 256)  # exactly one page of the arena
+ODD = Spec("BF16", 41, 1000)  # two pages, the second partly filled
 
 
 def content(key: str, spec: Spec = PAGE) -> bytes:
-    """The embeddings of `key`: always the same."""
+    """The embeddings of `key`, the same each time."""
     return blake3(key.encode()).digest(length=spec.nbytes)
 
 
 def pieces(data: bytes, length: int = 10_000) -> list[memoryview]:
-    """`data` as it may lie in an arena: in several pieces."""
+    """`data` in several pieces, as in an arena."""
     whole = memoryview(bytearray(data))
     return [whole[at : at + length] for at in range(0, len(data), length)]
 
@@ -35,7 +35,7 @@ def joined(views: Sequence[memoryview]) -> bytes:
 
 
 def stored(store: EmbeddingStore, key: str, spec: Spec = PAGE) -> bytes | None:
-    """What the store has of `key` in memory."""
+    """The embeddings that the store holds in memory for `key`."""
     entry = store.take(key, spec)
     if entry is None:
         return None
@@ -46,7 +46,7 @@ def stored(store: EmbeddingStore, key: str, spec: Spec = PAGE) -> bytes | None:
 
 
 def fill(arena: Arena, entry: Entry) -> None:
-    """What a worker does with a room that was reserved."""
+    """Fill reserved pages, as a worker does."""
     data, at = content(entry.key, entry.spec), 0
     for view in arena.views(entry.extents):
         view[:] = data[at : at + len(view)]
@@ -54,7 +54,7 @@ def fill(arena: Arena, entry: Entry) -> None:
 
 
 def keep(store: EmbeddingStore, key: str, spec: Spec = PAGE) -> bool:
-    """Encode an image; False if there was no room to be had."""
+    """Encode and store an image; False if no pages are available."""
     entry = store.reserve(key, spec)
     if entry is None:
         return False
@@ -66,18 +66,18 @@ def keep(store: EmbeddingStore, key: str, spec: Spec = PAGE) -> bool:
 def wait_until(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + WAIT_S
     while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
+        assert time.monotonic() < deadline, "the condition did not become true"
         time.sleep(0.002)
 
 
 def seek(store: EmbeddingStore, key: str, spec: Spec = PAGE) -> bytes | None:
-    """What the store finds of `key` in any tier."""
+    """The embeddings that the store finds for `key` in any tier."""
     wait_until(lambda: store.settled(key, spec))
     return stored(store, key, spec)
 
 
 class GatedDisk(DiskTier):
-    """A disk whose reads, writes and clears stop before they begin, until `gate` is set."""
+    """A disk whose reads, writes and clears wait until `gate` is set."""
 
     def __init__(self, directory: Path, max_bytes: int = 1 << 30) -> None:
         super().__init__(directory, NAMESPACE, max_bytes)

@@ -1,4 +1,4 @@
-"""Image files of every kind that is decoded."""
+"""Image files of every supported format and mode."""
 
 import pillow_heif
 from PIL import Image
@@ -7,9 +7,9 @@ from tests import pictures
 
 
 def files(photo: Image.Image) -> dict[str, bytes]:
-    """`photo` by kind of file. All but HEIF are in what vLLM's loader reads and shows right."""
+    """`photo` by file format. vLLM's loader reads all but HEIF correctly."""
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned a quarter to the right
+    exif[0x0112] = 6  # rotated by 90 degrees clockwise
     alpha = photo.convert("RGBA")
     alpha.putalpha(Image.linear_gradient("L").resize(photo.size))
     few, many, grey = photo.quantize(13), photo.quantize(200), photo.convert("L")
@@ -75,12 +75,12 @@ def jpegs(photo: Image.Image) -> dict[str, bytes]:
 
 
 def heif(image: Image.Image, **options: object) -> bytes:
-    pillow_heif.register_heif_opener()  # for `save`; what may be opened is ours to say
+    pillow_heif.register_heif_opener()  # only for `save`; the server registers its own
     return pictures.encode(image, "HEIF", quality=90, chroma=444, **options)
 
 
 def turned(stored: Image.Image, kind: str, orientation: int) -> bytes:
-    """A file of `kind` that tells viewers to turn `stored` as EXIF's `orientation` says."""
+    """A file of `kind` that contains `stored` with the EXIF `orientation`."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     if kind == "HEIF":

@@ -1,4 +1,4 @@
-"""An extractor for pool tests that does what the picture's bytes say."""
+"""An extractor for pool tests that executes the command in the picture's bytes."""
 
 import contextlib
 import os
@@ -65,7 +65,7 @@ class Commanded:
 
 
 def _send_rogue_reply(kind: str, job_id: str) -> None:
-    """Send what a compromised worker might send, over the worker's own socket."""
+    """Send a malicious reply over the worker's own socket."""
     done = protocol.Done(int(job_id), 99, 1 << 30, False, [], {}, (8, 6), 0.0, 0.0)
     fds: list[int] = []
     if kind == "other-job":

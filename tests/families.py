@@ -8,7 +8,7 @@ four megabytes and a tenth of a second.
 
     model = build("qwen2_vl", Path("/tmp/models"))
 
-Three families have their quirks, in vLLM too:
+Three families have quirks, also in vLLM:
 
 * smolvlm needs the package `num2words`, although only for videos: put `import_stubs()` on the
   server's PYTHONPATH where it is not installed;
@@ -55,19 +55,21 @@ _BILINEAR, _BICUBIC, _LANCZOS = 2, 3, 1
 _END_OF_TEXT, _TURN_START, _TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 _BASE_TOKENS = (_END_OF_TEXT, _TURN_START, _TURN_END)
 
-_HIDDEN = 128  # width of the language model: four heads of 32, which vLLM's CPU attention knows
+_HIDDEN = (
+    128  # width of the language model: four heads of 32, a size that vLLM's CPU attention supports
+)
 _VISION_HIDDEN = 64
 
 _CORPUS = (
     "what colour is the shape? red green blue circle square triangle",
     "describe the picture and name the differences between the first image and the second image",
-    "\n\n",  # so that the blank line is one token, as it is in the real vocabularies
+    "\n\n",  # so that the blank line is one token, as in the real vocabularies
 )
 """What the tokenizers learn to merge: enough that ordinary prompts are not all single bytes."""
 
 
 def build(family: str, directory: Path) -> Path:
-    """Return the checkpoint of `family` below `directory`, made now unless it is there already.
+    """Return the checkpoint of `family` below `directory`; creates it if it does not exist.
 
     Safe to call from several processes at once: the folder appears complete or not at all.
     """
@@ -82,7 +84,7 @@ def build(family: str, directory: Path) -> Path:
         scratch.chmod(0o755)
         os.rename(scratch, target)
     except OSError:
-        if not (target / "config.json").exists():  # else another process was first
+        if not (target / "config.json").exists():  # else another process was faster
             raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -226,7 +228,7 @@ def _rename_vision_weights(file: Path, tower: str) -> None:
 
 
 def _draw_weights(model: PreTrainedModel, silent: list[int]) -> None:
-    """Draw every matrix anew such that signals neither fade nor explode on their way.
+    """Redraw every matrix so that signals neither vanish nor explode.
 
     With the customary small standard deviation, what the vision tower says about the pixels
     would drown in the residual stream of a model this small. The output rows of the `silent`
@@ -237,7 +239,9 @@ def _draw_weights(model: PreTrainedModel, silent: list[int]) -> None:
             parameter.normal_(std=parameter[0].numel() ** -0.5)
     words, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     if head is not words:
-        words.normal_(std=0.5)  # as loud as the picture, so that an answer does not repeat itself
+        words.normal_(
+            std=0.5
+        )  # of the same scale as the picture, so that an answer does not repeat itself
         head.mul_(2)  # well separated log-probabilities
     else:  # Gemma: scales what it reads from the shared matrix, and adds 1 to the norm's weight
         words.mul_(0.25)
@@ -340,7 +344,7 @@ def _qwen2_5_vl(directory: Path) -> None:
 
 
 def _qwen3_vl(directory: Path) -> None:
-    """Steps of 32 pixels; the vision tower speaks to several layers of the language model."""
+    """Steps of 32 pixels; the vision tower feeds several layers of the language model."""
     vocabulary, ids = _qwen_tokenizer(directory)
     rope = _qwen_rope([6, 5, 5], mrope_interleaved=True)
     _save_model(
@@ -732,7 +736,7 @@ def _pixtral(directory: Path) -> None:
 
 
 def _mistral3(directory: Path) -> None:
-    """Any size in steps of 28 pixels, the longer edge up to 400: no whole number of steps."""
+    """Any size in steps of 28 pixels, the longer edge up to 400, which is not a multiple of 28."""
     _pixtral_like(directory, "mistral3", patch=14, merge=2, longest_edge=400, spatial_merge_size=2)
 
 

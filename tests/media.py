@@ -1,4 +1,4 @@
-"""Requests with media, read and loaded as the server does it, without a server."""
+"""Requests with media, parsed and loaded as in the server, without starting one."""
 
 import asyncio
 import io
@@ -39,7 +39,7 @@ EMBEDDINGS = frozenset({"image_embeds"})
 
 
 class InProcess:
-    """Looks into files as the image workers do, in this process."""
+    """Inspects files as the image workers do, in this process."""
 
     async def inspect_pdf(
         self, data: bytes, max_pages: int, timeline: Timeline
@@ -58,7 +58,7 @@ def reader(
 
 
 def read(document: Any, path: str = CHAT, **more: Any) -> ReadRequest:
-    """A body, or what becomes one, as it is read for the route at `path`."""
+    """Parse a body, or an object that is encoded as one, for the route at `path`."""
     body = document if isinstance(document, bytes) else json.dumps(document).encode()
     return reader(**more).read(body, dialect_of(path), Record())
 
@@ -70,7 +70,7 @@ def media_loader(store: FileStore | None = None) -> MediaLoader:
 
 @dataclass
 class Prepared:
-    """A request as its route sees it: `body`, whose handles `context` resolves."""
+    """A request as its route gets it: `body` with handles, which `context` resolves."""
 
     context: RequestContext
     body: bytes
@@ -91,13 +91,13 @@ class Prepared:
         return resolved.image
 
     def shown(self) -> list[EncodedImage]:
-        """The images that the route will ask for, in the order of the body."""
+        """The images that the route requests, in the order of the body."""
         urls = [p["image_url"]["url"] for p in self.content() if p["type"] == "image_url"]
         return [self.image(url) for url in urls]
 
 
 def prepare(document: Any, path: str = CHAT, loader: MediaLoader | None = None) -> Prepared:
-    """Read a request and load its media."""
+    """Parse a request and load its media."""
     found = read(document, path)
     asyncio.run((loader or media_loader()).load(found.context))
     return Prepared(found.context, found.rewritten())
@@ -108,7 +108,7 @@ def chat(*parts: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def pdf(*sizes: tuple[int, int], color: str = "white") -> bytes:
-    """A PDF with a page of so many points for each size."""
+    """A PDF with one page for each size in points."""
     pages = [Image.new("RGB", size, color) for size in sizes]
     file = io.BytesIO()
     pages[0].save(file, "PDF", save_all=True, append_images=pages[1:], resolution=72)
@@ -116,7 +116,7 @@ def pdf(*sizes: tuple[int, int], color: str = "white") -> bytes:
 
 
 def gif(frames: int) -> bytes:
-    """An animation of so many frames, each of another red."""
+    """An animation of `frames` frames, each in a different red."""
     images = [Image.new("RGB", (40, 30), (index * 10, 0, 0)) for index in range(frames)]
     return pictures.encode(images[0], "GIF", save_all=True, append_images=images[1:])
 

@@ -1,4 +1,4 @@
-"""A real OTLP receiver on loopback (gRPC), which keeps the spans that it gets."""
+"""A real OTLP receiver on loopback (gRPC) that stores the spans it receives."""
 
 import contextlib
 import threading
@@ -57,7 +57,7 @@ Spans = list[Span]
 
 
 class Receiver(TraceServiceServicer):
-    """Spans in the order in which they came; a span comes when it has ended."""
+    """Stores spans in the order of arrival; a span is exported when it has ended."""
 
     def __init__(self) -> None:
         self.endpoint = ""
@@ -120,7 +120,7 @@ def receiver() -> Iterator[Receiver]:
 
 
 def children(spans: Iterable[Span], parent: Span) -> Spans:
-    """In the order in which they started."""
+    """The children of `parent`, in the order in which they started."""
     found = [
         span
         for span in spans

@@ -41,7 +41,7 @@ def shape(color: str, kind: str = "circle", size: Size = (224, 224)) -> Image.Im
 
 
 def photo(size: Size, seed: int = 0) -> Image.Image:
-    """A picture with a camera-like spectrum: amplitude falls with frequency, random phase."""
+    """A picture with a camera-like spectrum: amplitude decreases with frequency, random phase."""
     random = np.random.default_rng(seed)
     width, height = size
     fy, fx = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]

@@ -1,4 +1,4 @@
-"""ICC profiles for the tests, made from their numbers (ICC.1:2001-04)."""
+"""ICC profiles for the tests, built from their parameters (ICC.1:2001-04)."""
 
 import struct
 from collections.abc import Sequence

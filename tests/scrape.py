@@ -1,4 +1,4 @@
-"""What /metrics says, as numbers."""
+"""The values of /metrics."""
 
 import time
 from collections.abc import Callable
@@ -32,13 +32,13 @@ def rises(
     timeout_s: float = 20,
     **labels: str,
 ) -> Series:
-    """Wait until a series is `by` above what it was; all series as they are then."""
+    """Wait until a series has risen by `by`; returns all series."""
     wanted = value(before, name, **labels) + by
     return wait_for(http, lambda now: value(now, name, **labels) >= wanted, timeout_s)
 
 
 def ended_early(http: httpx.Client, before: Series) -> bool:
-    """Wait for the end of a request; whether its client left while the answer was generated."""
+    """Wait for the end of a request; returns whether its client left during generation."""
 
     def rise(now: Series, name: str, **labels: str) -> float:
         return value(now, name, **labels) - value(before, name, **labels)
@@ -53,9 +53,9 @@ def ended_early(http: httpx.Client, before: Series) -> bool:
 
 
 def wait_for(http: httpx.Client, holds: Callable[[Series], bool], timeout_s: float = 20) -> Series:
-    """Scrape until `holds`; raises AssertionError if that does not come."""
+    """Scrape until `holds` is true; raises AssertionError on timeout."""
     deadline = time.monotonic() + timeout_s
     while not holds(series := scrape(http)):
-        assert time.monotonic() < deadline, "the metrics did not come to it"
+        assert time.monotonic() < deadline, "the metrics did not reach the expected values"
         time.sleep(0.05)
     return series

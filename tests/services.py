@@ -1,4 +1,4 @@
-"""Programs of the distribution that tests run: prometheus, nginx, haproxy, systemd-analyze."""
+"""System programs that tests run: prometheus, nginx, haproxy, systemd-analyze."""
 
 import contextlib
 import os
@@ -13,18 +13,18 @@ from shutil import which
 import httpx
 import pytest
 
-# What deploy/test_services.sh fills.
+# The folder that deploy/test_services.sh fills.
 DIRECTORY = Path(__file__).parents[1] / ".venv" / "services"
 
-_SYSTEM_DIRECTORIES = ("/usr/local/sbin", "/usr/sbin", "/sbin")  # not on the PATH of every user
+_SYSTEM_DIRECTORIES = ("/usr/local/sbin", "/usr/sbin", "/sbin")  # not in every user's PATH
 _START_TIMEOUT_S = 240
 _STOP_TIMEOUT_S = 30
 
 
 def program(name: str) -> Path:
-    """Where the program `name` is.
+    """The path of the program `name`.
 
-    A test is skipped where it is not, and with SERVICES=required fails.
+    If it is missing, the test is skipped, or fails with SERVICES=required.
     """
     path = os.pathsep.join((os.environ.get("PATH", os.defpath), *_SYSTEM_DIRECTORIES))
     found = which(name, path=str(DIRECTORY / "bin")) or which(name, path=path)

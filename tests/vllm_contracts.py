@@ -1,4 +1,4 @@
-"""What the server takes from vLLM beyond its public interfaces, as statements about its source.
+"""The server's use of vLLM beyond its public interfaces, as statements about vLLM's source.
 
 They are checked without importing vLLM, so that also a version can be checked that cannot be
 imported here (`tests/contracts_next.py`). `docs/vllm.md` says for each of them what it is for.
@@ -40,7 +40,7 @@ _PROCESSOR = "multimodal.processing.processor"
 _BASE = "BaseMultiModalProcessor"
 
 CONTRACTS = [
-    # The way of a request to the engine core.
+    # The path of a request to the engine core.
     Contract("v1.engine.core_client", "AsyncMPClient.add_request_async", ("self", "request")),
     Contract(
         "v1.engine.async_llm",
@@ -226,13 +226,13 @@ CONTRACTS = [
 
 @dataclass
 class Source:
-    """The Python files of a vLLM, below `root` (the folder `vllm`)."""
+    """The Python files of a vLLM version, below `root` (the folder `vllm`)."""
 
     root: Path
     _trees: dict[str, ast.Module | None] = field(default_factory=dict)
 
     def broken(self, contract: Contract) -> str | None:
-        """A sentence that says how `contract` is broken; None if it holds."""
+        """A sentence that describes how `contract` is broken; None if it holds."""
         where = f"vllm.{contract.module}"
         if (tree := self.tree(contract.module)) is None:
             return f"{where} does not exist any more (needed for {contract.name})"
@@ -251,7 +251,7 @@ class Source:
         return None
 
     def missing_imports(self) -> Iterator[str]:
-        """Each name that the server imports from vLLM and that is not there."""
+        """The names that the server imports from vLLM and that vLLM lacks."""
         for path in sorted(SERVER.rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text())):
                 if not isinstance(node, ast.ImportFrom) or not node.module:
@@ -265,7 +265,7 @@ class Source:
                         yield f"{where} imports {name} from {node.module}, which has none any more"
 
     def has(self, module: str, name: str) -> bool:
-        """Whether `name` can be imported from `module`, as far as its text tells."""
+        """Whether `name` can be imported from `module`, judged by its source."""
         as_module = f"{module}.{name}" if module else name
         if self.tree(as_module) is not None or (self.root / as_module.replace(".", "/")).is_dir():
             return True
@@ -274,7 +274,7 @@ class Source:
             return False
         if self._member(module, tree, name) is not None:
             return True
-        # Lazily imported names stand there as strings.
+        # Lazily imported names are strings in the source.
         return any(isinstance(node, ast.Constant) and node.value == name for node in ast.walk(tree))
 
     def tree(self, module: str) -> ast.Module | None:
@@ -286,7 +286,7 @@ class Source:
         return self._trees[module]
 
     def _member(self, module: str, node: ast.AST, name: str) -> ast.AST | None:
-        """What `name` is in a module or a class, also by inheritance within its module."""
+        """The definition of `name` in a module or class, including bases in the same module."""
         for found in _defined(node):
             if found[0] == name:
                 return found[1]
@@ -305,7 +305,7 @@ class Source:
 
 
 def _defined(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
-    """What a module or a class defines, by name; of a class also what its methods set."""
+    """The definitions in a module or class, by name; for a class also attributes set by methods."""
     for child in _statements(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield child.name, child
@@ -326,7 +326,7 @@ def _defined(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
 
 
 def _statements(node: ast.AST) -> Iterator[ast.AST]:
-    """Those of a module or class, also inside of `if` and `try`."""
+    """The statements of a module or class, including those in `if` and `try`."""
     for child in getattr(node, "body", []):
         yield child
         if isinstance(child, ast.If | ast.Try):
@@ -354,7 +354,7 @@ def _differs(node: ast.AST, takes: tuple[str, ...]) -> str | None:
 
 @functools.cache
 def installed() -> Source:
-    """The vLLM of this environment."""
+    """The vLLM installed in this environment."""
     from importlib.util import find_spec
 
     spec = find_spec("vllm")

@@ -1,4 +1,4 @@
-"""`python -m tests.corpus FOLDER`: the files and what is expected, for people and for fuzzers."""
+"""`python -m tests.corpus FOLDER`: writes the files and expectations, for people and fuzzers."""
 
 import argparse
 from pathlib import Path

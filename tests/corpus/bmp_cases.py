@@ -1,4 +1,4 @@
-"""BMP: every header, depth and compression, and fields that lie."""
+"""BMP: every header, depth and compression, and false fields."""
 
 import functools
 import struct
@@ -65,7 +65,7 @@ def _palette(depth: int) -> bytes:
 
 
 def _words(widths: tuple[int, int, int]) -> bytes:
-    """Pixels of 16 bits: red, green and blue of so many bits."""
+    """Pixels of 16 bits: red, green and blue with the given numbers of bits."""
     red, green, blue = (np.asarray(quadrants())[..., n].astype(np.uint16) for n in range(3))
     r, g, b = widths
     words = (red >> 8 - r) << g + b | (green >> 8 - g) << b | blue >> 8 - b
@@ -132,7 +132,7 @@ def _runs() -> Group:
 
 
 def _rle4() -> bytes:
-    """Each row as two runs; both halves of a byte are the colour of a run's pixels."""
+    """Each row as two runs; both halves of a byte are the colour index of the run."""
     half = SIZE[0] // 2
     lines = (
         bytes([half, row[0] * 17, half, row[-1] * 17, 0, 0]) for row in indices()[::-1].tolist()

@@ -1,10 +1,10 @@
-"""What a case of the corpus is, and what may be expected of the server."""
+"""Cases of the corpus, and the responses expected from the server."""
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-# The server's default limits, which the cases lie on both sides of.
+# The server's default limits; there are cases on both sides of each.
 MAX_BYTES = 50 << 20
 MAX_PIXELS = 100_000_000
 MAX_SIDE = 32_768
@@ -18,7 +18,7 @@ Corners = tuple[Color, Color, Color, Color]
 
 @dataclass(frozen=True)
 class Refusal:
-    """An error as the client gets it."""
+    """An error response."""
 
     status: int
     code: str
@@ -26,7 +26,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Expectation:
-    """What is right: to answer, or one of `refusals`.
+    """The acceptable responses: an answer, or one of `refusals`.
 
     `corners` are the colours in the middle of the upright picture's quadrants, `size` its (width,
     height) in pixels; `tolerance` is per channel, of 255. `answer` is what the embedded model says
@@ -41,7 +41,7 @@ class Expectation:
     answer: str | None = None
 
     def allows(self, status: int, code: str | None) -> bool:
-        """Whether a response with this status and error code is right."""
+        """Whether a response with this status and error code is acceptable."""
         if status == 200:
             return self.answered
         return any((status, code) == (one.status, one.code) for one in self.refusals)
@@ -57,13 +57,13 @@ INVALID = Expectation(refusals=(_INVALID,))
 UNSUPPORTED = Expectation(refusals=(_UNSUPPORTED,))
 TOO_LARGE = Expectation(refusals=(_TOO_LARGE,))
 TOO_THIN = Expectation(refusals=(_TOO_THIN,))
-# Broken twice over: which of the two is found first is the server's choice.
+# Broken in two ways: the server may report either.
 INVALID_OR_TOO_LARGE = Expectation(refusals=(_INVALID, _TOO_LARGE))
-# The file has the magic of an image, but the kind of image is one that need not be opened.
+# The file has the magic of an image, but of a kind that need not be supported.
 INVALID_OR_UNSUPPORTED = Expectation(refusals=(_INVALID, _UNSUPPORTED))
-# A PDF is not an image to whoever reads headers, but a server opens it, and finds no pages.
+# A PDF is not an image for the header reader, but the server opens it and finds no pages.
 BROKEN_PDF = Expectation(refusals=(_UNSUPPORTED, Refusal(400, "invalid_file")))
-# Whether it can still be shown depends on the library; it must not harm the server.
+# Whether it can be decoded depends on the library; it must not harm the server.
 SURVIVES = Expectation(answered=True, refusals=(_INVALID, _UNSUPPORTED, _TOO_LARGE, _TOO_THIN))
 
 
@@ -81,7 +81,7 @@ def named(answer: str) -> Expectation:
 
 @dataclass(frozen=True)
 class Case:
-    """One file: `name` is "family/what", `make` its bytes, `mime` the type its data URL claims."""
+    """One file: `name` is "family/case", `make` returns its bytes, `mime` its data URL's type."""
 
     name: str
     make: Callable[[], bytes] = field(repr=False)
@@ -90,7 +90,7 @@ class Case:
 
     @functools.cached_property
     def data(self) -> bytes:
-        """The bytes of the file; the same each time, and kept until they are forgotten."""
+        """The bytes of the file, the same each time; kept until `forget` is called."""
         return self.make()
 
     def forget(self) -> None:

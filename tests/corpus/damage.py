@@ -1,4 +1,4 @@
-"""Files of every format cut off, overwritten in the middle, and with bits of the header turned."""
+"""Files of every format truncated, overwritten in the middle, and with flipped header bits."""
 
 import functools
 import random
@@ -9,14 +9,14 @@ from tests.corpus.encoded import FORMATS, MAGIC_BYTES, MIMES
 from tests.corpus.scenes import noise
 from tests.pictures import encode
 
-# Where the header of each format is cut: behind the magic, before the size is complete.
+# Where the header of each format is cut: after the magic, before the size is complete.
 _IN_HEADER = {
     "jpeg": 12, "png": 20, "webp": 24, "gif": 8, "bmp": 20, "tiff": 20, "avif": 40, "heic": 40,
 }  # fmt: skip
 _ZONE_BYTES = 64
-# Where, as part of the length, and with which seed: in a JPEG, not all noise is a wrong code.
+# Position as a fraction of the length, and seed: in a JPEG, some noise is valid codes.
 _ZONES = ((0.3, 2), (0.5, 0), (0.8, 4))
-# What of each format is checked by its decoder, so that damage never goes unseen.
+# Files whose decoder checks all data, so that damage is always detected.
 _CHECKED = ("png", "jpeg")
 
 
@@ -28,20 +28,20 @@ def _file(kind: str) -> bytes:
 
 
 def cut(kind: str, length: int | float) -> bytes:
-    """The first bytes of a file: so many, or such a part of them."""
+    """The beginning of a file, by a number of bytes or a fraction of its length."""
     data = _file(kind)
     return data[: length if isinstance(length, int) else int(length * len(data))]
 
 
 def overwritten(data: bytes, where: float, seed: int) -> bytes:
-    """`data` with noise written over 64 bytes at a part of its length."""
+    """`data` with 64 bytes at a fraction of its length overwritten by noise."""
     at = int(where * len(data))
     zone = random.Random(seed).randbytes(_ZONE_BYTES)
     return data[:at] + zone + data[at + _ZONE_BYTES :]
 
 
 def turned(data: bytes, seed: int, magic_bytes: int) -> bytes:
-    """`data` with three bits turned in the 100 bytes behind its magic."""
+    """`data` with three bits flipped in the 100 bytes after its magic."""
     damaged, choose = bytearray(data), random.Random(seed)
     for _ in range(3):
         damaged[choose.randrange(magic_bytes, magic_bytes + 100)] ^= 1 << choose.randrange(8)

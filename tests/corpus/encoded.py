@@ -1,4 +1,4 @@
-"""One picture as a file of each of the eight formats that are opened."""
+"""One picture as a file of each of the eight supported formats."""
 
 import io
 from collections.abc import Callable
@@ -19,7 +19,7 @@ MIMES = {
     "avif": "image/avif",
     "heic": "image/heic",
 }
-# So many bytes tell what a file is.
+# The number of bytes that identify a format.
 MAGIC_BYTES = {
     "jpeg": 3, "png": 8, "webp": 12, "gif": 6, "bmp": 2, "tiff": 4, "avif": 12, "heic": 12,
 }  # fmt: skip
@@ -28,7 +28,7 @@ Encode = Callable[[Image.Image], bytes]
 
 
 def heic(image: Image.Image, **options: Any) -> bytes:
-    """A HEIC file. Its coder has its own threads, none of which may change the bytes."""
+    """A HEIC file. Its encoder uses threads, which must not affect the bytes."""
     file = io.BytesIO()
     pillow_heif.from_pillow(image).save(file, **{"quality": 90, **options})
     return file.getvalue()

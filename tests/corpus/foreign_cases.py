@@ -1,4 +1,4 @@
-"""What is no image, or none that is opened; files that are two things; and lying types."""
+"""Files that are not images, unsupported formats, files of two formats, and false MIME types."""
 
 import functools
 import gzip
@@ -163,7 +163,7 @@ def _doubtful() -> Iterator[tuple[str, Callable[[], bytes], Expectation]]:
 
 
 def _types() -> Iterator[Case]:
-    """The bytes tell what a file is; what its data URL claims does not."""
+    """The format is detected from the bytes, not from the data URL's type."""
     right = upright(30)
     for claimed in ("image/jpeg", "image/gif", "image/svg+xml", "image/x-unknown", "IMAGE/PNG"):
         make = functools.partial(FORMATS["png"], quadrants())

@@ -1,4 +1,4 @@
-"""GIF: animations, frames that do not fit, and LZW data that is none."""
+"""GIF: animations, frames beyond the screen, and invalid LZW data."""
 
 import functools
 import struct
@@ -77,7 +77,7 @@ def _interlaced() -> bytes:
 
 
 def _script() -> bytes:
-    """A file that is also JavaScript: its width is the beginning of a comment."""
+    """A file that is also JavaScript: its width is the start of a comment."""
     head = bytearray(gif.screen(*SIZE, PALETTE))
     head[6:8] = b"/*"
     return bytes(head) + _frame() + gif.TRAILER + b"*/=1;alert(1)"

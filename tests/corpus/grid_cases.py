@@ -1,4 +1,4 @@
-"""Grids in AVIF and HEIC, as phones write large photos: one picture of many tiles."""
+"""Grids in AVIF and HEIC: one picture of many tiles, as phones write large photos."""
 
 import functools
 import struct
@@ -69,7 +69,7 @@ def _grids(made: Callable[..., bytes]) -> Group:
 
 
 def _turned(data: bytes) -> bytes:
-    """By a quarter, against the clock."""
+    """Rotated by 90 degrees counterclockwise."""
     return boxes.with_property(data, boxes.box(b"irot", struct.pack("B", 1)), item=5)
 
 

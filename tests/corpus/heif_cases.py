@@ -1,4 +1,4 @@
-"""AVIF and HEIC: boxes that lie, nest and never end, and pictures that are turned."""
+"""AVIF and HEIC: false, nested and endless boxes, and rotated pictures."""
 
 import functools
 import struct
@@ -22,7 +22,7 @@ from tests.pictures import encode
 
 Group = Iterator[tuple[str, Callable[[], bytes], Expectation]]
 _RIGHT = upright(30)
-# EXIF orientation -> quarter turns against the clock by which `irot` does the same.
+# EXIF orientation -> counterclockwise quarter turns of the equivalent `irot`.
 _TURNS = {1: 0, 8: 1, 3: 2, 6: 3}
 
 
@@ -74,7 +74,7 @@ def _transparent() -> bytes:
 
 
 def _deep_avif() -> bytes:
-    """A header that says ten bits over a stream of eight."""
+    """A header that declares ten bits for a stream of eight."""
     data = FORMATS["avif"](quadrants())
     at, _ = boxes.find(data, b"av1C")
     return data[: at + 10] + bytes([data[at + 10] | 0x40]) + data[at + 11 :]
@@ -83,7 +83,7 @@ def _deep_avif() -> bytes:
 def _animated() -> bytes:
     frames = [quadrants().rotate(180)] * 3
     data = encode(quadrants(), "AVIF", save_all=True, append_images=frames, max_threads=1)
-    for kind in (b"mvhd", b"tkhd", b"mdhd"):  # the time of day is in them
+    for kind in (b"mvhd", b"tkhd", b"mdhd"):  # they contain the time of day
         at = data.index(kind) + 8
         length = 16 if data[at - 4] == 1 else 8
         data = data[:at] + bytes(length) + data[at + length :]
@@ -126,7 +126,7 @@ def _resized(plain: Callable[[], bytes], kind: bytes, size: int) -> bytes:
 
 
 def _nested(depth: int) -> bytes:
-    """Containers one in the other, each of the right size."""
+    """Nested containers, each with the right size."""
     sizes = range(8 * depth, 0, -8)
     kinds = (b"iprp", b"ipco", b"moov", b"trak")
     return b"".join(struct.pack(">I", size) + kinds[n % 4] for n, size in enumerate(sizes))
@@ -142,7 +142,7 @@ def _many_properties() -> bytes:
 
 
 def _moved(data: bytes, offset: int) -> bytes:
-    """The first item's data is said to lie at `offset`."""
+    """`iloc` says that the first item's data is at `offset`."""
     mdat_at, _ = boxes.find(data, b"mdat")
     iloc_at, size = boxes.find(data, b"iloc")
     at = data.index(struct.pack(">I", mdat_at + 8), iloc_at, iloc_at + size)
@@ -161,7 +161,7 @@ def _brands(kind: str, plain: Callable[[], bytes]) -> Group:
 
 
 def _rebranded(plain: Callable[[], bytes], major: bytes, more: tuple[bytes, ...]) -> bytes:
-    """Other brands, and the rest of the file moved by as much as they are longer."""
+    """Other brands, with the rest of the file shifted by the difference in length."""
     data, brand = plain(), boxes.ftyp(major, *more)
     _, size = boxes.find(data, b"ftyp")
     return boxes.with_shifted_items(brand + data[size:], 0, len(brand) - size)

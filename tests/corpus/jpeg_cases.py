@@ -1,4 +1,4 @@
-"""JPEG: every coding, odd but legal files, and the tables and markers broken."""
+"""JPEG: every coding, unusual but legal files, and broken tables and markers."""
 
 import functools
 import io
@@ -70,7 +70,7 @@ def _codings() -> Group:
 
 
 def _of_kind(kind: int) -> bytes:
-    """The usual file with another kind of frame in its header."""
+    """The usual file with another frame type in its header."""
     at = next(at for marker, at, _ in jpeg.markers(_usual()) if marker == jpeg.SOF0)
     return _usual()[: at + 1] + bytes([kind]) + _usual()[at + 2 :]
 
@@ -165,7 +165,7 @@ def _multi_picture() -> bytes:
 
 
 def _mpf_index() -> bytes:
-    """An index that says it has 16 million pictures."""
+    """An index that claims 16 million pictures."""
     entries = struct.pack("<HHIIHHII", 0xB001, 4, 1, 1 << 24, 0xB002, 7, 0xFFFFFFF0, 50)
     return b"MPF\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + entries + bytes(4)
 

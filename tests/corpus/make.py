@@ -1,4 +1,4 @@
-"""The corpus as a whole: all cases, and the way to write them to files."""
+"""All cases of the corpus, and writing them to files."""
 
 import dataclasses
 import functools
@@ -39,10 +39,10 @@ _MODULES = (
 
 @functools.cache
 def all_cases() -> tuple[Case, ...]:
-    """Every case, in a fixed order; each makes its bytes when it is asked for them.
+    """Every case, in a fixed order; each generates its bytes on request.
 
     Raises:
-        ValueError: two cases have one name.
+        ValueError: two cases have the same name.
     """
     cases = tuple(case for module in _MODULES for case in module.cases())
     names = [case.name for case in cases]
@@ -52,7 +52,7 @@ def all_cases() -> tuple[Case, ...]:
 
 
 def write(folder: Path) -> int:
-    """Write every file, and what is expected to `expectations.json`; returns how many files."""
+    """Write every file, and `expectations.json`; returns the number of files."""
     expectations = {}
     for case in all_cases():
         path = folder / case.name

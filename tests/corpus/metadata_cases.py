@@ -1,4 +1,4 @@
-"""What comes with the pixels: EXIF, XMP and colour profiles, honest and hostile."""
+"""Metadata: EXIF, XMP and colour profiles, valid and hostile."""
 
 import functools
 import struct
@@ -79,7 +79,7 @@ def _oriented_as(kind: str, orientation: int) -> bytes:
 
 
 def _heic_oriented(orientation: int) -> bytes:
-    """As phones write it: turned by `irot`; that the EXIF says so too is not to count."""
+    """As phones write it: rotated by `irot`; the EXIF orientation must not be applied again."""
     return heic(stored(orientation), exif=_EXIF_MARK + tiff.oriented(orientation))
 
 
@@ -160,7 +160,7 @@ def _xmp_bomb() -> bytes:
 
 
 def _same_name() -> Group:
-    """Two pictures that say they are the same one."""
+    """Two pictures with the same identifier."""
     uuid = b"123e4567-e89b-12d3-a456-426614174000\0"
     blocks = {
         "image-id": tiff.exif(Tag(tiff.IMAGE_ID, ASCII, uuid)),
@@ -206,7 +206,7 @@ def _profiles() -> Group:
 
 
 def _with_profile(data: bytes, profile: bytes, parts: int | None = None) -> bytes:
-    """The profile in as many segments as it takes; they say that there are `parts`."""
+    """The profile in as many segments as it needs; they declare `parts` segments."""
     pieces = [profile[at : at + 65_000] for at in range(0, len(profile), 65_000)]
     count = len(pieces) if parts is None else parts
     heads = (b"ICC_PROFILE\0" + struct.pack("BB", n + 1, count) for n in range(len(pieces)))

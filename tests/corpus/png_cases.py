@@ -1,4 +1,4 @@
-"""PNG: every kind of pixel, and every way to break the chunks."""
+"""PNG: every pixel format, and broken chunks."""
 
 import functools
 import struct
@@ -48,7 +48,7 @@ def _idat() -> bytes:
 
 
 def _with(*chunks: bytes) -> Callable[[], bytes]:
-    """The quadrants with `chunks` between header and pixels."""
+    """The quadrants with `chunks` between the header and the pixels."""
     return lambda: png.png(_IHDR, *chunks, _idat())
 
 
@@ -103,7 +103,7 @@ def _deep(image: Image.Image) -> bytes:
 
 
 def _interlaced() -> bytes:
-    """Adam7: seven passes, each a picture of its own."""
+    """Adam7: seven passes, each encoded like a picture."""
     passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2),
               (0, 1, 1, 2)]  # fmt: skip
     lines = b"".join(png.scanlines(_rgb()[y::dy, x::dx]) for x, y, dx, dy in passes)
@@ -131,7 +131,7 @@ def _rgba_file(alpha: int) -> bytes:
 
 
 def _filtered() -> bytes:
-    """Rows of the filter types 0, 1 and 2 in turn, each by its definition."""
+    """Rows of the filter types 0, 1 and 2 in turn, filtered by definition."""
     rows, above, lines = _rgb().reshape(SIZE[1], -1), np.zeros(3 * SIZE[0], np.uint8), b""
     for number, row in enumerate(rows):
         left = np.concatenate([np.zeros(3, np.uint8), row[:-3]])
@@ -245,7 +245,7 @@ def _with_stream(data: bytes) -> bytes:
 
 
 def _bombs() -> Group:
-    """A gigabyte of text, or of profile, in a megabyte."""
+    """A gigabyte of text or profile, compressed to a megabyte."""
 
     def text(head: bytes) -> Callable[[], bytes]:
         return lambda: png.png(

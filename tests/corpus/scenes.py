@@ -1,4 +1,4 @@
-"""The pictures that the cases are made of."""
+"""The pictures in the cases."""
 
 import functools
 
@@ -22,7 +22,7 @@ PALETTE = bytes(channel for color in CORNERS for channel in color)
 
 @functools.cache
 def indices(size: Size = SIZE) -> np.ndarray:
-    """Which quadrant a pixel lies in, 0 to 3: uint8 (height, width)."""
+    """The quadrant of each pixel, 0 to 3: uint8 (height, width)."""
     width, height = size
     rows = np.arange(height)[:, None] >= height // 2
     columns = np.arange(width)[None] >= width // 2
@@ -42,7 +42,7 @@ def paletted(size: Size = SIZE) -> Image.Image:
 
 
 def stored(orientation: int) -> Image.Image:
-    """The quadrants as a camera stores them when it writes EXIF `orientation`."""
+    """The quadrants as a camera stores them with EXIF `orientation`."""
     undo = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
@@ -56,13 +56,13 @@ def stored(orientation: int) -> Image.Image:
 
 
 def upright(tolerance: int = 24) -> Expectation:
-    """The quadrants are seen as they are."""
+    """Expects the upright quadrants."""
     return seen(CORNERS, SIZE, tolerance)
 
 
 @functools.cache
 def noise(size: Size = SIZE) -> Image.Image:
-    """Noise, which no format compresses to nothing: damage to its file hits pixels."""
+    """Noise, which compresses badly, so that damage to its file hits pixels."""
     random = np.random.default_rng(0)
     width, height = size
     return Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8))

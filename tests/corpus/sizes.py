@@ -1,4 +1,4 @@
-"""Every format at both sides of each limit: tiny, thin, huge, and lying about it."""
+"""Every format on both sides of each limit: tiny, thin, huge, and with false sizes."""
 
 import functools
 import struct
@@ -33,13 +33,13 @@ def _lossy_webp(size: Size) -> bytes:
 
 
 def _webp(size: Size) -> bytes:
-    """The lossy bitstream has 14 bits for a side; a larger one is announced as a canvas."""
+    """The lossy bitstream has 14 bits for a side; a larger size is declared as a canvas."""
     if max(size) <= webp.MAX_SIDE:
         return _lossy_webp(size)
     return webp.riff(webp.vp8x(*size), webp.vp8l(96, 64, RED))
 
 
-# A file that announces a size, with next to no pixels.
+# Files that declare a size and contain hardly any pixels.
 ANNOUNCING: dict[str, Callable[[Size], bytes]] = {
     "jpeg": lambda size: jpeg.jpeg(jpeg.tables(), jpeg.sof(size, [(1, 1)]), jpeg.sos(1), _FEW),
     "png": lambda size: png.png(png.ihdr(*size), png.chunk(b"IDAT", b"\x78\x9c" + _FEW)),
@@ -76,7 +76,7 @@ def _one_color_gif(size: Size) -> bytes:
     return gif.screen(*size, PALETTE) + gif.frame(size, data) + gif.TRAILER
 
 
-# Small files that really have so many pixels.
+# Small files that really contain all the pixels.
 BOMBS: dict[str, Callable[[Size], bytes]] = {
     "jpeg": _grey_jpeg,
     "png": lambda size: png.one_color(*size, bytes(RED)),
@@ -107,7 +107,7 @@ def _tiny_and_thin(kind: str, mime: str) -> Iterator[Case]:
     yield Case(f"{kind}/1x1", real((1, 1)), solid(RED, (1, 1), 40), mime)
     yield Case(f"{kind}/2x3", real((2, 3)), solid(RED, (2, 3), 40), mime)
     length = webp.MAX_SIDE if kind == "webp" else 30_000
-    if kind in ("avif", "heic"):  # their coders take too long over such a picture
+    if kind in ("avif", "heic"):  # their encoders take too long for such a picture
         announced = ANNOUNCING[kind]
         yield Case(f"{kind}/1x30000", lambda: announced((1, 30_000)), TOO_THIN, mime)
         yield Case(f"{kind}/30000x1", lambda: announced((30_000, 1)), TOO_THIN, mime)
@@ -123,14 +123,14 @@ def _announced(kind: str, mime: str) -> Iterator[Case]:
     yield Case(f"{kind}/announces-20000x20000", announced((20_000, 20_000)), TOO_LARGE, mime)
     yield Case(f"{kind}/announces-40000x1000", announced((40_000, 1_000)), TOO_LARGE, mime)
     yield Case(f"{kind}/announces-1000x40000", announced((1_000, 40_000)), TOO_LARGE, mime)
-    # What AVIF announces is the size to which its picture is to be scaled, however small that is.
+    # AVIF declares the size to which its picture is scaled, even if the picture is tiny.
     expected = SURVIVES if kind == "avif" else INVALID
     few = announced((8_000, 8_000))
     yield Case(f"{kind}/announces-8000x8000-in-few-bytes", few, expected, mime)
 
 
 def _heavy() -> Iterator[Case]:
-    """As much as is allowed, in the forms that cost most memory or time."""
+    """Sizes at the limit, in the forms that take most memory or time."""
     transparent = bytes((*RED, 128))
     size = _HUNDRED_MEGAPIXELS
     yield Case(
@@ -150,7 +150,7 @@ def _heavy() -> Iterator[Case]:
 
 
 def _lying() -> Iterator[Case]:
-    """1x1 is announced, and much more follows."""
+    """1x1 is declared, and much more data follows."""
     pixels = png.zlib_repeated(b"\0" * 1_000_000, 100)
     yield Case(
         "png/announces-1x1", lambda: png.png(png.ihdr(1, 1), png.chunk(b"IDAT", pixels)), SURVIVES

@@ -1,4 +1,4 @@
-"""TIFF: every layout, compression and colour space, and directories that lead nowhere."""
+"""TIFF: every layout, compression and colour space, and invalid directories."""
 
 import functools
 import struct
@@ -59,7 +59,7 @@ def _tagged(data: list[bytes], *more: Tag, **options: object) -> bytes:
 
 
 def _tiled(side: int | None = None) -> bytes:
-    """Tiles of 32x32; `side` is said in its place."""
+    """Tiles of 32x32 that are declared with `side`."""
     tiles = [
         _rgb()[y : y + 32, x : x + 32].tobytes() for y in range(0, 64, 32) for x in range(0, 96, 32)
     ]
@@ -174,7 +174,7 @@ def _lab(image: Image.Image) -> bytes:
     srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
     converted = ImageCms.profileToProfile(image, srgb, lab, outputMode="LAB")
     assert converted is not None
-    del converted.info["icc_profile"]  # it has the time of day in it
+    del converted.info["icc_profile"]  # it contains the time of day
     return encode(converted, "TIFF")
 
 
@@ -224,7 +224,7 @@ def _directories() -> Group:
 
 
 def _chained(number: int) -> bytes:
-    """A picture, and behind it so many directories of one tag."""
+    """A picture followed by `number` directories of one tag."""
     first = _tagged([_rgb().tobytes()])
     at = len(first)
     entry = struct.pack("<HHHII", 1, tiff.WIDTH, LONG, 1, 1)
@@ -237,7 +237,7 @@ def _endless_bigtiff() -> bytes:
 
 
 def _with_tag(count: int, offset: int = 8) -> bytes:
-    """A private tag that says it has `count` values at `offset`."""
+    """A private tag that declares `count` values at `offset`."""
     return _tagged([_rgb().tobytes()], Tag(40_000, LONG, [], count, offset))
 
 

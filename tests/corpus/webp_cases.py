@@ -1,4 +1,4 @@
-"""WebP: lossy, lossless, animated, and containers that contradict what is in them."""
+"""WebP: lossy, lossless, animated, and containers that contradict their contents."""
 
 import functools
 import io

@@ -1,9 +1,9 @@
-"""Coverage-guided search for files whose header is read otherwise than the decoders read the file.
+"""Coverage-guided search for files for which the header reader and the decoders disagree.
 
     pip install --target /tmp/atheris atheris
     PYTHONPATH=/tmp/atheris python -m tests.fuzz.fuzz_header --seconds 60 [corpus directory]
 
-A finding ends the run and is written to the directory as `crash-...`; named in place of it, it is
+A finding ends the run and is written to the directory as `crash-...`; given in its place, it is
 tried again. Coverage is that of the reader and of Pillow's Python code. The seeds are made on
 the fly; the tests of the reader take theirs from here.
 """
@@ -34,7 +34,7 @@ pillow_heif.register_heif_opener()
 Size = tuple[int, int]
 
 SIZE = (37, 23)
-# Above this, a file is opened but not decoded; libwebp and libavif allocate when they open one.
+# Larger files are opened but not decoded; libwebp and libavif allocate on opening.
 MAX_PIXELS = 1_000_000
 MAX_FILE_BYTES = 4096
 MAX_MEMORY_BYTES = 8 << 30
@@ -49,7 +49,7 @@ def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def exif(orientation: int | None, order: str = ">") -> bytes:
-    """EXIF as a camera's: its orientation, if any, among other values."""
+    """EXIF like a camera's: the orientation, if any, among other values."""
     values = Image.Exif()
     values.endian = order
     values.update({271: "Maker of cameras", 282: 72.0, 296: 2, 305: "1.0"})
@@ -85,7 +85,7 @@ def _checksum(data: bytes) -> bytes:
 
 
 def with_checksums(png: bytes) -> bytes:
-    """A PNG as it would be if every chunk's checksum were right."""
+    """`png` with the right checksum in every chunk."""
     fixed = bytearray(png)
     at = 8
     while at + 12 <= len(png):
@@ -150,7 +150,7 @@ def imir(axis: int) -> bytes:
 
 
 def clap(width: int, height: int, right: Size = (0, 1), down: Size = (0, 1)) -> bytes:
-    """A crop to `width` and `height` around the centre, or off it by the given fractions."""
+    """A crop to `width` and `height`, offset from the centre by the given fractions."""
     return box(b"clap", struct.pack(">IIIIiIiI", width, 1, height, 1, *right, *down))
 
 
@@ -280,7 +280,7 @@ def _heif() -> dict[str, bytes]:
 def _avif() -> dict[str, bytes]:
     plain = encode(picture(), "AVIF")
     more = {"save_all": True, "append_images": [picture().rotate(9)]}
-    # Pillow would take an orientation out of the EXIF; this one gets its number afterwards.
+    # Pillow would remove an orientation from the EXIF, so that its tag number is set afterwards.
     unit = struct.pack(">HHIH", 296, 3, 1, 2)
     without = encode(picture(), "AVIF", exif=exif(None), xmp=xmp(8))
     turned = without.replace(unit, struct.pack(">HHIH", ORIENTATION, 3, 1, 6))
@@ -297,7 +297,7 @@ def _avif() -> dict[str, bytes]:
 
 
 def decoded_size(data: bytes) -> Size | None:
-    """Upright (width, height) of what the decoders make of `data`; None if they refuse it."""
+    """Upright (width, height) of the decoded `data`; None if the decoders refuse it."""
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, MAX_PIXELS
     try:
         with warnings.catch_warnings():
@@ -305,7 +305,7 @@ def decoded_size(data: bytes) -> Size | None:
             image = Image.open(io.BytesIO(data), formats=header.FORMATS)
             image.load()
             sideways = _orientation(image) in range(5, 9)
-    except Exception:  # whatever a library raises on a damaged file
+    except Exception:  # any exception of a library for a damaged file
         return None
     finally:
         Image.MAX_IMAGE_PIXELS = before
@@ -314,11 +314,11 @@ def decoded_size(data: bytes) -> Size | None:
 
 
 def _orientation(image: Image.Image) -> Any:
-    if image.format == "HEIF":  # libheif has turned it
+    if image.format == "HEIF":  # libheif has applied it
         return 1
     try:
         return image.getexif().get(ORIENTATION, 1)
-    except Exception:  # damaged EXIF leaves the picture as it is stored
+    except Exception:  # damaged EXIF is ignored
         return 1
 
 
@@ -349,7 +349,7 @@ def main() -> None:
     import atheris
 
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
-    for data in seeds().values():  # loads all modules that there are to instrument
+    for data in seeds().values():  # loads all modules to instrument
         check(data)
     for function in _functions(("server.imaging.header", "PIL.")):
         atheris.instrument_func(function)
@@ -365,7 +365,7 @@ def main() -> None:
 
 
 def _functions(modules: tuple[str, ...]) -> Iterator[FunctionType]:
-    """The functions and methods of the loaded modules whose names begin so."""
+    """The functions and methods of loaded modules whose names begin with one of `modules`."""
     for name, module in list(sys.modules.items()):
         if name.startswith(modules):
             classes = [owner for owner in vars(module).values() if isinstance(owner, type)]

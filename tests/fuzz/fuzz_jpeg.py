@@ -1,4 +1,4 @@
-"""Search for JPEG files that make a decoder leave its arrays, crash, hang or take too much memory.
+"""Search for JPEG files that make a decoder index out of bounds, crash, hang or exhaust memory.
 
     python -m tests.fuzz.fuzz_jpeg --seconds 3600 --output benchmarks/results/DATE-fuzz-jpeg.json
     python -m tests.fuzz.fuzz_jpeg --seed 7 --index 1234      tries one input again
@@ -34,7 +34,7 @@ from tests.fuzz.jpeg_mutations import mutated
 MAX_PIXELS = 1_000_000
 MAX_ADDRESS_SPACE_BYTES = 6 << 30
 MAX_SAVED = 50
-# The first input of a child waits until all loops are compiled.
+# The first input of a child waits for the compilation of all loops.
 STARTUP_TIMEOUT_S = 600
 
 COUNTERS = ("inputs", "headers read", "reduced decoder entered", "reduced pictures", "pictures")
@@ -44,12 +44,12 @@ def main() -> None:
     """Fuzz for the time given, and save the result; exit with 1 if there are findings."""
     options = _arguments()
     with tempfile.TemporaryDirectory() as cache:
-        # The checks are compiled in: that code must not be mixed up with what servers keep on disk.
+        # The checks are compiled in: keep this code separate from the servers' cache.
         os.environ |= {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": cache}
         if options.index is not None:
             _Checks(_no_shared_counters()).check(mutated(options.seed, options.index))
             return
-        described = environment.describe()  # of the commit that runs, not of one made meanwhile
+        described = environment.describe()  # of the running commit, not of a later one
         run = _Run(options)
         run.go()
     result = {"what": "fuzzing of the JPEG decoders", **described, **run.result()}
@@ -101,7 +101,7 @@ class _Checks:
     def check(self, data: bytes, whole: bool = True) -> None:
         """
         Raises:
-            Exception: whatever a decoder raises that is not meant for clients.
+            Exception: a decoder raised anything but a client error.
         """
         self._counters[0] += 1
         self._counters[1] += self._has_header(data)
@@ -139,9 +139,9 @@ class _Checks:
 
 
 def _child(seed: int, first: int, at: Any, counters: Any, findings: Connection) -> None:
-    """Decode inputs from number `first` on, for ever; `at` is the number of the current one."""
+    """Decode inputs from number `first` on, without end; `at` is the number of the current one."""
     resource.setrlimit(resource.RLIMIT_AS, (MAX_ADDRESS_SPACE_BYTES, MAX_ADDRESS_SPACE_BYTES))
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries write of each damaged file
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries print messages about each damaged file
     checks = _Checks(counters)
     index = first
     while True:
@@ -180,7 +180,7 @@ class _Run:
         self.elapsed_s = time.monotonic() - start
 
     def _watch(self, first: int, end: float) -> int:
-        """Run a child until it is stopped; the number of its last input."""
+        """Run a child until it stops; returns the number of its last input."""
         ours, theirs = self._context.Pipe(duplex=False)
         self._at.value = -1
         arguments = (self.options.seed, first, self._at, self._counters, theirs)
@@ -205,11 +205,11 @@ class _Run:
         return max(first, int(self._at.value))
 
     def _receive(self, findings: Connection) -> None:
-        """Wait for a finding, though not for long."""
+        """Wait briefly for a finding."""
         try:
             while findings.poll(0.25):
                 self._report(*findings.recv())
-        except EOFError:  # the child has died, which its exit code tells
+        except EOFError:  # the child has died; its exit code is checked elsewhere
             time.sleep(0.25)
 
     def _problem(self, pid: int, exitcode: int | None, changed: float, last: int) -> str | None:

@@ -1,4 +1,4 @@
-"""Mutations of JPEG files that keep them JPEG enough to get past the header.
+"""Mutations of JPEG files, most of which still pass the header reader.
 
 Input number `index` of a run with some `seed` depends on these two numbers alone, so that a finding
 needs no file to be tried again.
@@ -21,7 +21,7 @@ MAX_BYTES = 200_000
 
 SOI, EOI, RST0 = 0xD8, 0xD9, 0xD0
 SOF_KINDS = (0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC9, 0xCA)
-# Corpus files of many scans take minutes, and there is no reason to search around them.
+# Corpus files of many scans take minutes and are of no use as seeds.
 _SLOW = ("-scans", "taller-than", "20000", "of-3-mb")
 
 
@@ -42,7 +42,7 @@ File = list[Segment]
 
 
 def split(data: bytes) -> File:
-    """The segments of a JPEG; bytes that are no segment are left to the one before them."""
+    """The segments of a JPEG; bytes between segments belong to the one before them."""
     file: File = []
     at = 0
     while at + 2 <= len(data):
@@ -57,7 +57,7 @@ def split(data: bytes) -> File:
 
 
 def _next_marker(data: bytes, at: int) -> int:
-    """Where the next marker is that is neither a stuffed byte nor a restart."""
+    """The offset of the next marker that is neither a stuffed byte nor a restart."""
     while 0 <= (at := data.find(b"\xff", at)) < len(data) - 1:
         if data[at + 1] not in (0x00, 0xFF, *range(RST0, RST0 + 8)):
             return at
@@ -112,7 +112,7 @@ def _options() -> list[dict[str, object]]:
 
 
 def mutated(seed: int, index: int) -> bytes:
-    """Input number `index`: a seed with one to six mutations, most often few."""
+    """Input number `index`: a seed with one to six mutations, usually few."""
     rng = random.Random(f"{seed}/{index}")
     file = split(rng.choice(seeds()))
     while True:
@@ -136,7 +136,7 @@ def _of(file: File, *markers: int) -> list[Segment]:
 
 
 def _content(rng: random.Random, file: File, *markers: int) -> bytearray:
-    """Contents of one of the segments of these kinds; a throw-away array if there are none."""
+    """Contents of one of the segments of these kinds; a dummy array if there are none."""
     found = _of(file, *markers)
     return (rng.choice(found).content or bytearray()) if found else bytearray(64)
 
@@ -310,7 +310,7 @@ def _truncate_scan(rng: random.Random, file: File) -> None:
 
 
 def _draw_scan(rng: random.Random, file: File) -> None:
-    """Random, constant or repeated data in place of a scan, stuffed as it should be or not."""
+    """Random, constant or repeated data in place of a scan, with or without byte stuffing."""
     scan = _scan(rng, file)
     length = rng.choice((1, 9, 100, 1000, 6000, len(scan)))
     match rng.randrange(4):
@@ -384,7 +384,7 @@ def _change_contents(rng: random.Random, file: File) -> None:
 
 
 def _with_other_bytes(rng: random.Random, data: bytes) -> bytes:
-    """`data` with a few bits or bytes changed, put in or left out."""
+    """`data` with a few bits or bytes changed, inserted or removed."""
     out = bytearray(data or b"\0")
     for _ in range(rng.choice((1, 1, 2, 4, 16))):
         at = rng.randrange(len(out))

@@ -1,1 +1,1 @@
-"""Writers of image files that let everything be wrong; each knows one format and no case."""
+"""Writers of image files in which every field can be set; one format each, without cases."""

@@ -2,13 +2,13 @@
 
 
 def from_text(bits: str, pad: str = "1") -> bytes:
-    """Bytes of "0" and "1", most significant first, filled up with `pad`."""
+    """Bytes from text of "0" and "1", most significant first, padded with `pad`."""
     bits += pad * (-len(bits) % 8)
     return int(bits or "0", 2).to_bytes(len(bits) // 8)
 
 
 def lsb_first(fields: list[tuple[int, int]]) -> bytes:
-    """(value, number of bits) after one another, least significant bit first."""
+    """Concatenated (value, number of bits) fields, least significant bit first."""
     number = position = 0
     for value, width in fields:
         number |= value << position

@@ -11,7 +11,7 @@ RGB, RLE8, RLE4, BITFIELDS, JPEG = 0, 1, 2, 3, 4
 
 @dataclass(frozen=True)
 class Dib:
-    """The fields of a BITMAPINFOHEADER; `length` is what it says of its own."""
+    """The fields of a BITMAPINFOHEADER; `length` is its declared length."""
 
     width: int
     height: int
@@ -27,7 +27,7 @@ class Dib:
 
 
 def bmp(header: bytes, palette: bytes, pixels: bytes, offset: int | None = None) -> bytes:
-    """A file; `offset` of the pixels in place of the right one."""
+    """A file; `offset` replaces the right offset of the pixels."""
     at = 14 + len(header) + len(palette)
     size = at + len(pixels)
     start = at if offset is None else offset

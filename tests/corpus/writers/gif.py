@@ -27,7 +27,7 @@ def frame(
 
 
 def blocks(data: bytes) -> bytes:
-    """`data` in sub-blocks, and the empty one."""
+    """`data` in sub-blocks, with the empty block at the end."""
     cut = (data[at : at + 255] for at in range(0, len(data), 255))
     return b"".join(bytes([len(piece)]) + piece for piece in cut) + b"\0"
 
@@ -44,7 +44,7 @@ def loop(times: int = 0) -> bytes:
 
 
 def uncompressed(pixels: Sequence[int], code_size: int = 2) -> bytes:
-    """LZW data that never uses its dictionary: it is cleared before codes would grow."""
+    """LZW data that never uses its dictionary, which is cleared before codes get longer."""
     clear, width = 1 << code_size, code_size + 1
     fields = []
     for number, pixel in enumerate(pixels):

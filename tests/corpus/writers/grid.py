@@ -1,4 +1,4 @@
-"""A HEIF or AVIF file of several pictures and a grid that puts them together."""
+"""A HEIF or AVIF file of several pictures and a grid that joins them."""
 
 import struct
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class _Item:
-    """`properties` are boxes, each of which only this item has."""
+    """`properties` are boxes that only this item has."""
 
     kind: bytes
     data: bytes
@@ -29,7 +29,7 @@ class _Item:
 
 
 def grid(files: Sequence[bytes], made: Grid) -> bytes:
-    """The pictures of `files`, items from 1 on, and behind them the grid, which is the primary."""
+    """The pictures of `files` as items from 1 on, followed by the grid as the primary item."""
     tiles = [_item(data) for data in files]
     shared = [one for one in tiles[0].properties if one[4:8] in (b"pixi", b"colr")]
     ispe = full(b"ispe", struct.pack(">II", *made.announced))

@@ -18,7 +18,7 @@ JFIF = b"JFIF\0\x01\x01\0\0\x01\0\x01\0\0"
 _DC_TABLE = b"\x00" + bytes([0, 0, 0, 12, *[0] * 12]) + bytes(range(12))
 _AC_TABLE = b"\x10" + bytes([1, *[0] * 15]) + b"\x00"
 _DC_BITS, _END_OF_BLOCK = 4, "0"
-# A step of 8 for the DC coefficient makes one step of it one grey level of the block.
+# With a quantiser step of 8, one step of the DC coefficient is one grey level of the block.
 _QUANT = b"\x00" + bytes([8] * 64)
 
 
@@ -56,7 +56,7 @@ def tables() -> bytes:
 
 
 def scan(planes: Sequence[Plane], size: tuple[int, int], restart: int = 0) -> bytes:
-    """Entropy-coded data of one interleaved baseline scan; a restart marker each `restart` MCUs."""
+    """Entropy-coded data of one interleaved baseline scan; a restart marker per `restart` MCUs."""
     width, height = size
     across = -(-width // (8 * max(p.h for p in planes)))
     down = -(-height // (8 * max(p.v for p in planes)))
@@ -106,7 +106,7 @@ def jpeg(*segments: bytes) -> bytes:
 def baseline(
     size: tuple[int, int], planes: Sequence[Plane], *before: bytes, restart: int = 0
 ) -> bytes:
-    """A whole file; the segments `before` come first."""
+    """A complete file that begins with the segments `before`."""
     interval = segment(DRI, struct.pack(">H", restart)) if restart else b""
     frame = sof(size, [(p.h, p.v) for p in planes])
     body = scan(planes, size, restart)
@@ -132,7 +132,7 @@ def many_scans(size: tuple[int, int], scans: int) -> bytes:
 
 
 def after_soi(data: bytes, *segments: bytes) -> bytes:
-    """`data` with `segments` put in behind its SOI."""
+    """`data` with `segments` inserted after its SOI."""
     return SOI + b"".join(segments) + data[2:]
 
 

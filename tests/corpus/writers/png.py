@@ -11,7 +11,7 @@ _ADLER = 65521
 
 
 def chunk(kind: bytes, data: bytes = b"", crc: int | None = None) -> bytes:
-    """One chunk; `crc` in place of the right one."""
+    """One chunk; `crc` replaces the right checksum."""
     right = zlib.crc32(kind + data)
     return (
         struct.pack(">I", len(data))
@@ -30,7 +30,7 @@ def ihdr(
     interlace: int = 0,
     method: int = 0,
 ) -> bytes:
-    """The header chunk; `method` is that of compression."""
+    """The header chunk; `method` is the compression method."""
     fields = (width, height, depth, color, method, 0, interlace)
     return chunk(b"IHDR", struct.pack(">IIBBBBB", *fields))
 
@@ -59,7 +59,7 @@ def packed(samples: np.ndarray, depth: int) -> np.ndarray:
 
 
 def zlib_repeated(unit: bytes, times: int) -> bytes:
-    """The zlib stream of `unit * times`, which is never held."""
+    """The zlib stream of `unit * times`, without holding these bytes in memory."""
     compressor = zlib.compressobj(9)
     once = compressor.compress(unit) + compressor.flush(zlib.Z_FULL_FLUSH)
     total, weighted = _sums(unit)
@@ -72,7 +72,7 @@ def zlib_repeated(unit: bytes, times: int) -> bytes:
 
 
 def _sums(unit: bytes) -> tuple[int, int]:
-    """What `unit` adds to the two halves of an Adler-32 that starts from nothing."""
+    """The amounts that `unit` adds to the two halves of an Adler-32."""
     checksum = zlib.adler32(unit)
     return (checksum & 0xFFFF) - 1, ((checksum >> 16) - len(unit)) % _ADLER
 

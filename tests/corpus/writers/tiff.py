@@ -1,4 +1,4 @@
-"""TIFF and the EXIF block, which is one: directories of tags."""
+"""TIFF files and EXIF blocks (which have the same structure): directories of tags."""
 
 import struct
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ WHITE_IS_ZERO, GREY, RGB, PALETTE, CMYK, YCBCR, LAB = 0, 1, 2, 3, 5, 6, 8
 
 @dataclass(frozen=True)
 class Tag:
-    """`values` are numbers or bytes; `count` and `offset` in place of the right ones."""
+    """`values` are numbers or bytes; `count` and `offset` replace the right ones."""
 
     number: int
     kind: int
@@ -34,7 +34,7 @@ class Tag:
 
 @dataclass(frozen=True)
 class Layout:
-    """Byte order ("<" or ">") and whether it is BigTIFF."""
+    """Byte order ("<" or ">"), and whether the file is BigTIFF."""
 
     order: Literal["<", ">"] = "<"
     big: bool = False
@@ -50,7 +50,7 @@ class Layout:
         return 16 if self.big else 8
 
     def ifd(self, tags: Sequence[Tag], at: int, next_ifd: int = 0) -> bytes:
-        """A directory that lies at offset `at`, and its long values right behind it."""
+        """A directory at offset `at`, followed by its long values."""
         count, number, inline = ("Q", "Q", 8) if self.big else ("H", "I", 4)
         entry_bytes = 4 + 2 * inline
         end = at + struct.calcsize(self.order + count) + entry_bytes * len(tags) + inline
@@ -79,7 +79,7 @@ LITTLE, BIG = Layout(), Layout(big=True)
 
 
 def picture_tags(size: tuple[int, int], bits: Sequence[int], photometric: int) -> list[Tag]:
-    """The tags that every picture has, without where its data lies."""
+    """The tags that every picture has, without the position of its data."""
     return [
         Tag(WIDTH, LONG, [size[0]]),
         Tag(HEIGHT, LONG, [size[1]]),
@@ -90,7 +90,7 @@ def picture_tags(size: tuple[int, int], bits: Sequence[int], photometric: int) -
 
 
 def strips(data: Sequence[bytes], at: int, rows: int) -> list[Tag]:
-    """The tags of strips that lie one after the other from offset `at`."""
+    """The tags of consecutive strips from offset `at` on."""
     offsets = [at + sum(map(len, data[:number])) for number in range(len(data))]
     return [
         Tag(STRIP_OFFSETS, LONG, offsets),
@@ -131,7 +131,7 @@ def samples(pixels: np.ndarray, layout: Layout = LITTLE) -> bytes:
 
 
 def exif(*tags: Tag, layout: Layout = LITTLE, thumbnail: Sequence[Tag] = ()) -> bytes:
-    """An EXIF block: a directory, and with `thumbnail` a second one."""
+    """An EXIF block: a directory, and a second one if there is a `thumbnail`."""
     at = layout.header_bytes
     first = layout.ifd(tags, at)
     if thumbnail:
@@ -141,5 +141,5 @@ def exif(*tags: Tag, layout: Layout = LITTLE, thumbnail: Sequence[Tag] = ()) -> 
 
 
 def oriented(orientation: int) -> bytes:
-    """An EXIF block that says how the picture is to be turned."""
+    """An EXIF block with the orientation."""
     return exif(Tag(ORIENTATION, SHORT, [orientation]))

@@ -13,7 +13,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def riff(*chunks: bytes, size: int | None = None) -> bytes:
-    """A file of `chunks`; `size` in place of the right one."""
+    """A file of `chunks`; `size` replaces the right size."""
     body = b"WEBP" + b"".join(chunks)
     return b"RIFF" + struct.pack("<I", len(body) if size is None else size) + body
 
@@ -30,7 +30,7 @@ def vp8l(width: int, height: int, color: tuple[int, int, int]) -> bytes:
 
 
 def vp8x(width: int, height: int, flags: int = 0) -> bytes:
-    """The chunk that announces a canvas and what else is in the file."""
+    """The chunk that declares the canvas and the features of the file."""
     return chunk(b"VP8X", struct.pack("<I", flags) + _u24(width - 1) + _u24(height - 1))
 
 
