@@ -56,7 +56,7 @@ class Twins:
     def inputs(self, example: Example, *, worded: bool) -> dict[str, Tensor]:
         """The inputs that Transformers builds from an example of one question.
 
-        `worded`: a system message comes first, and the question stands before the pictures.
+        `worded`: with a system message first, and with the question before the pictures.
         """
         (question,) = example.questions
         text = {"type": "text", "text": question.text}

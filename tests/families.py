@@ -14,7 +14,7 @@ Three families have quirks, also in vLLM:
   server's PYTHONPATH where it is not installed;
 * paligemma takes at most one picture, and vLLM itself puts it before the prompt;
 * gemma3 and paligemma should see all of a picture's tokens at once. vLLM's CPU attention does
-  not, and says nothing: its answers are repeatable, but not those of Transformers.
+  not, without a warning: its answers are repeatable, but differ from those of Transformers.
 """
 
 import json
@@ -117,7 +117,7 @@ def _save_tokenizer(
 ) -> dict[str, int]:
     """Write a byte-level BPE tokenizer with a chat template, and return its vocabulary.
 
-    `image` and `video` are what the template writes for one picture or video. `special` are the
+    `image` and `video` are the template's text for one picture or video. `special` are the
     family's special tokens and `plain` further whole tokens of text. `named` gives some of the
     special tokens as attributes to the tokenizer (`image_token`, ...).
     """
@@ -230,8 +230,8 @@ def _rename_vision_weights(file: Path, tower: str) -> None:
 def _draw_weights(model: PreTrainedModel, silent: list[int]) -> None:
     """Redraw every matrix so that signals neither vanish nor explode.
 
-    With the customary small standard deviation, what the vision tower says about the pixels
-    would drown in the residual stream of a model this small. The output rows of the `silent`
+    With the usual small standard deviation, the vision tower's output would be negligible in the
+    residual stream of a model this small. The output rows of the `silent`
     tokens are zero, so that no answer ends early or names a picture.
     """
     for parameter in model.parameters():
@@ -804,7 +804,7 @@ def _blip2(directory: Path) -> None:
 
 def _internvl_chat(directory: Path) -> None:
     """InternVL as its authors publish it: its configuration is code (`trust_remote_code`), and
-    vLLM has a processor of its own for it."""
+    vLLM has its own processor for it."""
     names = ["<img>", "</img>", "<IMG_CONTEXT>", "<image>"]
     vocabulary = _save_tokenizer(directory, image="<image>\n", special=names)
     (directory / "configuration_internvl_chat.py").write_text(

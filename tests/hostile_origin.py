@@ -305,11 +305,11 @@ class HostileOrigin:
     """The server, in a separate thread during its `with` block.
 
     Attributes:
-        connections: how many were accepted.
-        open: how many of these stand.
+        connections: number of accepted connections.
+        open: number of open connections.
         heads: the heads of the requests, in order.
-        busy, busiest: requests that are being answered, and the most that ever were at a time.
-        resets_first: as many connections are reset as soon as they are accepted.
+        busy, busiest: current and highest number of requests in progress.
+        resets_first: number of connections that are reset right after they are accepted.
     """
 
     def __init__(

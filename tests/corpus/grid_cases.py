@@ -47,7 +47,7 @@ def _made(
     said: Size | None = None,
 ) -> bytes:
     """A grid of `layout` (columns, rows) over the items `references`: 1 to 4 are tiles, 5 is the
-    grid. `said` is the size that its property announces in place of `size`."""
+    grid. `said` is the size that its property declares instead of `size`."""
     return grid(_tiles(kind), Grid(layout, size, references, said or size))
 
 

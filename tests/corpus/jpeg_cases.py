@@ -111,8 +111,8 @@ def _subsampled(luma: tuple[int, int], restart: int = 0) -> bytes:
 
 
 def _ycck() -> bytes:
-    """As Adobe writes it, with inverted inks: what YCbCr stands for is the inks themselves, here
-    the complement of the colours; the K of none is 255."""
+    """As Adobe writes it, with inverted inks: YCbCr encodes the inks, here the complement of the
+    colours, and a K of 255 is no black."""
     none = Plane(np.full((8, 12), 255, np.uint8))
     ycc = planes("YCbCr", (1, 1), (1, 1), (1, 1), picture=ImageOps.invert(quadrants()))
     return _flat([*ycc, none], segment(jpeg.APP14, _ADOBE_YCCK))
@@ -239,8 +239,8 @@ def _shuffled_restarts() -> bytes:
 
 
 def _scans() -> Group:
-    """Files of progressive scans that are all legal; each scan costs time for every block. Encoders
-    make about ten, so that there is no reason to spend many seconds on hundreds."""
+    """Legal progressive files of many scans; each scan costs time for every block. Encoders write
+    about ten scans, so that hundreds need not be decoded if that takes many seconds."""
     yield "883-scans", lambda: jpeg.many_scans((1000, 1000), 883), SURVIVES
     yield "883-scans-of-16-megapixels", lambda: jpeg.many_scans((4000, 4000), 883), SURVIVES
     yield "883-scans-of-100-megapixels", lambda: jpeg.many_scans((10_000, 10_000), 883), INVALID

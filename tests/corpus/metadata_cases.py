@@ -173,7 +173,7 @@ def _same_name() -> Group:
 
 
 def _in_sub_directory(tag: Tag) -> bytes:
-    """An EXIF block with `tag` where a camera's own tags are."""
+    """An EXIF block with `tag` in the EXIF sub-directory."""
     length = len(tiff.exif(Tag(tiff.EXIF_IFD, LONG, [0])))
     return tiff.exif(Tag(tiff.EXIF_IFD, LONG, [length])) + tiff.LITTLE.ifd([tag], length)
 

@@ -4,12 +4,12 @@
     python -m tests.fuzz.fuzz_jpeg --seed 7 --index 1234      tries one input again
 
 Each input is read by the header reader and by the reduced JPEG decoder at both of its scales; every
-second one is also decoded as in a worker, with libjpeg behind. Compiled loops run with bounds
+second one also as in a worker, which falls back to libjpeg. Compiled loops run with bounds
 checks (NUMBA_BOUNDSCHECK=1). Only a client error or a picture may come out.
 
 Inputs are decoded in a child process. A finding is any other exception, the child's death, an input
 that takes longer than `--input-timeout-s`, or a child that grows beyond `--max-memory-mib`. The
-input is saved to `--findings`, and the search goes on with the next one, in a new child if need be.
+input is saved to `--findings`, and the search goes on with the next one, in a new child if needed.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Mutations of JPEG files, most of which still pass the header reader.
 
-Input number `index` of a run with some `seed` depends on these two numbers alone, so that a finding
-needs no file to be tried again.
+Input number `index` of a run with some `seed` depends only on these two numbers, so that a finding
+can be reproduced without its file.
 """
 
 import functools
@@ -27,9 +27,9 @@ _SLOW = ("-scans", "taller-than", "20000", "of-3-mb")
 
 @dataclass
 class Segment:
-    """A marker with its contents; `scan` is the entropy-coded data behind it.
+    """A marker with its contents; `scan` is the entropy-coded data after it.
 
-    `length` takes the place of the true length field. Markers without contents have None.
+    `length` replaces the true length field. Markers without contents have None.
     """
 
     marker: int

@@ -14,7 +14,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_unconfigure() -> None:
-    gc.unfreeze()  # libraries report what is not freed at exit
+    gc.unfreeze()  # libraries report objects not freed at exit
 
 
 @pytest.fixture(scope="session")

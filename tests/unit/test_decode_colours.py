@@ -377,7 +377,7 @@ def test_the_fast_profile_conversion_agrees_with_the_slow_one(primaries: Any, cu
     assert np.abs(fast - slow).max() <= 2
 
 
-# ------------------------------------------------------------------ what TIFF may hold
+# ------------------------------------------------------------------ TIFF encodings
 
 
 @pytest.mark.parametrize("coding", ["lzma", "zstd"])

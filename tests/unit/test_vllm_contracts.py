@@ -15,7 +15,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "vllm.md"
 @pytest.mark.parametrize("contract", CONTRACTS, ids=lambda contract: contract.id)
 def test_vllm_keeps_the_contract(contract: Contract) -> None:
     broken = installed().broken(contract)
-    assert broken is None, f"{broken}. See the table in docs/vllm.md for what depends on it."
+    assert broken is None, f"{broken}. The table in docs/vllm.md lists what depends on it."
 
 
 def test_every_name_that_the_server_imports_from_vllm_exists() -> None:

@@ -157,8 +157,8 @@ prompts = st.lists(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=5), 
 def test_the_engine_always_finds_the_features_it_needs(
     sizes: dict[str, int], prompts: list[list[str]]
 ) -> None:
-    """Against vLLM's two caches: whatever is sent without features is in the engine's, although
-    images of the same request push each other out, and some fit into no cache."""
+    """With vLLM's two caches: every image sent without features is in the engine's cache, although
+    images of one request evict each other, and some are larger than the cache."""
     config: Any = of_size(CAPACITY)
     cache = ProcessorCache(LruKeyReplicatedSenderCache(config))
     engine = LruKeyReplicatedReceiverCache(config)
@@ -180,8 +180,8 @@ def test_the_engine_always_finds_the_features_it_needs(
 
 
 def test_every_answer_to_one_prompt_gets_the_features() -> None:
-    """vLLM sends a request for each of `n` answers, with the same features, which push each other
-    out of the cache."""
+    """vLLM sends a request for each of `n` answers, with the same features, which evict each other
+    from the cache."""
     config: Any = of_size(CAPACITY)
     cache = ProcessorCache(LruKeyReplicatedSenderCache(config))
     engine = LruKeyReplicatedReceiverCache(config)
