@@ -1,4 +1,4 @@
-"""Servers that several files of tests share. The flags of each do not disturb its tests."""
+"""Servers that several test files share. The flags of each server suit all of its tests."""
 
 import json
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from tests import otlp
 from tests.conftest import Server, serving
 from tests.otlp import Receiver
 
-# The keys of the guarded server, all but one of them in its file.
+# API keys of the guarded server. All but FLAG are in its keys file.
 A, A2, B = "sk-secret-of-a", "sk-secret-of-a-too", "sk-secret-of-b"
 ADMIN, FLAG = "sk-secret-of-admin", "sk-secret-of-flag"
 KEYS: dict[str, Any] = {"groups": {"team-a": [A, A2], "team-b": [B]}, "admin": [ADMIN]}
@@ -26,7 +26,7 @@ def keys_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def receiver() -> Iterator[Receiver]:
-    """Where the guarded server sends its traces."""
+    """The OTLP receiver of the guarded server's traces."""
     with otlp.receiver() as received:
         yield received
 
@@ -35,13 +35,13 @@ def receiver() -> Iterator[Receiver]:
 def guarded(
     keys_file: Path, receiver: Receiver, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """A server that knows keys, logs as JSON and traces."""
+    """A server that requires API keys, logs JSON and exports traces."""
     keys = ("--api-keys-file", str(keys_file), "--api-key", FLAG)
-    told = ("--log-format", "json", "--otlp-traces-endpoint", receiver.endpoint)
+    telemetry = ("--log-format", "json", "--otlp-traces-endpoint", receiver.endpoint)
     more = ("--max-model-len", "4096", "--enable-scale-out", "--no-server-timing")
-    # The variable would have the client library keep metrics in files, for several processes.
+    # This variable would switch the Prometheus client library to metrics in files.
     files = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path_factory.mktemp("metrics"))}
-    with serving(*keys, *told, *more, OTEL_BSP_SCHEDULE_DELAY="100", **files) as running:
+    with serving(*keys, *telemetry, *more, OTEL_BSP_SCHEDULE_DELAY="100", **files) as running:
         yield running
 
 

@@ -1,4 +1,4 @@
-"""Whatever befalls a request between the image cache and the engine, the next one succeeds."""
+"""A refused or cancelled request does not affect the next one, even with images in the cache."""
 
 import asyncio
 import os
@@ -36,7 +36,7 @@ REFUSED: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("number", range(len(REFUSED)))
-def test_a_refused_request_leaves_no_trace(server: Server, number: int) -> None:
+def test_a_refused_request_does_not_affect_the_next_one(server: Server, number: int) -> None:
     picture = pictures.encode(shape("red", "circle", (224 + 2 * number, 230)))
 
     async def test() -> None:
@@ -51,17 +51,17 @@ def test_a_refused_request_leaves_no_trace(server: Server, number: int) -> None:
     asyncio.run(test())
 
 
-async def storm(client: httpx.AsyncClient, files: dict[str, bytes], seed: int) -> None:
-    """Requests that are cancelled at random moments, with some that are let finish."""
+async def send_and_cancel(client: httpx.AsyncClient, files: dict[str, bytes], seed: int) -> None:
+    """Send requests, cancel most at random moments, and check the answers to the others."""
     chance = random.Random(seed)
 
     async def one() -> None:
         color = chance.choice(list(files))
-        patience = chance.choice([0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 60])
+        timeout_s = chance.choice([0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 60])
         stream = chance.random() < 0.3
         extra = {"logit_bias": {"999999": 1}} if chance.random() < 0.1 else {}
         try:
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(timeout_s):
                 response = await ask(client, files[color], stream=stream, **extra)
         except TimeoutError:
             return
@@ -75,10 +75,10 @@ async def storm(client: httpx.AsyncClient, files: dict[str, bytes], seed: int) -
         await asyncio.gather(*(one() for _ in range(16)))
 
 
-async def weather(url: str, files: dict[str, bytes], seed: int) -> None:
+async def check_after_cancellations(url: str, files: dict[str, bytes], seed: int) -> None:
     limits = httpx.Limits(max_connections=32)
     async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
-        await storm(client, files, seed)
+        await send_and_cancel(client, files, seed)
         for color, picture in files.items():
             response = await ask(client, picture)
             assert response.status_code == 200, response.text
@@ -86,17 +86,17 @@ async def weather(url: str, files: dict[str, bytes], seed: int) -> None:
             assert content == f"a {color} circle"
 
 
-def test_requests_cancelled_at_random_moments(server: Server) -> None:
+def test_random_cancellations_do_not_affect_later_requests(server: Server) -> None:
     sizes = {"red": (260, 260), "green": (1200, 900), "blue": (2400, 1800), "black": (600, 300)}
     files = {color: pictures.encode(shape(color, "circle", s)) for color, s in sizes.items()}
-    asyncio.run(weather(server.url, files, 0))
+    asyncio.run(check_after_cancellations(server.url, files, 0))
 
 
-def test_a_cache_too_small_for_the_pictures(tight: Server) -> None:
-    """Every picture pushes another one out, and one does not fit at all."""
+def test_a_cache_too_small_for_the_pictures_fails_no_request(tight: Server) -> None:
+    """Every picture evicts another one, and one does not fit at all."""
     sizes = {"red": (560, 560), "green": (728, 560), "blue": (224, 224), "black": (600, 300)}
     files = {color: pictures.encode(shape(color, "circle", s)) for color, s in sizes.items()}
-    asyncio.run(weather(tight.url, files, 1))
+    asyncio.run(check_after_cancellations(tight.url, files, 1))
     with httpx.Client(base_url=tight.url, timeout=60) as client:
         parts = [image_part(files[color]) for color in ("red", "green", "blue", "red")]
         body = {"model": "saccade-tiny", "messages": user(*parts, WHAT), "temperature": 0}
@@ -104,13 +104,13 @@ def test_a_cache_too_small_for_the_pictures(tight: Server) -> None:
         assert [a.status_code for a in answers] == [200] * 3, answers[0].text
         assert len({a.json()["choices"][0]["message"]["content"] for a in answers}) == 1
         three = client.post("/v1/chat/completions", json={**body, "n": 3, "temperature": 1})
-        assert three.status_code == 200, three.text  # each is sent with all features
+        assert three.status_code == 200, three.text  # each choice is sent with all features
         assert len(three.json()["choices"]) == 3
 
 
 @pytest.mark.ends_server
-def test_ctrl_c_ends_everything(tight: Server) -> None:
-    """A terminal sends SIGINT to the whole group of processes."""
+def test_ctrl_c_ends_every_process(tight: Server) -> None:
+    """A terminal sends SIGINT to the whole process group."""
     children = tight.children()
     assert len(children) >= 5
     os.killpg(tight.process.pid, signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Chat completions about real pictures, through the door."""
+"""Chat completions about real pictures, over HTTP."""
 
 import concurrent.futures
 import random
@@ -31,31 +31,31 @@ def answer(response: httpx.Response) -> str:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("color", COLORS)
-def test_the_answer_follows_the_picture(http: httpx.Client, color: str, kind: str) -> None:
+def test_the_answer_names_the_color_and_shape(http: httpx.Client, color: str, kind: str) -> None:
     picture = pictures.encode(shape(color, kind))
     assert answer(ask(http, image_part(picture), WHAT)) == f"a {color} {kind}"
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
-def test_formats(http: httpx.Client, kind: str) -> None:
+def test_every_image_format_is_decoded(http: httpx.Client, kind: str) -> None:
     assert (
         answer(ask(http, image_part(pictures.encode(shape("red"), kind)), WHAT)) == "a red circle"
     )
 
 
-def test_a_large_jpeg_is_reduced_and_still_seen(http: httpx.Client) -> None:
+def test_a_large_jpeg_gets_the_right_answer(http: httpx.Client) -> None:
     picture = pictures.encode(shape("blue", "square", (4000, 3000)), "JPEG", quality=95)
     assert answer(ask(http, image_part(picture), WHAT)) == "a blue square"
 
 
-def test_pictures_are_seen_in_order(http: httpx.Client) -> None:
+def test_pictures_keep_their_order(http: httpx.Client) -> None:
     red, blue = (image_part(pictures.encode(shape(color))) for color in ("red", "blue"))
     second = text_part("What is in the second image?")
     assert answer(ask(http, red, blue, second)) == "a blue circle"
     assert answer(ask(http, blue, red, second)) == "a red circle"
 
 
-def test_one_picture_twice_in_a_prompt(http: httpx.Client) -> None:
+def test_a_repeated_picture_gets_its_own_placeholders(http: httpx.Client) -> None:
     part = image_part(pictures.encode(shape("green", "circle", (200, 216))))
     first = ask(http, part, part, WHAT).json()
     again = ask(http, part, part, WHAT).json()
@@ -66,11 +66,11 @@ def test_one_picture_twice_in_a_prompt(http: httpx.Client) -> None:
     assert extra > own  # the second picture has its own placeholders
 
 
-def test_text_only(http: httpx.Client) -> None:
+def test_a_text_only_request_succeeds(http: httpx.Client) -> None:
     assert ask(http, text_part("hello")).status_code == 200
 
 
-def test_many_pictures_at_once_are_never_mixed_up(http: httpx.Client) -> None:
+def test_concurrent_requests_get_answers_about_their_own_pictures(http: httpx.Client) -> None:
     scenes = [
         (color, kind, pictures.encode(shape(color, kind, (224 + 4 * i, 224))))
         for color in COLORS
@@ -85,14 +85,14 @@ def test_many_pictures_at_once_are_never_mixed_up(http: httpx.Client) -> None:
             assert text == f"a {color} {kind}"
 
 
-def test_pictures_from_a_web_server(http: httpx.Client, origin: Origin) -> None:
+def test_a_picture_is_fetched_from_its_url(http: httpx.Client, origin: Origin) -> None:
     origin.files["/red.png"] = pictures.encode(shape("red"))
     part = {"type": "image_url", "image_url": {"url": f"{origin.url}/red.png"}}
     assert answer(ask(http, part, WHAT)) == "a red circle"
     assert origin.requests == ["/red.png"]
 
 
-def test_a_picture_and_its_name(http: httpx.Client) -> None:
+def test_a_uuid_stands_for_a_picture_that_was_sent_before(http: httpx.Client) -> None:
     picture = pictures.encode(shape("black", "square", (232, 224)))
     named = {"type": "image_url", "image_url": None, "uuid": "my-black-square"}
     refused = ask(http, named, WHAT)
@@ -103,7 +103,7 @@ def test_a_picture_and_its_name(http: httpx.Client) -> None:
     assert answer(ask(http, named, WHAT)) == "a black square"
 
 
-def test_a_name_cannot_stand_for_another_picture(http: httpx.Client) -> None:
+def test_a_reused_uuid_does_not_bring_back_the_earlier_picture(http: httpx.Client) -> None:
     red, blue = (pictures.encode(shape(color, "circle", (240, 224))) for color in ("red", "blue"))
     assert answer(ask(http, image_part(red, uuid="one-name"), WHAT)) == "a red circle"
     assert answer(ask(http, image_part(blue, uuid="one-name"), WHAT)) == "a blue circle"
@@ -119,7 +119,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_pictures_are_named(http: httpx.Client, name: str) -> None:
+def test_an_invalid_picture_is_refused_with_its_param(http: httpx.Client, name: str) -> None:
     data, status, code = BAD[name]
     good = image_part(pictures.encode(shape("red")))
     response = ask(http, good, image_part(data), WHAT)
@@ -140,7 +140,7 @@ def test_bad_pictures_are_named(http: httpx.Client, name: str) -> None:
         ("no url", "invalid_image_url"),
     ],
 )
-def test_bad_urls_are_named(http: httpx.Client, url: str, code: str) -> None:
+def test_an_invalid_url_is_refused_with_its_param(http: httpx.Client, url: str, code: str) -> None:
     response = ask(http, {"type": "image_url", "image_url": {"url": url}}, WHAT)
     error = response.json()["error"]
     assert (response.status_code, error["code"]) == (400, code)
@@ -148,7 +148,7 @@ def test_bad_urls_are_named(http: httpx.Client, url: str, code: str) -> None:
     assert "passwd" not in error["message"]
 
 
-def test_a_missing_picture_is_the_clients_error(http: httpx.Client, origin: Origin) -> None:
+def test_a_url_that_returns_404_is_a_client_error(http: httpx.Client, origin: Origin) -> None:
     response = ask(
         http, {"type": "image_url", "image_url": {"url": f"{origin.url}/none.png"}}, WHAT
     )
@@ -156,7 +156,7 @@ def test_a_missing_picture_is_the_clients_error(http: httpx.Client, origin: Orig
     assert response.json()["error"]["code"] == "image_fetch_failed"
 
 
-def test_killed_workers_lose_no_request(server: Server, http: httpx.Client) -> None:
+def test_requests_survive_killed_image_workers(server: Server, http: httpx.Client) -> None:
     stop = threading.Event()
 
     def kill() -> None:
@@ -176,7 +176,7 @@ def test_killed_workers_lose_no_request(server: Server, http: httpx.Client) -> N
     finally:
         stop.set()
         killer.join()
-    # A picture may meet two killings in a row; then it says so, and nothing else is lost.
+    # A picture whose worker is killed twice in a row fails with this code; the others succeed.
     assert all(r.status_code == 200 or "image_processing_failed" in r.text for r in results)
     assert sum(r.status_code == 200 for r in results) >= 38
     assert http.get("/ready").status_code == 200

@@ -1,5 +1,5 @@
-"""Hostile and odd files through the real server: each is refused by name or seen as it is, and
-whatever was sent, the server is as it was before."""
+"""Hostile and odd files sent to the real server: each is answered correctly or refused with its
+param, and the server loses no worker and leaks no memory."""
 
 import concurrent.futures
 import re
@@ -21,20 +21,20 @@ from tests.pictures import data_url, text_part, user
 CASES = all_cases()
 DECODED = [case for case in CASES if case.expected.corners is not None]
 PART = "messages[0].content[0].image_url"
-# Requests at a time: twice the image workers, so that both have work.
+# Concurrent requests: twice the number of image workers, so that both stay busy.
 _CONCURRENCY = 4
-# A worker is stopped after 30 s, which is an error of its own. What takes longer hangs elsewhere.
+# A worker is stopped after 30 s, with its own error. A longer wait means a hang elsewhere.
 _LONGEST_S = 40
 _MEBIBYTE = 1 << 20
-# The engine's arenas are full after this many passes; from then on it stays as it is.
+# The engine's arenas are full after this many passes; from then on its memory is stable.
 _WARM_PASSES = 3
 _MEASURED_PASSES = 2
 _GROWTH_BYTES = 64 * _MEBIBYTE
-# What one picture may take, and what of it a worker may keep for the next one. 100 megapixels are
-# 400 MB with transparency, once more while they are converted, and once more to be resized.
+# Memory that one picture may take, and that a worker may keep afterwards. 100 megapixels with
+# transparency are 400 MB, again as much during conversion, and again during resizing.
 _PEAK_BYTES = 1536 * _MEBIBYTE
 _KEPT_BYTES = 512 * _MEBIBYTE
-# What is no business of a client's: paths, traces, names of modules, libraries and exceptions.
+# Never shown to a client: paths, traces, names of modules, libraries and exceptions.
 _LEAKS = re.compile(
     r"traceback|file \"|\.py\b|/\w+/|\b0x[0-9a-f]{5,}\b|\w+(error|exception)\b|object at|\bb'"
     r"|\b(pil|pillow|vips|libvips|libjpeg|libpng|libtiff|libwebp|libheif|libavif|zlib|numpy)\b|[\r\n]",
@@ -44,7 +44,7 @@ _LEAKS = re.compile(
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back for a case, and how long that took."""
+    """The response to a case, and how long it took."""
 
     status: int
     body: dict[str, Any]
@@ -82,8 +82,8 @@ def send_all(http: httpx.Client) -> dict[str, Answer]:
 
 @dataclass
 class Watch:
-    """The server around the passes. From before the first: its workers by pid with the bytes they
-    had, and how long its log was."""
+    """The server, with its state before the first pass: resident bytes of each worker by pid, and
+    the number of log lines."""
 
     server: Server
     workers: dict[int, int]
@@ -101,7 +101,7 @@ def resident_bytes(server: Server) -> int:
 
 
 def peak_bytes(process: psutil.Process) -> int:
-    """The most memory that a process ever had, with what it shares."""
+    """Peak resident memory of a process, including shared pages."""
     with open(f"/proc/{process.pid}/status") as status:
         line = next(line for line in status if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
@@ -123,7 +123,9 @@ def answers(watch: Watch, http: httpx.Client) -> Iterator[dict[str, Answer]]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_each_file_is_answered_or_refused_by_name(case: Case, answers: dict[str, Answer]) -> None:
+def test_each_file_is_answered_or_refused_with_its_param(
+    case: Case, answers: dict[str, Answer]
+) -> None:
     answer = answers[case.name]
     assert case.expected.allows(answer.status, answer.error.get("code")), answer
     if answer.status == 200:
@@ -137,8 +139,8 @@ def test_each_file_is_answered_or_refused_by_name(case: Case, answers: dict[str,
 
 
 @pytest.mark.parametrize("case", DECODED, ids=lambda case: case.name)
-def test_each_picture_is_upright_and_has_its_colors(case: Case) -> None:
-    """Seen in the pixels: the embedded model does not know pictures of this kind."""
+def test_each_picture_is_decoded_upright_with_its_colors(case: Case) -> None:
+    """Compares pixels, because the embedded model was not trained on such pictures."""
     image = decode(case.data, DecodeOptions()).image
     assert image.mode == "RGB"
     width, height = image.size
@@ -149,18 +151,20 @@ def test_each_picture_is_upright_and_has_its_colors(case: Case) -> None:
 
 
 def deviation(seen: list[Any], expected: Expectation) -> int:
-    """The largest difference of a channel."""
+    """The largest difference in any channel."""
     assert expected.corners is not None
     pairs = zip(seen, expected.corners, strict=True)
     return max(abs(a - b) for got, right in pairs for a, b in zip(got, right, strict=True))
 
 
-def test_no_file_takes_long(answers: dict[str, Answer]) -> None:
+def test_no_file_hangs_the_server(answers: dict[str, Answer]) -> None:
     slow = {name: answer.seconds for name, answer in answers.items() if answer.seconds > _LONGEST_S}
     assert not slow
 
 
-def test_no_worker_is_lost(watch: Watch, answers: dict[str, Answer], http: httpx.Client) -> None:
+def test_no_file_kills_a_worker(
+    watch: Watch, answers: dict[str, Answer], http: httpx.Client
+) -> None:
     assert answers
     assert {worker.pid for worker in watch.server.image_workers()} == watch.workers.keys()
     assert http.get("/health").status_code == 200
@@ -168,7 +172,7 @@ def test_no_worker_is_lost(watch: Watch, answers: dict[str, Answer], http: httpx
     assert "Traceback" not in watch.new_log()
 
 
-def test_workers_give_back_what_large_pictures_took(
+def test_workers_release_the_memory_of_large_pictures(
     watch: Watch, answers: dict[str, Answer]
 ) -> None:
     assert answers
@@ -179,9 +183,11 @@ def test_workers_give_back_what_large_pictures_took(
     assert max(kept) < _KEPT_BYTES
 
 
-def test_memory_does_not_grow(watch: Watch, answers: dict[str, Answer], http: httpx.Client) -> None:
-    """Once allocators and caches are warm, another pass needs nothing that the others have not
-    left behind; what leaks, leaks in each."""
+def test_repeated_passes_do_not_grow_memory(
+    watch: Watch, answers: dict[str, Answer], http: httpx.Client
+) -> None:
+    """Once allocators and caches are warm, another pass needs no more memory; a leak would show
+    in every pass."""
     for _ in range(_WARM_PASSES - 1):
         send_all(http)
     grown = []

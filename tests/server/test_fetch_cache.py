@@ -1,4 +1,4 @@
-"""The cache of fetched images, through the door."""
+"""The cache of fetched images, over HTTP."""
 
 from collections.abc import Iterator
 
@@ -16,7 +16,7 @@ def bench() -> Iterator[Bench]:
         yield Bench(origin)
 
 
-def test_the_server_asks_once_for_a_picture_that_is_fresh(http: httpx.Client, bench: Bench) -> None:
+def test_a_fresh_picture_is_fetched_once(http: httpx.Client, bench: Bench) -> None:
     picture = bench.put("Cache-Control: max-age=600", body=pictures.encode(pictures.shape("red")))
     part = {"type": "image_url", "image_url": {"url": bench.url}}
     request = {
