@@ -1,4 +1,4 @@
-"""Answers follow the picture, through everything that lies between the file and the engine."""
+"""The demo model's answers match the pictures, from the file through the whole server."""
 
 import asyncio
 import base64
@@ -21,7 +21,7 @@ JSON = {"Content-Type": "application/json"}
 
 
 async def answers(url: str, questions: Iterable[Asked]) -> list[str]:
-    """The greedy answers to questions that are asked concurrently."""
+    """The greedy answers to questions asked concurrently."""
     limits = httpx.Limits(max_connections=CONNECTIONS)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
         (model,) = (await client.get("/v1/models")).json()["data"]
@@ -45,14 +45,14 @@ def ask(server: Server, *questions: Asked) -> list[str]:
     return asyncio.run(answers(server.url, questions))
 
 
-def wanted(questions: Iterable[Asked]) -> list[str]:
+def expected_answers(questions: Iterable[Asked]) -> list[str]:
     return [question.answer for question in questions]
 
 
-def test_the_first_request_of_the_readme_always_gets_the_right_answer(
+def test_the_first_readme_request_always_gets_the_right_answer(
     http: httpx.Client, repository: Path
 ) -> None:
-    """It sets no temperature."""
+    """The request sets no temperature."""
     readme = (repository / "README.md").read_text()
     body = re.findall(r"-d @- <<END\n(.*?)\nEND\n", readme, re.DOTALL)[0]
     picture = base64.b64encode((repository / "clients/examples/red_circle.png").read_bytes())
@@ -63,8 +63,8 @@ def test_the_first_request_of_the_readme_always_gets_the_right_answer(
         assert response.json()["choices"][0]["message"]["content"] == "a red circle"
 
 
-def said(http: httpx.Client, path: str, picture: bytes, **more: Any) -> set[str]:
-    """Different answers to eight requests about a text, at one of the three APIs."""
+def distinct_answers(http: httpx.Client, path: str, picture: bytes, **more: Any) -> set[str]:
+    """The distinct answers to eight equal requests to read a text, on one of the three APIs."""
     url, read = pictures.data_url(picture), demo_pictures.READ
     parts: dict[str, list[dict[str, Any]]] = {
         "chat/completions": [pictures.image_part(picture), pictures.text_part(read)],
@@ -100,33 +100,33 @@ def said(http: httpx.Client, path: str, picture: bytes, **more: Any) -> set[str]
 
 @pytest.mark.parametrize("path", ["chat/completions", "responses", "messages"])
 def test_answers_are_random_only_if_a_temperature_is_set(http: httpx.Client, path: str) -> None:
-    """The text is too small to be read, so sampling gives a different guess nearly every time."""
+    """The text is too small to read, so sampling gives a different guess nearly every time."""
     picture = demo_pictures.unreadable_text()
-    greedy = said(http, "chat/completions", picture, temperature=0)
+    greedy = distinct_answers(http, "chat/completions", picture, temperature=0)
     assert len(greedy) == 1
-    assert said(http, path, picture) == greedy
-    assert len(said(http, path, picture, temperature=1)) > 1
+    assert distinct_answers(http, path, picture) == greedy
+    assert len(distinct_answers(http, path, picture, temperature=1)) > 1
 
 
 @pytest.mark.parametrize("turn", range(2))
-def test_fifty_pictures_at_the_same_time_are_not_mixed_up(server: Server, turn: int) -> None:
-    """In the second turn, the answers come from the caches."""
+def test_fifty_concurrent_pictures_are_not_mixed_up(server: Server, turn: int) -> None:
+    """In the second turn, the images come from the caches."""
     different = demo_pictures.fifty()
-    assert len(set(wanted(different))) == len(different) == 50
+    assert len(set(expected_answers(different))) == len(different) == 50
     chance = random.Random(turn)
     questions = different + chance.choices(different, k=50)
     chance.shuffle(questions)
-    assert ask(server, *questions) == wanted(questions)
+    assert ask(server, *questions) == expected_answers(questions)
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
-def test_pictures_are_in_the_order_they_were_sent_in(server: Server, count: int) -> None:
+def test_pictures_keep_the_order_of_the_request(server: Server, count: int) -> None:
     questions = list(demo_pictures.orders(count))
-    assert ask(server, *questions) == wanted(questions)
+    assert ask(server, *questions) == expected_answers(questions)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_photo_is_read_upright(server: Server, orientation: int) -> None:
+def test_exif_orientation_is_applied(server: Server, orientation: int) -> None:
     tagged = demo_pictures.turned(orientation)
     plain = demo_pictures.turned(orientation, tagged=False)
     shown, stored = ask(server, tagged, plain)
@@ -135,7 +135,7 @@ def test_a_photo_is_read_upright(server: Server, orientation: int) -> None:
 
 
 @pytest.mark.parametrize("color", demo_pictures.NAMED)
-def test_every_kind_of_file_keeps_its_colors(server: Server, color: str) -> None:
+def test_every_file_format_keeps_its_colors(server: Server, color: str) -> None:
     questions = demo_pictures.kinds(color)
     shown = ask(server, *questions.values())
     assert dict(zip(questions, shown, strict=True)) == {
@@ -143,12 +143,12 @@ def test_every_kind_of_file_keeps_its_colors(server: Server, color: str) -> None
     }
 
 
-def test_grey_of_16_bits_keeps_its_color(server: Server) -> None:
+def test_a_16_bit_grey_image_keeps_its_color(server: Server) -> None:
     question = demo_pictures.deep_grey()
     assert ask(server, question) == [question.answer]
 
 
-def test_small_text_needs_its_pixels(server: Server) -> None:
+def test_small_text_is_read_at_full_size_but_not_under_a_cap(server: Server) -> None:
     fine = demo_pictures.small_text(detail="high")
     coarse = demo_pictures.small_text(detail="high", max_tokens=demo_pictures.CAP)
     read, guessed = ask(server, fine, coarse)

@@ -1,4 +1,4 @@
-"""`saccade demo --ask`: the demo model answers most questions about the samples."""
+"""`saccade demo --ask`: the demo model answers most questions about the samples correctly."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.conftest import Server
 LEAST_RIGHT = 47  # of 53; the shipped model answers 52
 
 
-def test_the_demo_model_answers_most_questions(
+def test_the_demo_model_answers_most_questions_correctly(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command.main([str(tmp_path), "--ask", server.url])
@@ -24,7 +24,7 @@ def test_the_demo_model_answers_most_questions(
     assert int(right) + len(wrong) == count
 
 
-def test_an_error_of_the_server_is_reported(
+def test_a_server_error_is_reported(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:

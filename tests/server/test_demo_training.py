@@ -1,4 +1,4 @@
-"""Small runs of the demo model's training: they learn, repeat, and survive interruptions."""
+"""Small training runs of the demo model learn, are repeatable, and resume after interruptions."""
 
 import contextlib
 import json
@@ -19,13 +19,13 @@ from server.demo.training import train, vocabulary
 from server.demo.training.examples import single
 from tests.demo_twins import Twins
 
-pytestmark = pytest.mark.group("server")  # only so that both halves take as long
+pytestmark = pytest.mark.group("server")  # only to balance the two halves of the test run
 STEPS, LOG_EVERY = 24, 4
-SEED_OF_A_PHOTO = "14"  # its first batch has a photo of scikit-image
+SEED_OF_A_PHOTO = "14"  # with this seed, the first batch has a photo of scikit-image
 
 
 def start(output: Path, *more: str, path: Path | None = None) -> subprocess.Popen[str]:
-    """A small run in its own process group; packages in the folder `path` hide others."""
+    """Start a small run in its own process group; packages in `path` shadow installed ones."""
     small = ["--steps", str(STEPS), "--log-every", str(LOG_EVERY), "--budget", "200"]
     small += ["--no-compile", *more]
     command = [sys.executable, "-m", "server.demo.training.train", "--output", str(output), *small]
@@ -82,22 +82,22 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_it_learns(whole: Path) -> None:
+def test_the_loss_falls_during_training(whole: Path) -> None:
     losses = [line["losses"]["answers"] for line in lines(whole)]
     assert len(losses) == STEPS // LOG_EVERY
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_the_learning_curve_is_a_picture(whole: Path) -> None:
+def test_a_run_draws_its_learning_curve(whole: Path) -> None:
     with Image.open(whole / "learning_curve.png") as curve:
         curve.load()
         assert min(curve.size) > 400
         assert len(curve.getcolors(1 << 20) or []) > 10
 
 
-def test_an_interrupted_run_is_the_same_run(whole: Path, interrupted: Path) -> None:
-    """The first lines are of two independent runs, so this also shows that runs are repeatable."""
+def test_an_interrupted_run_ends_with_the_same_weights(whole: Path, interrupted: Path) -> None:
+    """The first log lines come from independent runs, so this also shows that runs repeat."""
     steps = [line["step"] for line in lines(interrupted)]
     assert steps[0] == LOG_EVERY
     assert steps[-1] == STEPS
@@ -110,7 +110,7 @@ def test_an_interrupted_run_is_the_same_run(whole: Path, interrupted: Path) -> N
     assert models[0].read_bytes() == models[1].read_bytes()
 
 
-def test_the_saved_model_computes_what_was_trained(whole: Path) -> None:
+def test_the_saved_model_gives_the_same_logits_in_transformers(whole: Path) -> None:
     codec = vocabulary.Codec(vocabulary.build())
     example = single(random.Random(3), "objects", (128, 96))
     del example.questions[1:]
@@ -119,7 +119,7 @@ def test_the_saved_model_computes_what_was_trained(whole: Path) -> None:
     assert (logits - expected).abs().max() < 1e-3
 
 
-def test_a_run_from_weights_keeps_their_tokens(whole: Path, tmp_path: Path) -> None:
+def test_a_run_from_given_weights_keeps_their_token_ids(whole: Path, tmp_path: Path) -> None:
     given, output = tmp_path / "given", tmp_path / "output"
     shutil.copytree(whole / "model", given)
     described = json.loads((given / "tokenizer.json").read_text())
@@ -136,8 +136,8 @@ def test_a_run_from_weights_keeps_their_tokens(whole: Path, tmp_path: Path) -> N
         assert written["model"]["vocab"] == numbers
 
 
-def test_a_picture_that_cannot_be_drawn_ends_the_run(tmp_path: Path) -> None:
-    """Other processes draw: their error is reported, and no process is left waiting."""
+def test_a_failure_to_draw_a_picture_ends_the_run(tmp_path: Path) -> None:
+    """Child processes draw the pictures; their error is reported, and no process keeps waiting."""
     (tmp_path / "skimage").mkdir()
     (tmp_path / "skimage" / "__init__.py").touch()
     more = ["--drawers", "1", "--seed", SEED_OF_A_PHOTO]
@@ -147,7 +147,7 @@ def test_a_picture_that_cannot_be_drawn_ends_the_run(tmp_path: Path) -> None:
     assert not lines(tmp_path / "output")
 
 
-def test_shares_that_processes_cannot_divide_are_refused(
+def test_shares_not_divisible_by_processes_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -1,5 +1,5 @@
-"""The documentation: it builds without a warning, loads nothing from elsewhere, and what it says
-to type works."""
+"""The documentation builds without warnings, loads nothing from other hosts, and shows commands
+that work."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from tests.conftest import Server
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 ADDRESS = "http://127.0.0.1:8000"
-# Flags of other programs that pages name alone.
+# Flags of other programs that pages mention without their command.
 FOREIGN_FLAGS = {
     "--ask",
     "--baseline",
@@ -45,7 +45,7 @@ _FLAG = re.compile(r"--[a-z][a-z0-9-]*")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of a page: what is to be done with it, its language, and its text."""
+    """A fenced block of a page: its mark (what the tests do with it), its language and its text."""
 
     mark: str
     language: str
@@ -57,7 +57,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def exchanges() -> list[tuple[Block, Block | None]]:
-    """Each block of the quick start that is run, with the answer that it shows, if any."""
+    """Each runnable block of the quick start, with the answer shown after it, if any."""
     found = blocks(DOCS / "quickstart.md")
     followers = [*found[1:], None]
     return [
@@ -70,7 +70,7 @@ def exchanges() -> list[tuple[Block, Block | None]]:
 # ---------------------------------------------------------------------- the quick start
 
 
-def test_nothing_in_the_quick_start_is_left_unchecked() -> None:
+def test_every_block_of_the_quick_start_is_checked() -> None:
     found = blocks(DOCS / "quickstart.md")
     assert {block.mark for block in found} == {"start", "run", "answer"}
     answers = [block for block in found if block.mark == "answer"]
@@ -78,7 +78,7 @@ def test_nothing_in_the_quick_start_is_left_unchecked() -> None:
 
 
 @pytest.mark.parametrize(("asked", "answer"), exchanges())
-def test_the_quick_start_answers_as_shown(
+def test_quick_start_commands_print_the_answers_shown(
     asked: Block, answer: Block | None, server: Server
 ) -> None:
     assert ADDRESS in asked.text
@@ -112,7 +112,7 @@ def contains(whole: Any, part: Any) -> bool:
     return bool(whole == part)
 
 
-def test_what_is_contained() -> None:
+def test_contains_ignores_only_fields_missing_from_the_part() -> None:
     assert contains({"a": [{"b": 1, "c": 2}]}, {"a": [{"b": 1}]})
     assert not contains({"a": [{"b": 1}, {"b": 2}]}, {"a": [{"b": 1}]})
     assert not contains({"a": 1}, {"a": 1, "b": 2})
@@ -123,7 +123,7 @@ def test_what_is_contained() -> None:
 
 @pytest.fixture(scope="module")
 def parser() -> Any:
-    """The parser of `saccade serve`, without what it does after parsing."""
+    """The argument parser of `saccade serve`, without the checks after parsing."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -135,7 +135,7 @@ def parser() -> Any:
     return parser
 
 
-def test_the_quick_start_starts(parser: Any) -> None:
+def test_quick_start_serve_commands_parse(parser: Any) -> None:
     starts = [block.text for block in blocks(DOCS / "quickstart.md") if block.mark == "start"]
     commands = []
     for start in starts:
@@ -152,7 +152,7 @@ def test_the_quick_start_starts(parser: Any) -> None:
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
-def test_flags_on_a_page_exist(page: Path, parser: Any) -> None:
+def test_flags_named_on_a_page_exist(page: Path, parser: Any) -> None:
     known = set(parser._option_string_actions) | FOREIGN_FLAGS
     text = page.read_text()
     named = {flag for span in _INLINE_FLAGS.findall(text) for flag in _FLAG.findall(span)}
@@ -174,12 +174,12 @@ def commands_of(text: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
-def test_files_that_a_page_names_exist(page: Path) -> None:
+def test_files_named_on_a_page_exist(page: Path) -> None:
     named = {path.rstrip("./") for path in _PATHS.findall(page.read_text())}
     assert {path for path in named if not (ROOT / path).exists()} == set()
 
 
-def test_refused_flags_are_listed_and_refused() -> None:
+def test_unsupported_flags_are_listed_and_refused() -> None:
     from server.engine import arguments
 
     listed = first_cells((DOCS / "migration.md").read_text(), "Refused flags")
@@ -191,7 +191,7 @@ def test_refused_flags_are_listed_and_refused() -> None:
         assert refused.value.code == 2, flag
 
 
-def test_the_defaults_on_a_cpu_are_listed() -> None:
+def test_cpu_defaults_are_listed() -> None:
     from server.engine import arguments
 
     page = (DOCS / "migration.md").read_text()
@@ -205,7 +205,7 @@ def test_the_defaults_on_a_cpu_are_listed() -> None:
     assert f"| `VLLM_CPU_KVCACHE_SPACE` | `{arguments._CPU_KV_CACHE_GIB}` |" in page
 
 
-def test_the_plugins_for_vllm_are_listed() -> None:
+def test_vllm_plugins_are_listed() -> None:
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
     page = (DOCS / "migration.md").read_text()
     (listed,) = re.findall(
@@ -217,7 +217,7 @@ def test_the_plugins_for_vllm_are_listed() -> None:
 @pytest.mark.parametrize(
     "page", [*DOCS.glob("*.md"), ROOT / "README.md"], ids=lambda page: page.name
 )
-def test_containers_are_published_to_this_machine_only(page: Path) -> None:
+def test_docker_commands_publish_ports_on_localhost_only(page: Path) -> None:
     runs = [line for line in page.read_text().splitlines() if line.startswith("docker run ")]
     ports = [words[at + 1] for words in map(str.split, runs) for at in indices(words, "-p")]
     assert [port for port in ports if not port.startswith("127.0.0.1:")] == []
@@ -249,14 +249,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_page_is_there(site: Path) -> None:
+def test_every_page_is_built(site: Path) -> None:
     for page in DOCS.glob("*.md"):
         path = "index.html" if page.stem == "index" else f"{page.stem}/index.html"
         assert (site / path).is_file()
 
 
 class _Loads(HTMLParser):
-    """Collects what a browser fetches by itself on opening a page, and the classes it has."""
+    """Collects the URLs that a browser loads when it opens a page, and the page's CSS classes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -277,13 +277,13 @@ def test_the_site_loads_nothing_from_other_hosts(site: Path) -> None:
         loads.feed(page.read_text())
         assert loads.found
         assert [url for url in loads.found if foreign.match(url)] == []
-        # The theme's script would fetch a library for these.
+        # The theme's script would fetch a library for these classes.
         assert not loads.classes & {"mermaid", "arithmatex"}
     for sheet in site.rglob("*.css"):
         assert not re.search(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//", sheet.read_text())
 
 
-def test_links_of_the_readme_lead_somewhere() -> None:
+def test_readme_links_point_to_existing_files() -> None:
     text = (ROOT / "README.md").read_text()
     named = re.findall(r"\b(docs/\w+\.md)", text) + re.findall(r"\]\(([\w/.-]+)\)", text)
     assert named

@@ -1,4 +1,4 @@
-"""Every example of the clients runs against the real server; so does the README's."""
+"""Every client example, and those in the README, run against the real server."""
 
 import os
 import re
@@ -32,19 +32,21 @@ def run(command: list[str], server: Server, cwd: Path) -> str:
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_python_example(name: str, server: Server, tmp_path: Path) -> None:
+def test_a_python_example_prints_the_expected_text(
+    name: str, server: Server, tmp_path: Path
+) -> None:
     assert run([sys.executable, str(EXAMPLES / name)], server, tmp_path) == EXPECTED[name]
 
 
-def test_an_example_is_run_for_each_file() -> None:
+def test_every_python_example_is_tested() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(EXPECTED)
 
 
-def test_curl_example(server: Server, tmp_path: Path) -> None:
+def test_the_curl_example_gets_the_right_answer(server: Server, tmp_path: Path) -> None:
     assert '"content":"a red circle"' in run(["sh", str(EXAMPLES / "curl.sh")], server, tmp_path)
 
 
-def test_the_readme_curl_works_by_copy_and_paste(server: Server, repository: Path) -> None:
+def test_readme_curl_commands_work_when_pasted(server: Server, repository: Path) -> None:
     readme = (repository / "README.md").read_text()
     asked, costs = re.findall(r"```sh\n(curl .*?)```", readme, re.DOTALL)
     expected = {asked: '"content":"a red circle"', costs: '"image_tokens":'}
