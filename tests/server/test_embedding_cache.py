@@ -33,14 +33,14 @@ def noise(columns: int, rows: int, seed: int) -> bytes:
     return encode(photo((columns * TOKEN_PIXELS, rows * TOKEN_PIXELS), seed))
 
 
-# 64 tokens each, so that the GPU holds 9 of them, and two of 300, beside which it holds no other.
+# Pictures of 64 tokens, of which the GPU holds 9, and two of 300 tokens, which fill the GPU.
 PICTURES = [noise(8, 8, seed) for seed in range(14)]
 LARGE, OTHER_LARGE = noise(20, 15, 99), noise(20, 15, 98)
-# A server may wait for a read as long as it takes, however busy the machine is.
+# Long enough that reads do not time out on a busy machine.
 PATIENT = ("--embedding-cache-wait-s", "30")
 SMALL_GPU = (
     *("--max-num-batched-tokens", "600", "--max-model-len", "4096", "--admin-key", "admin"),
-    *("--limit-mm-per-prompt", '{"video": 0}'),  # the GPU holds the largest video, if there are any
+    *("--limit-mm-per-prompt", '{"video": 0}'),  # else the GPU has room for the largest video
 )
 
 
@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextlib.contextmanager
 def client_of(*flags: str, **environment: str) -> Iterator[tuple[Server, httpx.Client]]:
-    """A server of its own, and a client for it."""
+    """Start a server, and open a client for it."""
     with (
         serving(*flags, **environment) as running,
         httpx.Client(base_url=running.url, timeout=60) as client,
@@ -73,7 +73,7 @@ def tiers(folder: Path | None, store: RedisServer | None, *more: str) -> tuple[s
 
 @pytest.fixture(scope="module")
 def cached(folder: Path, store: RedisServer) -> Iterator[Server]:
-    """A server with all tiers."""
+    """A server with all cache tiers."""
     with serving(*tiers(folder, store)) as running:
         yield running
 
@@ -87,7 +87,7 @@ def web(cached: Server) -> Iterator[httpx.Client]:
 
 
 def ask(web: httpx.Client, *pictures: bytes, text: str = "What is it?", **more: Any) -> Any:
-    # The text comes first and differs, so that the prefix cache does not hide the encoder.
+    # The text comes first and differs, so that no prefix cache hit skips the encoder.
     parts = (text_part(text), *map(image_part, pictures))
     body = {
         "model": MODEL, "messages": user(*parts), "max_tokens": 4, "temperature": 0,
@@ -99,7 +99,7 @@ def ask(web: httpx.Client, *pictures: bytes, text: str = "What is it?", **more: 
 
 
 def stages(answer: Any) -> list[str]:
-    """What was cached of each image."""
+    """The field `cached` of each image."""
     return [image["cached"] for image in answer["image_details"]]
 
 
@@ -122,13 +122,13 @@ def wait_for(condition: Any, timeout_s: float = 30) -> None:
 
 
 def stored_by_all(web: httpx.Client, store: RedisServer, entries: int) -> None:
-    """Wait until disk and shared store have so many entries: they are written behind."""
+    """Wait until disk and shared store have this many entries: writes are asynchronous."""
     client = redis.Redis.from_url(store.url)
     wait_for(lambda: counts(web)["disk"]["entries"] >= entries and client.dbsize() >= entries)
 
 
 def encoder_runs(web: httpx.Client) -> int:
-    """How often the encoder ran: what the GPU did not have and no tier either."""
+    """How often the encoder ran: GPU misses that no other tier answered."""
     found = counts(web)
     loaded = found["host"]["hits"] + sum(found[t]["hits"] for t in ("disk", "shared") if t in found)
     return int(found["gpu"]["misses"] - loaded)
@@ -147,14 +147,14 @@ def test_each_picture_is_encoded_once(web: httpx.Client) -> None:
 
 
 def test_answers_are_equal_from_every_tier(web: httpx.Client, server: Server) -> None:
-    def push_out() -> None:
+    def evict() -> None:
         for large in (LARGE, OTHER_LARGE):
             ask(web, large, text="Between")
 
     texts = ("a", "b")
     first = [ask(web, PICTURES[0], text=text) for text in texts]
     assert [stages(answer) for answer in first] == [["none"], ["embedding"]]  # on the GPU
-    push_out()
+    evict()
     before = counts(web)["host"]["hits"]
     from_host = [ask(web, PICTURES[0], text=text + "!") for text in texts]
     assert counts(web)["host"]["hits"] == before + 1
@@ -166,7 +166,7 @@ def test_answers_are_equal_from_every_tier(web: httpx.Client, server: Server) ->
             assert logprobs(again) == logprobs(from_host[texts.index(text)])
 
 
-def test_streams_and_several_answers(web: httpx.Client) -> None:
+def test_streams_and_multiple_choices_use_the_cache(web: httpx.Client) -> None:
     answer = ask(web, PICTURES[1], PICTURES[2], n=2, temperature=1, seed=1)
     assert stages(answer) == ["none", "none"]
     body = {
@@ -179,7 +179,7 @@ def test_streams_and_several_answers(web: httpx.Client) -> None:
     assert "ec_transfer_params" not in answer or answer["ec_transfer_params"] is None
 
 
-def test_metrics_by_tier(web: httpx.Client) -> None:
+def test_metrics_are_labelled_by_tier(web: httpx.Client) -> None:
     for _ in range(2):
         for picture in PICTURES:
             ask(web, picture)
@@ -209,7 +209,7 @@ def ask_all(web: httpx.Client) -> list[Any]:
 def other_model(
     folder: Path, cached: Server, tmp_path_factory: pytest.TempPathFactory, repository: Path
 ) -> Iterator[httpx.Client]:
-    """Another model with the same disk tier, and 16 pages of memory for pictures of two each."""
+    """Another model on a copy of the disk tier, with 16 pages of memory; a picture takes two."""
     model = tmp_path_factory.mktemp("other") / "model"
     shutil.copytree(repository / "server" / "demo", model, ignore=shutil.ignore_patterns("*.py"))
     path = model / "preprocessor_config.json"
@@ -218,7 +218,7 @@ def other_model(
     with httpx.Client(base_url=cached.url, timeout=60) as web:
         ask(web, PICTURES[0])
         wait_for(lambda: counts(web)["disk"]["entries"] >= 1)
-    copy = model.with_name("embeddings")  # what this model writes does not concern other tests
+    copy = model.with_name("embeddings")  # so that its writes do not affect other tests
     shutil.copytree(folder, copy)
     memory = ("--embedding-cache-gb", str(16 * 65536 / 2**30))
     with client_of(str(model), "--served-model-name", MODEL, *tiers(copy, None), *memory) as (
@@ -228,15 +228,17 @@ def other_model(
         yield client
 
 
-def test_another_model_finds_nothing(web: httpx.Client, other_model: httpx.Client) -> None:
-    """The trap: the key of an image says nothing about the files of the model."""
+def test_another_model_does_not_reuse_embeddings(
+    web: httpx.Client, other_model: httpx.Client
+) -> None:
+    """An image's key does not depend on the model's files, so the namespace must."""
     first, second = ask(web, PICTURES[0]), ask(other_model, PICTURES[0])
     assert stages(second) == ["none"]
     assert logprobs(second) != logprobs(first)
 
 
-def test_memory_too_small_for_what_is_asked(other_model: httpx.Client) -> None:
-    """Everything is evicted all the time."""
+def test_constant_eviction_does_not_change_answers(other_model: httpx.Client) -> None:
+    """The memory tier is too small for the load, so it evicts all the time."""
     alone = [_tokens(logprobs(ask(other_model, p, text="Which?"))) for p in PICTURES]
 
     def load(number: int) -> None:
@@ -254,7 +256,7 @@ def test_memory_too_small_for_what_is_asked(other_model: httpx.Client) -> None:
     assert found["bytes"] <= found["max_bytes"] == 16 * 65536
 
 
-def test_only_admins_see_and_empty_the_caches(web: httpx.Client) -> None:
+def test_only_admins_can_read_and_clear_the_caches(web: httpx.Client) -> None:
     for method in ("GET", "DELETE"):
         for headers in ({}, {"Authorization": "Bearer other"}):
             response = web.request(method, "/v1/cache", headers=headers)
@@ -271,7 +273,7 @@ def test_only_admins_see_and_empty_the_caches(web: httpx.Client) -> None:
     assert stages(ask(web, PICTURES[0])) == ["none"]
 
 
-def test_emptying_under_load_fails_no_request(web: httpx.Client) -> None:
+def test_clearing_the_caches_under_load_fails_no_request(web: httpx.Client) -> None:
     ended = threading.Event()
 
     def load(number: int) -> int:
@@ -292,10 +294,10 @@ def test_emptying_under_load_fails_no_request(web: httpx.Client) -> None:
         assert all(each.result() for each in loads)
 
 
-def test_a_store_that_fails_costs_no_request(
+def test_a_failing_shared_store_fails_no_request(
     store: RedisServer, cached: Server, web: httpx.Client
 ) -> None:
-    """Paused, then killed, under load; afterwards it is used again."""
+    """The store is paused, then stopped, under load; once it is back, it is used again."""
 
     def load(number: int) -> list[Any]:
         rng = random.Random(number)
@@ -309,9 +311,9 @@ def test_a_store_that_fails_costs_no_request(
         return [row for _, row in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])]
 
     expected = in_order(0, load(0))
-    for break_it, mend_it in ((store.pause, store.resume), (store.stop, store.start)):
+    for interrupt, restore in ((store.pause, store.resume), (store.stop, store.start)):
         web.delete("/v1/cache", headers=ADMIN)
-        break_it()
+        interrupt()
         try:
             with concurrent.futures.ThreadPoolExecutor(3) as threads:
                 for number, found in enumerate(threads.map(load, range(3))):
@@ -320,16 +322,16 @@ def test_a_store_that_fails_costs_no_request(
                     ]
             assert counts(web)["shared"]["errors"] > 0
         finally:
-            mend_it()
+            restore()
     client = redis.Redis.from_url(store.url)
 
     def used_again() -> bool:
         web.delete("/v1/cache", headers=ADMIN)
         ask(web, PICTURES[0])
-        time.sleep(1)  # it is written behind
+        time.sleep(1)  # writes are asynchronous
         return client.dbsize() > 0
 
-    wait_for(used_again, 120)  # a store that failed is left alone for up to 30 s
+    wait_for(used_again, 120)  # a failed store is not retried for up to 30 s
 
 
 def _tokens(found: Any) -> list[str]:
@@ -337,7 +339,7 @@ def _tokens(found: Any) -> list[str]:
 
 
 def test_clients_cannot_send_embeddings(server: Server) -> None:
-    """The engine takes them from its cache only, although it is a receiver of embeddings now."""
+    """The engine is configured to receive embeddings, but takes them from its cache only."""
     part = {"type": "image_embeds", "image_embeds": "AAAA"}
     body = {"model": MODEL, "messages": user(part), "max_tokens": 1}
     response = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
@@ -345,12 +347,12 @@ def test_clients_cannot_send_embeddings(server: Server) -> None:
     assert "enable-mm-embeds" in response.text or "enable_mm_embeds" in response.text
 
 
-# ------------------------------------------------------- from here on `cached` is dead
+# ------------------------------------------------------- after `cached` was killed
 
 
 @dataclass
 class Killed:
-    """What the server with all tiers left: its child processes, and its answers to `ask_all`."""
+    """The killed server's child processes, and its answers to `ask_all` before."""
 
     children: list[psutil.Process]
     answers: list[Any]
@@ -368,13 +370,13 @@ def killed(folder: Path, store: RedisServer, cached: Server) -> Killed:
     return Killed(children, answers)
 
 
-def test_kill_9_leaves_no_process(killed: Killed) -> None:
+def test_sigkill_leaves_no_child_process(killed: Killed) -> None:
     assert_nothing_is_left(killed.children)
 
 
 @pytest.fixture(scope="module")
 def replica(folder: Path, store: RedisServer, killed: Killed) -> Iterator[httpx.Client]:
-    """A server without memory that finds half of the entries on the disk, and all in Redis."""
+    """A server without a memory tier; half of the entries are on disk, and all are in Redis."""
     for path in sorted(folder.rglob("*.safetensors"))[::2]:
         path.unlink()
     more = ("--encoder-cache-tokens", "5000", "--trust-request-mm-kwargs")
@@ -383,8 +385,8 @@ def replica(folder: Path, store: RedisServer, killed: Killed) -> Iterator[httpx.
         yield client
 
 
-def test_a_replica_encodes_nothing_again(replica: httpx.Client, killed: Killed) -> None:
-    """It finds what is on the disk there, and the rest in the shared store."""
+def test_a_replica_loads_every_embedding(replica: httpx.Client, killed: Killed) -> None:
+    """It reads one half from disk and the other from the shared store."""
     again = ask_all(replica)
     assert [stages(answer) for answer in again] == [["embedding"]] * len(PICTURES)
     assert list(map(logprobs, again)) == list(map(logprobs, killed.answers))
@@ -393,16 +395,18 @@ def test_a_replica_encodes_nothing_again(replica: httpx.Client, killed: Killed) 
     assert encoder_runs(replica) == 0
 
 
-def test_a_reset_of_the_encoder_cache_empties_it(replica: httpx.Client) -> None:
-    """It says that the weights are no longer those of the model's files: other tiers close."""
+def test_resetting_the_encoder_cache_closes_the_persistent_tiers(replica: httpx.Client) -> None:
+    """After a reset, the weights may differ from the model's files, so stored entries are stale."""
     assert replica.post("/reset_encoder_cache").status_code == 200
     assert stages(ask(replica, PICTURES[0], text="Now?")) == ["features"]
     assert stages(ask(replica, PICTURES[0], text="And now?")) == ["embedding"]
     assert counts(replica).keys() == {"gpu", "host"}
 
 
-def test_the_gpu_holds_more_than_a_step_may_encode(replica: httpx.Client) -> None:
-    """A picture that is larger than a step is refused at once."""
+def test_a_picture_larger_than_a_step_is_refused_despite_a_larger_cache(
+    replica: httpx.Client,
+) -> None:
+    """The GPU cache holds 5000 tokens, but one step encodes at most 600."""
     assert counts(replica)["gpu"]["max_tokens"] == 5000
     large = encode(photo((1600, 1200), 1), "JPEG")
     body = {

@@ -1,4 +1,4 @@
-"""The disk and the shared store below the embedding cache, and how they fail."""
+"""The disk and shared tiers of the embedding cache, and how they fail."""
 
 import contextlib
 import os
@@ -63,12 +63,12 @@ def entry_files(directory: Path) -> list[Path]:
 
 
 def on_disk(directory: Path) -> int:
-    """Bytes of all entries, whole or not."""
+    """Bytes of all entries, complete and partial."""
     found = [*directory.rglob("*.safetensors"), *directory.rglob("*.part")]
     return sum(path.stat().st_size for path in found)
 
 
-# ------------------------------------------------------------------ damage, in both
+# ------------------------------------------------------------------ damage, in both tiers
 
 
 def document(key: str, spec: Spec, data: bytes) -> bytes:
@@ -97,11 +97,11 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
-def test_a_damaged_file_is_a_miss_and_deleted(damage: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_reported_and_deleted(damage: str, tmp_path: Path) -> None:
     tier = open_disk(tmp_path)
     write(tier, "a")
     (path,) = entry_files(tmp_path)
-    assert path.read_bytes() == GOOD, "so that the damaged ones are damaged by what they say"
+    assert path.read_bytes() == GOOD, "each variant must differ only by its damage"
     path.write_bytes(DAMAGED[damage])
     with pytest.raises(DamagedEntry):
         read(tier, "a")
@@ -112,7 +112,7 @@ def test_a_damaged_file_is_a_miss_and_deleted(damage: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
-def test_a_damaged_value_is_a_miss_and_deleted(damage: str, redis: RedisServer) -> None:
+def test_a_damaged_redis_value_is_reported_and_deleted(damage: str, redis: RedisServer) -> None:
     with contextlib.closing(SharedTier(redis.url, NAMESPACE, 2)) as tier:
         write(tier, "a")
         with contextlib.closing(redis.client()) as client:
@@ -125,7 +125,7 @@ def test_a_damaged_value_is_a_miss_and_deleted(damage: str, redis: RedisServer) 
         assert read(tier, "a") is None
 
 
-def test_a_value_of_another_type_is_a_miss_and_deleted(redis: RedisServer) -> None:
+def test_a_redis_value_of_another_type_is_reported_and_deleted(redis: RedisServer) -> None:
     with (
         contextlib.closing(SharedTier(redis.url, NAMESPACE, 2)) as tier,
         contextlib.closing(redis.client()) as client,
@@ -138,7 +138,7 @@ def test_a_value_of_another_type_is_a_miss_and_deleted(redis: RedisServer) -> No
         assert not client.exists(name)
 
 
-def test_damage_is_never_served(redis: RedisServer, tmp_path: Path) -> None:
+def test_damaged_entries_are_misses_and_errors(redis: RedisServer, tmp_path: Path) -> None:
     tiers = [open_disk(tmp_path), SharedTier(redis.url, OTHER, 6)]
     for tier in tiers:
         write(tier, "a")
@@ -162,13 +162,13 @@ def test_damage_is_never_served(redis: RedisServer, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spec", [PAGE, ODD, Spec("F64", 1, 1), Spec("F16", 1000, 1000)])
-def test_a_file_holds_an_entry(spec: Spec, tmp_path: Path) -> None:
+def test_an_entry_is_read_back_in_its_own_namespace_only(spec: Spec, tmp_path: Path) -> None:
     write(open_disk(tmp_path), "a", spec)
     assert read(open_disk(tmp_path), "a", spec) == content("a", spec)
     assert read(open_disk(tmp_path, namespace=OTHER), "a", spec) is None
 
 
-def test_a_file_is_what_safetensors_reads(tmp_path: Path) -> None:
+def test_safetensors_can_read_an_entry(tmp_path: Path) -> None:
     import torch
     from safetensors import safe_open
 
@@ -180,7 +180,7 @@ def test_a_file_is_what_safetensors_reads(tmp_path: Path) -> None:
     assert tensor.view(torch.uint8).numpy().tobytes() == content("a", ODD)
 
 
-def test_the_disk_keeps_to_its_limit_and_to_what_is_used(tmp_path: Path) -> None:
+def test_the_disk_evicts_the_least_recently_used_entries_at_its_limit(tmp_path: Path) -> None:
     tier = open_disk(tmp_path, files=10)
     write(tier, "used")
     for number in range(40):
@@ -203,7 +203,7 @@ def test_an_entry_larger_than_the_limit_is_dropped(tmp_path: Path) -> None:
     assert read(tier, "small") == content("small")
 
 
-def test_a_smaller_limit_holds_from_the_start_and_spares_the_newest(tmp_path: Path) -> None:
+def test_a_lowered_limit_evicts_the_oldest_entries_on_opening(tmp_path: Path) -> None:
     tier = open_disk(tmp_path)
     for number in range(10):
         write(tier, str(number))
@@ -215,7 +215,7 @@ def test_a_smaller_limit_holds_from_the_start_and_spares_the_newest(tmp_path: Pa
     assert [number for number in range(10) if read(again, str(number))] == [6, 7, 8, 9]
 
 
-def test_entries_of_another_model_go_too(tmp_path: Path) -> None:
+def test_entries_of_another_model_are_evicted_too(tmp_path: Path) -> None:
     other = open_disk(tmp_path, 8, OTHER)
     for number in range(8):
         write(other, str(number))
@@ -226,16 +226,16 @@ def test_entries_of_another_model_go_too(tmp_path: Path) -> None:
     assert all(read(tier, str(number)) for number in range(8))
 
 
-def test_files_that_are_not_ours_are_let_alone(tmp_path: Path) -> None:
-    """The directory may be one in which models lie."""
-    strangers = [
+def test_foreign_files_are_never_deleted(tmp_path: Path) -> None:
+    """The directory may also hold models."""
+    foreign = [
         tmp_path / "model.safetensors",
         tmp_path / "model" / "model-00001-of-00002.safetensors",
         tmp_path / NAMESPACE / "ab" / "model.safetensors",
         tmp_path / NAMESPACE / "ab" / "download.part",
         tmp_path / "blobs" / f"{'0' * 64}.safetensors",
     ]
-    for path in strangers:
+    for path in foreign:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes(5 * FILE_BYTES))
         os.utime(path, (1, 1))
@@ -243,14 +243,14 @@ def test_files_that_are_not_ours_are_let_alone(tmp_path: Path) -> None:
     for number in range(6):
         write(tier, str(number))
     tier.clear()
-    assert all(path.stat().st_size == 5 * FILE_BYTES for path in strangers)
+    assert all(path.stat().st_size == 5 * FILE_BYTES for path in foreign)
     assert tier.size()["entries"] == 0
 
 
-def test_two_servers_keep_to_the_limit_together(
+def test_two_servers_on_one_directory_share_its_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each in threads of its own, with what the other has just written unknown to it."""
+    """Each runs in its own threads and does not know what the other has just written."""
     monkeypatch.setattr(disk_module, "_LONGEST_WAIT_S", 120)
     tiers = [open_disk(tmp_path, 20), open_disk(tmp_path, 20, OTHER)]
     failed: list[BaseException] = []
@@ -258,9 +258,9 @@ def test_two_servers_keep_to_the_limit_together(
     def watch() -> None:
         try:
             for _ in range(200):
-                with tiers[0]._usage.locked():  # no file is renamed or begun meanwhile
+                with tiers[0]._usage.locked():  # no file is created or renamed meanwhile
                     assert on_disk(tmp_path) <= 20 * FILE_BYTES
-                time.sleep(0.002)  # for the others
+                time.sleep(0.002)  # let the others run
         except BaseException as error:
             failed.append(error)
 
@@ -302,7 +302,7 @@ for number in range(1_000_000):
 """
 
 
-def test_servers_that_are_killed_lose_no_more_than_what_they_wrote(tmp_path: Path) -> None:
+def test_killed_servers_lose_only_the_entries_being_written(tmp_path: Path) -> None:
     for killed in (2, 4, 6):
         children = [
             subprocess.Popen(
@@ -324,8 +324,8 @@ def test_servers_that_are_killed_lose_no_more_than_what_they_wrote(tmp_path: Pat
                 child.stdout.close()
         assert on_disk(tmp_path) <= 20 * FILE_BYTES
         whole, unfinished = entry_files(tmp_path), list(tmp_path.glob("*/*/*.part"))
-        assert len(unfinished) <= killed, "each was writing one at most; they are not old yet"
-        assert len(whole) + len(unfinished) >= 18, "each may have made room and no file yet"
+        assert len(unfinished) <= killed, "each was writing at most one, too new to remove"
+        assert len(whole) + len(unfinished) >= 18, "each may have evicted one and written none"
         for path in whole:
             assert path.stat().st_size == FILE_BYTES
             data = path.read_bytes()[-PAGE.nbytes :]
@@ -337,7 +337,7 @@ def test_servers_that_are_killed_lose_no_more_than_what_they_wrote(tmp_path: Pat
         assert on_disk(tmp_path) <= 20 * FILE_BYTES
 
 
-def test_what_was_left_unfinished_is_removed_when_it_is_old(tmp_path: Path) -> None:
+def test_only_old_partial_files_are_removed(tmp_path: Path) -> None:
     folder = tmp_path / NAMESPACE / "ab"
     folder.mkdir(parents=True)
     old, new = (folder / f"{'ab' * 32}.{digit * 16}.part" for digit in "01")
@@ -348,21 +348,21 @@ def test_what_was_left_unfinished_is_removed_when_it_is_old(tmp_path: Path) -> N
     assert (old.exists(), new.exists()) == (False, True)
     for number in range(5):
         write(tier, str(number))
-    assert on_disk(tmp_path) == 3 * FILE_BYTES, "who writes it now counts, too"
+    assert on_disk(tmp_path) == 3 * FILE_BYTES, "a new partial file counts, too"
     assert new.exists()
 
 
-def test_a_server_finds_what_another_wrote(tmp_path: Path) -> None:
+def test_a_server_reads_entries_that_another_wrote(tmp_path: Path) -> None:
     one, two = open_disk(tmp_path), open_disk(tmp_path)
     write(one, "a")
     assert read(two, "a") == content("a")
-    assert two.size()["bytes"] == FILE_BYTES, "as large as the file is"
+    assert two.size()["bytes"] == FILE_BYTES, "the size of the file"
     write(two, "b")
     two.clear()
     assert [read(one, "a"), read(one, "b")] == [None, None]
 
 
-def test_what_another_wrote_makes_room(tmp_path: Path) -> None:
+def test_a_server_evicts_entries_that_another_wrote(tmp_path: Path) -> None:
     one, two = open_disk(tmp_path, 5), open_disk(tmp_path, 5)
     for number in range(5):
         write(one, str(number))
@@ -372,7 +372,7 @@ def test_what_another_wrote_makes_room(tmp_path: Path) -> None:
     assert on_disk(tmp_path) == 5 * FILE_BYTES
 
 
-def test_clearing_spares_other_models(tmp_path: Path) -> None:
+def test_clearing_the_disk_keeps_entries_of_other_models(tmp_path: Path) -> None:
     tier, other = open_disk(tmp_path), open_disk(tmp_path, namespace=OTHER)
     write(tier, "a")
     write(other, "a")
@@ -382,7 +382,7 @@ def test_clearing_spares_other_models(tmp_path: Path) -> None:
     assert tier.size()["entries"] == 1
 
 
-def test_reads_and_evictions_may_meet(tmp_path: Path) -> None:
+def test_concurrent_reads_and_evictions_do_not_fail(tmp_path: Path) -> None:
     tier, failed = open_disk(tmp_path, files=3), []
 
     def work(name: str) -> None:
@@ -404,7 +404,7 @@ def test_reads_and_evictions_may_meet(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_no_file_stays_open(tmp_path: Path) -> None:
+def test_reads_and_writes_leave_no_file_open(tmp_path: Path) -> None:
     tier = open_disk(tmp_path, files=3)
 
     def cycle() -> None:
@@ -435,7 +435,7 @@ def put_a_file_in_its_place(directory: Path) -> Callable[[], None]:
 
 
 def forbid_large_files(directory: Path) -> Callable[[], None]:
-    """As a full disk: a write fails in the middle of a file."""
+    """Like a full disk: a write fails in the middle of a file."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES // 2, limits[1]))
@@ -457,13 +457,13 @@ def put_a_directory_in_the_way(directory: Path) -> Callable[[], None]:
         (put_a_directory_in_the_way, True),
     ],
 )
-def test_a_disk_that_fails_makes_misses(
+def test_a_failing_disk_causes_misses_and_recovers(
     harm: Callable[[Path], Callable[[], None]], errors: bool, tmp_path: Path
 ) -> None:
     directory = tmp_path / "cache"
     tier = open_disk(directory)
     store = EmbeddingStore(Arena(32 * PAGE_BYTES), [tier])
-    mend = harm(directory)
+    restore = harm(directory)
     try:
         for number in range(10):
             assert seek(store, f"absent{number}") is None
@@ -473,8 +473,8 @@ def test_a_disk_that_fails_makes_misses(
         assert (store.snapshot()["disk"]["errors"] > 0) == errors
         store.clear()
     finally:
-        mend()
-    wait_until(lambda: not store._clears)  # it was tried again
+        restore()
+    wait_until(lambda: not store._clears)  # the clear was retried
     wait_until(lambda: tier.breaker.may_try)
     assert keep(store, "after")
     store.close()
@@ -483,7 +483,7 @@ def test_a_disk_that_fails_makes_misses(
     assert store.arena.free_bytes == store.arena.nbytes
 
 
-def test_a_server_that_holds_the_count_and_hangs_makes_errors(
+def test_a_usage_lock_held_by_a_hung_server_fails_writes_but_not_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(disk_module, "_LONGEST_WAIT_S", 0.05)
@@ -492,14 +492,12 @@ def test_a_server_that_holds_the_count_and_hangs_makes_errors(
     with other._usage.locked():
         with pytest.raises(TimeoutError):
             write(tier, "b")
-        assert read(tier, "a") == content("a"), "reading needs no count"
+        assert read(tier, "a") == content("a"), "reads need no lock"
     write(tier, "b")
     assert read(tier, "b") == content("b")
 
 
-def test_a_count_that_is_wrong_is_put_right(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_usage_count_is_corrected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tier = open_disk(tmp_path, files=10)
     for number in range(5):
         write(tier, str(number))
@@ -513,7 +511,7 @@ def test_a_count_that_is_wrong_is_put_right(
     assert on_disk(tmp_path) == 10 * FILE_BYTES
 
 
-def test_a_directory_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
         open_disk(tmp_path / "file")
@@ -541,13 +539,13 @@ def opened(url: str) -> Iterator[tuple[EmbeddingStore, SharedTier]]:
 
 
 def share(store: EmbeddingStore, key: str) -> None:
-    """Encode an image and wait until it was written, or was not."""
+    """Keep an entry and wait until its write has succeeded or failed."""
     assert keep(store, key)
     wait_until(lambda: not store._writes)
 
 
 def fail(store: EmbeddingStore, tier: SharedTier) -> None:
-    """Ask for images until the store is not asked any more."""
+    """Look up missing entries until the circuit breaker opens."""
     for number in range(100):
         assert seek(store, f"absent{number}") is None
         if tier.breaker.is_open:
@@ -576,12 +574,12 @@ def test_replicas_share_entries(redis: RedisServer) -> None:
         assert (tier.counts.hits, tier.counts.errors) == (1, 0)
         one.clear()
         wait_until(lambda: not one._clears)
-        assert stored(two, "shared") == content("shared"), "in its memory"
+        assert stored(two, "shared") == content("shared"), "still in its memory tier"
     with opened(redis.url) as (three, _):
         assert seek(three, "shared") is None
 
 
-def test_clearing_spares_other_models_in_redis(redis: RedisServer) -> None:
+def test_clearing_redis_keeps_entries_of_other_models(redis: RedisServer) -> None:
     with (
         contextlib.closing(SharedTier(redis.url, NAMESPACE, 2)) as tier,
         contextlib.closing(SharedTier(redis.url, OTHER, 2)) as other,
@@ -599,7 +597,7 @@ def test_clearing_spares_other_models_in_redis(redis: RedisServer) -> None:
         }
 
 
-def test_a_redis_that_stops_and_comes_back(own_redis: RedisServer) -> None:
+def test_a_restarted_redis_is_used_again(own_redis: RedisServer) -> None:
     with opened(own_redis.url) as (store, tier):
         share(store, "a")
         own_redis.stop()
@@ -612,7 +610,7 @@ def test_a_redis_that_stops_and_comes_back(own_redis: RedisServer) -> None:
             assert client.exists(tier._prefix + stored_name("b"))
 
 
-def test_a_redis_that_answers_nothing_and_goes_on(own_redis: RedisServer) -> None:
+def test_a_hung_redis_is_used_again_once_it_answers(own_redis: RedisServer) -> None:
     with opened(own_redis.url) as (store, tier):
         share(store, "a")
         own_redis.pause()
@@ -624,11 +622,11 @@ def test_a_redis_that_answers_nothing_and_goes_on(own_redis: RedisServer) -> Non
             own_redis.resume()
         recover(store, tier)
         share(store, "c")
-        assert read(tier, "a") == content("a"), "no answer of before is taken for another's"
+        assert read(tier, "a") == content("a"), "a late reply must not answer another request"
         assert read(tier, "c") == content("c")
 
 
-def test_a_redis_that_is_full() -> None:
+def test_a_full_redis_causes_errors_and_recovers() -> None:
     with (
         redis_server("--maxmemory", "4mb", "--maxmemory-policy", "noeviction") as server,
         opened(server.url) as (store, tier),
@@ -647,7 +645,7 @@ def test_a_redis_that_is_full() -> None:
         assert read(tier, "after") == content("after")
 
 
-def test_a_redis_with_another_password(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_wrong_redis_password_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     with redis_server(password="right") as server:
         wrong = server.url.replace("right", "hunter2-wrong")
         with opened(wrong) as (store, tier):
@@ -659,7 +657,7 @@ def test_a_redis_with_another_password(caplog: pytest.LogCaptureFixture) -> None
             assert read(tier, "a") == content("a")
 
 
-def test_no_redis_at_all() -> None:
+def test_an_unreachable_redis_does_not_disable_the_memory_tier() -> None:
     with redis_server() as server:
         pass
     with opened(server.url) as (store, tier):
@@ -669,6 +667,6 @@ def test_no_redis_at_all() -> None:
         store.clear()
 
 
-def test_an_address_that_is_none() -> None:
+def test_an_invalid_redis_url_is_an_error() -> None:
     with pytest.raises(ValueError):
         SharedTier("here", NAMESPACE, 2)
