@@ -1,4 +1,4 @@
-"""The Files API: sent once with OpenAI's SDK, shown in requests of every dialect."""
+"""The Files API: files are uploaded with OpenAI's SDK and used in requests of every dialect."""
 
 import asyncio
 import contextlib
@@ -39,7 +39,7 @@ ABSENT = "file-" + "0" * 32
 
 @pytest.fixture
 def upload(client: OpenAI) -> Iterator[Any]:
-    """Uploads bytes and gives the id; the files are deleted after the test."""
+    """A function that uploads bytes and returns the file id. Files are deleted after the test."""
     made: list[str] = []
 
     def upload(data: bytes, name: str = "a.png", purpose: Any = "vision") -> str:
@@ -53,7 +53,7 @@ def upload(client: OpenAI) -> Iterator[Any]:
             client.files.delete(file_id)
 
 
-# ---------------------------------------------------------------------- the routes, by the SDK
+# ---------------------------------------------------------------------- the routes, with the SDK
 
 
 def test_a_file_lives_from_creation_to_deletion(client: OpenAI) -> None:
@@ -77,7 +77,7 @@ def test_a_file_lives_from_creation_to_deletion(client: OpenAI) -> None:
         assert refusal.value.code == "file_not_found"
 
 
-def test_the_list_has_pages(client: OpenAI, upload: Any) -> None:
+def test_the_file_list_is_paginated(client: OpenAI, upload: Any) -> None:
     made = [upload(encode(shape("red", size=(40 + i, 40))), f"{i}.png") for i in range(5)]
     other = upload(pdf((72, 72)), "a.pdf", "user_data")
     page = client.files.list(limit=2, purpose="vision", order="asc")
@@ -95,7 +95,7 @@ def test_the_list_has_pages(client: OpenAI, upload: Any) -> None:
     [({"limit": 0}, 400, None), ({"limit": 10_001}, 400, None), ({"limit": "x"}, 400, None),
      ({"order": "up"}, 400, None), ({"after": ABSENT}, 404, "after")],
 )  # fmt: skip
-def test_a_wrong_list_is_refused(
+def test_invalid_list_parameters_are_refused(
     http: httpx.Client, query: dict[str, Any], status: int, param: str | None
 ) -> None:
     response = http.get("/v1/files", params=query)
@@ -103,7 +103,7 @@ def test_a_wrong_list_is_refused(
     assert param is None or response.json()["error"]["param"] == param
 
 
-def test_a_file_may_expire(client: OpenAI) -> None:
+def test_expires_after_sets_the_expiry_time(client: OpenAI) -> None:
     file = client.files.create(
         file=("a.png", RED),
         purpose="user_data",
@@ -124,7 +124,9 @@ def test_a_file_may_expire(client: OpenAI) -> None:
         ({"seconds": 3600}, "expires_after[anchor]"),
     ],
 )
-def test_a_wrong_expiry_is_named(client: OpenAI, after: Any, param: str) -> None:
+def test_an_invalid_expiry_is_refused_with_its_param(
+    client: OpenAI, after: Any, param: str
+) -> None:
     with pytest.raises(openai.BadRequestError) as refusal:
         client.files.create(file=("a.png", RED), purpose="vision", expires_after=after)
     assert refusal.value.param == param
@@ -140,7 +142,7 @@ def test_a_wrong_expiry_is_named(client: OpenAI, after: Any, param: str) -> None
         (encode(shape("red", size=(1000, 4))), "image_aspect_ratio", 400),
     ],
 )
-def test_what_no_request_could_show_is_not_kept(
+def test_an_unusable_file_is_refused_and_not_stored(
     client: OpenAI, http: httpx.Client, data: bytes, code: str, status: int
 ) -> None:
     before = http.get("/v1/files").json()
@@ -151,7 +153,7 @@ def test_what_no_request_could_show_is_not_kept(
     assert http.get("/v1/files").json() == before
 
 
-def test_a_huge_upload_is_refused_before_it_is_sent(server: Server) -> None:
+def test_an_oversized_upload_is_refused_before_its_body_is_sent(server: Server) -> None:
     with contextlib.closing(HTTPConnection(server.url.removeprefix("http://"))) as connection:
         connection.putrequest("POST", "/v1/files")
         connection.putheader("Content-Type", KIND)
@@ -186,7 +188,9 @@ FILE = ("a.png", RED)
         ({"content": b"--b\r\n", "headers": {"Content-Type": "multipart/form-data"}}, None),
     ],
 )
-def test_a_wrong_form_is_named(http: httpx.Client, sent: Any, param: str | None) -> None:
+def test_an_invalid_form_is_refused_with_its_param(
+    http: httpx.Client, sent: Any, param: str | None
+) -> None:
     response = http.post("/v1/files", **sent)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
@@ -212,14 +216,16 @@ def ask(http: httpx.Client, *content: dict[str, Any], **more: Any) -> dict[str, 
 
 
 @pytest.mark.parametrize("dialect", ["image_url", "image_file", "file"])
-def test_chat_shows_an_uploaded_image(http: httpx.Client, upload: Any, dialect: str) -> None:
+def test_chat_accepts_an_uploaded_image(http: httpx.Client, upload: Any, dialect: str) -> None:
     inline = ask(http, image_part(RED), WHAT)
     answer = ask(http, chat_parts(upload(RED))[dialect], WHAT)
     assert answer["choices"][0]["message"]["content"].startswith("a red circle")
     assert answer["usage"]["prompt_tokens"] == inline["usage"]["prompt_tokens"]
 
 
-def test_the_same_upload_answers_again_and_again(http: httpx.Client, upload: Any) -> None:
+def test_an_uploaded_image_is_cached_for_later_and_inline_requests(
+    http: httpx.Client, upload: Any
+) -> None:
     part = chat_parts(upload(LARGE))["image_url"]
     ask(http, part, WHAT)
     again = ask(http, part, text_part("Again?"), include_image_details=True)
@@ -229,7 +235,7 @@ def test_the_same_upload_answers_again_and_again(http: httpx.Client, upload: Any
 
 
 @pytest.mark.parametrize("kind", ["input_image", "input_file"])
-def test_responses_show_an_uploaded_image(client: OpenAI, upload: Any, kind: str) -> None:
+def test_responses_accept_an_uploaded_image(client: OpenAI, upload: Any, kind: str) -> None:
     part: dict[str, Any] = {"type": kind, "file_id": upload(RED)}
     if kind == "input_image":
         part |= {"detail": "auto", "image_url": None}
@@ -243,7 +249,7 @@ def test_responses_show_an_uploaded_image(client: OpenAI, upload: Any, kind: str
 
 
 @pytest.mark.parametrize("kind", ["image", "document"])
-def test_messages_show_an_uploaded_image(server: Server, upload: Any, kind: str) -> None:
+def test_messages_accept_an_uploaded_image(server: Server, upload: Any, kind: str) -> None:
     content: Any = [{"type": kind, "source": {"type": "file", "file_id": upload(RED)}}, WHAT]
     with anthropic.Anthropic(base_url=server.url, api_key="none") as client:
         answer = client.messages.create(
@@ -255,7 +261,7 @@ def test_messages_show_an_uploaded_image(server: Server, upload: Any, kind: str)
     assert answer.content[0].text == "a red circle"  # type: ignore[union-attr]
 
 
-def test_an_uploaded_pdf_becomes_pages(http: httpx.Client, upload: Any) -> None:
+def test_an_uploaded_pdf_becomes_one_image_per_page(http: httpx.Client, upload: Any) -> None:
     file_id = upload(pdf((300, 200), (100, 400), (200, 200)), "a.pdf", "user_data")
     part = chat_parts(file_id)["file"]
     shown = ask(http, part, WHAT, include_image_details=True)["image_details"]
@@ -265,7 +271,7 @@ def test_an_uploaded_pdf_becomes_pages(http: httpx.Client, upload: Any) -> None:
     assert [row["frame"] for row in shown] == [2]
 
 
-def test_options_hold_for_uploads(http: httpx.Client, upload: Any) -> None:
+def test_image_options_apply_to_uploaded_files(http: httpx.Client, upload: Any) -> None:
     def cost(part: dict[str, Any]) -> list[dict[str, Any]]:
         response = http.post("/v1/images/tokens", json={"messages": user(part)})
         assert response.status_code == 200, response.text
@@ -288,7 +294,7 @@ def test_options_hold_for_uploads(http: httpx.Client, upload: Any) -> None:
 
 
 @pytest.mark.parametrize("gone", ["unknown", "deleted", "hostile"])
-def test_a_file_that_is_not_there_is_named(
+def test_a_missing_file_is_a_404_with_its_param(
     client: OpenAI, http: httpx.Client, upload: Any, gone: str
 ) -> None:
     file_id = {"unknown": ABSENT, "deleted": upload(RED), "hostile": "../../lock"}[gone]
@@ -320,13 +326,15 @@ def test_a_file_that_is_not_there_is_named(
 
 
 @pytest.mark.parametrize("file_id", [5, None, [], {}, ""])
-def test_what_is_no_id_is_refused(http: httpx.Client, file_id: Any) -> None:
+def test_an_invalid_file_id_is_refused(http: httpx.Client, file_id: Any) -> None:
     for part in chat_parts(file_id).values():
         document = {"model": MODEL, "messages": user(part)}
         assert http.post("/v1/chat/completions", json=document).status_code in (400, 404)
 
 
-def test_an_image_has_no_pages_and_a_pdf_may_be_an_image(http: httpx.Client, upload: Any) -> None:
+def test_pages_are_refused_for_an_image_and_a_pdf_is_accepted_as_one(
+    http: httpx.Client, upload: Any
+) -> None:
     paged = chat_parts(upload(RED))["file"]
     paged["file"]["pages"] = "1"
     response = http.post("/v1/chat/completions", json={"model": MODEL, "messages": user(paged)})
@@ -336,7 +344,7 @@ def test_an_image_has_no_pages_and_a_pdf_may_be_an_image(http: httpx.Client, upl
     assert answer["usage"]["prompt_tokens_details"]["image_tokens"] > 0
 
 
-def test_the_metrics_count_files(http: httpx.Client, upload: Any) -> None:
+def test_metrics_count_stored_files(http: httpx.Client, upload: Any) -> None:
     upload(RED)
     metrics = http.get("/metrics").text
     lines = [line for line in metrics.splitlines() if line.startswith("saccade_file")]
@@ -344,11 +352,11 @@ def test_the_metrics_count_files(http: httpx.Client, upload: Any) -> None:
     assert all(float(line.split()[1]) > 0 for line in lines)
 
 
-# ---------------------------------------------------------------------- groups, and no folder
+# ---------------------------------------------------------------------- groups, and no files folder
 
 
 class GroupOfHeader:
-    """Notes the group that the header `group` names, as the check of keys does by the key."""
+    """Sets the key group of a request from its header `group`, in place of the API key check."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -362,7 +370,7 @@ class GroupOfHeader:
 
 @contextlib.asynccontextmanager
 async def small_app(store: FileStore | None) -> AsyncIterator[httpx.AsyncClient]:
-    """The routes of files and what lies before them, without an engine."""
+    """The file routes and their middleware, without an engine."""
     app = FastAPI()
     app.state.loader = media_loader(store)
     app.include_router(files.router)
@@ -432,7 +440,7 @@ def test_groups_do_not_see_each_others_files(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-def test_without_a_folder_the_flag_is_named() -> None:
+def test_without_a_files_folder_the_error_names_the_flag() -> None:
     async def run() -> None:
         async with small_app(None) as client:
             answers = [
@@ -491,7 +499,7 @@ def field(disposition: bytes, data: bytes) -> bytes:
     return b"Content-Disposition: form-data; " + disposition + b"\r\n\r\n" + data
 
 
-def test_a_form_is_read_as_it_was_written() -> None:
+def test_a_form_is_parsed_byte_for_byte() -> None:
     binary = b"\r\n--a\r\n--\r\n\0\xff--b\r\n-"
     found = read_form(
         KIND,
@@ -529,12 +537,12 @@ def test_a_form_is_read_as_it_was_written() -> None:
         (KIND, form(field(b'name="a"', b"1\r\n--b" + b" " * 1000 + b"\r\n"))),
     ],
 )
-def test_a_broken_form_is_refused(kind: str, text: bytes) -> None:
+def test_a_malformed_form_is_refused(kind: str, text: bytes) -> None:
     with pytest.raises(ClientError):
         read_form(kind, text)
 
 
-def test_a_form_of_almost_delimiters_is_refused_without_reading_it_all() -> None:
+def test_a_form_full_of_near_delimiters_is_refused_with_little_memory() -> None:
     body_of_delimiters = form(field(b'name="file"', b"\r\n--bx" * 1_000_000))
     tracemalloc.start()
     with pytest.raises(ClientError, match="fields"):

@@ -1,4 +1,4 @@
-"""What images cost is known beforehand, capped as promised, and shown in every answer."""
+"""Image tokens are predictable before a request, limited by caps, and reported in every answer."""
 
 import base64
 import importlib.util
@@ -43,7 +43,7 @@ def ask(http: httpx.Client, *parts: dict[str, Any], **more: Any) -> dict[str, An
 
 
 def cost(http: httpx.Client, *parts: dict[str, Any], **more: Any) -> list[dict[str, Any]]:
-    """What `/v1/images/tokens` says of the images."""
+    """The rows that `/v1/images/tokens` returns for images."""
     response = http.post("/v1/images/tokens", json={"messages": user(*parts), **more})
     assert response.status_code == 200, response.text
     rows: list[dict[str, Any]] = response.json()["data"]
@@ -63,7 +63,7 @@ def capped(data: bytes, **options: Any) -> dict[str, Any]:
     return part
 
 
-def test_every_answer_tells_its_image_tokens(http: httpx.Client) -> None:
+def test_usage_reports_image_tokens(http: httpx.Client) -> None:
     usage = ask(http, image_part(SMALL), WHAT)["usage"]
     assert usage["prompt_tokens_details"]["image_tokens"] == SMALL_TOKENS
     assert usage["prompt_tokens_details"]["cached_tokens"] >= 0
@@ -72,7 +72,7 @@ def test_every_answer_tells_its_image_tokens(http: httpx.Client) -> None:
     assert (text_only["image_tokens"], text_only["cached_tokens"]) == (0, 0)
 
 
-def test_a_cap_costs_what_it_says(http: httpx.Client) -> None:
+def test_a_cap_limits_image_tokens(http: httpx.Client) -> None:
     for tokens in (1, 7, 16, 100, 250):
         usage = ask(http, capped(LARGE, max_tokens=tokens), WHAT)["usage"]
         assert 0 < usage["prompt_tokens_details"]["image_tokens"] <= tokens
@@ -81,14 +81,14 @@ def test_a_cap_costs_what_it_says(http: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("detail", ["low", "high", "auto"])
-def test_detail_is_a_budget(http: httpx.Client, detail: str) -> None:
+def test_only_detail_low_limits_image_tokens(http: httpx.Client, detail: str) -> None:
     usage = ask(http, capped(LARGE, detail=detail), WHAT)["usage"]
     tokens = usage["prompt_tokens_details"]["image_tokens"]
     full = ask(http, image_part(LARGE), WHAT)["usage"]["prompt_tokens_details"]["image_tokens"]
     assert tokens <= 256 if detail == "low" else tokens == full
 
 
-def test_the_cost_is_known_before(http: httpx.Client) -> None:
+def test_the_predicted_cost_equals_the_actual_cost(http: httpx.Client) -> None:
     parts = [
         image_part(SMALL), capped(LARGE, max_tokens=90), capped(LARGE, detail="low"),
         image_part(encode(photo((300, 2000), 1), "WEBP")),
@@ -104,7 +104,7 @@ def test_the_cost_is_known_before(http: httpx.Client) -> None:
     assert all(row["kv_bytes"] % row["tokens"] == 0 for row in before)
 
 
-def test_a_size_alone_has_a_cost(http: httpx.Client) -> None:
+def test_the_cost_of_a_size_is_predicted_without_an_image(http: httpx.Client) -> None:
     sizes = [{"width": 224, "height": 224}, {"width": 4000, "height": 3000, "max_tokens": 50}]
     response = http.post("/v1/images/tokens", json={"images": sizes})
     rows = response.json()["data"]
@@ -113,7 +113,7 @@ def test_a_size_alone_has_a_cost(http: httpx.Client) -> None:
     assert response.json()["usage"]["image_tokens"] == rows[0]["tokens"] + rows[1]["tokens"]
 
 
-def test_what_has_no_cost_is_refused(http: httpx.Client) -> None:
+def test_a_cost_request_without_usable_images_is_refused(http: httpx.Client) -> None:
     assert refusal(http, "/v1/images/tokens", {})["param"] == "messages"
     named = {"type": "image_url", "image_url": None, "uuid": "nobody"}
     error = refusal(http, "/v1/images/tokens", {"messages": user(named)})
@@ -122,7 +122,7 @@ def test_what_has_no_cost_is_refused(http: httpx.Client) -> None:
     assert "images" in error["message"]
 
 
-def test_a_budget_is_shared_out_by_area(http: httpx.Client) -> None:
+def test_a_request_budget_is_divided_by_image_area(http: httpx.Client) -> None:
     parts = [image_part(LARGE), image_part(SMALL), image_part(encode(photo((800, 600), 3)))]
     details = ask(http, *parts, WHAT, max_image_tokens=300, include_image_details=True)[
         "image_details"
@@ -138,7 +138,7 @@ def test_a_budget_is_shared_out_by_area(http: httpx.Client) -> None:
     assert (error["code"], error["param"]) == ("image_token_cap", "max_image_tokens")
 
 
-def test_details_tell_sizes_and_caching(http: httpx.Client) -> None:
+def test_image_details_report_sizes_and_caching(http: httpx.Client) -> None:
     picture = encode(photo((1000, 700), 99), "JPEG", exif=_orientation(6))
     first = ask(http, image_part(picture), WHAT, include_image_details=True)["image_details"]
     again = ask(http, image_part(picture), WHAT, include_image_details=True)["image_details"]
@@ -160,7 +160,7 @@ def _orientation(value: int) -> bytes:
     return exif.tobytes()
 
 
-def test_boxes_find_their_way_back(http: httpx.Client, repository: Path) -> None:
+def test_boxes_map_back_to_the_original_image(http: httpx.Client, repository: Path) -> None:
     path = repository / "clients" / "examples" / "boxes.py"
     spec = importlib.util.spec_from_file_location("boxes", path)
     assert spec is not None
@@ -178,7 +178,7 @@ def test_boxes_find_their_way_back(http: httpx.Client, repository: Path) -> None
     assert boxes.to_original(per_mille, row, scale=1000) == pytest.approx((400, 300, 1200, 900))
 
 
-def test_streams_end_with_the_same_usage(client: OpenAI) -> None:
+def test_a_stream_ends_with_image_token_usage(client: OpenAI) -> None:
     stream = client.chat.completions.create(
         model=MODEL,
         messages=user(image_part(SMALL), WHAT),  # type: ignore[arg-type]
@@ -198,7 +198,7 @@ def test_streams_end_with_the_same_usage(client: OpenAI) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_responses_tell_image_tokens(http: httpx.Client, stream: bool) -> None:
+def test_responses_report_image_tokens(http: httpx.Client, stream: bool) -> None:
     part = {"type": "input_image", "image_url": data_url(LARGE, "image/jpeg"), "detail": "low"}
     content = [part, {"type": "input_text", "text": "What is in the image?"}]
     body = {
@@ -218,7 +218,7 @@ def test_responses_tell_image_tokens(http: httpx.Client, stream: bool) -> None:
     assert answer["image_details"][0]["width"] == 1600
 
 
-def test_messages_tell_image_tokens(server: Server) -> None:
+def test_messages_report_image_tokens(server: Server) -> None:
     source = {"type": "base64", "media_type": "image/png", "data": base64.b64encode(SMALL).decode()}
     image: Any = {"type": "image", "source": source, "max_tokens": 16}
     with anthropic.Anthropic(base_url=server.url, api_key="none") as client:
@@ -239,16 +239,16 @@ def test_tokenize_counts_capped_images(http: httpx.Client) -> None:
     assert counts[0] - counts[1] == SMALL_TOKENS - 16
 
 
-def test_an_image_that_is_named_can_be_capped(http: httpx.Client) -> None:
+def test_an_image_sent_by_uuid_can_be_capped(http: httpx.Client) -> None:
     ask(http, image_part(SMALL, uuid="the-red-one"), WHAT)
-    ask(http, capped(SMALL, max_tokens=16), WHAT)  # so that it is cached under this cap
+    ask(http, capped(SMALL, max_tokens=16), WHAT)  # so that the capped image is cached
     named = {"type": "image_url", "image_url": None, "uuid": "the-red-one", "max_tokens": 16}
     usage = ask(http, named, WHAT)["usage"]
     assert usage["prompt_tokens_details"]["image_tokens"] == 16
 
 
-def test_a_pdf_is_read_page_by_page(http: httpx.Client) -> None:
-    """A page of 112 points at 144 dots an inch has 224 pixels."""
+def test_each_page_of_a_pdf_is_an_image(http: httpx.Client) -> None:
+    """A page side of 112 points is 224 pixels at 144 dpi."""
     document = pdf((112, 112), (112, 112), (112, 112), color="red")
     answer = ask(http, file_part(document), WHAT, include_image_details=True)
     assert [row["frame"] for row in answer["image_details"]] == [0, 1, 2]
@@ -257,8 +257,8 @@ def test_a_pdf_is_read_page_by_page(http: httpx.Client) -> None:
     assert chosen["usage"]["prompt_tokens_details"]["image_tokens"] == 16
 
 
-def test_pages_show_what_they_show(http: httpx.Client) -> None:
-    """The demo model names the shape on the page that was asked for."""
+def test_the_chosen_pdf_page_is_the_one_answered_about(http: httpx.Client) -> None:
+    """The demo model names the shape on the chosen page."""
     import io
 
     pages = [shape(color, size=(224, 224)) for color in ("red", "blue", "green")]
@@ -271,7 +271,7 @@ def test_pages_show_what_they_show(http: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("route", ["responses", "messages"])
-def test_pdfs_are_taken_by_every_api(http: httpx.Client, route: str) -> None:
+def test_every_api_accepts_pdfs(http: httpx.Client, route: str) -> None:
     url = data_url(pdf((112, 112), (112, 112)), "application/pdf")
     if route == "responses":
         part: Any = {"type": "input_file", "file_data": url, "filename": "two.pdf"}
@@ -289,7 +289,7 @@ def test_pdfs_are_taken_by_every_api(http: httpx.Client, route: str) -> None:
     assert tokens == 2 * SMALL_TOKENS
 
 
-def test_frames_of_an_animation_are_images(http: httpx.Client) -> None:
+def test_frames_of_an_animation_become_images(http: httpx.Client) -> None:
     details = ask(http, capped(gif(10), frames=3), WHAT, include_image_details=True)[
         "image_details"
     ]
@@ -308,7 +308,7 @@ def test_frames_of_an_animation_are_images(http: httpx.Client) -> None:
         ({**image_part(pdf((9, 9))), "uuid": "U"}, "invalid_file", "image_url"),
     ],
 )
-def test_what_cannot_be_shown_is_named(
+def test_an_unusable_image_is_refused_with_its_param(
     http: httpx.Client, part: dict[str, Any], code: str, param: str
 ) -> None:
     body = {"model": MODEL, "messages": user(WHAT, part), "max_tokens": 4}
@@ -334,8 +334,8 @@ BAD_OPTIONS = {
 }
 
 
-def test_a_cap_that_the_model_cannot_keep_stops_the_start(tmp_path: Path) -> None:
-    """LLaVA-1.5 has one number of tokens for every image, here 64."""
+def test_a_cap_below_the_models_minimum_stops_the_start_up(tmp_path: Path) -> None:
+    """LLaVA-1.5 uses a fixed number of tokens for every image, here 64."""
     model = families.build("llava", tmp_path)
     flags = ["--port", "0", "--max-image-tokens", "5"]
     command = [sys.executable, "-m", "server", "serve", str(model), *flags]

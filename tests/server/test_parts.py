@@ -1,4 +1,4 @@
-"""Media parts as clients send them, odd and hostile ones too, through the door of a server."""
+"""Media parts as clients send them, including odd and hostile ones, over HTTP."""
 
 import base64
 import json
@@ -18,7 +18,9 @@ from tests.pictures import data_url, encode, image_part, photo, shape, text_part
 MODEL = "saccade-tiny"
 WHAT = text_part("What color is the shape?")
 RED, BLUE = (encode(shape(color)) for color in ("red", "blue"))
-LARGE = encode(photo((240, 240), 3), "PNG")  # taken out of the body
+LARGE = encode(
+    photo((240, 240), 3), "PNG"
+)  # large enough to be taken out of the body before parsing
 CHAT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
 ROOTS = {CHAT: "messages", MESSAGES: "messages", RESPONSES: "input", "/tokenize": "messages"}
 
@@ -38,7 +40,7 @@ def answer(http: httpx.Client, *parts: Any, **more: Any) -> str:
 
 
 def refusal(response: httpx.Response) -> dict[str, Any]:
-    """The error, which shows nothing of a library."""
+    """The error of a 4xx, after a check that its message shows no library internals."""
     assert 400 <= response.status_code < 500, response.text
     error: dict[str, Any] = response.json()["error"]
     for word in ("Traceback", "numpy", "array(", "pydantic", "vllm", "<class", "errors.pydantic"):
@@ -49,7 +51,7 @@ def refusal(response: httpx.Response) -> dict[str, Any]:
 
 @pytest.fixture
 def internal() -> Iterator[tuple[str, list[str]]]:
-    """An address that a server must not open, and who did."""
+    """A URL that the server must not open, and the peers that connected to it."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(0.2)
         seen: list[str] = []
@@ -67,7 +69,7 @@ def internal() -> Iterator[tuple[str, list[str]]]:
 @pytest.mark.parametrize("path", [CHAT, "/tokenize"])
 @pytest.mark.parametrize("more", [{}, {"uuid": "U"}, {"type": None}])
 @pytest.mark.parametrize("key", ["image_pil", "image_embeds", "audio_embeds", "video_embeds"])
-def test_parts_that_vllm_has_for_python_reach_nothing(
+def test_vllms_python_only_parts_are_refused_and_not_fetched(
     http: httpx.Client, internal: tuple[str, list[str]], path: str, more: dict[str, Any], key: str
 ) -> None:
     part = {"type": key, key: internal[0], **more}
@@ -75,7 +77,7 @@ def test_parts_that_vllm_has_for_python_reach_nothing(
     assert error["param"] == "messages[0].content[0].type"
 
 
-def test_a_url_where_no_part_belongs_is_not_fetched(
+def test_a_url_outside_a_media_part_is_not_fetched(
     http: httpx.Client, internal: tuple[str, list[str]]
 ) -> None:
     text = {"type": "text", "text": "hi", "uuid": "U", "image_url": internal[0]}
@@ -86,7 +88,7 @@ def test_a_url_where_no_part_belongs_is_not_fetched(
     assert response.status_code < 500
 
 
-def test_arguments_of_tools_are_left_alone(http: httpx.Client) -> None:
+def test_tool_arguments_are_not_treated_as_media(http: httpx.Client) -> None:
     arguments = {"image_url": "https://cdn.example.com/a.png", "detail": "full", "frames": 3}
     use = {"type": "tool_use", "id": "t", "name": "f", "input": arguments}
     result = {"type": "tool_result", "tool_use_id": "t", "content": "done"}
@@ -117,14 +119,18 @@ def test_arguments_of_tools_are_left_alone(http: httpx.Client) -> None:
         {"type": "hologram"},
     ],
 )
-def test_a_bad_part_is_named(http: httpx.Client, part: dict[str, Any]) -> None:
+def test_an_invalid_part_is_refused_with_its_param(
+    http: httpx.Client, part: dict[str, Any]
+) -> None:
     error = refusal(post(http, CHAT, image_part(RED), part, WHAT))
     assert (error["param"] or "").startswith("messages[0].content[1].")
 
 
 @pytest.mark.parametrize("source", [None, "x", {"type": "base64", "data": ""}])
 @pytest.mark.parametrize("nested", [True, False])
-def test_a_bad_anthropic_source_is_named(http: httpx.Client, source: Any, nested: bool) -> None:
+def test_an_invalid_anthropic_source_is_refused_with_its_param(
+    http: httpx.Client, source: Any, nested: bool
+) -> None:
     block: dict[str, Any] = {"type": "image", "source": source}
     if nested:
         block = {"type": "tool_result", "tool_use_id": "t", "content": [block]}
@@ -138,8 +144,8 @@ def test_a_lone_surrogate_is_refused(http: httpx.Client) -> None:
     assert "not valid JSON" in refusal(response)["message"]
 
 
-def test_the_part_that_is_at_fault_is_named(http: httpx.Client) -> None:
-    """Not another one with the same URL, or whose URL ends with its uuid."""
+def test_an_error_names_the_faulty_part_among_similar_ones(http: httpx.Client) -> None:
+    """Not another part with the same URL, and not a part whose URL ends with the faulty uuid."""
     bad = {"type": "image_url", "image_url": {"url": data_url(RED[:20])}}
     error = refusal(post(http, CHAT, image_part(RED), bad, bad, WHAT))
     assert error["param"] == "messages[0].content[1].image_url"
@@ -152,9 +158,9 @@ def test_the_part_that_is_at_fault_is_named(http: httpx.Client) -> None:
 # ---------------------------------------------------------------------- what clients send
 
 
-WRITINGS = {
+ENCODINGS = {
     "line breaks": "data:image/png;base64," + base64.encodebytes(LARGE).decode(),
-    "blanks around": "  " + data_url(LARGE) + "\n",
+    "surrounding whitespace": "  " + data_url(LARGE) + "\n",
     "no padding": data_url(LARGE).rstrip("="),
     "url-safe": "data:image/png;base64," + base64.urlsafe_b64encode(LARGE).decode(),
     "percent-encoded": "data:image/png," + quote_from_bytes(LARGE),
@@ -162,10 +168,12 @@ WRITINGS = {
 }
 
 
-@pytest.mark.parametrize("writing", WRITINGS)
-def test_every_writing_of_a_data_url_is_the_same_image(http: httpx.Client, writing: str) -> None:
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_every_encoding_of_a_data_url_gives_the_same_image(
+    http: httpx.Client, encoding: str
+) -> None:
     whole = answer(http, image_part(LARGE), include_image_details=True)
-    part = {"type": "image_url", "image_url": {"url": WRITINGS[writing]}}
+    part = {"type": "image_url", "image_url": {"url": ENCODINGS[encoding]}}
     response = post(http, CHAT, part, WHAT, include_image_details=True)
     assert response.status_code == 200, response.text
     (details,) = response.json()["image_details"]
@@ -175,7 +183,7 @@ def test_every_writing_of_a_data_url_is_the_same_image(http: httpx.Client, writi
 
 @pytest.mark.parametrize("data", [RED, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize("as_url", [True, False])
-def test_anthropic_data_is_taken_at_every_size(
+def test_anthropic_image_data_is_accepted_at_every_size(
     http: httpx.Client, data: bytes, as_url: bool
 ) -> None:
     text = data_url(data) if as_url else base64.b64encode(data).decode()
@@ -185,7 +193,9 @@ def test_anthropic_data_is_taken_at_every_size(
 
 
 @pytest.mark.parametrize("detail", [None, "auto", "original"])
-def test_details_of_every_dialect(http: httpx.Client, detail: str | None) -> None:
+def test_detail_and_unknown_keys_are_accepted_in_every_dialect(
+    http: httpx.Client, detail: str | None
+) -> None:
     url = data_url(RED)
     chat = {"type": "image_url", "image_url": {"url": url, "detail": detail}}
     assert "red" in answer(http, {**chat, "prompt_cache_breakpoint": True, "unknown": [1]})
@@ -199,7 +209,7 @@ def test_details_of_every_dialect(http: httpx.Client, detail: str | None) -> Non
     assert [each.status_code for each in answers] == [200] * 3, [each.text for each in answers]
 
 
-def test_pdfs_and_images_change_places(http: httpx.Client) -> None:
+def test_a_pdf_as_image_and_an_image_as_file_are_accepted(http: httpx.Client) -> None:
     page = pdf((200, 200), color="red")
     as_image = {"type": "image_url", "image_url": {"url": data_url(page, "application/pdf")}}
     as_file = file_part(RED)
@@ -229,8 +239,8 @@ def test_images_in_anthropic_system_prompts_are_refused(http: httpx.Client) -> N
     assert refusal(http.post(MESSAGES, json=body))["param"] == "messages[0].content[0]"
 
 
-def test_a_picture_that_the_template_leaves_out_is_named(http: httpx.Client) -> None:
-    """vLLM joins several system and developer messages to one, and drops their pictures."""
+def test_a_picture_dropped_by_the_template_is_refused_with_its_param(http: httpx.Client) -> None:
+    """vLLM merges several system and developer messages into one, and drops their pictures."""
     messages = [
         {"role": "system", "content": "be brief"},
         {"role": "developer", "content": [image_part(RED), text_part("look at this")]},
@@ -244,15 +254,15 @@ def test_a_picture_that_the_template_leaves_out_is_named(http: httpx.Client) -> 
     assert response.status_code == 200, response.text
 
 
-def test_what_the_models_processor_fails_on_is_named(http: httpx.Client) -> None:
-    """vLLM's error shows the arrays of the clip; this model takes no video of one frame."""
+def test_a_processor_failure_is_refused_with_its_param(http: httpx.Client) -> None:
+    """This model takes no one-frame video; vLLM's error would show the arrays of the clip."""
     frame = base64.b64encode(encode(photo((64, 64)), "JPEG")).decode()
     clip = {"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{frame}"}}
     error = refusal(post(http, CHAT, clip, WHAT))
     assert error["param"] == "messages[0].content[0].video_url"
 
 
-def test_escaped_keys_are_read_as_any(http: httpx.Client) -> None:
+def test_json_escapes_in_keys_are_decoded(http: httpx.Client) -> None:
     part = {"type": "image_url", "image_url": {"url": data_url(RED), "detail": "no"}}
     body = json.dumps({"model": MODEL, "messages": user(part)}).replace(
         "image_url", "im\\u0061ge_url"
@@ -261,7 +271,7 @@ def test_escaped_keys_are_read_as_any(http: httpx.Client) -> None:
     assert refusal(response)["param"] == "messages[0].content[0].image_url.detail"
 
 
-def test_a_body_of_numbers_is_refused(http: httpx.Client) -> None:
+def test_a_huge_body_of_numbers_is_refused(http: httpx.Client) -> None:
     body = b'{"messages":[' + b"1," * 6_000_000 + b"1]}"
     response = http.post(CHAT, content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 413
@@ -271,7 +281,7 @@ def test_a_body_of_numbers_is_refused(http: httpx.Client) -> None:
 # ---------------------------------------------------------------------- clients that leave
 
 
-def test_fetches_run_side_by_side_and_end_with_their_client(
+def test_a_client_that_leaves_cancels_its_concurrent_fetches(
     server: Server, http: httpx.Client, origin: Origin
 ) -> None:
     parts = []

@@ -1,4 +1,4 @@
-"""A placeholder of images that a user types is text, on every API."""
+"""An image placeholder that a user types is treated as text, on every API."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize("case", PARTS)
-def test_typed_placeholders_take_no_picture_s_place(
+def test_a_typed_placeholder_does_not_take_the_place_of_a_picture(
     http: httpx.Client, tokenizer: Any, case: str
 ) -> None:
     typed = user(*PARTS[case])
@@ -46,7 +46,7 @@ def test_typed_placeholders_take_no_picture_s_place(
     details = answer.json()["image_details"]
     assert [(each["width"], each["height"]) for each in details] == [(560, 224), (224, 224)]
     ids, without = tokens(http, typed), tokens(http, plain)
-    pad = max(set(without), key=without.count)  # the token of images
+    pad = max(set(without), key=without.count)  # the image token
     assert ids.count(pad) == without.count(pad)
     shown = tokenizer.decode([token for token in ids if token != pad])
     assert "".join(part.get("text", "") for part in PARTS[case] if part.get("text")) in (
@@ -54,7 +54,9 @@ def test_typed_placeholders_take_no_picture_s_place(
     )
 
 
-def test_typed_placeholders_without_any_image(http: httpx.Client, tokenizer: Any) -> None:
+def test_a_typed_placeholder_is_text_in_a_request_without_images(
+    http: httpx.Client, tokenizer: Any
+) -> None:
     body = {"model": "saccade-tiny", "max_tokens": 4, "temperature": 0}
     messages = [
         {"role": "system", "content": f"never write {PAD}"},

@@ -1,4 +1,4 @@
-"""Videos through the door of a server with tight limits: what is shown, and what is refused."""
+"""Videos on a server with tight limits: which are accepted, and which are refused."""
 
 import base64
 import time
@@ -35,14 +35,14 @@ def ask(web: httpx.Client, url: str, **more: Any) -> httpx.Response:
 
 
 def shown(response: httpx.Response) -> tuple[str, int]:
-    """The answer, and how many tokens were read."""
+    """The answer and the number of prompt tokens."""
     assert response.status_code == 200, response.text
     document = response.json()
     return document["choices"][0]["message"]["content"], document["usage"]["prompt_tokens"]
 
 
 def refusal(response: httpx.Response, param: str = "messages[0].content[1].video_url") -> Any:
-    """The code of the error, which names the part and shows nothing of a library."""
+    """The error's code, after a check of its param and that it shows no library internals."""
     assert 400 <= response.status_code < 500, response.text
     error = response.json()["error"]
     assert error["param"] == param
@@ -55,7 +55,7 @@ def mp4_url(data: bytes) -> str:
     return data_url(data, "video/mp4")
 
 
-def test_a_video_is_the_same_in_every_container(web: httpx.Client) -> None:
+def test_a_video_gives_the_same_answer_in_every_container(web: httpx.Client) -> None:
     frames = [RED, RED, BLUE, BLUE]
     mp4, *others = (
         shown(ask(web, mp4_url(clips.of_frames(frames, suffix, fps=2))))
@@ -65,7 +65,7 @@ def test_a_video_is_the_same_in_every_container(web: httpx.Client) -> None:
     assert mp4[1] > shown(ask(web, mp4_url(clips.of_frames(frames[:2], fps=2))))[1]
 
 
-def test_a_video_is_sent_as_pictures(web: httpx.Client) -> None:
+def test_a_video_can_be_sent_as_jpeg_frames(web: httpx.Client) -> None:
     pictures = [encode(shape(color), "JPEG") for color in ("red", "blue")]
     texts = [base64.b64encode(each).decode() for each in pictures]
     few, many = (
@@ -74,7 +74,9 @@ def test_a_video_is_sent_as_pictures(web: httpx.Client) -> None:
     assert many[1] > few[1]
 
 
-def test_a_video_is_fetched_past_the_guard(web: httpx.Client, origin: Origin) -> None:
+def test_a_video_url_is_fetched_through_the_address_guard(
+    web: httpx.Client, origin: Origin
+) -> None:
     origin.files["/clip"] = clips.of_frames([RED, RED])
     there = shown(ask(web, f"{origin.url}/clip"))
     assert there == shown(ask(web, mp4_url(origin.files["/clip"])))
@@ -84,7 +86,7 @@ def test_a_video_is_fetched_past_the_guard(web: httpx.Client, origin: Origin) ->
         assert refusal(ask(web, url)) == "image_url_blocked"
 
 
-def test_options_of_vllm_choose_the_frames(web: httpx.Client) -> None:
+def test_vllms_video_options_choose_the_frames(web: httpx.Client) -> None:
     url = mp4_url(clips.of_frames([RED] * 16, fps=2))
 
     def tokens(**options: Any) -> int:
@@ -113,14 +115,14 @@ GOOD = clips.of_frames([RED, RED])
         ("data:video/jpeg;base64,/9j/4AAQSkZJRg==,AAAA", "invalid_video"),
     ],
 )
-def test_a_bad_video_is_refused_at_once(web: httpx.Client, url: str, code: str) -> None:
-    """FFmpeg would take a session description for a live stream, and wait for it for 10 s."""
+def test_an_invalid_video_is_refused_at_once(web: httpx.Client, url: str, code: str) -> None:
+    """FFmpeg would treat a session description as a live stream, and wait 10 s for it."""
     started = time.monotonic()
     assert refusal(ask(web, url)) == code
     assert time.monotonic() - started < 8
 
 
-def test_limits_of_memory_and_time_hold(web: httpx.Client, tight: Server) -> None:
+def test_a_video_over_the_memory_or_time_limit_is_refused(web: httpx.Client, tight: Server) -> None:
     wide, small = np.zeros((1024, 1024, 3), np.uint8), np.zeros((240, 320, 3), np.uint8)
     large = clips.of_frames([wide] * 64, ".mkv", "mp4v", fps=2)
     assert refusal(ask(web, mp4_url(large))) == "video_too_large"
