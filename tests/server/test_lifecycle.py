@@ -1,4 +1,4 @@
-"""Start and stop: flags as in vLLM, clear refusals, and no process left behind."""
+"""Start-up and shutdown: vLLM's flags, clear error messages, and no process left behind."""
 
 import contextlib
 import json
@@ -30,7 +30,7 @@ MAX_BODY = 200_000
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A self-signed certificate for 127.0.0.1, with its key in one file."""
+    """A folder with a self-signed certificate for 127.0.0.1, `cert.pem`, and its key, `key.pem`."""
     folder = tmp_path_factory.mktemp("tls")
     key, cert = folder / "key.pem", folder / "cert.pem"
     subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
@@ -45,7 +45,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def manager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[socket.socket]:
-    """What systemd listens to: a service of Type=notify reports its state there."""
+    """The socket on which systemd receives state reports from a service of Type=notify."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as bound:
         bound.settimeout(10)
         bound.bind(str(tmp_path_factory.mktemp("systemd") / "notify"))
@@ -77,7 +77,7 @@ def web(secured: Server, certificate: Path) -> Iterator[httpx.Client]:
         yield client
 
 
-def test_tls_and_keys(secured: Server, web: httpx.Client) -> None:
+def test_a_tls_server_answers_only_with_a_valid_key(secured: Server, web: httpx.Client) -> None:
     assert secured.url.startswith("https://")
     refused = web.post("/v1/chat/completions", json=REQUEST)
     assert refused.status_code == 401
@@ -93,7 +93,7 @@ def test_an_unauthorised_body_is_not_read(secured: Server, web: httpx.Client) ->
     assert refused.status_code == 401
 
 
-def test_bodies_are_limited(web: httpx.Client) -> None:
+def test_an_oversized_body_is_refused(web: httpx.Client) -> None:
     def endless() -> Iterator[bytes]:
         for _ in range(1000):
             yield b" " * 65536
@@ -107,7 +107,7 @@ def test_bodies_are_limited(web: httpx.Client) -> None:
     assert web.get("/ready").status_code == 200
 
 
-def test_cors_root_path_and_limits(web: httpx.Client) -> None:
+def test_flags_for_cors_root_path_and_image_limit_apply(web: httpx.Client) -> None:
     asking = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
     preflight = web.options("/v1/chat/completions", headers=asking)
     assert preflight.headers["access-control-allow-origin"] == "https://example.org"
@@ -127,7 +127,7 @@ def test_cors_root_path_and_limits(web: httpx.Client) -> None:
     ("options", "fewest", "most"),
     [({}, 20, 30), ({"detail": "high", "max_tokens": 500}, 20, 30), ({"max_tokens": 9}, 1, 9)],
 )
-def test_the_server_caps_every_image(
+def test_the_server_cap_applies_to_every_image(
     web: httpx.Client, options: dict[str, Any], fewest: int, most: int
 ) -> None:
     part = image_part(pictures.encode(pictures.photo((640, 480), 7), "JPEG"))
@@ -139,7 +139,7 @@ def test_the_server_caps_every_image(
 
 
 @pytest.mark.ends_server
-def test_sigterm_lets_running_requests_finish_and_leaves_nothing(
+def test_sigterm_lets_running_requests_finish_and_leaves_no_process(
     secured: Server, manager: socket.socket
 ) -> None:
     assert manager.recv(100) == b"READY=1"
@@ -167,7 +167,7 @@ def test_sigterm_lets_running_requests_finish_and_leaves_nothing(
 
 @pytest.mark.ends_server
 def test_a_dead_engine_ends_the_server(guarded: Server) -> None:
-    """The engine cannot come back, so whatever supervises the server has to start it again."""
+    """The engine cannot be restarted alone, so a supervisor has to restart the server."""
     children = guarded.children()
     (core,) = guarded.named("VLLM::EngineCore")
     core.kill()
@@ -176,7 +176,7 @@ def test_a_dead_engine_ends_the_server(guarded: Server) -> None:
 
 
 @pytest.mark.parametrize("stage", ["loading vLLM", "starting the engine"])
-def test_a_signal_during_the_start_leaves_nothing(stage: str) -> None:
+def test_a_signal_during_start_up_leaves_no_process(stage: str) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "server", "serve", "--port", "0"],
         stderr=subprocess.PIPE,
@@ -196,7 +196,7 @@ def test_a_signal_during_the_start_leaves_nothing(stage: str) -> None:
     assert_nothing_is_left(children)
 
 
-# Runs each command in a child of a process that has imported vLLM already.
+# Runs each command in a fork of a process that has already imported vLLM.
 COMMANDS = """
 import json, os, sys
 from server import app, cli
@@ -213,7 +213,7 @@ for command in json.loads(sys.argv[1]):
     _, status = os.wait()
     print(os.waitstatus_to_exitcode(status), flush=True)
 """
-# What is refused: {command: (variables, exit status, text on standard error)}.
+# Refused commands: {command: (environment, exit status, text on standard error)}.
 REFUSED: dict[str, tuple[dict[str, str], int, str]] = {
     "serve --no-such-flag": ({}, 2, "--no-such-flag"),
     "serve --image-workers none": ({}, 2, "image_workers"),
@@ -234,7 +234,7 @@ SHOWN = {
 def ended(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, subprocess.CompletedProcess[str]]:
-    """All commands that end by themselves, after their end."""
+    """The results of all commands that exit by themselves."""
     folder = tmp_path_factory.mktemp("commands")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -264,7 +264,7 @@ def ended(
 
 
 @pytest.mark.parametrize("command", REFUSED)
-def test_a_wrong_command_is_refused(
+def test_an_invalid_command_exits_with_a_clear_error(
     command: str, ended: dict[str, subprocess.CompletedProcess[str]]
 ) -> None:
     _, status, message = REFUSED[command]
@@ -274,12 +274,16 @@ def test_a_wrong_command_is_refused(
 
 
 @pytest.mark.parametrize("command", SHOWN)
-def test_help_and_version(command: str, ended: dict[str, subprocess.CompletedProcess[str]]) -> None:
+def test_help_and_version_are_printed(
+    command: str, ended: dict[str, subprocess.CompletedProcess[str]]
+) -> None:
     assert ended[command].returncode == 0
     assert re.search(SHOWN[command], ended[command].stdout)
 
 
-def test_a_port_in_use_is_named(ended: dict[str, subprocess.CompletedProcess[str]]) -> None:
+def test_a_port_in_use_stops_the_start_up_with_a_clear_error(
+    ended: dict[str, subprocess.CompletedProcess[str]],
+) -> None:
     done = ended["taken port"]
     assert done.returncode == 1
     assert "cannot start" in done.stderr

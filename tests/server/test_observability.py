@@ -1,4 +1,4 @@
-"""What a request tells of itself: id, header, comment, metrics, log line, trace."""
+"""Observability of a request: id, Server-Timing header and comment, metrics, log line, trace."""
 
 import contextlib
 import json
@@ -26,11 +26,11 @@ from tests.server.conftest import A
 
 PATH = "/v1/chat/completions"
 WHAT = text_part("What is in the image?")
-# Requests whose answers take their time: longer than the encoder's report may be late, and so long
-# that what a client does besides is little.
+# Options for long answers. SOME: longer than the delay of the encoder's report. LONG: so long that
+# the client's own time is negligible.
 SOME = {"max_tokens": 64, "ignore_eos": True}
 LONG = {"max_tokens": 400, "ignore_eos": True}
-ATTEMPTS = 5  # at a measurement to which a busy machine adds, but never takes from it
+ATTEMPTS = 5  # at a measurement that a busy machine can only lengthen
 IMAGE_STAGES = [
     Stage.UPLOAD,
     Stage.ADMISSION,
@@ -50,7 +50,7 @@ _seed = iter(range(1000))
 
 
 def noise(size: tuple[int, int] = (256, 192)) -> bytes:
-    """The file of a picture that no other test has sent."""
+    """An encoded picture that no other test sends."""
     pixels = np.random.default_rng(9_000 + next(_seed)).integers(0, 256, (*size[::-1], 3), np.uint8)
     return pictures.encode(Image.fromarray(pixels))
 
@@ -63,12 +63,12 @@ def body(*parts: dict[str, Any], **more: Any) -> dict[str, Any]:
 def prepared(
     client: httpx.Client, content: dict[str, Any], headers: dict[str, str] | None = None
 ) -> httpx.Request:
-    """A request that is ready to be sent: writing its JSON is not the server's time."""
+    """A request with its JSON already written, which would otherwise count as server time."""
     return client.build_request("POST", PATH, json=content, headers=headers)
 
 
 def timings(text: str) -> dict[str, float]:
-    """{metric: milliseconds} of a value of `Server-Timing`."""
+    """Parse a `Server-Timing` value: {metric: milliseconds}."""
     found = dict(re.fullmatch(r"(\w+);dur=([\d.]+)", part).groups() for part in text.split(", "))
     return {name: float(number) for name, number in found.items()}
 
@@ -76,21 +76,21 @@ def timings(text: str) -> dict[str, float]:
 # ---------------------------------------------------------------------- ids
 
 
-def test_an_id_is_taken_over_and_given_back(http: httpx.Client) -> None:
+def test_a_request_id_header_is_used_and_returned(http: httpx.Client) -> None:
     answer = http.post(PATH, json=body(WHAT), headers={"X-Request-Id": "order-66:a/b"})
     assert answer.headers["x-request-id"] == "order-66:a/b"
     assert answer.json()["id"] == "chatcmpl-order-66:a/b"
 
 
 @pytest.mark.parametrize("given", ["", "two words", "x" * 129, "né", 'a"b', "{}"])
-def test_an_id_that_is_none_is_replaced(http: httpx.Client, given: str) -> None:
+def test_an_invalid_request_id_is_replaced(http: httpx.Client, given: str) -> None:
     answer = http.post(PATH, json=body(WHAT), headers={"X-Request-Id": given.encode()})
     name = answer.headers["x-request-id"]
     assert re.fullmatch(r"[0-9a-f]{32}", name)
     assert answer.json()["id"] == f"chatcmpl-{name}"
 
 
-def test_of_two_ids_the_first_counts(http: httpx.Client) -> None:
+def test_the_first_of_two_request_ids_is_used(http: httpx.Client) -> None:
     headers = [("X-Request-Id", "one"), ("X-Request-Id", "other")]
     answer = http.post(PATH, json=body(WHAT), headers=headers)
     assert answer.headers.get_list("x-request-id") == ["one"]
@@ -102,7 +102,7 @@ def test_of_two_ids_the_first_counts(http: httpx.Client) -> None:
     assert answer.json()["id"] == f"chatcmpl-{name}"
 
 
-def test_errors_and_other_routes_have_an_id(http: httpx.Client) -> None:
+def test_errors_and_other_routes_return_a_request_id(http: httpx.Client) -> None:
     ids = {
         http.get("/v1/models").headers["x-request-id"],
         http.get("/nowhere").headers["x-request-id"],
@@ -115,7 +115,7 @@ def test_errors_and_other_routes_have_an_id(http: httpx.Client) -> None:
 # ---------------------------------------------------------------------- Server-Timing
 
 
-def test_the_stages_of_a_picture_are_in_the_header(http: httpx.Client) -> None:
+def test_server_timing_reports_every_stage_of_a_picture(http: httpx.Client) -> None:
     http.post(PATH, json=body(image_part(noise()), WHAT))  # connect
     shares = []
     while len(shares) < ATTEMPTS and max(shares, default=0) < 0.95:
@@ -132,7 +132,7 @@ def test_the_stages_of_a_picture_are_in_the_header(http: httpx.Client) -> None:
     assert max(shares) >= 0.95
 
 
-def test_a_picture_that_is_known_skips_its_stages(http: httpx.Client) -> None:
+def test_a_cached_picture_skips_its_image_stages(http: httpx.Client) -> None:
     request = body(image_part(noise()), WHAT, **SOME)
     first, again = (http.post(PATH, json=request) for _ in range(2))
     skipped = {"decode", "preprocess", "encode"}
@@ -140,14 +140,14 @@ def test_a_picture_that_is_known_skips_its_stages(http: httpx.Client) -> None:
     assert not skipped & timings(again.headers["server-timing"]).keys()
 
 
-def test_a_fetch_is_a_stage(http: httpx.Client, origin: Origin) -> None:
+def test_server_timing_reports_the_fetch(http: httpx.Client, origin: Origin) -> None:
     origin.files["/slow.png"], origin.delay_s["/slow.png"] = noise(), 0.3
     part = {"type": "image_url", "image_url": {"url": f"{origin.url}/slow.png"}}
     found = timings(http.post(PATH, json=body(part, WHAT)).headers["server-timing"])
     assert found["fetch"] >= 300
 
 
-def test_routes_without_the_engine_have_their_stages_too(http: httpx.Client) -> None:
+def test_routes_without_the_engine_send_server_timing(http: httpx.Client) -> None:
     answer = http.post("/v1/images/tokens", json={"images": [{"width": 100, "height": 100}]})
     assert answer.status_code == 200
     assert timings(answer.headers["server-timing"]).keys() == {
@@ -155,7 +155,7 @@ def test_routes_without_the_engine_have_their_stages_too(http: httpx.Client) -> 
     }  # fmt: skip
 
 
-def test_a_stream_ends_with_its_timings(http: httpx.Client) -> None:
+def test_a_stream_ends_with_a_server_timing_comment(http: httpx.Client) -> None:
     request = body(image_part(noise()), WHAT, stream=True, **SOME)
     with http.stream("POST", PATH, json=request) as answer:
         assert "server-timing" not in answer.headers
@@ -166,7 +166,7 @@ def test_a_stream_ends_with_its_timings(http: httpx.Client) -> None:
     assert {"encode", "generate", "total"} <= found.keys()
 
 
-def test_the_official_client_does_not_mind_the_comment(client: OpenAI) -> None:
+def test_the_official_client_ignores_the_timing_comment(client: OpenAI) -> None:
     messages: Any = user(image_part(noise()), WHAT)
     stream = client.chat.completions.create(
         model="saccade-tiny", messages=messages, max_tokens=8, stream=True
@@ -182,7 +182,7 @@ def test_the_official_client_does_not_mind_the_comment(client: OpenAI) -> None:
 # ---------------------------------------------------------------------- metrics
 
 
-def test_a_request_is_measured(http: httpx.Client) -> None:
+def test_metrics_measure_every_stage_of_a_request(http: httpx.Client) -> None:
     before = scrape(http)
     data = noise((300, 200))
     request = body(image_part(data), image_part(noise((300, 200))), WHAT, **SOME)
@@ -221,7 +221,7 @@ def test_a_request_is_measured(http: httpx.Client) -> None:
         ("request", {"max_image_tokens": 60}, {"max_tokens": 90}),
     ],
 )
-def test_image_tokens_are_counted_by_the_cap_at_work(
+def test_image_tokens_are_counted_under_the_cap_that_applied(
     http: httpx.Client, cap: str, more: dict[str, int], options: dict[str, int]
 ) -> None:
     part = image_part(noise((400, 400)))
@@ -242,7 +242,7 @@ def test_image_tokens_are_counted_by_the_cap_at_work(
         (body(WHAT, max_tokens=-1), "invalid_request"),
     ],
 )
-def test_refusals_are_counted_by_their_code(
+def test_refusals_are_counted_by_error_code(
     http: httpx.Client, content: dict[str, Any], code: str
 ) -> None:
     before = scrape(http)
@@ -254,8 +254,8 @@ def test_refusals_are_counted_by_their_code(
 
 
 @contextlib.contextmanager
-def _left(server: Server, sent: bytes, until: bytes = b"") -> Iterator[None]:
-    """Send `sent`, read up to `until`, and close the connection while the engine does nothing."""
+def _disconnected(server: Server, sent: bytes, until: bytes = b"") -> Iterator[None]:
+    """Send `sent`, read up to `until`, and close the connection while the engine is suspended."""
     host = urlsplit(server.url)
     with socket.create_connection((host.hostname, host.port)) as connection:
         connection.sendall(sent)
@@ -275,15 +275,17 @@ def _post(content: dict[str, Any]) -> bytes:
     return f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
 
 
-def test_who_leaves_in_the_upload_is_counted_there(server: Server, http: httpx.Client) -> None:
+def test_a_client_that_leaves_during_upload_is_counted_there(
+    server: Server, http: httpx.Client
+) -> None:
     before = scrape(http)
-    with _left(server, _post(body(WHAT))[:-10]):
+    with _disconnected(server, _post(body(WHAT))[:-10]):
         now = rises(http, before, "saccade_cancellations_total", stage="upload")
     name = "saccade_requests_total"
     assert value(now, name, outcome="cancelled") == value(before, name, outcome="cancelled") + 1
 
 
-def test_who_leaves_in_the_fetch_is_counted_there(
+def test_a_client_that_leaves_during_a_fetch_is_counted_there(
     server: Server, http: httpx.Client, origin: Origin
 ) -> None:
     origin.files["/never.png"], origin.delay_s["/never.png"] = noise(), 5
@@ -297,17 +299,19 @@ def test_who_leaves_in_the_fetch_is_counted_there(
     rises(http, before, "saccade_cancellations_total", stage="fetch")
 
 
-def test_who_leaves_a_stream_is_counted_there(server: Server, http: httpx.Client) -> None:
+def test_a_client_that_leaves_during_a_stream_is_counted_there(
+    server: Server, http: httpx.Client
+) -> None:
     request = _post(body(text_part("Hello"), stream=True, **{**LONG, "max_tokens": 3000}))
-    was_left = False
-    while not was_left:  # a machine may be so slow that the answer ends before that
+    noticed = False
+    while not noticed:  # on a slow machine, the answer may end first
         before = scrape(http)
-        with _left(server, request, until=b"data: "):
-            was_left = ended_early(http, before)
+        with _disconnected(server, request, until=b"data: "):
+            noticed = ended_early(http, before)
     wait_for(http, lambda now: value(now, "saccade_requests_in_flight") == 0)
 
 
-def test_the_server_tells_of_itself(server: Server, http: httpx.Client) -> None:
+def test_metrics_describe_the_server(server: Server, http: httpx.Client) -> None:
     now = scrape(http)
     assert value(now, "saccade_ready") == 1
     assert value(now, "saccade_devices") == 1
@@ -320,7 +324,7 @@ def test_the_server_tells_of_itself(server: Server, http: httpx.Client) -> None:
     assert value(now, "saccade_features_bytes") >= 0
 
 
-def test_deaths_and_restarts_of_workers_are_counted(server: Server, http: httpx.Client) -> None:
+def test_worker_deaths_and_restarts_are_counted(server: Server, http: httpx.Client) -> None:
     before = scrape(http)
     server.image_workers()[0].kill()
     rises(http, before, "saccade_image_worker_deaths_total")
@@ -332,14 +336,14 @@ def test_deaths_and_restarts_of_workers_are_counted(server: Server, http: httpx.
 
 
 @contextlib.contextmanager
-def _open(server: Server) -> Iterator[httpx.Client]:
+def _authorized(server: Server) -> Iterator[httpx.Client]:
     headers = {"Authorization": f"Bearer {A}"}
     with httpx.Client(base_url=server.url, timeout=60, headers=headers) as client:
         yield client
 
 
 def _line(server: Server, request_id: str) -> dict[str, Any]:
-    """The line that the log has about a request."""
+    """The log line of a request."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         for text in server.log:
@@ -350,19 +354,19 @@ def _line(server: Server, request_id: str) -> dict[str, Any]:
     raise AssertionError(f"no line about {request_id}")
 
 
-def test_the_lines_of_the_log_are_json(guarded: Server) -> None:
-    with _open(guarded) as client:
+def test_every_log_line_is_json(guarded: Server) -> None:
+    with _authorized(guarded) as client:
         client.post(PATH, json=body(WHAT), headers={"X-Request-Id": "every-line"})
     _line(guarded, "every-line")
-    # What libraries print while they are imported is theirs.
+    # A library may print plain text while it is imported.
     ours = [text for text in list(guarded.log) if not text.startswith("Triton is installed")]
     messages = [json.loads(text)["message"] for text in ours]
     assert messages[0] == "reading the model saccade-tiny"
     assert any(message.startswith("ready: ") for message in messages)
 
 
-def test_a_request_is_one_line(guarded: Server) -> None:
-    with _open(guarded) as client:
+def test_a_request_is_logged_as_one_line(guarded: Server) -> None:
+    with _authorized(guarded) as client:
         request = body(image_part(noise()), WHAT)
         answer = client.post(PATH, json=request, headers={"X-Request-Id": "one-line"})
         assert "server-timing" not in answer.headers  # turned off
@@ -385,10 +389,10 @@ def test_a_request_is_one_line(guarded: Server) -> None:
     assert A not in "".join(guarded.log)
 
 
-def test_metrics_are_whole_whatever_the_environment_says(guarded: Server) -> None:
-    with _open(guarded) as client:
+def test_metrics_are_complete_despite_prometheus_multiproc_dir(guarded: Server) -> None:
+    with _authorized(guarded) as client:
         client.post(PATH, json=body(image_part(noise()), WHAT))
-        name = "saccade_embedding_cache_misses_total"  # told by the engine now and then
+        name = "saccade_embedding_cache_misses_total"  # reported by the engine from time to time
         now = wait_for(client, lambda now: value(now, name, tier="host") >= 1)
     assert value(now, "saccade_ready") == 1
     assert value(now, "saccade_image_workers_up") == 2
@@ -413,11 +417,11 @@ def test_metrics_are_whole_whatever_the_environment_says(guarded: Server) -> Non
         ("/v1/messages", {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}),
     ],
 )
-def test_the_line_says_what_the_answer_says(
+def test_the_log_line_matches_the_answer(
     guarded: Server, path: str, request_body: dict[str, Any]
 ) -> None:
     name = path.replace("/", "-")
-    with _open(guarded) as client:
+    with _authorized(guarded) as client:
         content = {"model": "saccade-tiny", **request_body}
         answer = client.post(path, json=content, headers={"X-Request-Id": name}).json()
     line, usage = _line(guarded, name), answer["usage"]
@@ -426,8 +430,8 @@ def test_the_line_says_what_the_answer_says(
     assert line["completion_tokens"] == usage.get("completion_tokens", usage.get("output_tokens"))
 
 
-def test_a_stop_string_is_a_stop(guarded: Server) -> None:
-    with _open(guarded) as client:
+def test_a_stop_string_is_logged_as_finish_reason_stop(guarded: Server) -> None:
+    with _authorized(guarded) as client:
         picture = image_part(pictures.encode(pictures.shape("red")))
         content = body(picture, WHAT, stop=["red"])
         answer = client.post(PATH, json=content, headers={"X-Request-Id": "stop-string"}).json()
@@ -435,8 +439,8 @@ def test_a_stop_string_is_a_stop(guarded: Server) -> None:
     assert _line(guarded, "stop-string")["finish_reason"] == "stop"
 
 
-def test_refused_requests_have_a_line_and_probes_have_none(guarded: Server) -> None:
-    with _open(guarded) as client:
+def test_refused_requests_are_logged_and_probes_are_not(guarded: Server) -> None:
+    with _authorized(guarded) as client:
         client.post(PATH, json=body(image_part(b"no")), headers={"X-Request-Id": "refused-1"})
         client.get("/health", headers={"X-Request-Id": "probe-1"})
         httpx.post(f"{guarded.url}{PATH}", json={}, headers={"X-Request-Id": "refused-2"})
@@ -456,7 +460,7 @@ PARENT = "00f067aa0ba902b7"
 
 
 def _trace(receiver: Receiver, trace_id: str) -> tuple[Span, list[Span]]:
-    """The request's span in a trace, and all its spans, when the engine's is there as well."""
+    """The request's span in a trace and all spans of the trace, once the engine's has arrived."""
 
     def is_whole(spans: list[Span]) -> bool:
         names = {span.name for span in spans if span.trace_id == trace_id}
@@ -467,8 +471,10 @@ def _trace(receiver: Receiver, trace_id: str) -> tuple[Span, list[Span]]:
     return root, spans
 
 
-def test_a_picture_is_a_trace(guarded: Server, receiver: Receiver) -> None:
-    with _open(guarded) as client:
+def test_a_picture_request_is_traced_through_every_stage(
+    guarded: Server, receiver: Receiver
+) -> None:
+    with _authorized(guarded) as client:
         client.post(PATH, json=body(image_part(noise()), WHAT))
         elapsed = math.inf
         for attempt in range(ATTEMPTS):
@@ -511,8 +517,8 @@ def test_a_picture_is_a_trace(guarded: Server, receiver: Receiver) -> None:
     assert _line(guarded, name)["trace_id"] == trace_id
 
 
-def test_several_pictures_have_spans_of_their_own(guarded: Server, receiver: Receiver) -> None:
-    with _open(guarded) as client:
+def test_each_picture_of_a_request_has_its_own_spans(guarded: Server, receiver: Receiver) -> None:
+    with _authorized(guarded) as client:
         request = body(image_part(noise()), image_part(noise()), WHAT)
         client.post(PATH, json=request, headers={"X-Request-Id": "two-pictures"})
     root, spans = _trace(receiver, _line(guarded, "two-pictures")["trace_id"])
@@ -522,9 +528,9 @@ def test_several_pictures_have_spans_of_their_own(guarded: Server, receiver: Rec
     assert names.count("image preprocess") == 2
 
 
-def test_what_is_not_sampled_is_not_sent(guarded: Server, receiver: Receiver) -> None:
+def test_an_unsampled_trace_is_not_exported(guarded: Server, receiver: Receiver) -> None:
     trace_id = "1" * 32
-    with _open(guarded) as client:
+    with _authorized(guarded) as client:
         headers = {"traceparent": f"00-{trace_id}-{PARENT}-00", "X-Request-Id": "unsampled"}
         assert client.post(PATH, json=body(WHAT), headers=headers).status_code == 200
         client.post(PATH, json=body(WHAT), headers={"X-Request-Id": "sampled"})
@@ -533,10 +539,10 @@ def test_what_is_not_sampled_is_not_sent(guarded: Server, receiver: Receiver) ->
     assert not [span for span in receiver.spans if span.trace_id == trace_id]
 
 
-def test_a_refused_request_is_a_trace_without_the_engine(
+def test_a_refused_request_is_traced_with_its_error_code(
     guarded: Server, receiver: Receiver
 ) -> None:
-    with _open(guarded) as client:
+    with _authorized(guarded) as client:
         client.post(PATH, json=body(image_part(b"no")), headers={"X-Request-Id": "no-image"})
     trace_id = _line(guarded, "no-image")["trace_id"]
     spans = receiver.wait_for(
@@ -544,4 +550,4 @@ def test_a_refused_request_is_a_trace_without_the_engine(
     )
     (root,) = [s for s in spans if s.trace_id == trace_id and s.kind == "SERVER"]
     assert root.attributes["error.type"] == "unsupported_image_format"
-    assert root.status == "UNSET"  # the client's fault is no error of the server's span
+    assert root.status == "UNSET"  # a client error does not fail the server's span

@@ -1,4 +1,4 @@
-"""The OTLP receiver of the tests gets what the OpenTelemetry SDK sends."""
+"""The tests' OTLP receiver gets the spans that the OpenTelemetry SDK sends."""
 
 import pytest
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
@@ -10,7 +10,7 @@ from opentelemetry.trace import SpanKind, Status, StatusCode
 from tests.otlp import children, receiver
 
 
-def test_spans_arrive_as_they_were() -> None:
+def test_spans_arrive_unchanged() -> None:
     with receiver() as received:
         provider = TracerProvider(resource=Resource({"service.name": "saccade"}))
         exporter = OTLPSpanExporter(received.endpoint, insecure=True, headers={"x-key": "secret"})
@@ -45,6 +45,6 @@ def test_spans_arrive_as_they_were() -> None:
     assert (second.name, second.seconds) == ("decode", 0.5)
 
 
-def test_what_does_not_come_is_an_error() -> None:
+def test_waiting_for_missing_spans_fails() -> None:
     with receiver() as received, pytest.raises(AssertionError, match="0 spans"):
         received.wait_for(bool, timeout=0.01)
