@@ -1,4 +1,4 @@
-"""Parity with OpenAI's API, through the official package; and the routes beside chat."""
+"""Compatibility with the official OpenAI and Anthropic clients, and the routes besides chat."""
 
 import asyncio
 import json
@@ -18,10 +18,10 @@ from tests.pictures import data_url, image_part, shape, text_part, user
 
 MODEL = "saccade-tiny"
 RED = pictures.encode(shape("red"))
-# Above the size from which payloads are taken out of bodies.
+# Large enough for its payload to be taken out of the body before parsing.
 LARGE_BLUE = pictures.encode(pictures.photo((600, 400)), "PNG")
 ASK: Any = user(image_part(RED), text_part("What is in the image?"))
-ASK_TOKENS = 49 + 21  # the picture, and what the template and the question are around it
+ASK_TOKENS = 49 + 21  # the picture, plus the template and the question
 TOOL: Any = {
     "type": "function",
     "function": {
@@ -38,7 +38,7 @@ TOOL: Any = {
 SCHEMA = TOOL["function"]["parameters"]
 
 
-def test_sync(client: OpenAI) -> None:
+def test_a_sync_client_gets_the_answer_and_usage(client: OpenAI) -> None:
     answer = client.chat.completions.create(model=MODEL, messages=ASK, temperature=0)
     assert answer.choices[0].message.content == "a red circle"
     assert answer.choices[0].finish_reason == "stop"
@@ -46,7 +46,7 @@ def test_sync(client: OpenAI) -> None:
     assert answer.usage.prompt_tokens == ASK_TOKENS
 
 
-def test_async_and_concurrent(async_client: AsyncOpenAI) -> None:
+def test_concurrent_async_requests_get_their_own_answers(async_client: AsyncOpenAI) -> None:
     async def ask(color: str) -> str | None:
         messages: Any = user(image_part(pictures.encode(shape(color))), ASK[0]["content"][1])
         answer = await async_client.chat.completions.create(
@@ -61,7 +61,7 @@ def test_async_and_concurrent(async_client: AsyncOpenAI) -> None:
     assert asyncio.run(all_of_them()) == ["a red circle", "a green circle", "a blue circle"]
 
 
-def test_streaming_with_usage(client: OpenAI) -> None:
+def test_a_stream_ends_with_usage(client: OpenAI) -> None:
     stream = client.chat.completions.create(
         model=MODEL,
         messages=ASK,
@@ -76,14 +76,14 @@ def test_streaming_with_usage(client: OpenAI) -> None:
     assert chunks[-1].usage.completion_tokens == 4
 
 
-def test_several_choices(client: OpenAI) -> None:
+def test_n_returns_several_choices(client: OpenAI) -> None:
     answer = client.chat.completions.create(
         model=MODEL, messages=ASK, n=3, temperature=1.5, seed=1, max_tokens=8
     )
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
 
 
-def test_logprobs(client: OpenAI) -> None:
+def test_logprobs_are_returned_for_every_token(client: OpenAI) -> None:
     answer = client.chat.completions.create(
         model=MODEL, messages=ASK, temperature=0, logprobs=True, top_logprobs=3
     )
@@ -94,7 +94,7 @@ def test_logprobs(client: OpenAI) -> None:
     assert all(token.logprob <= 0 for token in logprobs.content)
 
 
-def test_json_schema(client: OpenAI) -> None:
+def test_a_json_schema_constrains_the_answer(client: OpenAI) -> None:
     answer = client.chat.completions.create(
         model=MODEL,
         messages=ASK,
@@ -108,8 +108,8 @@ def test_json_schema(client: OpenAI) -> None:
     assert json.loads(answer.choices[0].message.content or "") == {"color": "red"}
 
 
-def test_named_tool(client: OpenAI) -> None:
-    """Between the tokens of JSON any blanks may stand, and this model would write only those."""
+def test_a_named_tool_is_called(client: OpenAI) -> None:
+    """JSON allows blanks between tokens. This model would write only blanks, so they are banned."""
     tokenizer = Tokenizer.from_file(str(DEMO_MODEL / "tokenizer.json"))
     blank = [i for i in range(tokenizer.get_vocab_size()) if not tokenizer.decode([i]).strip()]
     answer = client.chat.completions.create(
@@ -129,8 +129,8 @@ def test_named_tool(client: OpenAI) -> None:
     assert json.loads(call.function.arguments)["color"] in ("red", "green", "blue")
 
 
-def test_auto_tool(client: OpenAI) -> None:
-    """The tiny model knows no tools: it answers, and the parser lets the answer through."""
+def test_auto_tool_choice_allows_a_plain_answer(client: OpenAI) -> None:
+    """The tiny model never calls tools: it answers, and the parser passes the answer through."""
     answer = client.chat.completions.create(
         model=MODEL, messages=ASK, temperature=0, tools=[TOOL], tool_choice="auto", max_tokens=16
     )
@@ -138,7 +138,7 @@ def test_auto_tool(client: OpenAI) -> None:
     assert not answer.choices[0].message.tool_calls
 
 
-def test_stop_and_token_limits(client: OpenAI) -> None:
+def test_stop_strings_and_token_limits_end_the_answer(client: OpenAI) -> None:
     stopped = client.chat.completions.create(
         model=MODEL, messages=ASK, temperature=0, stop=[" circle"]
     )
@@ -150,8 +150,8 @@ def test_stop_and_token_limits(client: OpenAI) -> None:
         assert cut.usage.completion_tokens == 2
 
 
-def test_seed(client: OpenAI) -> None:
-    # Of a box the model is never sure to the last coordinate.
+def test_a_seed_makes_sampling_repeatable(client: OpenAI) -> None:
+    # The model is never certain of all coordinates of a box.
     asked: Any = user(image_part(RED), text_part("Give the bounding box of the circle."))
 
     def sample(seed: int) -> str | None:
@@ -164,7 +164,7 @@ def test_seed(client: OpenAI) -> None:
     assert len({sample(seed) for seed in range(5)}) > 1
 
 
-def test_responses(client: OpenAI) -> None:
+def test_responses_answer_about_an_image(client: OpenAI) -> None:
     question: Any = [
         {
             "role": "user",
@@ -180,7 +180,7 @@ def test_responses(client: OpenAI) -> None:
     assert answer.output_text == "a red circle"
 
 
-def test_responses_with_a_history_written_by_hand(client: OpenAI) -> None:
+def test_responses_accept_a_handwritten_history(client: OpenAI) -> None:
     question = {
         "role": "user",
         "content": [
@@ -220,7 +220,9 @@ def test_responses_with_a_history_written_by_hand(client: OpenAI) -> None:
         ({"type": "function_call", "call_id": "c", "name": "f"}, "input[1].arguments"),
     ],
 )
-def test_a_wrong_item_of_responses_is_named(client: OpenAI, item: Any, param: str) -> None:
+def test_an_invalid_responses_item_is_refused_with_its_param(
+    client: OpenAI, item: Any, param: str
+) -> None:
     question: Any = [{"role": "user", "content": "hi"}, item]
     with pytest.raises(openai.BadRequestError) as refusal:
         client.responses.create(model=MODEL, input=question)
@@ -228,7 +230,7 @@ def test_a_wrong_item_of_responses_is_named(client: OpenAI, item: Any, param: st
     assert len(refusal.value.message) < 300
 
 
-def test_responses_with_a_large_picture(client: OpenAI) -> None:
+def test_responses_accept_a_large_picture(client: OpenAI) -> None:
     part = {"type": "input_image", "image_url": data_url(LARGE_BLUE), "detail": "auto"}
     question: Any = [{"role": "user", "content": [part]}]
     answer = client.responses.create(model=MODEL, input=question, max_output_tokens=4)
@@ -237,7 +239,7 @@ def test_responses_with_a_large_picture(client: OpenAI) -> None:
 
 
 @pytest.mark.parametrize(("picture", "least_tokens"), [(RED, 60), (LARGE_BLUE, 200)])
-def test_messages(server: Server, picture: bytes, least_tokens: int) -> None:
+def test_messages_answer_about_an_image(server: Server, picture: bytes, least_tokens: int) -> None:
     with anthropic.Anthropic(base_url=server.url, api_key="none") as client:
         source: Any = {
             "type": "base64",
@@ -262,7 +264,7 @@ def test_messages(server: Server, picture: bytes, least_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
-def test_messages_refuse_what_is_no_picture(http: httpx.Client, path: str) -> None:
+def test_messages_refuse_invalid_image_data(http: httpx.Client, path: str) -> None:
     source = {"type": "base64", "media_type": "image/png", "data": "AAAA"}
     message = {"role": "user", "content": [{"type": "image", "source": source}]}
     response = http.post(path, json={"model": MODEL, "max_tokens": 4, "messages": [message]})
@@ -272,7 +274,7 @@ def test_messages_refuse_what_is_no_picture(http: httpx.Client, path: str) -> No
     assert error["param"] == "messages[0].content[0].source"
 
 
-def test_errors_of_messages_have_anthropics_shape(server: Server, http: httpx.Client) -> None:
+def test_messages_errors_have_anthropics_shape(server: Server, http: httpx.Client) -> None:
     with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as client:
         with pytest.raises(anthropic.NotFoundError) as missing:
             client.messages.create(
@@ -293,13 +295,13 @@ def test_errors_of_messages_have_anthropics_shape(server: Server, http: httpx.Cl
     assert unfit.json()["error"]["param"] == "messages"
 
 
-def test_tokenize_counts_image_tokens_and_computes_once(http: httpx.Client) -> None:
+def test_tokenize_counts_image_tokens(http: httpx.Client) -> None:
     request = {"model": MODEL, "messages": ASK}
     first, again = (http.post("/tokenize", json=request).json() for _ in range(2))
     assert first["count"] == again["count"] == ASK_TOKENS
 
 
-def test_completions_and_models(client: OpenAI, http: httpx.Client) -> None:
+def test_completions_models_and_metrics_respond(client: OpenAI, http: httpx.Client) -> None:
     completion = client.completions.create(
         model=MODEL, prompt="hello", max_tokens=3, extra_body={"ignore_eos": True}
     )
@@ -311,7 +313,7 @@ def test_completions_and_models(client: OpenAI, http: httpx.Client) -> None:
     assert "saccade_image_decode_seconds_count" in metrics
 
 
-def test_health_ready_version(http: httpx.Client) -> None:
+def test_health_ready_and_version_respond(http: httpx.Client) -> None:
     assert http.get("/health").status_code == 200
     assert http.get("/ready").status_code == 200
     version = http.get("/version").json()
@@ -319,7 +321,7 @@ def test_health_ready_version(http: httpx.Client) -> None:
     assert version["saccade"]
 
 
-def test_chat_has_one_route(http: httpx.Client) -> None:
+def test_openapi_lists_chat_and_responses(http: httpx.Client) -> None:
     paths = http.get("/openapi.json").json()["paths"]
     assert "/v1/chat/completions" in paths
     assert "/v1/responses" in paths
@@ -353,14 +355,14 @@ def test_errors_have_openais_shape(
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"messages": 1}'])
-def test_broken_bodies(http: httpx.Client, content: bytes) -> None:
+def test_a_malformed_body_is_a_400(http: httpx.Client, content: bytes) -> None:
     headers = {"Content-Type": "application/json"}
     response = http.post("/v1/chat/completions", content=content, headers=headers)
     assert response.status_code == 400
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
-def test_unknown_routes_and_types(http: httpx.Client) -> None:
+def test_unknown_routes_and_content_types_are_refused(http: httpx.Client) -> None:
     assert http.get("/nowhere").status_code == 404
     assert http.get("/nowhere").json()["error"]["code"] == "not_found"
     response = http.post("/v1/chat/completions", content=b"x", headers={"Content-Type": "x/y"})

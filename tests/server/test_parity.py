@@ -1,6 +1,6 @@
-"""The pool makes of pictures what plain vLLM makes of them, for each family of models.
+"""The image pool gives the same features as plain vLLM, for each model family.
 
-Both renderers feed one engine: ours through the worker pool in `exact` mode, and vLLM's own,
+Two renderers feed one engine: ours, through the worker pool in `exact` mode, and vLLM's,
 unchanged, with its own media connector and preprocessing.
 """
 
@@ -36,7 +36,7 @@ TEXT = pictures.text_part("what is shown here?")
 
 @dataclass
 class Rig:
-    """One engine, and the two ways to it."""
+    """One engine with two renderers: ours and vLLM's."""
 
     engine: Any
     theirs: Any
@@ -101,7 +101,7 @@ async def rig(model: Path, decode: str = "exact") -> AsyncIterator[Rig]:
         assert embeddings is not None
         await stack.enter_async_context(embeddings)
         engine = await stack.enter_async_context(launch.running(prepared, Outcomes(), Gate()))
-        envs.disable_envs_cache()  # `render` changes a variable
+        envs.disable_envs_cache()  # `render` changes an environment variable
         await stack.enter_async_context(pool)
         limits = launch.media_limits(engine, settings)
         assert limits is not None
@@ -118,7 +118,7 @@ async def rig(model: Path, decode: str = "exact") -> AsyncIterator[Rig]:
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
-    """Equal token ids, placeholders and, where both carry them, features bit for bit."""
+    """Token ids and placeholders are equal, and so are features, bit for bit, if both have them."""
     from server.engine.launch import same_data
 
     assert ours["prompt_token_ids"] == theirs["prompt_token_ids"]
@@ -128,7 +128,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
     assert ours["mm_placeholders"] == theirs["mm_placeholders"]
     pairs = zip(ours["mm_kwargs"]["image"], theirs["mm_kwargs"]["image"], strict=True)
     for mine, other in pairs:
-        if not mine:  # the engine holds it already: compared when it was new
+        if not mine:  # cached by the engine; compared when it was new
             continue
         assert mine.keys() == other.keys()
         for name in mine:
@@ -137,7 +137,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
 
 
 async def check_caps(both: Rig, images: list[bytes]) -> None:
-    """Capped images take the tokens that were allocated to them."""
+    """Capped images take the number of tokens allocated to them."""
     rule = both.engine.renderer.allocator.rule({})
     parts, caps = [], []
     for data in images:
@@ -189,12 +189,12 @@ async def check_family(family: str, directory: Path) -> None:
 
 
 def prepare(stubs: Path) -> None:
-    """In the process of the engines, before it has any."""
+    """Prepare the engine process, before it starts any engine."""
     from vllm.model_executor.models import registry
 
     sys.path.insert(0, str(stubs))
     os.environ["PYTHONPATH"] = str(stubs)  # for the image workers
-    # Else vLLM looks at each model's class in a process of its own, the first time that it sees it.
+    # Otherwise vLLM starts a process to inspect each model class that is new to it.
     registry._run_in_subprocess = lambda look: look()
 
 
@@ -203,10 +203,10 @@ def check(family: str, directory: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
-    """A process with vLLM, whose forks are engines: they start in half the time.
+def engine_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
+    """A process that has imported vLLM. Engines are its forks, so they start in half the time.
 
-    It cannot be that of the tests, in which there may be threads that no fork survives.
+    The test process itself may have threads, so it cannot be forked safely.
     """
     stubs = families.import_stubs(tmp_path_factory.mktemp("stubs"))
     spawn = multiprocessing.get_context("spawn")
@@ -215,5 +215,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_family_equals_plain_vllm(family: str, elsewhere: Executor, tmp_path: Path) -> None:
-    elsewhere.submit(check, family, tmp_path).result()
+def test_each_family_equals_plain_vllm(
+    family: str, engine_process: Executor, tmp_path: Path
+) -> None:
+    engine_process.submit(check, family, tmp_path).result()

@@ -1,4 +1,4 @@
-"""The same answers as plain vLLM, asked over HTTP: tokens, log-probabilities, counts."""
+"""The server's answers equal plain vLLM's over HTTP: tokens, log-probabilities and usage."""
 
 import os
 import socket
@@ -16,7 +16,7 @@ from tests import pictures
 from tests.conftest import START_TIMEOUT_S, STOP_TIMEOUT_S
 from tests.pictures import image_part, shape, text_part, user
 
-pytestmark = pytest.mark.group("server")  # all tests compare with it
+pytestmark = pytest.mark.group("server")  # all tests compare with this server
 RED, BLUE = (pictures.encode(shape(color)) for color in ("red", "blue"))
 PHOTO = pictures.encode(pictures.photo((900, 700)), "PNG")
 WHAT = text_part("Describe the image.")
@@ -24,7 +24,7 @@ WHAT = text_part("Describe the image.")
 
 @pytest.fixture(scope="module")
 def plain() -> Iterator[httpx.Client]:
-    """Plain vLLM with the flags that ours has by itself."""
+    """Plain vLLM, with the flags that our server sets by default."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -72,7 +72,9 @@ def _up(client: httpx.Client) -> bool:
         [{"role": "system", "content": "be brief"}, *user(WHAT, image_part(BLUE))],
     ],
 )
-def test_same_answer(http: httpx.Client, plain: httpx.Client, messages: Any) -> None:
+def test_answers_equal_those_of_plain_vllm(
+    http: httpx.Client, plain: httpx.Client, messages: Any
+) -> None:
     request = {
         "model": "saccade-tiny",
         "messages": messages,
@@ -94,6 +96,6 @@ def test_same_answer(http: httpx.Client, plain: httpx.Client, messages: Any) -> 
     assert ours.keys() == theirs.keys()
 
 
-def test_same_routes(http: httpx.Client, plain: httpx.Client) -> None:
+def test_every_route_of_plain_vllm_is_served(http: httpx.Client, plain: httpx.Client) -> None:
     ours, theirs = (set(client.get("/openapi.json").json()["paths"]) for client in (http, plain))
     assert theirs - ours == set()

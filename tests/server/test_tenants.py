@@ -1,4 +1,4 @@
-"""Groups of API keys on the real server: nobody sees or spoils the cached work of another group."""
+"""API key groups on the real server: no group can see or corrupt the cached work of another."""
 
 import asyncio
 import json
@@ -46,7 +46,7 @@ def post(web: httpx.Client, key: str, document: Any, path: str = "/v1/chat/compl
     return response.json()
 
 
-def said(answer: Any) -> str:
+def text_of(answer: Any) -> str:
     text: str = answer["choices"][0]["message"]["content"]
     return text
 
@@ -67,11 +67,11 @@ def lookups(web: httpx.Client) -> dict[str, float]:
     return {"hit": 0.0, "miss": 0.0} | {result: float(count) for result, count in found}
 
 
-# ---------------------------------------------------------------------- who may come in
+# ---------------------------------------------------------------------- authentication
 
 
 @pytest.mark.parametrize("headers", [{}, bearer("sk-unknown"), {"Authorization": f"Basic {A}"}])
-def test_every_guarded_route_is_closed_without_a_key(
+def test_every_guarded_route_refuses_a_missing_or_invalid_key(
     web: httpx.Client, headers: dict[str, str]
 ) -> None:
     routes = [
@@ -90,29 +90,29 @@ def test_every_guarded_route_is_closed_without_a_key(
         assert A not in response.text
 
 
-def test_open_routes_stay_open(web: httpx.Client) -> None:
+def test_open_routes_need_no_key(web: httpx.Client) -> None:
     for path in ("/health", "/ready", "/version", "/metrics"):
         assert web.get(path).status_code == 200
 
 
 @pytest.mark.parametrize("key", [A, A2, B, ADMIN, FLAG])
-def test_every_known_key_is_let_in(web: httpx.Client, key: str) -> None:
+def test_every_known_key_is_accepted(web: httpx.Client, key: str) -> None:
     assert web.get("/v1/models", headers=bearer(key)).status_code == 200
-    assert said(post(web, key, body(image_part(pictures.encode(shape("red"))), WHAT))) == (
+    assert text_of(post(web, key, body(image_part(pictures.encode(shape("red"))), WHAT))) == (
         "a red circle"
     )
 
 
-def test_a_browser_may_ask_what_it_may_send(web: httpx.Client) -> None:
-    """Whatever the answer is: such questions come without keys."""
+def test_a_cors_preflight_needs_no_key(web: httpx.Client) -> None:
+    """Browsers send preflight requests without keys. Any answer but a 401 is fine."""
     headers = {"Origin": "https://example.com", "Access-Control-Request-Method": "POST"}
     assert web.options("/v1/chat/completions", headers=headers).status_code != 401
 
 
-# ---------------------------------------------------------------------- names
+# ---------------------------------------------------------------------- uuids and hashes
 
 
-def test_a_uuid_names_what_its_own_group_sent(web: httpx.Client) -> None:
+def test_an_image_uuid_is_scoped_to_its_group(web: httpx.Client) -> None:
     red, blue = (pictures.encode(shape(color)) for color in ("red", "blue"))
     named = body({"type": "image_url", "image_url": None, "uuid": "logo"}, WHAT)
 
@@ -123,10 +123,10 @@ def test_a_uuid_names_what_its_own_group_sent(web: httpx.Client) -> None:
     post(web, A, body(image_part(red, uuid="logo"), WHAT))
     assert unknown(B)
     assert unknown(FLAG)
-    assert said(post(web, A2, named)) == "a red circle"
+    assert text_of(post(web, A2, named)) == "a red circle"
     post(web, B, body(image_part(blue, uuid="logo"), WHAT))
-    assert said(post(web, B, named)) == "a blue circle"
-    assert said(post(web, A, named)) == "a red circle"
+    assert text_of(post(web, B, named)) == "a blue circle"
+    assert text_of(post(web, A, named)) == "a red circle"
 
 
 def video(color: str, uuid: str) -> dict[str, Any]:
@@ -136,8 +136,8 @@ def video(color: str, uuid: str) -> dict[str, Any]:
     return {"type": "video_url", "video_url": {"url": url}, "uuid": uuid}
 
 
-def test_the_uuid_of_a_video_is_of_its_group(web: httpx.Client) -> None:
-    """vLLM caches videos by their uuid, whatever is in them."""
+def test_a_video_uuid_is_scoped_to_its_group(web: httpx.Client) -> None:
+    """vLLM caches videos by uuid, whatever their content."""
     ask = {"logprobs": True, "max_tokens": 4}
 
     def answer(key: str, color: str) -> Any:
@@ -145,12 +145,12 @@ def test_the_uuid_of_a_video_is_of_its_group(web: httpx.Client) -> None:
 
     red, blue = answer(A, "red"), answer(B, "blue")
     assert red != blue
-    assert answer(A, "blue") == red  # in a group the uuid stands for what it was first
+    assert answer(A, "blue") == red  # within a group, a uuid keeps its first video
     assert answer(FLAG, "blue") == blue
 
 
-def test_the_uuid_of_a_rendered_video_is_of_its_group(web: httpx.Client) -> None:
-    """Rendering has a cache of its own, and hands out what is in it."""
+def test_a_rendered_video_uuid_is_scoped_to_its_group(web: httpx.Client) -> None:
+    """Rendering has its own cache and returns its contents to clients."""
 
     def features(key: str, color: str) -> Any:
         document = body(video(color, "film"), WHAT)
@@ -162,8 +162,8 @@ def test_the_uuid_of_a_rendered_video_is_of_its_group(web: httpx.Client) -> None
     assert features(FLAG, "blue") == blue
 
 
-def test_features_under_the_name_of_another_groups_picture(web: httpx.Client) -> None:
-    """What B sends as its own features, under the name that A's picture will have."""
+def test_features_sent_under_another_groups_hash_do_not_reach_that_group(web: httpx.Client) -> None:
+    """B sends its own features under the hash that A's picture will have."""
     victim, poison = (pictures.encode(shape(color)) for color in ("green", "yellow"))
     render = "/v1/chat/completions/render"
     name = post(web, A, body(image_part(victim), WHAT), render)["features"]["mm_hashes"]
@@ -171,10 +171,10 @@ def test_features_under_the_name_of_another_groups_picture(web: httpx.Client) ->
     assert poisoned["features"]["mm_hashes"] != name
     poisoned["features"]["mm_hashes"] = name
     post(web, B, poisoned, "/inference/v1/generate")
-    assert said(post(web, A, body(image_part(victim), WHAT))) == "a green circle"
+    assert text_of(post(web, A, body(image_part(victim), WHAT))) == "a green circle"
 
 
-def test_features_of_another_group_cannot_be_asked_for_by_their_name(web: httpx.Client) -> None:
+def test_features_of_another_group_cannot_be_used_by_their_hash(web: httpx.Client) -> None:
     render = "/v1/chat/completions/render"
     asked = body(image_part(pictures.encode(shape("green", "square"))), WHAT)
     rendered = post(web, A, asked, render)
@@ -187,7 +187,7 @@ def test_features_of_another_group_cannot_be_asked_for_by_their_name(web: httpx.
     assert other.status_code != 200
 
 
-# ---------------------------------------------------------------------- content
+# ---------------------------------------------------------------------- cached content
 
 
 def long_question(color: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -197,7 +197,7 @@ def long_question(color: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_nobody_can_probe_what_another_group_has_asked(web: httpx.Client, stream: bool) -> None:
+def test_cache_hits_do_not_reveal_another_groups_requests(web: httpx.Client, stream: bool) -> None:
     question = long_question("red" if stream else "blue")
 
     def hits(key: str) -> tuple[bool, bool]:
@@ -221,7 +221,7 @@ def test_nobody_can_probe_what_another_group_has_asked(web: httpx.Client, stream
     assert (after["hit"] - middle["hit"], after["miss"] - middle["miss"]) == (2, 0)
 
 
-def test_texts_are_cached_by_group_and_by_the_clients_salt(web: httpx.Client) -> None:
+def test_texts_are_cached_per_group_and_cache_salt(web: httpx.Client) -> None:
     text = text_part("Tell me about circles and squares. " * 60)
 
     def hit(key: str, **more: Any) -> bool:
@@ -238,7 +238,7 @@ def test_texts_are_cached_by_group_and_by_the_clients_salt(web: httpx.Client) ->
 
 
 @pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/v1/completions"])
-def test_the_other_apis_are_kept_apart_too(web: httpx.Client, path: str) -> None:
+def test_every_api_keeps_the_prefix_caches_of_groups_apart(web: httpx.Client, path: str) -> None:
     text = f"Tell me about {path}. " * 100
     documents: dict[str, dict[str, Any]] = {
         "/v1/responses": {"input": text, "max_output_tokens": 2},
@@ -257,8 +257,8 @@ def test_the_other_apis_are_kept_apart_too(web: httpx.Client, path: str) -> None
     assert cached(A2) > 0
 
 
-def test_pictures_that_are_in_work_are_not_shared_either(guarded: Server) -> None:
-    """Of equal pictures at the same time, each group has its own decoded."""
+def test_concurrent_decodes_are_not_shared_between_groups(guarded: Server) -> None:
+    """If groups send equal pictures at the same time, each group's is decoded separately."""
     large = pictures.encode(pictures.photo((2000, 1500), seed=7))
 
     def decoded(metrics: str) -> float:
@@ -281,10 +281,10 @@ def test_pictures_that_are_in_work_are_not_shared_either(guarded: Server) -> Non
     assert asyncio.run(test()) == 3
 
 
-# ---------------------------------------------------------------------- the file, and secrets
+# ---------------------------------------------------------------------- the keys file, and secrets
 
 
-def becomes(web: httpx.Client, key: str, status: int) -> bool:
+def status_becomes(web: httpx.Client, key: str, status: int) -> bool:
     deadline = time.monotonic() + 30
     while web.get("/v1/models", headers=bearer(key)).status_code != status:
         if time.monotonic() > deadline:
@@ -293,7 +293,7 @@ def becomes(web: httpx.Client, key: str, status: int) -> bool:
     return True
 
 
-def test_keys_come_and_go_with_the_file(
+def test_changes_of_the_keys_file_take_effect(
     guarded: Server, web: httpx.Client, keys_file: Path
 ) -> None:
     new = "sk-secret-that-is-new"
@@ -301,8 +301,8 @@ def test_keys_come_and_go_with_the_file(
     post(web, A, question)
     try:
         keys_file.write_text(json.dumps({"groups": {"team-a": [new]}}))
-        assert becomes(web, new, 200)
-        assert becomes(web, B, 401)
+        assert status_becomes(web, new, 200)
+        assert status_becomes(web, B, 401)
         assert web.get("/v1/models", headers=bearer(FLAG)).status_code == 200
         assert prefix_hit(post(web, new, question))  # another key, the same group
         keys_file.write_text('{"groups": {"team-b": ["sk-secret-in-a-broken-file"')
@@ -313,14 +313,14 @@ def test_keys_come_and_go_with_the_file(
             time.sleep(0.1)
     finally:
         keys_file.write_text(json.dumps(KEYS))
-    assert becomes(web, B, 200)
-    assert becomes(web, new, 401)
+    assert status_becomes(web, B, 200)
+    assert status_becomes(web, new, 401)
 
 
 def test_no_key_is_logged(guarded: Server, web: httpx.Client) -> None:
-    """After all that was refused above."""
+    """The last test here, so that the log covers the refused requests above."""
     web.post("/v1/chat/completions", content=b"{", headers=bearer(A))
     assert web.get("/v1/models", headers=bearer(A)).status_code == 200
     log = "".join(guarded.log)
-    assert "/v1/models" in log  # it is a log of these requests
+    assert "/v1/models" in log  # the log covers these requests
     assert "secret" not in log

@@ -1,4 +1,4 @@
-"""What this server changes in vLLM's own processes: only when asked, and as the engine runs."""
+"""The plugin changes vLLM's own processes only on request, and works in a real engine."""
 
 import json
 import multiprocessing
@@ -10,12 +10,12 @@ from typing import Any
 from server.engine.arguments import DEMO_MODEL
 
 
-def what_plugins_change() -> dict[str, Any]:
-    """In a process like those of vLLM: whether queues wait and steps are timed in our way, unasked
-    and asked, and which modules the timing imports."""
+def plugin_changes() -> dict[str, Any]:
+    """Run in a process like vLLM's: whether our queue waits and step timing are active, before and
+    after they are requested, and which modules the timing imports."""
     from vllm.distributed.device_communicators import shm_broadcast
     from vllm.distributed.utils import sched_yield
-    from vllm.v1.executor import Executor  # noqa: F401  - as every engine process has
+    from vllm.v1.executor import Executor  # noqa: F401  - every engine process has imported it
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     from server.engine.vllm_adapter import cpu_waits, encode_timing, plugin  # noqa: F401
@@ -26,7 +26,7 @@ def what_plugins_change() -> dict[str, Any]:
         waits = shm_broadcast.sched_yield is not sched_yield
         return waits, WorkerWrapperBase.execute_model is not execute_model
 
-    os.environ.pop("_SACCADE_PLUGIN", None)  # another test may have asked
+    os.environ.pop("_SACCADE_PLUGIN", None)  # another test may have set it
     plugin.register()
     unasked, before = changed(), set(sys.modules)
     plugin.ask(encoder_runs="ipc:///nonexistent/encoder")
@@ -37,9 +37,9 @@ def what_plugins_change() -> dict[str, Any]:
     return {"unasked": unasked, "asked": changed(), "imported": imported}
 
 
-def test_vllm_is_changed_only_on_request() -> None:
+def test_the_plugin_changes_vllm_only_on_request() -> None:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        found = pool.apply(what_plugins_change)
+        found = pool.apply(plugin_changes)
     assert found == {"unasked": (False, False), "asked": (True, True), "imported": set()}
 
 
@@ -95,7 +95,7 @@ asyncio.run(main())
 """
 
 
-def test_the_real_engine_tells_when_its_encoder_ran() -> None:
+def test_the_real_engine_reports_when_its_encoder_ran() -> None:
     done = subprocess.run(
         [sys.executable, "-c", ENGINE, str(DEMO_MODEL)],
         capture_output=True,
@@ -104,10 +104,10 @@ def test_the_real_engine_tells_when_its_encoder_ran() -> None:
         timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout.splitlines()[-1])
-    asked = {name: times for name, *times in told["asked"]}
+    report = json.loads(done.stdout.splitlines()[-1])
+    asked = {name: times for name, *times in report["asked"]}
     encoded: dict[str, tuple[float, float]] = {}
-    for request_ids, start_s, end_s in told["runs"]:
+    for request_ids, start_s, end_s in report["runs"]:
         assert start_s < end_s
         for request_id in request_ids:
             assert request_id not in encoded
