@@ -86,23 +86,24 @@ def _serve(argv: list[str]) -> None:
     # All metrics are in this process; this variable would make the library write them to files.
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
     try:
-        status = _run(argv, progress)
+        _end(_run(argv, progress))
     except KeyboardInterrupt:
         progress("stopped during start-up")
         _end(130)
     except (OSError, CannotStart) as error:  # the port is taken, a file is missing
         progress(f"cannot start: {error}")
-        status = 1
+        raise SystemExit(1) from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-    raise SystemExit(status)
 
 
 def _end(status: int) -> NoReturn:
-    """End the process after the functions registered with `atexit`, without waiting for threads.
+    """End the process after the functions registered with `atexit`, without waiting for threads
+    and without freeing objects.
 
-    The interruption may have hit the start of a thread in a pool, just before the pool noted it.
-    Nothing tells such a thread to end, and the interpreter would wait for it for ever.
+    A signal may have hit the start of a thread in a pool, just before the pool noted it. Nothing
+    tells such a thread to end, and the interpreter would wait for it for ever. vLLM has frozen its
+    objects for the garbage collector, and libraries complain about those that live at the end.
     """
     signal.setitimer(signal.ITIMER_REAL, 0)
     atexit._run_exitfuncs()

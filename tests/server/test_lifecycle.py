@@ -158,6 +158,7 @@ def test_sigterm_lets_running_requests_finish_and_leaves_no_process(
         asking.start()
         wait_for(client, lambda now: value(now, "saccade_requests_in_flight") == 1)
     assert secured.stop(signal.SIGTERM) == 0
+    assert "leaked" not in "".join(secured.log)  # what libraries print of objects that live at exit
     assert manager.recv(100) == b"STOPPING=1"
     asking.join()
     assert answers[0].status_code == 200
