@@ -321,6 +321,7 @@ def test_too_many_images_are_refused(http: httpx.Client) -> None:
     assert refusal(http, "/v1/chat/completions", body)["code"] == "too_many_images"
 
 
+# Options that a client of a server with --trust-request-mm-kwargs may send: {JSON: `param`}.
 BAD_OPTIONS = {
     '{"mm_processor_kwargs": {"max_pixels": NaN}}': None,
     '{"mm_processor_kwargs": {"max_pixels": 36893488147419103232}}': "mm_processor_kwargs",
@@ -332,6 +333,21 @@ BAD_OPTIONS = {
         "media_io_kwargs.image.rgba_background_color"
     ),
 }
+
+
+@pytest.mark.parametrize("options", BAD_OPTIONS)
+def test_invalid_processor_options_are_refused_with_their_param(
+    tight: Server, options: str
+) -> None:
+    body = json.dumps({"model": MODEL, "messages": user(image_part(SMALL))})
+    answer = httpx.post(
+        f"{tight.url}/v1/chat/completions",
+        content=f"{body[:-1]}, {options[1:]}",
+        headers={"Content-Type": "application/json"},
+        timeout=60,
+    )
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == BAD_OPTIONS[options], answer.text
 
 
 def test_a_cap_below_the_models_minimum_stops_the_start_up(tmp_path: Path) -> None:
