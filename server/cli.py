@@ -86,15 +86,16 @@ def _serve(argv: list[str]) -> None:
     # All metrics are in this process; this variable would make the library write them to files.
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
     try:
-        _end(_run(argv, progress))
+        status = _run(argv, progress)
     except KeyboardInterrupt:
         progress("stopped during start-up")
-        _end(130)
+        status = 130
     except (OSError, CannotStart) as error:  # the port is taken, a file is missing
         progress(f"cannot start: {error}")
-        raise SystemExit(1) from None
+        status = 1
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+    _end(status)
 
 
 def _end(status: int) -> NoReturn:
@@ -105,7 +106,6 @@ def _end(status: int) -> NoReturn:
     tells such a thread to end, and the interpreter would wait for it for ever. vLLM has frozen its
     objects for the garbage collector, and libraries complain about those that live at the end.
     """
-    signal.setitimer(signal.ITIMER_REAL, 0)
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

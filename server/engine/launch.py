@@ -15,6 +15,7 @@ from vllm import envs
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
+from vllm.envs import disable_envs_cache, enable_envs_cache
 from vllm.logger import init_logger
 from vllm.multimodal.inputs import nested_tensors_equal
 from vllm.renderers.registry import RENDERER_REGISTRY
@@ -154,10 +155,10 @@ async def running(
         Sender(engine, _processor_cache(engine), outcomes, gate)
         keep_groups_apart(engine.renderer)
         keep_item_limit(engine)
-        envs.enable_envs_cache()  # as in vLLM's other processes: each request reads many of them
+        enable_envs_cache()  # as in vLLM's other processes: each request reads many of them
         yield engine
     finally:
-        envs.disable_envs_cache()
+        disable_envs_cache()
         engine.shutdown(timeout=prepared.config.shutdown_timeout)
 
 

@@ -70,9 +70,13 @@ def item(
 ) -> tuple[MultiModalKwargsItem, Updates]:
     """The features of one picture as vLLM's item, and what they put into the prompt. `outputs` are
     those of the Hugging Face processor, by name; `image` may be `blank`."""
-    fields = processor._get_mm_fields_config(BatchFeature(dict(outputs)), options)
-    items = _divided(outputs, fields)
+    items = _divided(outputs, _fields(processor, outputs, options))
     return items["image"][0], _updates(processor, image, options, items)
+
+
+def _fields(processor: Processor, outputs: Mapping[str, Any], options: Options) -> Fields:
+    fields: Fields = processor._get_mm_fields_config(BatchFeature(dict(outputs)), options)
+    return fields
 
 
 def _divided(outputs: Mapping[str, Any], fields: Fields) -> MultiModalKwargsItems:
@@ -94,7 +98,7 @@ class ItemMaker:
 
     How features are divided into fields, and what goes into the prompt, follow from the size of
     the picture, the options, the shapes of the features and their whole numbers (grids, counts).
-    Working that out costs as much as the rest of an image's way on the event loop.
+    Working that out takes about half a millisecond of the event loop for each image.
     """
 
     def __init__(self, processor: Processor) -> None:
@@ -110,15 +114,14 @@ class ItemMaker:
             key = (size, options_id, *((name, _outline(outputs[name])) for name in outputs))
         except _TooLarge:
             return item(self._processor, outputs, blank(size), options)
-        known = self._known.get(key)
-        if known is None:
-            features = BatchFeature(dict(outputs))
-            fields = self._processor._get_mm_fields_config(features, options)
-            items = _divided(outputs, fields)
-            self._known[key] = fields, _updates(self._processor, blank(size), options, items)
-            return items["image"][0], self._known[key][1]
-        fields, updates = known
-        return _divided(outputs, fields)["image"][0], updates
+        if (known := self._known.get(key)) is not None:
+            fields, updates = known
+            return _divided(outputs, fields)["image"][0], updates
+        fields = _fields(self._processor, outputs, options)
+        items = _divided(outputs, fields)
+        updates = _updates(self._processor, blank(size), options, items)
+        self._known[key] = fields, updates
+        return items["image"][0], updates
 
 
 class _TooLarge(Exception):
