@@ -1,6 +1,7 @@
 """Loading a request's media: files and animations become images, and uuids are remembered."""
 
 import asyncio
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -282,4 +283,6 @@ def test_the_deadline_of_a_request_cancels_its_loading() -> None:
 
 
 def test_a_context_without_media_loads_nothing() -> None:
-    asyncio.run(media_loader().load(RequestContext(Record())))
+    record = Record()
+    asyncio.run(media_loader().load(RequestContext(record)))
+    assert list(record.timeline.image_segments(math.inf)) == []  # a fetch would be one
