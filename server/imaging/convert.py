@@ -4,19 +4,22 @@ Pillow keeps RGB in four bytes a pixel. Converting to that layout and back takes
 decoding a JPEG, so RGB pictures stay arrays: see `ArrayImage`.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
-from server.imaging.codecs.base import Indexed, Pixels, Stored, opencv
+from server.imaging.codecs.base import Indexed, Pixels, Stored, bands, by_bands, opencv
 from server.imaging.profiles import change_of, writable
 
 RGB = tuple[int, int, int]
 
 _ALPHA = frozenset(("RGBA", "LA", "PA"))
-_BAND_ROWS = 64
+# Errors of rounding spread to the next rows in these modes, so that pictures have no bands there.
+_DITHERED = frozenset(("1", "P", "PA"))
+# Most memory of converting to another mode than RGB, with the result as an array, in bytes a pixel.
+OTHER_MODES_BYTES_PER_PIXEL = 13
 
 
 class ArrayImage(Image.Image):
@@ -51,14 +54,6 @@ class ArrayImage(Image.Image):
         return super().__array_interface__
 
 
-def bands(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
-    """Bands of a few rows, each with its slice of rows, to keep intermediate pictures small."""
-    width, height = image.size
-    for top in range(0, height, _BAND_ROWS):
-        bottom = min(top + _BAND_ROWS, height)
-        yield slice(top, bottom), image.crop((0, top, width, bottom))
-
-
 def pixels_of(image: Image.Image) -> Pixels:
     """The pixels of a one-channel picture: uint8 (height, width). An export by Pillow would hold
     them twice."""
@@ -81,8 +76,29 @@ def to_mode(
     """
     if mode == "RGB":
         return ArrayImage(_rgb(picture, profile, background))
-    image = _managed(_as_image(picture), profile)
-    return _in_mode(image, mode)
+    image = _as_image(picture)
+    del picture  # it may take as much memory as the image
+    if profile is not None or image.mode == "LAB":
+        image = by_bands(image, lambda band: _managed(band, profile))
+    if mode in (None, image.mode):  # Pillow would copy it
+        return image
+    if mode in _DITHERED:
+        return image.convert(mode)
+    return by_bands(image, lambda band: band.convert(mode))
+
+
+def array_of(image: Image.Image) -> npt.NDArray[Any]:
+    """The pixels as numpy takes them from `image`, without a second copy."""
+    if isinstance(image, ArrayImage) or image.mode == "1":
+        return np.asarray(image)
+    array: npt.NDArray[Any] | None = None
+    for rows, band in bands(image):
+        part = np.asarray(band)
+        if array is None:
+            array = np.empty((image.height, *part.shape[1:]), part.dtype)
+        array[rows] = part
+    assert array is not None
+    return array
 
 
 def _rgb(picture: Stored, profile: bytes | None, background: RGB) -> Pixels:

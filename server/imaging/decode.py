@@ -16,11 +16,12 @@ from server.errors import ImageTooLarge, InvalidImage, SaccadeError
 from server.imaging import convert, sizing
 from server.imaging import header as headers
 from server.imaging.codecs import pillow, webp
-from server.imaging.codecs.base import SIDEWAYS, Source, opencv, reduced
+from server.imaging.codecs.base import BYTES_PER_PIXEL, SIDEWAYS, Source, libvips, opencv, reduced
 from server.imaging.codecs.heif import AvifSource, HeifSource
 from server.imaging.codecs.jpeg import JpegSource
-from server.imaging.codecs.pillow import BmpSource, GifSource, TiffSource
+from server.imaging.codecs.pillow import BmpSource, GifSource, PillowSource, TiffSource
 from server.imaging.codecs.png import open_png
+from server.imaging.codecs.webp import WebpAnimation
 
 # (upright width, height) -> the size to cover, or None for the whole picture.
 TargetSize = Callable[[int, int], sizing.Size | None]
@@ -77,11 +78,42 @@ class Decoded:
     size: sizing.Size
 
 
-def decode(data: bytes, options: DecodeOptions, target_size: TargetSize | None = None) -> Decoded:
+class OpenAnimation:
+    """An animation whose frames are decoded in one pass: frames build on each other, so a frame is
+    decoded from the one before it instead of from the first.
+
+    For one file, and for ascending frames. Once a frame has failed, all later ones fail alike.
+    """
+
+    def __init__(self) -> None:
+        self._source: PillowSource | WebpAnimation | None = None
+        self.error: SaccadeError | None = None
+
+    def open(self, data: bytes, frame: int) -> Source:
+        """The source of `data` at `frame`. Raises as `decode` does."""
+        if self.error is not None:
+            raise self.error
+        if self._source is not None:
+            self._source.move_to(frame)
+            return self._source
+        source = _open(data, frame)
+        if isinstance(source, PillowSource | WebpAnimation):
+            source.keeps = True
+            self._source = source
+        return source
+
+
+def decode(
+    data: bytes,
+    options: DecodeOptions,
+    target_size: TargetSize | None = None,
+    animation: OpenAnimation | None = None,
+) -> Decoded:
     """Decode `data`, at the smallest scale that covers the target size if there is one.
 
     `target_size(width, height)` gets the upright size and returns the size to cover, or None for
-    the whole picture. Without a target size, the pixels of an 8-bit sRGB picture equal those of
+    the whole picture. `animation` keeps `data` open for its next frame; the picture must then no
+    longer be in use. Without a target size, the pixels of an 8-bit sRGB picture equal those of
     vLLM's loader; other pictures get the colours that their profile or format defines.
 
     Decoding may divide both sides by a whole number, rounding up: 2, 4 or 8 for JPEG, and up to 32
@@ -95,29 +127,41 @@ def decode(data: bytes, options: DecodeOptions, target_size: TargetSize | None =
         ImageFrameMissing: the file has fewer frames.
     """
     try:
-        source = _OPENERS[headers.read(data).format](data, options.frame)
+        source = (animation.open if animation is not None else _open)(data, options.frame)
         size = _upright_size(source)
         _check_size(size, options.max_pixels)
-        picture = source.load(_factor(source, size, target_size))
-        image = convert.to_mode(picture, source.profile, options.mode, options.background)
-        return Decoded(convert.upright(image, source.orientation), size)
-    except SaccadeError:
-        raise
+        factor = _factor(source, size, target_size)
+        if factor == 1:
+            _check_memory(source, options)
+        profile, orientation = source.profile, source.orientation
+        image = convert.to_mode(source.load(factor), profile, options.mode, options.background)
+        del source  # `upright` may need its memory
+        return Decoded(convert.upright(image, orientation), size)
     except _DAMAGE as error:
-        raise InvalidImage(_explain(error)) from error
+        raise _failed(InvalidImage(_explain(error)), animation) from error
+    except SaccadeError as error:
+        raise _failed(error, animation) from error.__cause__
+
+
+def _failed(error: SaccadeError, animation: OpenAnimation | None) -> SaccadeError:
+    if animation is not None:
+        animation.error = error
+    return error
 
 
 def warm_up() -> None:
-    """Compile and import what decoders need before workers are forked, so that they share it.
-
-    Workers import libraries that start threads, or that few pictures need, when they need them.
-    """
+    """Compile and import all that decoders need before workers are forked: a worker cannot open
+    files. Nothing here starts a thread, which would not survive the fork."""
     import deflate  # noqa: F401
+    import pillow_heif  # noqa: F401
+    import pypdfium2  # noqa: F401
     import simplejpeg  # noqa: F401
 
     from server.imaging.codecs import jpeg, kernels  # noqa: F401
 
+    Image.init()  # the plugins of all formats
     opencv()
+    libvips()
     jpeg.warm_up()
 
 
@@ -139,6 +183,10 @@ def frame_count(data: bytes) -> int:
         raise InvalidImage(_explain(error)) from error
 
 
+def _open(data: bytes, frame: int) -> Source:
+    return _OPENERS[headers.read(data).format](data, frame)
+
+
 def _upright_size(source: Source) -> sizing.Size:
     width, height = source.size
     return (height, width) if source.orientation in SIDEWAYS else (width, height)
@@ -150,6 +198,20 @@ def _check_size(size: sizing.Size, max_pixels: int) -> None:
         raise ImageTooLarge(
             f"the image has {width}x{height} = {width * height} pixels, "
             f"the limit is {max_pixels} pixels"
+        )
+
+
+def _check_memory(source: Source, options: DecodeOptions) -> None:
+    """Refuse a picture that takes more memory than one of `max_pixels` in a usual format."""
+    cost = source.bytes_per_pixel
+    if options.mode not in ("RGB", "L"):
+        cost = max(cost, convert.OTHER_MODES_BYTES_PER_PIXEL)
+    width, height = source.size
+    limit = options.max_pixels * BYTES_PER_PIXEL // cost
+    if cost > BYTES_PER_PIXEL and width * height > limit:
+        raise ImageTooLarge(
+            f"the image has {width}x{height} = {width * height} pixels, the limit is {limit} "
+            "pixels in its format and mode, whose decoding takes more memory than usual"
         )
 
 

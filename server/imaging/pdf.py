@@ -11,13 +11,17 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from server.errors import ImageFrameMissing, InvalidFile
+from server.imaging.convert import ArrayImage
 from server.imaging.sizing import Size
 
 if TYPE_CHECKING:
     import pypdfium2
 
-# Bounds of a page's sides, in points. PDFium assumes US Letter if a page has no size.
-_MIN_POINTS, _MAX_POINTS = 1.0, 200_000.0
+# The least side of a page, in points. PDFium assumes US Letter if a page has no size.
+_MIN_POINTS = 1.0
+# A narrow page may need more pixels than asked for to be wide enough: up to four times as many, or
+# these.
+_SPARE_PIXELS, _SPARE_SIDE = 16_000_000, 8192
 
 
 def page_sizes(data: bytes, most: int) -> tuple[list[tuple[float, float]], int]:
@@ -27,7 +31,7 @@ def page_sizes(data: bytes, most: int) -> tuple[list[tuple[float, float]], int]:
     Raises:
         InvalidFile: the PDF is damaged or encrypted, or has no pages.
     """
-    with _opened(data) as document:
+    with _opened(data) as document, _translated():
         count = len(document)
         if count == 0:
             raise InvalidFile("the PDF has no pages")
@@ -37,7 +41,7 @@ def page_sizes(data: bytes, most: int) -> tuple[list[tuple[float, float]], int]:
 
 def render(data: bytes, page: int, size: Size) -> Image.Image:
     """Render page `page` (from 0) on white as RGB, at the smallest scale that covers `size`,
-    (width, height) in pixels.
+    (width, height) in pixels. A page whose shape is far from that of `size` may get less.
 
     Raises:
         InvalidFile: the PDF is damaged or encrypted, or the page has no valid size.
@@ -47,26 +51,31 @@ def render(data: bytes, page: int, size: Size) -> Image.Image:
         if page >= len(document):
             raise ImageFrameMissing(f"the file has {len(document)} pages, and no page {page + 1}")
         with _translated(), closing(document[page]) as shown:
-            width, height = _size(shown.get_size())
-            scale = max(size[0] / width, size[1] / height)
-            image: Image.Image = shown.render(scale=scale, rev_byteorder=True).to_pil()
-            return image.convert("RGB")
+            points = shown.get_size()
+            if min(points) <= 0:  # its crop box lies beside its media box
+                return Image.new("RGB", size, "white")
+            scale = _scale(_size(points), size)
+            return ArrayImage(shown.render(scale=scale, rev_byteorder=True).to_numpy())
+
+
+def _scale(points: tuple[float, float], size: Size) -> float:
+    """Pixels for each point."""
+    width, height = points
+    covering = max(size[0] / width, size[1] / height)
+    most_pixels, longest = max(_SPARE_PIXELS, 4 * size[0] * size[1]), 4 * max(*size, _SPARE_SIDE)
+    return min(covering, math.sqrt(most_pixels / (width * height)), longest / max(width, height))
 
 
 def _size(points: tuple[float, float]) -> tuple[float, float]:
     width, height = points
     if not all(math.isfinite(side) for side in points):
         raise InvalidFile("a page of the PDF has an invalid size")
-    return (
-        min(max(width, _MIN_POINTS), _MAX_POINTS),
-        min(max(height, _MIN_POINTS), _MAX_POINTS),
-    )
+    return max(width, _MIN_POINTS), max(height, _MIN_POINTS)
 
 
 @contextmanager
 def _opened(data: bytes) -> Iterator["pypdfium2.PdfDocument"]:
-    # Imported here: few workers ever open a PDF, and PDFium does not survive a fork.
-    import pypdfium2
+    import pypdfium2  # here, because the server itself never opens a PDF
 
     with _translated():
         document: Any = pypdfium2.PdfDocument(data)

@@ -3,6 +3,7 @@
 import array
 import asyncio
 import ctypes
+import errno
 import fcntl
 import logging
 import os
@@ -10,12 +11,14 @@ import socket
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
+from server.errors import busy_for_files
 from server.workers import protocol
 from server.workers.forkserver import WorkerProcess
+from server.workers.process import KILLED
 from server.workers.protocol import Features
 from server.workers.shared_memory import Segment
 
@@ -42,11 +45,13 @@ class WorkerChannel:
     ) -> None:
         self.pid = worker.pid
         self.ready = False
+        self.violated = False
         self._worker = worker
         self._connection = worker.connection
         self._on_reply = on_reply
         self._on_end = on_end
-        self._job_id: int | None = None
+        # The ids of the jobs that the worker has not answered yet, in their order.
+        self._job_ids: deque[int] = deque()
         self._input: Segment | None = None
         self._results: dict[int, Segment] = {}
         # Finalizers append to it from any thread.
@@ -59,21 +64,22 @@ class WorkerChannel:
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._connection.fileno(), self._readable)
 
-    def send_inline(self, job_id: int, data: bytes, job: bytes) -> None:
-        """Send a small picture and its encoded job in one message; does not block."""
+    def send_inline(self, first_id: int, data: bytes, jobs: Sequence[bytes]) -> None:
+        """Send a small picture and its encoded jobs in one message; does not block."""
         try:
-            self._send(job_id, job, inline=data, length=len(data), fd=None)
+            self._send(first_id, jobs, inline=data, length=len(data), fd=None)
         except OSError as error:
             self._fail_to_send(error)
 
-    def send(self, job_id: int, data: bytes, job: bytes) -> None:
-        """Copy a large picture into shared memory and send its encoded job; call it in a thread."""
+    def send(self, first_id: int, data: bytes, jobs: Sequence[bytes]) -> None:
+        """Copy a large picture into shared memory and send its encoded jobs; call it in a
+        thread."""
         with self._sending:
             if self._closed:
                 return
             try:
                 grown = self._copy_to_input(data)
-                self._send(job_id, job, inline=None, length=len(data), fd=grown)
+                self._send(first_id, jobs, inline=None, length=len(data), fd=grown)
             except Exception as error:  # the future of this call is not read
                 self._fail_to_send(error)
 
@@ -91,17 +97,23 @@ class WorkerChannel:
         return grown
 
     def _send(
-        self, job_id: int, job: bytes, *, inline: bytes | None, length: int, fd: int | None
+        self,
+        first_id: int,
+        jobs: Sequence[bytes],
+        *,
+        inline: bytes | None,
+        length: int,
+        fd: int | None,
     ) -> None:
-        self._job_id = job_id
+        self._job_ids = deque(range(first_id, first_id + len(jobs)))
         released = [self._released.popleft() for _ in range(len(self._released))]
         request = protocol.WorkRequest(
-            job_id, msgspec.Raw(job), inline, length, fd is not None, released
+            first_id, list(map(msgspec.Raw, jobs)), inline, length, fd is not None, released
         )
         ancillary = []
         if fd is not None:
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
-        # A worker has one job at a time, so its socket buffer has room.
+        # A worker has one request at a time, so its socket buffer has room.
         self._connection.sendmsg([protocol.encoder.encode(request)], ancillary)
 
     def _fail_to_send(self, error: Exception) -> None:
@@ -115,12 +127,14 @@ class WorkerChannel:
     def _readable(self) -> None:
         fds: list[int] = []
         try:
-            data, fds, _, _ = socket.recv_fds(
+            data, fds, flags, _ = socket.recv_fds(
                 self._connection, protocol.MAX_MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC
             )
             if not data:
                 self._lose()
                 return
+            if flags & socket.MSG_CTRUNC and not fds:
+                raise OSError(errno.EMFILE, "no file is free for the result")
             reply, features = self._received(data, fds)
         except BlockingIOError:
             return
@@ -128,7 +142,13 @@ class WorkerChannel:
             self._lose()
             return
         except Exception as error:  # a compromised worker may send anything
+            if busy_for_files(error) is not None:  # not the worker's fault
+                log.error("lost the result of image worker %d: %s", self.pid, error)
+                self.kill()
+                self._lose()
+                return
             log.error("image worker %d violated the protocol: %r", self.pid, error)
+            self.violated = True
             self._lose()
             return
         finally:
@@ -139,13 +159,15 @@ class WorkerChannel:
     def _received(self, data: bytes, fds: list[int]) -> tuple[protocol.FromWorker, Features | None]:
         reply = protocol.reply_decoder.decode(data)
         if isinstance(reply, protocol.Ready):
-            if self._job_id is not None or self.ready:
+            if self._job_ids or self.ready:
                 raise ProtocolError("unexpected Ready")
             self.ready = not self._killed
             return reply, None
-        if reply.id != self._job_id:
-            raise ProtocolError(f"reply to job {reply.id} instead of {self._job_id}")
-        self._job_id = None
+        expected = self._job_ids.popleft() if self._job_ids else None
+        if reply.id != expected:
+            raise ProtocolError(f"reply to job {reply.id} instead of {expected}")
+        if isinstance(reply, protocol.Failed) and reply.ends:
+            self.ready = False
         return reply, self._features(reply, fds) if isinstance(reply, protocol.Done) else None
 
     def _features(self, reply: protocol.Done, fds: list[int]) -> Features:
@@ -181,6 +203,14 @@ class WorkerChannel:
         """Kill a worker that is not ready yet."""
         if not self.ready:
             self.kill()
+
+    def crashed(self) -> bool:
+        """Whether the worker has ended by a fault of its own, and was not killed. Blocks: call it
+        in a thread."""
+        if self._killed or self.violated:
+            return self.violated
+        code = self._worker.exit_code()
+        return code is not None and code not in KILLED
 
     def close(self) -> None:
         """Stop listening to the worker; call `end` afterwards."""

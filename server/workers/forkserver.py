@@ -1,67 +1,123 @@
-"""Starts worker processes by forking a process that has everything loaded (the forkserver)."""
+"""The server's side of the forkserver: starts it, and starts worker processes through it."""
 
 import contextlib
-import multiprocessing
 import os
+import select
 import signal
 import socket
-import tempfile
+import subprocess
+import sys
 import threading
-from multiprocessing import forkserver
-from multiprocessing.process import BaseProcess
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import msgspec
 
-from server.workers import preload
-from server.workers.worker import WorkerSpec, main
+from server.workers import environment
+from server.workers.confinement import SandboxMode
+from server.workers.forkserver_process import (
+    MAX_FDS,
+    MAX_MESSAGE_BYTES,
+    STATUS,
+    Fork,
+    encoder,
+    forked_decoder,
+)
+from server.workers.worker import WorkerSpec
 
 _JOIN_TIMEOUT_S = 5.0
+# A process closes its socket some milliseconds before it is over.
+_EXIT_TIMEOUT_S = 1.0
+_WORKER = "server.workers.worker:main"
+# Runs `forkserver_process.main` with the import path of the server.
+_PROGRAM = (
+    "import sys; sys.path[:] = {path!r}; "
+    "from server.workers.forkserver_process import main; main({control})"
+)
 
 
-class WorkerProcess:
-    """A running worker process; `connection` is the server's end of its socket."""
+class ForkedProcess:
+    """A process that the forkserver has forked. Call `end` at last."""
 
-    def __init__(self, process: BaseProcess, connection: socket.socket) -> None:
-        self.connection = connection
-        self.pid = process.pid or -1
-        self._process: BaseProcess | None = process  # None when it has ended
+    def __init__(self, pid: int, status: int, pidfd: int | None) -> None:
+        """`status` is the descriptor of the pipe that carries the exit status."""
+        self.pid = pid
+        self.sentinel = status
+        """Readable when the process has ended, or the forkserver."""
+        self._pidfd = pidfd
+        self._exit_code: int | None = None
+        self._is_over = False
+        # Held while a descriptor is used to kill, so that it is not closed meanwhile.
         self._lock = threading.Lock()
-        self._pidfd = _pidfd(self.pid)
+        self._is_closed = False
+
+    def exit_code(self, timeout_s: float = _EXIT_TIMEOUT_S) -> int | None:
+        """The exit status of a process that ends, negative for a signal; None if it is unknown: it
+        goes on, or the forkserver that would report it is over. Blocks."""
+        if not self._is_over and not self._is_closed and _is_readable(self.sentinel, timeout_s):
+            if status := os.read(self.sentinel, STATUS.size):
+                (self._exit_code,) = STATUS.unpack(status)
+            self._is_over = True
+        return self._exit_code
 
     def kill(self) -> None:
         """Kill the process at once. Does not block, and may be called from any thread."""
-        with self._lock:
-            if self._process is None:
+        with self._lock, contextlib.suppress(ProcessLookupError):
+            if self._is_closed or self._is_over:
                 return
-            with contextlib.suppress(ProcessLookupError):
-                if self._pidfd is None:
-                    self._process.kill()
-                else:  # unlike a pid, never refers to a later process
-                    signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            if self._pidfd is None:
+                os.kill(self.pid, signal.SIGKILL)
+            else:  # unlike a pid, never refers to a later process
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def end(self) -> None:
         """Kill the process, wait until it has exited and close the descriptors. Blocks."""
+        self.exit_code(0)
         self.kill()
-        if (process := self._process) is not None:
-            process.join(_JOIN_TIMEOUT_S)
+        self.exit_code(_JOIN_TIMEOUT_S)
         with self._lock:
-            if self._process is None:
-                return
-            self._process = None  # closes its descriptor as well
-            self.connection.close()
-            if self._pidfd is not None:
-                os.close(self._pidfd)
+            if not self._is_closed:
+                self._is_closed = True
+                self._close()
+
+    def _close(self) -> None:
+        os.close(self.sentinel)
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+
+
+def _is_readable(fd: int, timeout_s: float) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(timeout_s * 1e3))
+
+
+class WorkerProcess(ForkedProcess):
+    """A running image worker; `connection` is the server's end of its socket."""
+
+    def __init__(self, process: ForkedProcess, connection: socket.socket) -> None:
+        super().__init__(process.pid, process.sentinel, process._pidfd)
+        self.connection = connection
+
+    def _close(self) -> None:
+        super()._close()
+        self.connection.close()
 
 
 class Forkserver:
-    """Forks workers for `spec`."""
+    """Starts processes, with the libraries and the extractor of `spec` loaded; without a spec, they
+    load what they need."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, spec: WorkerSpec | None) -> None:
         self._spec = spec
-        self._context = multiprocessing.get_context("forkserver")
-        self._spec_file: Path | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        # Held while a process is started; the forkserver starts one after the other anyway.
+        self._starting = threading.Lock()
+
+    @property
+    def sandbox_mode(self) -> SandboxMode:
+        """How the processes confine themselves."""
+        return "auto" if self._spec is None else self._spec.sandbox
 
     def preload(self) -> None:
         """Start the forkserver, which begins to load the extractor.
@@ -69,50 +125,73 @@ class Forkserver:
         Call it from a thread that lives as long as the server: the forkserver ends with the thread
         that started it.
         """
-        if self._spec_file is not None:
-            return
-        fd, name = tempfile.mkstemp(prefix="saccade-worker-")
-        with os.fdopen(fd, "wb") as file:
-            file.write(msgspec.msgpack.encode(self._spec))
-        self._spec_file = Path(name)
-        os.environ[preload.SPEC_VARIABLE] = name
-        self._context.set_forkserver_preload(["server.workers.preload"])
-        forkserver.ensure_running()
+        with self._starting:
+            self._ensure_running()
 
-    def start(self, name: str) -> WorkerProcess:
-        """Start a worker. Blocks.
-
-        Raises OSError or EOFError if the forkserver has died; the next call starts a new one.
-        """
+    def start(self) -> WorkerProcess:
+        """Start an image worker. Blocks. Raises: as `fork`."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            process = self._context.Process(target=main, args=(theirs,), name=name, daemon=True)
             try:
-                process.start()
-                return WorkerProcess(process, ours)
+                return WorkerProcess(self.fork(_WORKER, [theirs.fileno()]), ours)
             except BaseException:
                 ours.close()  # a worker that did start exits
                 raise
 
+    def fork(self, target: str, fds: Sequence[int]) -> ForkedProcess:
+        """Start a process that calls `target`, "module:function", with copies of `fds`. Blocks.
+
+        Raises OSError or EOFError if it cannot be started, or the forkserver has died; the next
+        call starts a new one.
+        """
+        with self._starting:
+            control = self._ensure_running()
+            socket.send_fds(control, [encoder.encode(Fork(target))], fds)
+            data, received, _, _ = socket.recv_fds(
+                control, MAX_MESSAGE_BYTES, MAX_FDS, socket.MSG_CMSG_CLOEXEC
+            )
+        if not data:
+            raise EOFError("the forkserver of the image workers has died")
+        forked = forked_decoder.decode(data)
+        if not received:
+            raise OSError(forked.errno, os.strerror(forked.errno))
+        status, *pidfd = received
+        return ForkedProcess(forked.pid, status, pidfd[0] if pidfd else None)
+
+    def _ensure_running(self) -> socket.socket:
+        if self._process is not None and self._process.poll() is not None:
+            self._forget()
+        if self._control is None:
+            self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with theirs:
+                self._process = self._execute(theirs)
+        return self._control
+
+    def _execute(self, control: socket.socket) -> "subprocess.Popen[bytes]":
+        """Execute the forkserver, which gets the other end of the connection in `control`."""
+        program = _PROGRAM.format(path=sys.path, control=control.fileno())
+        with os.fdopen(os.memfd_create("saccade-worker-spec"), "w+b") as file:
+            file.write(msgspec.msgpack.encode(self._spec))
+            file.seek(0)
+            return subprocess.Popen(  # noqa: S603 - no client chooses any of it
+                [sys.executable, "-c", program],
+                stdin=file,
+                pass_fds=[control.fileno()],
+                env=environment.without_secrets(os.environ),
+            )
+
     def close(self) -> None:
-        """Stop the forkserver and, with it, all remaining workers."""
-        server: Any = forkserver._forkserver
-        if (pid := server._forkserver_pid) is not None:
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-            with contextlib.suppress(OSError):
-                server._stop()
-        if self._spec_file is not None:
-            self._spec_file.unlink(missing_ok=True)
-            self._spec_file = None
-            os.environ.pop(preload.SPEC_VARIABLE, None)
+        """Stop the forkserver and, with it, all remaining processes. Also ends a `fork` that waits
+        for the forkserver, with an error."""
+        if (process := self._process) is not None:
+            process.kill()
+        with self._starting:
+            self._forget()
 
-
-def _pidfd(pid: int) -> int | None:
-    """A pidfd of the process; None if the kernel or a container's seccomp profile has none."""
-    try:
-        return os.pidfd_open(pid)
-    except ProcessLookupError:
-        raise
-    except OSError:
-        return None
+    def _forget(self) -> None:
+        process, self._process = self._process, None
+        control, self._control = self._control, None
+        if process is not None:
+            process.wait()
+        if control is not None:
+            control.close()

@@ -14,6 +14,8 @@ from server.errors import ClientError, ImageFrameMissing
 from server.imaging.sizing import Size
 
 MAX_INT32 = 2**31 - 1
+# Formats whose frames build on each other. (The pages of TIFF and PDF files do not.)
+ANIMATED = frozenset(("GIF", "PNG", "WEBP", "AVIF"))
 MAX_KWARGS_BYTES = 32 * 1024
 _MAX_DEPTH = 16
 _MIN_INT64, _MAX_INT64 = -(2**63), 2**63 - 1

@@ -1,15 +1,17 @@
 """The image worker pool, as the event loop sees it: bytes in, features out.
 
-    features = await pool.process(key, data, job, timeline)
+    features = await pool.process(key, data, job, record)
 
 Concurrent calls with the same `key` share one run. A task whose callers have all left is not
-started; if it already runs, its worker is killed unless it finishes soon. If a worker dies, only
-its picture is affected, which is retried once on another worker. Pictures and features pass through
-shared memory, so the work on the event loop does not grow with the picture.
+started; if it already runs, its worker is killed unless it finishes soon. If a worker dies or
+stalls, only its picture is affected, which is retried once on another worker. A picture that
+crashes both is refused; if both were killed or stopped by others, the answer is a 503. Pictures and
+features pass through shared memory, so the work on the event loop does not grow with the picture.
 """
 
 import asyncio
 import contextlib
+import itertools
 import math
 import time
 from collections import deque
@@ -20,19 +22,26 @@ from typing import Any
 
 import numpy as np
 
+from server.concurrency import usable_memory
 from server.errors import (
     WORKER_ERRORS,
+    CannotStart,
     ImageProcessingFailed,
     ImageProcessingTimeout,
+    ImageQueueFull,
     SaccadeError,
     ServerBusy,
+    WorkerLost,
 )
 from server.settings import ImageSettings
 from server.telemetry import metrics
-from server.telemetry.stages import ImageWork, Timeline
+from server.telemetry.record import Record
+from server.telemetry.stages import ImageWork
 from server.workers import protocol
+from server.workers.confinement import Confinement
 from server.workers.forkserver import Forkserver
 from server.workers.jobs import (
+    ANIMATED,
     MAX_INT32,
     CountFrames,
     InspectPdf,
@@ -45,8 +54,11 @@ from server.workers.protocol import Features
 from server.workers.slots import START_TIMEOUT_S, Ending, Slot, SlotEvents, Task, WorkerSlots
 from server.workers.worker import WorkerSpec
 
-# A picture fails after this many workers have died on it.
+# A picture fails when it has lost this many workers.
 _ATTEMPTS = 2
+# By default, a quarter of the memory is for decoding. Most formats take less for each pixel.
+_MEMORY_PARTS = 4
+_BYTES_PER_PIXEL = 10
 # An abandoned task may run this long before its worker is killed. Replacing a worker takes some
 # 25 ms of one core, and most pictures take less time than this.
 ABANDONED_GRACE_S = 0.3
@@ -64,11 +76,15 @@ class ImagePool:
         """`on_work` is called whenever a worker gets an image."""
         self._settings = settings
         self._on_work = on_work
+        self._max_pixels = settings.max_decode_pixels or max(
+            usable_memory() // _MEMORY_PARTS // _BYTES_PER_PIXEL, 1
+        )
         self._queue: deque[Task] = deque()
         self._tasks: dict[str, Task] = {}
-        self._forkserver = Forkserver(spec)
+        self.forkserver = Forkserver(spec)
+        """Also starts processes for other work."""
         events = SlotEvents(self._dispatch, self._on_reply, self._on_lost)
-        self._slots = WorkerSlots(self._forkserver, settings.image_workers, events)
+        self._slots = WorkerSlots(self.forkserver, settings.image_workers, events)
         self._senders = ThreadPoolExecutor(2, "image-send")
         self._closing = False
         self._next_id = 0
@@ -77,11 +93,11 @@ class ImagePool:
 
     def preload(self) -> None:
         """Start to load what workers need; see `Forkserver.preload`."""
-        self._forkserver.preload()
+        self.forkserver.preload()
 
     def stop_preload(self) -> None:
         """Stop the forkserver and, with it, all remaining workers."""
-        self._forkserver.close()
+        self.forkserver.close()
 
     async def __aenter__(self) -> "ImagePool":
         self.preload()
@@ -93,6 +109,10 @@ class ImagePool:
         except TimeoutError:
             await self.stop()
             raise RuntimeError("the image workers did not start; see the log above") from None
+        if not self.confinement.suffices(self.forkserver.sandbox_mode):
+            await self.stop()
+            refused = " and ".join(self.confinement.refused)
+            raise CannotStart(f"--worker-sandbox require: the kernel refuses {refused}")
         if not self.ready:
             await self.stop()
             raise RuntimeError("the image workers die during start-up; see the log above")
@@ -125,6 +145,8 @@ class ImagePool:
         metrics.image_workers_busy.set_function(lambda: sum(bool(slot.task) for slot in slots))
         metrics.image_queue.set_function(lambda: len(self._queue))
         metrics.image_queue_limit.set_function(lambda: self._settings.image_queue)
+        metrics.admission_limit.labels("decode_pixels").set(self._max_pixels)
+        metrics.admission_held.labels("decode_pixels").set_function(lambda: self.decode_pixels)
 
     # ------------------------------------------------------------------ what callers use
 
@@ -132,6 +154,11 @@ class ImagePool:
     def ready(self) -> bool:
         """Whether a worker can take pictures and the pool is healthy."""
         return self._slots.ready and not self._closing
+
+    @property
+    def confinement(self) -> Confinement:
+        """What confines the workers."""
+        return self._slots.confinement or Confinement()
 
     @property
     def queued(self) -> int:
@@ -144,21 +171,23 @@ class ImagePool:
         return self._slots.pids
 
     async def process(
-        self, key: str, data: bytes, job: PixelsJob | ProcessJob, timeline: Timeline
+        self, key: str, data: bytes, job: PixelsJob | ProcessJob, record: Record
     ) -> Features:
         """Run `job` on the encoded picture `data` in a worker. `key` identifies data and job;
-        `timeline` belongs to the waiting request.
+        `record` belongs to the waiting request.
 
         Raises:
-            ServerBusy: the queue is full, or the server is shutting down.
+            ImageQueueFull: too many pictures wait.
+            ServerBusy: no worker is available, or the server is shutting down.
             InvalidImage, ImageTooLarge: the worker refused the picture.
             ImageProcessingTimeout: it took longer than `image_timeout_s`.
-            ImageProcessingFailed: two workers died on it.
+            ImageProcessingFailed: the second worker crashed on it, after a first was lost.
+            WorkerLost: two workers were killed or stopped while they processed it.
         """
-        return await self._run(key, data, job, timeline)
+        return await self._run(key, data, job, record)
 
     async def inspect_pdf(
-        self, data: bytes, max_pages: int, timeline: Timeline
+        self, data: bytes, max_pages: int, record: Record
     ) -> tuple[list[tuple[float, float]], int]:
         """(width, height) in points (1/72 inch) of each of the first `max_pages` pages, and the
         number of all pages.
@@ -168,25 +197,26 @@ class ImagePool:
             Otherwise as `process`.
         """
         job = InspectPdf(min(max_pages, MAX_INT32))
-        features = await self._run(f"pdf-{max_pages}-{id(data)}", data, job, timeline)
+        features = await self._run(f"pdf-{max_pages}-{id(data)}", data, job, record)
         found = features.arrays(_numbers)
         return [(width, height) for width, height in found["sizes"]], found["count"]
 
-    async def count_frames(self, data: bytes, timeline: Timeline) -> int:
+    async def count_frames(self, data: bytes, record: Record) -> int:
         """The number of frames or pages of an image. Raises as `process`."""
-        features = await self._run(f"frames-{id(data)}", data, CountFrames(), timeline)
+        features = await self._run(f"frames-{id(data)}", data, CountFrames(), record)
         count: int = features.arrays(_numbers)["count"]
         return count
 
-    async def _run(self, key: str, data: bytes, job: Job, timeline: Timeline) -> Features:
+    async def _run(self, key: str, data: bytes, job: Job, record: Record) -> Features:
         came = time.monotonic()
         task = self._tasks.get(key)
         if task is None:
-            task = self._enqueue(key, data, encode_job(job))
+            task = self._enqueue(key, data, job, record.key_group or "")
         else:
             metrics.images_joined.inc()
         task.waiters += 1
-        timeline.join(task.work, came)
+        record.timeline.join(task.work, came)
+        self._dispatch()
         try:
             return await asyncio.shield(task.result)
         finally:
@@ -196,36 +226,47 @@ class ImagePool:
 
     # ------------------------------------------------------------------ the queue
 
-    def _enqueue(self, key: str, data: bytes, job: bytes) -> Task:
+    def _enqueue(self, key: str, data: bytes, job: Job, group: str) -> Task:
         if self._closing:
             raise ServerBusy("the server is shutting down")
         if self._slots.health.unhealthy and not self.worker_pids:
             raise ServerBusy("no image worker is available")
         if len(self._queue) >= self._settings.image_queue:
-            raise ServerBusy(
+            raise ImageQueueFull(
                 f"{len(self._queue)} images wait to be processed, the limit is "
                 f"{self._settings.image_queue}; try again later"
             )
         result = asyncio.get_running_loop().create_future()
-        task = Task(key, data, job, result, ImageWork(time.monotonic()))
+        task = Task(key, data, encode_job(job), result, ImageWork(time.monotonic()), group)
+        if isinstance(job, PixelsJob | ProcessJob):
+            task.pixels = math.prod(job.size)
+            if job.format in ANIMATED:
+                task.sequence, task.frame = id(data), job.frame
         self._tasks[key] = task
         self._queue.append(task)
-        self._dispatch()
         return task
 
     def _abandon(self, task: Task) -> None:
         """Forget a task that has no callers left: drop it if it is queued, and kill its worker if
-        it runs and does not finish soon."""
+        it runs, the worker's later tasks have no callers either, and it does not finish soon."""
         if self._tasks.get(task.key) is task:
             del self._tasks[task.key]
         task.result.cancel()
         with contextlib.suppress(ValueError):
             self._queue.remove(task)
             metrics.images_dropped.inc()
-        grace_s = min(ABANDONED_GRACE_S, self._settings.image_timeout_s)
         for slot in self._slots.all:
-            if slot.task is task:
-                slot.limit(slot.since + grace_s, self._stop_abandoned, slot)
+            if task in slot.tasks:
+                self._limit(slot)
+
+    def _limit(self, slot: Slot) -> None:
+        """Limit the time of the slot's task."""
+        timeout_s = self._settings.image_timeout_s
+        if any(task.waiters for task in slot.tasks):
+            slot.limit(slot.since + timeout_s, slot.stop_late, timeout_s)
+        else:
+            grace_s = min(ABANDONED_GRACE_S, timeout_s)
+            slot.limit(slot.since + grace_s, self._stop_abandoned, slot)
 
     def _stop_abandoned(self, slot: Slot) -> None:
         metrics.images_dropped.inc()
@@ -233,27 +274,77 @@ class ImagePool:
 
     def _dispatch(self) -> None:
         for slot in self._slots.all:
-            if not self._queue:
-                break
-            if slot.idle:
-                self._give(slot, self._queue.popleft())
+            if slot.idle and (tasks := self._next_tasks()):
+                self._give(slot, tasks)
 
-    def _give(self, slot: Slot, task: Task) -> None:
+    def _next_tasks(self) -> list[Task]:
+        """Take the next task from the queue. A frame of an animation comes with the queued ones of
+        the same file, in their order, since one pass decodes all of them; it waits if a worker
+        already decodes this file. Of several groups, that with the fewest workers is next."""
+        if not self._queue:
+            return []
+        busy = {slot.task.sequence for slot in self._slots.all if slot.task is not None} - {None}
+        first = self._first(busy)
+        if first is None or not self._has_room(first):
+            return []
+        tasks = [first]
+        if first.sequence is not None:
+            tasks = [task for task in self._queue if task.sequence == first.sequence]
+            tasks.sort(key=lambda task: task.frame)
+            sizes = itertools.accumulate(len(task.job) for task in tasks)
+            tasks = tasks[: max(1, sum(size <= protocol.JOBS_BYTES for size in sizes))]
+        for task in tasks:
+            self._queue.remove(task)
+        return tasks
+
+    @property
+    def decode_pixels(self) -> int:
+        """The pixels of all pictures that are in a worker, by their headers."""
+        return sum(slot.task.pixels for slot in self._slots.all if slot.task is not None)
+
+    def _has_room(self, task: Task) -> bool:
+        """Whether there is memory for one more picture to be decoded."""
+        in_decode = self.decode_pixels
+        return not in_decode or in_decode + task.pixels <= self._max_pixels
+
+    def _first(self, busy: set[int | None]) -> Task | None:
+        """The first task in the queue of the group that has the fewest workers; no frame of an
+        animation in `busy`."""
+        groups = [slot.task.group for slot in self._slots.all if slot.task is not None]
+        first = None
+        for task in self._queue:
+            if task.sequence in busy:
+                continue
+            if first is None or groups.count(task.group) < groups.count(first.group):
+                first = task
+            if first.group not in groups:
+                break
+        return first
+
+    def _give(self, slot: Slot, tasks: list[Task]) -> None:
         channel = slot.channel
         assert channel is not None
+        data, jobs = tasks[0].data, [task.job for task in tasks]
+        first_id = self._next_id
+        self._next_id += len(tasks)
+        slot.later.extend(tasks)
+        self._begin_next(slot)
+        if len(data) <= protocol.INLINE_BYTES:
+            channel.send_inline(first_id, data, jobs)
+        else:  # copied in a thread: large pictures would hold up the event loop
+            self._senders.submit(channel.send, first_id, data, jobs)
+
+    def _begin_next(self, slot: Slot) -> None:
+        """Note that the worker begins the next of its tasks."""
         now = time.monotonic()  # also the event loop's clock
+        task = slot.later.popleft()
         task.attempts += 1
         if task.work.given is None:
             task.work.given = now
             metrics.image_queue_wait.observe(now - task.work.queued)
-        self._next_id += 1
-        slot.task, slot.since, slot.ending = task, now, Ending.DIED
+        slot.begin(task, now)
         self._on_work()
-        slot.limit(now + self._settings.image_timeout_s, slot.stop, Ending.TIMED_OUT)
-        if len(task.data) <= protocol.INLINE_BYTES:
-            channel.send_inline(self._next_id, task.data, task.job)
-        else:  # copied in a thread: large pictures would hold up the event loop
-            self._senders.submit(channel.send, self._next_id, task.data, task.job)
+        self._limit(slot)
 
     # ------------------------------------------------------------------ results
 
@@ -261,6 +352,8 @@ class ImagePool:
         self, slot: Slot, reply: protocol.Done | protocol.Failed, features: Features | None
     ) -> None:
         task = slot.release()
+        if slot.later:
+            self._begin_next(slot)
         self._slots.health.note_finished()
         if task is not None:
             if isinstance(reply, protocol.Failed):
@@ -274,15 +367,22 @@ class ImagePool:
                 self._finish(task, features)
         self._dispatch()
 
-    def _on_lost(self, task: Task | None, ending: Ending) -> None:
-        if task is not None and not task.result.done():
+    def _on_lost(self, slot: Slot, ending: Ending) -> None:
+        attempts = slot.task.attempts if slot.task is not None else 0
+        # Later frames are decoded from the one that failed, so they share its fate.
+        tasks = [task for task in slot.tasks if not task.result.done()]
+        slot.release()
+        slot.later.clear()
+        for task in reversed(tasks):
             if ending is Ending.TIMED_OUT:
                 limit = self._settings.image_timeout_s
                 self._fail(task, ImageProcessingTimeout(f"the image took longer than {limit:g} s"))
-            elif task.attempts >= _ATTEMPTS:
+            elif attempts < _ATTEMPTS:
+                self._queue.appendleft(task)
+            elif ending is Ending.CRASHED:
                 self._fail(task, ImageProcessingFailed("the image could not be processed"))
             else:
-                self._queue.appendleft(task)
+                self._fail(task, WorkerLost("the workers that processed the image were lost"))
         if self._slots.health.unhealthy and not self.worker_pids:
             for waiting in list(self._queue):
                 self._fail(waiting, ServerBusy("no image worker is available"))

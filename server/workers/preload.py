@@ -1,30 +1,31 @@
-"""Imported once by the forkserver: loads the extractor that all workers then share.
-
-The environment variable `SPEC_VARIABLE` names a file with a `WorkerSpec`. If it is not set,
-importing this module loads nothing.
-"""
-
-import functools
-import os
-from pathlib import Path
-
-import msgspec
+"""What the forkserver loads once, for all workers that are forked from it."""
 
 from server.imaging.decode import warm_up
-from server.workers.process import die_with_parent
+from server.workers import confinement
+from server.workers.confinement import SandboxMode
+from server.workers.process import die_with_parent, import_uncollected, keep_imported
 from server.workers.worker import Extractor, WorkerSpec
 
-SPEC_VARIABLE = "_SACCADE_WORKER_SPEC"
+_loaded: tuple[WorkerSpec, Extractor] | None = None
 
 
-@functools.cache
-def extractor() -> Extractor:
-    """The extractor of this process, built at the first call."""
-    spec_file = Path(os.environ[SPEC_VARIABLE])
-    return msgspec.msgpack.decode(spec_file.read_bytes(), type=WorkerSpec).load()
-
-
-if SPEC_VARIABLE in os.environ:
+def load(spec: WorkerSpec) -> None:
+    """Load the libraries and the extractor of `spec`."""
+    global _loaded
     die_with_parent()
+    import_uncollected()
     warm_up()
-    extractor()
+    _loaded = spec, spec.load()
+    confinement.prepare()
+    keep_imported()
+
+
+def loaded() -> tuple[WorkerSpec, Extractor]:
+    """What `load` has loaded."""
+    assert _loaded is not None
+    return _loaded
+
+
+def sandbox_mode() -> SandboxMode:
+    """How the processes that are forked from this one confine themselves."""
+    return "auto" if _loaded is None else _loaded[0].sandbox

@@ -1,17 +1,25 @@
-"""Set-up of child processes, and control over the freed memory that a process keeps."""
+"""Set-up of child processes, imports without garbage collection, and control over the freed memory
+that a process keeps."""
 
 import contextlib
 import ctypes
 import functools
+import gc
 import mmap
+import os
 import signal
+import time
 
 import setproctitle
 
 _PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_CPUCLOCK_SCHED = 2  # the clock of all threads of a process, with the kernel's precision
 # Added to the badness by which the kernel chooses what to kill; the greatest value is 1000.
 _OOM_SCORE = "500"
+
+# Exit statuses of a process that others end: an operator, the kernel, its supervisor.
+KILLED = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGINT, -signal.SIGQUIT)
 
 
 def start_child(title: str) -> None:
@@ -30,6 +38,24 @@ def start_child(title: str) -> None:
 def die_with_parent() -> None:
     """Ask the kernel to kill this process when the thread that started it ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+# ---------------------------------------------------------------------- imports
+
+
+def import_uncollected() -> None:
+    """Switch the garbage collector off until `keep_imported` is called.
+
+    Importing torch, transformers and vLLM makes a million objects that stay. The collector would
+    traverse them again and again, for a fifth of the time that the imports take.
+    """
+    gc.disable()
+
+
+def keep_imported() -> None:
+    """Switch the garbage collector on again. It ignores the objects that exist by now."""
+    gc.freeze()
+    gc.enable()
 
 
 # ---------------------------------------------------------------------- heap
@@ -58,12 +84,39 @@ class FreedMemory:
 
     def check(self) -> None:
         """Cheap, unless there is much to return."""
-        libc = _libc()
-        if libc is None or private_bytes() <= self._most_bytes:
+        if private_bytes() <= self._most_bytes:
             return
-        libc.malloc_trim(0)
+        return_freed_memory()
         # What is left is in use: growth is counted from there.
         self._most_bytes = max(self._most_bytes, private_bytes() + self._limit_bytes // 2)
+
+
+def return_freed_memory() -> None:
+    """Return all freed heap to the system. Takes some milliseconds, during which other threads
+    cannot allocate. Does nothing without glibc."""
+    if (libc := _libc()) is not None:
+        libc.malloc_trim(0)
+
+
+def processor_seconds(pid: int) -> float:
+    """Processor time that a process has taken, in seconds; 0 if it is over."""
+    clock = ~pid << 3 | _CPUCLOCK_SCHED  # as `clock_getcpuclockid` of the C library computes it
+    try:
+        return time.clock_gettime(clock)
+    except OSError:
+        return 0.0
+
+
+def out_of_memory_kills() -> int:
+    """How many processes the kernel has killed for memory: of the control group, if it has one
+    with counts, or of the machine."""
+    for path in ("/sys/fs/cgroup/memory.events", "/proc/vmstat"):
+        with contextlib.suppress(OSError), open(path) as file:
+            for line in file:
+                name, _, count = line.partition(" ")
+                if name == "oom_kill":
+                    return int(count)
+    return 0
 
 
 def mapped_bytes() -> int:
@@ -73,15 +126,25 @@ def mapped_bytes() -> int:
 
 def private_bytes() -> int:
     """Resident memory of this process that it shares with no file and no other process."""
-    _, resident, shared = _pages()
+    _, resident, shared, *_ = _pages()
     return (resident - shared) * mmap.PAGESIZE
 
 
-def _pages() -> tuple[int, int, int]:
-    """Mapped, resident and shared pages of this process."""
-    with open("/proc/self/statm") as file:
-        mapped, resident, shared = (int(pages) for pages in file.read().split()[:3])
-    return mapped, resident, shared
+def allocated_bytes() -> int:
+    """What counts for RLIMIT_DATA: private memory that this process may write, touched or not."""
+    return _pages()[5] * mmap.PAGESIZE
+
+
+def _pages() -> list[int]:
+    """The numbers in /proc/self/statm: mapped, resident, shared, text, 0, data, 0, in pages."""
+    return [int(pages) for pages in os.pread(_statm(os.getpid()), 256, 0).split()]
+
+
+@functools.lru_cache(maxsize=1)
+def _statm(_pid: int) -> int:
+    """An open /proc/self/statm. It stays open, because a confined process cannot open it. A fork
+    needs its own: an inherited descriptor tells about the parent."""
+    return os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
 
 
 @functools.cache

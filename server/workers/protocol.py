@@ -13,10 +13,13 @@ from typing import Any, TypeAlias
 import msgspec
 
 from server.imaging.sizing import Size
+from server.workers.confinement import Confinement
 from server.workers.jobs import Job
 
 # A message must fit the socket's buffer (at least 208 KiB on Linux), so it has no unbounded part.
 MAX_MESSAGE_BYTES = 160 * 1024
+# Several jobs travel in one message up to this size, and one of any size.
+JOBS_BYTES = 64 * 1024
 # Encoded pictures up to this size travel inside the request's message.
 INLINE_BYTES = 64 * 1024
 
@@ -43,14 +46,16 @@ FeatureSpec: TypeAlias = ArraySpec | ListSpec | ValueSpec
 
 
 class WorkRequest(msgspec.Struct, frozen=True):
-    """A job on one file: `inline`, or the first `length` bytes of the input segment.
+    """Jobs on one file: `inline`, or the first `length` bytes of the input segment.
 
-    `job` is an encoded `Job`. `input_grown`: the message carries a new input segment as a file
-    descriptor. `released`: result segments of this worker that are no longer read.
+    `jobs` are encoded `Job`s, which get one reply each, in their order; their ids count from `id`.
+    Several are for ascending frames of an animation. `input_grown`: the message carries a new input
+    segment as a file descriptor. `released`: result segments of this worker that are no longer
+    read.
     """
 
     id: int
-    job: msgspec.Raw
+    jobs: list[msgspec.Raw]
     inline: bytes | None
     length: int
     input_grown: bool
@@ -58,7 +63,10 @@ class WorkRequest(msgspec.Struct, frozen=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """The first message of a worker, which can now take jobs."""
+    """The first message of a worker, which can now take jobs, unless its `confinement` does not
+    suffice. It has not seen a file yet, so it can be trusted."""
+
+    confinement: Confinement = Confinement()
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
@@ -81,11 +89,13 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """Job `id` failed; `code` is one of `errors.WORKER_ERRORS`."""
+    """Job `id` failed; `code` is one of `errors.WORKER_ERRORS`. `ends`: the worker exits, because
+    it cannot stop the job in another way."""
 
     id: int
     code: str
     message: str
+    ends: bool = False
 
 
 FromWorker: TypeAlias = Ready | Done | Failed

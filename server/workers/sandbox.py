@@ -3,9 +3,9 @@
     result = await sandbox.run("module:function", job, data)
 
 The child is forked from the image workers' forkserver, which has the libraries loaded. It gets the
-data in a memfd and returns its arrays in another one. While the job runs, the child can open
-neither files nor sockets. The child pickles nothing, so a compromised child can return wrong
-numbers but cannot inject code.
+job and the data in a memfd and returns its arrays in another one. While the job runs, the child is
+confined as image workers are, and can open no file at all. The child pickles nothing, so a
+compromised child can return wrong numbers but cannot inject code.
 """
 
 import asyncio
@@ -15,17 +15,15 @@ import fcntl
 import importlib
 import math
 import mmap
-import multiprocessing
 import os
 import resource
+import select
 import signal
 import socket
 import struct
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from typing import Any, Literal, TypeAlias
 
 import msgspec
@@ -33,7 +31,10 @@ import numpy as np
 import numpy.typing as npt
 
 from server.errors import SaccadeError, ServerBusy
-from server.workers.process import mapped_bytes, start_child
+from server.workers import preload
+from server.workers.confinement import confine, lower_limit
+from server.workers.forkserver import ForkedProcess, Forkserver
+from server.workers.process import KILLED, mapped_bytes, start_child
 from server.workers.shared_memory import ALIGNMENT
 
 # Limit for forking a child and for the imports that are left to it.
@@ -79,6 +80,10 @@ class JobDied(Exception):
     """The process died, or its result is damaged."""
 
 
+class JobLost(Exception):
+    """The process was killed by others, or its end is unknown: the job is not at fault."""
+
+
 class JobRefused(Exception):
     """The job raised an error of `server.errors`, with this `code` and `message`."""
 
@@ -107,7 +112,7 @@ class _Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 class _Call(msgspec.Struct, frozen=True):
-    """The arguments of the child: `prepare`, "module:function", prepares `job`."""
+    """What the child runs: `prepare`, "module:function", prepares `job`."""
 
     prepare: str
     job: bytes
@@ -118,8 +123,9 @@ class _Call(msgspec.Struct, frozen=True):
 class Sandbox:
     """Runs each job in a separate process. Call `close` at the end."""
 
-    def __init__(self, limits: SandboxLimits) -> None:
+    def __init__(self, limits: SandboxLimits, forkserver: Forkserver) -> None:
         self.limits = limits
+        self._forkserver = forkserver
         self._slots = asyncio.Semaphore(limits.processes)
         self._waiting = 0
         self._threads = ThreadPoolExecutor(limits.processes, "sandbox")
@@ -135,7 +141,7 @@ class Sandbox:
 
         Raises:
             ServerBusy: too many jobs wait, or no process can be started.
-            JobRefused, JobTimedOut, JobDied
+            JobRefused, JobTimedOut, JobDied, JobLost
         """
         if self._waiting >= self.limits.queue:
             raise ServerBusy(f"{self._waiting} videos wait to be decoded, which is the limit")
@@ -145,9 +151,13 @@ class Sandbox:
         finally:
             self._waiting -= 1
         call = _Call(prepare, job, self.limits.timeout_s, self.limits.max_memory_bytes)
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError:  # no file is free
+            self._slots.release()
+            raise
         loop = asyncio.get_running_loop()
-        work = loop.run_in_executor(self._threads, _run, call, data, theirs)
+        work = loop.run_in_executor(self._threads, _run, self._forkserver, call, data, theirs)
         work.add_done_callback(self._free)
         with ours:  # closing it tells the thread that the caller has left
             return await asyncio.shield(work)
@@ -161,49 +171,59 @@ class Sandbox:
 # ---------------------------------------------------------------------- in a thread of the server
 
 
-def _run(call: _Call, data: bytes, caller: socket.socket) -> Output:
+def _run(forkserver: Forkserver, call: _Call, data: bytes, caller: socket.socket) -> Output:
     """Run one child from start to end; `caller` becomes readable when the caller has left."""
-    with caller, _memfd() as source, _memfd() as result:
-        _write(source.fileno(), memoryview(data), 0)
-        ready, child_ready = multiprocessing.Pipe(duplex=False)
-        process = multiprocessing.get_context("forkserver").Process(
-            target=_main, args=(call, source, result, child_ready), daemon=True
-        )
-        with ready, child_ready:
-            _start(process)
+    with contextlib.ExitStack() as opened:
+        opened.enter_context(caller)
+        source, result = opened.enter_context(_memfd()), opened.enter_context(_memfd())
+        encoded = msgspec.msgpack.encode(call)
+        head = _LENGTH.pack(len(encoded)) + encoded
+        _write(source, memoryview(head), 0)
+        _write(source, memoryview(data), len(head))
+        ready, child_ready = os.pipe()
+        with os.fdopen(ready, "rb") as reader, os.fdopen(child_ready, "wb") as writer:
+            process = _start(forkserver, [source, result, child_ready])
             try:
-                _await(process, ready, caller, call.timeout_s)
+                writer.close()  # so that the end of the child is seen
+                _await(process, reader.fileno(), caller, call.timeout_s)
             finally:
-                if process.exitcode is None:
-                    process.kill()
-                process.join()
-        status = process.exitcode
-        process.close()
-        output = _read(result.fileno())
+                process.end()
+        output = _read(result)
         if output is not None:
             return output
+        status = process.exit_code()
         if status == -signal.SIGXCPU:
             raise JobTimedOut
+        if status is None or status in KILLED:
+            raise JobLost
         raise JobDied(f"the process ended with status {status}")
 
 
-def _start(process: BaseProcess) -> None:
+def _start(forkserver: Forkserver, fds: list[int]) -> ForkedProcess:
     try:
-        process.start()
+        return forkserver.fork("server.workers.sandbox:_main", fds)
     except (OSError, EOFError) as error:  # the forkserver died; the next start creates one
         raise ServerBusy("failed to start a process for decoding videos") from error
 
 
-def _await(
-    process: BaseProcess, ready: Connection, caller: socket.socket, timeout_s: float
-) -> None:
+def _await(process: ForkedProcess, ready: int, caller: socket.socket, timeout_s: float) -> None:
     """Wait until the child has exited. `timeout_s` counts from when it is ready."""
-    if ready in wait([ready, process.sentinel, caller], _START_TIMEOUT_S):
-        ended = wait([process.sentinel, caller], timeout_s)
+    left = caller.fileno()
+    first = _readable([ready, process.sentinel, left], _START_TIMEOUT_S)
+    if ready in first and process.sentinel not in first:
+        ended = _readable([process.sentinel, left], timeout_s)
         if not ended:
             raise JobTimedOut
         if process.sentinel not in ended:
             raise JobDied("the caller of the job has left")
+
+
+def _readable(fds: list[int], timeout_s: float) -> set[int]:
+    """Wait until one of `fds` is readable or closed at the other end; empty after `timeout_s`."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return {fd for fd, _ in poll.poll(timeout_s * 1e3)}
 
 
 def _read(fd: int) -> Output | None:
@@ -242,11 +262,12 @@ def _array(memory: mmap.mmap, placed: _Placed) -> npt.NDArray[Any]:
 
 
 @contextlib.contextmanager
-def _memfd() -> Iterator[Connection]:
-    """A memfd, as an object that can be passed to a child process."""
+def _memfd() -> Iterator[int]:
     fd = os.memfd_create("saccade-clip", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    with Connection(fd) as file:
-        yield file
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _write(fd: int, data: memoryview, offset: int) -> None:
@@ -258,51 +279,48 @@ def _write(fd: int, data: memoryview, offset: int) -> None:
 # ---------------------------------------------------------------------- in the child
 
 
-def _main(call: _Call, source: Connection, result: Connection, ready: Connection) -> None:
+def _main(fds: list[int]) -> None:
     """Entry point of the child process."""
+    source, result, ready = fds
     start_child("SACCADE::VideoDecoder")
+    with mmap.mmap(source, 0, access=mmap.ACCESS_READ) as file:
+        (length,) = _LENGTH.unpack_from(file)
+        start = _LENGTH.size + length
+        call = msgspec.msgpack.decode(file[_LENGTH.size : start], type=_Call)
+        data = file[start:]
     module, _, name = call.prepare.partition(":")
     prepare: Prepare = getattr(importlib.import_module(module), name)
     reply: _Done | _Failed
     arrays: list[npt.NDArray[Any]] = []
     try:
         work = prepare(call.job)
-        ready.send_bytes(b"ready")
-        data = _contents(source.fileno())
+        os.write(ready, b"!")
         _confine(call)
         output = work(data)
         arrays = [np.ascontiguousarray(array) for array in output.arrays]
         reply = _Done(output.answer, [])
     except SaccadeError as error:
         reply = _Failed(error.code, error.message)
-    _put(result.fileno(), reply, arrays)
-
-
-def _contents(fd: int) -> bytes:
-    if os.fstat(fd).st_size == 0:
-        return b""
-    with mmap.mmap(fd, 0, access=mmap.ACCESS_READ) as file:
-        return file[:]
+    _put(result, reply, arrays)
 
 
 def _confine(call: _Call) -> None:
-    """Set the limits of this process, which it cannot raise again."""
+    """Confine this process and set its limits, which it cannot raise again."""
     if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(_M_ARENA_MAX, 1)  # each thread's arena would reserve 64 MiB of address space
     cores = min(len(os.sched_getaffinity(0)), _MAX_THREADS)
     seconds = math.ceil(call.timeout_s * cores) + 1
-    _limit(resource.RLIMIT_AS, mapped_bytes() + call.max_memory_bytes)
-    _limit(resource.RLIMIT_FSIZE, call.max_memory_bytes)
-    _limit(resource.RLIMIT_CPU, seconds)
-    _limit(resource.RLIMIT_CORE, 0)
-    _limit(resource.RLIMIT_NOFILE, 0)  # open descriptors stay open; no more can be opened
-
-
-def _limit(which: int, value: int) -> None:
-    """Lower a limit to `value`, unless it is lower already."""
-    _, hard = resource.getrlimit(which)
-    if hard == resource.RLIM_INFINITY or hard > value:
-        resource.setrlimit(which, (value, value))
+    lower_limit(resource.RLIMIT_AS, mapped_bytes() + call.max_memory_bytes)
+    lower_limit(resource.RLIMIT_FSIZE, call.max_memory_bytes)
+    lower_limit(resource.RLIMIT_CPU, seconds + 1)
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    # At the hard limit the kernel sends SIGKILL, at the soft one SIGXCPU, which says why.
+    resource.setrlimit(resource.RLIMIT_CPU, (min(seconds, hard), hard))
+    lower_limit(resource.RLIMIT_CORE, 0)
+    lower_limit(resource.RLIMIT_NOFILE, 0)  # open ones stay open; no more can be opened
+    mode = preload.sandbox_mode()
+    if not (confinement := confine(mode)).suffices(mode):
+        raise RuntimeError(f"cannot confine this process: {', '.join(confinement.refused)}")
 
 
 def _put(fd: int, reply: _Done | _Failed, arrays: list[npt.NDArray[Any]]) -> None:

@@ -2,7 +2,7 @@
 pictures."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
@@ -21,8 +21,15 @@ SIDEWAYS = range(5, 9)
 # Frames and pages beyond this number are neither counted nor decoded.
 MAX_FRAMES = 1000
 
+_BAND_ROWS = 64
+
 # A larger colour profile is ignored. Profiles of printing presses have up to 3 MB.
 MAX_PROFILE_BYTES = 4 << 20
+
+
+# Memory of decoding that a pixel may take, in bytes. Pillow keeps a pixel in one to four bytes, an
+# RGB array has three, and decoders and conversions need about as much again.
+BYTES_PER_PIXEL = 9
 
 
 @dataclass(frozen=True)
@@ -69,12 +76,14 @@ BY_MEANS = Reductions(dict.fromkeys(range(32, 1, -1), 1.5))
 
 class Source(Protocol):
     """An encoded picture whose header was read: `size` (width, height) in pixels as stored, EXIF
-    `orientation`, ICC `profile`, and the `reductions` that the decoder can do."""
+    `orientation`, ICC `profile`, and the `reductions` that the decoder can do. `bytes_per_pixel` is
+    the most memory that decoding the whole picture to RGB takes, with the array of the result."""
 
     size: Size
     orientation: int
     profile: bytes | None
     reductions: Reductions
+    bytes_per_pixel: int
 
     def load(self, factor: int) -> Stored:
         """Decode with both sides divided by `factor`, which is 1 or one of `reductions`."""
@@ -134,9 +143,8 @@ def opencv() -> Any:
 
 
 @functools.cache
-def _vips() -> Any:
-    """libvips, imported on first use: its threads would not survive the fork that makes a worker,
-    and most workers never need it."""
+def libvips() -> Any:
+    """libvips, limited to one thread for each picture, which it starts when it decodes."""
     import pyvips
 
     pyvips.vips_lib.vips_concurrency_set(1)  # one picture a process
@@ -152,7 +160,7 @@ def load_large(reader: str, data: bytes, size: Size, factor: int) -> Pixels:
     Raises:
         InvalidImage: the file is truncated or damaged.
     """
-    vips = _vips()
+    vips = libvips()
     width, height = reduced(size, factor)
     scaled = {"scale": 1 / factor} if reader == "webpload" and factor > 1 else {}
     try:
@@ -194,37 +202,65 @@ def eight_bits(image: Image.Image, bits: int = 16, white_is_zero: bool = False) 
     if image.mode in _PREMULTIPLIED:
         return image.convert(_PREMULTIPLIED[image.mode])
     if image.mode.startswith("I;16"):
-        values = np.asarray(image)
-        grey = Image.fromarray(_upper(values, bits))
-        grey.info = image.info
-        key = image.info.get("transparency")
-        if key is not None:
-            grey = _transparent(grey, values == key)
+        shrink: Callable[[Image.Image], Image.Image] = functools.partial(_upper, bits=bits)
     elif image.mode in ("I", "F"):
-        grey = Image.fromarray(_scaled(np.asarray(image)))
+        shrink = functools.partial(_scaled, *_range(image), whole=image.mode == "I")
     else:
         return image
-    return ImageChops.invert(grey) if white_is_zero else grey
+    if white_is_zero:
+        return by_bands(image, lambda band: ImageChops.invert(shrink(band)))
+    return by_bands(image, shrink)
 
 
-def _upper(values: npt.NDArray[np.uint16], bits: int) -> npt.NDArray[np.uint8]:
-    """The upper 8 of `bits`, without a second 16-bit array."""
-    upper = np.empty(values.shape, np.uint8)
-    np.right_shift(values, bits - 8, out=upper, casting="unsafe")
-    return upper
+def bands(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
+    """Bands of a few rows, each with its slice of rows, to keep intermediate pictures small."""
+    width, height = image.size
+    for top in range(0, height, _BAND_ROWS):
+        bottom = min(top + _BAND_ROWS, height)
+        yield slice(top, bottom), image.crop((0, top, width, bottom))
 
 
-def _transparent(grey: Image.Image, hidden: npt.NDArray[np.bool_]) -> Image.Image:
-    alpha = Image.fromarray(np.where(hidden, np.uint8(0), np.uint8(255)))
+def by_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Convert `image` one band at a time. `convert` treats all pixels alike."""
+    done: Image.Image | None = None
+    for rows, band in bands(image):
+        converted = convert(band)
+        if done is None:
+            done = Image.new(converted.mode, image.size)
+            done.info = converted.info
+        done.paste(converted, (0, rows.start))
+    assert done is not None
+    return done
+
+
+def _upper(band: Image.Image, bits: int) -> Image.Image:
+    """The upper 8 of `bits`, as "L", or as "LA" if one value is transparent."""
+    values = np.asarray(band)
+    grey = Image.fromarray((values >> (bits - 8)).astype(np.uint8))
+    grey.info = band.info
+    key = band.info.get("transparency")
+    if key is None:
+        return grey
+    alpha = Image.fromarray(np.where(values == key, np.uint8(0), np.uint8(255)))
     return Image.merge("LA", (grey, alpha))
 
 
-def _scaled(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """Scale int32 or float32 to uint8; see `eight_bits`."""
-    whole = values.dtype.kind == "i"
-    numbers: npt.NDArray[Any] = values.astype(np.float32)
-    finite = numbers[np.isfinite(numbers)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+def _range(image: Image.Image) -> tuple[float, float]:
+    """The smallest and the largest finite value, as float32."""
+    lows, highs = [], []
+    for _, band in bands(image):
+        numbers = np.asarray(band).astype(np.float32)
+        finite = numbers[np.isfinite(numbers)]
+        if finite.size:
+            lows.append(float(finite.min()))
+            highs.append(float(finite.max()))
+    return (min(lows), max(highs)) if lows else (0.0, 0.0)
+
+
+def _scaled(low: float, high: float, band: Image.Image, *, whole: bool) -> Image.Image:
+    """Scale a band of "I" (`whole`) or "F" to "L", from the range of the picture; see
+    `eight_bits`."""
+    numbers: npt.NDArray[Any] = np.asarray(band).astype(np.float32)
     np.nan_to_num(numbers, copy=False, nan=low, posinf=high, neginf=low)
     if low < 0 or high > (65535 if whole else 255):
         numbers = (numbers - low) * (255 / ((high - low) or 1))
@@ -232,4 +268,5 @@ def _scaled(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
         numbers = numbers / 256
     elif not whole and high <= 1:
         numbers = numbers * 255
-    return (numbers if whole and high > 255 else np.rint(numbers)).astype(np.uint8)
+    pixels = numbers if whole and high > 255 else np.rint(numbers)
+    return Image.fromarray(pixels.astype(np.uint8))

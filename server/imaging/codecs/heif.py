@@ -16,7 +16,7 @@ from server.imaging.codecs.base import (
     profile,
     truncated,
 )
-from server.imaging.codecs.pillow import PillowSource
+from server.imaging.codecs.pillow import FRAMES_BYTES_PER_PIXEL, PillowSource
 from server.imaging.sizing import Size
 
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # each process decodes one picture
@@ -30,6 +30,8 @@ class HeifSource:
 
     reductions = NO_REDUCTIONS
     orientation = 1
+    # libheif's planes have up to 12 bits and alpha.
+    bytes_per_pixel = 14
 
     def __init__(self, data: bytes, frame: int) -> None:
         import pillow_heif
@@ -62,6 +64,12 @@ class AvifSource(PillowSource):
     def __init__(self, data: bytes, frame: int) -> None:
         _check_boxes(data)
         super().__init__(data, frame, "AVIF")
+
+    def move_to(self, frame: int) -> None:
+        """Select another frame. Raises ImageFrameMissing."""
+        super().move_to(frame)
+        # libavif's planes have up to 12 bits and alpha; its RGBA and Pillow's come in addition.
+        self.bytes_per_pixel = FRAMES_BYTES_PER_PIXEL
 
 
 def _check_boxes(data: bytes) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from server.errors import InvalidImage
 from server.imaging.codecs.base import (
     BY_DCT,
+    BYTES_PER_PIXEL,
     Pixels,
     Stored,
     damaged,
@@ -67,6 +68,10 @@ class JpegSource:
         self.size = image.size
         self.orientation = orientation(image)
         self.profile = profile(image)
+        self.bytes_per_pixel = BYTES_PER_PIXEL
+        if image.info.get("progressive") and image.mode == "CMYK":
+            # Two bytes for the coefficient of each sample, and four for the inks.
+            self.bytes_per_pixel = 13
 
     def load(self, factor: int) -> Stored:
         space = _SPACES[self._image.mode]

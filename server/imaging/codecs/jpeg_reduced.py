@@ -79,7 +79,7 @@ def _compiled(function: _Function, inline: bool = False, checked: bool = True) -
     """Compile `function` to machine code, cached on disk if a folder is writable.
 
     If `checked`, an index outside its array raises IndexError. NUMBA_BOUNDSCHECK=1 in the
-    environment, as in the tests and `tests/fuzz/fuzz_jpeg.py`, checks every function.
+    environment, as in the tests and `tests/fuzz/fuzz_decoders.py`, checks every function.
     """
     options = {"nogil": True, "boundscheck": checked, "forceinline": inline}
     try:

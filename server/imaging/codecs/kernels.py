@@ -1,6 +1,6 @@
 """Loops over pixels, compiled by numba, for which no available library is as fast.
 
-Importing this module compiles them, in half a second, or loads the code that an earlier process has
+Importing this module compiles them, in two seconds, or loads the code that an earlier process has
 cached beside this file. Indices are checked, at a cost of an eighth of the time at most, and raise
 IndexError outside of their array. In `unfilter`, checks would cost up to eight times the time, so
 it checks the sizes of its arrays first, and its indices depend only on those.

@@ -11,6 +11,7 @@ from PIL import Image
 from server.errors import ImageTooLarge, InvalidImage, UnsupportedImageFormat
 from server.imaging.codecs.base import (
     BY_MEANS,
+    BYTES_PER_PIXEL,
     MAX_FRAMES,
     NO_REDUCTIONS,
     Stored,
@@ -31,6 +32,9 @@ Image.MAX_IMAGE_PIXELS = None
 # Frames of an animation build on each other, so a frame is decoded with all frames before it.
 MAX_ANIMATED_PIXELS = 1_000_000_000
 
+# Most memory of decoding a frame of an animation, in bytes a pixel.
+FRAMES_BYTES_PER_PIXEL = 19
+
 # The supported TIFF compressions: none, fax, LZW, JPEG, deflate, run lengths.
 _CODINGS = frozenset(
     (
@@ -47,19 +51,28 @@ _MAX_WHOLE_PIXELS = 32_000_000
 
 
 class PillowSource:
-    """A picture opened by Pillow. `frame` counts from 0 and is decoded with all frames before
-    it."""
+    """A picture opened by Pillow. `frame` counts from 0 and is decoded with all frames before it,
+    or with those since the last frame that was decoded."""
 
     reductions = NO_REDUCTIONS
+    keeps = False
+    """Whether `load` will be called again for another frame."""
 
     def __init__(self, data: bytes, frame: int, format_: str) -> None:
+        self._data = data
         self._image = Image.open(io.BytesIO(data), formats=(format_,))
-        self._frame = frame
-        self.size = self._canvas(data)
         self.orientation = orientation(self._image)
         self.profile = profile(self._image)
+        self.move_to(frame)
 
-    def _canvas(self, data: bytes) -> Size:
+    def move_to(self, frame: int) -> None:
+        """Select another frame. Raises ImageFrameMissing."""
+        self._frame = frame
+        self.size = self._canvas()
+        # Pillow keeps the frame before, and the one to go back to.
+        self.bytes_per_pixel = FRAMES_BYTES_PER_PIXEL if frame else BYTES_PER_PIXEL
+
+    def _canvas(self) -> Size:
         """The size of the wanted frame, before seeking to it."""
         if self._frame >= min(getattr(self._image, "n_frames", 1), MAX_FRAMES):
             raise no_frame(self._frame)
@@ -69,8 +82,11 @@ class PillowSource:
         if self._frame:
             _check_work(self.size, self._frame)
             _seek(self._image, self._frame)
-        self._image.load()
-        return eight_bits(self._image)
+        image = self._image
+        if not self.keeps:
+            del self._image  # its memory may be needed after a conversion
+        image.load()
+        return eight_bits(image)
 
 
 class BmpSource(PillowSource):
@@ -94,11 +110,11 @@ class GifSource(PillowSource):
             raise truncated()
         super().__init__(data, frame, "GIF")
 
-    def _canvas(self, data: bytes) -> Size:
+    def _canvas(self) -> Size:
         """Frames may extend beyond the first one, and Pillow then enlarges the picture."""
         if not self._frame:
             return self._image.size
-        reaches = list(itertools.islice(_gif_frames(data), min(self._frame + 1, MAX_FRAMES)))
+        reaches = list(itertools.islice(_gif_frames(self._data), min(self._frame + 1, MAX_FRAMES)))
         if len(reaches) <= self._frame:
             raise no_frame(self._frame)
         widths, heights = zip(self._image.size, *reaches, strict=True)
@@ -120,14 +136,19 @@ class TiffSource:
         self._data = data
         self._image = image
         self.size: Size = image.size
+        self.bytes_per_pixel = BYTES_PER_PIXEL
         self.profile = profile(image)
-        streams = _streams(image) and not frame and orientation(image) == 1
+        turned = orientation(image) != 1
+        if turned:  # Pillow turns the picture into another one
+            self.bytes_per_pixel = 12
+        streams = _streams(image) and not frame and not turned
         self.reductions = BY_MEANS if streams else NO_REDUCTIONS
 
     def load(self, factor: int) -> Stored:
         if factor > 1:
             return load_large("tiffload", self._data, self.size, factor)
         image = self._image
+        del self._image  # its memory may be needed after a conversion
         image.load()
         bits = image.tag_v2.get(_BITS, (16,))[0]
         white_is_zero = image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO

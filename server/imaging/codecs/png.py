@@ -15,6 +15,7 @@ from PIL import Image
 from server.errors import InvalidImage
 from server.imaging.codecs.base import (
     BY_MEANS,
+    BYTES_PER_PIXEL,
     NO_REDUCTIONS,
     Indexed,
     Pixels,
@@ -81,6 +82,7 @@ class PngSource:
         streams = bits == 8 and colour in (_GREY, _RGB, _RGBA) and not transparent
         self._large = self._plain and streams and width * height > _MAX_WHOLE_PIXELS
         self.reductions = BY_MEANS if self._large else NO_REDUCTIONS
+        self.bytes_per_pixel = BYTES_PER_PIXEL
 
     def load(self, factor: int) -> Stored:
         if not self._plain:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from server.imaging.codecs.base import (
     BY_MEANS,
+    BYTES_PER_PIXEL,
     MAX_FRAMES,
     NO_REDUCTIONS,
     Pixels,
@@ -22,7 +23,7 @@ from server.imaging.codecs.base import (
     profile,
     truncated,
 )
-from server.imaging.codecs.pillow import PillowSource
+from server.imaging.codecs.pillow import FRAMES_BYTES_PER_PIXEL, PillowSource
 from server.imaging.sizing import Size
 
 _CHUNK = struct.Struct("<4sI")
@@ -50,6 +51,7 @@ class WebpSource:
         self.profile = profile(holder)
         is_large = self.size[0] * self.size[1] > _MAX_WHOLE_PIXELS
         self.reductions = BY_MEANS if is_large else NO_REDUCTIONS
+        self.bytes_per_pixel = BYTES_PER_PIXEL
 
     def load(self, factor: int) -> Pixels:
         if factor > 1:
@@ -58,25 +60,39 @@ class WebpSource:
 
 
 class WebpAnimation:
-    """One frame, by Pillow. `load` opens the file, since Pillow allocates two canvases for it."""
+    """A frame of an animation, by Pillow. The first `load` opens the file, since Pillow allocates
+    two canvases for it."""
 
     reductions = NO_REDUCTIONS
+    bytes_per_pixel = FRAMES_BYTES_PER_PIXEL
+    keeps = False
+    """Whether `load` will be called again for another frame."""
 
     def __init__(self, data: bytes, frame: int) -> None:
         still = WebpSource(data)
-        count = count_frames(data)
-        if not count:
+        self._count = count_frames(data)
+        if not self._count:
             raise damaged()
-        if frame >= count:
-            raise no_frame(frame)
         self._data = data
-        self._frame = frame
+        self._opened: PillowSource | None = None
+        self.move_to(frame)
         self.size = still.size
         self.orientation = still.orientation
         self.profile = still.profile
 
+    def move_to(self, frame: int) -> None:
+        """Select another frame. Raises ImageFrameMissing."""
+        if frame >= self._count:
+            raise no_frame(frame)
+        self._frame = frame
+
     def load(self, factor: int) -> Stored:
-        return PillowSource(self._data, self._frame, "WEBP").load(factor)
+        opened = self._opened or PillowSource(self._data, self._frame, "WEBP")
+        opened.move_to(self._frame)
+        if self.keeps:
+            self._opened = opened
+            opened.keeps = True
+        return opened.load(factor)
 
 
 def _decode(data: bytes, size: Size) -> Pixels:
