@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from server.engine import launch, vllm_http
 from server.engine.vllm_adapter import cpu_waits, plugin
 from server.engine.vllm_adapter.encode_timing import EncodeTimes
+from server.engine.vllm_adapter.engine_queue import EngineQueue
 from server.engine.vllm_adapter.outcomes import Outcomes
 from server.engine.vllm_adapter.send import Gate
 from server.errors import CannotStart
@@ -23,14 +24,19 @@ from server.ingest.fetch import Fetcher, FetchSettings
 from server.ingest.fetch_cache import FetchCache
 from server.ingest.files import FileStore, Quota
 from server.ingest.load import MediaLoader
+from server.request.admission import Admission
+from server.request.bounds import BodyBounds
 from server.request.read import RequestReader
-from server.settings import GIB, Settings
+from server.settings import GIB, HttpSettings, Settings
 from server.telemetry import metrics, tracing
 from server.workers.pool import ImagePool
-from server.workers.process import keep_freed_memory
+from server.workers.process import keep_freed_memory, private_bytes, return_freed_memory
 
 # Freed heap that is kept between requests: the size of a request body with a few photos.
 _KEPT_HEAP_BYTES = 128 << 20
+# An idle server returns freed memory if it is this much more than after the last time.
+_WORTH_RETURNING_BYTES = 32 << 20
+_IDLE_CHECK_S = 10.0
 # Time limit for sending the last traces at shutdown.
 _TRACES_TIMEOUT_S = 5.0
 
@@ -40,7 +46,7 @@ Report = Callable[[str], None]
 async def run(args: Namespace, settings: Settings, report: Report) -> int:
     """Serve until a signal or the engine's death; returns the exit status."""
     keep_freed_memory(_KEPT_HEAP_BYTES)
-    plugin.ask(die_with_parent=True)
+    plugin.ask(die_with_parent=True, quick_start=True)
     keeps_responses = bool(vllm_http.paths_that_keep_bodies())
     key_ring = keys.key_ring(
         settings.access, vllm_http.api_keys(args), keeps_responses=keeps_responses
@@ -57,7 +63,8 @@ async def run(args: Namespace, settings: Settings, report: Report) -> int:
                 refresher = vllm_http.refresh_certificates(config, args)
             server.on_started = lambda: report(_invitation(args, address, sock))
             try:
-                return await http_server.serve(server, sock, parts.engine, app)
+                delay_s = settings.http.drain_delay_s
+                return await http_server.serve(server, sock, parts.engine, app, delay_s)
             finally:
                 if refresher is not None:
                     refresher.stop()
@@ -86,26 +93,69 @@ async def _running(args: Namespace, settings: Settings, report: Report) -> Async
             await stack.enter_async_context(embeddings)
             stack.enter_context(metrics.embedding_cache(embeddings.snapshots))
         outcomes, gate = Outcomes(), Gate()
-        await stack.enter_async_context(EncodeTimes(outcomes.encoded))
-        engine = await stack.enter_async_context(launch.running(prepared, outcomes, gate))
+        times = await stack.enter_async_context(EncodeTimes(outcomes.encoded))
+        outcomes.read_reports = times.read
+        engine, heartbeat = await stack.enter_async_context(
+            launch.running(prepared, settings, outcomes, gate)
+        )
         engine_caches = launch.caches_of(engine, embeddings, gate)
         if pool is not None:
             report(f"starting {settings.images.image_workers} image workers")
             await stack.enter_async_context(pool)
+            report(f"image workers are confined by {pool.confinement}")
+        await stack.enter_async_context(_memory_returned(engine, pool))
         limits = launch.media_limits(engine, settings)
         embeds = launch.accepted_embeddings(engine)
-        reader = RequestReader(limits, embeds, settings.http.max_request_json_bytes)
+        engine_queue = EngineQueue(engine)
+        admission = Admission(launch.admission_limits(engine, settings), engine_queue.why_full)
+        reader = RequestReader(limits, embeds, body_bounds(settings.http))
         if pool is None or limits is None:
-            yield Parts(engine, engine_caches, fetcher.cache, pool, reader, None)
+            yield Parts(
+                engine, heartbeat, engine_caches, fetcher.cache, pool, reader, None, admission
+            )
             return
         expander = Expander(pool, limits)
         loader = MediaLoader(fetcher, limits, args.allowed_local_media_path, store, expander)
-        clips = launch.clip_decoder(settings)
+        clips = launch.clip_decoder(settings, pool.forkserver)
         stack.callback(clips.close)
         path = await launch.connect(engine, settings, pool, clips, embeddings)
         if not path.encoded:
             report("this model preprocesses its images in vLLM")
-        yield Parts(engine, engine_caches, fetcher.cache, pool, reader, loader)
+        yield Parts(
+            engine, heartbeat, engine_caches, fetcher.cache, pool, reader, loader, admission
+        )
+
+
+def body_bounds(settings: HttpSettings) -> BodyBounds:
+    """The bounds on JSON bodies by `settings`."""
+    return BodyBounds(
+        json_bytes=settings.max_request_json_bytes,
+        values=settings.max_request_values,
+        depth=settings.max_request_depth,
+        items=settings.max_request_items,
+    )
+
+
+@contextlib.asynccontextmanager
+async def _memory_returned(
+    engine: vllm_http.AsyncLLM, pool: ImagePool | None
+) -> AsyncIterator[None]:
+    """Return freed memory to the system when the server has nothing to do."""
+
+    async def run() -> None:
+        least = private_bytes()
+        while True:
+            await asyncio.sleep(_IDLE_CHECK_S)
+            is_busy = engine.output_processor.has_unfinished_requests() or (pool and pool.queued)
+            if not is_busy and private_bytes() > least + _WORTH_RETURNING_BYTES:
+                await asyncio.to_thread(return_freed_memory)
+                least = private_bytes()
+
+    task = asyncio.create_task(run())
+    try:
+        yield
+    finally:
+        task.cancel()
 
 
 def _fetcher(args: Namespace, settings: Settings) -> Fetcher:
@@ -145,7 +195,7 @@ def _invitation(args: Namespace, address: str, sock: socket.socket) -> str:
     if not args.uds:
         scheme, _, rest = address.partition("://")
         host = rest.rpartition(":")[0]
-        reachable = "127.0.0.1" if host in ("0.0.0.0", "[::]") else host  # noqa: S104
+        reachable = "127.0.0.1" if host in ("0.0.0.0", "[::]") else host  # noqa: S104 - shown
         address = f"{scheme}://{reachable}:{sock.getsockname()[1]}"
     name = model_name(args)
     return (

@@ -127,16 +127,30 @@ def _quiet_libraries() -> None:
 
 def _run(argv: list[str], progress: Progress) -> int:
     is_text = "json" not in (os.environ.get("SACCADE_LOG_FORMAT"), *map(_value, argv))
-    if is_text and not any(word.startswith(("-h", "--help")) for word in argv):
+    is_help = any(word.startswith(("-h", "--help")) for word in argv)
+    if is_text and not is_help:
         progress(f"Saccade {__version__}: loading vLLM")
+    from server.workers.process import import_uncollected, keep_imported
+
+    import_uncollected()
     import uvloop
 
     from server.engine.arguments import parse
+    from server.engine.vllm_adapter import plugin
+    from server.scratch import Scratch
 
+    # Before anything asks for the temporary folder.
+    scratch = Scratch()
+    plugin.ask(segments=scratch.id)
+    if not is_help:
+        from server.engine.launch import fork_engine_core
+
+        fork_engine_core()
     args, settings = parse(argv)
     progress.to_log = settings.observability.log_format == "json"
     from server.app import run
 
+    keep_imported()
     return uvloop.run(run(args, settings, progress))
 
 

@@ -1,13 +1,15 @@
-"""Concurrency in this process: tasks of one request, threads for blocking work, usable cores."""
+"""Concurrency in this process: tasks of one request, threads for blocking work, usable cores and
+memory."""
 
 import asyncio
 import functools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from types import coroutine
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -39,23 +41,83 @@ async def all_or_none(work: Iterable[Any]) -> list[Any]:
 
 
 class _unwrapped:
-    """Raises the first error of a task group without its exception group."""
+    """Raises the first error of a task group without its exception group.
 
-    async def __aenter__(self) -> None: ...
+    Before Python 3.13, the task that runs a failed group still counts as being cancelled, because
+    the group cancels it while it waits for the others. This is undone.
+    """
+
+    async def __aenter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task, self._cancelling = task, task.cancelling()
 
     async def __aexit__(self, kind: Any, error: Any, trace: Any) -> None:
         if isinstance(error, BaseExceptionGroup):
+            if self._task.cancelling() > self._cancelling:
+                self._task.uncancel()
             raise error.exceptions[0] from None
 
 
-# ---------------------------------------------------------------------- cores
+class Begun(Generic[T]):
+    """An awaitable that runs to its first wait before it is awaited, and may be over then.
 
-_V1_FOLDERS = ("cpu,cpuacct", "cpu")
+    This does by hand what `await` does: it passes what the awaitable yields to the event loop, and
+    the results back.
+    """
+
+    __slots__ = ("_steps", "_yielded", "is_over", "result")
+
+    result: T
+    """Set if `is_over`."""
+
+    def __init__(self, awaitable: Awaitable[T]) -> None:
+        self._steps: Any = awaitable.__await__()
+        self._yielded: Any = None
+        self.is_over = False
+
+    def begin(self) -> bool:
+        """Run to the first wait; returns whether it is over. Raises what it raises."""
+        try:
+            self._yielded = self._steps.send(None)
+        except StopIteration as ended:
+            self.result = ended.value
+            self.is_over = True
+        return self.is_over
+
+    async def fail(self, error: BaseException) -> None:
+        """Raise `error` where it waits, and wait until it has handled that."""
+        try:
+            self._yielded = self._steps.throw(error)
+        except StopIteration:
+            return
+        await self.rest()
+
+    @coroutine
+    def rest(self) -> Generator[Any, Any, T]:
+        """Wait for its result, unless it is over."""
+        send, throw = self._steps.send, self._steps.throw
+        try:
+            while True:
+                try:
+                    value = yield self._yielded
+                except BaseException as error:
+                    self._yielded = throw(error)
+                else:
+                    self._yielded = send(value)
+        except StopIteration as ended:
+            result: T = ended.value
+            return result
 
 
-def usable_cores(
-    groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
-) -> int:
+# ---------------------------------------------------------------------- cores and memory
+
+_GROUPS, _ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+# Where version 1 mounts a controller.
+_V1_FOLDERS = {"cpu": ("cpu,cpuacct", "cpu"), "memory": ("memory",)}
+
+
+def usable_cores(groups: Path = _GROUPS, root: Path = _ROOT) -> int:
     """The number of cores, at least 1. The file `groups` lists the control groups of this process;
     `root` is the folder where the control group file system is mounted."""
     cores = len(os.sched_getaffinity(0))
@@ -65,7 +127,7 @@ def usable_cores(
 
 def _quotas(groups: Path, root: Path) -> Iterator[float]:
     """Yield the quota, in cores, of each control group of this process and of its ancestors."""
-    for folder in _folders(groups, root):
+    for folder in _folders(groups, root, "cpu"):
         try:
             if (folder / "cpu.max").exists():  # version 2: "max 100000" or "150000 100000"
                 quota, period = (folder / "cpu.max").read_text().split()
@@ -78,8 +140,23 @@ def _quotas(groups: Path, root: Path) -> Iterator[float]:
             continue
 
 
-def _folders(groups: Path, root: Path) -> Iterator[Path]:
-    """Yield the folder of each control group, and those of its ancestors.
+def usable_memory(groups: Path = _GROUPS, root: Path = _ROOT) -> int:
+    """The memory in bytes: the machine's, or the lowest limit of a control group; see
+    `usable_cores`."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for folder in _folders(groups, root, "memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            try:
+                limit = (folder / name).read_text().strip()
+            except OSError:
+                continue
+            if limit.isdigit():  # and not "max"
+                found = min(found, int(limit))
+    return found
+
+
+def _folders(groups: Path, root: Path, controller: str) -> Iterator[Path]:
+    """Yield the folder of each control group with `controller`, and those of its ancestors.
 
     In a container the path may be the host's and not exist; the ancestors still apply.
     """
@@ -89,9 +166,10 @@ def _folders(groups: Path, root: Path) -> Iterator[Path]:
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        for base in (root / name for name in _V1_FOLDERS) if controllers else (root,):
+        bases = (root / name for name in _V1_FOLDERS[controller]) if controllers else (root,)
+        for base in bases:
             folder = base / path.lstrip("/")
             while folder != base:
                 yield folder

@@ -6,6 +6,7 @@ a class says when it is raised; `python -m server.http.errors` builds the table 
 from them.
 """
 
+import errno
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,7 +78,8 @@ class ImageProcessingTimeout(ClientError):
 
 
 class ImageProcessingFailed(ClientError):
-    """The image worker died while it processed the image, on both attempts."""
+    """The image worker crashed while it processed the image, and so did, or was lost, the one
+    before it."""
 
     code = "image_processing_failed"
 
@@ -156,6 +158,12 @@ class ImageFetchTimeout(ClientError):
     code = "image_fetch_timeout"
 
 
+class PdfTooComplex(ClientError):
+    """A page of the PDF takes too much time or memory to read or to render."""
+
+    code = "pdf_too_complex"
+
+
 class UnknownImage(ClientError):
     """The part has only a uuid, and no image is known under it."""
 
@@ -189,6 +197,13 @@ class AdminKeyRequired(ClientError):
     code = "admin_key_required"
 
 
+class ScopeMissing(ClientError):
+    """The scopes of the API key do not include what the route does."""
+
+    status = 403
+    code = "scope_missing"
+
+
 class UnknownFile(ClientError):
     """No uploaded file has this id: it never existed, was deleted, or has expired."""
 
@@ -217,27 +232,109 @@ class RequestTooLarge(ClientError):
     code = "request_too_large"
 
 
+class UrlTooLong(ClientError):
+    """The URL has more bytes than the limit allows."""
+
+    status = 414
+    code = "url_too_long"
+
+
+class HeadersTooLarge(ClientError):
+    """The headers have more bytes, or are more, than the limits allow."""
+
+    status = 431
+    code = "headers_too_large"
+
+
+class RequestTooComplex(ClientError):
+    """The request body has too many JSON values, levels of nesting, or messages, content parts,
+    tools and other items."""
+
+    code = "request_too_complex"
+
+
 class RequestTimeout(ClientError):
-    """The request body stopped arriving."""
+    """The headers did not arrive in time, or the request body stopped arriving."""
 
     status = 408
     code = "request_timeout"
 
 
+class RateLimited(ClientError):
+    """The API key, or its group, is over one of its limits; retry after `Retry-After`."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+    retry_after_s = 1
+
+
+class DeadlineExceeded(ClientError):
+    """The deadline of the request passed while it was worked on."""
+
+    status = 408
+    code = "deadline_exceeded"
+
+
 class ServerBusy(SaccadeError):
-    """Too many images or clips wait, or the server is shutting down; retry after `Retry-After`."""
+    """Too many requests, images, clips or connections wait, or the request would wait too long, or
+    the server is shutting down; retry after `Retry-After`."""
 
     status = 503
     code = "server_busy"
     retry_after_s = 1
 
 
+class BodyMemoryFull(ServerBusy):
+    """The bodies of other requests take all of `--request-memory-gb`; retry after
+    `Retry-After`."""
+
+    code = "body_memory_full"
+
+
+class MediaMemoryFull(ServerBusy):
+    """The images and clips of running requests take all of `--media-memory-gb`; retry after
+    `Retry-After`."""
+
+    code = "media_memory_full"
+
+
+class ImageTokensFull(ServerBusy):
+    """Running requests have `--max-running-image-tokens`; retry after `Retry-After`."""
+
+    code = "image_tokens_full"
+
+
+class ImageQueueFull(ServerBusy):
+    """`--image-queue` images wait for a worker; retry after `Retry-After`."""
+
+    code = "image_queue_full"
+
+
+class EngineQueueFull(ServerBusy):
+    """The engine has as many requests as `--max-num-queued-reqs` or `--max-num-queued-tokens`
+    allows; retry after `Retry-After`."""
+
+    code = "engine_queue_full"
+
+
+class WorkerLost(SaccadeError):
+    """The processes that worked for the request were killed or stopped, on both attempts; retry
+    after `Retry-After`."""
+
+    status = 503
+    code = "worker_lost"
+    retry_after_s = 1
+
+
 class Unavailable(SaccadeError):
-    """The server cannot serve requests: it is shutting down, its engine has died, or no image
-    worker is available. `/health` and `/ready` return this, and proxies that reach no server."""
+    """The server cannot serve requests: it is shutting down, its engine has died or does not
+    answer, or no image worker is available. `/health` and `/ready` return this, and proxies that
+    reach no server."""
 
     status = 503
     code = "unavailable"
+    retry_after_s = 5
 
 
 class FileStorageFailed(SaccadeError):
@@ -245,6 +342,19 @@ class FileStorageFailed(SaccadeError):
 
     status = 507
     code = "file_storage_failed"
+
+
+_NO_FILES = (errno.EMFILE, errno.ENFILE)
+
+
+def busy_for_files(error: BaseException | None) -> ServerBusy | None:
+    """The error to raise if `error`, or what caused it, is that no more files can be opened, which
+    passes when other requests end."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NO_FILES:
+            return ServerBusy("the server has no free file descriptors; try again later")
+        error = error.__cause__ or error.__context__
+    return None
 
 
 class CannotStart(Exception):
@@ -268,6 +378,7 @@ WORKER_ERRORS: dict[str, type[SaccadeError]] = {
         ImageTooLarge,
         ImageFrameMissing,
         InvalidFile,
+        PdfTooComplex,
     )
 }
 

@@ -42,6 +42,15 @@ class ImageSettings(_Group):
         description="fast: decode JPEG at reduced scale where the model's processor shrinks the "
         "picture anyway. exact: decode in full; features equal plain vLLM's bit for bit.",
     )
+    worker_sandbox: Literal["auto", "require", "off"] = Field(
+        "auto",
+        description="auto: processes that decode images, PDFs and clips have neither network nor "
+        "files, as far as the kernel can forbid them. require: do not start if it cannot. off: "
+        "do not confine them.",
+    )
+    image_worker_memory_mb: int = Field(
+        4096, ge=256, description="Most memory that an image worker may allocate, in MiB."
+    )
     image_queue: int = Field(
         1024, ge=1, description="Images that may wait for a worker before requests get a 503."
     )
@@ -53,6 +62,13 @@ class ImageSettings(_Group):
     )
     max_image_pixels: int = Field(
         100_000_000, ge=1, description="Most pixels of an image, by the size in its header."
+    )
+    max_decode_pixels: int | None = Field(
+        None,
+        ge=1,
+        description="Most pixels of all images that are in a worker at the same time, by the sizes "
+        "in their headers; others wait (default: a quarter of the memory, at 10 bytes a pixel); "
+        "one image always fits.",
     )
     max_image_side: int = Field(
         32_768, ge=1, description="Longest side of an image in pixels, by the size in its header."
@@ -69,6 +85,12 @@ class ImageSettings(_Group):
     pdf_max_pages: int = Field(32, ge=1, description="Most pages of one PDF in a request.")
     pdf_dpi: float = Field(
         144.0, gt=0, le=1200, description="Resolution of PDF pages, unless a token cap lowers it."
+    )
+    pdf_page_timeout_s: float = Field(
+        5.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Most processor time that one page of a PDF may take, in seconds.",
     )
     max_image_tokens: int | None = Field(
         None, ge=1, description="Most tokens that one image may take; requests can lower it."
@@ -101,6 +123,32 @@ class VideoSettings(_Group):
     )
 
 
+class ConstraintSettings(_Group):
+    """Structured output."""
+
+    constraint_max_bytes: int = Field(
+        64 * 1024,
+        ge=1,
+        description="Largest JSON schema, grammar, regular expression or list of choices, in "
+        "bytes.",
+    )
+    constraint_max_entries: int = Field(
+        4096,
+        ge=1,
+        description="Most entries of a JSON schema (each property has several) or of a list of "
+        "choices.",
+    )
+    constraint_max_depth: int = Field(
+        64, ge=1, description="Deepest nesting of a JSON schema, a grammar or a regular expression."
+    )
+    constraint_max_repeats: int = Field(
+        8192,
+        ge=0,
+        description="Largest sum of the repetition counts in a constraint, such as {0,100} or "
+        "maxLength; each adds 256 at most.",
+    )
+
+
 class HttpSettings(_Group):
     """Requests, fetches and shutdown."""
 
@@ -117,6 +165,21 @@ class HttpSettings(_Group):
         ge=1,
         description="Largest request body without its images and files, in bytes.",
     )
+    max_request_items: int = Field(
+        2048,
+        ge=1,
+        description="Most messages, content parts, tools, prompts and other items of one request "
+        "together; token ids do not count.",
+    )
+    max_request_values: int = Field(
+        300_000,
+        ge=100,
+        description="Most JSON values in a request body, including token ids; an object, an array, "
+        "a string or a name counts as four.",
+    )
+    max_request_depth: int = Field(
+        128, ge=16, description="Deepest nesting of objects and arrays in a request body."
+    )
     retained_media_gb: float = Field(
         1.0,
         ge=0,
@@ -125,6 +188,26 @@ class HttpSettings(_Group):
     )
     request_read_timeout_s: float = Field(
         60.0, gt=0, description="Longest pause while a request body is received, in seconds."
+    )
+    request_min_bytes_per_s: int = Field(
+        8192,
+        ge=0,
+        description="Least rate at which a request body must arrive, after 30 seconds, in bytes "
+        "per second.",
+    )
+    request_memory_gb: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Memory for the bodies of all requests in progress, in GiB (default: an eighth "
+        "of the memory); at least one body of the largest size always fits.",
+    )
+    request_memory_wait_s: float = Field(
+        5.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Longest time that a body waits, without being read, for this memory before "
+        "its request gets a 503, in seconds.",
     )
     fetch_timeout_s: float = Field(
         10.0, gt=0, description="Deadline for fetching one http(s) image, in seconds."
@@ -151,8 +234,99 @@ class HttpSettings(_Group):
         description="Hosts (img.example.com, *.example.com) and networks (10.1.0.0/16) with "
         "private addresses that images may be fetched from; separated by commas.",
     )
+    engine_stall_timeout_s: float = Field(
+        120.0,
+        gt=0,
+        description="Longest time without a sign of life from the engine, in seconds; then "
+        "`/health` and `/ready` return a 503, and so do running and new requests. Longer than any "
+        "step of the engine.",
+    )
+    drain_delay_s: float = Field(
+        5.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Time from SIGTERM until the port closes, in seconds. During it, `/ready` is a "
+        "503, requests are served, and each answer closes its connection, so that load balancers "
+        "move to other servers.",
+    )
     drain_timeout_s: int = Field(
-        30, ge=0, description="Time for running requests to finish at shutdown, in seconds."
+        30,
+        ge=0,
+        description="Time for running requests to finish after the port has closed, in seconds.",
+    )
+
+
+class ConnectionSettings(_Group):
+    """Connections. These limits apply before an API key is checked."""
+
+    max_connections: int | None = Field(
+        None,
+        ge=1,
+        description="Most client connections (default: half of the limit on open files, but at "
+        "most one for each 5 MiB of memory); further ones get a 503.",
+    )
+    max_url_bytes: int = Field(8 * 1024, ge=64, description="Longest URL of a request, in bytes.")
+    max_header_bytes: int = Field(
+        64 * 1024, ge=1024, description="Most bytes of all headers of a request together."
+    )
+    max_header_fields: int = Field(128, ge=8, description="Most headers of a request.")
+    header_timeout_s: float = Field(
+        20.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Longest time from the start of a connection or a request to the end of the "
+        "request's headers, in seconds.",
+    )
+    send_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Longest time in which a client may receive nothing of an answer that it could "
+        "receive, in seconds.",
+    )
+
+
+class AdmissionSettings(_Group):
+    """Admission: how many requests work and wait."""
+
+    max_running_requests: int | None = Field(
+        None,
+        ge=1,
+        description="Requests that are fetched, decoded and answered at the same time (default: a "
+        "quarter more than `--max-num-seqs`, and four for each image worker).",
+    )
+    max_waiting_requests: int = Field(
+        4096,
+        ge=1,
+        description="Requests that may wait for their turn before further ones get a 503.",
+    )
+    max_wait_s: float = Field(
+        300.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="A request that would wait longer for its turn, by the measured rate, gets a "
+        "503 at once, in seconds.",
+    )
+    media_memory_gb: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Memory for the images and clips of running requests, in GiB: their files, and "
+        "the features of images until the model has read them (default: an eighth of the memory). "
+        "One request may exceed it.",
+    )
+    max_running_image_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Most image tokens of running requests together (default: eight times the "
+        "tokens that fit into the KV cache). One request may exceed it.",
+    )
+    request_timeout_s: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Longest time from the start of a request to the end of its answer, in "
+        "seconds; a client may ask for less with the header `X-Request-Timeout`.",
     )
 
 
@@ -163,6 +337,11 @@ class AccessSettings(_Group):
         None,
         description="JSON file of API keys and their groups; caches are shared only inside a "
         "group. The file is read again when it changes.",
+    )
+    keys_for_all_routes: bool = Field(
+        False,
+        description="Require an API key for every route except /health, /ready and /ping: also for "
+        "/metrics, /docs, /version, and those of vLLM that --api-key leaves open.",
     )
     admin_key: SecretStr | None = Field(
         None, description="API key for all routes, including those that change the server."
@@ -272,6 +451,9 @@ class Settings(BaseSettings):
     images: ImageSettings = ImageSettings()
     videos: VideoSettings = VideoSettings()
     http: HttpSettings = HttpSettings()
+    constraints: ConstraintSettings = ConstraintSettings()
+    connections: ConnectionSettings = ConnectionSettings()
+    admission: AdmissionSettings = AdmissionSettings()
     caches: CacheSettings = CacheSettings()
     files: FileSettings = FileSettings()
     access: AccessSettings = AccessSettings()

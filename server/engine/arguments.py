@@ -37,6 +37,8 @@ _CPU_DEFAULTS: dict[str, tuple[str, object]] = {
 _CPU_KV_CACHE_GIB = "1"
 _CPU_MAX_MODEL_LEN = 8192
 # Flags for several of vLLM's API processes, or for none.
+# The most answers to one request (`n`), as in OpenAI's API.
+_MAX_CHOICES = "128"
 _UNSUPPORTED = {
     "headless": "--headless",
     "grpc": "--grpc",
@@ -81,6 +83,8 @@ def parse(argv: Sequence[str]) -> tuple[Namespace, Settings]:
         plugin.ask(json_logs=True)
     cli_env_setup()  # type: ignore[no-untyped-call]
     configure_logging_from_args(args)
+    # Each takes the event loop some time; vLLM allows 16384.
+    os.environ.setdefault("VLLM_MAX_N_SEQUENCES", _MAX_CHOICES)
     _choose_model(args)
     if current_platform.is_cpu():
         _fit_to_cpu(args, _flags_in(argv))

@@ -265,7 +265,7 @@ def _audio(io: AudioMediaIO, data: bytes) -> Output:
     try:
         waveform, rate = io.load_bytes(data)
     except ImportError:
-        raise SaccadeError("no audio decoder is installed") from None
+        raise ClientError("this server has no decoder for audio clips") from None
     except Exception as error:
         if _is_out_of_memory(error):
             raise AudioTooLarge("the audio clip takes more memory than the limit allows") from error

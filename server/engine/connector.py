@@ -109,7 +109,7 @@ async def _decoded(pool: ImagePool, image: EncodedImage, io: DecodeIO) -> Image.
     job = PixelsJob(format=header.format, size=image.size, frame=frame, io=io)
     key = f"pixels-{image.digest}-{blake3(encode_job(job)).hexdigest()}"
     try:
-        found = await pool.process(key, image.data, job, contexts.current().record.timeline)
+        found = await pool.process(key, image.data, job, contexts.current().record)
     except SaccadeError as error:  # all who wait for this image get the same one
         raise type(error)(error.message, param=image.path) from None
     pixels = found.arrays(tensor)["pixels"]

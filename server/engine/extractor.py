@@ -5,6 +5,8 @@ native resolution (Qwen2-VL to Qwen3-VL), resizing and patchifying are fused her
 only used if a check at start-up has shown that it returns the processor's output bit for bit.
 """
 
+import contextlib
+import copy
 import functools
 import logging
 import warnings
@@ -21,7 +23,7 @@ from PIL import Image
 from server.engine.vllm_adapter import plugin
 from server.errors import InvalidImage
 from server.imaging import pdf, sizing
-from server.imaging.decode import Decoded, DecodeOptions, TargetSize, decode
+from server.imaging.decode import Decoded, DecodeOptions, OpenAnimation, TargetSize, decode
 from server.imaging.tokens import TokenRule
 from server.workers.jobs import PictureJob, ProcessJob, decode_kwargs, encode_kwargs
 from server.workers.worker import Array, Extractor, Feature, WorkerSpec
@@ -42,11 +44,15 @@ _FEW = 64
 _LIKENESS = 0.5
 
 
-def worker_spec(model_config: "ModelConfig", *, fast: bool, max_pixels: int) -> WorkerSpec:
+def worker_spec(
+    model_config: "ModelConfig", *, fast: bool, max_pixels: int, **limits: Any
+) -> WorkerSpec:
     """The spec with which workers build an `ImageExtractor` of this model. `fast`: decoding may
-    shrink pictures; `max_pixels`: the limit for width x height."""
+    shrink pictures; `max_pixels`: the limit for width x height; `limits`: see `WorkerSpec`."""
+    model_config = copy.copy(model_config)
+    model_config.hf_token = None  # workers must not know any key
     payload = cloudpickle.dumps((model_config, fast, max_pixels))
-    return WorkerSpec("server.engine.extractor:load", payload)
+    return WorkerSpec("server.engine.extractor:load", payload, **limits)
 
 
 def load(payload: bytes) -> Extractor:
@@ -85,14 +91,32 @@ class ImageExtractor:
         self._fast = fast
         self._max_pixels = max_pixels
         self._pipeline = functools.lru_cache(maxsize=64)(self._build_pipeline)
+        self._import_all()
         # Checked here, before the fork, rather than once in each worker.
         if isinstance(rule := self._pipeline(encode_kwargs({})).rule, sizing.NativeResolution):
             capped = {"min_pixels": rule.factor**2, "max_pixels": rule.max_pixels}
             self._pipeline(encode_kwargs(capped))
+        from server.engine.vllm_adapter.processors import configuration_files
 
-    def decode(self, data: bytes, job: PictureJob) -> Decoded:
+        # vLLM loads the processor again for some options, such as those that limit tiles. The caps
+        # of the Qwen-VL families are options that it passes with the picture.
+        self.files = configuration_files(processor.info.ctx.model_config)
+        self.needs_files = not isinstance(rule, sizing.NativeResolution)
+
+    def _import_all(self) -> None:
+        """Import what the first picture would import, because workers cannot open files."""
+        import torchvision.transforms.v2.functional  # noqa: F401
+
+        import server.engine.token_rules  # noqa: F401
+
+        with contextlib.suppress(Exception):  # the processor may need the whole prompt
+            self._processed(Image.new("RGB", (64, 48)), {})
+
+    def decode(
+        self, data: bytes, job: PictureJob, animation: OpenAnimation | None = None
+    ) -> Decoded:
         """Decode a picture to the size and mode of `job`. `Decoded.size` is the size by which the
-        processor chooses its output size.
+        processor chooses its output size. `animation` keeps `data` open for its next frame.
 
         Raises:
             InvalidImage: the picture is damaged, or its size is not `job.size`.
@@ -103,7 +127,8 @@ class ImageExtractor:
             resize = resize or job.size
             decoded = Decoded(pdf.render(data, job.frame, resize), resize)
         else:
-            decoded = decode(data, self._decode_options(job), self._target_size(job))
+            options, target = self._decode_options(job), self._target_size(job)
+            decoded = decode(data, options, target, animation)
             if decoded.size != job.size:
                 raise InvalidImage("the image does not have the size in its header")
         if resize is None:

@@ -1,11 +1,14 @@
 """Starts vLLM inside this process, with Saccade's renderer, media connector and send pipeline."""
 
+import functools
 import io
 import os
+import tempfile
 from argparse import Namespace
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,35 +21,54 @@ from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
 from vllm.envs import disable_envs_cache, enable_envs_cache
 from vllm.logger import init_logger
 from vllm.multimodal.inputs import nested_tensors_equal
+from vllm.platforms import current_platform
 from vllm.renderers.registry import RENDERER_REGISTRY
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from server.concurrency import usable_memory
 from server.engine import clips, connector
 from server.engine.embedding_cache import setup
 from server.engine.embedding_cache.control import ControlServer
 from server.engine.extractor import worker_spec
+from server.engine.heartbeat import Heartbeat
 from server.engine.token_allocator import TokenAllocator
 from server.engine.token_rules import measured_rule, token_rule
+from server.engine.vllm_adapter import core_fork, quick_start, shared_segments, stat_logger
 from server.engine.vllm_adapter.engine_caches import EngineCaches, keep_item_limit
 from server.engine.vllm_adapter.outcomes import Outcomes
+from server.engine.vllm_adapter.parameters import Parameters
 from server.engine.vllm_adapter.processor_cache import ProcessorCache
-from server.engine.vllm_adapter.processors import is_image_by_image, keep_groups_apart
+from server.engine.vllm_adapter.processors import (
+    is_image_by_image,
+    keep_groups_apart,
+    share_processor,
+)
 from server.engine.vllm_adapter.renderer import PooledRenderer
 from server.engine.vllm_adapter.send import Gate, Sender
+from server.engine.vllm_adapter.stall import fail_requests
 from server.errors import CannotStart, ImageTokenCap
 from server.imaging.encoded import ImageLimits, encoded
 from server.imaging.tokens import TokenRule
 from server.ingest.video import ClipDecoder
+from server.request.admission import AdmissionLimits
+from server.request.budgets import Resource
 from server.request.context import RequestContext, entered
 from server.request.media import MediaLimits
-from server.settings import Settings
+from server.settings import GIB, MIB, Settings
 from server.telemetry import metrics
 from server.telemetry.record import Record
+from server.workers.forkserver import Forkserver
 from server.workers.pool import ImagePool
 from server.workers.worker import WorkerSpec
 
 logger = init_logger(__name__)
+
+_MEDIA_SHARE_OF_MEMORY = 1 / 8
+# Image tokens of running requests, in KV caches. Images that requests share count for each of them.
+_KV_CACHES = 8
+# Requests for each image worker whose images are fetched or decoded while the engine is busy.
+_AHEAD_PER_WORKER = 4
 
 
 @dataclass(frozen=True)
@@ -59,6 +81,16 @@ class PreparedEngine:
     workers: WorkerSpec | None
 
 
+def fork_engine_core() -> None:
+    """Fork the process for the engine core, which then need not import vLLM. Call it before
+    anything else is done with vLLM.
+
+    Only on a CPU: it has not been tested with libraries for GPUs.
+    """
+    if current_platform.is_cpu():
+        core_fork.prepare()
+
+
 def prepare(args: Namespace, settings: Settings) -> PreparedEngine:
     """Read the model's configuration and register Saccade's parts in place of vLLM's."""
     os.environ["VLLM_MEDIA_CONNECTOR"] = connector.NAME
@@ -68,12 +100,17 @@ def prepare(args: Namespace, settings: Settings) -> PreparedEngine:
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     model = config.model_config
     clips.use_cpu_decoders(config)
+    quick_start.register()
+    stat_logger.register()
     workers = None
     if model.supports_multimodal_inputs:
         workers = worker_spec(
             model,
             fast=settings.images.image_decode == "fast",
             max_pixels=limits(settings).max_pixels,
+            pdf_page_timeout_s=settings.images.pdf_page_timeout_s,
+            max_memory_bytes=settings.images.image_worker_memory_mb * MIB,
+            sandbox=settings.images.worker_sandbox,
         )
     return PreparedEngine(config, engine_args, workers)
 
@@ -91,9 +128,43 @@ def limits(settings: Settings) -> ImageLimits:
     )
 
 
-def clip_decoder(settings: Settings) -> ClipDecoder:
+def clip_decoder(settings: Settings, forkserver: Forkserver) -> ClipDecoder:
     """The decoder of videos and audio clips, which runs in forks of the workers' forkserver."""
-    return ClipDecoder(clips.PREPARE, settings.videos, limits(settings).max_pixels)
+    return ClipDecoder(clips.PREPARE, settings.videos, limits(settings).max_pixels, forkserver)
+
+
+def admission_limits(engine: AsyncLLM, settings: Settings) -> AdmissionLimits:
+    """By default as many requests run as keep the engine busy, and some whose images are still
+    fetched and decoded; others wait here, where their order is fair. Only a few wait in the engine,
+    which needs them to fill its next batch in time."""
+    config = engine.vllm_config
+    seqs = config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size
+    ahead = seqs // 4 + _AHEAD_PER_WORKER * settings.images.image_workers
+    admission = settings.admission
+    return AdmissionLimits(
+        running=admission.max_running_requests or seqs + ahead,
+        waiting=admission.max_waiting_requests,
+        wait_s=admission.max_wait_s,
+        in_engine=seqs + max(1, seqs // 8),
+        totals={
+            Resource.MEDIA: _media_bytes(settings),
+            Resource.IMAGE_TOKENS: admission.max_running_image_tokens or _image_tokens(config),
+        },
+        engine_requests=config.scheduler_config.max_num_queued_reqs,
+    )
+
+
+def _media_bytes(settings: Settings) -> int:
+    given = settings.admission.media_memory_gb
+    return int(usable_memory() * _MEDIA_SHARE_OF_MEMORY if given is None else given * GIB)
+
+
+def _image_tokens(config: VllmConfig) -> int:
+    """The default for the image tokens of running requests."""
+    cache = config.cache_config
+    tokens = (cache.num_gpu_blocks or 0) * cache.block_size
+    replicas = config.parallel_config.data_parallel_size
+    return max(_KV_CACHES * tokens * replicas, config.model_config.max_model_len)
 
 
 def media_limits(engine: AsyncLLM, settings: Settings) -> MediaLimits | None:
@@ -137,29 +208,45 @@ def add_embedding_cache(prepared: PreparedEngine, settings: Settings) -> Control
 
 @asynccontextmanager
 async def running(
-    prepared: PreparedEngine, outcomes: Outcomes, gate: Gate
-) -> AsyncIterator[AsyncLLM]:
+    prepared: PreparedEngine, settings: Settings, outcomes: Outcomes, gate: Gate
+) -> AsyncIterator[tuple[AsyncLLM, Heartbeat]]:
     """Run the engine, from start to shutdown. `outcomes` follows its requests, which pass `gate`
     before they are sent. Starting blocks the event loop, as in vLLM."""
     torch.set_num_threads(1)  # this process only moves data; workers and engine use the cores
-    engine = AsyncLLM.from_vllm_config(
-        vllm_config=prepared.config,
-        usage_context=UsageContext.OPENAI_API_SERVER,
-        enable_log_requests=prepared.engine_args.enable_log_requests,
-        aggregate_engine_logging=prepared.engine_args.aggregate_engine_logging,
-        disable_log_stats=prepared.engine_args.disable_log_stats,
-    )
+    engine = _started(prepared)
     try:
         await engine.reset_mm_cache()  # waits for the warm-up, and drops its items
         outcomes.follow(engine)
+        fail = functools.partial(fail_requests, engine)
+        heartbeat = Heartbeat(engine.is_sleeping, settings.http.engine_stall_timeout_s, fail)
+        Parameters(engine, settings.constraints, heartbeat)
         Sender(engine, _processor_cache(engine), outcomes, gate)
         keep_groups_apart(engine.renderer)
+        share_processor(engine.renderer)
         keep_item_limit(engine)
         enable_envs_cache()  # as in vLLM's other processes: each request reads many of them
-        yield engine
+        async with heartbeat:
+            yield engine, heartbeat
     finally:
         disable_envs_cache()
         engine.shutdown(timeout=prepared.config.shutdown_timeout)
+
+
+def _started(prepared: PreparedEngine) -> AsyncLLM:
+    """Raises CannotStart if one of the engine's processes has left a reason for its end."""
+    try:
+        return AsyncLLM.from_vllm_config(
+            vllm_config=prepared.config,
+            usage_context=UsageContext.OPENAI_API_SERVER,
+            enable_log_requests=prepared.engine_args.enable_log_requests,
+            aggregate_engine_logging=prepared.engine_args.aggregate_engine_logging,
+            disable_log_stats=prepared.engine_args.disable_log_stats,
+        )
+    except RuntimeError:
+        reason = Path(tempfile.gettempdir(), shared_segments.REASON)
+        if not reason.exists():
+            raise
+        raise CannotStart(reason.read_text()) from None
 
 
 def _processor_cache(engine: AsyncLLM) -> ProcessorCache | None:

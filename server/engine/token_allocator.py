@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from server.errors import ClientError, ImageAspectRatio, ImageTokenCap
+from server.errors import ClientError, ImageAspectRatio, ImageTokenCap, InvalidImage
 from server.imaging.encoded import EncodedImage, ImageOptions
 from server.imaging.sizing import Size
 from server.imaging.tokens import (
@@ -33,6 +33,9 @@ _RULES = 64
 # in a thread.
 _FEW_IMAGES = 4
 
+# Errors of an image that no allocation fits.
+_UNFIT = (ImageTokenCap, ImageAspectRatio, InvalidImage)
+
 Cap = Literal["none", "server", "request", "image"]
 # Builds the model's rule for some processor options. Slow: it runs the processor.
 MakeRule = Callable[[Mapping[str, Any]], TokenRule]
@@ -53,7 +56,7 @@ class TokenAllocator:
 
     def rule(self, options: Mapping[str, Any]) -> TokenRule:
         """The model's rule for the processor options of a request. May block."""
-        return self._rule_of(json.dumps(dict(options), sort_keys=True))
+        return self._rule_of(json.dumps(dict(options), sort_keys=True) if options else "{}")
 
     async def _rule(self, options: Mapping[str, Any]) -> TokenRule:
         return self.rule(options) if not options else await asyncio.to_thread(self.rule, options)
@@ -65,17 +68,14 @@ class TokenAllocator:
 
         Raises:
             ImageTokenCap: one image, or all together, need more tokens than allowed.
-            ImageAspectRatio: the model's processor does not accept images of this shape.
+            ImageAspectRatio, InvalidImage: the model does not accept images of this shape.
         """
         rule = await self._rule(options)
         sized = [(image.size, image.options) for image in images]
         if isinstance(rule, MeasuredTokens) and not self.limited(images, budget):
             return [None] * len(images)
-        try:
-            return list(await self._allocated(rule, sized, budget))
-        except (ImageTokenCap, ImageAspectRatio) as error:
-            error.param = self._culprit(rule, images) or "max_image_tokens"
-            raise
+        paths = [image.path for image in images]
+        return list(await self._allocated(rule, sized, paths, budget))
 
     def limited(self, images: Sequence[EncodedImage], budget: int | None) -> bool:
         """Whether a cap or budget applies to any of these images."""
@@ -107,16 +107,26 @@ class TokenAllocator:
             return "request"
         return "server" if requested is None or requested > (self._cap or requested) else "image"
 
-    async def costs(self, sized: Sized, budget: int | None) -> list[TokenAllocation]:
-        """An allocation for each picture, given by its size. Raises as `allocate` does."""
-        return await self._allocated(self.rule({}), sized, budget)
+    async def costs(
+        self, sized: Sized, paths: Sequence[str], budget: int | None
+    ) -> list[TokenAllocation]:
+        """An allocation for each picture, given by its size. `paths` are their places in the
+        request. Raises as `allocate` does."""
+        return await self._allocated(self.rule({}), sized, paths, budget)
 
     async def _allocated(
-        self, rule: TokenRule, sized: Sized, budget: int | None
+        self, rule: TokenRule, sized: Sized, paths: Sequence[str], budget: int | None
     ) -> list[TokenAllocation]:
-        if isinstance(rule, MeasuredTokens) or (budget and len(sized) > _FEW_IMAGES):
-            return await asyncio.to_thread(self._allocate, rule, sized, budget)
-        return self._allocate(rule, sized, budget)
+        measured = isinstance(rule, MeasuredTokens)
+        try:
+            if measured or (budget and len(sized) > _FEW_IMAGES):
+                return await asyncio.to_thread(self._allocate, rule, sized, budget)
+            return self._allocate(rule, sized, budget)
+        except _UNFIT as error:
+            find = self._culprit
+            found = await asyncio.to_thread(find, rule, sized) if measured else find(rule, sized)
+            error.param = "max_image_tokens" if found is None else paths[found]
+            raise
 
     def _allocate(self, rule: TokenRule, sized: Sized, budget: int | None) -> list[TokenAllocation]:
         caps = [self._cap_of(rule, size, options) for size, options in sized]
@@ -125,13 +135,13 @@ class TokenAllocator:
     def _cap_of(self, rule: TokenRule, size: Size, options: ImageOptions) -> int | None:
         return _least(self._cap, _requested_cap(rule, size, options))
 
-    def _culprit(self, rule: TokenRule, images: Sequence[EncodedImage]) -> str | None:
-        """The path of the first image whose allocation fails by itself."""
-        for image in images:
+    def _culprit(self, rule: TokenRule, sized: Sized) -> int | None:
+        """The index of the first image whose allocation fails by itself."""
+        for index, each in enumerate(sized):
             try:
-                self._allocate(rule, [(image.size, image.options)], None)
-            except (ImageTokenCap, ImageAspectRatio):
-                return image.path
+                self._allocate(rule, [each], None)
+            except _UNFIT:
+                return index
         return None
 
 
@@ -152,20 +162,21 @@ def _limited(options: ImageOptions) -> bool:
 
 
 async def image_costs(
-    engine: "AsyncLLM", sized: Sized, budget: int | None
+    engine: "AsyncLLM", sized: Sized, paths: Sequence[str], budget: int | None
 ) -> list[tuple[ShownImage, int]]:
     """How each picture, given by its size, would be shown, and the bytes of KV cache that it would
-    take. The model does not run.
+    take. The model does not run. `paths` are the places of the pictures in the request.
 
     Raises:
-        ImageTokenCap, ImageAspectRatio: a request with these images would fail in the same way.
+        ImageTokenCap, ImageAspectRatio, InvalidImage: a request with these images would fail in
+            the same way.
         ClientError: this model's images are processed by vLLM, so their tokens are not known.
     """
     renderer: Any = engine.renderer  # vLLM types it as its base class
     allocator: TokenAllocator | None = getattr(renderer, "allocator", None)
     if allocator is None:
         raise ClientError("the image tokens of this model cannot be computed in advance")
-    allocations = await allocator.costs(sized, budget)
+    allocations = await allocator.costs(sized, paths, budget)
     bytes_per_token = _kv_bytes_per_token(engine.vllm_config)
     return [
         (

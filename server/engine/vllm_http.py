@@ -13,6 +13,7 @@ from vllm.entrypoints.anthropic.protocol import (
     AnthropicMessagesResponse,
 )
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+from vllm.entrypoints.generate.base.serving import PRIORITY_HEADER
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.api_server.routers import register_api_routers
 from vllm.entrypoints.launchers.launcher import setup_server
@@ -46,6 +47,7 @@ from server.request.context import RequestContext, entered
 from server.telemetry.record import Record
 
 __all__ = [
+    "ADMIN_PATHS",
     "GUARDED_PREFIX",
     "AnthropicCountTokensRequest",
     "AnthropicMessagesRequest",
@@ -66,6 +68,7 @@ __all__ = [
     "load_aware_call",
     "metrics_header",
     "paths_that_keep_bodies",
+    "priority_header",
     "refresh_certificates",
     "setup_server",
     "stays_up_without_engine",
@@ -74,6 +77,37 @@ __all__ = [
     "with_cancellation",
     "with_sse_keep_alive",
 ]
+
+
+# Routes by which a client changes the server for all others. They take no work for the model.
+ADMIN_PATHS = frozenset(
+    {
+        "/abort_requests",
+        "/collective_rpc",
+        "/fault_tolerance/apply",
+        "/finish_weight_update",
+        "/init_weight_transfer_engine",
+        "/pause",
+        "/release_kv_cache_memory",
+        "/reset_encoder_cache",
+        "/reset_mm_cache",
+        "/reset_prefix_cache",
+        "/resume",
+        "/scale_elastic_ep",
+        "/shutdown_weight_transfer_engine",
+        "/sleep",
+        "/start_draft_weight_update",
+        "/start_profile",
+        "/start_weight_update",
+        "/stop_profile",
+        "/update_weight_version",
+        "/update_weights",
+        "/v1/load_lora_adapter",
+        "/v1/unload_lora_adapter",
+        "/wake_up",
+        "/weight_checker",
+    }
+)
 
 
 def refresh_certificates(config: uvicorn.Config, args: Namespace) -> SSLCertRefresher:
@@ -113,6 +147,14 @@ async def add_vllm_routes(app: FastAPI, args: Namespace, engine: AsyncLLM) -> No
 def api_keys(args: Namespace) -> list[str]:
     """The keys of vLLM's flag `--api-key`, or else of its environment variable."""
     return [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
+
+
+def priority_header(engine: AsyncLLM) -> bytes | None:
+    """The header, in lower case, by which routes take the priority of a request; None if the engine
+    serves requests in the order in which they come."""
+    if engine.vllm_config.scheduler_config.policy != "priority":
+        return None
+    return PRIORITY_HEADER.lower().encode()
 
 
 async def add_vllm_middleware(

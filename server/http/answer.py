@@ -4,12 +4,15 @@ It acts on the first message, on errors and on the last message. Chunks of a str
 passed on without an additional coroutine.
 """
 
+import asyncio
+import json
 import re
 import time
 from collections.abc import Awaitable, Iterable
 
 from starlette.types import Message, Send
 
+from server.errors import SaccadeError, error_body
 from server.http import errors
 from server.telemetry.record import Record, Times
 from server.telemetry.stages import Stage, Timeline
@@ -22,7 +25,9 @@ _MAX_ERROR_BYTES = 64 * 1024
 
 
 class Answer:
-    """Passes an answer on. `times` are set at the end of a stream."""
+    """Passes an answer on. `times` are set at the end of a stream. While `is_cut` is set, messages
+    are dropped, until `fail` ends the answer. `was_cancelled` is set if an error was dropped with
+    which vLLM answers a cancelled request, as if its client had left."""
 
     def __init__(self, record: Record, send: Send, *, server_timing: bool) -> None:
         self._record = record
@@ -32,14 +37,19 @@ class Answer:
         self._streams = False
         self._is_plain = True
         self._is_first_piece = True
+        self._fails = False
         self._error_start: Message | None = None
         self._error_body = b""
         self.has_begun = False
+        self.is_cut = False
+        self.was_cancelled = False
         self.has_ended = False
         self.times: Times | None = None
 
     def send(self, message: Message) -> Awaitable[None]:
         """Send one ASGI message."""
+        if self.is_cut:
+            return _nothing()
         if message["type"] == "http.response.body":
             if self._error_start is not None:
                 return self._hold(message)
@@ -54,18 +64,26 @@ class Answer:
             message = self._start(message)
         return self._send(message)
 
-    async def fail(self) -> None:
-        """Send an internal error, unless an answer has begun, which is then cut off."""
+    async def fail(self, error: SaccadeError) -> None:
+        """Send an error: as the answer, or as the last event of a stream that has begun. Any other
+        answer that has begun is cut off."""
+        self.is_cut = False
+        self._fails = True
+        body = error_body(error.message, error.type, error.code, error.param)
         if self.has_begun:
+            if self._streams and self._is_plain and not self.has_ended:
+                events = b"data: " + json.dumps(body).encode() + b"\n\n"
+                if self._dialect == "openai":
+                    events += b"data: [DONE]\n\n"
+                await self.send({"type": "http.response.body", "body": events})
             return
-        self._error_body = b""
-        body = errors.INTERNAL_ERROR
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-        ]
-        await self.send({"type": "http.response.start", "status": 500, "headers": headers})
-        await self.send({"type": "http.response.body", "body": body})
+        self._error_start, self._error_body = None, b""
+        await errors.respond(error)({"type": "http"}, _no_messages, self.send)
+
+    def _is_cancelled(self) -> bool:
+        """Whether the request was cancelled, and not because its client has left."""
+        task = asyncio.current_task()
+        return task is not None and task.cancelling() > 0 and self._record.left_in is None
 
     async def _hold(self, message: Message) -> None:
         """Hold an error back until it is complete, then send it in the shape of its dialect."""
@@ -76,6 +94,9 @@ class Answer:
         start, body = self._error_start, self._error_body
         assert start is not None
         self._error_start, self._error_body = None, b""
+        if not self._fails and self._is_cancelled():
+            self.was_cancelled = True
+            return
         shaped = None
         if not more:
             shaped = errors.shaped(body, start["status"], self._dialect, self._record.id)
@@ -92,6 +113,7 @@ class Answer:
         record.status = message["status"]
         headers = [item for item in message.get("headers", ()) if item[0].lower() != ID_HEADER]
         headers.append((ID_HEADER, record.id.encode()))
+        headers += record.headers
         self._streams = _value(headers, b"content-type").startswith(b"text/event-stream")
         self._is_plain = not _value(headers, b"content-encoding")
         if self._server_timing and not self._streams:
@@ -110,7 +132,7 @@ class Answer:
         events = body.split(b"\n\n")
         for number, event in enumerate(events):
             if _STREAMED_ERROR.match(event):
-                shaped = errors.shaped_event(event, self._dialect, self._record.id)
+                shaped = errors.shaped_event(event, self._dialect, self._record)
                 events[number], self._record.error_code = shaped
         return {**message, "body": b"\n\n".join(events)}
 
@@ -125,6 +147,10 @@ class Answer:
             comment = f": server-timing {server_timing(self.times, record.timeline)}\n\n"
             return {**message, "body": message.get("body", b"") + comment.encode()}
         return message
+
+
+async def _no_messages() -> Message:
+    raise AssertionError("an error needs no messages of the client")
 
 
 async def _nothing() -> None:

@@ -1,34 +1,46 @@
 """Assembles the app: routes, and the layers around them.
 
-observe -> vLLM's middleware (CORS, its check of keys) -> keys -> body -> usage -> routes
+observe -> single headers -> vLLM's middleware (CORS, its check of keys) -> keys -> body -> usage
+-> routes
 """
 
+import asyncio
 import platform
 from argparse import Namespace
 from dataclasses import dataclass
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from server import __version__
+from server.concurrency import usable_memory
 from server.engine import vllm_http
+from server.engine.heartbeat import Heartbeat
 from server.engine.vllm_adapter.engine_caches import EngineCaches
 from server.http import (
     body,
     errors,
     files,
+    headers,
     images,
     keys,
     observe,
     routes,
     usage,
 )
+from server.http.byte_budget import ByteBudget
+from server.http.fail_fast import stop_at_first_error
 from server.ingest.fetch_cache import FetchCache
 from server.ingest.load import MediaLoader
+from server.request.admission import Admission
 from server.request.context import RetainedMedia
 from server.request.read import RequestReader
-from server.settings import GIB, Settings
+from server.settings import GIB, HttpSettings, Settings
 from server.telemetry import metrics
 from server.workers.pool import ImagePool
+
+_BODIES_SHARE_OF_MEMORY = 1 / 8
 
 # Routes whose work is cancelled when the client leaves.
 _ABORTED = (
@@ -51,28 +63,59 @@ _ABORTED = (
     "/v2/rerank",
 )
 
+# Routes whose requests need a permit: all that do work for a client.
+ADMITTED = (
+    *_ABORTED,
+    "/cohere/v2/chat",
+    "/cohere/v2/chat/render",
+    "/generative_scoring",
+    "/inference/v1/generate",
+    "/invocations",
+    "/v1/audio/transcriptions",
+    "/v1/audio/translations",
+    "/v1/chat/completions/render",
+    "/v1/completions/render",
+    "/v1/messages/render",
+    "/v1/responses/render",
+    "/v1/systemone",
+)
+
+# Modules of middleware that looks at most at the start of a streamed answer. Middleware of users
+# (`--middleware`) and of plugins, and vLLM's log of answers, may read or change all of it.
+_LOOK_AT_STARTS = frozenset(
+    {
+        body.__name__,
+        headers.__name__,
+        keys.__name__,
+        usage.__name__,  # provides its own way past it
+        "prometheus_fastapi_instrumentator.middleware",
+        "starlette.middleware.cors",
+        "vllm.entrypoints.serve.elastic_ep.middleware",
+        "vllm.entrypoints.serve.middleware.authenticate",
+        "vllm.entrypoints.serve.middleware.x_request_id",
+        "vllm.entrypoints.speech_to_text.realtime.metrics",
+    }
+)
+
 
 @dataclass(frozen=True)
 class Parts:
     """The services behind the app. `pool` and `loader` are None if the model takes no media."""
 
     engine: vllm_http.AsyncLLM
+    heartbeat: Heartbeat
     caches: EngineCaches
     fetch_cache: FetchCache | None
     pool: ImagePool | None
     reader: RequestReader
     loader: MediaLoader | None
+    admission: Admission
 
 
 async def build_app(
     args: Namespace, settings: Settings, parts: Parts, key_ring: keys.KeyRing
 ) -> FastAPI:
-    """Build the FastAPI app: our routes first, then vLLM's, then the middleware.
-
-    Middleware that is added later wraps what was added before: a request passes vLLM's middleware
-    (keys, CORS), the groups of keys, the body reader, the usage, and then its route.
-    """
-    engine = parts.engine
+    """Build the FastAPI app: our routes first, then vLLM's, then the middleware."""
     docs = not args.disable_fastapi_docs
     app = FastAPI(
         title="Saccade",
@@ -81,10 +124,11 @@ async def build_app(
         docs_url=None if args.enable_offline_docs else "/docs",
         redoc_url=None if args.enable_offline_docs else "/redoc",
     )
-    app.root_path = args.root_path
+    app.root_path = args.root_path or ""
     app.state.args = args
     app.state.image_pool = parts.pool
     app.state.loader = parts.loader
+    app.state.heartbeat = parts.heartbeat
     app.state.engine_caches = parts.caches
     app.state.fetch_cache = parts.fetch_cache
     app.state.key_ring = key_ring
@@ -96,13 +140,58 @@ async def build_app(
         app.include_router(router)
     ours = {route.path for router in routers for route in router.routes}  # type: ignore[attr-defined]
     mine = list(app.router.routes)
-    await vllm_http.add_vllm_routes(app, args, engine)
+    await vllm_http.add_vllm_routes(app, args, parts.engine)
     app.router.routes[:] = [
         route
         for route in app.router.routes
         if route in mine or getattr(route, "path", None) not in ours
     ]
+    stop_at_first_error(app.routes)
+    keep_schema(app)
     errors.add_error_handlers(app)
+    app.add_exception_handler(vllm_http.EngineDeadError, errors.answer_dead_engine)
+    await _add_middleware(app, args, settings, parts, key_ring)
+    return app
+
+
+def keep_schema(app: FastAPI) -> None:
+    """Replace FastAPI's route of the description, which it writes anew for each request."""
+    for place, route in enumerate(app.router.routes):
+        if isinstance(route, Route) and route.path == app.openapi_url:
+            schema = _Schema(app)
+            app.router.routes[place] = Route(route.path, schema.answer, include_in_schema=False)
+
+
+class _Schema:
+    """The description of the routes. It is made once, in a thread: anyone may ask for it, and each
+    time would take milliseconds of the event loop, and the first one a good part of a second."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+        self._making = asyncio.Lock()
+        self._body: bytes | None = None
+
+    async def answer(self, _: Request) -> Response:
+        if self._body is None:
+            async with self._making:
+                self._body = self._body or await asyncio.to_thread(self._written)
+        return Response(self._body, media_type="application/json")
+
+    def _written(self) -> bytes:
+        schema = self._app.openapi()
+        servers = schema.get("servers", [])
+        root_path = self._app.root_path.rstrip("/")
+        if root_path and all(server.get("url") != root_path for server in servers):
+            schema = {**schema, "servers": [{"url": root_path}, *servers]}
+        return bytes(JSONResponse(schema).body)
+
+
+async def _add_middleware(
+    app: FastAPI, args: Namespace, settings: Settings, parts: Parts, key_ring: keys.KeyRing
+) -> None:
+    """Add the layers around the routes. One that is added later wraps those before: a request
+    passes vLLM's (keys, CORS), the groups of keys, the body reader, the usage, and then its route.
+    """
     if parts.loader is not None:  # else there are no images
         app.add_middleware(usage.ImageUsage)
     stored = vllm_http.paths_that_keep_bodies()
@@ -112,13 +201,38 @@ async def build_app(
         reader=parts.reader,
         loader=parts.loader,
         retained=RetainedMedia(int(settings.http.retained_media_gb * GIB)) if stored else None,
+        budget=byte_budget(settings.http),
         limits={files.PATH: settings.images.max_image_bytes + files.MAX_OVERHEAD_BYTES},
+        parsed=[
+            route.path
+            for route in routes.conversations.routes
+            if isinstance(route, routes.ParsedRoute)
+        ],
+        admission=parts.admission,
+        admitted=ADMITTED,
     )
-    if key_ring.has_groups:
-        app.add_middleware(keys.ApiKeys, ring=key_ring, guarded=vllm_http.GUARDED_PREFIX)
+    guard_all = settings.access.keys_for_all_routes
+    if key_ring.has_groups or guard_all:
+        app.add_middleware(
+            keys.ApiKeys,
+            ring=key_ring,
+            guarded=("",) if guard_all else vllm_http.GUARDED_PREFIX,
+            priority_header=vllm_http.priority_header(parts.engine),
+            reserved=vllm_http.ADMIN_PATHS if key_ring.has_groups else (),
+            files=files.PATH,
+        )
     checked = keys.keys_for_vllm(settings.access, vllm_http.api_keys(args))
-    await vllm_http.add_vllm_middleware(app, args, engine, checked)
-    return app
+    await vllm_http.add_vllm_middleware(app, args, parts.engine, checked)
+    app.add_middleware(headers.SingleHeaders)
+
+
+def byte_budget(settings: HttpSettings) -> ByteBudget:
+    """The memory for bodies by `settings`, with the default for this machine."""
+    if settings.request_memory_gb is None:
+        total = int(usable_memory() * _BODIES_SHARE_OF_MEMORY)
+    else:
+        total = int(settings.request_memory_gb * GIB)
+    return ByteBudget(max(total, settings.max_request_bytes), settings.request_memory_wait_s)
 
 
 def observed(app: FastAPI, args: Namespace, settings: Settings) -> observe.Observed:
@@ -144,6 +258,10 @@ def observed(app: FastAPI, args: Namespace, settings: Settings) -> observe.Obser
         unlogged=map(str.strip, (args.disable_access_log_for_endpoints or "").split(",")),
         traced=args.otlp_traces_endpoint is not None,
         aborted=_ABORTED,
+        request_timeout_s=settings.admission.request_timeout_s,
+        streams_directly=all(
+            middleware.cls.__module__ in _LOOK_AT_STARTS for middleware in app.user_middleware
+        ),
     )
 
 

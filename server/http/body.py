@@ -1,29 +1,37 @@
 """Reads request bodies and makes requests of them.
 
-socket -> whole body, under a limit -> RequestReader -> RequestContext -> media loaded -> route
+share of the budget -> whole body, under a limit -> RequestReader -> RequestContext
+-> permit -> media loaded -> route
+
+The permit is taken when all media of a request are known, and ends with its answer.
 """
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.concurrency import in_thread
+from server.concurrency import Begun, in_thread
 from server.errors import RequestTimeout, RequestTooLarge, SaccadeError
+from server.http.byte_budget import ByteBudget, Share, Turns
 from server.http.errors import respond, with_length
-from server.http.scope import record_of, set_context
+from server.http.headers import value_of
+from server.http.scope import path_of, quotas_of, record_of, set_context, set_document
 from server.ingest.load import MediaLoader
 from server.request import context as contexts
+from server.request.admission import Admission, Permit
 from server.request.context import RequestContext, RetainedMedia
 from server.request.dialects import dialect_of
-from server.request.payloads import MIN_PAYLOAD_BYTES
-from server.request.read import RequestReader
+from server.request.read import SMALL_BODY_BYTES, ReadRequest, RequestReader
 from server.settings import HttpSettings
 from server.telemetry.stages import Stage
 
-# Reading this much takes about 0.1 ms, the same as handing it to a thread.
-_SMALL_BODY_BYTES = 8 * MIN_PAYLOAD_BYTES
+# So many connections with a large body are read from in each iteration of the event loop, some
+# 64 KiB to 512 KiB each: a flood of bodies must not keep other requests waiting.
+_READ_AT_A_TIME = 8
+# A body must reach the least rate after this time.
+_RATE_GRACE_S = 30.0
 
 
 class _ClientLeft(Exception):
@@ -45,16 +53,28 @@ class BodyReader:
         loader: MediaLoader | None,
         retained: RetainedMedia | None,
         limits: Mapping[str, int],
+        budget: ByteBudget,
+        parsed: Collection[str],
+        admission: Admission,
+        admitted: Collection[str],
     ) -> None:
         """`loader` is None if the model takes no media, `retained` if the server stores no
-        responses. `limits` are lower limits for single paths, in bytes."""
+        responses. `limits` are lower limits for single paths, in bytes. `budget` bounds the bytes
+        of all bodies together. `parsed` are the paths of routes that take the parsed document
+        instead of a body (`ParsedRoute`), and `admitted` those of routes that need a permit."""
         self._app = app
         self._max_bytes = settings.max_request_bytes
         self._timeout_s = settings.request_read_timeout_s
+        self._min_rate = settings.request_min_bytes_per_s
         self._reader = reader
         self._loader = loader
         self._retained = retained
         self._limits = limits
+        self._budget = budget
+        self._turns = Turns(_READ_AT_A_TIME)
+        self._parsed = frozenset(parsed)
+        self._admission = admission
+        self._admitted = frozenset(admitted)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -63,19 +83,69 @@ class BodyReader:
         if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
             await self._pass(RequestContext(record_of(scope)), scope, receive, send)
             return
-        timeline = record_of(scope).timeline
+        with Share(self._budget) as share:
+            await self._answer(share, dict(scope), receive, send)
+
+    async def _answer(self, share: Share, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            max_bytes = min(self._max_bytes, self._limits.get(_path(scope), self._max_bytes))
-            chunks = await self._read(dict(scope["headers"]), receive, max_bytes)
-            timeline.begin(Stage.ADMISSION, time.monotonic())
-            context, body = await self._prepared(scope, chunks)
-            timeline.begin(Stage.RENDER, time.monotonic())
+            max_bytes = min(self._max_bytes, self._limits.get(path_of(scope), self._max_bytes))
+            chunks = await self._read(scope, receive, max_bytes, share)
+            record_of(scope).timeline.begin(Stage.ADMISSION, time.monotonic())
+            read = await self._parse(scope, chunks)
         except SaccadeError as error:
             await respond(error)(scope, receive, send)
-            return
         except _ClientLeft:
-            return
-        scope = dict(scope) | {"headers": with_length(scope["headers"], len(body))}
+            pass
+        else:
+            await self._admit(read, share, scope, receive, send)
+
+    async def _admit(
+        self, read: ReadRequest | bytes, share: Share, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Take a permit if the route needs one, and keep it until the answer is complete."""
+        try:
+            if path_of(scope) not in self._admitted:
+                await self._load_and_pass(read, share, None, scope, receive, send)
+                return
+            async with self._permit(read, scope) as permit:
+                await self._load_and_pass(read, share, permit, scope, receive, send)
+        except SaccadeError as error:  # of admission or of loading; routes answer their own
+            await respond(error)(scope, receive, send)
+
+    def _permit(self, read: ReadRequest | bytes, scope: Scope) -> Permit:
+        record, quotas = record_of(scope), quotas_of(scope)
+        if isinstance(read, bytes):
+            return self._admission.permit(record, quotas)
+        engine_requests = 1
+        if self._admission.limits.engine_requests is not None:
+            engine_requests = read.engine_requests
+        return self._admission.permit(
+            record, quotas, 1.0 + len(read.context.media), engine_requests
+        )
+
+    async def _load_and_pass(
+        self,
+        read: ReadRequest | bytes,
+        share: Share,
+        permit: Permit | None,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        record = record_of(scope)
+        if isinstance(read, bytes):
+            context, body = RequestContext(record, permit=permit), read
+        else:
+            context = read.context
+            context.permit = permit
+            if self._loader is not None and context.media:
+                await self._loader.load(context)
+            context.retained = self._retained
+            body = await self._body(read, scope)
+            share.shrink(read.kept_bytes)
+            read.release()
+        record.timeline.begin(Stage.RENDER, time.monotonic())
+        scope["headers"] = with_length(scope["headers"], len(body))
         await self._pass(context, scope, _replay(body, receive), send)
 
     async def _pass(
@@ -85,41 +155,44 @@ class BodyReader:
         contexts.enter(context)
         await self._app(scope, receive, send)
 
-    async def _prepared(self, scope: Scope, chunks: list[bytes]) -> tuple[RequestContext, bytes]:
-        """The context of a request, its media loaded, and the body for the route."""
+    async def _parse(self, scope: Scope, chunks: list[bytes]) -> ReadRequest | bytes:
+        """The request that was read; the body itself if it is not JSON."""
         size = sum(map(len, chunks))
         if not size or not _is_json(scope):
-            return RequestContext(record_of(scope)), await _joined(chunks, size)
+            return await _joined(chunks, size)
         body = await _joined(chunks, size)
-        args = (body, dialect_of(_path(scope)), record_of(scope))
+        args = (body, dialect_of(path_of(scope)), record_of(scope))
         del body  # `read` holds it as long as it is needed
-        if size < _SMALL_BODY_BYTES:
-            read = self._reader.read(*args)
-        else:
-            read = await in_thread(self._reader.read, *args)
-        del args
-        if self._loader is not None and read.context.media:
-            await self._loader.load(read.context)
-        read.context.retained = self._retained
-        return read.context, read.rewritten()
+        if size < SMALL_BODY_BYTES:
+            return self._reader.read(*args)
+        return await in_thread(self._reader.read, *args)
+
+    async def _body(self, read: ReadRequest, scope: Scope) -> bytes:
+        """The body for the route, with handles in the place of media; empty if the route takes the
+        document, which is then stored in `scope`."""
+        read.place_handles()
+        if path_of(scope) in self._parsed and (document := read.whole()) is not None:
+            set_document(scope, document)
+            return b""
+        return read.written() if read.is_small else await in_thread(read.written)
 
     async def _read(
-        self, headers: dict[bytes, bytes], receive: Receive, max_bytes: int
+        self, scope: Scope, receive: Receive, max_bytes: int, share: Share
     ) -> list[bytes]:
-        """The chunks of the whole body. Memory grows with the bytes that arrive, not with the
-        announced length."""
-        announced = headers.get(b"content-length", b"")
-        _check(int(announced) if announced.isdigit() else 0, max_bytes)
+        """The chunks of the whole body. Memory grows with the bytes that arrive, but `share` has
+        the announced length from the start: if it grew too, bodies would wait for one another."""
+        given = value_of(scope, b"content-length")
+        announced = int(given) if given.isdigit() else 0
+        _check(announced, max_bytes)
+        if announced > SMALL_BODY_BYTES:
+            await share.grow(announced)
         chunks: list[bytes] = []
         received = 0
+        begin = time.monotonic()
         while True:
-            try:
-                async with asyncio.timeout(self._timeout_s):
-                    message = await receive()
-            except TimeoutError:
-                raise RequestTimeout(
-                    f"no data of the request body arrived for {self._timeout_s:g} s"
-                ) from None
+            if received > SMALL_BODY_BYTES:
+                await self._turns.next()
+            message = await self._next(receive)
             if message["type"] == "http.disconnect":
                 raise _ClientLeft
             chunk = message.get("body", b"")
@@ -128,22 +201,38 @@ class BodyReader:
             chunks.append(chunk)
             if not message.get("more_body"):
                 return chunks
+            self._check_rate(received, time.monotonic() - begin)
+            if received > max(announced, SMALL_BODY_BYTES):  # sent in chunks, of unknown length
+                await share.grow(min(2 << received.bit_length(), max_bytes))
+
+    async def _next(self, receive: Receive) -> Message:
+        """The next message. Most requests have arrived as a whole, and need no time limit."""
+        step = Begun(receive())
+        if step.begin():
+            return step.result
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await step.rest()
+        except TimeoutError:
+            raise RequestTimeout(
+                f"no data of the request body arrived for {self._timeout_s:g} s"
+            ) from None
+
+    def _check_rate(self, received: int, seconds: float) -> None:
+        if seconds > _RATE_GRACE_S and received < self._min_rate * seconds:
+            raise RequestTimeout(
+                f"the request body arrived at less than {self._min_rate} bytes per second"
+            )
 
 
 async def _joined(chunks: list[bytes], size: int) -> bytes:
     """Join the chunks, and clear them so that the body is not held twice."""
-    if size < _SMALL_BODY_BYTES or len(chunks) == 1:
+    if size < SMALL_BODY_BYTES or len(chunks) == 1:
         body = b"".join(chunks)
     else:
         body = await in_thread(b"".join, chunks)
     chunks.clear()
     return body
-
-
-def _path(scope: Scope) -> str:
-    """The path below the root path, as in the routes."""
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
 
 
 def _check(nbytes: int, max_bytes: int) -> None:
@@ -155,8 +244,7 @@ def _check(nbytes: int, max_bytes: int) -> None:
 
 def _is_json(scope: Scope) -> bool:
     """Whether FastAPI will parse the body as JSON: it has a JSON type, a `+json` type or none."""
-    given: bytes = dict(scope["headers"]).get(b"content-type", b"").lower()
-    media_type = given.partition(b";")[0].strip()
+    media_type = value_of(scope, b"content-type").lower().partition(b";")[0].strip()
     if not media_type:
         return True
     return media_type.startswith(b"application/") and media_type.endswith((b"/json", b"+json"))

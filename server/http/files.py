@@ -91,7 +91,6 @@ async def file_content(file_id: str, raw_request: Request) -> StreamingResponse:
     headers = {
         "Content-Length": str(file.size),
         "Content-Disposition": f"attachment; filename*=utf-8''{quote(file.filename, safe='')}",
-        "X-Content-Type-Options": "nosniff",
     }
     return StreamingResponse(
         _chunks(content), media_type="application/octet-stream", headers=headers

@@ -50,17 +50,23 @@ async def image_tokens(body: ImageTokensRequest, raw_request: Request) -> dict[s
     loader: MediaLoader = raw_request.app.state.loader
     if not context.media and not body.images:
         raise ClientError("the request has no images", param="messages")
-    sized = []
+    sized, paths = [], []
     for ref in context.media:
         if not ref.images:
             raise ClientError(f"a {ref.kind} part has no image tokens", param=ref.path)
         sized += [(image.size, image.options) for image in ref.images]
-    for named in body.images:
-        check_size((named.width, named.height), loader.limits.image)
-        options = ImageOptions(named.detail, named.max_tokens)
-        sized.append(((named.width, named.height), options))
+        paths += [image.path for image in ref.images]
+    for index, named in enumerate(body.images):
+        size, path = (named.width, named.height), f"images[{index}]"
+        try:
+            check_size(size, loader.limits.image)
+        except ClientError as error:
+            error.param = path
+            raise
+        sized.append((size, ImageOptions(named.detail, named.max_tokens)))
+        paths.append(path)
     engine = raw_request.app.state.engine_client
-    costs = await image_costs(engine, sized, context.max_image_tokens)
+    costs = await image_costs(engine, sized, paths, context.max_image_tokens)
     rows = [
         {"index": index, **detail(image), "kv_bytes": kv_bytes}
         for index, (image, kv_bytes) in enumerate(costs)

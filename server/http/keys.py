@@ -8,19 +8,27 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.errors import AdminKeyRequired, CannotStart, InvalidApiKey
+from server.errors import (
+    AdminKeyRequired,
+    CannotStart,
+    InvalidApiKey,
+    SaccadeError,
+    ScopeMissing,
+)
 from server.http import key_file
 from server.http.errors import respond
 from server.http.key_file import BadKeys, KeyTable, Version
-from server.http.scope import record_of
+from server.http.scope import path_of, record_of, set_quotas
 from server.request import groups
+from server.request.limits import Quota
 from server.settings import AccessSettings
 
 log = logging.getLogger("saccade.api")
@@ -28,6 +36,22 @@ log = logging.getLogger("saccade.api")
 # The group of the keys that are given by `--api-key` in addition to a file.
 DEFAULT_GROUP = "default"
 _CHECK_INTERVAL_S = 1.0
+# Orchestrators ask without a key whether the server is alive.
+_PROBES = frozenset({"/health", "/ready", "/ping"})
+
+
+class Grant(NamedTuple):
+    """What an API key may do.
+
+    Attributes:
+        group: the group of the key.
+        quotas: the limits of the group and of the key.
+        scopes: what the key is restricted to; None: everything that needs no admin key.
+    """
+
+    group: str
+    quotas: tuple[Quota, ...] = ()
+    scopes: frozenset[key_file.Scope] | None = None
 
 
 class KeyRing:
@@ -46,12 +70,14 @@ class KeyRing:
         self._given = KeyTable(admins=admins)
         self._version: Version | None = None
         self._check_at = 0.0
+        digests = [key_file.digest(key) for key in keys]
         if path is None:
-            self._table = self._given
+            open_to = {key: groups.ANONYMOUS for key in digests if key not in admins}
+            self._table = KeyTable(open_to, admins=admins)
             return
-        groups = {key_file.digest(key): DEFAULT_GROUP for key in keys}
+        in_default = dict.fromkeys(digests, DEFAULT_GROUP)
         try:
-            self._given = KeyTable(groups).joined(self._given)
+            self._given = KeyTable(in_default).joined(self._given)
             self._table, self._version = self._read(path)
         except BadKeys as error:
             raise CannotStart(f"--api-keys-file {path}: {error}") from None
@@ -64,14 +90,22 @@ class KeyRing:
         return self._path is not None
 
     @property
+    def has_keys(self) -> bool:
+        return bool(self._table.groups or self._table.admins)
+
+    @property
     def has_admins(self) -> bool:
         return bool(self._table.admins)
 
-    async def group_of(self, key: str) -> str | None:
-        """The group of `key`; None if it is unknown."""
+    async def grant_of(self, key: str) -> Grant | None:
+        """What `key` may do; None if it is unknown."""
         await self._refresh()
-        digest = key_file.digest(key)
-        return groups.ADMIN if digest in self._table.admins else self._table.groups.get(digest)
+        digest, table = key_file.digest(key), self._table
+        if digest in table.admins:
+            return Grant(groups.ADMIN)
+        if (group := table.groups.get(digest)) is None:
+            return None
+        return Grant(group, table.quotas.get(digest, ()), table.scopes.get(digest))
 
     async def is_admin(self, key: str) -> bool:
         await self._refresh()
@@ -118,7 +152,10 @@ def key_ring(access: AccessSettings, given: Sequence[str], *, keeps_responses: b
             "--api-keys-file: all groups would share the responses that "
             "VLLM_ENABLE_RESPONSES_API_STORE keeps"
         )
-    return KeyRing(access.api_keys_file, given, _admin_key(access))
+    ring = KeyRing(access.api_keys_file, given, _admin_key(access))
+    if access.keys_for_all_routes and not ring.has_keys:
+        raise CannotStart("--keys-for-all-routes needs --api-key, --admin-key or --api-keys-file")
+    return ring
 
 
 def keys_for_vllm(access: AccessSettings, given: Sequence[str]) -> list[str]:
@@ -136,20 +173,34 @@ def _admin_key(access: AccessSettings) -> str | None:
 class ApiKeys:
     """Checks the keys of requests to guarded paths, and notes the group of the key."""
 
-    def __init__(self, app: ASGIApp, ring: KeyRing, guarded: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        ring: KeyRing,
+        guarded: tuple[str, ...],
+        priority_header: bytes | None = None,
+        reserved: Collection[str] = (),
+        files: str = "/v1/files",
+    ) -> None:
         """`guarded` are prefixes of paths, below the root path, that need a key for GET and HEAD
-        too. Other methods need a key on every path."""
+        too; "" guards all but probes. Other methods need a key on every path. `priority_header` is
+        the header by which the route takes the priority of a request; None if the engine has no
+        priorities. `reserved` are paths for admin keys only, and `files` is the path of the Files
+        API."""
         self._app = app
         self._ring = ring
         self._guarded = guarded
+        self._priority_header = priority_header
+        self._reserved = frozenset(reserved)
+        self._files = files
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
         key = _presented(Headers(scope=scope))
-        group = await self._ring.group_of(key) if key else None
-        if group is None and self._needs_key(scope):
+        grant = await self._ring.grant_of(key) if key else None
+        if grant is None and self._needs_key(scope):
             response = respond(
                 InvalidApiKey(
                     "the API key is unknown"
@@ -160,14 +211,46 @@ class ApiKeys:
             response.headers["WWW-Authenticate"] = "Bearer"
             await response(scope, receive, send)
             return
-        record_of(scope).key_group = group or groups.ANONYMOUS
+        if key and (error := self._forbidden(scope, grant)) is not None:
+            await respond(error)(scope, receive, send)
+            return
+        if self._ring.has_groups:
+            record_of(scope).key_group = grant.group if grant else groups.ANONYMOUS
+        if grant is not None and grant.quotas:
+            set_quotas(scope, grant.quotas)
+            self._set_priority(scope, grant.quotas)
         await self._app(scope, receive, send)
 
+    def _forbidden(self, scope: Scope, grant: Grant | None) -> SaccadeError | None:
+        """Why a key may not use the route; None if it may. `grant` is None if it is unknown."""
+        path = path_of(scope)
+        if path in self._reserved and (grant is None or grant.group != groups.ADMIN):
+            return AdminKeyRequired("this route changes the server: it needs an admin key")
+        scopes = grant.scopes if grant is not None else None
+        if scopes is None or scope.get("method") == "OPTIONS":
+            return None
+        needed: key_file.Scope = "inference"
+        if path == self._files or path.startswith(self._files + "/"):
+            needed = "ingest"
+        elif scope.get("method") in ("GET", "HEAD"):
+            return None
+        if needed in scopes:
+            return None
+        return ScopeMissing(f"this route needs an API key with the scope {needed!r}")
+
+    def _set_priority(self, scope: Scope, quotas: tuple[Quota, ...]) -> None:
+        """Give the request the priority of its key, or else of its group, whatever it asks for."""
+        name = self._priority_header
+        given = [each.limits.priority for each in quotas if each.limits.priority is not None]
+        if name is not None and given:
+            kept = [header for header in scope["headers"] if header[0] != name]
+            scope["headers"] = [*kept, (name, str(given[-1]).encode())]
+
     def _needs_key(self, scope: Scope) -> bool:
-        path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = path_of(scope)
         method = scope.get("method")
         if method in ("GET", "HEAD"):  # health, metrics, docs
-            return path.startswith(self._guarded)
+            return path.startswith(self._guarded) and path not in _PROBES
         return method != "OPTIONS"
 
 

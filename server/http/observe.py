@@ -9,27 +9,33 @@ A failure to record a request is logged and does not affect its answer.
 import asyncio
 import logging
 import re
+import secrets
 import time
-import uuid
 from collections.abc import Iterable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.errors import CODES
+from server.errors import CODES, DeadlineExceeded, ServerBusy
 from server.http.answer import ID_HEADER, Answer
 from server.http.client import Client
-from server.http.scope import set_record
+from server.http.errors import INTERNAL, as_clients
+from server.http.scope import set_direct_send, set_record, take_connection
 from server.telemetry import log, metrics, tracing
-from server.telemetry.record import Record, Times
+from server.telemetry.record import OUTCOMES, Record, Times
 from server.telemetry.stages import Stage
 
 _log = logging.getLogger("saccade.observe")
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9._:=+/-]{1,128}\Z")
 _PATH_LENGTH = 200
+# A client's own deadline in seconds, from the start of its request.
+_TIMEOUT_HEADER = b"x-request-timeout"
+_SECONDS = re.compile(rb"[0-9]{1,9}(?:\.[0-9]{1,9})?")
 # Machines request these all the time; they are logged only if they fail.
 _PROBES = frozenset({"/health", "/ready", "/ping", "/load", "/metrics", "/version"})
 
+_SHUTTING_DOWN = ServerBusy("the server is shutting down")
+_REQUESTS = {outcome: metrics.requests.labels(outcome) for outcome in OUTCOMES}
 _REQUEST_STAGE = {stage: metrics.request_stage.labels(stage) for stage in Stage}
 
 
@@ -47,10 +53,14 @@ class Observed:
         unlogged: Iterable[str] = (),
         traced: bool,
         aborted: Iterable[str] = (),
+        request_timeout_s: float | None = None,
+        streams_directly: bool = True,
     ) -> None:
         """`routes` are paths that may name spans, `unlogged` those without a line in the log, and
         `aborted` those whose work is cancelled when the client leaves; all below `root_path`. With
-        `traced`, the process has a tracer provider."""
+        `traced`, the process has a tracer provider. `request_timeout_s` is the longest time
+        that the work of `aborted` may take. With `streams_directly`, no layer in between
+        reads or changes the body of a stream."""
         self._app = app
         self._root_path = root_path
         self._routes = frozenset(routes)
@@ -58,30 +68,43 @@ class Observed:
         self._log_requests = log_requests
         self._unlogged = frozenset(unlogged)
         self._aborted = frozenset(aborted)
+        self._request_timeout_s = request_timeout_s
+        self._streams_directly = streams_directly
         self._tracing = tracing.Tracing() if traced else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        connection = take_connection(scope)
         record = self._record(scope)
         is_work = record.method == "POST"
         scope = self._scope(scope, record, is_work=is_work)
+        record.deadline = self._deadline(scope, record)
         answer = Answer(record, send, server_timing=self._server_timing and is_work)
-        client = Client(receive, record, answer, aborts=record.path in self._aborted)
+        if self._streams_directly:
+            set_direct_send(scope, answer.send)
+        aborts = record.path in self._aborted
+        client = Client(receive, record, answer, connection if aborts else None)
         if is_work:
             metrics.requests_in_flight.inc()
         try:
             await self._app(scope, client.receive, answer.send)
+            if answer.was_cancelled:
+                await answer.fail(_SHUTTING_DOWN)
         except asyncio.CancelledError:
             if not client.forgive_cancelling():
+                await answer.fail(_SHUTTING_DOWN)
                 raise
-        except Exception:
-            if record.left_in is None:
+        except Exception as error:
+            if record.left_in is None and not client.is_late:
                 _log.exception("request %s failed: %s %s", record.id, record.method, record.path)
-                await answer.fail()
+                await answer.fail(as_clients(error) if answer.has_begun else INTERNAL)
         finally:
             client.stop_watching()
+            if client.is_late:
+                client.forgive_cancelling()  # the work may have taken it for the client's leaving
+                await answer.fail(_exceeded(record, client.late_in))
             if is_work:
                 metrics.requests_in_flight.dec()
             try:
@@ -94,7 +117,7 @@ class Observed:
         path = scope["path"].removeprefix(self._root_path)[:_PATH_LENGTH]
         client = scope.get("client")
         return Record(
-            id=given if _SAFE_ID.match(given) else uuid.uuid4().hex,
+            id=given if _SAFE_ID.match(given) else secrets.token_hex(16),
             method=scope["method"],
             path=path,
             route=path if path in self._routes else None,
@@ -105,7 +128,8 @@ class Observed:
         """`scope` with the record, and with headers that carry its id and its span."""
         scope = {**scope}
         set_record(scope, record)
-        if _ids(scope) not in ([], [record.id.encode()]):
+        given = _ids(scope)
+        if len(given) == 1 and given != [record.id.encode()]:  # several are refused (`headers.py`)
             kept = [item for item in scope["headers"] if item[0] != ID_HEADER]
             scope["headers"] = [*kept, (ID_HEADER, record.id.encode())]
         if is_work:
@@ -116,6 +140,17 @@ class Observed:
             except Exception:
                 _log.exception("failed to trace a request")
         return scope
+
+    def _deadline(self, scope: Scope, record: Record) -> float | None:
+        """When the work has to end, on `time.monotonic()`; None: never."""
+        if record.path not in self._aborted:
+            return None
+        most = self._request_timeout_s
+        for name, value in scope["headers"]:
+            if name == _TIMEOUT_HEADER and _SECONDS.fullmatch(value):
+                asked = float(value)
+                most = asked if most is None else min(most, asked)
+        return None if most is None else record.timeline.start + most
 
     def _finish(self, record: Record, times: Times | None, *, is_work: bool) -> None:
         if times is None:
@@ -133,14 +168,22 @@ class Observed:
         return record.path in _PROBES and record.outcome == "answered"
 
 
+def _exceeded(record: Record, stage: Stage | None) -> DeadlineExceeded:
+    seconds = time.monotonic() - record.timeline.start
+    return DeadlineExceeded(
+        f"the request was not answered within {seconds:.3g} s, its deadline; "
+        f"it was in the stage {stage}"
+    )
+
+
 def _ids(scope: Scope) -> list[bytes]:
-    """All ids that the client gave the request, of which the first counts."""
+    """All ids that the client gave the request, which may have one at most."""
     return [value for name, value in scope["headers"] if name == ID_HEADER]
 
 
 def _measure(record: Record, times: Times) -> None:
     outcome = record.outcome
-    metrics.requests.labels(outcome).inc()
+    _REQUESTS[outcome].inc()
     if outcome == "cancelled":
         metrics.cancellations.labels(record.left_in).inc()
         return

@@ -5,12 +5,15 @@ outermost layer cancels the task of the request (`http/client.py`). vLLM's route
 every error that is raised below it into a 500.
 """
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from http import HTTPStatus
-from typing import Any
+from typing import Any, get_type_hints
 
 from fastapi import APIRouter, Depends, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
 from starlette.datastructures import State
 
 from server import __version__
@@ -29,11 +32,43 @@ from server.engine.vllm_http import (
     with_sse_keep_alive,
 )
 from server.errors import Unavailable, error_body
+from server.http.errors import OF_VALIDATORS, unfit
 from server.http.keys import require_admin
+from server.http.scope import document_of
 from server.http.stream import EventStream
 from server.ingest.fetch_cache import FetchCache
 
-conversations = APIRouter(dependencies=[Depends(validate_json_request)])
+
+class ParsedRoute(APIRoute):
+    """A route `endpoint(request: Model, raw_request: Request)` whose model is made of the document
+    that the body reader has parsed. FastAPI would parse the body once more, and resolve the
+    parameters of the endpoint for each request."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        standard = super().get_route_handler()
+        endpoint: Callable[[BaseModel, Request], Awaitable[Response]] = self.endpoint
+        model: type[BaseModel] = get_type_hints(endpoint)["request"]
+        body = self.dependant.body_params[0]._type_adapter
+
+        async def handle(raw_request: Request) -> Response:
+            document = document_of(raw_request.scope)
+            if document is None:
+                return await standard(raw_request)
+            await validate_json_request(raw_request)
+            try:
+                request: BaseModel = body.validate_python(document)
+            except ValidationError as error:
+                errors = error.errors(include_url=False)
+                in_body = [{**found, "loc": ("body", *found["loc"])} for found in errors]
+                raise RequestValidationError(in_body, body=document) from None
+            except OF_VALIDATORS as error:
+                raise unfit(error, model, document) from error
+            return await endpoint(request, raw_request)
+
+        return handle
+
+
+conversations = APIRouter(dependencies=[Depends(validate_json_request)], route_class=ParsedRoute)
 status = APIRouter()
 caches = APIRouter(prefix="/v1/cache", dependencies=[Depends(require_admin)])
 
@@ -125,11 +160,14 @@ class _Load:
 
 @status.get("/health")
 async def health(request: Request) -> Response:
-    """200 while the engine is alive, 503 when it has died. Cheap enough for liveness probes."""
+    """200 while the engine is alive and moves, 503 when it has died or has not answered for long.
+    Cheap enough for liveness probes."""
     try:
         await request.app.state.engine_client.check_health()
     except EngineDeadError:
         return _unavailable("the engine has died")
+    if request.app.state.heartbeat.stalled:
+        return _unavailable("the engine does not answer")
     return Response(status_code=200)
 
 
@@ -146,6 +184,8 @@ def unreadiness(state: State) -> str | None:
         return "the server is shutting down"
     if state.engine_client.errored:
         return "the engine has died"
+    if state.heartbeat.stalled:
+        return "the engine does not answer"
     if state.image_pool is not None and not state.image_pool.ready:
         return "no image worker is available"
     return None

@@ -1,12 +1,20 @@
-"""The record and the context of a request, in its ASGI scope."""
+"""What the layers of the server know of a request, in its ASGI scope."""
 
-from starlette.types import Scope
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from starlette.types import Scope, Send
 
 from server.request.context import RequestContext
+from server.request.limits import Quota
 from server.telemetry.record import Record
 
+_CONNECTION = "saccade.connection"
 _RECORD = "saccade.record"
 _CONTEXT = "saccade.context"
+_DOCUMENT = "saccade.document"
+_QUOTAS = "saccade.quotas"
+_SEND = "saccade.send"
 
 
 def set_record(scope: Scope, record: Record) -> None:
@@ -40,3 +48,60 @@ def context_of(scope: Scope) -> RequestContext:
     """
     context: RequestContext = scope[_CONTEXT]
     return context
+
+
+def path_of(scope: Scope) -> str:
+    """The path below the root path, as in the routes."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
+def set_quotas(scope: Scope, quotas: tuple[Quota, ...]) -> None:
+    """Store the limits of the request's key; the check of keys does it."""
+    scope[_QUOTAS] = quotas
+
+
+def quotas_of(scope: Scope) -> tuple[Quota, ...]:
+    """The limits of the request's key and of its group."""
+    quotas: tuple[Quota, ...] = scope.get(_QUOTAS, ())
+    return quotas
+
+
+def set_document(scope: Scope, document: dict[str, Any]) -> None:
+    """Store the body as a JSON object, with handles in the place of media."""
+    scope[_DOCUMENT] = document
+
+
+def document_of(scope: Scope) -> dict[str, Any] | None:
+    """The body as a JSON object; None if the route has to parse the body itself."""
+    document: dict[str, Any] | None = scope.get(_DOCUMENT)
+    return document
+
+
+def set_direct_send(scope: Scope, send: Send) -> None:
+    """Store where the body of a stream may go, past the layers that look at its start only."""
+    scope[_SEND] = send
+
+
+def direct_send(scope: Scope) -> Send | None:
+    """Where the body of a stream may go; None if it has to pass all layers."""
+    send: Send | None = scope.get(_SEND)
+    return send
+
+
+class Connection(Protocol):
+    """What a request sees of its connection. `on_leaving` is called when the client leaves."""
+
+    on_leaving: Callable[[], None] | None
+
+
+def set_connection(scope: Scope, connection: Connection) -> None:
+    """Store the connection; it does so itself."""
+    scope[_CONNECTION] = connection
+
+
+def take_connection(scope: Scope) -> Connection | None:
+    """The connection, which is in the scope no longer: else the two would wait for the garbage
+    collector. None with another server."""
+    connection: Connection | None = scope.pop(_CONNECTION, None)
+    return connection

@@ -11,7 +11,7 @@ import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.http.errors import with_length
-from server.http.scope import context_of
+from server.http.scope import context_of, direct_send, set_direct_send
 from server.request.context import RequestContext, ShownImage
 
 _PATHS = ("/v1/chat/completions", "/v1/responses", "/v1/messages")
@@ -29,7 +29,23 @@ class ImageUsage:
         if scope["type"] != "http" or not scope["path"].endswith(_PATHS):
             await self._app(scope, receive, send)
             return
-        await self._app(scope, receive, _Completing(context_of(scope), send).send)
+        context = context_of(scope)
+        if (direct := direct_send(scope)) is not None:
+            set_direct_send(scope, _CompletingStream(context, direct).send)
+        await self._app(scope, receive, _Completing(context, send).send)
+
+
+class _CompletingStream:
+    """Passes the body of a stream on, and parses only the events that have a usage."""
+
+    def __init__(self, request: RequestContext, send: Send) -> None:
+        self._request = request
+        self._send = send
+
+    def send(self, message: Message) -> Awaitable[None]:
+        if _USAGE in (body := message.get("body", b"")):
+            message = {**message, "body": _completed_events(body, self._request)}
+        return self._send(message)
 
 
 class _Completing:
@@ -39,6 +55,7 @@ class _Completing:
     def __init__(self, request: RequestContext, send: Send) -> None:
         self._request = request
         self._send = send
+        self._stream = _CompletingStream(request, send)
         self._is_stream = False
         self._start: Message | None = None
         self._body = bytearray()
@@ -51,8 +68,8 @@ class _Completing:
                 return self._hold(message)
         elif self._start is not None:
             return self._collect(message)
-        elif self._is_stream and _USAGE in (body := message.get("body", b"")):
-            message = {**message, "body": _completed_events(body, self._request)}
+        elif self._is_stream:
+            return self._stream.send(message)
         return self._send(message)
 
     async def _hold(self, start: Message) -> None:

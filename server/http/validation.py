@@ -5,10 +5,15 @@ missing field. This module chooses the form that the value comes closest to, and
 error.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fastapi.exceptions import RequestValidationError
+from pydantic import TypeAdapter
+from pydantic_core import SchemaValidator
+
+from server.http import fail_fast
 
 # Fields that determine which of several forms a value has.
 _TAGS = ("type", "role")
@@ -38,10 +43,33 @@ def explained(error: RequestValidationError) -> tuple[str, str | None]:
         why = errors[0].get("ctx", {}).get("error", "")
         return f"the body is not valid JSON: {why}", None
     loc = errors[0]["loc"]
+    if isinstance(error.body, dict) and len(loc) > 1 and isinstance(loc[1], int):
+        # An item of a list in a message, which vLLM validates without its place.
+        param = "messages" if "messages" in error.body else "input"
+        return f"{param}: a part of a message has a wrong type or form", param
     value = error.body if loc[:1] == ("body",) else _names([each["loc"] for each in errors])
     problem = _closest([_Problem(tuple(each["loc"][1:]), each) for each in errors], value)
     param = _param(problem.path)
     return _message(problem, param), param or None
+
+
+@functools.cache
+def _validator(model: Any, name: str) -> SchemaValidator:
+    """The validator of one field of a model."""
+    return fail_fast.validator(TypeAdapter(model.model_fields[name].annotation))
+
+
+def unfit_field(model: Any, body: Any) -> str | None:
+    """The first field of `body` whose value has a wrong type by itself, for a route that takes
+    `model` as its body; None if there is none."""
+    declared = getattr(model, "model_fields", {})
+    for name, value in body.items() if isinstance(body, dict) else ():
+        if name in declared:
+            try:
+                _validator(model, name).validate_python(value)
+            except Exception:  # validators of parts of the value may fail as well
+                return str(name)
+    return None
 
 
 def _closest(problems: Sequence[_Problem], value: Any) -> _Problem:
@@ -62,14 +90,21 @@ def _of_forms(problems: Sequence[_Problem], value: Any) -> _Problem:
     """The problem of the form that `value` comes closest to."""
     forms: dict[str | int, list[_Problem]] = {}
     for path, error in problems:
+        label = None
         while path and str(path[0]).startswith(_WRAPPERS):
-            path = path[1:]
-        if path:
+            label, path = path[0], path[1:]
+        # Wrapped forms may all have the same name.
+        is_inside = path and (_is_child(path[0], value) or _is_missing(_Problem(path, error)))
+        if label is not None and is_inside:  # the wrapper is of the form itself
+            forms.setdefault(label, []).append(_Problem(path, error))
+        elif path:
             forms.setdefault(path[0], []).append(_Problem(path[1:], error))
     candidates = [form for form in forms.values() if not any(map(_is_other_form, form))]
     if candidates:
         # The form with the deepest problem fits best.
-        return _closest(min(candidates, key=lambda form: (-_depth(form), len(form))), value)
+        form = min(candidates, key=lambda form: (-_depth(form), len(form)))
+        form.sort(key=_is_missing)  # the value may be meant for a form that does not lack it
+        return _closest(form, value)
     tagged = {each.path[0] for form in forms.values() for each in form if _is_of_tag(each)}
     if isinstance(value, dict) and tagged:
         names = [tag for tag in _TAGS if tag in tagged]

@@ -10,7 +10,7 @@ from server.errors import ImageFrameMissing, InvalidFile, TooManyImages
 from server.imaging.encoded import EncodedImage, check_bytes, check_size, digest, encoded
 from server.imaging.header import ImageHeader
 from server.request.media import MediaLimits, MediaRef
-from server.telemetry.stages import Timeline
+from server.telemetry.record import Record
 
 _PDF_MAGIC = b"%PDF-"
 # Other bytes may precede the header of a PDF; readers look for it in this many bytes.
@@ -22,13 +22,13 @@ class Inspector(Protocol):
     """Inspects files. The image pool implements it, in its workers."""
 
     async def inspect_pdf(
-        self, data: bytes, max_pages: int, timeline: Timeline
+        self, data: bytes, max_pages: int, record: Record
     ) -> tuple[Sequence[tuple[float, float]], int]:
         """(width, height) in points of each of the first `max_pages` pages, and the number of all
         pages."""
         ...
 
-    async def count_frames(self, data: bytes, timeline: Timeline) -> int:
+    async def count_frames(self, data: bytes, record: Record) -> int:
         """The number of frames of an animation."""
         ...
 
@@ -45,7 +45,7 @@ class Expander:
         self._inspector = inspector
         self._limits = limits
 
-    async def check_upload(self, data: bytes, timeline: Timeline) -> None:
+    async def check_upload(self, data: bytes, record: Record) -> None:
         """Check a file before it is stored, by the rules for images and PDFs.
 
         Raises:
@@ -53,14 +53,14 @@ class Expander:
         """
         check_bytes(len(data), self._limits.image)
         if is_pdf(data):
-            await self._inspector.inspect_pdf(data, 1, timeline)
+            await self._inspector.inspect_pdf(data, 1, record)
         else:
             await in_thread(encoded, data, self._limits.image)
 
     # ------------------------------------------------------------------ frames
 
     async def frames(
-        self, image: EncodedImage, ref: MediaRef, timeline: Timeline
+        self, image: EncodedImage, ref: MediaRef, record: Record
     ) -> list[EncodedImage]:
         """The frames of `image` that `ref` selects; by default the first.
 
@@ -72,28 +72,26 @@ class Expander:
         if ref.kind == "file" and wanted is not None:
             raise InvalidFile("the file is an image and has no pages")
         if isinstance(wanted, int):
-            wanted = await self._spread(image, wanted, timeline)
+            wanted = await self._spread(image, wanted, record)
         if wanted is None:
             return [replace(image, options=ref.options, path=ref.path)]
         if len(wanted) > self._limits.max_frames:
             raise _too_many("frames", self._limits.max_frames)
         return [self._at(image, ref, frame) for frame in wanted]
 
-    async def _spread(
-        self, image: EncodedImage, wanted: int, timeline: Timeline
-    ) -> tuple[int, ...]:
+    async def _spread(self, image: EncodedImage, wanted: int, record: Record) -> tuple[int, ...]:
         """The numbers of `wanted` evenly spaced frames, including the first and the last; of all
         frames if there are fewer."""
         if wanted > self._limits.max_frames:
             raise _too_many("frames", self._limits.max_frames)
         if not image.header.animated or wanted == 1:
             return (0,)
-        count = await self._inspector.count_frames(image.data, timeline)
+        count = await self._inspector.count_frames(image.data, record)
         return _evenly(count, wanted)
 
     # ------------------------------------------------------------------ pages
 
-    async def pages(self, data: bytes, ref: MediaRef, timeline: Timeline) -> list[EncodedImage]:
+    async def pages(self, data: bytes, ref: MediaRef, record: Record) -> list[EncodedImage]:
         """The pages of a PDF that `ref` selects; by default all.
 
         Raises:
@@ -109,10 +107,10 @@ class Expander:
             raise InvalidFile("a PDF cannot have a uuid, which names a single image")
         name = await in_thread(digest, data)
         if isinstance(wanted, int):
-            _, count = await self._inspector.inspect_pdf(data, 1, timeline)
+            _, count = await self._inspector.inspect_pdf(data, 1, record)
             wanted = _evenly(count, wanted)
         first = max(wanted, default=0) + 1 if wanted is not None else most
-        sizes, count = await self._inspector.inspect_pdf(data, first, timeline)
+        sizes, count = await self._inspector.inspect_pdf(data, first, record)
         if wanted is None and count > most:
             raise TooManyImages(
                 f"the file has {count} pages, the limit is {most}; select some with `pages`"

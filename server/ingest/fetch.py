@@ -3,9 +3,9 @@
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextvars import Context
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -69,12 +69,32 @@ class _FlightKey(NamedTuple):
     max_bytes: int
 
 
-@dataclass
-class _Flight:
-    """A fetch in progress, with the number of callers that wait for it."""
+OnSize = Callable[[int], None]
 
-    task: asyncio.Task[bytes]
+
+@dataclass(eq=False)
+class _Flight:
+    """A fetch in progress, with the number of callers that wait for it. `size` is what the server
+    announced, in bytes; `on_size` are told of it."""
+
+    key: _FlightKey
+    task: asyncio.Task[bytes] = field(init=False)
     waiters: int = 0
+    size: int | None = None
+    on_size: list[OnSize] = field(default_factory=list)
+
+    def announce(self, size: int) -> None:
+        """Note the size of the file."""
+        self.size = size
+        for tell in self.on_size:
+            tell(size)
+
+    def tell(self, on_size: OnSize) -> None:
+        """Call `on_size` with the size of the file once it is known."""
+        if self.size is None:
+            self.on_size.append(on_size)
+        else:
+            on_size(self.size)
 
 
 class Fetcher:
@@ -117,8 +137,15 @@ class Fetcher:
         await self._http.close()
         await self._system_lookup.close()
 
-    async def fetch(self, url: str, group: str, max_bytes: int | None = None) -> bytes:
+    async def fetch(
+        self,
+        url: str,
+        group: str,
+        max_bytes: int | None = None,
+        on_size: OnSize = lambda size: None,
+    ) -> bytes:
         """Fetch the file at `url`, of at most `max_bytes` (default: the limit in the settings).
+        `on_size` is called before the file is read, if its server announces the size.
 
         Callers of the same `group` of API keys that ask for the same file at the same time share
         one fetch, under the deadline of the first. It is cancelled when all of them have left.
@@ -131,6 +158,7 @@ class Fetcher:
         key = _FlightKey(group, url, most)
         flight = self._flights.get(key) or self._start(key)
         flight.waiters += 1
+        flight.tell(on_size)
         try:
             await asyncio.wait([flight.task])
         finally:
@@ -147,9 +175,10 @@ class Fetcher:
 
     def _start(self, key: _FlightKey) -> _Flight:
         # In an empty context, so that the flight does not keep the first request's data alive.
-        task = asyncio.get_running_loop().create_task(self._load(key), context=Context())
-        flight = self._flights[key] = _Flight(task)
+        flight = self._flights[key] = _Flight(key)
+        task = asyncio.get_running_loop().create_task(self._load(flight), context=Context())
         task.add_done_callback(lambda _: self._forget(key, flight))
+        flight.task = task
         return flight
 
     def _forget(self, key: _FlightKey, flight: _Flight) -> None:
@@ -158,29 +187,30 @@ class Fetcher:
         if flight.task.done() and not flight.task.cancelled():
             flight.task.exception()  # marks it as retrieved: without waiters, the loop would log it
 
-    async def _load(self, key: _FlightKey) -> bytes:
+    async def _load(self, flight: _Flight) -> bytes:
         timeout_s = self._settings.timeout_s
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._follow(key)
+                return await self._follow(flight)
         except TimeoutError:
             message = f"the image was not fetched within {timeout_s:g} s"
             raise ImageFetchTimeout(message) from None
 
-    async def _follow(self, key: _FlightKey) -> bytes:
-        url = check_url(key.url)
+    async def _follow(self, flight: _Flight) -> bytes:
+        url = check_url(flight.key.url)
         redirects = self._settings.max_redirects
         for _ in range(redirects + 1):
-            found = await self._hop(key.group, url, key.max_bytes)
+            found = await self._hop(flight, url)
             if isinstance(found, bytes):
                 return found
             url = found
         raise ImageFetchFailed(f"the image's server redirected more than {redirects} times")
 
-    async def _hop(self, group: str, url: httpx.URL, max_bytes: int) -> bytes | httpx.URL:
+    async def _hop(self, flight: _Flight, url: httpx.URL) -> bytes | httpx.URL:
         """The body at `url`, or the URL that it redirects to."""
+        group, _, max_bytes = flight.key
         check_host(_host(url), self._policy)  # also before a cached image is served
-        ask = functools.partial(self._get, group, url, max_bytes)
+        ask = functools.partial(self._get, flight, url)
         if self.cache is None:
             response = await ask(())
             return response.body if isinstance(response, FetchedResponse) else response
@@ -190,10 +220,11 @@ class Fetcher:
         return found
 
     async def _get(
-        self, group: str, url: httpx.URL, max_bytes: int, conditions: Sequence[HttpHeader]
+        self, flight: _Flight, url: httpx.URL, conditions: Sequence[HttpHeader]
     ) -> FetchedResponse | httpx.URL:
         """The response at `url`, with its body decompressed, or the URL that it redirects to."""
         host = _host(url)
+        group, _, max_bytes = flight.key
         origin = Origin(url.scheme, url.netloc.decode("ascii"), host, group)
         target = url.raw_path.decode("ascii")
         async with (
@@ -207,6 +238,8 @@ class Fetcher:
             if response.status == 304 and conditions:
                 return FetchedResponse(304, headers, b"")
             is_compressed = _check(response, max_bytes)
+            if response.content_length is not None and not is_compressed:
+                flight.announce(response.content_length)
             body = await read_body(response, max_bytes)
         if is_compressed:
             body = await asyncio.to_thread(inflated, body, max_bytes)

@@ -18,7 +18,7 @@ import aiohttp
 from yarl import URL
 
 from server import __version__
-from server.errors import ImageFetchFailed, ImageTooLarge
+from server.errors import ImageFetchFailed, ImageTooLarge, busy_for_files
 from server.ingest.freshness import HttpHeader
 from server.ingest.guard import GuardedResolver
 from server.ingest.http_protocol import BoundedConnector, NoResponse
@@ -97,6 +97,7 @@ class HttpClient:
 
         Raises:
             ImageUrlBlocked, ImageFetchFailed
+            ServerBusy: no file is free for the connection.
         """
         url = URL.build(scheme=origin.scheme, authority=origin.authority, path=target, encoded=True)
         assert url.raw_host == origin.host  # the host that was checked
@@ -108,7 +109,9 @@ class HttpClient:
                 except aiohttp.ClientSSLError:
                     message = "the secure connection to the image's server failed"
                     raise ImageFetchFailed(message) from None
-                except _NOT_REACHED:
+                except _NOT_REACHED as error:
+                    if (busy := busy_for_files(error)) is not None:
+                        raise busy from None
                     continue
                 except aiohttp.ClientError:
                     message = "the image's server did not send a valid HTTP response"

@@ -6,13 +6,11 @@ All parts of a request load concurrently. The first failure, or the end of the r
 others.
 """
 
-import asyncio
-import contextlib
 import math
 import os
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -25,7 +23,6 @@ from server.errors import (
     AudioTooLarge,
     FilesDisabled,
     ImageFetchFailed,
-    ImageFetchTimeout,
     ImageTooLarge,
     ImageUrlBlocked,
     SaccadeError,
@@ -38,6 +35,7 @@ from server.ingest.expand import Expander, is_pdf
 from server.ingest.fetch import Fetcher
 from server.ingest.files import FileStore
 from server.request import payloads
+from server.request.budgets import Item
 from server.request.context import RequestContext
 from server.request.media import Inline, MediaLimits, MediaRef, Remote, SentBefore, Uploaded
 from server.telemetry import metrics
@@ -85,18 +83,10 @@ class MediaLoader:
 
         Raises:
             ClientError: a part cannot be loaded; `param` is the path of the part.
-            ImageFetchTimeout: the deadline of the request has passed.
         """
         media = context.media
         self._check_uploads(context)
-        try:
-            async with asyncio.timeout_at(_on_loop(context.deadline)):
-                if len(media) == 1:
-                    await self._load(media[0], context)
-                else:
-                    await all_or_none([self._load(ref, context) for ref in media])
-        except TimeoutError:
-            raise ImageFetchTimeout("the deadline of the request has passed") from None
+        await all_or_none([self._load(ref, context) for ref in media])
         self._check_count(media)
 
     async def check_upload(self, data: bytes, context: RequestContext) -> None:
@@ -105,7 +95,7 @@ class MediaLoader:
         Raises:
             ClientError: a request with this file would be refused too.
         """
-        await self._expander.check_upload(data, context.record.timeline)
+        await self._expander.check_upload(data, context.record)
 
     def _check_uploads(self, context: RequestContext) -> None:
         """Refuse unknown files before anything is fetched."""
@@ -125,6 +115,15 @@ class MediaLoader:
                 raise TooManyImages(
                     f"the request has more than {most} images, which is the limit", param=ref.path
                 )
+
+    def _expected_bytes(self, ref: MediaRef, context: RequestContext, most: int) -> int:
+        """How large the file of `ref` may be, in bytes."""
+        source = ref.source
+        if isinstance(source, Inline):
+            return min(most, len(source.text))
+        if isinstance(source, Uploaded):
+            return min(most, self.files.get(context.group, source.file_id).size)
+        return most
 
     async def _load(self, ref: MediaRef, context: RequestContext) -> None:
         try:
@@ -147,11 +146,11 @@ class MediaLoader:
         data = await self._bytes(ref, context, self._limits.image.max_bytes)
         metrics.image_bytes.observe(len(data))
         if is_pdf(data):
-            images = await self._expander.pages(data, ref, context.record.timeline)
+            images = await self._expander.pages(data, ref, context.record)
         else:
             limits = self._limits.image
             image = encoded(data, limits) if is_small else await in_thread(encoded, data, limits)
-            images = await self._expander.frames(image, ref, context.record.timeline)
+            images = await self._expander.frames(image, ref, context.record)
         for image in images:
             metrics.image_pixels.observe(math.prod(image.size))
         if ref.uuid is not None:
@@ -163,9 +162,11 @@ class MediaLoader:
         most, source = self._limits.max_clip_bytes, ref.source
         try:
             if ref.kind == "video" and isinstance(source, Inline):
+                await context.holdings.take(Item.FILES, len(source.text))
                 found = await in_thread(payloads.pictures, source.text, most)
                 if found is not None:
                     return found
+                context.holdings.note(Item.FILES, -len(source.text))
             return await self._bytes(ref, context, most)
         except ImageTooLarge:
             limit = f"has more than {most} bytes, which is the limit"
@@ -174,23 +175,34 @@ class MediaLoader:
             raise AudioTooLarge(f"the audio clip {limit}") from None
 
     async def _bytes(self, ref: MediaRef, context: RequestContext, most: int) -> bytes:
-        """Raises InvalidImageUrl, ImageUrlBlocked, ImageFetchFailed, ImageFetchTimeout,
-        ImageTooLarge, UnknownFile, FilesDisabled or FileStorageFailed."""
-        source = ref.source
-        with _timed(context, source):
-            if isinstance(source, Inline):
-                if payloads.is_small(source.text):
-                    return payloads.decode(source.text, most)
-                return await in_thread(payloads.decode, source.text, most)
-            if isinstance(source, Uploaded):
-                read = self.files.read
-                return await in_thread(read, context.group, source.file_id, most)
-            assert isinstance(source, Remote)
-            if source.url[:5].lower() == "file:":
-                return await in_thread(self._read, source.url, most)
-            return await self._fetcher.fetch(source.url, context.group, most)
+        """The file of `ref`, for which the request holds memory from before it is loaded.
 
-    def _read(self, url: str, max_bytes: int) -> bytes:
+        Raises InvalidImageUrl, ImageUrlBlocked, ImageFetchFailed, ImageFetchTimeout,
+        ImageTooLarge, UnknownFile, FilesDisabled, FileStorageFailed or MediaMemoryFull."""
+        held = _Held(context, self._expected_bytes(ref, context, most))
+        with _Timed(context, ref.source):
+            await context.holdings.take(Item.FILES, held.nbytes)
+            data = await self._read_source(ref, context, most, held)
+        held.become(len(data))
+        return data
+
+    async def _read_source(
+        self, ref: MediaRef, context: RequestContext, most: int, held: "_Held"
+    ) -> bytes:
+        source = ref.source
+        if isinstance(source, Inline):
+            if payloads.is_small(source.text):
+                return payloads.decode(source.text, most)
+            return await in_thread(payloads.decode, source.text, most)
+        if isinstance(source, Uploaded):
+            read = self.files.read
+            return await in_thread(read, context.group, source.file_id, most)
+        assert isinstance(source, Remote)
+        if source.url[:5].lower() == "file:":
+            return await in_thread(self._read_local, source.url, most)
+        return await self._fetcher.fetch(source.url, context.group, most, held.become)
+
+    def _read_local(self, url: str, max_bytes: int) -> bytes:
         """Read a local file. Errors do not reveal which files exist outside the allowed folder."""
         blocked = ImageUrlBlocked("the file is outside of --allowed-local-media-path")
         if self._local_path is None:
@@ -216,23 +228,33 @@ class MediaLoader:
         return data
 
 
-def _on_loop(deadline: float | None) -> float | None:
-    """Convert a time on `time.monotonic()` to the clock of the event loop."""
-    if deadline is None:
-        return None
-    return asyncio.get_running_loop().time() + deadline - time.monotonic()
+class _Held:
+    """The memory that a request holds for one file; its size becomes known while it is loaded."""
+
+    def __init__(self, context: RequestContext, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._holdings = context.holdings
+
+    def become(self, nbytes: int) -> None:
+        """Hold `nbytes` from now on."""
+        self._holdings.note(Item.FILES, nbytes - self.nbytes)
+        self.nbytes = nbytes
 
 
-@contextlib.contextmanager
-def _timed(context: RequestContext, source: object) -> Iterator[None]:
-    """Record the duration of the load from `source`, also if it fails."""
-    started = time.monotonic()
-    fetch = context.record.timeline.fetch(started)
-    try:
-        yield
-    finally:
+class _Timed:
+    """Records the duration of the load from `source`, also if it fails."""
+
+    def __init__(self, context: RequestContext, source: object) -> None:
+        self._kind = _kind_of(source)
+        self._fetch = context.record.timeline.fetch(time.monotonic())
+
+    def __enter__(self) -> None:
+        """The load begins."""
+
+    def __exit__(self, *_: object) -> None:
+        fetch = self._fetch
         fetch.end = time.monotonic()
-        metrics.image_fetch.labels(_kind_of(source)).observe(fetch.end - started)
+        metrics.image_fetch.labels(self._kind).observe(fetch.end - fetch.start)
 
 
 def _kind_of(source: object) -> str:

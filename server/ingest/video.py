@@ -19,11 +19,14 @@ from server.errors import (
     MediaProcessingTimeout,
     SaccadeError,
     VideoTooLarge,
+    WorkerLost,
 )
 from server.imaging.containers import VideoContainer, audio_container, video_container
 from server.settings import VideoSettings
+from server.workers.forkserver import Forkserver
 from server.workers.sandbox import (
     JobDied,
+    JobLost,
     JobRefused,
     JobTimedOut,
     Output,
@@ -103,7 +106,9 @@ class DecodedAudio(NamedTuple):
 class ClipDecoder:
     """Decodes videos and audio clips. `close` ends it."""
 
-    def __init__(self, prepare: str, settings: VideoSettings, max_pixels: int) -> None:
+    def __init__(
+        self, prepare: str, settings: VideoSettings, max_pixels: int, forkserver: Forkserver
+    ) -> None:
         """`prepare` is the "module:function" that prepares for a job; see `sandbox.Prepare`."""
         self._prepare = prepare
         self._settings = settings
@@ -114,7 +119,8 @@ class ClipDecoder:
                 queue=settings.video_queue,
                 timeout_s=settings.video_timeout_s,
                 max_memory_bytes=settings.video_max_memory_mb * _MIB,
-            )
+            ),
+            forkserver,
         )
 
     def close(self) -> None:
@@ -126,7 +132,7 @@ class ClipDecoder:
 
         Raises:
             UnsupportedVideoFormat, InvalidVideo, VideoTooLarge
-            MediaProcessingTimeout, MediaProcessingFailed
+            MediaProcessingTimeout, MediaProcessingFailed, WorkerLost
             ServerBusy: too many clips are waiting.
         """
         job = VideoJob(video_container(data), options, self._max_pixels)
@@ -145,7 +151,7 @@ class ClipDecoder:
 
         Raises:
             UnsupportedAudioFormat, InvalidAudio, AudioTooLarge
-            MediaProcessingTimeout, MediaProcessingFailed
+            MediaProcessingTimeout, MediaProcessingFailed, WorkerLost
             ServerBusy: too many clips are waiting.
         """
         audio_container(data)
@@ -163,8 +169,14 @@ class ClipDecoder:
         job: VideoJob | PicturesJob | AudioJob,
         data: bytes,
     ) -> Output:
+        encoded = msgspec.msgpack.encode(job)
         try:
-            return await self._sandbox.run(self._prepare, msgspec.msgpack.encode(job), data)
+            try:
+                return await self._sandbox.run(self._prepare, encoded, data)
+            except JobLost:  # as for pictures, a second attempt
+                return await self._sandbox.run(self._prepare, encoded, data)
+        except JobLost:
+            raise WorkerLost(f"the processes that decoded the {kind} were lost") from None
         except JobTimedOut:
             limit = self._settings.video_timeout_s
             raise MediaProcessingTimeout(

@@ -13,6 +13,8 @@ from typing import NamedTuple
 from cachetools import LRUCache
 
 from server.imaging.encoded import EncodedImage
+from server.request.admission import Permit
+from server.request.budgets import Holdings
 from server.request.media import MediaRef
 from server.telemetry.record import Record
 
@@ -70,22 +72,31 @@ class RequestContext:
         media: its media parts, in the order of the body.
         max_image_tokens: the budget of visual tokens for all its images together.
         include_image_details: whether the answer is to tell of each image.
-        deadline: when nothing more is started for it, on `time.monotonic()`; None: never.
+        constraint: the field of the body that constrains the output, if one does.
+        is_constrained: whether a prompt was sent to the engine with a constraint on the output.
         shown: the images of its prompt, in order; filled when the prompt is rendered.
         encoded: for which of `shown` the vision encoder ran; None until the end of the answer, or
             where that is not known.
         retained: media of earlier requests, where vLLM keeps responses for later turns.
+        permit: the right to work; None on routes that need none.
     """
 
     record: Record
     media: list[MediaRef] = field(default_factory=list)
     max_image_tokens: int | None = None
     include_image_details: bool = False
-    deadline: float | None = None
+    constraint: str = "structured_outputs"
+    is_constrained: bool = False
     shown: list[ShownImage] = field(default_factory=list)
     encoded: list[bool] | None = None
-    retained: "RetainedMedia | None" = None
+    retained: RetainedMedia | None = None
+    permit: Permit | None = None
     _handles: dict[str, Resolved] = field(default_factory=dict)
+
+    @property
+    def holdings(self) -> Holdings:
+        """What the request holds of the budgets; those without a permit have no limits."""
+        return self.permit.holdings if self.permit is not None else Holdings()
 
     @property
     def group(self) -> str:

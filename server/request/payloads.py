@@ -22,16 +22,16 @@ from server.imaging.containers import holds_pictures
 # Shorter payloads stay where they are: parsing them costs less than taking them out.
 MIN_PAYLOAD_BYTES = 16 * 1024
 
-# What stands before a payload: the header of a data URL; or the key `data` of an Anthropic source
-# or of an audio clip, or OpenAI's `file_data`.
+# What stands before a payload: the header of a data URL, whatever type it names, whose slashes may
+# be escaped; or the key `data` of an Anthropic source or of an audio clip, or OpenAI's `file_data`.
 _HEADER = re.compile(
-    rb'"\s{0,8}data:[\w.+-]{1,40}/[\w.+-]{1,80}(?:;[\w.+-]{1,40}=[\w.+-]{1,80}){0,4};base64,',
+    rb'"\s{0,8}data:(?:[^",\\]|\\/){0,256};\s{0,8}base64\s{0,8},',
     re.IGNORECASE,
 )
 _KEY = re.compile(rb'"(?:file_)?data"\s{0,8}:\s{0,8}"\Z', re.IGNORECASE)
 _MAX_KEY_BYTES = len(b'"file_data":"') + 16
 _TOKEN = re.compile(rb"saccade-payload-[0-9a-f]{32}-[0-9]+;")
-_TOKEN_PREFIX = "saccade-payload-"  # noqa: S105
+_TOKEN_PREFIX = "saccade-payload-"  # noqa: S105 - not a secret
 _MAX_HEADER_BYTES = 512
 # JSON escapes that may stand inside of base64: line breaks, tabs and slashes.
 _OTHER_ESCAPE = re.compile(rb"\\[^nrt/]")

@@ -12,15 +12,24 @@ from typing import Any
 import msgspec
 
 from server.errors import ClientError, RequestTooLarge, TooManyImages
+from server.request.bounds import BodyBounds, check_items, check_text
 from server.request.context import RequestContext
 from server.request.dialects import Dialect, Found
 from server.request.dialects.base import counted_as
 from server.request.media import MediaLimits, MediaRef
+from server.request.numbers import check_integers
 from server.request.options import is_positive
-from server.request.payloads import Payloads, parse
+from server.request.payloads import MIN_PAYLOAD_BYTES, Payloads, parse
 from server.telemetry.record import Record
 
 _HANDLE_BYTES = 16
+# Fields that constrain the output, of all dialects.
+_CONSTRAINTS = ("structured_outputs", "response_format", "text", "output_config", "tools")
+_MAX_MODEL_CHARS = 1024
+# Fields that may be lists of prompts, of all dialects.
+_PROMPTS = ("prompt", "input", "messages", "text_1", "text_2", "documents", "items")
+# Reading or writing this much takes about 0.1 ms, the same as handing it to a thread.
+SMALL_BODY_BYTES = 8 * MIN_PAYLOAD_BYTES
 
 
 @dataclass
@@ -41,9 +50,24 @@ class ReadRequest:
         Raises:
             ClientError: the document cannot be written as JSON again.
         """
+        self.place_handles()
+        return self.written()
+
+    def place_handles(self) -> None:
+        """The first step of `rewritten`, which must be done on the event loop."""
+        self.found.fill(self._handles)
+
+    def whole(self) -> dict[str, Any] | None:
+        """The document, for a route that takes one, in the place of the second step. None if it is
+        not an object, or if payloads were taken out of it that belong to no part."""
+        if isinstance(self.document, dict) and not self.payloads.unclaimed_bytes:
+            return self.document
+        return None
+
+    def written(self) -> bytes:
+        """The second step of `rewritten`, whose time grows with the body."""
         if not (self.changed or self.found.changed or self.found.slots):
             return self.body
-        self.found.fill(self._handles)
         try:
             document = msgspec.json.encode(self.document)
         except OverflowError:  # an integer of more than 64 bits
@@ -51,6 +75,29 @@ class ReadRequest:
         except RecursionError:  # it was read with a less deep stack
             raise ClientError("the request body is nested too deeply") from None
         return self.payloads.restored(document)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether `written` is cheap enough for the event loop."""
+        return self.kept_bytes < SMALL_BODY_BYTES
+
+    @property
+    def kept_bytes(self) -> int:
+        """What is left of the body once its media are loaded, in bytes."""
+        return len(self.payloads.small) + self.payloads.unclaimed_bytes
+
+    @property
+    def engine_requests(self) -> int:
+        """How many requests the engine will get, as far as the document shows it: answers times
+        prompts."""
+        document = self.document if isinstance(self.document, dict) else {}
+        n = document.get("n")
+        answers = n if type(n) is int and n > 0 else 1
+        return answers * max(_prompts(document.get(name)) for name in _PROMPTS)
+
+    def release(self) -> None:
+        """Free the body, which nothing needs once the route has its own."""
+        self.body, self.payloads = b"", Payloads(b"")
 
     def _handles(self, ref: MediaRef) -> list[str]:
         handles = [f"media-{secrets.token_hex(_HANDLE_BYTES)}" for _ in ref.images or (None,)]
@@ -63,29 +110,35 @@ class RequestReader:
     """Reads bodies under the limits of the server and of the model."""
 
     def __init__(
-        self, limits: MediaLimits | None, embeddings: frozenset[str], max_json_bytes: int
+        self, limits: MediaLimits | None, embeddings: frozenset[str], bounds: BodyBounds
     ) -> None:
         """`limits` is None where the model takes no media at all. `embeddings` are the types of
         parts with embeddings that the server takes."""
         self._limits = limits
         self._embeddings = embeddings
-        self._max_json_bytes = max_json_bytes
+        self._bounds = bounds
 
     def read(self, body: bytes, dialect: Dialect, record: Record) -> ReadRequest:
         """Read a JSON body. Its time grows with the body.
 
         Raises:
             RequestTooLarge: too much is left when the payloads are taken out.
+            RequestTooComplex: it has too many values, levels or items.
             ClientError: it is not JSON, or a part or an option is wrong; `param` names it.
             TooManyImages: more media than the limits allow.
         """
         payloads = Payloads(body)
         self._check_size(len(payloads.small))
+        check_text(payloads.small, self._bounds)
         document = parse(payloads.small)
+        check_integers(document, payloads.small)
         context = RequestContext(record)
         found, changed = Found(), False
         if isinstance(document, dict):
+            check_model_name(document.get("model"))
+            check_items(document, self._bounds.items)
             changed = take_request_options(document, context)
+            context.constraint = constraint_of(document)
             if dialect.complete is not None:
                 changed |= dialect.complete(document)
             found = dialect.find(document, payloads, self._embeddings, most_media(self._limits))
@@ -95,11 +148,27 @@ class RequestReader:
         return ReadRequest(context, body, document, found, payloads, changed)
 
     def _check_size(self, nbytes: int) -> None:
-        if nbytes > self._max_json_bytes:
+        most = self._bounds.json_bytes
+        if nbytes > most:
             raise RequestTooLarge(
-                f"the request body has more than {self._max_json_bytes} bytes besides its images "
+                f"the request body has more than {most} bytes besides its images "
                 "and files, which is the limit"
             )
+
+
+def _prompts(value: object) -> int:
+    """The number of prompts in a field: texts, or lists of tokens or of messages."""
+    if not isinstance(value, list) or not value or not isinstance(value[0], str | list):
+        return 1
+    return len(value)
+
+
+def check_model_name(name: object) -> None:
+    """Raises ClientError if `name` is too long: it occurs in answers and in log lines."""
+    if isinstance(name, str) and len(name) > _MAX_MODEL_CHARS:
+        raise ClientError(
+            f"the model's name has more than {_MAX_MODEL_CHARS} characters", param="model"
+        )
 
 
 def most_media(limits: MediaLimits | None) -> dict[str, int]:
@@ -148,3 +217,9 @@ def take_request_options(document: MutableMapping[str, Any], context: RequestCon
         if isinstance(stream_options, Mapping):
             document["stream_options"] = {**stream_options, "include_usage": True}
     return budget is not None or details is not None
+
+
+def constraint_of(document: Mapping[str, Any]) -> str:
+    """The field that constrains the output: the first of those that can and is there."""
+    given = (name for name in _CONSTRAINTS if document.get(name))
+    return next(given, _CONSTRAINTS[0])

@@ -1,7 +1,9 @@
-"""JSON logs of the server's and the engine's processes, with one line per request."""
+"""JSON logs of the server's and the engine's processes, with one line per request; messages without
+control characters and of bounded length, since clients choose parts of them."""
 
 import logging
 import logging.config
+import re
 from typing import Any
 
 from server.telemetry.record import Record, Times
@@ -9,6 +11,61 @@ from server.telemetry.record import Record, Times
 # The same fields as in the engine's own JSON lines.
 _FIELDS = "%(asctime)s %(levelname)s %(name)s %(processName)s %(process)d %(message)s"
 _requests = logging.getLogger("saccade.request")
+
+
+_MAX_MESSAGE_CHARS = 4096
+_MAX_PATH_CHARS = 200
+# What a terminal or a reader of lines could take for the end of a line, or for a command: control
+# characters, and those that change the direction of text.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def bounded(text: str, most: int) -> str:
+    """The first `most` characters of `text`, on one line, with its control characters escaped."""
+    if len(text) > most:
+        text = f"{text[:most]}... ({len(text)} characters)"
+    if text.isprintable():
+        return text
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+class _BoundedRecord(logging.LogRecord):
+    """A log record whose message is one line of bounded length."""
+
+    def getMessage(self) -> str:
+        return bounded(super().getMessage(), _MAX_MESSAGE_CHARS)
+
+
+class _AccessFilter(logging.Filter):
+    """Bounds the path in uvicorn's access log, and drops the query, which may contain secrets."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if isinstance(record.args, tuple) and len(record.args) == 5:
+            client, method, path, *rest = record.args
+            path = bounded(str(path).partition("?")[0], _MAX_PATH_CHARS)
+            record.args = (client, method, path, *rest)
+        return True
+
+
+_access_filter = _AccessFilter()
+
+
+def bound_access_log() -> None:
+    """Bound the lines of uvicorn's access log. Call it when uvicorn has configured its logs."""
+    logging.getLogger("uvicorn.access").addFilter(_access_filter)
+
+
+def bound_messages() -> None:
+    """From now on, bound every message of every logger of this process."""
+    before = logging.getLogRecordFactory()  # vLLM's, whose formatters need what it adds
+
+    def bounded_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = before(*args, **kwargs)
+        if type(record) is logging.LogRecord:
+            record.__class__ = _BoundedRecord
+        return record
+
+    logging.setLogRecordFactory(bounded_record)
 
 
 def use_json() -> None:

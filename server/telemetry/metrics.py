@@ -13,7 +13,6 @@ from prometheus_client import (
     REGISTRY,
     Counter,
     Gauge,
-    Histogram,
     Info,
     disable_created_metrics,
 )
@@ -26,6 +25,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from server.errors import CODES
+from server.telemetry.histogram import Histogram
 from server.telemetry.record import OUTCOMES
 from server.telemetry.stages import Stage
 
@@ -50,6 +50,21 @@ _TOKEN_BUCKETS = tuple(2.0**n for n in range(4, 16))  # 16 to 32768
 
 requests = Counter("saccade_requests_total", "Requests by outcome.", ["outcome"])
 requests_in_flight = Gauge("saccade_requests_in_flight", "Requests in progress.")
+requests_running = Gauge("saccade_requests_running", "Requests that have a permit to work.")
+requests_waiting = Gauge("saccade_requests_waiting", "Requests that wait for a permit to work.")
+admission_wait = Histogram(
+    "saccade_admission_wait_seconds",
+    "Time that a request waited for its permit, of those that had to wait.",
+    buckets=_LONG_BUCKETS,
+)
+# What is limited over all requests.
+RESOURCES = ("body_bytes", "media_bytes", "image_tokens", "decode_pixels")
+admission_held = Gauge(
+    "saccade_admission_held", "What requests in progress hold of a limited resource.", ["resource"]
+)
+admission_limit = Gauge(
+    "saccade_admission_limit", "The limit of what requests in progress may hold.", ["resource"]
+)
 refusals = Counter(
     "saccade_refusals_total", "Requests that were answered with an error, by its code.", ["code"]
 )
@@ -121,6 +136,11 @@ image_workers_up = Gauge("saccade_image_workers_up", "Image workers that can tak
 image_workers_busy = Gauge(
     "saccade_image_workers_busy", "Image workers that are processing an image."
 )
+image_worker_sandbox = Gauge(
+    "saccade_image_worker_sandbox",
+    "1 if this layer of the image workers' sandbox is in force.",
+    ["layer"],
+)
 image_queue = Gauge("saccade_image_queue", "Images waiting for a worker.")
 image_queue_limit = Gauge("saccade_image_queue_limit", "Limit of images waiting for a worker.")
 POOL_GAUGES = (
@@ -164,6 +184,8 @@ file_bytes = Gauge("saccade_file_bytes", "Bytes of uploaded files on the disk.")
 
 for _metric, _values in (
     (requests, OUTCOMES),
+    (admission_held, RESOURCES),
+    (admission_limit, RESOURCES),
     (refusals, (*sorted(CODES), OTHER_CODE)),
     (cancellations, Stage),
     (request_stage, Stage),

@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from server.errors import ClientError
 from server.telemetry.stages import Segment, Stage, Timeline
 
 Outcome = Literal["answered", "refused", "failed", "cancelled"]
@@ -31,8 +32,11 @@ class Record:
         under_way: the engine's ids of its prompts that are not finished.
         status: the HTTP status of the answer; None before it begins.
         complete: whether the whole answer was sent, without an error in it.
+        refusal: why the engine refused the request, if it did.
         left_in: the stage in which the client left; None if it did not.
         trace_id: in hexadecimal.
+        deadline: when its work ends at the latest, on `time.monotonic()`; None: never.
+        headers: further headers of its answer.
         span: the OpenTelemetry span of the request; None if it is not traced.
     """
 
@@ -53,8 +57,11 @@ class Record:
     status: int | None = None
     complete: bool = False
     error_code: str | None = None
+    refusal: ClientError | None = None
     left_in: Stage | None = None
     trace_id: str | None = None
+    deadline: float | None = None
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
     span: Any = None
 
     @property

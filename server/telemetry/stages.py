@@ -13,7 +13,7 @@ All times are seconds on `time.monotonic()`, which the processes of one machine 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import pairwise
+from operator import itemgetter
 from typing import NamedTuple
 
 
@@ -23,7 +23,7 @@ class Stage(StrEnum):
     UPLOAD = "upload"
     """The body arrives."""
     ADMISSION = "admission"
-    """The body is parsed, its options are read and its files are inspected."""
+    """The body is parsed, the request waits for its permit, and its files are inspected."""
     FETCH = "fetch"
     """Images are loaded from the web, the disk or the body."""
     IMAGE_QUEUE = "image_queue"
@@ -40,7 +40,7 @@ class Stage(StrEnum):
     """The vision encoder runs."""
     PREFILL = "prefill"
     """The language model processes the prompt; includes the steps of other requests in between."""
-    FIRST_TOKEN = "first_token"  # noqa: S105
+    FIRST_TOKEN = "first_token"  # noqa: S105 - a token of text
     """From the first token in the engine to the first chunk of the answer."""
     GENERATE = "generate"
     """From the first chunk to the last token."""
@@ -175,34 +175,33 @@ class Timeline:
         Clocks read in several processes may order the starts of two phases wrongly. The later phase
         then counts from the start of the earlier one.
         """
-        bounds, at = [(self.start, Stage.UPLOAD)], self.start
+        events: list[tuple[float, int, Stage]] = []
+        at = self.start
         for phase in _PHASES:
             if phase in self._phases:
                 at = min(max(at, self._phases[phase]), end)
-                bounds.append((at, phase))
-        bounds.append((end, Stage.RESPOND))
-        changes = [
-            (moment, change, segment.stage)
-            for segment in self.image_segments(end)
-            for moment, change in ((segment.start, 1), (segment.end, -1))
-        ]
-        changes.sort(key=lambda change: change[0])
+                events.append((at, 0, phase))
+        for stage, start, until in self.image_segments(end):
+            events += ((start, 1, stage), (until, -1, stage))
+        events.sort(key=itemgetter(0))
+        events.append((end, 0, Stage.RESPOND))
         active = dict.fromkeys(_OVERLAYS, 0)
+        overlays = 0  # how many are active
         found: list[Segment] = []
-        index = 0
-        for (begun, phase), (over, _) in pairwise(bounds):
-            at = begun
-            while True:
-                while index < len(changes) and changes[index][0] <= at:
-                    active[changes[index][2]] += changes[index][1]
-                    index += 1
-                until = min(over, changes[index][0]) if index < len(changes) else over
-                if until > at:
-                    stage = next((each for each in _OVERLAYS if active[each]), phase)
-                    _append(found, Segment(stage, at, until))
-                    at = until
-                if at >= over:
-                    break
+        at, phase = self.start, Stage.UPLOAD
+        for moment, change, stage in events:
+            if moment > at:
+                now = next(each for each in _OVERLAYS if active[each]) if overlays else phase
+                if found and found[-1].stage is now:
+                    found[-1] = Segment(now, found[-1].start, moment)
+                else:
+                    found.append(Segment(now, at, moment))
+                at = moment
+            if change:
+                active[stage] += change
+                overlays += change
+            else:
+                phase = stage
         return found
 
     def image_segments(self, end: float) -> Iterator[Segment]:
@@ -220,9 +219,3 @@ class Timeline:
     def first_token_at(self) -> float | None:
         """When the first chunk of the answer was ready; None before that."""
         return self._phases.get(Stage.GENERATE)
-
-
-def _append(found: list[Segment], segment: Segment) -> None:
-    if found and found[-1].stage is segment.stage:
-        segment = Segment(segment.stage, found.pop().start, segment.end)
-    found.append(segment)

@@ -111,6 +111,7 @@ def _serving(model: Path | None) -> Iterator[str]:
     flags = ["--host", "127.0.0.1", "--port", "0", "--mm-processor-cache-gb", "1"]
     command = [sys.executable, "-m", "server", "serve", *chosen, *flags]
     with tempfile.NamedTemporaryFile() as log:
+        # S603: nobody else chooses the command.
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)  # noqa: S603
         try:
             yield _await_ready(process, Path(log.name))

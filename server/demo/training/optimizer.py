@@ -1,9 +1,11 @@
 """Muon for the matrices within the network, AdamW for the rest; weights in float32.
 
-The network computes in bfloat16 with a copy of the weights. Muon: Keller Jordan et al., 2024
-(https://kellerjordan.github.io/posts/muon/), here for all matrices of one shape at a time.
+The network computes with a copy of the weights, in bfloat16 where that is fast. Muon: Keller Jordan
+et al., 2024 (https://kellerjordan.github.io/posts/muon/), here for all matrices of one shape at a
+time.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -15,11 +17,12 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
 _SLOW = 0.1  # factor of the rate for the embedding of patches, which starts near its final value
 _ALIGNED = 32  # elements: other sizes come last, since kernels are faster on aligned parts
+_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # by architecture
 _NOT_MUON = ("embed", "merger.linear_fc1", "facts", "mentioned")
 
 
 class Optimizer:
-    """Keeps float32 weights of a bfloat16 network.
+    """Keeps float32 weights of a network that computes in `compute_dtype`.
 
     All parameters are parts of one vector, those of Muon first and matrices of one shape together,
     so one operation updates them all.
@@ -124,13 +127,22 @@ class Optimizer:
         self.adam.load_state_dict(state["adam"])
 
 
+@functools.cache
+def compute_dtype(device: str) -> torch.dtype:
+    """What the network computes in: bfloat16, except on a CPU without instructions for it, where
+    float32 is several times as fast."""
+    if device != "cpu" or any(torch.cpu.get_capabilities().get(name) for name in _BFLOAT16):
+        return torch.bfloat16
+    return torch.float32
+
+
 def orthogonal(matrices: Tensor) -> Tensor:
     """The nearest matrices with singular values near 1, of (n, rows, columns), in float32."""
-    x = matrices.bfloat16()
+    x = matrices.to(compute_dtype(matrices.device.type))
     wide = x.shape[1] <= x.shape[2]
     if not wide:
         x = x.mT.contiguous()
-    x = x / (x.float().norm(dim=(1, 2), keepdim=True).bfloat16() + 1e-7)
+    x = x / (x.float().norm(dim=(1, 2), keepdim=True).to(x.dtype) + 1e-7)
     a, b, c = _NEWTON_SCHULZ
     for _ in range(_STEPS):
         gram = x @ x.mT

@@ -189,6 +189,7 @@ def _git(*arguments: str) -> str | None:
     if git is None:
         return None
     command = [git, "-C", str(Path(__file__).parent), *arguments]
+    # S603: nobody else chooses the command.
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     return done.stdout.strip() if done.returncode == 0 else None
 

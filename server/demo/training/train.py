@@ -34,7 +34,7 @@ from server.demo.training.facts import Facts, blurred, total
 from server.demo.training.initial import initialize
 from server.demo.training.language import TextLayer
 from server.demo.training.network import Network
-from server.demo.training.optimizer import Optimizer
+from server.demo.training.optimizer import Optimizer, compute_dtype
 from server.demo.training.record import STATE, Record
 from server.demo.training.targets import FACTS, MENTIONED
 from server.demo.training.vision import VisionBlock
@@ -177,7 +177,7 @@ def train(rank: int, options: Options, port: int) -> None:
     trained.initialize(options.seed)
     if options.weights:
         trained.network.load_state_dict(load_file(options.weights / "model.safetensors"))
-    trained.to(device, torch.bfloat16)
+    trained.to(device, compute_dtype(device.type))
     optimizer = Optimizer(trained, MUON_RATE, ADAM_RATE)
     first, spent = options.first_step, 0.0
     if state:

@@ -1,13 +1,13 @@
 """Adds the embedding cache to vLLM's configuration before the engine starts."""
 
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 from vllm.config import ECTransferConfig, EncoderCacheManagerConfig, VllmConfig
 from vllm.platforms import current_platform
 
+from server.concurrency import usable_memory
 from server.engine.embedding_cache.connector import (
     AnnouncedEncoderCache,
     CacheOptions,
@@ -28,7 +28,6 @@ _MOST_GPU_TOKENS = 65_536
 
 # The fields of Granite Vision's configuration with its levels.
 _LEVELS = ("deepstack_layer_map", "spatial_target_layers")
-_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def is_wanted(config: VllmConfig, settings: CacheSettings) -> bool:
@@ -139,20 +138,7 @@ def _embedding_bytes(config: VllmConfig) -> int:
 def _host_bytes(settings: CacheSettings) -> int:
     if settings.embedding_cache_gb is not None:
         return int(settings.embedding_cache_gb * GIB)
-    return min(_MOST_HOST_BYTES, int(memory_bytes() * _HOST_SHARE))
-
-
-def memory_bytes() -> int:
-    """The memory that this process may use: the machine's, or the container's limit if lower."""
-    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for path in _CGROUP_LIMITS:
-        try:
-            limit = Path(path).read_text().strip()
-        except OSError:
-            continue
-        if limit.isdigit():
-            found = min(found, int(limit))
-    return found
+    return min(_MOST_HOST_BYTES, int(usable_memory() * _HOST_SHARE))
 
 
 def _text(path: Path | None) -> str | None:

@@ -1,25 +1,53 @@
 """From a conversation to tokens: vLLM's Hugging Face renderer, with typed placeholders as text."""
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from jinja2 import TemplateError
 from vllm.config import VllmConfig
+from vllm.exceptions import VLLMError
+from vllm.inputs import TextPrompt
 from vllm.model_executor.model_loader.utils import get_model_cls
-from vllm.renderers import ChatParams
-from vllm.renderers.hf import HfRenderer
+from vllm.renderers import ChatParams, TokenizeParams
+from vllm.renderers.hf import HfRenderer, safe_apply_chat_template
+from vllm.utils.async_utils import make_async
 
 from server.engine.vllm_adapter import typed_placeholders
 from server.engine.vllm_adapter.typed_placeholders import TypedPlaceholders
+from server.errors import ClientError, SaccadeError
+from server.request import context as requests
+
+log = logging.getLogger("saccade.engine")
+
+# How `render_chat_async` passes its `TokenizeParams` to the thread that runs the chat template.
+_TOKENIZE = "saccade_tokenize"
+
+
+class _Tokenized(str):
+    """The text that a chat template has made, with its tokens under `params`."""
+
+    params: TokenizeParams
+    prompt: Any
 
 
 class ConversationRenderer(HfRenderer):
-    """Renders as `HfRenderer` does until `keep_typed_placeholders` is called."""
+    """Renders as `HfRenderer` does until `keep_typed_placeholders` is called, but the thread that
+    runs the chat template also tokenizes. vLLM hands that to a thread once more."""
 
     def __init__(self, config: VllmConfig, tokenizer: Any) -> None:
         super().__init__(config, tokenizer)
         self._typed = TypedPlaceholders({})
+        self._apply_chat_template_async = make_async(self._template, executor=self._executor)
+        self._vllm_tokenize_prompt_async = self._tokenize_prompt_async
+        self._tokenize_prompt_async = self._known_tokens
+        self._eos_token_id = super().get_eos_token_id()
+
+    def get_eos_token_id(self) -> int | None:
+        """vLLM's, which each request asks for: the tokenizer looks it up through its vocabulary."""
+        return self._eos_token_id
 
     def keep_typed_placeholders(self) -> None:
         """Let the model's placeholders be text where a user types them."""
@@ -50,7 +78,10 @@ class ConversationRenderer(HfRenderer):
             )  # fmt: skip
         arrived = time.time()
         tok_params = tok_params or self.default_chat_tok_params
-        conversation, prompt = await self.render_messages_async(conversations[0], chat_params)
+        options = {**chat_params.chat_template_kwargs, _TOKENIZE: tok_params}
+        conversation, prompt = await self.render_messages_async(
+            conversations[0], replace(chat_params, chat_template_kwargs=options)
+        )
         tokens = await self.tokenize_prompt_async(prompt, tok_params)
         media_io_kwargs = chat_params.media_io_kwargs or {}
         extras = {**(prompt_extras or {}), "media_io_kwargs": media_io_kwargs}
@@ -61,7 +92,21 @@ class ConversationRenderer(HfRenderer):
         return [conversation], [engine_prompt]
 
     async def render_messages_async(self, messages: Any, params: ChatParams) -> Any:
-        """vLLM's, with typed placeholders marked while the chat template runs."""
+        """vLLM's, with typed placeholders marked while the chat template runs.
+
+        Raises:
+            ClientError: vLLM or the chat template cannot read the messages.
+        """
+        try:
+            return await self._rendered(messages, params)
+        except SaccadeError:
+            raise
+        except Exception as error:
+            if isinstance(error, VLLMError) and error.__cause__ is None:
+                raise
+            raise _unfit(error) from error
+
+    async def _rendered(self, messages: Any, params: ChatParams) -> Any:
         marked = self._typed.mark(messages)
         options = self._typed.mark(params.chat_template_kwargs)
         if marked is messages and options is params.chat_template_kwargs:
@@ -72,6 +117,29 @@ class ConversationRenderer(HfRenderer):
             # The template has made tokens, as it is told to for embeddings in the prompt.
             return await super().render_messages_async(messages, params)
         return self._typed.restored(conversation), prompt
+
+    def _template(self, *args: Any, **options: Any) -> Any:
+        """Run the chat template, and tokenize its text if it is taken as it is."""
+        params = options.pop(_TOKENIZE, None)
+        text = safe_apply_chat_template(*args, **options)
+        if not isinstance(params, TokenizeParams) or not isinstance(text, str):
+            return text
+        if params.return_token_offsets:  # they depend on the media of the prompt
+            return text
+        tokenizer: Any = self.get_tokenizer()
+        prompt = params.apply_pre_tokenization(tokenizer, TextPrompt(prompt=text))
+        if prompt["prompt"] is not text:
+            return text
+        tokenized = _Tokenized(text)
+        tokenized.params = params
+        tokenized.prompt = self._tokenize_prompt(prompt, params)
+        return tokenized
+
+    async def _known_tokens(self, prompt: Any, params: Any) -> Any:
+        text = prompt["prompt"]
+        if isinstance(text, _Tokenized) and text.params is params:
+            return {**prompt, **text.prompt}
+        return await self._vllm_tokenize_prompt_async(prompt, params)
 
     def _tokenize_prompt(self, prompt: Any, params: Any) -> Any:
         """vLLM's, with marked placeholders as text."""
@@ -85,3 +153,14 @@ class ConversationRenderer(HfRenderer):
         if (offsets := tokens.get("prompt_token_offsets")) is not None:
             tokens["prompt_token_offsets"] = [offsets[place] for place in origin]
         return tokens
+
+
+def _unfit(error: Exception) -> ClientError:
+    """The error for messages on which vLLM or the chat template failed. A template that refuses
+    messages says why, for the client."""
+    log.info("failed to render messages: %r", error)
+    param = "input" if requests.current().record.path == "/v1/responses" else "messages"
+    causes = (error, error.__cause__)
+    refusal = next((str(cause) for cause in causes if type(cause) is TemplateError), None)
+    text = refusal or "the messages, tools or chat_template_kwargs do not fit the chat template"
+    return ClientError(text, param=param)

@@ -16,13 +16,14 @@ from typing import Any
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from server.engine.vllm_adapter import plugin
 
 log = logging.getLogger("saccade.encode_times")
 
 _MAX_MESSAGE_BYTES = 1 << 20
+# Reports are also read this often, for requests of which no output comes for long.
+_INTERVAL_S = 0.25
 
 OnEncode = Callable[[Sequence[str], float, float], None]
 
@@ -40,39 +41,46 @@ class EncodeTimes:
     """The server's end: to be entered before the engine starts.
 
     `on_encode(request_ids, start_s, end_s)` is called on the event loop for each run of the
-    encoder (the fields of `EncoderRun`). A step has one run, or one for each group of images that
-    the model cannot take in one batch. No run is reported for images that a cache had.
+    encoder (the fields of `EncoderRun`), by `read` or soon. A step has one run, or one for each
+    group of images that the model cannot take in one batch. No run is reported for images that a
+    cache had.
     """
 
     def __init__(self, on_encode: OnEncode) -> None:
         self._on_encode = on_encode
+        self._decoder = msgspec.msgpack.Decoder(EncoderRun)
+        self._socket: zmq.Socket[bytes] | None = None
         self._stack = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> "EncodeTimes":
         async with contextlib.AsyncExitStack() as stack:
             directory = tempfile.mkdtemp(prefix="saccade-")
             stack.callback(shutil.rmtree, directory, ignore_errors=True)
-            context = zmq.asyncio.Context()
+            context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
             stack.callback(context.destroy, linger=0)
-            socket = context.socket(zmq.PULL)
+            self._socket = socket = context.socket(zmq.PULL)
+            stack.callback(self._close)
             socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
             address = f"ipc://{directory}/encoder"
             socket.bind(address)
             plugin.ask(encoder_runs=address)
             stack.callback(plugin.ask, encoder_runs=None)
-            stack.push_async_callback(_cancel, asyncio.create_task(self._listen(socket)))
+            stack.push_async_callback(_cancel, asyncio.create_task(self._read_regularly()))
             self._stack = stack.pop_all()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
 
-    async def _listen(self, socket: zmq.asyncio.Socket) -> None:
-        decoder = msgspec.msgpack.Decoder(EncoderRun)
-        while True:
-            message = await socket.recv()
+    def read(self) -> None:
+        """Read the reports that have arrived. Waking the event loop for each would take longer."""
+        while self._socket is not None:
             try:
-                run = decoder.decode(message)
+                message = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                run = self._decoder.decode(message)
             except msgspec.MsgspecError as error:
                 log.warning("ignoring malformed encoder report: %s", error)
                 continue
@@ -80,6 +88,16 @@ class EncodeTimes:
                 self._on_encode(run.request_ids, run.start_s, run.end_s)
             except Exception:
                 log.exception("failed to record an encoder run")
+
+    async def _read_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(_INTERVAL_S)
+            self.read()
+
+    def _close(self) -> None:
+        socket, self._socket = self._socket, None
+        if socket is not None:
+            socket.close()
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

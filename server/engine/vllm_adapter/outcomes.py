@@ -17,6 +17,8 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from server.engine.embedding_cache.scheduler import ENCODED
+from server.engine.vllm_adapter.parameters import impossible
+from server.request.budgets import Item
 from server.request.context import RequestContext
 from server.telemetry.record import Prompt, Record
 from server.telemetry.stages import Stage
@@ -25,9 +27,15 @@ log = logging.getLogger("saccade.engine")
 
 
 class Outcomes:
-    """Follows requests by their ids in the engine."""
+    """Follows requests by their ids in the engine.
+
+    Attributes:
+        read_reports: called before the outputs of a step are read, so that `encoded` is told of the
+            encoder runs of that step first.
+    """
 
     def __init__(self) -> None:
+        self.read_reports: Callable[[], None] = lambda: None
         self._contexts: WeakValueDictionary[str, RequestContext] = WeakValueDictionary()
         self._model = ""
 
@@ -51,6 +59,8 @@ class Outcomes:
     def sending(self, request: EngineCoreRequest, context: RequestContext) -> None:
         """`request` is about to be sent to the engine, on behalf of `context`."""
         record = context.record
+        params = request.sampling_params
+        context.is_constrained = bool(params and params.structured_outputs)
         self._contexts[request.request_id] = context
         name = request.external_req_id or request.request_id
         record.response_id = record.response_id or _answer_id(record, name)
@@ -67,19 +77,31 @@ class Outcomes:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        self.read_reports()
         # vLLM drops a state with its last output. Requests that were aborted have none.
         before = [states.get(output.request_id) for output in outputs]
-        for output in outputs:
+        for output, state in zip(outputs, before, strict=True):
             if output.ec_transfer_params and ENCODED in output.ec_transfer_params:
                 context = self._contexts.get(output.request_id)
                 note(context, output.ec_transfer_params[ENCODED])
                 output.ec_transfer_params = None
+            if output.finish_reason is FinishReason.ERROR and state is not None:
+                self._explain(output, state)
         result = process(outputs, *args, **kwargs)
         try:
             self._follow(outputs, before, states)
         except Exception:  # raised here, it would end the engine
             log.exception("failed to record the progress of requests")
         return result
+
+    def _explain(self, output: EngineCoreOutput, state: Any) -> None:
+        """Report the failure of a request as the client's error, where its constraint on the
+        output caused it: the engine cannot compile it, or it rejected the tokens."""
+        context = self._contexts.get(output.request_id)
+        if context is None or state.queue is None or not context.is_constrained:
+            return
+        if output.new_token_ids or not context.media:  # else media may be what failed
+            state.queue.put(impossible(context))
 
     def _follow(
         self, outputs: Sequence[EngineCoreOutput], before: Sequence[Any], states: dict[str, Any]
@@ -89,7 +111,11 @@ class Outcomes:
             context = self._contexts.get(output.request_id)
             if context is not None and state is not None:
                 over = output.request_id not in states
+                if not context.record.timeline.began(Stage.GENERATE):
+                    context.holdings.give_back(Item.FEATURES)  # the engine has encoded the images
                 _advance(context.record, output, state, now, over=over)
+                if over and context.permit is not None:
+                    context.permit.leave_engine(output.request_id)
 
 
 def _advance(

@@ -28,15 +28,19 @@ class Changes(msgspec.Struct, frozen=True, omit_defaults=True):
     Attributes:
         die_with_parent: end with the process that started them, however it ends. If the kernel
             kills the server, it cannot stop its children, and an engine would keep the GPU.
+        quick_start: start processes as `quick_start` does.
         json_logs: write logs as JSON.
         image_work: the file by which `cpu_waits` learns when there is image work.
         encoder_runs: the address to which `encode_timer` reports.
+        segments: what the names of segments in /dev/shm begin with.
     """
 
     die_with_parent: bool = False
+    quick_start: bool = False
     json_logs: bool = False
     image_work: str | None = None
     encoder_runs: str | None = None
+    segments: str | None = None
 
 
 def asked() -> Changes:
@@ -57,10 +61,18 @@ def register() -> None:
     changes = asked()
     if changes.die_with_parent:
         _die_with_parent()
+    if changes.quick_start:
+        from server.engine.vllm_adapter import quick_start
+
+        quick_start.register()
     if changes.json_logs:
         from server.telemetry import log
 
         log.use_json()
+    if changes.segments is not None:
+        from server.engine.vllm_adapter import shared_segments
+
+        shared_segments.register(changes.segments)
     if changes.image_work is not None:
         from server.engine.vllm_adapter import cpu_waits
 

@@ -7,12 +7,11 @@ the request is then refused or cancelled before it is sent, P0 knows an image th
 the engine, and the next request with that image fails.
 
 Here P0 is only read while a request is rendered. It is updated at the moment of sending, by
-`ProcessorCache.settled`: there is no await between the update and the message, and if the message
+`Settled`: there is no await between the update and the message, and if the message
 is not sent, the update is taken back.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -95,28 +94,10 @@ class ProcessorCache(BaseMultiModalProcessorCache):
 
     # ------------------------------------------------------------------ when sending
 
-    @asynccontextmanager
-    async def settled(self, request: EngineCoreRequest, *, last: bool) -> AsyncIterator[None]:
-        """Update P0 for `request`, which the caller sends in the body, without awaiting anything
-        before that. Takes the update back if it is not sent.
-
-        `last`: no other engine request will be sent with the same features, which are then freed.
-
-        Raises:
-            RetryableRequestError: an image was dropped from the cache while the request was
-                rendered, and only the client can send it again.
-        """
-        features = request.mm_features or []
-        while missing := self.missing(features):
-            await _refill(missing)
-        request.mm_features, new = self.settle(features)
-        try:
-            yield
-        except BaseException:
-            self.take_back(new)
-            raise
-        if last:
-            self._let_go(features)
+    def settled(self, request: EngineCoreRequest, *, last: bool) -> "Settled":
+        """See `Settled`. `last`: no other engine request will be sent with the same features,
+        which are then freed."""
+        return Settled(self, request, last=last)
 
     def missing(self, features: Sequence[MultiModalFeatureSpec]) -> list[MultiModalFeatureSpec]:
         """Those of `features` that must be sent with their data and have none: the engine does
@@ -145,11 +126,11 @@ class ProcessorCache(BaseMultiModalProcessorCache):
                 held[key] = size
         return missing
 
-    def _let_go(self, features: Sequence[MultiModalFeatureSpec]) -> None:
+    def let_go(self, features: Sequence[MultiModalFeatureSpec]) -> None:
         """Free what a sent request would hold until its answer is complete: features and bytes."""
         for feature in features:
             if isinstance(feature.data, PooledItem) and self._cache.is_cached_item(_key(feature)):
-                feature.data.clear()
+                feature.data.data.clear()  # that of `UserDict` takes the items out one by one
                 feature.data.refill = None
 
     @property
@@ -169,7 +150,7 @@ class ProcessorCache(BaseMultiModalProcessorCache):
         for feature in features:
             self._cache.touch_sender_cache_item(_key(feature))
         settled, fresh = [], []
-        before = self.size().entries
+        before = self._entries()
         try:
             for feature in features:
                 key = _key(feature)
@@ -185,8 +166,8 @@ class ProcessorCache(BaseMultiModalProcessorCache):
             raise
         finally:
             self._cache.release_sender_touches()
-        evicted = before + len(fresh) - self.size().entries
-        metrics.features_evicted.inc(max(0, evicted))
+        if (evicted := before + len(fresh) - self._entries()) > 0:
+            metrics.features_evicted.inc(evicted)
         return settled, fresh
 
     def _to_keep(self, feature: MultiModalFeatureSpec) -> MultiModalKwargsItem:
@@ -215,17 +196,46 @@ class ProcessorCache(BaseMultiModalProcessorCache):
 
     def size(self) -> CacheSize:
         """What the engine holds of images' features, as far as it is known here."""
+        if (lru := self._lru) is None:
+            return CacheSize(self._entries(), None, None)
+        return CacheSize(self._entries(), int(lru.currsize), int(lru.maxsize))
+
+    def _entries(self) -> int:
+        if (lru := self._lru) is not None:
+            return len(lru)
         cache: Any = self._cache
-        if (shared := getattr(cache, "_shm_cache", None)) is not None:
-            return CacheSize(len(shared.key_index), None, None)
-        lru = self._lru
-        return CacheSize(len(lru), int(lru.currsize), int(lru.maxsize))
+        return len(cache._shm_cache.key_index)
 
     def make_stats(self, *, delta: bool = False) -> CacheInfo:
         return self._cache.make_stats(delta=delta)
 
     def close(self) -> None:
         self._cache.close()
+
+
+class Settled:
+    """`async with` it, P0 is updated for a request, which the caller sends in the body, without
+    awaiting anything before that. If it is not sent, the update is taken back."""
+
+    def __init__(self, cache: ProcessorCache, request: EngineCoreRequest, *, last: bool) -> None:
+        self._cache = cache
+        self._request = request
+        self._features = request.mm_features or []
+        self._last = last
+        self._new: list[str] = []
+
+    async def __aenter__(self) -> None:
+        """Raises RetryableRequestError if an image was dropped from the cache while the request was
+        rendered, and only the client can send it again."""
+        while missing := self._cache.missing(self._features):
+            await _refill(missing)
+        self._request.mm_features, self._new = self._cache.settle(self._features)
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._cache.take_back(self._new)
+        elif self._last:
+            self._cache.let_go(self._features)
 
 
 def copied(item: MultiModalKwargsItem) -> MultiModalKwargsItem:

@@ -7,20 +7,24 @@ placeholders into the prompt. Its class is one of a model's family; what is used
 
 import contextlib
 import contextvars
+import itertools
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import cachetools
 import torch
 from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
+from vllm.config import ModelConfig
 from vllm.inputs import MultiModalInput, mm_input
+from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalKwargsItem, MultiModalKwargsItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, EncDecMultiModalProcessor
 from vllm.multimodal.processing.processor import MultiModalProcessingResult, ResolvedPromptUpdate
+from vllm.transformers_utils.repo_utils import get_non_weight_snapshot_path
 
 from server.imaging.sizing import Size
 from server.request import context as requests
@@ -41,6 +45,10 @@ _WHOLE_PROMPT_METHODS = (
     "_merge_mm_kwargs",
     "_maybe_apply_prompt_updates",
 )
+
+# The files of a model besides its weights, and how many of them are looked at.
+_CONFIGURATION = (".bpe", ".jinja", ".json", ".model", ".py", ".tiktoken", ".txt")
+_MOST_FILES = 256
 
 # ---------------------------------------------------------------------- one image
 
@@ -65,89 +73,44 @@ def processed(
     return outputs, processor._get_mm_fields_config(outputs, options)
 
 
+def configuration_files(config: ModelConfig) -> list[str]:
+    """The files of the model, besides its weights, from which vLLM loads the processor."""
+    folder = Path(get_non_weight_snapshot_path(config.model, revision=config.revision))
+    if not folder.is_dir():
+        return []
+    found = (str(path) for path in folder.rglob("*") if path.suffix in _CONFIGURATION)
+    return sorted(itertools.islice(found, _MOST_FILES))
+
+
 def item(
     processor: Processor, outputs: Mapping[str, Any], image: Image.Image, options: Options
 ) -> tuple[MultiModalKwargsItem, Updates]:
     """The features of one picture as vLLM's item, and what they put into the prompt. `outputs` are
     those of the Hugging Face processor, by name; `image` may be `blank`."""
-    items = _divided(outputs, _fields(processor, outputs, options))
-    return items["image"][0], _updates(processor, image, options, items)
+    items = divided(outputs, fields_of(processor, outputs, options))
+    return items["image"][0], updates_of(processor, image, options, items)
 
 
-def _fields(processor: Processor, outputs: Mapping[str, Any], options: Options) -> Fields:
+def fields_of(processor: Processor, outputs: Mapping[str, Any], options: Options) -> Fields:
+    """How vLLM divides the outputs of the Hugging Face processor, by name."""
     fields: Fields = processor._get_mm_fields_config(BatchFeature(dict(outputs)), options)
     return fields
 
 
-def _divided(outputs: Mapping[str, Any], fields: Fields) -> MultiModalKwargsItems:
+def divided(outputs: Mapping[str, Any], fields: Fields) -> MultiModalKwargsItems:
+    """The outputs of the Hugging Face processor as vLLM's items."""
     items: MultiModalKwargsItems
     items = MultiModalKwargsItems.from_hf_inputs(BatchFeature(dict(outputs)), fields)
     return items
 
 
-def _updates(
+def updates_of(
     processor: Processor, image: Image.Image, options: Options, items: MultiModalKwargsItems
 ) -> Updates:
+    """What one picture puts into the prompt. `items` has its features."""
     sized = processor.info.parse_mm_data({"image": [image]}, validate=False)
     updates: Updates = processor._get_mm_prompt_updates(sized, options, items)["image"][0]
     return updates
-
-
-class ItemMaker:
-    """Makes items as `item` does, and remembers for which sizes it has.
-
-    How features are divided into fields, and what goes into the prompt, follow from the size of
-    the picture, the options, the shapes of the features and their whole numbers (grids, counts).
-    Working that out takes about half a millisecond of the event loop for each image.
-    """
-
-    def __init__(self, processor: Processor) -> None:
-        self._processor = processor
-        self._known: cachetools.LRUCache[Hashable, tuple[Fields, Updates]]
-        self._known = cachetools.LRUCache(1024)
-
-    def item(
-        self, outputs: Mapping[str, Any], size: Size, options: Options, options_id: bytes
-    ) -> tuple[MultiModalKwargsItem, Updates]:
-        """As `item`, of a picture of `size`, (width, height). `options_id` stands for `options`."""
-        try:
-            key = (size, options_id, *((name, _outline(outputs[name])) for name in outputs))
-        except _TooLarge:
-            return item(self._processor, outputs, blank(size), options)
-        if (known := self._known.get(key)) is not None:
-            fields, updates = known
-            return _divided(outputs, fields)["image"][0], updates
-        fields = _fields(self._processor, outputs, options)
-        items = _divided(outputs, fields)
-        updates = _updates(self._processor, blank(size), options, items)
-        self._known[key] = fields, updates
-        return items["image"][0], updates
-
-
-class _TooLarge(Exception):
-    """A feature has more numbers than are worth comparing."""
-
-
-_MOST_BYTES = 4096
-
-
-def _outline(feature: Any) -> Hashable:
-    """Stands for a feature in a key: its type and shape, and all its numbers, but not those of
-    large arrays of floating-point numbers or bytes, which are pixels.
-
-    Raises:
-        _TooLarge: it is another large array, such as a mask.
-    """
-    if isinstance(feature, list | tuple):
-        return tuple(map(_outline, feature))
-    if not isinstance(feature, torch.Tensor):
-        return type(feature), feature
-    shape, dtype = tuple(feature.shape), feature.dtype
-    if feature.nbytes > _MOST_BYTES:
-        if not dtype.is_floating_point and dtype != torch.uint8:
-            raise _TooLarge
-        return shape, dtype
-    return shape, dtype, tuple(feature.flatten().tolist())
 
 
 def qwen_pixels(info: Any, options: Options) -> dict[str, int]:
@@ -223,19 +186,20 @@ def merged(
 
 # ---------------------------------------------------------------------- types
 
-_DTYPES = {
+DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in vars(torch).values()
     if isinstance(dtype, torch.dtype)
 }
+"""By the names that workers use."""
 
 
 def tensor(dtype: str, shape: tuple[int, ...], buffer: Any, offset: int) -> torch.Tensor:
     """A tensor over shared memory; it keeps `buffer` alive."""
     count = math.prod(shape)
     if count == 0:
-        return torch.empty(shape, dtype=_DTYPES[dtype])
-    flat = torch.frombuffer(buffer, dtype=_DTYPES[dtype], count=count, offset=offset)
+        return torch.empty(shape, dtype=DTYPES[dtype])
+    flat = torch.frombuffer(buffer, dtype=DTYPES[dtype], count=count, offset=offset)
     return flat.view(shape)
 
 
@@ -247,7 +211,22 @@ def blank(size: Size) -> Image.Image:
     return image
 
 
-# ---------------------------------------------------------------------- groups
+# ---------------------------------------------------------------------- of a renderer
+
+
+def share_processor(renderer: Any) -> None:
+    """Let vLLM check the media of conversations with the processor of its `renderer`. Otherwise it
+    makes a processor for each conversation, which takes a fifth of a millisecond of the event loop.
+    """
+    registry: Any = MULTIMODAL_REGISTRY
+    create, shared = registry.create_processor, renderer.mm_processor
+
+    def processor(model_config: Any, *, tokenizer: Any = None) -> Any:
+        if shared is None or tokenizer is not None or model_config is not renderer.model_config:
+            return create(model_config, tokenizer=tokenizer)
+        return shared
+
+    registry.create_processor = processor
 
 
 def keep_groups_apart(renderer: Any) -> None:

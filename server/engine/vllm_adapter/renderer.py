@@ -14,6 +14,7 @@ import asyncio
 import functools
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ from server.concurrency import all_or_none
 from server.engine.token_allocator import TokenAllocator
 from server.engine.vllm_adapter import processors
 from server.engine.vllm_adapter.conversation import ConversationRenderer
+from server.engine.vllm_adapter.items import ItemMaker
 from server.engine.vllm_adapter.processor_cache import PooledItem, ProcessorCache, copied
 from server.engine.vllm_adapter.processors import (
     PlaceholdersMissing,
@@ -40,6 +42,7 @@ from server.errors import ClientError, ImageTokenCap, SaccadeError, UnknownImage
 from server.imaging.encoded import EncodedImage
 from server.imaging.tokens import TokenAllocation
 from server.request import context as requests
+from server.request.budgets import Item
 from server.request.context import RequestContext, ShownImage
 from server.request.groups import prefixed
 from server.settings import Settings
@@ -49,6 +52,9 @@ from server.workers.pool import ImagePool
 from server.workers.protocol import Features
 
 log = logging.getLogger("saccade.engine")
+
+# Three channels of 32 bits, in what most processors return.
+_MOST_BYTES_PER_PIXEL = 12
 
 _HITS, _MISSES = (metrics.image_lookups.labels(result) for result in ("hit", "miss"))
 
@@ -79,7 +85,7 @@ class PooledRenderer(ConversationRenderer):
             self._mm_processor_cache = ProcessorCache(self._mm_processor_cache)
         self._pool: ImagePool | None = None
         self._pooled = False
-        self._items: processors.ItemMaker | None = None
+        self._items: ItemMaker | None = None
         self.allocator: Any = None
         self._fingerprint = b""
         self.announce: Announce | None = None
@@ -103,7 +109,7 @@ class PooledRenderer(ConversationRenderer):
         vLLM's own processor."""
         self._pool = pool
         self._pooled = pooled
-        self._items = processors.ItemMaker(self.get_mm_processor()) if pooled else None
+        self._items = ItemMaker(self.get_mm_processor()) if pooled else None
         self.allocator = allocator
         model = self.model_config
         parts = (
@@ -165,9 +171,11 @@ class PooledRenderer(ConversationRenderer):
         encode_kwargs(kwargs)  # refuses what is not JSON, before the allocator reads it
         io = DecodeIO.of((media_io_kwargs or {}).get("image") or {})
         allocations = await self.allocator.allocate(images, context.max_image_tokens, kwargs)
+        tokens = sum(allocation.tokens for allocation in allocations if allocation is not None)
+        await context.holdings.take(Item.IMAGE_TOKENS, tokens)
         pooled = self._pooled and set(mm_data) == {"image"}
         if not pooled:
-            kwargs = _common_options(allocations, kwargs)
+            kwargs = _common_options(images, allocations, kwargs)
         jobs = [
             self._job(context, *pair, kwargs, io) for pair in zip(images, allocations, strict=True)
         ]
@@ -177,7 +185,7 @@ class PooledRenderer(ConversationRenderer):
             cached = [False] * len(jobs)
             rendered = await self._vllm_process_multimodal(
                 prompt,
-                {**mm_data, "image": await all_or_none(map(self._decode, jobs))},
+                {**mm_data, "image": await all_or_none(map(self._decode_image, jobs))},
                 {**(mm_uuids or {}), "image": [job.key for job in jobs]},
                 kwargs or None,
                 media_io_kwargs,
@@ -266,10 +274,8 @@ class PooledRenderer(ConversationRenderer):
 
     async def _process(self, job: ImageJob) -> tuple[MultiModalKwargsItem, Updates]:
         features = await self._in_pool(job.key, job, job.work)
-        assert features.size is not None
-        arrays = features.arrays(processors.tensor)
         assert self._items is not None
-        return self._items.item(arrays, features.size, job.kwargs, job.work.kwargs)
+        return self._items.item(features, job.kwargs, job.work.kwargs)
 
     async def _in_pool(self, key: str, job: ImageJob, work: PixelsJob | ProcessJob) -> Features:
         assert self._pool is not None
@@ -278,10 +284,14 @@ class PooledRenderer(ConversationRenderer):
                 "an image named by its uuid is no longer cached; send it again",
                 param=job.image.path,
             )
+        holdings, expected = job.context.holdings, _most_bytes(job, work)
+        await holdings.take(Item.FEATURES, expected)
         try:
-            return await self._pool.process(key, job.image.data, work, job.context.record.timeline)
+            features = await self._pool.process(key, job.image.data, work, job.context.record)
         except SaccadeError as error:  # all who wait for this picture get the same one
             raise type(error)(error.message, param=job.image.path) from None
+        holdings.note(Item.FEATURES, len(features.buffer) - expected)
+        return features
 
     def _shown(
         self,
@@ -327,7 +337,7 @@ class PooledRenderer(ConversationRenderer):
 
     # ------------------------------------------------------------------ vLLM's own way
 
-    async def _decode(self, job: ImageJob) -> Image.Image | None:
+    async def _decode_image(self, job: ImageJob) -> Image.Image | None:
         """The picture for vLLM's own processor; None if the client has not sent it this time."""
         if not job.image.data:
             return None
@@ -336,6 +346,13 @@ class PooledRenderer(ConversationRenderer):
         features = await self._in_pool(f"pixels-{job.key}", job, pixels_only)
         pixels = features.arrays(processors.tensor)["pixels"]
         return await asyncio.to_thread(lambda: Image.fromarray(pixels.numpy().copy()))
+
+
+def _most_bytes(job: ImageJob, work: PixelsJob | ProcessJob) -> int:
+    """About how much memory the result of `work` takes at most, in bytes."""
+    if isinstance(work, PixelsJob) or job.allocation is None:
+        return _MOST_BYTES_PER_PIXEL * math.prod(work.resize or work.size)
+    return _MOST_BYTES_PER_PIXEL * math.prod(job.allocation.processed)
 
 
 def _unprocessable(context: RequestContext) -> ClientError:
@@ -366,7 +383,9 @@ def _placeholders(rendered: Any) -> Sequence[Any]:
 
 
 def _common_options(
-    allocations: Sequence[TokenAllocation | None], kwargs: Mapping[str, Any]
+    images: Sequence[EncodedImage],
+    allocations: Sequence[TokenAllocation | None],
+    kwargs: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Processor options for a prompt whose images are processed together.
 
@@ -374,6 +393,9 @@ def _common_options(
         ImageTokenCap: the images would need different ones.
     """
     wanted = [dict(allocation.options) if allocation else {} for allocation in allocations]
-    if any(options != wanted[0] for options in wanted):
-        raise ImageTokenCap("this model takes one token cap for all images of a request")
+    for image, options in zip(images, wanted, strict=True):
+        if options != wanted[0]:
+            raise ImageTokenCap(
+                "this model takes one token cap for all images of a request", param=image.path
+            )
     return {**kwargs, **wanted[0]}

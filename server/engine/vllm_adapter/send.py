@@ -59,6 +59,7 @@ class Sender:
         self._cache = cache
         self._outcomes = outcomes
         self._gate = gate
+        self._engine = engine
         outputs: Any = engine.output_processor
         self._states = outputs.request_states
         core: Any = engine.engine_core
@@ -69,17 +70,29 @@ class Sender:
         """Send `request` for the request of the client that the current task works for.
 
         Raises:
-            RetryableRequestError: see `ProcessorCache.settled`.
+            RetryableRequestError: see `Settled`.
         """
         context = requests.current()
-        async with self._gate:
-            keep_in_group(request, context.group)
-            self._outcomes.sending(request, context)
-            if self._cache is None or not request.mm_features:
-                await self._send_to_core(request)
-                return
-            async with self._cache.settled(request, last=self._is_last(request)):
-                await self._send_to_core(request)
+        try:
+            if context.permit is not None:
+                await context.permit.enter_engine(request.request_id)
+            async with self._gate:
+                keep_in_group(request, context.group)
+                self._outcomes.sending(request, context)
+                if self._cache is None or not request.mm_features:
+                    await self._send_to_core(request)
+                    return
+                async with self._cache.settled(request, last=self._is_last(request)):
+                    await self._send_to_core(request)
+        except BaseException:  # vLLM keeps what it knows of a request that it could not send
+            await self._engine.abort(self._parent_id(request), internal=True)
+            raise
+
+    def _parent_id(self, request: EngineCoreRequest) -> str:
+        """The id of `request`, or that of all answers to its prompt if `n` is above 1."""
+        state = self._states.get(request.request_id)
+        parent = state.parent_req if state is not None else None
+        return request.request_id if parent is None else str(parent.request_id)
 
     def _is_last(self, request: EngineCoreRequest) -> bool:
         """Whether no other request follows with the same features, as with `n` above 1."""

@@ -58,7 +58,7 @@ class TypedPlaceholders:
         try:
             return self._marked(value)
         except RecursionError:
-            raise ClientError("the messages are nested too deeply") from None
+            raise ClientError("the messages are nested too deeply", param="messages") from None
 
     def _marked(self, value: Any) -> Any:
         if isinstance(value, str):

@@ -24,7 +24,13 @@ from typing import Annotated, BinaryIO, Literal, get_args
 import msgspec
 from msgspec import Meta
 
-from server.errors import CannotStart, FileStorageFailed, UnknownFile
+from server.errors import (
+    CannotStart,
+    FileStorageFailed,
+    ServerBusy,
+    UnknownFile,
+    busy_for_files,
+)
 
 log = logging.getLogger("saccade")
 
@@ -224,7 +230,7 @@ class FileDisk:
                     file.flush()
                     os.fsync(fd)
                 partial.rename(path)
-        except FileStorageFailed:
+        except (FileStorageFailed, ServerBusy):
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
             raise
@@ -241,5 +247,7 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if (busy := busy_for_files(error)) is not None:
+            raise busy from None
         log.error("--files-dir: %s", error)
         raise FileStorageFailed("the server cannot read or write its stored files") from None

@@ -30,6 +30,8 @@ _TEXTS = frozenset({
 _ANSWER_TEXTS = {"output_text": "text", "text": "text", "input_text": "text", "refusal": "refusal"}
 _UNFINISHED = ("in_progress", "incomplete")
 _OUTPUTS = ("function_call_output", "custom_tool_call_output")
+# vLLM takes null for these, but fails to write its answer, which repeats them.
+_NEVER_NULL = ("background", "truncation")
 
 
 def _write(handle: str) -> dict[str, Any]:
@@ -63,20 +65,24 @@ def _lists(document: Mapping[str, Any]) -> Iterator[ContentList]:
 
 
 def complete(document: dict[str, Any]) -> bool:
-    """Complete the history of a conversation that a client wrote by hand; returns whether anything
-    in `document` has changed. Items without a known form are left for vLLM to refuse.
+    """Remove options that are null, which means their defaults, and complete the history of a
+    conversation that a client wrote by hand; returns whether anything in `document` has changed.
+    Items without a known form are left for vLLM to refuse.
 
     OpenAI takes items without `type`, `id`, `status` and `annotations`. vLLM's models of them do
     not, and vLLM shows the model only the first text of an earlier answer, and no refusal.
     """
+    nulls = [name for name in _NEVER_NULL if document.get(name, "") is None]
+    for name in nulls:
+        del document[name]
     items = document.get("input")
     if not isinstance(items, list):
-        return False
+        return bool(nulls)
     completed = [_completed(item) for item in items]
     changed = any(new is not old for new, old in zip(completed, items, strict=True))
     if changed:
         document["input"] = completed
-    return changed
+    return changed or bool(nulls)
 
 
 def _completed(item: Any) -> Any:

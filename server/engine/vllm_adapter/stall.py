@@ -1,0 +1,27 @@
+"""Ends the requests of an engine that does not answer: it hangs, or was stopped."""
+
+from typing import Any
+
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+# The beginning of the message by which `http/errors.py` knows the error.
+MESSAGE = "EngineCore does not answer"
+
+
+class EngineStalled(EngineDeadError):
+    """The engine has not answered for long. A subclass, since vLLM passes only such an error on as
+    it is."""
+
+    def __init__(self) -> None:
+        Exception.__init__(self, MESSAGE)
+
+
+async def fail_requests(engine: AsyncLLM) -> None:
+    """Fail all requests that the engine has, and drop them there in case that it goes on."""
+    outputs: Any = engine.output_processor
+    states = outputs.request_states
+    for state in list(states.values()):
+        if state.queue is not None:
+            state.queue.put(EngineStalled())
+    await engine.abort([*outputs.parent_requests, *states], internal=True)

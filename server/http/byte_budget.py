@@ -1,0 +1,164 @@
+"""Bounds the bytes of request bodies that the whole server holds at the same time.
+
+A body takes its share before it is read, so a client whose body has no place is not read from, and
+its socket pushes back. Small bodies take no share: the limit on connections bounds them.
+
+A body may wait for its share, unless as many bytes wait already as there are, or it would wait too
+long at the rate at which bytes became free lately. Then its request is refused at once.
+"""
+
+import asyncio
+from collections import deque
+
+from server.errors import BodyMemoryFull
+from server.request.admission import Rate, whole_seconds
+from server.telemetry import metrics
+
+# The rate is measured over this many shares.
+_MEASURED = 64
+
+
+class ByteBudget:
+    """`total` bytes. Shares are given in the order in which they were asked for."""
+
+    def __init__(self, total: int, wait_timeout_s: float) -> None:
+        """`wait_timeout_s` is the longest time that a body waits for its share."""
+        self.total = total
+        self.held = 0
+        self._wait_timeout_s = wait_timeout_s
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._waiting_bytes = 0
+        self._rate = Rate(_MEASURED)
+        metrics.admission_limit.labels("body_bytes").set(total)
+        metrics.admission_held.labels("body_bytes").set_function(lambda: self.held)
+
+    @property
+    def waiting(self) -> int:
+        """How many bodies wait for their shares."""
+        return len(self._waiting)
+
+    async def take(self, nbytes: int) -> None:
+        """Take `nbytes`, which the caller must give back.
+
+        Raises:
+            BodyMemoryFull: they did not become free in time, or would not.
+        """
+        if not self._waiting and self.held + nbytes <= self.total:
+            self.held += nbytes
+            return
+        self._check_wait(nbytes)
+        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        entry = (nbytes, granted)
+        self._waiting.append(entry)
+        self._waiting_bytes += nbytes
+        try:
+            await asyncio.wait_for(asyncio.shield(granted), self._wait_timeout_s)
+        except BaseException as error:
+            if granted.done():  # granted at the last moment
+                self.give_back(nbytes)
+            else:
+                self._waiting.remove(entry)
+                self._waiting_bytes -= nbytes
+                self._grant()  # those behind may fit
+            if isinstance(error, TimeoutError):
+                raise self._full(1.0) from None
+            raise
+
+    def _check_wait(self, nbytes: int) -> None:
+        """Raises BodyMemoryFull if these bytes would not become free in time."""
+        needed = self.held + self._waiting_bytes + nbytes - self.total
+        rate = self._rate.per_second()
+        late_s = needed / rate - self._wait_timeout_s if rate else 0.0
+        if late_s > 0 or self._waiting_bytes + nbytes > self.total:
+            raise self._full(max(1.0, late_s))
+
+    def _full(self, seconds: float) -> BodyMemoryFull:
+        error = BodyMemoryFull(
+            f"the bodies of other requests take {self.held} bytes, the limit is {self.total}, and "
+            f"{self._waiting_bytes} bytes wait; try again later"
+        )
+        error.retry_after_s = whole_seconds(seconds)
+        return error
+
+    def give_back(self, nbytes: int) -> None:
+        """Give back what `take` took."""
+        self.held -= nbytes
+        waited = bool(self._waiting)
+        if waited:
+            self._rate.note(nbytes)
+        self._grant()
+        if waited and not self._waiting:
+            self._rate.pause()
+
+    def _grant(self) -> None:
+        while self._waiting and self.held + self._waiting[0][0] <= self.total:
+            nbytes, granted = self._waiting.popleft()
+            self._waiting_bytes -= nbytes
+            self.held += nbytes
+            granted.set_result(None)
+
+
+class Share:
+    """What one body holds of the budget. Use it as a context manager: the share ends with it."""
+
+    def __init__(self, budget: ByteBudget) -> None:
+        self._budget = budget
+        self._nbytes = 0
+
+    def __enter__(self) -> "Share":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._nbytes:
+            self._budget.give_back(self._nbytes)
+
+    async def grow(self, nbytes: int) -> None:
+        """Hold at least `nbytes`.
+
+        Raises:
+            BodyMemoryFull: they did not become free in time, or would not.
+        """
+        if nbytes > self._nbytes:
+            await self._budget.take(nbytes - self._nbytes)
+            self._nbytes = nbytes
+
+    def shrink(self, nbytes: int) -> None:
+        """Hold at most `nbytes`."""
+        if nbytes < self._nbytes:
+            self._budget.give_back(self._nbytes - nbytes)
+            self._nbytes = nbytes
+
+
+class Turns:
+    """Lets `most` tasks pass in each iteration of the event loop. The others wait, in order."""
+
+    def __init__(self, most: int) -> None:
+        self._most = self._left = most
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._renews = False
+
+    async def next(self) -> None:
+        """Wait for a turn."""
+        if not self._renews:
+            self._renew_soon()
+        if self._left and not self._waiting:
+            self._left -= 1
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        await turn
+
+    def _renew_soon(self) -> None:
+        self._renews = True
+        asyncio.get_running_loop().call_soon(self._renew)
+
+    def _renew(self) -> None:
+        self._renews = False
+        self._left = self._most
+        while self._left and self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():  # and its task was not cancelled
+                turn.set_result(None)
+                self._left -= 1
+        if self._waiting:
+            self._renew_soon()

@@ -1,0 +1,289 @@
+"""HTTP/1.1 connections under limits that apply before the API key of a request is known.
+
+uvicorn's protocol limits neither the head of a request nor the time that it takes, and keeps a
+connection whose client never reads its answer. This subclass limits all three. A refusal is an
+error in OpenAI's shape, after which the connection is closed.
+"""
+
+import json
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn.server
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from server.errors import (
+    ClientError,
+    HeadersTooLarge,
+    RequestTimeout,
+    SaccadeError,
+    ServerBusy,
+    UrlTooLong,
+    error_body,
+)
+from server.http.scope import set_connection
+from server.telemetry import metrics
+
+# This is called for each header; `super()` would make it a quarter slower.
+_add_header = HttpToolsProtocol.on_header
+
+# A client may send this many requests before it gets the first answer.
+_MAX_PIPELINED = 32
+# Chunk headers, chunk extensions and trailers may take this much more than the body itself.
+_MAX_FRAMING_BYTES = 64 * 1024
+# How long a refused client may go on sending. Closing at once would discard the refusal, since the
+# kernel resets a connection that is closed with unread data.
+_LINGER_S = 2.0
+_MAX_LINGERING = 256
+# Together, refused clients are read from about once in this time: 50 MB a second.
+_LINGER_PAUSE_S = 0.005
+# A connection whose first request has not come after this is closed when the server drains.
+_FIRST_REQUEST_S = 1.0
+
+
+class ServerState(uvicorn.server.ServerState):
+    """What the connections share. While the server `drains`, each answer ends its connection; it no
+    longer waits for requests when it `must_end`."""
+
+    drains = False
+    must_end = False
+    lingering = 0
+    """Connections whose clients were refused, and may go on sending for a while."""
+
+
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """`files` is the number of file descriptors that connections may be among: the process may open
+    more. `header_bytes` counts the names and values of all header fields. `send_timeout_s` is the
+    longest time in which a client may take nothing of its answer."""
+
+    connections: int
+    files: int
+    url_bytes: int
+    header_bytes: int
+    header_fields: int
+    header_timeout_s: float
+    send_timeout_s: float
+
+
+class Connection(HttpToolsProtocol):
+    """One connection. `check` must be called about once a second. `on_leaving` is called when the
+    client leaves, or is refused, while it waits for an answer."""
+
+    server_state: ServerState
+    on_leaving: Callable[[], None] | None = None
+
+    def __init__(self, *args: Any, limits: ConnectionLimits, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._limits = limits
+        self._max_header_bytes = limits.header_bytes
+        self._max_header_fields = limits.header_fields
+        self._error: SaccadeError | None = None
+        self._refused_at: float | None = None
+        # Since when the next head is expected or incomplete; None while it need not be in time.
+        self._head_since: float | None = None
+        self._in_head = self._in_body = self._begins_here = self._had_request = False
+        self._field_bytes = self._open_bytes = 0
+        self._body_bytes = self._wire_bytes = 0
+        self._unsent, self._unsent_since = 0, 0.0
+
+    def connection_made(self, transport: Any) -> None:
+        """Refuse the connection if there are too many."""
+        super().connection_made(transport)
+        self._head_since = self.loop.time()
+        if len(self.connections) > self._limits.connections:
+            self._refuse(ServerBusy("the server has too many connections"))
+        elif self._takes_last_file(transport):
+            self._refuse(ServerBusy("the server has no free file descriptors; try again later"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._refused_at is not None:
+            self.server_state.lingering -= 1
+        if self.on_leaving is not None:
+            self.on_leaving()
+
+    def _takes_last_file(self, transport: Any) -> bool:
+        """Whether hardly any file is free: the kernel gives the lowest number that is. Without one
+        for the next connection, libuv would close it without a word."""
+        sock = transport.get_extra_info("socket")
+        return sock is not None and sock.fileno() >= self._limits.files
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what arrived; refuse the request if it exceeds a limit."""
+        if self._refused_at is not None:
+            self.transport.pause_reading()
+            pause_s = _LINGER_PAUSE_S * self.server_state.lingering
+            self.loop.call_later(pause_s, self._read_on)
+            return
+        if self._head_since is None and (self.cycle is None or self.cycle.response_complete):
+            self._head_since = self.loop.time()
+        if self._in_body:
+            self._wire_bytes += len(data)
+        self._begins_here = False
+        super().data_received(data)
+        if self._error is not None:
+            return
+        if self._in_head and not self._begins_here:  # all of `data` belongs to one unfinished head
+            self._open_bytes += len(data)
+            if self._open_bytes > self._limits.header_bytes + self._limits.url_bytes:
+                self._refuse(self._headers_too_large())
+        elif (
+            self._in_body
+            and self._wire_bytes > _MAX_FRAMING_BYTES + 2 * self._body_bytes  # tiny chunks
+        ):
+            self._refuse(
+                ClientError("the chunk headers and trailers take more bytes than the request body")
+            )
+
+    def _read_on(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
+
+    def check(self, now: float) -> None:
+        """Close the connection if its client is too slow. `now` is the time of the event loop."""
+        limits = self._limits
+        unsent = self.transport.get_write_buffer_size()
+        if not unsent or unsent < self._unsent:
+            self._unsent_since = now
+        self._unsent = unsent
+        if self._refused_at is not None:
+            if now - self._refused_at > _LINGER_S:
+                self.transport.abort()
+        elif (
+            self._head_since is not None and now - self._head_since > self._limits.header_timeout_s
+        ):
+            if self._in_head:
+                limit = self._limits.header_timeout_s
+                self._refuse(RequestTimeout(f"the headers did not arrive within {limit:g} s"))
+            else:
+                self.transport.close()
+                self._head_since = None
+        elif now - self._unsent_since > limits.send_timeout_s:
+            self.transport.abort()
+
+    def announce_end(self) -> None:
+        """Let the answer of the current request say that it is the last on this connection, unless
+        it has begun."""
+        if self.cycle is not None and not self.cycle.response_started:
+            self.cycle.keep_alive = False
+
+    def shutdown(self) -> None:
+        """Close the connection when it has no request, and none is on its way: call it again until
+        it is closed."""
+        if not (self._in_head or self._is_new()):
+            super().shutdown()
+
+    def _is_new(self) -> bool:
+        """Whether the client has just connected, so that its request may be under way."""
+        if self._had_request or self._head_since is None or self.server_state.must_end:
+            return False
+        return self.loop.time() - self._head_since < _FIRST_REQUEST_S
+
+    # ------------------------------------------------------------------ callbacks of the parser
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        set_connection(self.scope, self)  # type: ignore[arg-type]
+        self._in_head = self._begins_here = True
+        self._field_bytes = self._open_bytes = 0
+        self._body_bytes = self._wire_bytes = 0
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        if len(self.url) > self._limits.url_bytes:
+            limit = self._limits.url_bytes
+            self._fail(UrlTooLong(f"the URL has more than {limit} bytes, which is the limit"))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._field_bytes = nbytes = self._field_bytes + len(name) + len(value)
+        if nbytes > self._max_header_bytes or len(self.headers) >= self._max_header_fields:
+            self._fail(self._headers_too_large())
+        if self._in_head:  # trailers are dropped: the checks of headers are over
+            _add_header(self, name, value)
+
+    def on_headers_complete(self) -> None:
+        if len(self.pipeline) >= _MAX_PIPELINED:
+            self._fail(ClientError("too many requests were sent without waiting for an answer"))
+        self._in_head, self._in_body, self._had_request = False, True, True
+        self._head_since = None
+        super().on_headers_complete()
+        if self.server_state.drains:
+            self.announce_end()
+
+    def on_body(self, body: bytes) -> None:
+        self._body_bytes += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._in_body = False
+        super().on_message_complete()
+        if not self.pipeline:  # else nothing more is to be read for now
+            self.flow.resume_reading()  # to notice when the client leaves
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._in_head:  # of a request that was sent before this answer
+            self._head_since = self.loop.time()
+
+    # ------------------------------------------------------------------ refusals
+
+    def _fail(self, error: SaccadeError) -> None:
+        """End a callback: the parser stops, and uvicorn calls `send_400_response`."""
+        self._error = error
+        raise error
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse a request that the parser or one of its callbacks did not accept."""
+        self._error = self._error or ClientError("the request is not valid HTTP/1.1")
+        self._refuse(self._error)
+
+    def _headers_too_large(self) -> HeadersTooLarge:
+        limits = self._limits
+        return HeadersTooLarge(
+            f"the headers have more than {limits.header_bytes} bytes or {limits.header_fields} "
+            "fields, which are the limits"
+        )
+
+    def _refuse(self, error: SaccadeError) -> None:
+        """Send `error` and no longer read requests. Only close the connection if another answer is
+        under way."""
+        self._refused_at = self.loop.time()
+        self.server_state.lingering += 1
+        self._unset_keepalive_if_required()
+        metrics.refusals.labels(error.code).inc()
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            if cycle.response_started or self.pipeline or self._in_head:
+                self.transport.close()
+                return
+            cycle.disconnected = True
+            cycle.message_event.set()
+            if self.on_leaving is not None:
+                self.on_leaving()
+        self.transport.write(_answer(error, self.server_state.default_headers))
+        crowded = len(
+            self.connections
+        ) > self._limits.connections + _MAX_LINGERING or self._takes_last_file(self.transport)
+        if self.transport.can_write_eof() and not crowded:
+            self.transport.write_eof()
+        else:  # also with TLS
+            self.transport.close()
+
+
+def _answer(error: SaccadeError, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """A whole HTTP answer, the last of its connection."""
+    body = json.dumps(error_body(error.message, error.type, error.code)).encode()
+    fields = [
+        *headers,
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"x-request-id", uuid.uuid4().hex.encode()),
+        (b"connection", b"close"),
+    ]
+    if error.retry_after_s:
+        fields.append((b"retry-after", str(error.retry_after_s).encode()))
+    lines = b"".join(b"%s: %s\r\n" % field for field in fields)
+    return STATUS_LINE[error.status] + lines + b"\r\n" + body

@@ -1,0 +1,309 @@
+"""Admission: which requests may work now, which wait, and which are refused.
+
+    async with admission.permit(record, quotas, cost):
+        ...  # media are fetched and decoded, the engine answers
+
+A permit is taken when the media of a request are known, before anything is fetched or decoded. At
+most `running` requests have one; the others wait in a queue that is fair among groups of keys. A
+request is refused at once if its key is over a limit, if the queue is full, or if its turn would
+come too late, by the measured rate. While a running request waits for a share of the budgets
+(`server.request.budgets`), no other one begins.
+
+Of the requests with a permit, at most `in_engine` are in the engine; the queue of the others is
+fair as well. vLLM's own queue, which is not, stays short.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from server.errors import EngineQueueFull, ServerBusy
+from server.request.budgets import Budgets, Holdings, Resource
+from server.request.limits import Quota, Usage
+from server.request.slots import Slots
+from server.telemetry import metrics
+from server.telemetry.record import Record
+
+_MAX_RETRY_AFTER_S = 60
+# The rate is measured over this many answers, or over twice the requests that run together.
+_MEASURED = 64
+# A request may wait if most requests would be answered before its deadline then. If its turn comes
+# late all the same, it is given up only when few would be.
+_MOST, _FEW = 0.9, 0.25
+# Waiting may take this many times as long as predicted: the rate varies within seconds.
+_WAIT_MARGIN = 1.5
+# Usages that would not be missed are looked for when there are this many.
+_MOST_USAGES = 10_000
+
+
+@dataclass(frozen=True)
+class AdmissionLimits:
+    """Bounds of the whole server.
+
+    Attributes:
+        running: requests that work at the same time.
+        waiting: requests that wait for a permit.
+        wait_s: longest time that a request may have to wait, in seconds.
+        in_engine: engine requests (prompts, or answers to the same prompt) in the engine.
+        totals: what all requests together may hold.
+        engine_requests: engine requests that run or wait, here or in the engine; above it, a
+            request is refused at once (`--max-num-queued-reqs`). None: no limit.
+    """
+
+    running: int
+    waiting: int
+    wait_s: float
+    in_engine: int
+    totals: Mapping[Resource, int]
+    engine_requests: int | None = None
+
+
+class Rate:
+    """How much cost per second the server gets done while requests wait for it."""
+
+    def __init__(self, measured: int) -> None:
+        self._done: deque[tuple[float, float]] = deque(maxlen=max(2, measured))
+        self._last: float | None = None
+
+    def note(self, cost: float) -> None:
+        """Note that a request of this cost ended while others waited."""
+        self._done.append((time.monotonic(), cost))
+
+    def pause(self) -> None:
+        """Nobody waits any more: what ends from now on does not show what the server can do."""
+        self._last = self.per_second()
+        self._done.clear()
+
+    def per_second(self) -> float | None:
+        """The rate; None if it is not known yet."""
+        if len(self._done) < self._done.maxlen // 4:  # type: ignore[operator]
+            return self._last
+        seconds = time.monotonic() - self._done[0][0]
+        return sum(cost for _, cost in self._done) / seconds if seconds > 0 else self._last
+
+
+class ServiceTimes:
+    """How long the last requests took from their permit to their end."""
+
+    def __init__(self) -> None:
+        self._seconds: deque[float] = deque(maxlen=_MEASURED)
+
+    def note(self, seconds: float) -> None:
+        self._seconds.append(seconds)
+
+    def quantile(self, share: float) -> float:
+        """The time within which this share of them ended, in seconds; 0 if little is known."""
+        if len(self._seconds) < _MEASURED // 4:
+            return 0.0
+        return sorted(self._seconds)[int(share * len(self._seconds))]
+
+
+class Admission:
+    """Gives permits."""
+
+    def __init__(
+        self, limits: AdmissionLimits, engine_is_full: Callable[[], str | None] = lambda: None
+    ) -> None:
+        """`engine_is_full` says why the engine takes no more requests; None if it does."""
+        self.limits = limits
+        self.budgets = Budgets(limits.totals, limits.wait_s, lambda: self.slots.advance())
+        self.slots = Slots(limits.running, lambda: self.budgets.is_short)
+        self.engine_requests = 0
+        self._engine_is_full = engine_is_full
+        self.engine_slots = Slots(limits.in_engine)
+        self.service_times = ServiceTimes()
+        self._rate = Rate(max(_MEASURED, 2 * limits.running))
+        self._usages: dict[str, Usage] = {}
+        metrics.requests_waiting.set_function(lambda: len(self.slots.queue))
+        metrics.requests_running.set_function(lambda: self.slots.taken)
+
+    def permit(
+        self,
+        record: Record,
+        quotas: Sequence[Quota] = (),
+        cost: float = 1.0,
+        engine_requests: int = 1,
+    ) -> "Permit":
+        """A permit for a request, to be used with `async with`.
+
+        `quotas` are those of its key. `cost` says how much work it is, compared with others, and
+        `engine_requests` how many the engine will get for it. The tokens that `record` has at the
+        end are charged to the quotas.
+
+        Raises:
+            RateLimited: the key is over one of its limits.
+            EngineQueueFull: the engine would refuse the request.
+            ServerBusy: the queue is full, or the request would wait too long.
+        """
+        return Permit(self, record, quotas, cost, engine_requests)
+
+    def check_engine(self, requests: int) -> None:
+        """Raises EngineQueueFull if the engine would refuse this many requests more."""
+        most = self.limits.engine_requests
+        why = self._engine_is_full()
+        if most is not None and self.engine_requests + requests > most:
+            why = f"{self.engine_requests} requests run or wait in the engine, the limit is {most}"
+        if why is not None:
+            raise self._busy(why, 1.0, EngineQueueFull)
+
+    def usage(self, quota: Quota) -> Usage:
+        """What the key or group of `quota` has used. Its limits may have changed since."""
+        found = self._usages.get(quota.name)
+        if found is None:
+            if len(self._usages) >= _MOST_USAGES:
+                used = {name: each for name, each in self._usages.items() if not each.is_idle}
+                self._usages = used
+            found = self._usages[quota.name] = Usage(quota.limits)
+        elif found.limits != quota.limits:
+            found.change(quota.limits)
+        return found
+
+    async def take_turn(
+        self, group: str, share: float, cost: float, deadline: float | None
+    ) -> None:
+        """Wait until the request may run, and count it as running.
+
+        Raises:
+            ServerBusy: the queue is full, the request would wait too long, or it has waited so
+                long that few requests would be answered before its deadline.
+        """
+        if self.slots.take_now(group):
+            return
+        self._check_wait(group, deadline)
+        since = time.monotonic()
+        try:
+            await self.slots.take(group, share, cost)
+        finally:
+            metrics.admission_wait.observe(time.monotonic() - since)
+        shortest_s = self.service_times.quantile(_FEW)
+        if deadline is not None and time.monotonic() + shortest_s > deadline:
+            self.end(group, cost)
+            raise self._busy("the request would not be answered before its deadline", 0.0)
+
+    def _check_wait(self, group: str, deadline: float | None) -> None:
+        rate, queue = self._rate.per_second(), self.slots.queue
+        if len(queue) >= self.limits.waiting:
+            seconds = queue.cost / rate if rate else 1.0
+            if (resource := self.budgets.short_of) is not None:
+                full = self.budgets.error(resource)
+                full.retry_after_s = whole_seconds(seconds)
+                raise full
+            raise self._busy(f"{len(queue)} requests wait already, which is the limit", seconds)
+        if not rate:
+            return
+        wait_s = queue.cost_before(queue.start_of(group)) / rate
+        most_s = self.limits.wait_s
+        if deadline is not None:
+            longest_s = self.service_times.quantile(_MOST)
+            most_s = min(most_s, (deadline - time.monotonic() - longest_s) / _WAIT_MARGIN)
+        if wait_s > most_s:
+            raise self._busy(
+                f"the request would wait about {wait_s:.0f} s for its turn, and may wait "
+                f"{max(0.0, most_s):.3g} s",
+                wait_s - most_s,
+            )
+
+    @staticmethod
+    def _busy(why: str, seconds: float, kind: type[ServerBusy] = ServerBusy) -> ServerBusy:
+        error = kind(f"{why}; try again later")
+        error.retry_after_s = whole_seconds(seconds)
+        return error
+
+    def end(self, group: str, cost: float) -> None:
+        """A request has ended: the next one's turn."""
+        waited = bool(self.slots.queue)
+        if waited:
+            self._rate.note(cost)
+        self.slots.free(group)
+        if waited and not self.slots.queue:
+            self._rate.pause()
+
+
+class Permit:
+    """The right of one request to work."""
+
+    def __init__(
+        self,
+        admission: Admission,
+        record: Record,
+        quotas: Sequence[Quota],
+        cost: float,
+        engine_requests: int,
+    ) -> None:
+        self.holdings = Holdings(admission.budgets)
+        self._engine_requests = engine_requests
+        self._admission = admission
+        self._record = record
+        self._quotas = quotas
+        self._cost = cost
+        self._usages: list[Usage] = []
+        self._share = max((quota.limits.share for quota in quotas), default=1.0)
+        self._group = record.key_group or ""
+        self._began = 0.0
+        self._in_engine: set[str] = set()
+        self._is_over = False
+
+    async def __aenter__(self) -> "Permit":
+        record = self._record
+        usages = [self._admission.usage(quota) for quota in self._quotas]
+        for usage in usages:
+            usage.check()
+        self._admission.check_engine(self._engine_requests)
+        for usage in usages:
+            usage.begin()
+        self._usages = usages
+        self._admission.engine_requests += self._engine_requests
+        try:
+            await self._admission.take_turn(self._group, self._share, self._cost, record.deadline)
+        except BaseException:
+            self._end_usages()
+            raise
+        record.headers += [header for usage in usages for header in usage.headers()]
+        self._began = time.monotonic()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._is_over = True
+        self.holdings.close()
+        self._end_usages()
+        for request_id in list(self._in_engine):
+            self.leave_engine(request_id)
+        if kind is None and self._record.completion_tokens:
+            self._admission.service_times.note(time.monotonic() - self._began)
+        self._admission.end(self._group, self._cost)
+
+    async def enter_engine(self, request_id: str) -> None:
+        """Wait until the engine request may be sent. If others of the same client's request are in
+        the engine already, as with `n` above 1, it may be sent at once; so may what is sent after
+        the client has its answer, as with `background`."""
+        if request_id in self._in_engine or self._has_ended():
+            return
+        if self._in_engine:
+            self._admission.engine_slots.add(self._group)
+        else:
+            await self._admission.engine_slots.take(self._group, self._share)
+        self._in_engine.add(request_id)
+        if self._has_ended():  # nobody would leave for a request that is aborted from now on
+            self.leave_engine(request_id)
+
+    def _has_ended(self) -> bool:
+        return self._is_over
+
+    def leave_engine(self, request_id: str) -> None:
+        """The engine request has ended, or was not sent."""
+        if request_id in self._in_engine:
+            self._in_engine.remove(request_id)
+            self._admission.engine_slots.free(self._group)
+
+    def _end_usages(self) -> None:
+        self._admission.engine_requests -= self._engine_requests
+        record = self._record
+        for usage in self._usages:
+            usage.end(record.prompt_tokens + record.completion_tokens, record.image_tokens)
+
+
+def whole_seconds(seconds: float) -> int:
+    """The value of a `Retry-After` for this time."""
+    return max(1, min(_MAX_RETRY_AFTER_S, math.ceil(seconds)))

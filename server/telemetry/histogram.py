@@ -1,0 +1,54 @@
+"""A histogram of Prometheus for values that every request has many of."""
+
+from bisect import bisect_left
+from collections.abc import Iterable
+from itertools import accumulate
+from threading import Lock
+from typing import Any
+
+import prometheus_client
+from prometheus_client.samples import Sample
+from prometheus_client.utils import floatToGoString
+
+
+class Histogram(prometheus_client.Histogram):
+    """Prometheus's, at half its cost: it finds the bucket by bisection, and takes one lock for
+    both the bucket and the sum. It has no exemplars, lives in one process, and is never cleared."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._known: dict[tuple[Any, ...], Histogram] = {}
+        super().__init__(*args, **options)
+
+    def labels(self, *values: Any, **named: Any) -> "Histogram":
+        """The histogram for these values of its labels."""
+        found = self._known.get(values)
+        if found is None or named:
+            found = super().labels(*values, **named)
+            if not named:
+                self._known[values] = found
+        return found
+
+    def _metric_init(self) -> None:
+        self._counts = [0] * len(self._upper_bounds)
+        self._total = 0.0
+        self._mutex = Lock()
+
+    def observe(self, amount: float, exemplar: dict[str, str] | None = None) -> None:
+        """Count `amount`; of a histogram with labels, call it on what `labels` returns."""
+        bucket = bisect_left(self._upper_bounds, amount)
+        with self._mutex:
+            self._counts[bucket] += 1
+            self._total += amount
+
+    def _child_samples(self) -> Iterable[Sample]:
+        with self._mutex:
+            counts, total = list(self._counts), self._total
+        bounds = map(floatToGoString, self._upper_bounds)
+        samples = [
+            Sample("_bucket", {"le": bound}, float(count), None, None)
+            for bound, count in zip(bounds, accumulate(counts), strict=True)
+        ]
+        samples.append(Sample("_count", {}, float(sum(counts)), None, None))
+        if self._upper_bounds[0] >= 0:  # else the sum may go down, which a counter must not
+            samples.append(Sample("_sum", {}, total, None, None))
+        return samples
