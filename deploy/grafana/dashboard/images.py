@@ -116,7 +116,7 @@ SECTION = Section(
         timeseries(
             "Image queue",
             "Images that wait for a worker, on the fullest server, and the limit at which requests"
-            " are refused as server_busy.",
+            " are refused as image_queue_full.",
             "short",
             {
                 "waiting": f"max ({select('saccade_image_queue')})",
