@@ -11,11 +11,15 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.load import Answer, Plan, Result
 from benchmarks.probes import HealthProbe, MemoryProbe, ScrapeProbe
 from benchmarks.processes import Cpu, Server, ServerFailed
 from benchmarks.workloads import Batch
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 _TICK = 1 / os.sysconf("SC_CLK_TCK")
 _ROOT = Path(__file__).resolve().parent.parent
@@ -89,8 +93,14 @@ def measure(
 
 def generate(plan: Plan, limit: float) -> Result:
     """Run the load generator in a separate process, for at most `limit` seconds."""
+    return Result.from_json(in_process("benchmarks.load", plan, limit))
+
+
+def in_process(module: str, plan: "DataclassInstance", limit: float | None = None) -> str:
+    """Run the load generator `module` in a separate process, for at most `limit` seconds; returns
+    what it prints."""
     finished = subprocess.run(
-        [sys.executable, "-m", "benchmarks.load"],
+        [sys.executable, "-m", module],
         input=json.dumps(dataclasses.asdict(plan)),
         stdout=subprocess.PIPE,
         text=True,
@@ -98,12 +108,17 @@ def generate(plan: Plan, limit: float) -> Result:
         timeout=limit,
         check=True,
     )
-    return Result.from_json(finished.stdout)
+    return finished.stdout
 
 
 def percentile(values: list[float], share: float) -> float:
     """Return the smallest value that at least `share` of the values do not exceed."""
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
+
+
+def milliseconds(seconds: list[float], share: float) -> float | None:
+    """Return the percentile in milliseconds, for a result file; None without values."""
+    return round(1000 * percentile(seconds, share), 1) if seconds else None
 
 
 def _measurement(
@@ -170,11 +185,11 @@ def _settle(server: Server) -> None:
 def _read_clock(server: Server, idle: Server) -> _Clock:
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     own = time.process_time() + children.ru_utime + children.ru_stime
-    busy, stolen = _machine_cpu()
+    busy, stolen = machine_cpu()
     return _Clock(time.perf_counter(), server.cpu(), idle.cpu(), own, busy, stolen)
 
 
-def _machine_cpu() -> tuple[float, float]:
+def machine_cpu() -> tuple[float, float]:
     """Return the CPU seconds used since boot, and those that the hypervisor took."""
     with open("/proc/stat") as file:
         ticks = [int(field) * _TICK for field in file.readline().split()[1:9]]

@@ -8,6 +8,7 @@ import contextlib
 import http.client
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ _TICK = 1 / os.sysconf("SC_CLK_TCK")
 _ROOT = Path(__file__).resolve().parent.parent
 _START_LIMIT = 600.0
 _STOP_LIMIT = 20.0
+_END_LIMIT = 90.0  # above the 30 s in which running requests may end
 
 
 class ServerFailed(RuntimeError):
@@ -92,27 +94,38 @@ class Server:
                 start_new_session=True,
             )
 
-    def wait_ready(self) -> None:
-        """Return when the server is ready for requests; raise `ServerFailed` if it never is."""
+    def wait_ready(self, interval: float = 0.5) -> None:
+        """Return when the server is ready for requests; raise `ServerFailed` if it never is.
+        `interval` is the pause between two checks in seconds."""
         deadline = time.monotonic() + _START_LIMIT
         while time.monotonic() < deadline:
-            if self._process.poll() is not None:
-                raise self._failed(f"ended with status {self._process.returncode}")
+            self.check()
             with contextlib.suppress(OSError, http.client.HTTPException):
                 if self.get(self._ready)[0] == http.HTTPStatus.OK:
                     return
-            time.sleep(0.5)
+            time.sleep(interval)
         raise self._failed(f"was not ready after {_START_LIMIT:.0f} s")
 
-    def get(self, path: str) -> tuple[int, bytes]:
-        """Return status and body of a GET request."""
+    def get(self, path: str, key: str = "") -> tuple[int, bytes]:
+        """Return status and body of a GET request, with an API key if one is given."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
         try:
-            connection.request("GET", path)
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            connection.request("GET", path, headers=headers)
             response = connection.getresponse()
             return response.status, response.read()
         finally:
             connection.close()
+
+    def check(self) -> None:
+        """Raise `ServerFailed` if the server has ended."""
+        if self._process.poll() is not None:
+            raise self._failed(f"ended with status {self._process.returncode}")
+
+    def end(self) -> int:
+        """Send SIGTERM and return the exit status once the server has ended by itself."""
+        self._process.terminate()
+        return self._process.wait(_END_LIMIT)
 
     def stop(self) -> None:
         """End all processes of the server: first with SIGTERM, then with SIGKILL."""
@@ -142,6 +155,20 @@ class Server:
         event_loop = _main_thread_cpu(self._process.pid)
         return Cpu(event_loop, first - event_loop, workers, engine)
 
+    def cpu_by_role(self) -> dict[str, float]:
+        """Return the CPU seconds of each kind of process, including children that have ended."""
+        seconds: dict[str, float] = {}
+        for process in self._processes():
+            role = "server" if process.pid == self._process.pid else _role(_title(process.pid))
+            used = process.cpu + process.ended_children
+            seconds[role] = seconds.get(role, 0.0) + used
+        return seconds
+
+    @property
+    def pid(self) -> int:
+        """The id of the server's first process."""
+        return self._process.pid
+
     def pids(self) -> list[int]:
         """Return the ids of all processes of the server."""
         return [process.pid for process in self._processes()]
@@ -149,6 +176,10 @@ class Server:
     def engine_pids(self) -> list[int]:
         """Return the ids of the processes that run the model."""
         return [pid for pid in self.pids() if _title(pid).startswith(_ENGINE_TITLES)]
+
+    def titled(self, text: str) -> list[int]:
+        """Return the ids of the processes whose command lines contain `text`."""
+        return [pid for pid in self.pids() if text in _title(pid)]
 
     def _failed(self, what: str) -> ServerFailed:
         lines = self._log.read_text(errors="replace").splitlines()
@@ -160,6 +191,13 @@ class Server:
             if process.session == self._process.pid or process.parent in found:
                 found[process.pid] = process
         return list(found.values())
+
+
+def free_port() -> int:
+    """Return a port that no program listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def resident(pids: list[int]) -> int:
@@ -200,6 +238,16 @@ def _fields(stat: str) -> list[str]:
 
 def _seconds(ticks: list[str]) -> float:
     return sum(map(int, ticks)) * _TICK
+
+
+def _role(title: str) -> str:
+    if title.startswith("VLLM::EngineCore"):
+        return "engine core"
+    if title.startswith("VLLM::Worker"):
+        return "engine worker"
+    if title.startswith("SACCADE::ImageWorker") or "forkserver" in title:
+        return "image workers"
+    return "other"
 
 
 def _title(pid: int) -> str:

@@ -16,7 +16,7 @@ from benchmarks.processes import ServerFailed
 _START_LIMIT = 10.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RedisServer:
     """A running server that writes nothing to disk."""
 
@@ -30,9 +30,18 @@ class RedisServer:
         """Stop it, so that it keeps its connections but does not answer."""
         self.process.send_signal(signal.SIGSTOP)
 
+    def resume(self) -> None:
+        """Let a frozen one go on."""
+        self.process.send_signal(signal.SIGCONT)
+
     def kill(self) -> None:
         """End it at once."""
         self.process.kill()
+
+    def restart(self) -> None:
+        """Start it again, empty, on its port; a running one is killed."""
+        _end(self.process)
+        self.process = _started(self.port)
 
 
 @contextmanager
@@ -45,16 +54,29 @@ def redis_server() -> Iterator[RedisServer]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
+    server = RedisServer(port, _started(port))
+    try:
+        yield server
+    finally:
+        _end(server.process)
+
+
+def _started(port: int) -> "subprocess.Popen[bytes]":
     options = ["--bind", "127.0.0.1", "--port", str(port), "--save", "", "--appendonly", "no"]
     process = subprocess.Popen(
         [_program(), *options], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )
     try:
         _wait_for_answer(port, process)
-        yield RedisServer(port, process)
-    finally:
-        process.kill()  # also ends a frozen one
-        process.wait()
+    except ServerFailed:
+        _end(process)
+        raise
+    return process
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    process.kill()  # also ends a frozen one
+    process.wait()
 
 
 def _program() -> str:

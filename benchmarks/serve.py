@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from benchmarks import environment, report
 from benchmarks import options as command_line
 from benchmarks.load import Plan
 from benchmarks.measure import generate, measure
-from benchmarks.processes import Server, ServerFailed
+from benchmarks.processes import Server, ServerFailed, free_port
 from benchmarks.trace_sink import trace_sink
 from benchmarks.workloads import WORKLOADS, Batch, Bodies, Workload
 
@@ -79,7 +78,7 @@ def _servers(options: argparse.Namespace, folder: Path) -> Iterator[tuple[Server
         env["PYTHONPATH"] = os.pathsep.join(
             filter(None, (str(_STUB_FOLDER), env.get("PYTHONPATH")))
         )
-    ports = _free_port(), _free_port()
+    ports = free_port(), free_port()
     ours_ready = "/health" if options.control else "/ready"
     with ExitStack() as stack:
         traces = stack.enter_context(trace_sink())
@@ -176,12 +175,6 @@ def _end(number: int, _frame: object) -> None:
     """Raise an exception, so that the servers are ended."""
     signal.signal(number, signal.SIG_IGN)
     sys.exit(128 + number)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 if __name__ == "__main__":
