@@ -1,7 +1,8 @@
 # make serve   set everything up and serve the demo model on 127.0.0.1:8000
 # make test    set everything up and run all tests; SERVICES=required fails instead of skipping
 # make test-fast   run only the tests that start no server
-# make check   run linters, type checker and all tests
+# make check   run linters, type checker, audit and all tests
+# make audit   look up known vulnerabilities of what the images install; AUDIT=required fails offline
 # make vllm-next   report what the newest vLLM would break; never fails
 # make docs    build the documentation into site/
 # make lock    pin what the container images install, in deploy/requirements-*.txt
@@ -22,9 +23,10 @@ PARALLEL = --numprocesses logical --maxprocesses 4 --dist loadfile
 # Side by side, so that only one process spends the 10 s that imports of vLLM and torch take.
 UNIT = @$(MAKE) --no-print-directory --jobs 2 --keep-going --output-sync=target unit unit-vllm
 # Two processes: most of a server's start needs one core, and a running server takes 3 GiB.
-HALVES = @$(MAKE) --no-print-directory --jobs 2 --keep-going --output-sync=target half-main half-other
+# A process takes the next group of tests when it is free; see tests/conftest.py.
+GROUPS = --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: setup serve test test-fast unit unit-vllm half-main half-other lint types check benchmark vllm-next docs lock sbom image-check clean
+.PHONY: setup serve test test-fast unit unit-vllm lint types audit check benchmark vllm-next docs lock sbom image-check clean
 .DEFAULT_GOAL := serve
 
 setup: $(VENV)/.installed
@@ -41,7 +43,7 @@ test: setup
 	@$(VENV)/bin/python -m tests.kubernetes_tools $(VENV)/services/bin
 ifeq ($(TESTS),)
 	$(UNIT)
-	$(HALVES)
+	$(PYTEST) $(GROUPS) tests/server tests/deploy
 else
 	$(PYTEST) $(TESTS)
 endif
@@ -55,9 +57,6 @@ unit:
 unit-vllm:
 	$(PYTEST) tests/unit/vllm
 
-half-main half-other:
-	$(PYTEST) --half $(@:half-%=%) tests/server tests/deploy
-
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -65,7 +64,10 @@ lint: setup
 types: setup
 	$(VENV)/bin/mypy
 
-check: lint types test
+audit: setup
+	@$(VENV)/bin/python -m deploy.audit
+
+check: lint types audit test
 
 benchmark: setup
 	$(VENV)/bin/python -m benchmarks.serve --stub-encoder $(ARGS)

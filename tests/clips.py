@@ -1,5 +1,6 @@
 """Videos and sounds for tests, and sandbox jobs that execute the command in their file."""
 
+import functools
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ import numpy.typing as npt
 
 from server.errors import InvalidVideo
 from server.workers.sandbox import Output
+from tests import intrusions
 
 # A session description: FFmpeg takes it for a live stream, opens sockets and waits for packets.
 SDP = (
@@ -27,6 +29,7 @@ PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nhttp://127.0.0.1:9/
 CONCAT = b"ffconcat version 1.0\nfile '/etc/passwd'\n"
 
 
+@functools.cache
 def video(
     suffix: str = ".mp4",
     codec: str = "FFV1",
@@ -150,6 +153,10 @@ def _open(job: bytes, argument: str) -> Output:
     return Output(",".join(opened).encode())
 
 
+def _intrude(job: bytes, argument: str) -> Output:
+    return Output(", ".join(intrusions.not_prevented(int(argument))).encode())
+
+
 _COMMANDS: dict[str, Callable[[bytes, str], Output]] = {
     "echo": _echo,
     "hang": _hang,
@@ -157,4 +164,5 @@ _COMMANDS: dict[str, Callable[[bytes, str], Output]] = {
     "die": _die,
     "grow": _grow,
     "open": _open,
+    "intrude": _intrude,
 }

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,6 +25,8 @@ import pytest
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAI
+
+from tests.starts import ENGINES, Started, template
 
 # Before anything imports vLLM or transformers.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -51,33 +54,55 @@ hypothesis.settings.register_profile("unhurried", deadline=None)  # machines are
 hypothesis.settings.load_profile("unhurried")
 
 START_TIMEOUT_S = 240
-# Fixtures of servers that several files share, the main server first.
+# Fixtures of servers that several files share.
 SHARED = ("server", "guarded", "tight")
+# Groups of tests that take longest. They run first, so that all processes of pytest end together.
+FIRST = (
+    "server",
+    *("tests/server/test_demo_training.py", "tests/server/test_parity.py", "guarded"),
+    *("tests/server/test_lifecycle.py", "tests/server/test_vllm_processes.py", "tight"),
+    "tests/deploy/test_rolling_restart.py",
+)
 # Connections last longer than clients keep them: else one ends just when its client sends again.
-OF_SERVERS = {"SACCADE_IMAGE_WORKERS": "2", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75"}
+OF_SERVERS = {
+    "SACCADE_IMAGE_WORKERS": "2",
+    "SACCADE_DRAIN_DELAY_S": "0",
+    "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",
+}
 STOP_TIMEOUT_S = 90  # above the 30 s in which running requests may end
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--half", choices=("main", "other"), help="run only the tests of the main server, or others"
+        "--fuzz-examples",
+        type=int,
+        default=150,
+        help="random bodies that the main server gets; above the default, other ones each time",
     )
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put tests that share a server next to each other, those that end it last; choose a half."""
-    groups = {item: _group(item) for item in items}
-    places = {group: place for place, group in enumerate(dict.fromkeys(groups.values()))}
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put tests that share a server next to each other, those that end it last.
 
-    def key(item: pytest.Item) -> tuple[bool, int, bool]:
-        ends = item.get_closest_marker("ends_server") is not None
-        return groups[item] not in SHARED, places[groups[item]], ends
+    With `--dist loadgroup`, one process of pytest runs all tests of a group.
+    """
+    groups = {item: _group(item) for item in items}
+    ends = Counter(group for item, group in groups.items() if _ends_server(item))
+    if twice := [group for group in SHARED if ends[group] > 1]:
+        raise pytest.UsageError(f"several tests end a server: {', '.join(twice)}")
+    places = {group: n for n, group in enumerate(dict.fromkeys((*FIRST, *groups.values())))}
+
+    def key(item: pytest.Item) -> tuple[int, bool]:
+        return places[groups[item]], _ends_server(item)
 
     items.sort(key=key)
-    if (half := config.getoption("half")) is not None:
-        chosen = [item for item in items if (groups[item] == SHARED[0]) == (half == "main")]
-        config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
-        items[:] = chosen
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+def _ends_server(item: pytest.Item) -> bool:
+    return item.get_closest_marker("ends_server") is not None
 
 
 def _group(item: pytest.Item) -> str:
@@ -95,7 +120,7 @@ def _group(item: pytest.Item) -> str:
 class Server:
     """`saccade serve` as a process of its own."""
 
-    process: subprocess.Popen[str]
+    process: Started | subprocess.Popen[bytes]
     log: list[str]
     url: str = ""
     model: str = "saccade-tiny"
@@ -143,19 +168,21 @@ def command_line(process: psutil.Process) -> str:
 
 
 @contextlib.contextmanager
-def serving(*flags: str, **environment: str) -> Iterator[Server]:
-    """Start `saccade serve FLAGS` on a free port; end it, whatever happens."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "server", "serve", "--host", "127.0.0.1", "--port", "0", *flags],
-        env={**os.environ, **OF_SERVERS, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def serving(*flags: str, executed: bool = False, **environment: str) -> Iterator[Server]:
+    """Start `saccade serve FLAGS` on a free port; end it, whatever happens.
+
+    It is a fork of a process that has imported the server, unless it has to be `executed`.
+    """
+    words = ("serve", "--host", "127.0.0.1", "--port", "0", *flags)
+    reader, writer = os.pipe()
+    try:
+        start = _execute if executed else _fork
+        process = start(words, {**os.environ, **OF_SERVERS, **environment}, writer)
+    finally:
+        os.close(writer)
     server = Server(process, [])
-    reader = threading.Thread(target=_read, args=(server,), daemon=True)
-    reader.start()
+    reading = threading.Thread(target=_read, args=(reader, server.log), daemon=True)
+    reading.start()
     try:
         _await_ready(server)
         yield server
@@ -169,15 +196,24 @@ def serving(*flags: str, **environment: str) -> Iterator[Server]:
         for child in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
-        reader.join(STOP_TIMEOUT_S)
-        assert process.stdout is not None
-        process.stdout.close()
+        reading.join(STOP_TIMEOUT_S)
 
 
-def _read(server: Server) -> None:
-    assert server.process.stdout is not None
-    for line in server.process.stdout:
-        server.log.append(line)
+def _execute(words: Sequence[str], env: dict[str, str], output: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "server", *words]
+    return subprocess.Popen(
+        command, env=env | ENGINES, stdout=output, stderr=output, start_new_session=True
+    )
+
+
+def _fork(words: Sequence[str], env: dict[str, str], output: int) -> Started:
+    return template().start("tests.starts:saccade", *words, env=env, output=output, errors=output)
+
+
+def _read(descriptor: int, log: list[str]) -> None:
+    with os.fdopen(descriptor, errors="replace") as lines:
+        for line in lines:
+            log.append(line)  # noqa: PERF402 - tests read the log meanwhile
 
 
 def _await_ready(server: Server) -> None:

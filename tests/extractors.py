@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -13,24 +14,36 @@ from PIL import Image
 
 from server.errors import InvalidImage
 from server.imaging import pdf
-from server.imaging.decode import Decoded
+from server.imaging.decode import Decoded, DecodeOptions, OpenAnimation, decode
 from server.workers import protocol
 from server.workers.jobs import PictureJob, ProcessJob, decode_kwargs
 from server.workers.shared_memory import Segment
 from server.workers.worker import Array, Extractor, Feature
+from tests import intrusions
 
 
 class Commanded:
     """`data` is a command and its argument: "sleep 0.5", "wait-for PATH", "die", "large 9"..."""
 
+    files = ()
+    needs_files = False
+
     def __init__(self) -> None:
         self._data = b""
 
-    def decode(self, data: bytes, job: PictureJob) -> Decoded:
+    def decode(
+        self, data: bytes, job: PictureJob, animation: OpenAnimation | None = None
+    ) -> Decoded:
         self._data = data
+        if job.format == "GIF":
+            return decode(data, DecodeOptions(frame=job.frame), None, animation)
+        if job.format == "PDF":
+            return Decoded(pdf.render(data, job.frame, job.size), job.size)
         return Decoded(Image.new("RGB", (8, 6)), (8, 6))
 
     def features(self, decoded: Decoded, job: ProcessJob) -> dict[str, Feature]:
+        if job.format == "GIF":
+            return {"pixel": Array("uint8", np.asarray(decoded.image)[0, 0]), "pid": os.getpid()}
         command, _, argument = self._data[:200].decode(errors="replace").partition(" ")
         argument = argument.split("\n")[0]
         if command == "sleep":
@@ -44,9 +57,21 @@ class Commanded:
         elif command == "die" or (command == "die-once" and not Path(argument).exists()):
             if command == "die-once":
                 Path(argument).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGSEGV)
+        elif command == "signal":
+            os.kill(os.getpid(), int(argument))
+        elif command == "stop-once" and not Path(argument).exists():
+            Path(argument).touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif command == "work":
+            while True:
+                pass
         elif command == "render":  # a real PDF
             pdf.render(self._data.split(b"\n", 1)[1], 0, (4000, 4000))
+        elif command == "intrude":
+            return {"found": ", ".join(intrusions.not_prevented(int(argument)))}
+        elif command == "say":
+            print(argument * 1000, file=sys.stderr)
         elif command == "too-long":
             return {"list": list(range(100_000))}
         elif command == "rogue":
@@ -87,6 +112,11 @@ def _send_rogue_reply(kind: str, job_id: str) -> None:
     time.sleep(60)
 
 
+# Such as a library's connection to a model hub.
+_left_open: list[socket.socket] = []
+
+
 def load(payload: bytes) -> Extractor:
+    _left_open.extend(socket.socketpair())
     assert payload == b"payload"
     return Commanded()

@@ -1,6 +1,7 @@
 """Requests with media, parsed and loaded as in the server, without starting one."""
 
 import asyncio
+import functools
 import io
 import json
 from collections.abc import Sequence
@@ -16,12 +17,12 @@ from server.ingest.expand import Expander
 from server.ingest.fetch import Fetcher, FetchSettings
 from server.ingest.files import FileStore
 from server.ingest.load import MediaLoader
+from server.request.bounds import BodyBounds
 from server.request.context import RequestContext
 from server.request.dialects import dialect_of
 from server.request.media import MediaLimits
 from server.request.read import ReadRequest, RequestReader
 from server.telemetry.record import Record
-from server.telemetry.stages import Timeline
 from tests import pictures
 
 LIMITS = MediaLimits(
@@ -34,6 +35,7 @@ LIMITS = MediaLimits(
     max_clip_bytes=100_000,
 )
 MAX_JSON_BYTES = 1 << 20
+BOUNDS = BodyBounds(MAX_JSON_BYTES, values=300_000, depth=128, items=2048)
 CHAT = "/v1/chat/completions"
 EMBEDDINGS = frozenset({"image_embeds"})
 
@@ -42,19 +44,19 @@ class InProcess:
     """Inspects files as the image workers do, in this process."""
 
     async def inspect_pdf(
-        self, data: bytes, max_pages: int, timeline: Timeline
+        self, data: bytes, max_pages: int, record: Record
     ) -> tuple[Sequence[tuple[float, float]], int]:
         sizes, count = pdfs.page_sizes(data, max_pages)
         return [(width, height) for width, height in sizes], count
 
-    async def count_frames(self, data: bytes, timeline: Timeline) -> int:
+    async def count_frames(self, data: bytes, record: Record) -> int:
         return frame_count(data)
 
 
 def reader(
     limits: MediaLimits | None = LIMITS, embeddings: frozenset[str] = frozenset()
 ) -> RequestReader:
-    return RequestReader(limits, embeddings, MAX_JSON_BYTES)
+    return RequestReader(limits, embeddings, BOUNDS)
 
 
 def read(document: Any, path: str = CHAT, **more: Any) -> ReadRequest:
@@ -66,6 +68,9 @@ def read(document: Any, path: str = CHAT, **more: Any) -> ReadRequest:
 def media_loader(store: FileStore | None = None) -> MediaLoader:
     expander = Expander(InProcess(), LIMITS)
     return MediaLoader(Fetcher(FetchSettings()), LIMITS, None, store, expander)
+
+
+_loader = functools.cache(media_loader)
 
 
 @dataclass
@@ -99,7 +104,7 @@ class Prepared:
 def prepare(document: Any, path: str = CHAT, loader: MediaLoader | None = None) -> Prepared:
     """Parse a request and load its media."""
     found = read(document, path)
-    asyncio.run((loader or media_loader()).load(found.context))
+    asyncio.run((loader or _loader()).load(found.context))
     return Prepared(found.context, found.rewritten())
 
 

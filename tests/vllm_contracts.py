@@ -8,6 +8,7 @@ import ast
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 SERVER = Path(__file__).parents[1] / "server"
@@ -71,6 +72,7 @@ CONTRACTS = [
     *_in(
         "v1.engine.output_processor",
         "OutputProcessor.request_states",
+        "OutputProcessor.parent_requests",
         "OutputProcessor.get_num_unfinished_requests",
         "RequestState.parent_req",
         "RequestState.request_index",
@@ -101,8 +103,30 @@ CONTRACTS = [
         "BaseMultiModalProcessorCache.make_stats",
     ),
     # The renderer.
-    Contract("renderers.hf", "HfRenderer.__init__", ("self", "config", "tokenizer")),
-    Contract("renderers.hf", "HfRenderer.render_messages_async", ("self", "messages", "params")),
+    Contract(
+        "renderers.hf",
+        "HfRenderer.__init__",
+        ("self", "config", "tokenizer"),
+        calls=(
+            "self._apply_chat_template_async = make_async(safe_apply_chat_template, "
+            "executor=self._executor)",
+        ),
+    ),
+    Contract(
+        "renderers.hf",
+        "HfRenderer.render_messages_async",
+        ("self", "messages", "params"),
+        calls=("self._apply_chat_template_async(", "**chat_template_kwargs"),
+    ),
+    Contract(
+        "renderers.base",
+        "BaseRenderer._tokenize_singleton_prompt_async",
+        ("self", "prompt", "params"),
+        calls=(
+            "params.apply_pre_tokenization(self.tokenizer, prompt)",
+            "self._tokenize_prompt_async(prompt, params)",
+        ),
+    ),
     Contract("renderers.hf", "HfRenderer.use_unified_vision_chunk"),
     Contract(
         "renderers.base",
@@ -123,6 +147,12 @@ CONTRACTS = [
         calls=("make_async(self._tokenize_prompt", "make_async(self._process_multimodal"),
     ),
     Contract("renderers.base", "BaseRenderer._tokenize_prompt", ("self", "prompt", "params")),
+    Contract("renderers.base", "BaseRenderer.get_eos_token_id", ("self",)),
+    Contract(
+        "v1.metrics.loggers",
+        "PrometheusStatLogger.__init__",
+        calls=("self._histogram_cls(",),
+    ),
     Contract(
         "renderers.base",
         "BaseRenderer._process_multimodal",
@@ -140,6 +170,19 @@ CONTRACTS = [
         "BaseRenderer._mm_processor_cache",
         "BaseRenderer._mm_processor_only_cache",
         "BaseRenderer.update_mm_cache_stats",
+    ),
+    # The start of vLLM's processes.
+    *_in("v1.engine.utils", "get_mp_context"),
+    *_in("v1.executor.multiproc_executor", "get_mp_context"),
+    Contract(
+        "v1.engine.utils",
+        "CoreEngineProcManager.__init__",
+        calls=("context = get_mp_context()", "context.Process(target=EngineCoreProc."),
+    ),
+    Contract(
+        "v1.executor.multiproc_executor",
+        "WorkerProc.make_worker_process",
+        calls=("context = get_mp_context()", "context.Process(target=WorkerProc.worker_main"),
     ),
     # Streamed answers.
     Contract(
@@ -220,6 +263,20 @@ CONTRACTS = [
         ("self", "request_ids"),
     ),
     Contract("distributed.device_communicators.shm_broadcast", "sched_yield"),
+    # The checks of a request's parameters.
+    Contract(
+        "v1.engine.async_llm",
+        "AsyncLLM.generate",
+        ("self", "prompt", "sampling_params", "request_id"),
+        calls=("q = await self.add_request(",),
+    ),
+    Contract(
+        "sampling_params",
+        "SamplingParams._validate_structured_outputs",
+        ("self", "model_config", "structured_outputs_config", "tokenizer"),
+    ),
+    Contract("v1.engine.output_processor", "RequestOutputCollector.put", ("self", "output")),
+    Contract("v1.engine.output_processor", "RequestState.queue"),
     Contract("v1.core.encoder_cache_manager", "EncoderCacheManager.reset", ("self",)),
 ]
 
@@ -252,17 +309,10 @@ class Source:
 
     def missing_imports(self) -> Iterator[str]:
         """The names that the server imports from vLLM and that vLLM lacks."""
-        for path in sorted(SERVER.rglob("*.py")):
-            for node in ast.walk(ast.parse(path.read_text())):
-                if not isinstance(node, ast.ImportFrom) or not node.module:
-                    continue
-                head, _, module = node.module.partition(".")
-                if head != "vllm" or node.level:
-                    continue
-                where = path.relative_to(SERVER.parent)
-                for name in (alias.name for alias in node.names):
-                    if not self.has(module, name):
-                        yield f"{where} imports {name} from {node.module}, which has none any more"
+        for where, module, name in _imports():
+            if not self.has(module, name):
+                origin = f"vllm.{module}" if module else "vllm"
+                yield f"{where} imports {name} from {origin}, which has none any more"
 
     def has(self, module: str, name: str) -> bool:
         """Whether `name` can be imported from `module`, judged by its source."""
@@ -304,11 +354,27 @@ class Source:
         return None
 
 
+@functools.cache
+def _imports() -> list[tuple[Path, str, str]]:
+    """What the server imports from vLLM: file, module without `vllm.`, name."""
+    found = []
+    for path in sorted(SERVER.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or not node.module or node.level:
+                continue
+            head, _, module = node.module.partition(".")
+            if head == "vllm":
+                where = path.relative_to(SERVER.parent)
+                found += [(where, module, alias.name) for alias in node.names]
+    return found
+
+
 def _defined(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
     """The definitions in a module or class, by name; for a class also attributes set by methods."""
     for child in _statements(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            yield child.name, child
+            if not any(ast.unparse(each).endswith("overload") for each in child.decorator_list):
+                yield child.name, child
         elif isinstance(child, ast.Import | ast.ImportFrom):
             for alias in child.names:
                 yield alias.asname or alias.name, child
@@ -355,9 +421,8 @@ def _differs(node: ast.AST, takes: tuple[str, ...]) -> str | None:
 @functools.cache
 def installed() -> Source:
     """The vLLM installed in this environment."""
-    from importlib.util import find_spec
-
-    spec = find_spec("vllm")
+    # Unlike `find_spec`, this does not run the hook of tests/conftest.py, which imports torch.
+    spec = PathFinder.find_spec("vllm")
     assert spec is not None
     assert spec.origin is not None
     return Source(Path(spec.origin).parent)

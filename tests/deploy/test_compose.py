@@ -96,7 +96,8 @@ def test_a_profile_starts_one_server_with_the_cache(services: dict[str, Any], na
     assert service["environment"]["SACCADE_EMBEDDING_CACHE_URL"].startswith("redis://redis:")
     assert "server" in service["networks"]["default"]["aliases"]  # the name that Prometheus scrapes
     grace_s = int(service["stop_grace_period"].removesuffix("s"))
-    assert grace_s > Settings().http.drain_timeout_s
+    http = Settings().http
+    assert grace_s > http.drain_delay_s + http.drain_timeout_s
 
 
 def test_grafana_is_provisioned_with_dashboard_and_data_source(services: dict[str, Any]) -> None:

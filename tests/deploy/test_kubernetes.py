@@ -131,7 +131,8 @@ def test_the_startup_probe_allows_minutes(overlay: list[Manifest]) -> None:
 def test_the_termination_grace_period_covers_the_drain(overlay: list[Manifest]) -> None:
     pod = one(overlay, "Deployment")["spec"]["template"]["spec"]
     container = manifests.server(overlay)
-    drain_s = settings_of(overlay)[1].http.drain_timeout_s
+    http = settings_of(overlay)[1].http
+    drain_s = http.drain_delay_s + http.drain_timeout_s
     pre_stop_s = container["lifecycle"]["preStop"]["sleep"]["seconds"]
     assert pod["terminationGracePeriodSeconds"] >= pre_stop_s + drain_s + STOP_S
     readiness = container["readinessProbe"]

@@ -74,7 +74,8 @@ def test_the_unit_is_confined(unit: Path) -> None:
 
 def test_the_stop_timeout_of_the_unit_covers_the_drain() -> None:
     stop_s = int(settings(UNIT.read_text())["TimeoutStopSec"][0])
-    assert stop_s > HttpSettings().drain_timeout_s + 10
+    http = HttpSettings()
+    assert stop_s > http.drain_delay_s + http.drain_timeout_s + 10
 
 
 def test_the_unit_keeps_connections_alive_and_sends_no_usage_data() -> None:

@@ -28,6 +28,7 @@ from PIL import Image, PngImagePlugin
 
 from server.errors import ClientError
 from server.imaging import header
+from tests.pictures import encode
 
 pillow_heif.register_heif_opener()
 
@@ -40,12 +41,6 @@ MAX_FILE_BYTES = 4096
 MAX_MEMORY_BYTES = 8 << 30
 
 ORIENTATION = 274
-
-
-def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def exif(orientation: int | None, order: str = ">") -> bytes:

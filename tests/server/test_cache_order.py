@@ -1,16 +1,14 @@
 """A refused or cancelled request does not affect the next one, even with images in the cache."""
 
 import asyncio
-import os
 import random
-import signal
 from typing import Any
 
 import httpx
 import pytest
 
 from tests import pictures
-from tests.conftest import STOP_TIMEOUT_S, Server, assert_nothing_is_left
+from tests.conftest import Server
 from tests.pictures import image_part, shape, text_part, user
 
 WHAT = text_part("What is in the image?")
@@ -106,13 +104,3 @@ def test_a_cache_too_small_for_the_pictures_fails_no_request(tight: Server) -> N
         three = client.post("/v1/chat/completions", json={**body, "n": 3, "temperature": 1})
         assert three.status_code == 200, three.text  # each choice is sent with all features
         assert len(three.json()["choices"]) == 3
-
-
-@pytest.mark.ends_server
-def test_ctrl_c_ends_every_process(tight: Server) -> None:
-    """A terminal sends SIGINT to the whole process group."""
-    children = tight.children()
-    assert len(children) >= 5
-    os.killpg(tight.process.pid, signal.SIGINT)
-    assert tight.process.wait(STOP_TIMEOUT_S) == 0
-    assert_nothing_is_left(children)

@@ -19,7 +19,6 @@ from server.demo.training import train, vocabulary
 from server.demo.training.examples import single
 from tests.demo_twins import Twins
 
-pytestmark = pytest.mark.group("server")  # only to balance the two halves of the test run
 STEPS, LOG_EVERY = 24, 4
 SEED_OF_A_PHOTO = "14"  # with this seed, the first batch has a photo of scikit-image
 

@@ -27,6 +27,7 @@ FOREIGN_FLAGS = {
     "--cap-drop",
     "--device",
     "--faults",
+    "--fuzz-examples",
     "--health-cmd",
     "--observed",
     "--profile",

@@ -21,11 +21,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.errors import ClientError
 from server.http import body, errors, files, images
+from server.http.byte_budget import ByteBudget
 from server.http.files import Field, read_form
 from server.http.scope import set_record
 from server.ingest.files import FileStore, Quota
+from server.request.admission import Admission
 from server.settings import HttpSettings
 from server.telemetry.record import Record
+from tests.admission import limits
 from tests.conftest import Server
 from tests.media import gif, media_loader, pdf, reader
 from tests.pictures import encode, image_part, photo, shape, text_part, user
@@ -383,6 +386,10 @@ async def small_app(store: FileStore | None) -> AsyncIterator[httpx.AsyncClient]
         loader=app.state.loader,
         retained=None,
         limits={files.PATH: 100_000},
+        budget=ByteBudget(1 << 20, 1.0),
+        parsed=(),
+        admission=Admission(limits(wait_s=1.0)),
+        admitted=(),
     )
     app.add_middleware(GroupOfHeader)
     transport = httpx.ASGITransport(app)

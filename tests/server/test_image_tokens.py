@@ -3,8 +3,6 @@
 import base64
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from tests.pictures import (
     text_part,
     user,
 )
+from tests.starts import template
 
 MODEL = "saccade-tiny"
 WHAT = text_part("What is in the image?")
@@ -120,6 +119,17 @@ def test_a_cost_request_without_usable_images_is_refused(http: httpx.Client) -> 
     assert error["param"] == "messages[0].content[0].uuid"
     error = refusal(http, "/v1/images/tokens", {"images": [{"width": 0, "height": 3}]})
     assert "images" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "unfit",
+    [{"width": 200_000, "height": 10}, {"width": 30_000, "height": 30_000}],
+)
+def test_a_size_that_is_refused_is_named(http: httpx.Client, unfit: dict[str, int]) -> None:
+    sizes = [{"width": 224, "height": 224}, unfit]
+    response = http.post("/v1/images/tokens", json={"images": sizes})
+    assert 400 <= response.status_code < 500
+    assert response.json()["error"]["param"] == "images[1]"
 
 
 def test_a_request_budget_is_divided_by_image_area(http: httpx.Client) -> None:
@@ -302,7 +312,8 @@ def test_frames_of_an_animation_become_images(http: httpx.Client) -> None:
         (capped(SMALL, max_tokens=0), "invalid_request", "image_url.max_tokens"),
         (capped(SMALL, detail="medium"), "invalid_request", "image_url.detail"),
         (capped(gif(3), frames=[3]), "image_frame_missing", "image_url"),
-        (capped(gif(3), frames=[10**30]), "image_frame_missing", "image_url"),
+        (capped(gif(3), frames=[10**18]), "image_frame_missing", "image_url"),
+        (capped(gif(3), frames=[10**30]), "invalid_request", "image_url.frames[0]"),
         (file_part(pdf((9, 9)), pages="2"), "image_frame_missing", "file"),
         (file_part(b"%PDF-1.4"), "invalid_file", "file"),
         ({**image_part(pdf((9, 9))), "uuid": "U"}, "invalid_file", "image_url"),
@@ -324,7 +335,9 @@ def test_too_many_images_are_refused(http: httpx.Client) -> None:
 # Options that a client of a server with --trust-request-mm-kwargs may send: {JSON: `param`}.
 BAD_OPTIONS = {
     '{"mm_processor_kwargs": {"max_pixels": NaN}}': None,
-    '{"mm_processor_kwargs": {"max_pixels": 36893488147419103232}}': "mm_processor_kwargs",
+    '{"mm_processor_kwargs": {"max_pixels": 36893488147419103232}}': (
+        "mm_processor_kwargs.max_pixels"
+    ),
     '{"mm_processor_kwargs": {"x": "\\ud800"}}': None,
     '{"media_io_kwargs": {"image": {"image_mode": "infrared"}}}': (
         "media_io_kwargs.image.image_mode"
@@ -354,8 +367,7 @@ def test_a_cap_below_the_models_minimum_stops_the_start_up(tmp_path: Path) -> No
     """LLaVA-1.5 uses a fixed number of tokens for every image, here 64."""
     model = families.build("llava", tmp_path)
     flags = ["--port", "0", "--max-image-tokens", "5"]
-    command = [sys.executable, "-m", "server", "serve", str(model), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = template().run("tests.starts:saccade", "serve", str(model), *flags)
     assert done.returncode == 1
     assert "cannot start" in done.stderr
     assert "at least 64 tokens for this image, and the cap is 5" in done.stderr

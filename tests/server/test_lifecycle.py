@@ -2,14 +2,16 @@
 
 import contextlib
 import json
+import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,13 @@ import httpx
 import psutil
 import pytest
 
+from server.scratch import remove_left
 from tests import pictures
 from tests.conftest import STOP_TIMEOUT_S, Server, assert_nothing_is_left, serving
 from tests.pictures import image_part, shape, text_part, user
-from tests.scrape import value, wait_for
+from tests.scrape import Series, value, wait_for
+from tests.server.conftest import FLAG
+from tests.starts import template
 
 ASK = user(image_part(pictures.encode(shape("red"))), text_part("What is in the image?"))
 REQUEST = {"model": "my-model", "messages": ASK, "temperature": 0}
@@ -64,6 +69,7 @@ def secured(certificate: Path, manager: socket.socket) -> Iterator[Server]:
         "--enable-ssl-refresh",
         *("--limit-mm-per-prompt", '{"image": 2}', "--enable-request-id-headers"),
         *("--max-image-tokens", "30"),
+        executed=True,
         SACCADE_MAX_REQUEST_BYTES=str(MAX_BODY),
         NOTIFY_SOCKET=manager.getsockname(),
     ) as server:
@@ -140,8 +146,9 @@ def test_the_server_cap_applies_to_every_image(
 
 @pytest.mark.ends_server
 def test_sigterm_lets_running_requests_finish_and_leaves_no_process(
-    secured: Server, manager: socket.socket
+    secured: Server, manager: socket.socket, certificate: Path
 ) -> None:
+    verify = str(certificate / "cert.pem")
     assert manager.recv(100) == b"READY=1"
     children = secured.children()
     assert len(secured.image_workers()) == 2
@@ -150,11 +157,11 @@ def test_sigterm_lets_running_requests_finish_and_leaves_no_process(
 
     def ask() -> None:
         long = {**REQUEST, "max_tokens": 400, "ignore_eos": True}
-        with httpx.Client(base_url=secured.url, verify=False, timeout=60) as client:
+        with httpx.Client(base_url=secured.url, verify=verify, timeout=60) as client:
             answers.append(client.post("/v1/chat/completions", json=long, headers=KEY))
 
     asking = threading.Thread(target=ask)
-    with httpx.Client(base_url=secured.url, verify=False, timeout=60, headers=KEY) as client:
+    with httpx.Client(base_url=secured.url, verify=verify, timeout=60, headers=KEY) as client:
         asking.start()
         wait_for(client, lambda now: value(now, "saccade_requests_in_flight") == 1)
     assert secured.stop(signal.SIGTERM) == 0
@@ -166,17 +173,156 @@ def test_sigterm_lets_running_requests_finish_and_leaves_no_process(
     assert_nothing_is_left(children)
 
 
+LONG = {"model": "saccade-tiny", "messages": ASK, "max_tokens": 2000, "ignore_eos": True}
+UNAVAILABLE = ("unavailable", "server_error")
+REQUESTS_CUT = 3  # the exit status
+
+
+def running(series: Series) -> float:
+    """How many requests the engine works on."""
+    return sum(count for (name, _), count in series.items() if name == "vllm:num_requests_running")
+
+
+def left_behind(server: Server, parent: str = tempfile.gettempdir()) -> list[Path]:
+    """The temporary folder of a server and its segments in /dev/shm."""
+    (folder,) = [
+        lock.parent
+        for lock in Path(parent).glob("saccade-run-*/lock")
+        if any(file.path == str(lock) for file in psutil.Process(server.process.pid).open_files())
+    ]
+    name = folder.name.removeprefix("saccade-run-")
+    return [folder, *Path("/dev/shm").glob(f"{name}_*")]
+
+
+def test_the_engine_core_is_a_fork_of_the_server(secured: Server) -> None:
+    """A spawned process would have its libraries at other addresses."""
+    (core,) = secured.named("VLLM::EngineCore")
+
+    def libraries(pid: int) -> set[str]:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+        return {line.split()[0] for line in lines if "libtorch_cpu" in line}
+
+    assert libraries(core.pid) & libraries(secured.process.pid)
+
+
 @pytest.mark.ends_server
-def test_a_dead_engine_ends_the_server(guarded: Server) -> None:
+def test_a_dead_engine_core_fails_its_requests_and_ends_the_server(guarded: Server) -> None:
     """The engine cannot be restarted alone, so a supervisor has to restart the server."""
-    children = guarded.children()
-    (core,) = guarded.named("VLLM::EngineCore")
-    core.kill()
-    assert guarded.process.wait(STOP_TIMEOUT_S) == 1
+    check_the_end_of(guarded, "VLLM::EngineCore")
+
+
+@pytest.mark.ends_server
+def test_a_dead_engine_worker_fails_its_requests_and_ends_the_server(tight: Server) -> None:
+    check_the_end_of(tight, "VLLM::Worker")
+
+
+def check_the_end_of(server: Server, victim: str) -> None:
+    """Kill a process of the engine under a request and a stream."""
+    children, files = server.children(), left_behind(server)
+    assert len(files) > 1
+    headers = {"Authorization": f"Bearer {FLAG}"}
+    web = httpx.Client(base_url=server.url, headers=headers, timeout=60)
+    with web as client, requests_running(client) as answers:
+        server.named(victim)[0].kill()
+    assert server.process.wait(STOP_TIMEOUT_S) == 1
     assert_nothing_is_left(children)
+    assert not [file for file in files if file.exists()]
+    check_failed(answers, *UNAVAILABLE)
 
 
-@pytest.mark.parametrize("stage", ["loading vLLM", "starting the engine"])
+@contextlib.contextmanager
+def requests_running(client: httpx.Client) -> Iterator[list[httpx.Response]]:
+    """A request and a stream that the engine works on when the block begins; their answers are
+    there after its end."""
+    answers: list[httpx.Response] = []
+
+    def ask(stream: bool) -> None:
+        answers.append(client.post("/v1/chat/completions", json={**LONG, "stream": stream}))
+
+    asking = [threading.Thread(target=ask, args=(stream,)) for stream in (False, True)]
+    for thread in asking:
+        thread.start()
+    try:
+        wait_for(client, lambda now: running(now) == 2)
+        yield answers
+    finally:
+        for thread in asking:
+            thread.join()
+
+
+def check_failed(answers: list[httpx.Response], code: str, type_: str) -> None:
+    """The whole answer is a 503, and the stream ends with an error event."""
+    (whole,) = [answer for answer in answers if answer.status_code == 503]
+    (streamed,) = [answer for answer in answers if answer.status_code == 200]
+    assert whole.headers["Retry-After"]
+    (event,) = [line for line in streamed.text.splitlines() if line.startswith('data: {"error"')]
+    for error in (whole.json()["error"], json.loads(event.removeprefix("data: "))["error"]):
+        assert (error["code"], error["type"]) == (code, type_)
+
+
+@pytest.mark.ends_server
+def test_a_second_signal_cuts_requests_off_and_leaves_nothing(server: Server) -> None:
+    children, files = server.children(), left_behind(server)
+    assert len(files) > 1
+    web = httpx.Client(base_url=server.url, timeout=60)
+    with web as client, requests_running(client) as answers:
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: not listens(server.url))
+        assert server.stop(signal.SIGTERM) == REQUESTS_CUT
+    assert_nothing_is_left(children)
+    assert not [file for file in files if file.exists()]
+    check_failed(answers, "server_busy", "server_error")
+
+
+def listens(url: str) -> bool:
+    try:
+        httpx.get(f"{url}/health")
+    except httpx.ConnectError:
+        return False
+    return True
+
+
+def test_an_engine_that_stops_makes_the_server_unavailable_until_it_goes_on() -> None:
+    # In a folder of its own: other servers that start meanwhile would remove what this one leaves.
+    with tempfile.TemporaryDirectory() as folder:
+        with serving("--engine-stall-timeout-s", "3", TMPDIR=folder) as server:
+            files = left_behind(server, folder)
+            with httpx.Client(base_url=server.url, timeout=60) as client:
+                with requests_running(client) as answers, server.engine_held():
+                    for path in ("/health", "/ready"):
+                        until(lambda path=path: client.get(path).status_code == 503)
+                        assert client.get(path).json()["error"]["code"] == "unavailable"
+                    refused = client.post("/v1/chat/completions", json={**LONG, "stream": True})
+                    assert refused.status_code == 503
+                    assert refused.json()["error"]["code"] == "unavailable"
+                    until(lambda: len(answers) == 2)  # though the engine is still held
+                check_failed(answers, *UNAVAILABLE)
+                assert "the engine does not answer" in "".join(answer.text for answer in answers)
+                until(lambda: client.get("/health").status_code == 200)
+                answer = client.post("/v1/chat/completions", json={**LONG, "max_tokens": 2})
+                assert answer.status_code == 200
+                wait_for(client, lambda now: running(now) == 0)  # the engine dropped the others
+            children = server.children()
+            server.process.kill()  # nothing is cleaned up
+            server.process.wait()
+            assert_nothing_is_left(children)
+            assert files[0].exists()
+            assert len(files) > 1
+        remove_left(files[0].parent)  # as the next start does
+        assert not [file for file in files if file.exists()]
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+STAGES = ["loading vLLM", "reading the model", "starting the engine"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_signal_during_start_up_leaves_no_process(stage: str) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "server", "serve", "--port", "0"],
@@ -187,7 +333,8 @@ def test_a_signal_during_start_up_leaves_no_process(stage: str) -> None:
     assert process.stderr is not None
     while stage not in process.stderr.readline():
         assert process.poll() is None
-    time.sleep(2)
+    if stage != "reading the model":  # which takes a moment
+        time.sleep(2)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=STOP_TIMEOUT_S)
@@ -197,23 +344,6 @@ def test_a_signal_during_start_up_leaves_no_process(stage: str) -> None:
     assert_nothing_is_left(children)
 
 
-# Runs each command in a fork of a process that has already imported vLLM.
-COMMANDS = """
-import json, os, sys
-from server import app, cli
-from server.engine import arguments
-for command in json.loads(sys.argv[1]):
-    if not os.fork():
-        os.environ.update(command["environment"])
-        for stream in ("stdout", "stderr"):
-            to = os.open(command[stream], os.O_WRONLY | os.O_CREAT)
-            os.dup2(to, getattr(sys, stream).fileno())
-        cli.main(command["words"])
-        sys.stdout.flush()
-        os._exit(0)
-    _, status = os.wait()
-    print(os.waitstatus_to_exitcode(status), flush=True)
-"""
 # Refused commands: {command: (environment, exit status, text on standard error)}.
 REFUSED: dict[str, tuple[dict[str, str], int, str]] = {
     "serve --no-such-flag": ({}, 2, "--no-such-flag"),
@@ -231,61 +361,31 @@ SHOWN = {
 }
 
 
-@pytest.fixture(scope="module")
-def ended(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> dict[str, subprocess.CompletedProcess[str]]:
-    """The results of all commands that exit by themselves."""
-    folder = tmp_path_factory.mktemp("commands")
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
-        words = {name: name.split() for name in (*REFUSED, *SHOWN)}
-        words["taken port"] = ["serve", "--host", "127.0.0.1", "--port", port]
-        files = {name: (folder / f"{n}.out", folder / f"{n}.err") for n, name in enumerate(words)}
-        commands = [
-            {
-                "words": words[name],
-                "environment": REFUSED[name][0] if name in REFUSED else {},
-                "stdout": str(files[name][0]),
-                "stderr": str(files[name][1]),
-            }
-            for name in words
-        ]
-        done = subprocess.run(
-            [sys.executable, "-c", COMMANDS, json.dumps(commands)],
-            capture_output=True, text=True, timeout=240, check=True,
-        )  # fmt: skip
-    statuses = map(int, done.stdout.split()[-len(words) :])
-    return {
-        name: subprocess.CompletedProcess(name, status, *(f.read_text() for f in files[name]))
-        for name, status in zip(words, statuses, strict=True)
-    }
+def ended(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The result of a command that exits by itself."""
+    env = {**os.environ, **environment}
+    return template().run("tests.starts:saccade", *command.split(), env=env)
 
 
 @pytest.mark.parametrize("command", REFUSED)
-def test_an_invalid_command_exits_with_a_clear_error(
-    command: str, ended: dict[str, subprocess.CompletedProcess[str]]
-) -> None:
-    _, status, message = REFUSED[command]
-    assert ended[command].returncode == status
-    assert message in ended[command].stderr
-    assert "Traceback" not in ended[command].stderr
+def test_an_invalid_command_exits_with_a_clear_error(command: str) -> None:
+    environment, status, message = REFUSED[command]
+    done = ended(command, **environment)
+    assert done.returncode == status
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("command", SHOWN)
-def test_help_and_version_are_printed(
-    command: str, ended: dict[str, subprocess.CompletedProcess[str]]
-) -> None:
-    assert ended[command].returncode == 0
-    assert re.search(SHOWN[command], ended[command].stdout)
+def test_help_and_version_are_printed(command: str) -> None:
+    done = ended(command)
+    assert done.returncode == 0
+    assert re.search(SHOWN[command], done.stdout)
 
 
-def test_a_port_in_use_stops_the_start_up_with_a_clear_error(
-    ended: dict[str, subprocess.CompletedProcess[str]],
-) -> None:
-    done = ended["taken port"]
+def test_a_port_in_use_stops_the_start_up_with_a_clear_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = ended(f"serve --host 127.0.0.1 --port {taken.getsockname()[1]}")
     assert done.returncode == 1
     assert "cannot start" in done.stderr
     assert "Address already in use" in done.stderr

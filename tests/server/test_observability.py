@@ -90,16 +90,29 @@ def test_an_invalid_request_id_is_replaced(http: httpx.Client, given: str) -> No
     assert answer.json()["id"] == f"chatcmpl-{name}"
 
 
-def test_the_first_of_two_request_ids_is_used(http: httpx.Client) -> None:
-    headers = [("X-Request-Id", "one"), ("X-Request-Id", "other")]
-    answer = http.post(PATH, json=body(WHAT), headers=headers)
-    assert answer.headers.get_list("x-request-id") == ["one"]
-    assert answer.json()["id"] == "chatcmpl-one"
-    headers[0] = ("X-Request-Id", "two words")
-    answer = http.post(PATH, json=body(WHAT), headers=headers)
-    name = answer.headers["x-request-id"]
-    assert re.fullmatch(r"[0-9a-f]{32}", name)
-    assert answer.json()["id"] == f"chatcmpl-{name}"
+def test_two_request_ids_are_refused(http: httpx.Client) -> None:
+    for first, name in (("one", "one"), ("two words", "[0-9a-f]{32}")):
+        headers = [("X-Request-Id", first), ("X-Request-Id", "other")]
+        answer = http.post(PATH, json=body(WHAT), headers=headers)
+        assert answer.status_code == 400
+        (given,) = answer.headers.get_list("x-request-id")
+        assert re.fullmatch(name, given)
+
+
+def test_log_lines_cannot_be_forged_and_are_bounded(server: Server, http: httpx.Client) -> None:
+    forged = "INFO: forged line"
+    http.post(PATH, json={**body(WHAT), "model": f"m\n{forged}"})
+    http.post(f"/v1/x%0A{forged}?token=sk-secret", content=b"{}")
+    http.get("/v1/" + "x" * 5000)
+    refused = http.post(PATH, json={**body(WHAT), "model": "m" * 10_000})
+    assert refused.json()["error"]["param"] == "model"
+    http.get("/v1/after")
+    deadline = time.monotonic() + 20
+    while not any("/v1/after" in line for line in server.log) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert [line for line in server.log if forged in line]
+    assert not [line for line in server.log if line.startswith(forged)]
+    assert not [line for line in server.log if "sk-secret" in line or len(line) > 5000]
 
 
 def test_errors_and_other_routes_return_a_request_id(http: httpx.Client) -> None:

@@ -301,6 +301,13 @@ def test_tokenize_counts_image_tokens(http: httpx.Client) -> None:
     assert first["count"] == again["count"] == ASK_TOKENS
 
 
+def test_detokenize_returns_the_text_of_tokens(http: httpx.Client) -> None:
+    asked = http.post("/tokenize", json={"model": MODEL, "prompt": "a red circle"}).json()
+    tokens = asked["tokens"]
+    answer = http.post("/detokenize", json={"model": MODEL, "tokens": tokens})
+    assert (answer.status_code, answer.json()) == (200, {"prompt": "a red circle"})
+
+
 def test_completions_models_and_metrics_respond(client: OpenAI, http: httpx.Client) -> None:
     completion = client.completions.create(
         model=MODEL, prompt="hello", max_tokens=3, extra_body={"ignore_eos": True}
@@ -336,7 +343,7 @@ def test_openapi_lists_chat_and_responses(http: httpx.Client) -> None:
         ({"messages": "hello"}, "messages", openai.BadRequestError),
         ({"messages": 3}, None, openai.BadRequestError),
         ({"stream_options": 3}, None, openai.BadRequestError),
-        ({"response_format": {"type": "x"}}, "response_format", openai.BadRequestError),
+        ({"response_format": {"type": "x"}}, "response_format.type", openai.BadRequestError),
         ({"max_tokens": 10_000_000}, "max_tokens", openai.BadRequestError),
     ],
 )

@@ -7,11 +7,9 @@ unchanged, with its own media connector and preprocessing.
 import asyncio
 import contextlib
 import json
-import multiprocessing
 import os
 import sys
-from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +24,9 @@ from server.request.dialects import dialect_of
 from server.request.read import RequestReader
 from server.telemetry.record import Record
 from server.workers.pool import ImagePool
-from tests import families, pictures
-from tests.media import CHAT, MAX_JSON_BYTES
+from tests import families, pictures, starts
+from tests.media import BOUNDS, CHAT
+from tests.starts import template
 
 FALLBACK = {"paligemma"}
 SINGLE_IMAGE = {"paligemma"}
@@ -52,7 +51,7 @@ class Rig:
         return rendered
 
     async def ours(self, messages: list[dict[str, Any]]) -> Any:
-        reader = RequestReader(self.loader.limits, frozenset(), MAX_JSON_BYTES)
+        reader = RequestReader(self.loader.limits, frozenset(), BOUNDS)
         body = json.dumps({"messages": messages}).encode()
         found = reader.read(body, dialect_of(CHAT), Record())
         await self.loader.load(found.context)
@@ -100,14 +99,16 @@ async def rig(model: Path, decode: str = "exact") -> AsyncIterator[Rig]:
         embeddings = launch.add_embedding_cache(prepared, settings)
         assert embeddings is not None
         await stack.enter_async_context(embeddings)
-        engine = await stack.enter_async_context(launch.running(prepared, Outcomes(), Gate()))
+        engine, _ = await stack.enter_async_context(
+            launch.running(prepared, settings, Outcomes(), Gate())
+        )
         envs.disable_envs_cache()  # `render` changes an environment variable
         await stack.enter_async_context(pool)
         limits = launch.media_limits(engine, settings)
         assert limits is not None
         expander = Expander(pool, limits)
         loader = MediaLoader(Fetcher(FetchSettings()), limits, None, None, expander)
-        decoder = launch.clip_decoder(settings)
+        decoder = launch.clip_decoder(settings, pool.forkserver)
         stack.callback(decoder.close)
         used = await launch.connect(engine, settings, pool, decoder, embeddings)
         from vllm.renderers.hf import HfRenderer
@@ -188,34 +189,27 @@ async def check_family(family: str, directory: Path) -> None:
         assert await both.answer(by_name) == await both.answer(theirs)
 
 
-def prepare(stubs: Path) -> None:
-    """Prepare the engine process, before it starts any engine."""
+def check(family: str, directory: str, stubs: str) -> None:
+    """Runs in a fork of the template."""
     from vllm.model_executor.models import registry
 
-    sys.path.insert(0, str(stubs))
-    os.environ["PYTHONPATH"] = str(stubs)  # for the image workers
+    from server.engine.vllm_adapter import core_fork
+
+    sys.path.insert(0, stubs)
+    os.environ["PYTHONPATH"] = stubs  # for an executed forkserver
     # Otherwise vLLM starts a process to inspect each model class that is new to it.
     registry._run_in_subprocess = lambda look: look()
-
-
-def check(family: str, directory: Path) -> None:
-    asyncio.run(check_family(family, directory))
+    starts.fork_image_workers()
+    core_fork.prepare()
+    asyncio.run(check_family(family, Path(directory)))
 
 
 @pytest.fixture(scope="module")
-def engine_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
-    """A process that has imported vLLM. Engines are its forks, so they start in half the time.
-
-    The test process itself may have threads, so it cannot be forked safely.
-    """
-    stubs = families.import_stubs(tmp_path_factory.mktemp("stubs"))
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, initializer=prepare, initargs=(stubs,)) as executor:
-        yield executor
+def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return families.import_stubs(tmp_path_factory.mktemp("stubs"))
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_each_family_equals_plain_vllm(
-    family: str, engine_process: Executor, tmp_path: Path
-) -> None:
-    engine_process.submit(check, family, tmp_path).result()
+def test_each_family_equals_plain_vllm(family: str, stubs: Path, tmp_path: Path) -> None:
+    done = template().run(f"{__name__}:check", family, str(tmp_path), str(stubs))
+    assert done.returncode == 0, done.stderr

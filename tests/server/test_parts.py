@@ -11,6 +11,7 @@ from urllib.parse import quote_from_bytes
 import httpx
 import pytest
 
+from tests import hostile_pdfs
 from tests.conftest import Origin, Server
 from tests.media import file_part, pdf
 from tests.pictures import data_url, encode, image_part, photo, shape, text_part, user
@@ -217,6 +218,30 @@ def test_a_pdf_as_image_and_an_image_as_file_are_accepted(http: httpx.Client) ->
         response = post(http, CHAT, part, WHAT, include_image_details=True)
         assert response.status_code == 200, response.text
         assert len(response.json()["image_details"]) == 1
+
+
+@pytest.mark.parametrize(
+    "data",
+    [hostile_pdfs.nested_forms(), hostile_pdfs.odd()["form that draws itself"]],
+    ids=["nested forms", "a form that draws itself"],
+)
+def test_a_pdf_page_that_takes_too_much_work_is_refused(http: httpx.Client, data: bytes) -> None:
+    error = refusal(post(http, CHAT, WHAT, file_part(data)))
+    assert error["code"] == "pdf_too_complex"
+    assert error["param"] == "messages[0].content[1].file"
+    assert answer(http, image_part(RED)) == answer(http, image_part(RED))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 150), (150, 1)])
+def test_a_picture_of_one_pixel_is_answered(http: httpx.Client, size: tuple[int, int]) -> None:
+    assert answer(http, image_part(encode(shape("red", size=size))))
+
+
+@pytest.mark.parametrize("name", ["page tree loop", "deep page tree", "MediaBox 0 0 1e9 1e9"])
+def test_odd_pdfs_are_shown_or_refused(http: httpx.Client, name: str) -> None:
+    response = post(http, CHAT, WHAT, file_part(hostile_pdfs.odd()[name]))
+    if response.status_code != 200:
+        assert refusal(response)["param"] == "messages[0].content[1].file"
 
 
 def test_anthropic_text_documents_are_read(http: httpx.Client) -> None:

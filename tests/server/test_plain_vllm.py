@@ -2,8 +2,6 @@
 
 import os
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +13,7 @@ from server.engine.arguments import DEMO_MODEL
 from tests import pictures
 from tests.conftest import START_TIMEOUT_S, STOP_TIMEOUT_S
 from tests.pictures import image_part, shape, text_part, user
+from tests.starts import template
 
 pytestmark = pytest.mark.group("server")  # all tests compare with this server
 RED, BLUE = (pictures.encode(shape(color)) for color in ("red", "blue"))
@@ -28,18 +27,14 @@ def plain() -> Iterator[httpx.Client]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-            *("--model", str(DEMO_MODEL), "--served-model-name", "saccade-tiny"),
-            *("--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--dtype", "float32"),
-            *("--max-model-len", "4096", "--max-num-seqs", "32", "--mm-processor-cache-gb", "1"),
-        ],
-        env=os.environ,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
+    flags = (
+        *("--model", str(DEMO_MODEL), "--served-model-name", "saccade-tiny"),
+        *("--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--dtype", "float32"),
+        *("--max-model-len", "4096", "--max-num-seqs", "32", "--mm-processor-cache-gb", "1"),
     )
+    with open(os.devnull, "w") as nowhere:
+        outputs = {"output": nowhere.fileno(), "errors": nowhere.fileno()}
+        process = template().start("tests.starts:plain_vllm", *flags, **outputs)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             deadline = time.monotonic() + START_TIMEOUT_S

@@ -14,6 +14,7 @@ import pytest
 from tests import pictures
 from tests.conftest import Server
 from tests.pictures import image_part, shape, text_part, user
+from tests.process_memory import memory_with
 from tests.server.conftest import A2, ADMIN, FLAG, KEYS, A, B
 
 GUARDED = ("/v1", "/v2", "/inference", "/cohere")
@@ -315,6 +316,27 @@ def test_changes_of_the_keys_file_take_effect(
         keys_file.write_text(json.dumps(KEYS))
     assert status_becomes(web, B, 200)
     assert status_becomes(web, new, 401)
+
+
+def test_no_process_that_decodes_contains_a_key(guarded: Server, web: httpx.Client) -> None:
+    web.post("/v1/chat/completions", content=b"{", headers=bearer(FLAG))
+    marks = [A, B, ADMIN, FLAG]
+    workers = guarded.image_workers()
+    forkserver = workers[0].parent()
+    assert forkserver is not None
+    for process in (forkserver, *workers):
+        assert list(memory_with(process.pid, marks)) == []
+    assert FLAG in memory_with(guarded.process.pid, marks)
+
+
+def test_workers_are_sandboxed(guarded: Server, web: httpx.Client) -> None:
+    text = web.get("/metrics").text
+    for layer in ("seccomp", "landlock"):
+        assert f'saccade_image_worker_sandbox{{layer="{layer}"}} 1.0' in text
+    for worker in guarded.image_workers():
+        status = Path(f"/proc/{worker.pid}/status").read_text()
+        assert re.search(r"^Seccomp:\t2$", status, re.MULTILINE)  # a filter
+        assert re.search(r"^NoNewPrivs:\t1$", status, re.MULTILINE)
 
 
 def test_no_key_is_logged(guarded: Server, web: httpx.Client) -> None:

@@ -8,31 +8,36 @@ import sys
 from typing import Any
 
 from server.engine.arguments import DEMO_MODEL
+from tests.starts import ENGINES
 
 
 def plugin_changes() -> dict[str, Any]:
-    """Run in a process like vLLM's: whether our queue waits and step timing are active, before and
-    after they are requested, and which modules the timing imports."""
+    """Run in a process like vLLM's: whether our queue waits, step timing and start of processes are
+    active, before and after they are requested, and which modules the timing imports."""
     from vllm.distributed.device_communicators import shm_broadcast
     from vllm.distributed.utils import sched_yield
-    from vllm.v1.executor import Executor  # noqa: F401  - every engine process has imported it
+    from vllm.v1.executor import multiproc_executor  # every engine process has imported it
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-    from server.engine.vllm_adapter import cpu_waits, encode_timing, plugin  # noqa: F401
+    from server.engine.vllm_adapter import cpu_waits, encode_timing, plugin, quick_start  # noqa: F401
 
     execute_model = WorkerWrapperBase.execute_model
 
-    def changed() -> tuple[bool, bool]:
+    def changed() -> tuple[bool, bool, bool]:
         waits = shm_broadcast.sched_yield is not sched_yield
-        return waits, WorkerWrapperBase.execute_model is not execute_model
+        timed = WorkerWrapperBase.execute_model is not execute_model
+        starts = multiproc_executor.get_mp_context().Process is quick_start.QuickProcess
+        return waits, timed, starts
 
     os.environ.pop("_SACCADE_PLUGIN", None)  # another test may have set it
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     plugin.register()
     unasked, before = changed(), set(sys.modules)
     plugin.ask(encoder_runs="ipc:///nonexistent/encoder")
     plugin.register()
     imported = set(sys.modules) - before
     cpu_waits.ask()
+    plugin.ask(quick_start=True)
     plugin.register()
     return {"unasked": unasked, "asked": changed(), "imported": imported}
 
@@ -40,7 +45,11 @@ def plugin_changes() -> dict[str, Any]:
 def test_the_plugin_changes_vllm_only_on_request() -> None:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         found = pool.apply(plugin_changes)
-    assert found == {"unasked": (False, False), "asked": (True, True), "imported": set()}
+    assert found == {
+        "unasked": (False, False, False),
+        "asked": (True, True, True),
+        "imported": set(),
+    }
 
 
 ENGINE = """
@@ -102,6 +111,7 @@ def test_the_real_engine_reports_when_its_encoder_ran() -> None:
         text=True,
         check=False,
         timeout=240,
+        env=os.environ | ENGINES,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])

@@ -1,5 +1,6 @@
 """Keeps these tests fast: they start no server, and garbage collections skip the libraries."""
 
+import atexit
 import gc
 
 import pytest
@@ -13,8 +14,9 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-def pytest_unconfigure() -> None:
-    gc.unfreeze()  # libraries report objects not freed at exit
+# Libraries report objects that are not freed at exit. Not earlier: pytest collects garbage at the
+# end of the session.
+atexit.register(gc.unfreeze)
 
 
 @pytest.fixture(scope="session")

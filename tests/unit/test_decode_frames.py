@@ -4,9 +4,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from server.errors import ImageFrameMissing, ImageTooLarge, UnsupportedImageFormat
+from server.errors import (
+    ImageFrameMissing,
+    ImageTooLarge,
+    InvalidImage,
+    UnsupportedImageFormat,
+)
 from server.imaging.codecs import pillow
-from server.imaging.decode import DecodeOptions, decode, frame_count
+from server.imaging.decode import DecodeOptions, OpenAnimation, decode, frame_count
 from tests import encoded, pictures
 
 COLOURS = [(200, 40, 30), (20, 140, 150), (250, 250, 10), (90, 90, 90)]
@@ -24,8 +29,6 @@ def _animation(kind: str) -> bytes:
 @pytest.mark.parametrize("frame", range(4))
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF", "TIFF"])
 def test_each_frame_can_be_selected(kind: str, frame: int) -> None:
-    options = {"duration": 50} if kind == "TIFF" else {}
-    del options
     decoded = decode(_animation(kind), DecodeOptions(frame=frame))
     assert decoded.size == decoded.image.size == SIZE
     shown = np.asarray(decoded.image)[15, 20].astype(int)
@@ -41,9 +44,12 @@ def test_frames_are_counted(kind: str) -> None:
             decode(data, DecodeOptions(frame=missing))
 
 
-@pytest.mark.parametrize("name", encoded.files(Image.new("RGB", (16, 16))))
+STILL = encoded.files(pictures.photo((24, 16)))
+
+
+@pytest.mark.parametrize("name", STILL)
 def test_still_pictures_have_one_frame(name: str) -> None:
-    data = encoded.files(pictures.photo((24, 16)))[name]
+    data = STILL[name]
     count = 2 if "animated" in name else 1
     assert frame_count(data) == count
     with pytest.raises(ImageFrameMissing):
@@ -60,6 +66,76 @@ def test_frames_are_composed_over_earlier_frames() -> None:
     assert tuple(shown[15, 35]) == (200, 0, 0)
 
 
+def _odd_animations() -> dict[str, bytes]:
+    """Frames that cover parts of the picture, are transparent, and are disposed of."""
+    photo = pictures.photo((60, 40), 4)
+    clear = photo.convert("RGBA")
+    clear.putalpha(Image.linear_gradient("L").resize(photo.size))
+    more = [photo.rotate(90), clear, photo.transpose(Image.Transpose.ROTATE_180), clear, photo]
+    found = {}
+    for kind in ("GIF", "PNG", "WEBP", "AVIF"):
+        for first in (photo, clear):
+            # AVIF needs the same mode in all frames.
+            others = [image.convert(first.mode) for image in more] if kind == "AVIF" else more
+            found[f"{kind} {first.mode}"] = pictures.encode(
+                first, kind, save_all=True, append_images=others, duration=50
+            )
+    for disposal in (1, 2, 3):
+        found[f"GIF disposal {disposal}"] = pictures.encode(
+            clear.quantize(9),
+            "GIF",
+            save_all=True,
+            append_images=[image.quantize(7) for image in more],
+            disposal=disposal,
+            transparency=2,
+        )
+    return found
+
+
+ODD = _odd_animations()
+
+
+@pytest.mark.parametrize("frames", [(0, 1, 2, 3, 4, 5), (0, 3, 4), (2, 2, 5)])
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("mode", ["RGB", None])
+def test_one_pass_over_an_animation_gives_the_pixels_of_single_frames(
+    name: str, frames: tuple[int, ...], mode: str | None
+) -> None:
+    animation = OpenAnimation()
+    for frame in frames:
+        options = DecodeOptions(mode, frame=frame)
+        alone = decode(ODD[name], options)
+        together = decode(ODD[name], options, None, animation)
+        assert together.size == alone.size
+        assert together.image.mode == alone.image.mode
+        assert np.array_equal(np.asarray(together.image), np.asarray(alone.image))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF"])
+def test_one_pass_decodes_each_frame_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[object] = []
+    open_ = pillow.Image.open
+    monkeypatch.setattr(
+        pillow.Image, "open", lambda *args, **kw: opened.append(1) or open_(*args, **kw)
+    )
+    animation = OpenAnimation()
+    data = _animation(kind)
+    for frame in range(1, 4):
+        decode(data, DecodeOptions(frame=frame), None, animation)
+    assert len(opened) == 1
+
+
+def test_frames_behind_a_damaged_one_are_refused_without_decoding_again() -> None:
+    data = bytearray(_animation("PNG"))
+    at = data.rindex(b"fdAT")
+    data[at + 12 : at + 20] = bytes(8)
+    animation = OpenAnimation()
+    decode(bytes(data), DecodeOptions(frame=2), None, animation)
+    for _ in range(2):
+        with pytest.raises(InvalidImage):
+            decode(bytes(data), DecodeOptions(frame=3), None, animation)
+
+
 def test_tiff_pages_keep_their_own_sizes() -> None:
     pages = [Image.new("RGB", (10 * n, 7 * n), COLOURS[n]) for n in (1, 2, 3)]
     data = pictures.encode(pages[0], "TIFF", save_all=True, append_images=pages[1:])
@@ -69,8 +145,9 @@ def test_tiff_pages_keep_their_own_sizes() -> None:
 
 
 def test_counting_frames_stops_at_a_thousand() -> None:
-    frames = [Image.new("L", (1, 1), n % 256) for n in range(1100)]
-    data = pictures.encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    one = pictures.encode(Image.new("L", (1, 1)), "GIF")
+    palette_end = 13 + (3 << (one[10] & 7) + 1)
+    data = one[:palette_end] + one[palette_end:-1] * 1100 + one[-1:]
     assert frame_count(data) == 1000
     assert decode(data, DecodeOptions(frame=999)).size == (1, 1)
     with pytest.raises(ImageFrameMissing):

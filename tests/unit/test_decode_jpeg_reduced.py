@@ -1,5 +1,6 @@
 """Reduced JPEG decoding: like a resized full decode, in libjpeg's sizes; None for other files."""
 
+import functools
 import io
 import multiprocessing
 import os
@@ -61,8 +62,7 @@ def _decoded(data: bytes, scale: int) -> Pixels:
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_reduced_photos_are_as_accurate_as_libjpegs(sampling: str, scale: int) -> None:
-    drawn = Image.open(io.BytesIO(photos.photo(1920, 1440, 3, quality=98)))
-    data = _jpeg(drawn, subsampling=sampling)
+    data = _jpeg(_drawn(), subsampling=sampling)
     wanted = (int(1920 / scale * 0.8), int(1440 / scale * 0.8))
     whole = Image.open(io.BytesIO(data)).resize(wanted, Image.Resampling.BICUBIC)
     ours, theirs = (
@@ -71,6 +71,11 @@ def test_reduced_photos_are_as_accurate_as_libjpegs(sampling: str, scale: int) -
     )
     assert ours > 40
     assert ours > theirs - 0.5
+
+
+@functools.cache
+def _drawn() -> Image.Image:
+    return Image.open(io.BytesIO(photos.photo(1920, 1440, 3, quality=98)))
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -86,6 +91,7 @@ def test_reduced_coloured_text_is_nearly_as_sharp_as_libjpegs(sampling: str, sca
     assert ours > theirs - 1.5
 
 
+@functools.cache
 def _coloured_text() -> Image.Image:
     random = np.random.default_rng(0)
     image = Image.new("RGB", (1200, 900), "white")

@@ -1,6 +1,7 @@
 """Errors: each class has its own code, and every code is documented."""
 
 import asyncio
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from server import errors
 from server.errors import ServerBusy
 from server.http import errors as http_errors
 from server.http.errors import as_markdown
+from server.telemetry.record import Record
 
 
 def test_the_error_documentation_is_up_to_date(repository: Path) -> None:
@@ -27,7 +29,8 @@ def test_client_errors_and_only_those_have_a_4xx_status() -> None:
     for error in errors.error_classes():
         is_clients = issubclass(error, errors.ClientError)
         assert (400 <= error.status < 500) == is_clients
-        kind = "authentication_error" if error.status == 401 else "invalid_request_error"
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        kind = kinds.get(error.status, "invalid_request_error")
         assert (error.type == kind) == is_clients
 
 
@@ -54,7 +57,7 @@ def test_refusals_of_an_overloaded_server_are_logged_once_a_second(
 
 
 def shaped_error(event: bytes, dialect: http_errors.Dialect) -> tuple[dict[str, Any], str]:
-    shaped, code = http_errors.shaped_event(event, dialect, "r-1")
+    shaped, code = http_errors.shaped_event(event, dialect, Record("r-1"))
     return json.loads(shaped.rpartition(b"data: ")[2])["error"], code
 
 
@@ -88,4 +91,11 @@ def test_an_anthropic_error_event_has_the_type_of_its_status(
 @pytest.mark.parametrize("data", [b"{", b"[]", b'{"error": 3}', b'{"response": {}}'])
 def test_an_event_without_an_error_object_is_unchanged(data: bytes) -> None:
     event = b"event: error\ndata: " + data
-    assert http_errors.shaped_event(event, "openai", "r-1") == (event, "internal_error")
+    assert http_errors.shaped_event(event, "openai", Record("r-1")) == (event, "internal_error")
+
+
+def test_a_request_that_can_open_no_file_may_be_retried() -> None:
+    failed = RuntimeError("a library's")
+    failed.__cause__ = OSError(errno.EMFILE, "Too many open files")
+    assert http_errors.as_clients(failed).status == 503
+    assert http_errors.as_clients(OSError(errno.ENOENT, "No such file")).status == 500

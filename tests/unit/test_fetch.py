@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import random
 import shutil
 import socket
@@ -31,6 +32,7 @@ from server.ingest import http_client
 from server.ingest.fetch import Fetcher, FetchSettings
 from server.ingest.guard import Address
 from tests.hostile_origin import WAIT_S, HostileOrigin, Visit, bomb
+from tests.scarce_files import no_free_files
 
 MB = 1_000_000
 GROUP = "customers"
@@ -39,6 +41,12 @@ UNTIL_TOLD = 600.0
 HOME, PUBLIC, PUBLIC_TOO = "127.0.0.1", "127.0.0.2", "127.0.0.3"
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
+
+
+@pytest.fixture(autouse=True)
+def no_system_certificates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare each fetcher the 20 ms that it takes to parse the system's certificates."""
+    monkeypatch.setenv("SSL_CERT_FILE", os.devnull)
 
 
 @pytest.fixture(params=[asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
@@ -440,9 +448,9 @@ def test_the_deadline_includes_the_lookup(run: Run) -> None:
 def test_the_connection_is_closed_after_the_deadline(run: Run, origin: HostileOrigin) -> None:
     async def after() -> None:
         async with Fetcher(FetchSettings(allow_private=True, timeout_s=1.5)) as fetcher:
-            for path in ("/drip", "/silent", "/drip?"):
-                await failing(fetcher, origin.url(path))
-            await failing(fetcher, origin.url("/ok").replace("http:", "https:"))  # in the handshake
+            urls = [origin.url(path) for path in ("/drip", "/silent", "/drip?")]
+            urls.append(origin.url("/ok").replace("http:", "https:"))  # in the handshake
+            await asyncio.gather(*(failing(fetcher, url) for url in urls))
             await asyncio.to_thread(origin.wait, lambda it: (it.connections, it.open) == (4, 0))
 
     run(after())
@@ -741,6 +749,21 @@ def test_concurrent_fetches_of_one_url_share_one_request(run: Run, origin: Hosti
     run(ten())
 
 
+def test_the_size_of_a_file_is_known_to_all_callers_before_it_is_read(
+    run: Run, origin: HostileOrigin
+) -> None:
+    sizes: list[int] = []
+
+    async def several() -> None:
+        async with Fetcher(FetchSettings(allow_private=True)) as fetcher:
+            for path in ("/ok?size=5000", "/chunked?size=8192&piece=8192"):
+                fetches = (fetcher.fetch(origin.url(path), GROUP, None, sizes.append) for _ in "ab")
+                assert len(set(await asyncio.gather(*fetches))) == 1
+
+    run(several())
+    assert sizes == [5000, 5000]  # the other server does not say it
+
+
 def test_each_waiter_gets_a_separate_error_object(run: Run, origin: HostileOrigin) -> None:
     async def ten() -> list[SaccadeError]:
         async with Fetcher(FetchSettings(allow_private=True)) as fetcher:
@@ -874,3 +897,13 @@ def test_an_untrusted_certificate_is_refused(
 def test_invalid_settings_are_refused(entry: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="10|a b"):
         Fetcher(FetchSettings(**entry))
+
+
+def test_a_fetch_without_a_free_file_can_be_retried(run: Run, origin: HostileOrigin) -> None:
+    async def test() -> None:
+        async with Fetcher(FetchSettings(allow_private=True)) as fetcher:
+            with no_free_files():
+                assert (await failing(fetcher, origin.url("/ok?size=9"))).code == "server_busy"
+            assert await fetch(fetcher, origin.url("/ok?size=9")) == b"x" * 9
+
+    run(test())

@@ -16,11 +16,13 @@ from server.errors import (
     FileQuotaExceeded,
     FileStorageFailed,
     ImageTooLarge,
+    ServerBusy,
     UnknownFile,
 )
 from server.imaging.encoded import digest
 from server.ingest.files import FileStore, Quota, StoredFile
 from server.ingest.files import store as store_module
+from tests.scarce_files import no_free_files
 
 
 class Clock:
@@ -434,6 +436,18 @@ def test_a_failing_disk_is_reported_and_changes_no_state(tmp_path: Path) -> None
             assert list((tmp_path / "partial").iterdir()) == []
             folder.unlink()
             (tmp_path / "away").rename(folder)
+            await put(store, b"more")
+            assert len(ids(store)) == 2
+
+    asyncio.run(run())
+
+
+def test_an_upload_without_a_free_file_descriptor_can_be_retried(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with opened(tmp_path) as store:
+            await put(store, b"kept")  # starts the thread that writes
+            with no_free_files(), pytest.raises(ServerBusy):
+                await put(store, b"more")
             await put(store, b"more")
             assert len(ids(store)) == 2
 

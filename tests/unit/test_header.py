@@ -7,7 +7,8 @@ import struct
 import sys
 import tracemalloc
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -442,6 +443,7 @@ def test_the_size_of_heif_is_that_of_the_primary_item(version: int, flags: int, 
         b"\n" + SEEDS["gif"],
         b"\xef\xbb\xbf" + SEEDS["jpeg"],
     ],
+    ids=lambda data: repr(data[:8]),  # the files are not the same in every process
 )
 def test_other_formats_are_refused(data: bytes) -> None:
     with pytest.raises(UnsupportedImageFormat, match="JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, HEIC"):
@@ -530,31 +532,30 @@ def test_random_bytes_give_a_client_error_or_the_decoded_size(magic: bytes, rest
     assert found is None or decoded_size(magic + rest) in (None, found)
 
 
-@st.composite
-def damaged_seeds(draw: Callable[..., Any]) -> bytes:
+def damaged(random: Random) -> bytes:
     """A seed with up to four changes, mostly in its first bytes."""
-    data = bytearray(SEEDS[draw(st.sampled_from(sorted(SEEDS)))])
-    for _ in range(draw(st.integers(1, 4))):
+    data = bytearray(random.choice(list(SEEDS.values())))
+    for _ in range(random.randint(1, 4)):
         last = max(0, len(data) - 1)
-        at = draw(st.integers(0, min(last, 400)) | st.integers(0, last))
-        replaced = draw(st.sampled_from([0, 1, 2, 4, 12]))
-        data[at : at + replaced] = draw(
-            st.binary(min_size=replaced, max_size=replaced)
-            | st.binary(max_size=12)
-            | st.sampled_from(
-                [b"\0\0\0\0", b"\xff\xff\xff\xff", b"\0\1", bytes(data[at : at + 12])]
-            )
-        )
-    if data.startswith(b"\x89PNG") and draw(st.booleans()):
+        at = random.randint(0, random.choice((min(last, 400), last)))
+        replaced = random.choice((0, 1, 2, 4, 12))
+        given = random.randbytes(random.choice((replaced, random.randint(0, 12))))
+        numbers = (b"\0\0\0\0", b"\xff\xff\xff\xff", b"\0\1", bytes(data[at : at + 12]))
+        data[at : at + replaced] = random.choice((given, given, random.choice(numbers)))
+    if data.startswith(b"\x89PNG") and random.random() < 0.5:
         return with_checksums(bytes(data))
     return bytes(data)
 
 
-@settings(max_examples=600, derandomize=True)
-@given(damaged_seeds())
-def test_damaged_files_give_a_client_error_or_the_decoded_size(data: bytes) -> None:
-    found = header_size(data)
-    assert found is None or decoded_size(data) in (None, found)
+def test_damaged_files_give_a_client_error_or_the_decoded_size() -> None:
+    random = Random(1)
+    read = 0
+    for _ in range(1200):
+        data = damaged(random)
+        found = header_size(data)
+        read += found is not None
+        assert found is None or decoded_size(data) in (None, found), data.hex()
+    assert 300 < read < 1100
 
 
 # Bounds.

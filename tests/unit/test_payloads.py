@@ -1,7 +1,7 @@
 """Base64 and data URLs as clients write them."""
 
 import base64
-import os
+import random
 from urllib.parse import quote, quote_from_bytes
 
 import pytest
@@ -9,7 +9,8 @@ import pytest
 from server.errors import ImageTooLarge, InvalidImageUrl
 from server.request import payloads
 
-DATA = b"\xfb\xff\xfe" + os.urandom(5000)  # with characters that differ between the alphabets
+# With characters that differ between the alphabets.
+DATA = b"\xfb\xff\xfe" + random.Random(8).randbytes(5000)
 B64 = base64.b64encode(DATA).decode()
 LIMIT = 1 << 20
 
@@ -48,6 +49,40 @@ def test_every_variant_of_base64_is_decoded(header: str, text: str) -> None:
 def test_a_percent_encoded_data_url_is_decoded() -> None:
     assert payloads.decode("data:image/png," + quote_from_bytes(DATA), LIMIT) == DATA
     assert payloads.decode("data:,plain", LIMIT) == b"plain"
+
+
+LONG = base64.b64encode(bytes(payloads.MIN_PAYLOAD_BYTES)).decode()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "data:image/png;base64,",
+        r"data:image\/png;base64,",
+        "data:image/*;base64,",
+        "data:;base64,",
+        "  DATA:image/svg+xml;charset=utf-8;x=!#$&^_.+-;Base64,",
+        "data:image/png; base64 ,",
+        "data:text/plain;name=a%20b.txt;base64,",
+    ],
+)
+def test_a_long_payload_is_taken_out_of_every_data_url(header: str) -> None:
+    body = f'{{"a": "{header}{LONG}", "b": "{header}{LONG}"}}'.encode()
+    found = payloads.Payloads(body)
+    document = payloads.parse(found.small)
+    assert len(found.small) < 1000
+    for text in document.values():
+        view = found.claim(text)
+        assert isinstance(view, memoryview)
+        assert payloads.decode(view, LIMIT) == bytes(payloads.MIN_PAYLOAD_BYTES)
+
+
+@pytest.mark.parametrize(
+    "text", [f"data:image/png,{LONG}", f"see data:image/png;base64,{LONG}", f"data:;base64;{LONG}"]
+)
+def test_other_texts_stay_in_the_document(text: str) -> None:
+    body = f'{{"a": "{text}"}}'.encode()
+    assert payloads.Payloads(body).small == body
 
 
 @pytest.mark.parametrize(

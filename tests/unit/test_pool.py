@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,43 +16,42 @@ import psutil
 import pytest
 
 from server.errors import (
+    ImageFrameMissing,
     ImageProcessingFailed,
     ImageProcessingTimeout,
+    ImageQueueFull,
     InvalidImage,
+    PdfTooComplex,
     SaccadeError,
     ServerBusy,
+    WorkerLost,
 )
 from server.settings import ImageSettings
 from server.telemetry import metrics
-from server.telemetry.stages import Timeline
+from server.telemetry.record import Record
 from server.workers import pool as pools
 from server.workers import slots
+from server.workers.channel import WorkerChannel
 from server.workers.forkserver import Forkserver, WorkerProcess
 from server.workers.jobs import ProcessJob, encode_kwargs
 from server.workers.pool import ImagePool
 from server.workers.protocol import Features
 from server.workers.shared_memory import Segment
 from server.workers.worker import WorkerSpec
+from tests import hostile_pdfs, media
+from tests.forked import SharedForkserver
+from tests.scarce_files import no_free_files
 
-SPEC = WorkerSpec("tests.extractors:load", b"payload")
+# Commands of these tests read and write files.
+SPEC = WorkerSpec("tests.extractors:load", b"payload", pdf_page_timeout_s=0.4, sandbox="off")
 JOB = ProcessJob("PNG", (8, 6), kwargs=encode_kwargs({"option": "set"}))
-
-
-class SharedForkserver(Forkserver):
-    """Outlives the pools that use it, because a forkserver takes a second to load libraries."""
-
-    def close(self) -> None:
-        """Ignore the `close` of each pool."""
-
-    def stop(self) -> None:
-        super().close()
 
 
 @pytest.fixture(scope="module")
 def shared_forkserver() -> Iterator[SharedForkserver]:
-    forkserver = SharedForkserver(SPEC)
-    yield forkserver
-    forkserver.stop()
+    shared = SharedForkserver(SPEC)
+    yield shared
+    shared.stop()
 
 
 @pytest.fixture(autouse=True)
@@ -60,16 +59,13 @@ def pools_share_a_forkserver(
     shared_forkserver: SharedForkserver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pools, "Forkserver", lambda spec: shared_forkserver)
+    # A pool whose forkserver dies starts a new one in a thread, with which that one ends.
+    shared_forkserver.preload()
 
 
 @pytest.fixture
-def own_forkserver(
-    pools_share_a_forkserver: None,
-    shared_forkserver: SharedForkserver,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def own_forkserver(pools_share_a_forkserver: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each pool starts and stops its own forkserver, as in the server."""
-    shared_forkserver.stop()
     monkeypatch.setattr(pools, "Forkserver", Forkserver)
 
 
@@ -97,12 +93,165 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
 
 
 def process(pool: ImagePool, key: str, data: bytes) -> Coroutine[Any, Any, Features]:
-    return pool.process(key, data, JOB, Timeline(time.monotonic()))
+    return pool.process(key, data, JOB, Record())
 
 
 async def until(condition: Callable[[], bool]) -> None:
     while not condition():
         await asyncio.sleep(0.01)
+
+
+PAGE = ProcessJob("PDF", (612, 792))
+_SLOW_PAGES = {
+    "nested forms": hostile_pdfs.nested_forms(),
+    "a form that draws itself": hostile_pdfs.odd()["form that draws itself"],
+    "tiny tiles": hostile_pdfs.tiny_tiles(),
+    "many shadings": hostile_pdfs.many_shadings(),
+    "content of 2 GB": hostile_pdfs.packed_content(),
+}
+
+
+@pytest.mark.parametrize("name", _SLOW_PAGES)
+def test_a_page_that_takes_too_much_work_is_refused_and_its_worker_replaced(name: str) -> None:
+    async def test() -> None:
+        async with running(image_workers=1, image_timeout_s=60) as pool:
+            (pid,) = pool.worker_pids
+            deaths = value(metrics.image_worker_deaths)
+            began = Record()
+            page = pool.process("page", _SLOW_PAGES[name], PAGE, began)
+            await asyncio.gather(_refused_as_too_complex(page), process(pool, "k", b"fine"))
+            assert pid not in pool.worker_pids
+            assert pool.ready
+            assert value(metrics.image_worker_deaths) == deaths
+
+    run(test)
+
+
+async def _refused_as_too_complex(page: Coroutine[Any, Any, Features]) -> None:
+    with pytest.raises(PdfTooComplex, match="too complex"):
+        await page
+
+
+def _frames(pool: ImagePool, data: bytes, *frames: int) -> list[Coroutine[Any, Any, Features]]:
+    return [
+        pool.process(f"frame {n}", data, ProcessJob("GIF", (40, 30), n), Record()) for n in frames
+    ]
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of jobs in each request to a worker."""
+    counts: list[int] = []
+    send = WorkerChannel.send_inline
+
+    def counted(channel: WorkerChannel, first_id: int, data: bytes, jobs: Sequence[bytes]) -> None:
+        counts.append(len(jobs))
+        send(channel, first_id, data, jobs)
+
+    monkeypatch.setattr(WorkerChannel, "send_inline", counted)
+    return counts
+
+
+def test_the_frames_of_an_animation_are_decoded_in_two_passes_by_one_worker(
+    requests: list[int],
+) -> None:
+    data = media.gif(20)
+    order = (0, 19, 3, 11, 7, 2, 18)
+
+    async def test() -> None:
+        async with running(image_workers=2) as pool:
+            found = [arrays(f) for f in await asyncio.gather(*_frames(pool, data, *order))]
+            assert [int(made["pixel"][0]) for made in found] == [n * 10 for n in order]
+            assert len({made["pid"] for made in found}) == 1
+
+    run(test)
+    assert requests == [1, len(order) - 1]
+
+
+def test_other_pictures_do_not_wait_for_an_animation() -> None:
+    async def test() -> None:
+        async with running(image_workers=2) as pool:
+            frames = asyncio.gather(*_frames(pool, media.gif(20), *range(20)))
+            await process(pool, "k", b"fine")
+            await frames
+
+    run(test)
+
+
+def test_the_pictures_of_one_group_do_not_wait_for_the_queue_of_another() -> None:
+    async def test() -> None:
+        async with running(image_workers=2) as pool:
+            done: list[str] = []
+
+            async def one(group: str, number: int) -> None:
+                key, record = f"{group} {number}", Record(key_group=group)
+                data = b"sleep 0.1" + b"0" * number
+                await pool.process(key, data, JOB, record)
+                done.append(group)
+
+            heavy = [asyncio.create_task(one("heavy", number)) for number in range(20)]
+            await asyncio.sleep(0.05)
+            await asyncio.gather(*(one("light", number) for number in range(2)))
+            assert len(done) <= 8
+            await asyncio.gather(*heavy)
+
+    run(test)
+
+
+def test_frames_behind_a_missing_or_damaged_one_fail_alike() -> None:
+    async def test() -> None:
+        async with running(image_workers=1) as pool:
+            found = await asyncio.gather(
+                *_frames(pool, media.gif(5), 0, 1, 4, 5, 6), return_exceptions=True
+            )
+            assert all(isinstance(each, Features) for each in found[:3])
+            assert all(isinstance(each, ImageFrameMissing) for each in found[3:])
+            assert len(pool.worker_pids) == 1
+
+    run(test)
+
+
+def test_frames_of_a_killed_worker_are_decoded_by_another() -> None:
+    async def test() -> None:
+        async with running(image_workers=1) as pool:
+            stopper = asyncio.create_task(process(pool, "s", b"sleep 0.3"))
+            await until(lambda: pool._slots.all[0].task is not None)
+            frames = asyncio.gather(*_frames(pool, media.gif(20), *range(20)))
+            await stopper
+            os.kill(pool.worker_pids[0], signal.SIGKILL)
+            found = [arrays(each) for each in await frames]
+            assert [int(made["pixel"][0]) for made in found] == [n * 10 for n in range(20)]
+
+    run(test)
+
+
+def test_abandoned_frames_end_with_the_last_caller(requests: list[int]) -> None:
+    async def test() -> None:
+        async with running(image_workers=1) as pool:
+            blocker = asyncio.create_task(process(pool, "s", b"sleep 0.2"))
+            await until(lambda: pool._slots.all[0].task is not None)
+            frames = [asyncio.create_task(c) for c in _frames(pool, media.gif(20), *range(20))]
+            await asyncio.sleep(0)
+            for frame in frames[:-1]:
+                frame.cancel()
+            await blocker
+            assert int(arrays(await frames[-1])["pixel"][0]) == 190
+
+    run(test)
+    assert requests == [1, 1]
+
+
+def test_pages_of_usual_work_keep_their_worker() -> None:
+    async def test() -> None:
+        async with running(image_workers=1) as pool:
+            pids = pool.worker_pids
+            for number in range(20):
+                page = hostile_pdfs.page(content=b"0 0 %d 40 re f" % number)
+                job = ProcessJob("PDF", (200, 160))
+                await pool.process(f"page {number}", page, job, Record())
+            assert pool.worker_pids == pids
+
+    run(test)
 
 
 def test_features_are_returned_unchanged() -> None:
@@ -247,12 +396,68 @@ def test_a_picture_that_kills_every_worker_fails() -> None:
     run(test)
 
 
+def test_a_picture_whose_workers_are_killed_by_others_is_not_refused() -> None:
+    async def test() -> None:
+        async with running() as pool:
+            for number in (signal.SIGKILL, signal.SIGTERM):
+                with pytest.raises(WorkerLost) as lost:
+                    await process(pool, "v", f"signal {number:d}".encode())
+                assert lost.value.status == 503
+                assert lost.value.retry_after_s is not None
+
+    run(test)
+
+
+def test_a_picture_whose_result_finds_no_free_file_is_not_refused() -> None:
+    async def test() -> None:
+        async with running() as pool:
+            with no_free_files(), contextlib.suppress(WorkerLost, ServerBusy):
+                await process(pool, "k", b"fine")  # the end of the first worker may free some
+            await until(lambda: bool(pool.worker_pids))
+            assert arrays(await process(pool, "k", b"fine"))["bytes"].tobytes() == b"fine"
+
+    run(test)
+
+
+def test_a_picture_whose_worker_stops_is_processed_by_another(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with running(image_timeout_s=1) as pool:
+            made = arrays(await process(pool, "v", f"stop-once {tmp_path / 'stopped'}".encode()))
+            assert made["option"] == "set"
+            with pytest.raises(WorkerLost):
+                await process(pool, "v", f"signal {signal.SIGSTOP:d}".encode())
+
+    run(test)
+
+
+def test_the_end_of_the_forkserver_and_its_workers_does_not_refuse_a_picture(
+    own_forkserver: None, tmp_path: Path
+) -> None:
+    go = tmp_path / "go"
+
+    async def test() -> None:
+        async with running() as pool:
+            task = asyncio.create_task(process(pool, "v", f"wait-for {go}".encode()))
+            await until(lambda: any(slot.task for slot in pool._slots.all))
+            pids = pool.worker_pids
+            forkserver = psutil.Process(pids[0]).parent()
+            assert forkserver is not None
+            forkserver.kill()
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            go.touch()
+            assert arrays(await task)["option"] == "set"
+
+    run(test)
+
+
 def test_a_picture_that_takes_too_long_is_killed() -> None:
     async def test() -> None:
         async with running(image_timeout_s=3) as pool:
             started = time.monotonic()
             with pytest.raises(ImageProcessingTimeout, match="longer than 3 s"):
-                await process(pool, "v", b"sleep 60")
+                await process(pool, "v", b"work")
             assert time.monotonic() - started < 30
             await process(pool, "k", b"fine")
 
@@ -268,10 +473,30 @@ def test_a_full_queue_refuses_at_once(tmp_path: Path) -> None:
             await asyncio.sleep(0.05)
             busy += [asyncio.create_task(process(pool, f"k{i}", b"")) for i in (1, 2)]
             await until(lambda: pool.queued == 2)
-            with pytest.raises(ServerBusy, match="the limit is 2"):
+            with pytest.raises(ImageQueueFull, match="the limit is 2"):
                 await process(pool, "k3", b"")
             go.touch()
             await asyncio.gather(*busy)
+
+    run(test)
+
+
+def test_pictures_wait_while_those_in_the_workers_have_too_many_pixels(tmp_path: Path) -> None:
+    def picture(pool: ImagePool, key: str, side: int, file: str) -> Any:
+        job = ProcessJob("PNG", (side, side))
+        work = pool.process(key, f"wait-for {tmp_path / file}".encode(), job, Record())
+        return asyncio.ensure_future(work)
+
+    async def test() -> None:
+        async with running(image_workers=3, max_decode_pixels=100) as pool:
+            first, second = (picture(pool, f"small {n}", 7, "go") for n in range(2))
+            third = picture(pool, "third", 7, "go")
+            alone = picture(pool, "larger than the limit", 11, "go")
+            await asyncio.sleep(0.2)
+            assert (pool.decode_pixels, pool.queued) == (98, 2)
+            (tmp_path / "go").touch()
+            await asyncio.gather(first, second, third, alone)
+            assert (pool.decode_pixels, pool.queued) == (0, 0)
 
     run(test)
 
@@ -294,7 +519,7 @@ def test_repeated_worker_deaths_make_the_pool_unready_until_one_works(
     run(test)
 
 
-def test_the_pool_recovers_when_its_forkserver_is_killed(own_forkserver: None) -> None:
+def test_the_pool_recovers_when_its_forkserver_is_killed() -> None:
     async def test() -> None:
         async with running() as pool:
             parent = psutil.Process(pool.worker_pids[0]).ppid()
@@ -376,10 +601,10 @@ def test_a_worker_whose_start_fails_is_restarted(
 ) -> None:
     start, failures = Forkserver.start, [RuntimeError("no threads"), ValueError("odd")]
 
-    def failing(self: Forkserver, name: str) -> WorkerProcess:
+    def failing(self: Forkserver) -> WorkerProcess:
         if failures:
             raise failures.pop()
-        return start(self, name)
+        return start(self)
 
     async def test() -> None:
         async with running(image_workers=1) as pool:

@@ -2,7 +2,7 @@
 
 import base64
 import json
-import os
+import random
 import sys
 from dataclasses import replace
 from typing import Any
@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.errors import ClientError, RequestTooLarge, TooManyImages
+from server.errors import ClientError, RequestTooComplex, RequestTooLarge, TooManyImages
+from server.request.bounds import BodyBounds, check_text
 from server.request.dialects import Found, Slot
 from server.request.media import Inline, MediaLimits
 from server.request.payloads import MIN_PAYLOAD_BYTES, Payloads, decode
@@ -19,7 +20,7 @@ from server.request.read import ReadRequest
 from tests import pictures
 from tests.media import CHAT, LIMITS, MAX_JSON_BYTES, chat, prepare, read
 
-DATA = os.urandom(MIN_PAYLOAD_BYTES)
+DATA = random.Random(23).randbytes(MIN_PAYLOAD_BYTES)
 B64 = base64.b64encode(DATA).decode()
 URL = "data:image/png;base64," + B64
 SMALL = pictures.encode(pictures.shape("red"))
@@ -117,7 +118,11 @@ KEYS = st.sampled_from(["image_url", "url", "data", "source", "type", "text"])
 VALUES = st.none() | st.text() | st.sampled_from(["<url>", "image", "image_url"])
 
 
-@given(st.recursive(VALUES, lambda inner: st.lists(inner) | st.dictionaries(KEYS, inner)))
+@given(
+    st.recursive(
+        VALUES, lambda inner: st.lists(inner) | st.dictionaries(KEYS, inner), max_leaves=25
+    )
+)
 def test_any_document_without_messages_is_unchanged(shape: Any) -> None:
     text = json.dumps(shape).replace("<url>", URL)
     if len(text) < MAX_JSON_BYTES:
@@ -155,7 +160,7 @@ def test_the_scan_does_not_stop_at_each_quote() -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [b"{", b'{"a": NaN}', b'{"a": 1e999}', b'{"a": "\\ud800"}', b"[" * 100_000, b'{"a": "\xff"}',
+    [b"{", b'{"a": NaN}', b'{"a": 1e999}', b'{"a": "\\ud800"}', b"[" * 100, b'{"a": "\xff"}',
      b'{"a": "data:image/png;base64,', b"nul"],
 )  # fmt: skip
 def test_malformed_json_is_refused(body: bytes) -> None:
@@ -174,10 +179,10 @@ def rewritten_with_frames(found: ReadRequest, frames: int) -> bytes:
 
 
 def test_json_too_deep_to_rewrite_is_refused() -> None:
-    depth = sys.getrecursionlimit() // 2
+    depth = 120
     found = read(b'{"max_image_tokens":1,"a":' + b"[" * depth + b"]" * depth + b"}")
     with pytest.raises(ClientError, match="nested too deeply"):
-        rewritten_with_frames(found, depth)
+        rewritten_with_frames(found, sys.getrecursionlimit() - depth - 30)
 
 
 def test_the_size_of_json_without_the_media_is_limited() -> None:
@@ -191,6 +196,107 @@ def test_the_size_of_json_without_the_media_is_limited() -> None:
     ):
         with pytest.raises(RequestTooLarge, match=f"more than {MAX_JSON_BYTES} bytes besides"):
             read(document)
+
+
+TEXT = {"type": "text", "text": "[[[, {{{"}
+USER = {"role": "user", "content": "a"}
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+def chat_with(**fields: Any) -> dict[str, Any]:
+    return {"model": "m", "messages": [USER], **fields}
+
+
+@pytest.mark.parametrize(
+    ("path", "document", "param"),
+    [
+        (CHAT, {"messages": [USER] * 2049}, "messages"),
+        (CHAT, chat(*[TEXT] * 2048), "messages[0].content"),
+        (CHAT, {"messages": [{"role": "user", "content": [TEXT] * 3}] * 600},
+         "messages[482].content"),
+        (CHAT, chat_with(tools=[TOOL] * 2048), "tools"),
+        (CHAT, {"messages": [{"role": "assistant", "tool_calls": [TOOL] * 2048}]},
+         "messages[0].tool_calls"),
+        (CHAT, {"messages": [[1, *[USER] * 2049]]}, "messages[0]"),
+        (MESSAGES, {"messages": [{"role": "user", "content": [
+            {"type": "tool_result", "content": [TEXT] * 2047}]}]},
+         "messages[0].content[0].content"),
+        ("/v1/responses", {"input": [USER] * 2049}, "input"),
+        ("/v1/completions", {"prompt": ["a"] * 2049}, "prompt"),
+        ("/v1/embeddings", {"input": [[1]] * 2049}, "input"),
+    ],
+)  # fmt: skip
+def test_the_items_of_a_request_are_limited(path: str, document: Any, param: str) -> None:
+    with pytest.raises(RequestTooComplex, match="more than 2048 messages") as refused:
+        read(document, path)
+    assert refused.value.param == param
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"messages": [USER] * 2047},
+        chat(*[TEXT] * 2000),
+        {"prompt": [1] * 299_000},
+        {"prompt": [[1] * 1000] * 290},
+        chat({"type": "text", "text": '[{,"\\' * 30_000}),
+        chat_with(tools=[{"parameters": {"p": [{}] * 50_000}}]),
+    ],
+)
+def test_what_clients_send_is_within_the_bounds(document: Any) -> None:
+    read(document)
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        (b'{"prompt":[' + b"1," * 300_000 + b"1]}", "300000 JSON values"),
+        (b'{"a":[' + b'"",' * 300_000 + b"1]}", "300000 JSON values"),
+        (b'{"a":[' + b"{}," * 150_000 + b"1]}", "300000 JSON values"),
+        (b'{"a":"\\\\",' + b'"b":1,' * 60_000 + b'"c":[' + b"[]," * 40_000 + b"1]}",
+         "300000 JSON values"),
+        (b"[" * 200 + b"]" * 200, "128 levels"),
+        (b'{"a":' * 129 + b"1" + b"}" * 129, "128 levels"),
+        (b'["]\\"",' + b"[" * 200 + b"]" * 201, "128 levels"),
+        (b"[" * 1_000_000, "300000 JSON values"),
+    ],
+)  # fmt: skip
+def test_values_and_nesting_are_limited_before_parsing(body: bytes, what: str) -> None:
+    with pytest.raises(RequestTooComplex, match=f"more than {what}"):
+        read(body)
+
+
+json_values = st.recursive(
+    st.none() | st.integers() | st.text('a[]{},"\\'),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text('a[]{},"\\'), inner),
+    max_leaves=25,
+)
+
+
+def values_and_depth(value: Any) -> tuple[int, int]:
+    """How many values there are, as `BodyBounds` counts them, and how deeply they are nested."""
+    if isinstance(value, str):
+        return 4, 0
+    if not isinstance(value, (dict, list)):
+        return 1, 0
+    inner = list(value.values()) if isinstance(value, dict) else value
+    found = [values_and_depth(each) for each in inner]
+    names = 3 * len(value) if isinstance(value, dict) else 0
+    empty = 0 if value else 1  # it is counted as if it had a value
+    values = 4 + names + empty + sum(each for each, _ in found)
+    return values, 1 + max((depth for _, depth in found), default=0)
+
+
+@given(json_values)
+def test_the_bounds_are_those_of_the_parsed_document(document: Any) -> None:
+    values, depth = values_and_depth(document)
+    body = json.dumps(document).encode()
+    check_text(body, BodyBounds(0, values, depth, 0))
+    tight = [BodyBounds(0, values - 1, depth, 0)]
+    tight += [BodyBounds(0, values, depth - 1, 0)] if depth else []
+    for bounds in tight:
+        with pytest.raises(RequestTooComplex):
+            check_text(body, bounds)
 
 
 def test_keys_with_escapes_are_recognized() -> None:

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from server.engine.token_allocator import Cap, TokenAllocator
+from server.errors import InvalidImage
 from server.imaging.encoded import EncodedImage, ImageOptions
 from server.imaging.header import ImageHeader
 from server.imaging.sizing import NativeResolution
@@ -62,3 +63,20 @@ def test_the_tightest_of_several_caps_is_reported(
     (got,) = asyncio.run(allocator.allocate([shown], budget, {}))
     assert got is not None
     assert allocator.effective_cap(shown, got, budget, {}) == named
+
+
+def test_an_image_that_cannot_be_measured_is_named() -> None:
+    def count(width: int, height: int) -> Count:
+        if width < SIDE:
+            raise InvalidImage("the model does not accept this image")
+        return Count(100, 100)
+
+    narrow = ImageHeader("PNG", SIDE - 1, SIDE, 1, False)
+    images = [
+        EncodedImage(b"", "", header, ImageOptions(max_tokens=100), path)
+        for header, path in ((image(ImageOptions()).header, "first"), (narrow, "second"))
+    ]
+    allocator = TokenAllocator(lambda _: MeasuredTokens(count), None)
+    with pytest.raises(InvalidImage) as refused:
+        asyncio.run(allocator.allocate(images, None, {}))
+    assert refused.value.param == "second"

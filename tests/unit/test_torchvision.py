@@ -1,7 +1,9 @@
 """A CUDA torchvision can be imported with a CPU torch; a working torchvision is left unchanged."""
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -9,22 +11,51 @@ import pytest
 
 from server.engine.vllm_adapter import plugin
 
+# Runs each line of standard input, JSON of Python code, in a fork, and answers with its output.
+FORKS = """
+import json, os, sys, torch
+for line in sys.stdin:
+    output, into = os.pipe()
+    if not os.fork():
+        os.dup2(into, 1)
+        os.dup2(into, 2)
+        exec(json.loads(line))
+        sys.stdout.flush()
+        os._exit(0)
+    os.close(into)
+    with open(output) as file:
+        print(json.dumps(file.read()), flush=True)
+    os.wait()
+"""
+Run = Callable[..., str]
 
-def run(code: str, *paths: Path) -> subprocess.CompletedProcess[str]:
-    prologue = "".join(f"import sys; sys.path.insert(0, {str(path)!r})\n" for path in paths)
-    return subprocess.run(
-        [sys.executable, "-c", prologue + code], capture_output=True, text=True, check=False
-    )
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """Runs code in a process that has imported torch, and returns what the process writes."""
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        requests, answers = process.stdin, process.stdout
+        assert requests is not None
+        assert answers is not None
+
+        def run_it(code: str, *paths: Path) -> str:
+            prologue = "".join(f"sys.path.insert(0, {str(path)!r})\n" for path in paths)
+            print(json.dumps(f"import sys\n{prologue}{code}"), file=requests, flush=True)
+            return str(json.loads(answers.readline()))
+
+        yield run_it
 
 
-def test_a_cuda_torchvision_can_be_imported_with_a_cpu_torch() -> None:
-    done = run(
+def test_a_cuda_torchvision_can_be_imported_with_a_cpu_torch(run: Run) -> None:
+    written = run(
         "from server.engine.vllm_adapter.plugin import make_torchvision_importable\n"
         "make_torchvision_importable(); make_torchvision_importable()\n"
         "import torch, torchvision.transforms.v2.functional as F\n"
         "print(F.resize(torch.zeros(3, 8, 8, dtype=torch.uint8), [4, 4]).shape)"
     )
-    assert "torch.Size([3, 4, 4])" in done.stdout, done.stderr
+    assert "torch.Size([3, 4, 4])" in written
 
 
 @pytest.fixture
@@ -44,26 +75,28 @@ def healthy_torchvision(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_working_torchvision_is_left_unchanged(healthy_torchvision: Path) -> None:
-    done = run(
+def test_a_working_torchvision_is_left_unchanged(run: Run, healthy_torchvision: Path) -> None:
+    written = run(
         "from server.engine.vllm_adapter import plugin\n"
         "plugin.make_torchvision_importable()\n"
         "assert plugin._library is None\n"
         "import torchvision, torch; torch.ops.torchvision.nms; print('fine')",
         healthy_torchvision,
     )
-    assert done.stdout == "fine\n", done.stderr
+    assert written == "fine\n"
 
 
-def test_a_torchvision_already_imported_is_left_unchanged(healthy_torchvision: Path) -> None:
-    done = run(
+def test_a_torchvision_already_imported_is_left_unchanged(
+    run: Run, healthy_torchvision: Path
+) -> None:
+    written = run(
         "import torchvision\n"
         "from server.engine.vllm_adapter import plugin\n"
         "plugin.make_torchvision_importable()\n"
         "assert plugin._library is None; print('fine')",
         healthy_torchvision,
     )
-    assert done.stdout == "fine\n", done.stderr
+    assert written == "fine\n"
 
 
 def test_vllm_finds_the_plugin() -> None:

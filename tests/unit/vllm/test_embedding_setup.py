@@ -7,6 +7,7 @@ import pytest
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
+from server.concurrency import usable_memory
 from server.engine.embedding_cache import setup
 from server.engine.embedding_cache.connector import AnnouncedEncoderCache, EmbeddingCacheConnector
 from server.settings import GIB, CacheSettings
@@ -49,7 +50,7 @@ def test_the_default_size_is_a_share_of_the_memory(repository: Path) -> None:
     setup.configure(config, CacheSettings(), "ipc://nowhere")
     assert config.ec_transfer_config is not None
     found = config.ec_transfer_config.ec_connector_extra_config["host_bytes"]
-    assert found == min(32 * GIB, setup.memory_bytes() // 8)
+    assert found == min(32 * GIB, usable_memory() // 8)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,19 @@
 """Preprocessing in the worker: `exact` and `fast`, for processors of several families."""
 
 import functools
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from server.imaging.decode import warm_up
+from server.workers.confinement import FONT_DIRECTORIES, confine
 from server.workers.jobs import ProcessJob, encode_kwargs
 from server.workers.worker import Array, Extractor
-from tests import families, pictures
+from tests import families, media, pictures
+from tests.forked import in_fork
 
 JOB = ProcessJob("JPEG", (3584, 2688))
 LARGE = pictures.encode(pictures.photo((896, 672), 1).resize((3584, 2688)), "JPEG", quality=92)
@@ -58,6 +62,40 @@ def near(ours: Any, theirs: Any) -> None:
     assert (
         difference <= 0.06 * spread
     )  # a different picture differs by about the standard deviation
+
+
+@pytest.mark.parametrize("family", REDUCED)
+def test_a_sandboxed_worker_returns_the_same_features(family: str, models: Path) -> None:
+    warm_up()
+    fast, _ = pair(family, models)
+    pdf = media.pdf((200, 100))
+    jobs = [
+        (JOB, LARGE),
+        (ProcessJob("JPEG", (3584, 2688), resize=(56, 56)), LARGE),
+        (ProcessJob("PDF", (400, 200)), pdf),
+        # Options that were not seen before the fork.
+        (ProcessJob("PDF", (400, 200), kwargs=encode_kwargs({"max_pixels": 50_000})), pdf),
+    ]
+
+    def work() -> list[str]:
+        return [hash_of(fast.features(fast.decode(data, job), job)) for job, data in jobs]
+
+    def confined() -> list[str]:
+        assert not confine("require", FONT_DIRECTORIES, fast.files).refused
+        return work()
+
+    assert in_fork(confined) == in_fork(work)
+
+
+def hash_of(features: Any) -> str:
+    """A hash of all arrays and values."""
+    seen = hashlib.sha256()
+    for name, value in sorted(features.items()):
+        for part in value if isinstance(value, list) else [value]:
+            seen.update(f"{name} {getattr(part, 'dtype', part)}".encode())
+            if isinstance(part, Array):
+                seen.update(np.ascontiguousarray(part.data).tobytes())
+    return seen.hexdigest()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])

@@ -15,15 +15,18 @@ import httpx
 import pytest
 from fastapi import Depends, FastAPI, Request
 from starlette.types import Receive, Scope, Send
+from vllm import entrypoints
 
 from server import settings as config
-from server.engine.vllm_http import add_vllm_middleware, api_keys
+from server.engine.vllm_http import ADMIN_PATHS, add_vllm_middleware, api_keys
 from server.errors import CannotStart
 from server.http import errors, key_file
+from server.http.app import ADMITTED
 from server.http.keys import ApiKeys, KeyRing, key_ring, keys_for_vllm, require_admin
 from server.http.observe import Observed
 from server.http.scope import group_of, record_of, set_record
 from server.request.groups import ADMIN as ADMIN_GROUP
+from server.request.limits import Limits, Quota
 from server.settings import AccessSettings
 from server.telemetry.record import Record
 
@@ -55,6 +58,27 @@ def test_plain_and_hashed_keys_are_accepted(path: Path) -> None:
     assert A not in repr(table)
 
 
+def test_limits_of_groups_and_keys_are_read() -> None:
+    table = key_file.parse(
+        json.dumps(
+            {
+                "groups": {
+                    "a": {"keys": [A, {"key": B, "concurrency": 4}], "share": 0.5, "priority": -3},
+                    "b": [{"key": ADMIN, "tokens_per_minute": 100}],
+                }
+            }
+        ).encode()
+    )
+    of_group = Quota("group:a", Limits(share=0.5, priority=-3))
+    of_b = Quota(f"key:{key_file.digest(B).hex()}", Limits(concurrency=4))
+    of_admin = Quota(f"key:{key_file.digest(ADMIN).hex()}", Limits(tokens_per_minute=100))
+    assert table.quotas == {
+        key_file.digest(A): (of_group,),
+        key_file.digest(B): (of_group, of_b),
+        key_file.digest(ADMIN): (of_admin,),
+    }
+
+
 BAD: list[tuple[Any, str]] = [
     ('{"groups": {"a": ["sk-secret"]}', "not JSON: line 1"),
     ("[" * 100_000, "not JSON"),
@@ -62,7 +86,7 @@ BAD: list[tuple[Any, str]] = [
     (["sk-secret"], "must be an object"),
     ({"sk-secret": "team-a"}, "must be an object"),
     ({"groups": ["sk-secret"]}, '"groups" must be an object'),
-    ({"groups": {"sk-secret": "team-a"}}, "group 1 must be a list"),
+    ({"groups": {"sk-secret": "team-a"}}, "group 1 must have a list"),
     ({"groups": {"sk secret!": [A]}}, "the name of group 1"),
     ({"groups": {"_admin": ["sk-secret"]}}, "the name of group 1"),
     ({"groups": {"": ["sk-secret"]}}, "the name of group 1"),
@@ -78,6 +102,20 @@ BAD: list[tuple[Any, str]] = [
     ('{"groups": {"a": ["sk-secret"], "a": ["sk-x"]}}', "has a duplicate name"),
     ({"groups": {}}, "no keys"),
     ({"groups": {"a": []}, "admin": []}, "no keys"),
+    (
+        {"groups": {"a": {"keys": [A], "requests_per_minute": 0}}},
+        "group 1 has invalid limits: requests",
+    ),
+    (
+        {"groups": {"a": {"keys": [A], "concurrency": True}}},
+        "invalid limits: concurrency",
+    ),
+    ({"groups": {"a": {"keys": [A], "sk-secret": 1}}}, "invalid limits: unknown names"),
+    ({"groups": {"a": {"keys": [A], "scopes": ["root"]}}}, "invalid limits: scopes"),
+    ({"groups": {"a": {"share": 2}}}, "group 1 must have a list"),
+    ({"groups": {"a": [{"key": A, "share": 2}]}}, "key 1 of group 1 has invalid limits"),
+    ({"groups": {"a": [{"concurrency": 2}]}}, "key 1 of group 1 must be a string"),
+    ({"admin": [{"key": A, "concurrency": 2}]}, "key 1 of admin has limits"),
     (" " * (1 << 20) + "{}", "more than 1048576 bytes"),
 ]
 
@@ -114,9 +152,14 @@ def test_a_key_from_a_flag_must_not_be_in_a_group(path: Path) -> None:
 # ---------------------------------------------------------------------- the key ring
 
 
+async def group_in(ring: KeyRing, key: str) -> str | None:
+    grant = await ring.grant_of(key)
+    return grant.group if grant is not None else None
+
+
 def found_group(ring: KeyRing, key: str) -> str | None:
     ring._check_at = 0  # a second later
-    return asyncio.run(ring.group_of(key))
+    return asyncio.run(group_in(ring, key))
 
 
 def test_keys_from_flags_and_the_file_are_both_accepted(path: Path) -> None:
@@ -171,19 +214,28 @@ def test_the_file_is_checked_once_a_second(path: Path) -> None:
     ring = KeyRing(path, (), None)
 
     async def test() -> None:
-        assert await ring.group_of(A) == "team-a"
+        assert await group_in(ring, A) == "team-a"
         write(path, {"groups": {"team-c": [A]}})
-        assert await ring.group_of(A) == "team-a"
+        assert await group_in(ring, A) == "team-a"
         ring._check_at = 0
-        assert await ring.group_of(A) == "team-c"
+        assert await group_in(ring, A) == "team-c"
 
     asyncio.run(test())
+
+
+def test_scopes_of_a_key_replace_those_of_its_group() -> None:
+    table = key_file.parse(
+        json.dumps(
+            {"groups": {"a": {"keys": [A, {"key": B, "scopes": []}], "scopes": ["ingest"]}}}
+        ).encode()
+    )
+    assert table.scopes == {key_file.digest(A): {"ingest"}, key_file.digest(B): frozenset()}
 
 
 # ---------------------------------------------------------------------- the check of a request
 
 
-def app_with(ring: KeyRing, root_path: str = "") -> FastAPI:
+def app_with(ring: KeyRing, root_path: str = "", *, guard_all: bool = False) -> FastAPI:
     app = FastAPI(root_path=root_path)
     app.state.key_ring = ring
     errors.add_error_handlers(app)
@@ -191,11 +243,24 @@ def app_with(ring: KeyRing, root_path: str = "") -> FastAPI:
     async def group(request: Request) -> str:
         return group_of(request.scope)
 
-    for path in ("/v1/group", "/group", "/inference/v1/group"):
+    for path in ("/v1/group", "/group", "/inference/v1/group", "/health"):
         app.add_api_route(path, group, methods=["GET", "OPTIONS"])
+
+    async def priority(request: Request) -> str:
+        return request.headers.get("X-Vllm-Priority", "none")
+
+    app.add_api_route("/v1/priority", priority, methods=["POST"])
+    for path in ("/v1/files", "/v1/files/file-1", "/v1/chat", "/sleep"):
+        app.add_api_route(path, group, methods=["GET", "POST", "OPTIONS"])
     app.add_api_route("/v1/admin", group, dependencies=[Depends(require_admin)])
-    if ring.has_groups:
-        app.add_middleware(ApiKeys, ring=ring, guarded=("/v1", "/inference"))
+    if ring.has_groups or guard_all:
+        app.add_middleware(
+            ApiKeys,
+            ring=ring,
+            guarded=("",) if guard_all else ("/v1", "/inference"),
+            priority_header=b"x-vllm-priority",
+            reserved=["/sleep"],
+        )
     return app
 
 
@@ -249,6 +314,27 @@ def test_guarded_paths_are_refused_without_a_known_key(path: Path, headers: dict
     assert ask(app, "/group", **raw).json() == "_anonymous"  # type: ignore[arg-type]
     assert ask(app, "/group", "POST", **raw).status_code == 401  # type: ignore[arg-type]
     assert ask(app, "/v1/group", "OPTIONS", **raw).json() == "_anonymous"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("file", [True, False])
+def test_all_routes_but_probes_can_be_guarded(path: Path, file: bool) -> None:
+    write(path, {"groups": {"team-a": [A]}})
+    ring = KeyRing(path, (), ADMIN) if file else KeyRing(None, [A], ADMIN)
+    app = app_with(ring, guard_all=True)
+    for route in ("/group", "/v1/group", "/docs", "/openapi.json"):
+        assert ask(app, route).status_code == 401
+        assert ask(app, route, Authorization=f"Bearer {B}").status_code == 401
+        for key in (A, ADMIN):
+            assert ask(app, route, Authorization=f"Bearer {key}").status_code == 200
+    assert ask(app, "/group", Authorization=f"Bearer {A}").json() == ("team-a" if file else "")
+    assert ask(app, "/health").status_code == 200
+
+
+def test_a_server_without_keys_cannot_guard_its_routes() -> None:
+    access = AccessSettings(keys_for_all_routes=True)
+    with pytest.raises(CannotStart, match="needs --api-key"):
+        key_ring(access, [], keeps_responses=False)
+    assert key_ring(access, [A], keeps_responses=False).has_keys
 
 
 def test_paths_are_guarded_below_the_root_path(path: Path) -> None:
@@ -372,3 +458,70 @@ def test_a_websocket_is_in_the_group_of_its_key(path: Path) -> None:
     silent: Any = None
     asyncio.run(ApiKeys(app, KeyRing(path, (), None), ("/v1",))(scope, silent, silent))
     assert groups == ["team-a"]
+
+
+# ---------------------------------------------------------------------- scopes and limits
+
+
+SCOPES = [
+    # scopes, method, path, status
+    (["inference"], "POST", "/v1/chat", 200),
+    (["inference"], "POST", "/v1/files", 403),
+    (["inference"], "GET", "/v1/files/file-1", 403),
+    (["ingest"], "POST", "/v1/files", 200),
+    (["ingest"], "POST", "/v1/chat", 403),
+    (["ingest"], "GET", "/v1/group", 200),
+    ([], "POST", "/v1/chat", 403),
+    (["inference", "ingest"], "POST", "/v1/files", 200),
+    (None, "POST", "/v1/files", 200),
+]
+
+
+@pytest.mark.parametrize(("scopes", "method", "route", "status"), SCOPES)
+def test_scopes_restrict_what_a_key_may_do(
+    tmp_path: Path, scopes: list[str] | None, method: str, route: str, status: int
+) -> None:
+    file = write(
+        tmp_path / "keys.json", {"groups": {"a": {"keys": [{"key": A, "scopes": scopes}]}}}
+    )
+    answer = ask(app_with(KeyRing(file, (), None)), route, method, Authorization=f"Bearer {A}")
+    assert answer.status_code == status
+    if status == 403:
+        assert answer.json()["error"]["code"] == "scope_missing"
+
+
+def test_routes_that_change_the_server_need_an_admin_key(path: Path) -> None:
+    app = app_with(KeyRing(path, (), None))
+    refused = ask(app, "/sleep", "POST", Authorization=f"Bearer {A}")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "admin_key_required")
+    assert ask(app, "/sleep", "POST", Authorization=f"Bearer {ADMIN}").status_code == 200
+
+
+def test_a_request_has_the_priority_of_its_key_whatever_it_asks_for(tmp_path: Path) -> None:
+    document = {"groups": {"a": {"keys": [A, {"key": B, "priority": 7}], "priority": 5}}}
+    app = app_with(KeyRing(write(tmp_path / "keys.json", document | {"admin": [ADMIN]}), (), None))
+    for key, priority in ((A, "5"), (B, "7"), (ADMIN, "-9")):
+        headers = {"Authorization": f"Bearer {key}", "X-Vllm-Priority": "-9"}
+        assert ask(app, "/v1/priority", "POST", **headers).json() == priority
+
+
+# Routes of vLLM for every key that need no permit: they take no time, or pass on what others did.
+FREE = {
+    "/detokenize",
+    "/is_scaling_elastic_ep",
+    "/ping",
+    "/v1/chat/completions/derender",
+    "/v1/completions/derender",
+    "/v1/responses/{response_id}/cancel",
+}
+
+
+def test_every_route_of_vllm_needs_a_permit_or_an_admin_key_or_is_free() -> None:
+    folder = Path(entrypoints.__file__).parent
+    found = {
+        path
+        for file in folder.rglob("*.py")
+        for path in re.findall(r"\.(?:post|put|delete)\(\s*\"(/[^\"]*)\"", file.read_text())
+    }
+    assert len(found) > 50
+    assert found - FREE - ADMIN_PATHS - set(ADMITTED) == set()

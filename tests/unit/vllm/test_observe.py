@@ -66,12 +66,13 @@ def count(outcome: str) -> float:
     return value
 
 
-def test_a_truncated_stream_counts_as_failed() -> None:
+def test_a_truncated_stream_counts_as_failed_and_ends_with_an_error() -> None:
     failed, answered = count("failed"), count("answered")
     sent: list[Message] = []
     serve(answering(200, b"data: 1\n\n", ends=False), sent)
     assert (count("failed"), count("answered")) == (failed + 1, answered)
-    assert sent[-1]["more_body"]
+    assert sent[-1]["body"].startswith(b'data: {"error": {"message": "internal error"')
+    assert b"\n\ndata: [DONE]\n\n" in sent[-1]["body"]
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,11 @@ from server.engine.vllm_adapter.outcomes import Outcomes
 from server.engine.vllm_adapter.processor_cache import PooledItem, ProcessorCache, copied
 from server.engine.vllm_adapter.processors import carry_context, name_by_group
 from server.engine.vllm_adapter.send import Gate, Sender, keep_in_group
+from server.request.admission import Admission
 from server.request.context import RequestContext, entered
 from server.request.groups import prefixed, salted
 from server.telemetry.record import Record
+from tests.admission import limits
 
 Core = Callable[[Any], Awaitable[None]]
 CAPACITY = 100  # bytes
@@ -71,6 +73,7 @@ def request(*features: MultiModalFeatureSpec, name: str = "r") -> Any:
         mm_features=list(features),
         prompt_token_ids=[1, 2],
         lora_request=None,
+        sampling_params=None,
         cache_salt=None,
     )
 
@@ -82,10 +85,22 @@ def as_received(request: Any) -> list[Any]:
     ]
 
 
-def sender(core: Core, cache: ProcessorCache | None, gate: Gate, states: Any = None) -> Sender:
+def sender(
+    core: Core,
+    cache: ProcessorCache | None,
+    gate: Gate,
+    states: Any = None,
+    aborted: list[str] | None = None,
+) -> Sender:
+    async def abort(request_id: str, *, internal: bool) -> None:
+        assert internal
+        if aborted is not None:
+            aborted.append(request_id)
+
     engine: Any = SimpleNamespace(
         engine_core=SimpleNamespace(add_request_async=core),
         output_processor=SimpleNamespace(request_states=states or {}),
+        abort=abort,
     )
     return Sender(engine, cache, Outcomes(), gate)
 
@@ -230,7 +245,9 @@ def test_requests_wait_while_the_gate_is_closed() -> None:
         with entered(RequestContext(Record())):
             sending = sender(core, None, gate)
             first = asyncio.create_task(sending.send(request(name="first")))
-            await arrived.wait()
+            await asyncio.wait(
+                [first, asyncio.create_task(arrived.wait())], return_when="FIRST_COMPLETED"
+            )
             closing = asyncio.create_task(close())
             await asyncio.sleep(0)
             let_go.set()
@@ -296,3 +313,104 @@ def test_names_of_items_have_the_group_of_their_request() -> None:
             "video": [prefixed("uuid", group)],
             "audio": [prefixed("0" * 64, group)],
         }
+
+
+# ---------------------------------------------------------------------- slots of the engine
+
+
+def admitted(in_engine: int) -> Admission:
+    return Admission(limits(in_engine=in_engine))
+
+
+async def pass_on(request: Any) -> None:
+    """The engine takes every request."""
+
+
+def test_requests_beyond_the_slots_of_the_engine_wait_until_one_leaves_it() -> None:
+    sent: list[str] = []
+
+    async def core(request: Any) -> None:
+        sent.append(request.request_id)
+
+    async def run() -> None:
+        admission, sending = admitted(in_engine=1), sender(core, None, Gate())
+
+        async def answer(name: str, over: asyncio.Event) -> None:
+            async with admission.permit(Record()) as permit:
+                with entered(RequestContext(Record(), permit=permit)):
+                    await sending.send(request(name=name))
+                    await over.wait()
+
+        first, second = asyncio.Event(), asyncio.Event()
+        tasks = [asyncio.create_task(answer("a", first)), asyncio.create_task(answer("b", second))]
+        await asyncio.sleep(0.01)
+        assert sent == ["a"]
+        first.set()
+        await asyncio.sleep(0.01)
+        assert sent == ["a", "b"]
+        second.set()
+        await asyncio.gather(*tasks)
+        assert admission.engine_slots.taken == admission.slots.taken == 0
+
+    asyncio.run(run())
+
+
+def test_answers_to_one_prompt_do_not_wait_for_each_other() -> None:
+    async def run() -> None:
+        admission, sending = admitted(in_engine=1), sender(pass_on, None, Gate())
+        async with admission.permit(Record()) as permit:
+            with entered(RequestContext(Record(), permit=permit)):
+                for name in ("0_r", "1_r", "2_r"):
+                    await sending.send(request(name=name))
+                assert admission.engine_slots.taken == 3
+                permit.leave_engine("1_r")
+                permit.leave_engine("1_r")
+                assert admission.engine_slots.taken == 2
+        assert admission.engine_slots.taken == 0
+
+    asyncio.run(run())
+
+
+def test_a_request_that_gets_its_slot_after_its_answer_gives_it_back() -> None:
+    """As one with `background`, whose client has its answer before the engine has the request."""
+
+    async def run() -> None:
+        admission, sending = admitted(in_engine=1), sender(pass_on, None, Gate())
+        async with admission.permit(Record()) as first:
+            with entered(RequestContext(Record(), permit=first)):
+                await sending.send(request(name="a"))
+            async with admission.permit(Record()) as second:
+                with entered(RequestContext(Record(), permit=second)):
+                    late = asyncio.create_task(sending.send(request(name="b")))
+                    await asyncio.sleep(0.01)
+        await late
+        assert admission.engine_slots.taken == 0
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("siblings", [False, True])
+def test_vllm_forgets_a_request_that_is_cancelled_before_it_is_sent(siblings: bool) -> None:
+    parent = SimpleNamespace(request_id="parent") if siblings else None
+    states = {"b": SimpleNamespace(parent_req=parent)}
+    aborted: list[str] = []
+
+    async def run() -> None:
+        admission = admitted(in_engine=1)
+        sending = sender(pass_on, None, Gate(), states, aborted)
+
+        async def answer(name: str) -> None:
+            async with admission.permit(Record()) as permit:
+                with entered(RequestContext(Record(), permit=permit)):
+                    await sending.send(request(name=name))
+                    await asyncio.Event().wait()
+
+        first, second = asyncio.create_task(answer("a")), asyncio.create_task(answer("b"))
+        await asyncio.sleep(0.01)
+        for task in (second, first):
+            task.cancel()
+        await asyncio.gather(first, second, return_exceptions=True)
+        assert admission.engine_slots.taken == admission.slots.taken == 0
+
+    asyncio.run(run())
+    assert aborted == ["parent" if siblings else "b"]

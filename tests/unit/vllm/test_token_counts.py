@@ -1,5 +1,6 @@
 """The token rules against vLLM: a picture takes as many tokens as its rule allocates."""
 
+import ctypes
 import functools
 import inspect
 import json
@@ -18,11 +19,16 @@ from transformers.feature_extraction_utils import BatchFeature
 from vllm.multimodal.inputs import MultiModalKwargsItems
 
 from server.engine import token_rules
+from server.engine.extractor import _export
 from server.engine.launch import same_data
 from server.engine.vllm_adapter import processors
+from server.engine.vllm_adapter.items import ItemMaker, _outline, _TooLarge
 from server.errors import ImageAspectRatio, ImageTokenCap, InvalidImage
 from server.imaging.sizing import Size
 from server.imaging.tokens import Count, TokenAllocation, TokenRule
+from server.workers.protocol import Features
+from server.workers.shared_memory import ArrayWriter, Segment
+from server.workers.worker import _describe
 from tests import families
 
 Options = Mapping[str, Any]
@@ -187,7 +193,7 @@ def test_placeholders_in_a_prompt_match_the_rule(model: str, checkpoints: Path) 
 def test_an_item_of_a_known_size_equals_vllms(model: str, checkpoints: Path) -> None:
     """The remembered layout of one picture fits others of the same size."""
     real = processor(model, checkpoints)
-    maker = processors.ItemMaker(real)
+    maker = ItemMaker(real)
     noise = np.random.default_rng(1)
     for width, height in [(347, 251), (61, 59)]:
         for number in range(3):
@@ -195,7 +201,7 @@ def test_an_item_of_a_known_size_equals_vllms(model: str, checkpoints: Path) -> 
             outputs, _ = processors.processed(real, Image.fromarray(pixels), {})
             blank = processors.blank((width, height))
             item, updates = processors.item(real, outputs, blank, {})
-            got, got_updates = maker.item(outputs, (width, height), {}, b"{}")
+            got, got_updates = maker.item(shared(outputs, (width, height)), {}, b"{}")
             assert got.keys() == item.keys()
             assert all(same_data(got[name].data, item[name].data) for name in item)
             assert list(map(inserted, got_updates)) == list(map(inserted, updates))
@@ -207,11 +213,25 @@ def inserted(update: Any) -> Any:
     return update.mode, target, update.content.full
 
 
+def shared(outputs: Mapping[str, Any], size: Size) -> Features:
+    """What the Hugging Face processor returned, as the server gets it from a worker."""
+    writer = ArrayWriter()
+    specs = {name: _describe(_export(value), writer) for name, value in outputs.items()}
+    segment = Segment.create(max(1, writer.nbytes))
+    writer.write(segment.map)
+    buffer = (ctypes.c_char * segment.capacity).from_buffer(segment.map)
+    return Features(specs, buffer, size, 0.0, 0.0)
+
+
 def test_large_masks_are_not_cached() -> None:
-    with pytest.raises(processors._TooLarge):
-        processors._outline(torch.zeros(100, 100, dtype=torch.bool))
-    ours, other = (processors._outline(torch.full((1, 3), value)) for value in (1, 2))
-    assert ours != other
+    def outline(data: torch.Tensor) -> Any:
+        features = shared({"x": data}, (1, 1))
+        return _outline(features.specs["x"], features.buffer)
+
+    with pytest.raises(_TooLarge):
+        outline(torch.zeros(100, 100, dtype=torch.bool))
+    assert outline(torch.full((1, 3), 1)) != outline(torch.full((1, 3), 2))
+    assert outline(torch.zeros(99, 99)) == outline(torch.ones(99, 99))
 
 
 # ------------------------------------------------------------------ the encoder's input

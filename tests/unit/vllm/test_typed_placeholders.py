@@ -138,8 +138,9 @@ def test_too_deeply_nested_values_are_refused(typed: TypedPlaceholders) -> None:
     value: Any = []
     for _ in range(sys.getrecursionlimit()):
         value = {"inner": [value]}
-    with pytest.raises(ClientError, match="nested too deeply"):
+    with pytest.raises(ClientError, match="nested too deeply") as refused:
         typed.mark([{"role": "user", "content": "a", "more": value}])
+    assert refused.value.param == "messages"
 
 
 def calls_of(work: Callable[[], object]) -> int:

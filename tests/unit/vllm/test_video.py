@@ -2,11 +2,11 @@
 
 import asyncio
 import base64
-import multiprocessing
+import functools
+import os
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from multiprocessing import forkserver
-from typing import Any, cast
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -25,6 +25,7 @@ from server.errors import (
     UnsupportedAudioFormat,
     UnsupportedVideoFormat,
     VideoTooLarge,
+    WorkerLost,
 )
 from server.imaging.containers import audio_container, refuse_references, video_container
 from server.ingest.video import ClipDecoder, VideoJob, VideoOptions
@@ -38,19 +39,13 @@ from server.workers.sandbox import (
     SandboxLimits,
 )
 from tests import clips, pictures
+from tests.forked import FORKSERVER
+from tests.fuzz import media_mutations
 
 COMMANDED = "tests.clips:prepare"
 MAX_PIXELS = 1_000_000
 MIB = 1 << 20
-
-
-@pytest.fixture(scope="module", autouse=True)
-def forking() -> Iterator[None]:
-    """The process from which decoders are forked, with vLLM imported as in a server."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["server.engine.clips"])
-    forkserver.ensure_running()
-    yield
-    cast(Any, forkserver)._forkserver._stop()
+SEED, MUTATED = 7, 60
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
@@ -139,7 +134,7 @@ def test_an_mp4_file_that_refers_to_other_files_is_refused(kind: bytes, location
 
 def sandbox(**limits: Any) -> Sandbox:
     given = {"processes": 1, "queue": 8, "timeout_s": 60.0, "max_memory_bytes": 256 * MIB}
-    return Sandbox(SandboxLimits(**{**given, **limits}))
+    return Sandbox(SandboxLimits(**{**given, **limits}), FORKSERVER)
 
 
 def test_a_job_returns_an_answer_and_arrays() -> None:
@@ -160,6 +155,14 @@ def test_a_job_can_open_neither_files_nor_sockets() -> None:
     run(test)
 
 
+def test_code_in_a_job_reaches_no_file_network_or_process() -> None:
+    async def test() -> None:
+        output = await sandbox().run(COMMANDED, b"", f"intrude {os.getpid()}".encode())
+        assert output.answer == b""
+
+    run(test)
+
+
 @pytest.mark.parametrize("command", [b"hang", b"spin"])
 def test_an_endless_job_is_killed(command: bytes) -> None:
     async def test() -> None:
@@ -175,6 +178,24 @@ def test_a_job_that_dies_does_not_affect_later_jobs() -> None:
         with pytest.raises(JobDied):
             await jobs.run(COMMANDED, b"", b"die")
         assert (await jobs.run(COMMANDED, b"next", b"echo")).answer == b"next"
+
+    run(test)
+
+
+def test_a_clip_whose_processes_are_killed_by_others_is_not_refused() -> None:
+    async def test() -> None:
+        decoder = ClipDecoder(COMMANDED, VideoSettings(), MAX_PIXELS, FORKSERVER)
+        options = VideoOptions("unused", 32, {}, {})
+        work = asyncio.create_task(decoder.load_pictures(b"hang", options))
+        for _ in range(2):
+            while not (found := decoders()):
+                await asyncio.sleep(0.01)
+            found[0].kill()
+            found[0].wait()
+        with pytest.raises(WorkerLost) as lost:
+            await work
+        assert lost.value.status == 503
+        decoder.close()
 
     run(test)
 
@@ -236,7 +257,7 @@ def test_jobs_beyond_the_queue_limit_are_refused_at_once() -> None:
 
 
 def decoder(**settings: Any) -> ClipDecoder:
-    return ClipDecoder(PREPARE, VideoSettings(**settings), MAX_PIXELS)
+    return ClipDecoder(PREPARE, VideoSettings(**settings), MAX_PIXELS, FORKSERVER)
 
 
 def vllm_io(**options: Any) -> VideoMediaIO:
@@ -247,7 +268,7 @@ VIDEOS = {
     "mp4": clips.video(".mp4"),
     "mkv": clips.video(".mkv"),
     "avi": clips.video(".avi"),
-    "webm": clips.video(".webm", "VP90", frames=30, size=(320, 240), fps=30),
+    "webm": clips.video(".webm", "VP90", frames=30, size=(160, 120), fps=30),
 }
 
 
@@ -309,6 +330,27 @@ def test_invalid_videos_are_refused(data: bytes, error: type[ClientError]) -> No
     assert type(refusal(lambda decoder: decoder.load_video(data, OPTIONS))) is error
 
 
+def test_mutated_videos_are_decoded_or_refused() -> None:
+    """Videos in every container, with changed bytes, each in a process of its own."""
+    outcomes: list[str] = []
+    limited = decoder(video_timeout_s=20)
+
+    async def try_one(index: int) -> None:
+        try:
+            await limited.load_video(media_mutations.mutated_video(SEED, index), OPTIONS)
+            outcomes.append("decoded")
+        except ClientError as error:
+            outcomes.append(error.code)
+
+    async def test() -> None:
+        for first in range(0, MUTATED, 4):
+            await asyncio.gather(*map(try_one, range(first, first + 4)))
+
+    run(test)
+    assert min(outcomes.count("decoded"), outcomes.count("invalid_video")) > MUTATED // 10
+    assert not {"media_processing_timeout", "media_processing_failed"} & set(outcomes)
+
+
 def test_a_truncated_mp4_file_is_accepted_if_the_decoder_reads_it() -> None:
     async def test() -> None:
         video = await decoder().load_video(VIDEOS["mp4"][:-3], OPTIONS)
@@ -330,17 +372,25 @@ def test_invalid_pictures_of_a_video_are_refused(text: bytes) -> None:
     assert type(refusal(lambda decoder: decoder.load_pictures(text, OPTIONS))) is InvalidVideo
 
 
+@functools.cache
+def large_video() -> bytes:
+    """Its frames take 108 MiB."""
+    return clips.video(".mkv", "MJPG", frames=48, size=(1024, 768))
+
+
 def test_frames_that_take_too_much_memory_are_refused() -> None:
-    data = clips.video(".mkv", "MJPG", frames=48, size=(1024, 768))
     options = video_options(vllm_io(num_frames=-1))
-    found = refusal(lambda decoder: decoder.load_video(data, options), video_max_memory_mb=80)
+    found = refusal(
+        lambda decoder: decoder.load_video(large_video(), options), video_max_memory_mb=80
+    )
     assert type(found) is VideoTooLarge
 
 
 def test_a_decoder_that_takes_too_long_is_killed() -> None:
-    data = clips.video(".mkv", "MJPG", frames=48, size=(1024, 768))
     options = video_options(vllm_io(num_frames=-1))
-    found = refusal(lambda decoder: decoder.load_video(data, options), video_timeout_s=0.02)
+    found = refusal(
+        lambda decoder: decoder.load_video(large_video(), options), video_timeout_s=0.02
+    )
     assert type(found) is MediaProcessingTimeout
 
 

@@ -1,11 +1,14 @@
-"""Search for JPEG files that make a decoder index out of bounds, crash, hang or exhaust memory.
+"""Search for files that make a decoder index out of bounds, crash, hang or exhaust memory.
 
-    python -m tests.fuzz.fuzz_jpeg --seconds 3600 --output benchmarks/results/DATE-fuzz-jpeg.json
-    python -m tests.fuzz.fuzz_jpeg --seed 7 --index 1234      tries one input again
+    python -m tests.fuzz.fuzz_decoders --seconds 3600 --output FILE
+    python -m tests.fuzz.fuzz_decoders --what media --seconds 3600
+    python -m tests.fuzz.fuzz_decoders --seed 7 --index 1234      tries one input again
 
-Each input is read by the header reader and by the reduced JPEG decoder at both of its scales; every
-second one also as in a worker, which falls back to libjpeg. Compiled loops run with bounds
-checks (NUMBA_BOUNDSCHECK=1). Only a client error or a picture may come out.
+`--what jpeg`, the default: each input is read by the header reader and by the reduced JPEG decoder
+at both of its scales; every second one also as in a worker, which falls back to libjpeg. `--what
+media`: files of all formats and PDFs are decoded as in a worker; videos, each of which needs a
+process of its own, are tried by `tests/unit/vllm/test_video.py` alone. Compiled loops run with
+bounds checks (NUMBA_BOUNDSCHECK=1). Only a client error or a picture may come out.
 
 Inputs are decoded in a child process. A finding is any other exception, the child's death, an input
 that takes longer than `--input-timeout-s`, or a child that grows beyond `--max-memory-mib`. The
@@ -29,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import environment
-from tests.fuzz.jpeg_mutations import mutated
+from tests.fuzz import jpeg_mutations, media_checks, media_mutations
 
 MAX_PIXELS = 1_000_000
 MAX_ADDRESS_SPACE_BYTES = 6 << 30
@@ -47,12 +50,13 @@ def main() -> None:
         # The checks are compiled in: keep this code separate from the servers' cache.
         os.environ |= {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": cache}
         if options.index is not None:
-            _Checks(_no_shared_counters()).check(mutated(options.seed, options.index))
+            checks = _CHECKS[options.what](_no_shared_counters())
+            checks.check(_MUTATED[options.what](options.seed, options.index))
             return
         described = environment.describe()  # of the running commit, not of a later one
         run = _Run(options)
         run.go()
-    result = {"what": "fuzzing of the JPEG decoders", **described, **run.result()}
+    result = {"what": f"fuzzing of the decoders: {options.what}", **described, **run.result()}
     text = json.dumps(result, indent=1) + "\n"
     print(text)
     if options.output:
@@ -64,12 +68,13 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--what", choices=list(_MUTATED), default="jpeg")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--index", type=int, help="try this input alone, in this process")
     parser.add_argument("--input-timeout-s", type=float, default=30)
     parser.add_argument("--max-memory-mib", type=int, default=1024)
-    parser.add_argument("--findings", type=Path, default=Path(tempfile.gettempdir()) / "fuzz-jpeg")
+    parser.add_argument("--findings", type=Path, default=Path(tempfile.gettempdir()) / "fuzz")
     parser.add_argument("--output", type=Path, help="where the result goes, as JSON")
     return parser.parse_args()
 
@@ -138,16 +143,35 @@ class _Checks:
         return True
 
 
-def _child(seed: int, first: int, at: Any, counters: Any, findings: Connection) -> None:
+class _MediaChecks:
+    """Decodes files of any format as a worker does; `counters` counts by `COUNTERS`."""
+
+    def __init__(self, counters: Any) -> None:
+        self._counters = counters
+
+    def check(self, data: bytes, whole: bool = True) -> None:
+        """
+        Raises:
+            Exception: a decoder raised anything but a client error.
+        """
+        self._counters[0] += 1
+        self._counters[4] += media_checks.is_decoded(data)
+
+
+_CHECKS: dict[str, Any] = {"jpeg": _Checks, "media": _MediaChecks}
+_MUTATED = {"jpeg": jpeg_mutations.mutated, "media": media_mutations.mutated}
+
+
+def _child(what: str, seed: int, first: int, at: Any, counters: Any, findings: Connection) -> None:
     """Decode inputs from number `first` on, without end; `at` is the number of the current one."""
     resource.setrlimit(resource.RLIMIT_AS, (MAX_ADDRESS_SPACE_BYTES, MAX_ADDRESS_SPACE_BYTES))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries print messages about each damaged file
-    checks = _Checks(counters)
+    checks = _CHECKS[what](counters)
     index = first
     while True:
         at.value = index
         try:
-            checks.check(mutated(seed, index), whole=index % 2 == 0)
+            checks.check(_MUTATED[what](seed, index), whole=index % 2 == 0)
         except Exception:
             findings.send((index, traceback.format_exc()))
         index += 1
@@ -165,6 +189,7 @@ class _Run:
     elapsed_s: float = 0
     peak_mib: int = 0
     children: int = 0
+    limited: int = 0
 
     def __post_init__(self) -> None:
         self._context = multiprocessing.get_context("spawn")
@@ -183,7 +208,7 @@ class _Run:
         """Run a child until it stops; returns the number of its last input."""
         ours, theirs = self._context.Pipe(duplex=False)
         self._at.value = -1
-        arguments = (self.options.seed, first, self._at, self._counters, theirs)
+        arguments = (self.options.what, self.options.seed, first, self._at, self._counters, theirs)
         child = self._context.Process(target=_child, args=arguments, daemon=True)
         child.start()
         self.children += 1
@@ -195,6 +220,9 @@ class _Run:
                 if self._at.value != last:
                     changed, last = time.monotonic(), self._at.value
                 problem = self._problem(child.pid or 0, child.exitcode, changed, last)
+                if problem == "limited":
+                    self.limited += 1
+                    break
                 if problem:
                     self._report(max(first, last), problem)
                     break
@@ -213,6 +241,8 @@ class _Run:
             time.sleep(0.25)
 
     def _problem(self, pid: int, exitcode: int | None, changed: float, last: int) -> str | None:
+        if exitcode == 0:  # by the limits of a PDF page, as a worker; it never ends otherwise
+            return "limited"
         if exitcode is not None:
             return f"the process died with code {exitcode}"
         limit = STARTUP_TIMEOUT_S if last < 0 else self.options.input_timeout_s
@@ -232,9 +262,9 @@ class _Run:
             return
         if raised:
             self._seen.add(where)
-        data = mutated(self.options.seed, index)
+        data = _MUTATED[self.options.what](self.options.seed, index)
         self.options.findings.mkdir(parents=True, exist_ok=True)
-        name = f"{hashlib.sha256(data).hexdigest()[:16]}.jpg"
+        name = f"{hashlib.sha256(data).hexdigest()[:16]}.{self.options.what}"
         (self.options.findings / name).write_bytes(data)
         finding = {"index": index, "file": name, "problem": problem.strip().splitlines()[-1]}
         self.findings.append(finding | ({"where": where.partition("\n")[0]} if raised else {}))
@@ -250,6 +280,7 @@ class _Run:
             "of these": counts,
             "peak_memory_mib": self.peak_mib,
             "child_processes": self.children,
+            "stopped_by_the_limits_of_a_pdf_page": self.limited,
             "bounds_checks": True,
             "findings": self.findings,
         }

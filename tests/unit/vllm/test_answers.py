@@ -8,8 +8,6 @@ import contextlib
 import http.client
 import json
 import logging
-import socket
-import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from typing import Any
@@ -18,16 +16,20 @@ import anthropic
 import httpx
 import openai
 import pytest
-import uvicorn
 from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from fastapi.testclient import TestClient
 from pydantic import BaseModel, field_validator
 
 from server.errors import ImageTooLarge, ServerBusy
 from server.http import errors
+from server.http.fail_fast import stop_at_first_error
 from server.http.observe import Observed
 from server.http.stream import EventStream
+from server.settings import Settings
 from server.telemetry import metrics
+from tests.http_server import serving
 
 SECRET = "/srv/secret.py"
 PATHS = ("/v1/chat/completions", "/v1/messages", "/v1/messages/count_tokens")
@@ -68,7 +70,7 @@ async def answer(body: _Body) -> Response:
             return JSONResponse({"error": "the model is scaling"}, status_code=503)
         case "quota":
             raise HTTPException(429, "too many")
-        case "cut off" | "openai stream" | "anthropic stream":
+        case "fails" | "endless" | "openai stream" | "anthropic stream":
             return EventStream(events(body.case), lambda: ended.append(body.case))
         case "waits":
             try:
@@ -81,8 +83,10 @@ async def answer(body: _Body) -> Response:
 async def events(case: str) -> AsyncGenerator[str, None]:
     yield 'data: {"choices":[]}\n\n'
     await asyncio.sleep(0)
-    if case == "cut off":
+    if case == "fails":
         raise RuntimeError(SECRET)
+    if case == "endless":
+        await asyncio.sleep(60)
     if case == "openai stream":
         yield 'data: {"choices":[]}\n\n'
         yield (
@@ -101,23 +105,26 @@ async def passes(request: Request, call_next: Callable[[Request], Awaitable[Resp
 
 
 @contextlib.contextmanager
-def running(*, with_middleware: bool = False) -> Iterator[str]:
+def running(
+    *, with_middleware: bool = False, request_timeout_s: float | None = None
+) -> Iterator[str]:
     app = FastAPI()
     for path in PATHS:
         app.post(path)(answer)
     errors.add_error_handlers(app)
     if with_middleware:
         app.middleware("http")(passes)
-    observed = Observed(app, server_timing=True, log_requests=False, traced=False, aborted=PATHS)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(observed, log_config=None, lifespan="off"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
+    observed = Observed(
+        app,
+        server_timing=True,
+        log_requests=False,
+        traced=False,
+        aborted=PATHS,
+        request_timeout_s=request_timeout_s,
+        streams_directly=not with_middleware,
+    )
+    with serving(observed, Settings()) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +133,8 @@ def url() -> Iterator[str]:
         yield url
 
 
-def ask(url: str, case: str, path: str = PATHS[0]) -> httpx.Response:
-    return httpx.post(url + path, json={"case": case}, headers={"X-Request-Id": "r-1"})
+def ask(url: str, case: str, path: str = PATHS[0], **headers: str) -> httpx.Response:
+    return httpx.post(url + path, json={"case": case}, headers={"X-Request-Id": "r-1", **headers})
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -165,22 +172,68 @@ def test_an_internal_error_keeps_the_connection_and_hides_its_text(
     connection.close()
 
 
-def test_a_failing_stream_is_cut_off(url: str) -> None:
-    with pytest.raises(httpx.RemoteProtocolError):
-        ask(url, "cut off")
-    assert "cut off" in ended
+INTERNAL = {
+    "message": "internal error",
+    "type": "server_error",
+    "param": None,
+    "code": "internal_error",
+}
+
+
+def test_a_failing_stream_ends_with_an_error_event(url: str) -> None:
+    first, error, done, *_ = ask(url, "fails").text.split("\n\n")
+    assert first == 'data: {"choices":[]}'
+    assert json.loads(error.removeprefix("data: ")) == {"error": INTERNAL}
+    assert done == "data: [DONE]"
+    assert "fails" in ended
+
+
+def test_a_failing_stream_of_anthropics_api_ends_with_its_error_event(url: str) -> None:
+    _, error, *rest = ask(url, "fails", PATHS[1]).text.split("\n\n")
+    name, _, data = error.partition("\ndata: ")
+    assert name == "event: error"
+    assert json.loads(data)["error"]["type"] == "api_error"
+    assert not any("[DONE]" in event for event in rest)
+
+
+# ---------------------------------------------------------------------- deadlines
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_work_ends_at_the_deadline_that_the_client_set(url: str, path: str) -> None:
+    ended.clear()
+    answer = ask(url, "waits", path, **{"X-Request-Timeout": "0.2"})
+    assert answer.status_code == 408
+    assert answer.json()["error"]["code"] == "deadline_exceeded"
+    assert ended == ["waits"]
+
+
+def test_a_stream_ends_at_the_deadline_with_an_error_event(url: str) -> None:
+    ended.clear()
+    answer = ask(url, "endless", **{"X-Request-Timeout": "0.2"})
+    assert answer.status_code == 200
+    first, error, done, *_ = answer.text.split("\n\n")
+    assert first == 'data: {"choices":[]}'
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
+    assert done == "data: [DONE]"
+    assert ended == ["endless"]
+
+
+@pytest.mark.parametrize("given", ["", "soon", "-1", "nan", "1e9"])
+def test_a_deadline_that_is_no_number_of_seconds_is_ignored(url: str, given: str) -> None:
+    assert ask(url, "", **{"X-Request-Timeout": given}).status_code == 200
+
+
+def test_a_client_cannot_ask_for_more_than_the_limit_of_the_server() -> None:
+    with running(request_timeout_s=0.2) as url:
+        for headers in ({}, {"X-Request-Timeout": "30"}):
+            assert ask(url, "waits", **headers).json()["error"]["code"] == "deadline_exceeded"
 
 
 def test_an_error_in_a_stream_has_openais_shape(url: str) -> None:
     lines = ask(url, "openai stream").text.split("\n\n")
-    error = {
-        "message": "internal error",
-        "type": "server_error",
-        "param": None,
-        "code": "internal_error",
-    }
     assert lines[0] == lines[1] == 'data: {"choices":[]}'
-    assert json.loads(lines[2].removeprefix("data: ")) == {"error": error}
+    assert json.loads(lines[2].removeprefix("data: ")) == {"error": INTERNAL}
     assert lines[3] == "data: [DONE]"
 
 
@@ -264,7 +317,7 @@ def test_openais_sdk_reads_an_error_in_a_stream(url: str) -> None:
     [
         (b'{"content": [{"type": "text"}]}', "content[0].text", "content[0].text is missing"),
         (b'{"content": 3}', "content", "content: the value has a wrong type or form"),
-        (b'{"case": []}', None, "a value in the request body has a wrong type"),
+        (b'{"case": []}', "case", "case: the value has a wrong type"),
         (b"[]", None, "input should be a valid dictionary or object to extract fields from"),
     ],
 )
@@ -285,18 +338,55 @@ def test_the_error_for_malformed_json_says_so(url: str) -> None:
     assert answer.json()["error"]["message"].startswith("the body is not valid JSON: ")
 
 
+class _Choice(BaseModel):
+    name: str
+    value: int
+
+
+class _Choices(BaseModel):
+    type: str = ""  # a field whose name is a key of pydantic's schemas
+    items: list[_Choice]
+
+
+def test_validation_stops_at_the_first_wrong_item_of_a_list() -> None:
+    async def route(body: _Choices) -> None: ...
+
+    app = FastAPI()
+    app.post("/")(route)
+    found: list[int] = []
+
+    async def count(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        found.append(len(error.errors()))
+        message, param = errors.explained(error)
+        return JSONResponse({"message": message, "param": param})
+
+    app.add_exception_handler(RequestValidationError, count)
+    stop_at_first_error(app.routes)
+    good, bad = {"name": "a", "value": 1}, {"type": "a"}
+    with TestClient(app) as client:
+        answer = client.post("/", json={"items": [good, *[bad] * 1000]})
+        assert answer.json()["param"] == "items[1].name"
+        assert client.post("/", json={"items": [good] * 1000}).json() is None
+    assert found == [2]
+
+
 # ---------------------------------------------------------------------- clients that disconnect
 
 
-@pytest.mark.parametrize("with_middleware", [False, True])
+@pytest.mark.parametrize(
+    ("with_middleware", "nbytes"),
+    [(False, 0), (True, 0), (False, 1 << 20)],  # the socket is not read while much waits here
+)
 def test_work_is_cancelled_when_the_client_disconnects(
-    with_middleware: bool, caplog: pytest.LogCaptureFixture
+    with_middleware: bool, nbytes: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     ended.clear()
     before = metrics.requests.labels("cancelled")._value.get()
     with running(with_middleware=with_middleware) as url:
+        body = {"case": "waits", "content": "x" * nbytes}
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(url + PATHS[0], json={"case": "waits"}, timeout=0.3)
+            httpx.post(url + PATHS[0], json=body, timeout=0.3)
         until(lambda: bool(ended))
         assert ask(url, "").status_code == 200
     assert ended == ["waits"]

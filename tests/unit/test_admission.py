@@ -1,0 +1,271 @@
+"""Admission: permits, the order in which they are given, and refusals."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from server.errors import RateLimited, ServerBusy
+from server.request.admission import Admission
+from server.request.limits import Bucket, Limits, Quota
+from server.telemetry.record import Prompt, Record
+from tests.admission import limits
+
+
+def admission(
+    running: int = 1, waiting: int = 100, wait_s: float = 1000.0, in_engine: int = 100
+) -> Admission:
+    return Admission(limits(running, waiting, wait_s, in_engine))
+
+
+async def hold(
+    gate: Admission, group: str, work: Callable[[], Awaitable[Any]], *quotas: Quota
+) -> None:
+    async with gate.permit(Record(key_group=group), quotas):
+        await work()
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def test_no_more_requests_run_than_the_limit_and_all_get_their_turn() -> None:
+    async def run() -> None:
+        gate = admission(running=3)
+        most = done = 0
+
+        async def work() -> None:
+            nonlocal most, done
+            most = max(most, gate.slots.taken)
+            await asyncio.sleep(0.001)
+            done += 1
+
+        await asyncio.gather(*(hold(gate, "", work) for _ in range(50)))
+        assert (most, done, gate.slots.taken) == (3, 50, 0)
+
+    asyncio.run(run())
+
+
+def test_a_group_that_floods_does_not_delay_another() -> None:
+    async def run() -> None:
+        gate, served = admission(running=1), list[str]()
+
+        async def work(group: str) -> None:
+            served.append(group)
+            await asyncio.sleep(0)
+
+        flood = [asyncio.create_task(hold(gate, "heavy", lambda: work("heavy"))) for _ in range(50)]
+        await settle()
+        await hold(gate, "light", lambda: work("light"))
+        assert served.index("light") < 20
+        await asyncio.gather(*flood)
+
+    asyncio.run(run())
+
+
+def test_a_group_that_has_nothing_running_does_not_wait_for_another() -> None:
+    async def run() -> None:
+        gate, release = admission(running=16), asyncio.Event()
+        flood = [asyncio.create_task(hold(gate, "heavy", release.wait)) for _ in range(50)]
+        await settle()
+        others = [asyncio.create_task(hold(gate, name, release.wait)) for name in "aabc"]
+        await settle()
+        assert gate.slots.taken == 18  # one of "a" and one of "b": two slots are reserved
+        release.set()
+        await asyncio.gather(*flood, *others)
+        assert gate.slots.taken == 0
+
+    asyncio.run(run())
+
+
+def test_a_full_queue_refuses_at_once_and_says_when_to_come_back() -> None:
+    async def run() -> None:
+        gate, release = admission(running=1, waiting=2), asyncio.Event()
+        held = [asyncio.create_task(hold(gate, "", release.wait)) for _ in range(3)]
+        await settle()
+        with pytest.raises(ServerBusy, match="2 requests wait already") as refused:
+            await hold(gate, "", release.wait)
+        assert refused.value.retry_after_s
+        release.set()
+        await asyncio.gather(*held)
+        assert gate.slots.taken == 0
+
+    asyncio.run(run())
+
+
+def test_a_request_whose_turn_would_come_after_its_deadline_is_refused() -> None:
+    async def run() -> None:
+        gate, done = admission(running=1, waiting=1000), 0
+
+        async def work() -> None:
+            nonlocal done
+            await asyncio.sleep(0.01)
+            done += 1
+
+        tasks = [asyncio.create_task(hold(gate, "", work)) for _ in range(200)]
+        while done < 50:  # the rate is known then
+            await asyncio.sleep(0.01)
+        soon = Record(deadline=time.monotonic() + 0.01)
+        with pytest.raises(ServerBusy, match="would wait about"):
+            async with gate.permit(soon):
+                raise AssertionError("it had its turn")
+        later = Record(deadline=time.monotonic() + 60.0)
+        async with gate.permit(later):
+            assert gate.slots.taken == 1
+        await asyncio.gather(*tasks)
+
+    asyncio.run(run())
+
+
+def test_a_turn_that_comes_too_late_for_the_deadline_is_not_taken() -> None:
+    """A request that would almost certainly end after its deadline is refused, not begun."""
+
+    async def run() -> None:
+        gate = admission(running=1)
+        for _ in range(20):
+            gate.service_times.note(5.0)
+        release, began = asyncio.Event(), False
+
+        async def late() -> None:
+            nonlocal began
+            async with gate.permit(Record(deadline=time.monotonic() + 4.0)):
+                began = True
+
+        holder = asyncio.create_task(hold(gate, "", release.wait))
+        await settle()
+        waiter = asyncio.create_task(late())
+        await settle()
+        release.set()
+        with pytest.raises(ServerBusy, match="before its deadline"):
+            await waiter
+        await holder
+        assert not began
+        assert gate.slots.taken == 0
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("settled", [True, False])
+def test_a_request_that_is_cancelled_while_it_waits_leaves_nothing(settled: bool) -> None:
+    async def run() -> None:
+        gate, release = admission(running=1), asyncio.Event()
+        holder = asyncio.create_task(hold(gate, "", release.wait))
+        waiter = asyncio.create_task(hold(gate, "", release.wait))
+        await settle()
+        if not settled:  # the turn comes at the same moment as the end
+            release.set()
+            await asyncio.sleep(0)
+        waiter.cancel()
+        release.set()
+        await asyncio.gather(holder, waiter, return_exceptions=True)
+        assert gate.slots.taken == 0
+        await hold(gate, "", settle)
+
+    asyncio.run(run())
+
+
+def test_a_request_that_fails_gives_its_permit_back() -> None:
+    async def run() -> None:
+        gate = admission(running=1)
+        for _ in range(3):
+            with pytest.raises(ZeroDivisionError):
+                async with gate.permit(Record()):
+                    raise ZeroDivisionError
+        assert gate.slots.taken == 0
+
+    asyncio.run(run())
+
+
+# ---------------------------------------------------------------------- limits of keys
+
+
+def test_requests_per_minute() -> None:
+    async def run() -> None:
+        gate, quota = admission(10), Quota("key:a", Limits(requests_per_minute=2))
+        record = Record()
+        async with gate.permit(record, [quota]):
+            pass
+        assert (b"x-ratelimit-remaining-requests", b"1") in record.headers
+        await hold(gate, "", settle, quota)
+        with pytest.raises(RateLimited, match="2 requests per minute") as refused:
+            await hold(gate, "", settle, quota)
+        assert refused.value.retry_after_s in (29, 30)
+        await hold(gate, "", settle, Quota("key:b", quota.limits))  # another key
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        (Limits(tokens_per_minute=100), "100 tokens per minute"),
+        (Limits(image_tokens_per_minute=50), "50 image tokens per minute"),
+    ],
+)
+def test_tokens_are_charged_after_the_answer(limits: Limits, message: str) -> None:
+    async def run() -> None:
+        gate, quota = admission(10), Quota("key:a", limits)
+        record = Record()
+        async with gate.permit(record, [quota]):
+            record.prompts["1"] = Prompt(tokens=120, images=1, image_tokens=100)
+            record.completion_tokens = 10
+        with pytest.raises(RateLimited, match=message):
+            await hold(gate, "", settle, quota)
+
+    asyncio.run(run())
+
+
+def test_concurrency_counts_requests_that_wait_or_run() -> None:
+    async def run() -> None:
+        gate, quota = admission(1), Quota("key:a", Limits(concurrency=2))
+        release = asyncio.Event()
+        held = [asyncio.create_task(hold(gate, "", release.wait, quota)) for _ in range(2)]
+        await settle()
+        with pytest.raises(RateLimited, match="2 requests at the same time"):
+            await hold(gate, "", settle, quota)
+        release.set()
+        await asyncio.gather(*held)
+        await hold(gate, "", settle, quota)
+
+    asyncio.run(run())
+
+
+def test_the_limits_of_a_group_hold_for_all_of_its_keys() -> None:
+    async def run() -> None:
+        gate, group = admission(10), Quota("group:a", Limits(requests_per_minute=2))
+        await hold(gate, "a", settle, group, Quota("key:1", Limits()))
+        await hold(gate, "a", settle, group, Quota("key:2", Limits()))
+        with pytest.raises(RateLimited):
+            await hold(gate, "a", settle, group, Quota("key:3", Limits()))
+
+    asyncio.run(run())
+
+
+def test_new_limits_of_a_key_take_effect_and_keep_what_runs() -> None:
+    async def run() -> None:
+        gate, release = admission(10), asyncio.Event()
+        old, new = (Quota("key:a", Limits(concurrency=most)) for most in (2, 1))
+        held = asyncio.create_task(hold(gate, "", release.wait, old))
+        await settle()
+        with pytest.raises(RateLimited):
+            await hold(gate, "", settle, new)
+        release.set()
+        await held
+        await hold(gate, "", settle, new)
+
+    asyncio.run(run())
+
+
+def test_a_bucket_refills_and_can_be_in_debt(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    bucket = Bucket(60)
+    bucket.take(90)
+    assert (bucket.left(), bucket.seconds_until(1)) == (-30, 31)
+    now = 31.0
+    assert (bucket.left(), bucket.seconds_until(1)) == (1, 0)
+    now = 1000.0
+    assert bucket.left() == 60

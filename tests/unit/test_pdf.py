@@ -1,0 +1,92 @@
+"""PDF files: usual ones, and those with damaged or contradictory trees, boxes or references."""
+
+import math
+import re
+
+import numpy as np
+import pypdfium2
+import pytest
+
+from server.errors import ClientError, InvalidFile, SaccadeError
+from server.imaging import pdf
+from tests import hostile_pdfs, media
+
+ODD = hostile_pdfs.odd()
+# Takes minutes: see the tests of the pool.
+del ODD["form that draws itself"]
+
+
+def _rendered(data: bytes) -> list[tuple[int, int]]:
+    """Load the pages of `data` as the server does, and render them; returns the sizes in pixels."""
+    sizes = []
+    for image in media.prepare(media.chat(media.file_part(data))).shown():
+        width, height = image.size
+        shrink = max(1, max(image.size) // 500)
+        size = max(1, width // shrink), max(1, height // shrink)
+        picture = pdf.render(image.data, image.options.frame, size)
+        assert np.asarray(picture).shape == (picture.height, picture.width, 3)
+        sizes.append(image.size)
+    return sizes
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_files_are_rendered_or_refused_with_a_clear_error(name: str) -> None:
+    sizes, refusal = [(1, 1)], None
+    try:
+        sizes = _rendered(ODD[name])
+    except ClientError as error:
+        refusal = error
+    assert sizes
+    assert all(math.prod(size) <= media.LIMITS.image.max_pixels for size in sizes)
+    if refusal is not None:
+        assert refusal.param == "messages[0].content[0].file"
+        assert re.match(r"the (PDF|file|image) ", refusal.message)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["page tree loop", "page tree loop, many", "deep page tree", "kids of numbers", "count 2"],
+)
+def test_a_page_that_cannot_be_reached_means_a_damaged_file(name: str) -> None:
+    with pytest.raises(InvalidFile, match="damaged"):
+        _rendered(ODD[name])
+
+
+def test_encrypted_files_are_refused_as_such() -> None:
+    with pytest.raises(InvalidFile, match="encrypted"):
+        _rendered(ODD["encrypted"])
+
+
+@pytest.mark.parametrize("side", [b"1000000000", b"2147483648"])
+def test_a_huge_page_is_rendered_within_the_limits(side: bytes) -> None:
+    data = hostile_pdfs.page(
+        b"/MediaBox [0 0 %s %s]" % (side, side), content=b"1 0 0 rg 0 0 %s %s re f" % (side, side)
+    )
+    ((width, height),) = _rendered(data)
+    assert width == height == 10_000
+    shown = np.asarray(pdf.render(data, 0, (50, 50)))
+    assert shown.shape == (50, 50, 3)
+    assert (shown[25, 25] == (255, 0, 0)).all()
+
+
+def test_a_page_of_another_shape_than_asked_for_takes_bounded_memory() -> None:
+    data = hostile_pdfs.page(b"/MediaBox [0 0 1 3000000]")
+    shown = pdf.render(data, 0, (200, 160))
+    assert shown.width * shown.height < 40_000_000
+
+
+def test_a_page_cropped_to_nothing_is_white() -> None:
+    data = hostile_pdfs.page(b"/MediaBox [0 0 100 80] /CropBox [200 200 300 300]")
+    assert (np.asarray(pdf.render(data, 0, (20, 10))) == 255).all()
+
+
+def test_pixels_are_those_of_pdfium() -> None:
+    data = hostile_pdfs.page(content=b"0 .5 1 rg 3 3 31 22.5 re f 90 70 m 10 40 l 60 5 l s")
+    with pypdfium2.PdfDocument(data) as document:
+        expected = document[0].render(scale=2, rev_byteorder=True).to_pil().convert("RGB")
+    assert np.array_equal(np.asarray(pdf.render(data, 0, (200, 160))), np.asarray(expected))
+
+
+def test_a_missing_page_is_refused() -> None:
+    with pytest.raises(SaccadeError, match="no page 2"):
+        pdf.render(hostile_pdfs.page(), 1, (10, 10))

@@ -1,0 +1,302 @@
+"""Bodies and headers as the body reader gets them: bytes held by all, slow and waiting bodies."""
+
+import asyncio
+import contextlib
+import http.client
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from starlette.types import ASGIApp
+
+from server.errors import BodyMemoryFull
+from server.http import headers
+from server.http.body import BodyReader
+from server.http.byte_budget import ByteBudget, Turns
+from server.http.observe import Observed
+from server.request.admission import Admission
+from server.settings import HttpSettings, Settings
+from tests.admission import limits
+from tests.http_server import answer_ok, serving
+from tests.media import reader
+
+MIB = 1 << 20
+WAIT_S = 0.5
+PATIENCE_S = 30.0
+SETTINGS = Settings(http=HttpSettings(max_request_bytes=3 * MIB, request_read_timeout_s=PATIENCE_S))
+JSON = (b"content-type", b"application/json")
+
+
+def app_of(budget: ByteBudget, inner: ASGIApp = answer_ok) -> ASGIApp:
+    """The layers of the server around an app that answers with the length of the body."""
+    admission = Admission(limits(wait_s=WAIT_S))
+    app: ASGIApp = BodyReader(
+        inner, SETTINGS.http, reader(), None, None, {}, budget, (), admission, ()
+    )
+    return Observed(
+        headers.SingleHeaders(app), server_timing=False, log_requests=False, traced=False
+    )
+
+
+@pytest.fixture
+def budget() -> ByteBudget:
+    return ByteBudget(4 * MIB, WAIT_S)
+
+
+@pytest.fixture
+def port(budget: ByteBudget) -> Iterator[int]:
+    with serving(app_of(budget), SETTINGS) as port:
+        yield port
+
+
+def post_head(length: int | None, *more: tuple[bytes, bytes]) -> bytes:
+    framing = b"transfer-encoding: chunked" if length is None else b"content-length: %d" % length
+    if b"content-type" not in [name.lower() for name, _ in more]:
+        more = ((b"content-type", b"application/octet-stream"), *more)
+    fields = b"".join(b"%s: %s\r\n" % field for field in more)
+    return b"POST /x HTTP/1.1\r\nhost: a\r\n" + framing + b"\r\n" + fields + b"\r\n"
+
+
+@contextlib.contextmanager
+def begun(port: int, length: int | None, body: bytes = b"", *more: Any) -> Iterator[socket.socket]:
+    """A client that has sent the beginning of a request."""
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as client:
+        client.sendall(post_head(length, *more) + body)
+        yield client
+
+
+def answer(client: socket.socket) -> tuple[int, Any, Any]:
+    """Status, headers and JSON body of the answer."""
+    response = http.client.HTTPResponse(client)
+    response.begin()
+    return response.status, response.headers, json.loads(response.read())
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert condition()
+
+
+def test_bodies_beyond_the_budget_are_refused_and_small_ones_are_not(
+    port: int, budget: ByteBudget
+) -> None:
+    with begun(port, 2 * MIB) as first, begun(port, 2 * MIB):
+        until(lambda: budget.held == 4 * MIB)
+        with begun(port, MIB) as third:
+            status, given, document = answer(third)
+        assert (status, document["error"]["code"]) == (503, "body_memory_full")
+        assert int(given["retry-after"]) >= 1
+        with begun(port, 1000, bytes(1000)) as small:
+            assert answer(small)[::2] == (200, 1000)
+        first.sendall(bytes(2 * MIB))
+        assert answer(first)[::2] == (200, 2 * MIB)
+        until(lambda: budget.held == 2 * MIB)
+    until(lambda: budget.held == 0)
+
+
+def test_a_body_without_a_place_is_not_read_until_it_has_one() -> None:
+    budget = ByteBudget(3 * MIB, PATIENCE_S)
+    with serving(app_of(budget), SETTINGS) as port, begun(port, 3 * MIB) as first:
+        until(lambda: budget.held == 3 * MIB)
+        with begun(port, 3 * MIB) as second:
+            second.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 * 1024)
+            second.settimeout(1.0)
+            sent = 0
+            with contextlib.suppress(TimeoutError):
+                while sent < 3 * MIB:
+                    sent += second.send(bytes(64 * 1024))
+            assert sent < 3 * MIB  # the socket pushed back
+            first.close()
+            second.settimeout(PATIENCE_S)
+            second.sendall(bytes(3 * MIB - sent))
+            assert answer(second)[::2] == (200, 3 * MIB)
+        until(lambda: budget.held == 0)
+
+
+def test_chunked_bodies_take_shares_as_they_grow(port: int, budget: ByteBudget) -> None:
+    chunk = b"10000\r\n" + bytes(0x10000) + b"\r\n"
+    with begun(port, 3 * MIB):
+        until(lambda: budget.held == 3 * MIB)
+        with begun(port, None, chunk * 32) as chunked:
+            assert answer(chunked)[0] == 503
+        until(lambda: budget.held == 3 * MIB)
+    until(lambda: budget.held == 0)
+    with begun(port, None, chunk * 32 + b"0\r\n\r\n") as chunked:
+        assert answer(chunked)[::2] == (200, 32 * 0x10000)
+    until(lambda: budget.held == 0)
+
+
+def test_a_client_that_leaves_frees_its_share(port: int, budget: ByteBudget) -> None:
+    for _ in range(10):
+        with begun(port, 3 * MIB, bytes(1000)):
+            until(lambda: budget.held == 3 * MIB)
+        until(lambda: budget.held == 0)
+
+
+def test_waiting_bodies_get_their_shares_in_order() -> None:
+    served: list[int] = []
+
+    async def take(budget: ByteBudget, number: int, nbytes: int) -> None:
+        await budget.take(nbytes)
+        served.append(number)
+
+    async def check() -> None:
+        budget = ByteBudget(6, PATIENCE_S)
+        await budget.take(6)
+        async with asyncio.TaskGroup() as group:
+            for number, nbytes in enumerate((3, 1, 2)):
+                group.create_task(take(budget, number, nbytes))
+            await asyncio.sleep(0)
+            for nbytes, expected in ((2, []), (1, [0]), (1, [0, 1]), (2, [0, 1, 2])):
+                budget.give_back(nbytes)  # the smaller ones do not overtake the first
+                await asyncio.sleep(0.01)
+                assert served == expected
+
+    asyncio.run(check())
+
+
+def test_a_body_is_refused_at_once_when_as_much_waits_as_there_is() -> None:
+    budget = ByteBudget(4 * MIB, PATIENCE_S)
+    with (
+        serving(app_of(budget), SETTINGS) as port,
+        begun(port, 3 * MIB),
+        begun(port, 3 * MIB),
+    ):
+        until(lambda: budget.waiting == 1)
+        with begun(port, 2 * MIB) as third:
+            status, given, document = answer(third)
+        assert (status, document["error"]["code"]) == (503, "body_memory_full")
+        assert int(given["retry-after"]) >= 1
+        assert budget.waiting == 1
+
+
+def test_a_body_is_refused_at_once_when_it_would_wait_too_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bytes become free at one MiB per second, so that two would take more than the limit."""
+
+    async def check() -> None:
+        now = 0.0
+        clock = SimpleNamespace(monotonic=lambda: now)
+        monkeypatch.setattr("server.request.admission.time", clock)
+        budget = ByteBudget(100 * MIB, wait_timeout_s=1.5)
+        await budget.take(100 * MIB)
+        waiting = [asyncio.create_task(budget.take(MIB)) for _ in range(40)]
+        await asyncio.sleep(0)
+        for _ in range(40):
+            now += 1.0
+            budget.give_back(MIB)
+        await asyncio.gather(*waiting)
+        await asyncio.wait_for(budget_turn(budget, MIB), PATIENCE_S)  # one: it may wait
+        with pytest.raises(BodyMemoryFull) as caught:
+            await budget.take(2 * MIB)
+        assert caught.value.retry_after_s == 1
+        with pytest.raises(BodyMemoryFull) as caught:
+            await budget.take(20 * MIB)
+        assert caught.value.retry_after_s in (18, 19)
+
+    async def budget_turn(budget: ByteBudget, nbytes: int) -> None:
+        turn = asyncio.create_task(budget.take(nbytes))
+        await asyncio.sleep(0)
+        budget.give_back(nbytes)
+        await turn
+
+    asyncio.run(check())
+
+
+def test_a_few_tasks_have_their_turn_in_each_iteration_of_the_event_loop() -> None:
+    passed: list[int] = []
+
+    async def pass_twice(turns: Turns, number: int) -> None:
+        await turns.next()
+        passed.append(number)
+        await turns.next()
+        passed.append(number)
+
+    async def check() -> None:
+        turns = Turns(2)
+        tasks = [asyncio.create_task(pass_twice(turns, number)) for number in range(5)]
+        await asyncio.sleep(0)
+        tasks[2].cancel()
+        most, before = 0, 0
+        for _ in range(20):
+            before = len(passed)
+            await asyncio.sleep(0)
+            most = max(most, len(passed) - before)
+        assert most == 2
+        assert all(task.done() for task in tasks)
+
+    asyncio.run(check())
+    assert sorted(passed) == [0, 0, 1, 1, 3, 3, 4, 4]
+    assert list(dict.fromkeys(passed)) == [0, 1, 3, 4]
+
+
+def test_a_body_that_trickles_in_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.http.body._RATE_GRACE_S", 0.5)
+    app = app_of(ByteBudget(4 * MIB, WAIT_S))
+    with serving(app, SETTINGS) as port, begun(port, MIB) as client:
+        client.settimeout(0.1)
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            client.sendall(b"x" * 100)
+            with contextlib.suppress(TimeoutError):
+                client.recv(1, socket.MSG_PEEK)
+                break
+        client.settimeout(PATIENCE_S)
+        status, _, document = answer(client)
+        assert (status, document["error"]["code"]) == (408, "request_timeout")
+
+
+# ---------------------------------------------------------------------- structure
+
+
+@pytest.mark.parametrize(
+    ("document", "param"),
+    [
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 9000}]},
+         "messages[0].content"),
+        ({"messages": [{}] * 20_000}, "messages"),
+        ({"tools": [{"type": "function"}] * 20_000}, "tools"),
+        ({"prompt": [1] * 310_000}, None),
+    ],
+)  # fmt: skip
+def test_a_body_of_too_many_items_is_refused(port: int, document: Any, param: str | None) -> None:
+    body = json.dumps(document, separators=(",", ":")).encode()
+    with begun(port, len(body), body, JSON) as client:
+        status, _, answered = answer(client)
+    error = answered["error"]
+    assert (status, error["code"], error["param"]) == (400, "request_too_complex", param)
+
+
+# ---------------------------------------------------------------------- headers
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        b"Content-Type",
+        b"host",
+        b"AUTHORIZATION",
+        b"X-Api-Key",
+        b"X-Request-Id",
+        b"X-Request-Timeout",
+    ],
+)
+def test_a_header_that_must_be_single_may_not_be_repeated(port: int, name: bytes) -> None:
+    twice = ((name, b"application/json"), (name, b"text/plain"))
+    with begun(port, 2, b"{}", *twice) as client:
+        status, _, document = answer(client)
+    assert (status, document["error"]["code"]) == (400, "invalid_request")
+    assert name.decode().lower() in document["error"]["message"]
+
+
+def test_other_headers_may_be_repeated(port: int) -> None:
+    twice = ((b"Accept", b"a/b"), (b"Accept", b"c/d"), (b"X-Forwarded-For", b"::1"))
+    with begun(port, 2, b"{}", JSON, *twice, (b"X-Forwarded-For", b"::2")) as client:
+        assert answer(client)[::2] == (200, 2)
