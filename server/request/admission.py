@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from server.errors import EngineQueueFull, ServerBusy
 from server.request.budgets import Budgets, Holdings, Resource
-from server.request.limits import Quota, Usage
+from server.request.limits import Quota, Usage, headers
 from server.request.slots import Slots
 from server.telemetry import metrics
 from server.telemetry.record import Record
@@ -248,11 +248,14 @@ class Permit:
     async def __aenter__(self) -> "Permit":
         record = self._record
         usages = [self._admission.usage(quota) for quota in self._quotas]
-        for usage in usages:
-            usage.check()
-        self._admission.check_engine(self._engine_requests)
-        for usage in usages:
-            usage.begin()
+        try:
+            for usage in usages:
+                usage.check()
+            self._admission.check_engine(self._engine_requests)
+            for usage in usages:
+                usage.begin()
+        finally:
+            record.headers += headers(usages)
         self._usages = usages
         self._admission.engine_requests += self._engine_requests
         try:
@@ -260,7 +263,6 @@ class Permit:
         except BaseException:
             self._end_usages()
             raise
-        record.headers += [header for usage in usages for header in usage.headers()]
         self._began = time.monotonic()
         return self
 

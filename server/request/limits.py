@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from server.errors import RateLimited
@@ -125,18 +125,31 @@ class Usage:
         if self._image_tokens is not None:
             self._image_tokens.take(image_tokens)
 
-    def headers(self) -> Iterator[tuple[bytes, bytes]]:
-        """OpenAI's headers of rate limits."""
-        for bucket, what in ((self._requests, "requests"), (self._tokens, "tokens")):
+    def buckets(self) -> Iterator[tuple[str, Bucket]]:
+        """Its buckets that OpenAI's headers describe, each with their name for it."""
+        for what, bucket in (("requests", self._requests), ("tokens", self._tokens)):
             if bucket is not None:
-                left = max(0, math.floor(bucket.left()))
-                reset = bucket.seconds_until(bucket.per_minute)
-                for name, value in (
-                    ("limit", f"{bucket.per_minute}"),
-                    ("remaining", f"{left}"),
-                    ("reset", f"{reset:.3g}s"),
-                ):
-                    yield f"x-ratelimit-{name}-{what}".encode(), value.encode()
+                yield what, bucket
+
+
+def headers(usages: Iterable[Usage]) -> list[tuple[bytes, bytes]]:
+    """OpenAI's headers of rate limits. Of several limits, they show the one with the least left."""
+    tightest: dict[str, Bucket] = {}
+    for usage in usages:
+        for what, bucket in usage.buckets():
+            if what not in tightest or bucket.left() < tightest[what].left():
+                tightest[what] = bucket
+    lines = []
+    for what, bucket in tightest.items():
+        left = max(0, math.floor(bucket.left()))
+        reset = bucket.seconds_until(bucket.per_minute)
+        for name, value in (
+            ("limit", f"{bucket.per_minute}"),
+            ("remaining", f"{left}"),
+            ("reset", f"{reset:.3g}s"),
+        ):
+            lines.append((f"x-ratelimit-{name}-{what}".encode(), value.encode()))
+    return lines
 
 
 def _bucket(per_minute: int | None, before: Bucket | None) -> Bucket | None:

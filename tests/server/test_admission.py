@@ -123,7 +123,9 @@ def test_a_key_over_its_requests_per_minute_gets_a_429(guarded: Server) -> None:
         client.chat.completions.create(model="saccade-tiny", messages=messages, max_tokens=1)
     assert refused.value.code == "rate_limit_exceeded"
     assert refused.value.type == "rate_limit_error"
-    assert 1 <= int(refused.value.response.headers["Retry-After"]) <= 20
+    refusal = refused.value.response.headers
+    assert 1 <= int(refusal["Retry-After"]) <= 20
+    assert refusal["x-ratelimit-remaining-requests"] == "0"
 
 
 def test_a_key_over_its_limit_gets_anthropics_error_on_its_api(guarded: Server) -> None:

@@ -190,8 +190,11 @@ def test_requests_per_minute() -> None:
             pass
         assert (b"x-ratelimit-remaining-requests", b"1") in record.headers
         await hold(gate, "", settle, quota)
+        late = Record()
         with pytest.raises(RateLimited, match="2 requests per minute") as refused:
-            await hold(gate, "", settle, quota)
+            async with gate.permit(late, [quota]):
+                pass
+        assert (b"x-ratelimit-remaining-requests", b"0") in late.headers
         assert refused.value.retry_after_s in (29, 30)
         await hold(gate, "", settle, Quota("key:b", quota.limits))  # another key
 
@@ -240,6 +243,23 @@ def test_the_limits_of_a_group_hold_for_all_of_its_keys() -> None:
         await hold(gate, "a", settle, group, Quota("key:2", Limits()))
         with pytest.raises(RateLimited):
             await hold(gate, "a", settle, group, Quota("key:3", Limits()))
+
+    asyncio.run(run())
+
+
+def test_the_headers_show_the_limit_with_the_least_left() -> None:
+    async def run() -> None:
+        gate, record = admission(10), Record()
+        group = Quota("group:a", Limits(requests_per_minute=3, tokens_per_minute=50))
+        key = Quota("key:1", Limits(requests_per_minute=9))
+        async with gate.permit(record, [group, key]):
+            pass
+        values = {name: value for name, value in record.headers if b"limit-limit" in name}
+        assert values == {
+            b"x-ratelimit-limit-requests": b"3",
+            b"x-ratelimit-limit-tokens": b"50",
+        }
+        assert len(record.headers) == 6
 
     asyncio.run(run())
 
