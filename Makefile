@@ -1,6 +1,6 @@
 # make serve   set everything up and serve the demo model on 127.0.0.1:8000
 # make test    set everything up and run all tests; SERVICES=required fails instead of skipping
-# make test-fast   run only the tests that start no server
+# make test-fast   run only the tests that start no servers and no workers
 # make check   run linters, type checker, audit and all tests
 # make audit   look up known vulnerabilities of what the images install; AUDIT=required fails offline
 # make vllm-next   report what the newest vLLM would break; never fails
@@ -21,12 +21,13 @@ unexport PYTHONDONTWRITEBYTECODE
 PYTEST = $(VENV)/bin/python -m pytest
 PARALLEL = --numprocesses logical --maxprocesses 4 --dist loadfile
 # Side by side, so that only one process spends the 10 s that imports of vLLM and torch take.
-UNIT = @$(MAKE) --no-print-directory --jobs 2 --keep-going --output-sync=target unit unit-vllm
+UNIT = @$(MAKE) --no-print-directory --jobs 2 --keep-going --output-sync=target without-vllm with-vllm
+FOLDERS = tests/unit
 # Two processes: most of a server's start needs one core, and a running server takes 3 GiB.
 # A process takes the next group of tests when it is free; see tests/conftest.py.
 GROUPS = --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: setup serve test test-fast unit unit-vllm lint types audit check benchmark vllm-next docs lock sbom image-check clean
+.PHONY: setup serve test test-fast without-vllm with-vllm lint types audit check benchmark vllm-next docs lock sbom image-check clean
 .DEFAULT_GOAL := serve
 
 setup: $(VENV)/.installed
@@ -42,7 +43,7 @@ test: setup
 	@deploy/test_services.sh $(VENV)/services
 	@$(VENV)/bin/python -m tests.kubernetes_tools $(VENV)/services/bin
 ifeq ($(TESTS),)
-	$(UNIT)
+	$(UNIT) FOLDERS="tests/unit tests/processes"
 	$(PYTEST) $(GROUPS) tests/server tests/deploy
 else
 	$(PYTEST) $(TESTS)
@@ -51,11 +52,11 @@ endif
 test-fast: setup
 	$(UNIT)
 
-unit:
-	$(PYTEST) $(PARALLEL) tests/unit --ignore tests/unit/vllm
+without-vllm:
+	$(PYTEST) $(PARALLEL) $(FOLDERS) $(FOLDERS:%=--ignore %/vllm)
 
-unit-vllm:
-	$(PYTEST) tests/unit/vllm
+with-vllm:
+	$(PYTEST) $(FOLDERS:%=%/vllm)
 
 lint: setup
 	$(VENV)/bin/ruff check .

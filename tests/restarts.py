@@ -1,6 +1,6 @@
 """Servers that start in a moment: the real HTTP server, its probes and its end, without an engine.
 
-One process imports the server, and forks for each start. Its app answers after a while, whole or as
+They are forks of the template of `tests.starts`. The app answers after a while, whole or as
 a stream, so that requests are running when the server stops.
 """
 
@@ -10,55 +10,28 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
 
 from tests.http_server import ARGS
+from tests.starts import Started, template
 
 CHAT = "/v1/chat/completions"
-_START_TIMEOUT_S = 120
-_ROOT = Path(__file__).parents[1]
-
-
-@dataclass
-class Template:
-    """The process that has imported the server."""
-
-    process: subprocess.Popen[str]
-
-    def command(self, **words: Any) -> int:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(words) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def start(self, port: int, *, delay_s: float, timeout_s: int = 30) -> "Running":
-        """Start a server on `port`; returns when it listens."""
-        pid = self.command(do="start", port=port, delay_s=delay_s, timeout_s=timeout_s)
-        deadline = time.monotonic() + _START_TIMEOUT_S
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                return Running(self, pid, port)
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+_TIMEOUT_S = 120
 
 
 @dataclass
 class Running:
-    """A server that was forked."""
+    """A server that was started."""
 
-    template: Template
-    pid: int
+    process: Started
     port: int
 
     @property
@@ -70,54 +43,35 @@ class Running:
         return int(httpx.get(f"{self.url}/begun").text)
 
     def signal(self, number: int = signal.SIGTERM) -> None:
-        os.kill(self.pid, number)
+        self.process.send_signal(number)
 
     def wait(self) -> int:
         """The exit status."""
-        return self.template.command(do="wait", pid=self.pid)
+        return self.process.wait(_TIMEOUT_S)
 
 
-@contextlib.contextmanager
-def template() -> Iterator[Template]:
-    """Start the process; end it and its servers."""
-    command = [sys.executable, "-c", "from tests.restarts import main; main()"]
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=_ROOT,
-        start_new_session=True,
-    ) as process:
-        try:
-            yield Template(process)
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
+def start(port: int, *, delay_s: float = 0.0, timeout_s: int = 30) -> Running:
+    """Start a server on `port`; returns when it answers. It ends when this process does."""
+    words = json.dumps({"port": port, "delay_s": delay_s, "timeout_s": timeout_s})
+    with open(os.devnull, "w") as nowhere:
+        output = nowhere.fileno()
+        process = template().start("tests.restarts:serve", words, output=output, errors=2)
+    server = Running(process, port)
+    deadline = time.monotonic() + _TIMEOUT_S
+    while True:
+        with contextlib.suppress(httpx.TransportError):
+            server.begun()
+            return server
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 # ---------------------------------------------------------------------- in the process
 
 
-def main() -> None:
-    """Obey commands, one a line, until the input ends."""
-    from server.http import app as _
-
-    for line in sys.stdin:
-        words = json.loads(line)
-        if words.pop("do") == "wait":
-            _, status = os.waitpid(words["pid"], 0)
-            print(os.waitstatus_to_exitcode(status), flush=True)
-            continue
-        if pid := os.fork():
-            print(pid, flush=True)
-            continue
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-        status = 70
-        try:
-            status = _serve(**words)
-        finally:
-            os._exit(status)
+def serve(words: str) -> None:
+    """Serve until a signal; the exit status is the server's."""
+    sys.exit(_serve(**json.loads(words)))
 
 
 def _serve(port: int, delay_s: float, timeout_s: int) -> int:

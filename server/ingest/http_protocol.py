@@ -4,7 +4,7 @@ Heads are parsed on the event loop. aiohttp limits the number and the length of 
 it parses any number of interim (1xx) responses that arrive in one read, takes data that arrives on
 an idle connection for the answer to the next request, and takes a reset for the end of a body
 without a length. Both hooks used here, `BaseConnector._factory` and `ResponseHandler`, are not
-documented: `tests/unit/test_fetch.py` fails if they stop working.
+documented: `tests/processes/test_fetch.py` fails if they stop working.
 """
 
 import asyncio

@@ -7,28 +7,21 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 
 from server.settings import HttpSettings
 from tests.proxies import BOTH, Proxy, free_port, proxy
-from tests.restarts import CHAT, Template, template
+from tests.restarts import CHAT, start
 
 # nginx does not use a server for so long after it was refused (deploy/nginx/saccade/backends.conf).
 NGINX_PAUSE_S = 10
 DELAY_S = HttpSettings().drain_delay_s
 PATIENCE_S = 120
-
-
-@pytest.fixture(scope="module")
-def servers() -> Iterator[Template]:
-    with template() as made:
-        yield made
 
 
 class Load:
@@ -104,9 +97,9 @@ def proxies(stack: ExitStack, folder: Path, ports: Sequence[int]) -> list[Proxy]
     return behind
 
 
-def test_no_request_fails_while_servers_restart(servers: Template, tmp_path: Path) -> None:
+def test_no_request_fails_while_servers_restart(tmp_path: Path) -> None:
     ports = [free_port(), free_port()]
-    running = [servers.start(port, delay_s=DELAY_S) for port in ports]
+    running = [start(port, delay_s=DELAY_S) for port in ports]
     with ExitStack() as stack:
         behind = proxies(stack, tmp_path, ports)
         loads = [stack.enter_context(Load(one, 8, {"seconds": 0.03})) for one in behind]
@@ -118,7 +111,7 @@ def test_no_request_fails_while_servers_restart(servers: Template, tmp_path: Pat
             statuses[running[number].wait()] += 1
             for load in loads:
                 load.goes_on()  # by the other server
-            running[number] = servers.start(port, delay_s=DELAY_S)
+            running[number] = start(port, delay_s=DELAY_S)
             until(lambda number=number: is_ready(running[number].url))
             time.sleep(NGINX_PAUSE_S)
             until(lambda: all_used(behind))

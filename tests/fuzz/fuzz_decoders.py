@@ -7,7 +7,7 @@
 `--what jpeg`, the default: each input is read by the header reader and by the reduced JPEG decoder
 at both of its scales; every second one also as in a worker, which falls back to libjpeg. `--what
 media`: files of all formats and PDFs are decoded as in a worker; videos, each of which needs a
-process of its own, are tried by `tests/unit/vllm/test_video.py` alone. Compiled loops run with
+process of its own, are tried by `tests/processes/vllm/test_video.py` alone. Compiled loops run with
 bounds checks (NUMBA_BOUNDSCHECK=1). Only a client error or a picture may come out.
 
 Inputs are decoded in a child process. A finding is any other exception, the child's death, an input

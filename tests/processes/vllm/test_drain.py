@@ -16,21 +16,11 @@ import pytest
 from server.http.drain import close_port
 from server.http.protocol import ServerState
 from tests.proxies import free_port
-from tests.restarts import CHAT, Running, Template, template
+from tests.restarts import CHAT, Running, start
 
 REQUESTS_CUT = 3
 LONG_S = 600.0
 PATIENCE_S = 30.0
-
-
-@pytest.fixture(scope="module")
-def servers() -> Iterator[Template]:
-    with template() as made:
-        yield made
-
-
-def started(servers: Template, *, delay_s: float = 0.0, timeout_s: int = 30) -> Running:
-    return servers.start(free_port(), delay_s=delay_s, timeout_s=timeout_s)
 
 
 def until(holds: Callable[[], bool]) -> None:
@@ -59,8 +49,8 @@ def asking(server: Running, *, stream: bool, seconds: float) -> Iterator[list[ht
         thread.join()
 
 
-def test_requests_are_served_until_balancers_have_noticed(servers: Template) -> None:
-    server = started(servers, delay_s=LONG_S)
+def test_requests_are_served_until_balancers_have_noticed() -> None:
+    server = start(free_port(), delay_s=LONG_S)
     body = {"stream": False, "seconds": 0.0}
     with httpx.Client(base_url=server.url, timeout=PATIENCE_S) as client:
         before = client.post(CHAT, json=body)
@@ -78,14 +68,14 @@ def test_requests_are_served_until_balancers_have_noticed(servers: Template) -> 
     assert not listens(server.port)
 
 
-def test_the_port_closes_after_the_delay(servers: Template) -> None:
-    server = started(servers, delay_s=0.5)
+def test_the_port_closes_after_the_delay() -> None:
+    server = start(free_port(), delay_s=0.5)
     server.signal()
     assert server.wait() == 0
 
 
-def test_ctrl_c_does_not_wait_for_balancers(servers: Template) -> None:
-    server = started(servers, delay_s=LONG_S)
+def test_ctrl_c_does_not_wait_for_balancers() -> None:
+    server = start(free_port(), delay_s=LONG_S)
     with asking(server, stream=True, seconds=1.0) as answers:
         server.signal(signal.SIGINT)
     assert "data: [DONE]" in answers[0].text
@@ -94,11 +84,9 @@ def test_ctrl_c_does_not_wait_for_balancers(servers: Template) -> None:
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_requests_that_are_cut_off_get_an_error_and_the_exit_status_says_so(
-    servers: Template, again: bool
-) -> None:
+def test_requests_that_are_cut_off_get_an_error_and_the_exit_status_says_so(again: bool) -> None:
     """They are cut off at the time-out of the drain, or by a second signal."""
-    server = started(servers, timeout_s=int(LONG_S) if again else 1)
+    server = start(free_port(), timeout_s=int(LONG_S) if again else 1)
     with (
         asking(server, stream=True, seconds=LONG_S) as streamed,
         asking(server, stream=False, seconds=LONG_S) as whole,
@@ -117,8 +105,8 @@ def test_requests_that_are_cut_off_get_an_error_and_the_exit_status_says_so(
         assert error["error"]["code"] == "server_busy"
 
 
-def test_a_request_whose_headers_are_incomplete_is_answered(servers: Template) -> None:
-    server = started(servers)
+def test_a_request_whose_headers_are_incomplete_is_answered() -> None:
+    server = start(free_port())
     body = json.dumps({"stream": False, "seconds": 0.0}).encode()
     head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n".encode()
     with (

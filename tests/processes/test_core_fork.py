@@ -29,7 +29,7 @@ STATUS = 7
 
 def run(scenario: Any) -> list[dict[str, Any]]:
     """The lines that `scenario` and the processes that it starts print."""
-    code = f"from tests.unit import test_core_fork as t; t.{scenario.__name__}()"
+    code = f"from tests.processes import test_core_fork as t; t.{scenario.__name__}()"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT_S, check=True
     )
