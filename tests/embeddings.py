@@ -1,8 +1,9 @@
 """Entries of the embedding cache for tests, and a disk tier that a test can block."""
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from blake3 import blake3
@@ -10,6 +11,7 @@ from blake3 import blake3
 from server.engine.embedding_cache.arena import PAGE_BYTES, Arena
 from server.engine.embedding_cache.disk import DiskTier
 from server.engine.embedding_cache.index import Entry
+from server.engine.embedding_cache.shared import SharedTier
 from server.engine.embedding_cache.store import EmbeddingStore
 from server.engine.embedding_cache.tier import Spec
 
@@ -74,6 +76,47 @@ def seek(store: EmbeddingStore, key: str, spec: Spec = PAGE) -> bytes | None:
     """The embeddings that the store finds for `key` in any tier."""
     wait_until(lambda: store.settled(key, spec))
     return stored(store, key, spec)
+
+
+@contextlib.contextmanager
+def opened(url: str) -> Iterator[tuple[EmbeddingStore, SharedTier]]:
+    tier = SharedTier(url, NAMESPACE, 6)
+    store = EmbeddingStore(Arena(64 * PAGE_BYTES), [tier])
+    try:
+        yield store, tier
+    finally:
+        store.close()
+        wait_until(lambda: store.arena.free_bytes == store.arena.nbytes)
+        store.arena.close()
+
+
+def share(store: EmbeddingStore, key: str) -> None:
+    """Keep an entry and wait until its write has succeeded or failed."""
+    assert keep(store, key)
+    wait_until(lambda: not store._writes)
+
+
+def fail(store: EmbeddingStore, tier: SharedTier) -> None:
+    """Look up missing entries until the circuit breaker opens."""
+    for number in range(100):
+        assert seek(store, f"absent{number}") is None
+        if tier.breaker.is_open:
+            break
+    assert tier.breaker.is_open
+    assert tier.counts.errors > 0
+
+
+def recover(store: EmbeddingStore, tier: SharedTier) -> None:
+    number = 0
+
+    def closed() -> bool:
+        nonlocal number
+        number += 1
+        if tier.breaker.may_try:
+            assert seek(store, f"other{number}") is None
+        return not tier.breaker.is_open
+
+    wait_until(closed)
 
 
 class GatedDisk(DiskTier):

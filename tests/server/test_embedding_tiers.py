@@ -26,10 +26,14 @@ from tests.embeddings import (
     ODD,
     PAGE,
     content,
+    fail,
     joined,
     keep,
+    opened,
     pieces,
+    recover,
     seek,
+    share,
     stored,
     wait_until,
 )
@@ -524,47 +528,6 @@ def test_a_directory_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
 def own_redis() -> Iterator[RedisServer]:
     with redis_server() as server:
         yield server
-
-
-@contextlib.contextmanager
-def opened(url: str) -> Iterator[tuple[EmbeddingStore, SharedTier]]:
-    tier = SharedTier(url, NAMESPACE, 6)
-    store = EmbeddingStore(Arena(64 * PAGE_BYTES), [tier])
-    try:
-        yield store, tier
-    finally:
-        store.close()
-        wait_until(lambda: store.arena.free_bytes == store.arena.nbytes)
-        store.arena.close()
-
-
-def share(store: EmbeddingStore, key: str) -> None:
-    """Keep an entry and wait until its write has succeeded or failed."""
-    assert keep(store, key)
-    wait_until(lambda: not store._writes)
-
-
-def fail(store: EmbeddingStore, tier: SharedTier) -> None:
-    """Look up missing entries until the circuit breaker opens."""
-    for number in range(100):
-        assert seek(store, f"absent{number}") is None
-        if tier.breaker.is_open:
-            break
-    assert tier.breaker.is_open
-    assert tier.counts.errors > 0
-
-
-def recover(store: EmbeddingStore, tier: SharedTier) -> None:
-    number = 0
-
-    def closed() -> bool:
-        nonlocal number
-        number += 1
-        if tier.breaker.may_try:
-            assert seek(store, f"other{number}") is None
-        return not tier.breaker.is_open
-
-    wait_until(closed)
 
 
 def test_replicas_share_entries(redis: RedisServer) -> None:

@@ -194,5 +194,6 @@ def _tiers(config: VllmConfig, options: CacheOptions) -> list[Tier]:
         except OSError as error:
             log.error("the embedding cache does not use the disk: %s", error)
     if options.shared_url is not None:
-        tiers.append(SharedTier(options.shared_url, name, READERS + WRITERS))
+        # One more for a clear that is tried again.
+        tiers.append(SharedTier(options.shared_url, name, READERS + WRITERS + 1))
     return tiers

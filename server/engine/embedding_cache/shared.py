@@ -1,17 +1,16 @@
 """The tier that replicas share: a Redis or Valkey server.
 
 Its `maxmemory` limits the size, with the policy `allkeys-lru` or `allkeys-lfu`. If the server is
-slow, gone or full, lookups are misses: every call has a deadline, and after several failures in a
-row no calls are made for a while.
+slow, gone, full or not a Redis at all, lookups are misses: every call has a deadline, every reply a
+longest size, and after several failures in a row no calls are made for a while.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
+from server.engine.embedding_cache.redis_connection import Allowance, bounded_pool
 from server.engine.embedding_cache.tier import (
     LENGTH_BYTES,
     MAX_HEAD_BYTES,
@@ -26,9 +25,13 @@ from server.engine.embedding_cache.tier import (
     header_length,
 )
 
-_CONNECT_TIMEOUT_S = 0.5
-_CALL_TIMEOUT_S = 0.5
+# The longest time of a call, which may have to connect first, and of its bytes: a slower network is
+# slower than the encoder.
+_CALL_TIMEOUT_S = 1.0
+_LEAST_BYTES_PER_S = 20_000_000
 _SCAN_COUNT = 1000
+# The longest replies without an entry: names found by a scan, and errors.
+_MAX_REPLY_BYTES = 1 << 20
 
 
 class SharedTier:
@@ -41,20 +44,16 @@ class SharedTier:
         self.counts = Counts()
         self.breaker = Breaker()
         self._prefix = f"saccade:embedding:{namespace}:"
-        self._redis: Any = redis.Redis.from_url(
-            url,
-            socket_timeout=_CALL_TIMEOUT_S,
-            socket_connect_timeout=_CONNECT_TIMEOUT_S,
-            socket_keepalive=True,
-            retry=Retry(NoBackoff(), 0),
-            max_connections=connections,
-            health_check_interval=0,
-        )
+        self._allowance = Allowance()
+        self._pool = bounded_pool(url, self._allowance, connections)
+        self._redis: Any = redis.Redis(connection_pool=self._pool)
+        self._is_closed = False
 
     def read(self, key: str, spec: Spec, into: Sequence[memoryview]) -> bool:
+        most = MAX_HEAD_BYTES + spec.nbytes
         try:
-            with _as_os_errors():
-                value = self._get(self._prefix + key, MAX_HEAD_BYTES + spec.nbytes)
+            with self._call(most):
+                value = self._get(self._prefix + key, most)
             if not value:
                 return False
             self._copy(memoryview(value), key, spec, into)
@@ -66,11 +65,13 @@ class SharedTier:
     def _get(self, name: str, most: int) -> bytes:
         """The value of a key, truncated to `most` + 1 bytes; empty if there is none."""
         try:
-            value: bytes = self._redis.getrange(name, 0, most)
+            value = self._redis.getrange(name, 0, most)
         except redis.ResponseError as error:
             if str(error).startswith("WRONGTYPE"):
                 raise DamagedEntry("the entry has the wrong Redis type") from None
             raise
+        if not isinstance(value, bytes):
+            raise OSError("the reply is not an entry")
         return value
 
     @staticmethod
@@ -88,32 +89,46 @@ class SharedTier:
 
     def write(self, key: str, spec: Spec, data: Sequence[memoryview]) -> None:
         start = head(key, spec, checksum(data))
-        with _as_os_errors():
+        with self._call(spec.nbytes):
             self._redis.set(self._prefix + key, b"".join((start, *data)))
 
     def delete(self, key: str) -> None:
-        with _as_os_errors():
+        with self._call():
             self._redis.delete(self._prefix + key)
 
     def clear(self) -> None:
-        with _as_os_errors():
-            found = self._redis.scan_iter(f"{self._prefix}*", _SCAN_COUNT)
-            for key in found:
-                self._redis.unlink(key)
+        cursor, found = 0, []
+        while True:
+            with self._call():
+                cursor, found = self._redis.scan(cursor, f"{self._prefix}*", _SCAN_COUNT)
+            if found:
+                with self._call():
+                    self._redis.unlink(*found)
+            if not cursor:
+                return
+            if self._is_closed:  # a wrong server may never come to an end
+                raise OSError("the tier was closed")
 
     def size(self) -> dict[str, int | None]:
         return {"entries": None, "bytes": None, "max_bytes": None}
 
     def close(self) -> None:
-        self._redis.close()
+        self._is_closed = True
+        self._pool.disconnect()
+
+    def _call(self, entry_bytes: int = 0) -> "_Call":
+        """The context of one call, which sends or receives an entry of `entry_bytes`."""
+        seconds = _CALL_TIMEOUT_S + entry_bytes / _LEAST_BYTES_PER_S
+        self._allowance.start(seconds, _MAX_REPLY_BYTES + entry_bytes)
+        return _Call()
 
 
-class _as_os_errors:
-    """Raises the library's errors as OSError without their message, which may contain the
-    password."""
+class _Call:
+    """Raises the library's errors as OSError without their message, which may contain the password
+    or what the peer sent. What is not Redis makes redis-py raise errors of many other kinds."""
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, redis.RedisError):
+        if isinstance(error, Exception) and not isinstance(error, OSError | DamagedEntry):
             raise OSError(type(error).__name__) from None

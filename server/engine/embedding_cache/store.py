@@ -6,6 +6,7 @@ entries to these tiers. Callers of `EmbeddingStore` wait for neither.
 
 import itertools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ _MOST_WAITING_SHARE = 0.5
 _ABSENT_S = 5.0
 _FLUSH_LIMIT_S = 10.0
 _CLEAR_AGAIN_S = 1.0
+_MESSAGE_INTERVAL_S = 30.0
 
 
 class EmbeddingStore:
@@ -45,6 +47,7 @@ class EmbeddingStore:
         self.arena = arena
         self.counts = Counts()
         self._opened = self._tiers = tuple(tiers)
+        self._says = {tier: _Messages(tier.name) for tier in tiers}
         self._lock = threading.Lock()
         self._index = Index(arena, clock)
         self._clears = 0  # tiers that are being emptied
@@ -112,15 +115,15 @@ class EmbeddingStore:
                 views = self.arena.views(entry.extents)
                 found = tier.read(stored_name(entry.key), entry.spec, views)
         except DamagedEntry as error:
-            log.warning("ignoring a damaged entry in the %s tier: %s", tier.name, error)
+            self._says[tier].damaged(error)
             tier.counts.add("errors")
-            tier.breaker.succeeded()
+            self._note_success(tier)
             found = False
         except Exception as error:
             self._note_failure(tier, error)
             found = False
         else:
-            tier.breaker.succeeded()
+            self._note_success(tier)
         tier.counts.add("hits" if found else "misses")
         return found
 
@@ -204,7 +207,7 @@ class EmbeddingStore:
             if self._is_current(entry) and tier.breaker.allows():
                 with tier.counts.timed("write"):
                     tier.write(name, entry.spec, self.arena.views(entry.extents))
-                tier.breaker.succeeded()
+                self._note_success(tier)
                 if not self._is_current(entry):
                     tier.delete(name)  # the cache was cleared meanwhile
         except Exception as error:
@@ -220,12 +223,14 @@ class EmbeddingStore:
         with self._lock:
             return self._index.holds(entry)
 
-    @staticmethod
-    def _note_failure(tier: Tier, error: Exception) -> None:
+    def _note_success(self, tier: Tier) -> None:
+        if tier.breaker.succeeded():
+            self._says[tier].works_again()
+
+    def _note_failure(self, tier: Tier, error: Exception) -> None:
         tier.counts.add("errors")
-        tier.breaker.failed()
-        if tier.breaker.is_open:
-            log.warning("the %s tier of the embedding cache is failing: %r", tier.name, error)
+        if tier.breaker.failed():
+            self._says[tier].fails(error)
 
     # ------------------------------------------------------------------ the whole
 
@@ -245,7 +250,7 @@ class EmbeddingStore:
         if tier.breaker.allows():
             try:
                 tier.clear()
-                tier.breaker.succeeded()
+                self._note_success(tier)
                 done = True
             except Exception as error:
                 self._note_failure(tier, error)
@@ -282,6 +287,39 @@ class EmbeddingStore:
             executor.shutdown(wait=False, cancel_futures=True)
         for tier in self._opened:
             tier.close()
+
+
+class _Messages:
+    """What the log says about one tier: at most one line of each kind in `_MESSAGE_INTERVAL_S`.
+
+    Clients decide how often a tier is used, and one that works for some calls only would fail and
+    recover every second.
+    """
+
+    def __init__(self, tier: str) -> None:
+        self._tier = tier
+        self._last: dict[str, float] = {}
+        self._has_told = False
+
+    def damaged(self, error: DamagedEntry) -> None:
+        if self._may_say("damaged"):
+            log.warning("ignoring a damaged entry in the %s tier: %s", self._tier, error)
+
+    def fails(self, error: Exception) -> None:
+        self._has_told = self._may_say("fails")
+        if self._has_told:
+            log.warning("the %s tier of the embedding cache is failing: %r", self._tier, error)
+
+    def works_again(self) -> None:
+        if self._has_told:
+            log.warning("the %s tier of the embedding cache works again", self._tier)
+
+    def _may_say(self, kind: str) -> bool:
+        now = time.monotonic()
+        if now - self._last.get(kind, -math.inf) < _MESSAGE_INTERVAL_S:
+            return False
+        self._last[kind] = now
+        return True
 
 
 def stored_name(key: str) -> str:

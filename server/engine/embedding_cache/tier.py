@@ -152,20 +152,26 @@ class Breaker:
             self._on_trial = True
             return True
 
-    def succeeded(self) -> None:
+    def succeeded(self) -> bool:
+        """Note a success; returns whether it has closed the breaker."""
         with self._lock:
+            was_open = self._pause_s > 0
             self._failures = 0
             self._pause_s = 0.0
             self._on_trial = False
+            return was_open
 
-    def failed(self) -> None:
+    def failed(self) -> bool:
+        """Note a failure; returns whether it has opened the breaker, which was closed."""
         with self._lock:
             self._failures += 1
-            if self._failures < FAILURES_IN_A_ROW or (self._pause_s and not self._on_trial):
-                return
+            was_open = self._pause_s > 0
+            if self._failures < FAILURES_IN_A_ROW or (was_open and not self._on_trial):
+                return False
             self._on_trial = False
             self._pause_s = min(LONGEST_PAUSE_S, 2 * self._pause_s or FIRST_PAUSE_S)
             self._until = self._clock() + self._pause_s
+            return not was_open
 
 
 @dataclass
