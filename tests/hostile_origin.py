@@ -261,6 +261,65 @@ async def garbage(visit: Visit) -> None:
     await visit.reader.read()
 
 
+async def endless_field(visit: Visit) -> None:
+    """A header field without end."""
+    await visit.send(b"HTTP/1.1 200 OK\r\nX: ")
+    while True:
+        await visit.send(CHUNK)
+
+
+async def interim_drip(visit: Visit) -> None:
+    """Interim responses without end, each sent alone."""
+    while True:
+        await visit.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        await asyncio.sleep(0.01)
+
+
+async def negative_length(visit: Visit) -> None:
+    await visit.send(b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\nbody!")
+
+
+async def two_framings(visit: Visit) -> None:
+    """A length and chunks; proxies differ in which of them they believe."""
+    await visit.begin("Content-Length: 4")
+    await visit.send(b"5\r\nbody!\r\n0\r\n\r\n")
+
+
+async def endless_chunk_extension(visit: Visit) -> None:
+    await visit.begin()
+    await visit.send(b"1;")
+    while True:
+        await visit.send(CHUNK)
+
+
+async def endless_chunk_size(visit: Visit) -> None:
+    await visit.begin()
+    while True:
+        await visit.send(b"0" * 65536)
+
+
+async def huge_chunk(visit: Visit) -> None:
+    """A chunk of 16 EiB."""
+    await visit.begin()
+    await visit.send(b"f" * 16 + b"\r\n")
+    while True:
+        await visit.send(CHUNK)
+
+
+async def endless_trailers(visit: Visit) -> None:
+    await visit.begin()
+    await visit.send(b"4\r\nbody\r\n0\r\n")
+    while True:
+        await visit.send(b"X-Trailer: x\r\n" * 1000)
+
+
+async def endless_trailer(visit: Visit) -> None:
+    await visit.begin()
+    await visit.send(b"4\r\nbody\r\n0\r\nX: ")
+    while True:
+        await visit.send(CHUNK)
+
+
 async def sets_cookie(visit: Visit) -> None:
     await visit.respond("200 OK", visit.head.encode(), "Set-Cookie: who=you")
 
@@ -298,6 +357,15 @@ BEHAVIOURS: dict[str, Behaviour] = {
     "/reset-without-framing": reset_without_framing,
     "/garbage": garbage,
     "/sets-cookie": sets_cookie,
+    "/endless-field": endless_field,
+    "/interim-drip": interim_drip,
+    "/negative-length": negative_length,
+    "/two-framings": two_framings,
+    "/endless-chunk-extension": endless_chunk_extension,
+    "/endless-chunk-size": endless_chunk_size,
+    "/huge-chunk": huge_chunk,
+    "/endless-trailers": endless_trailers,
+    "/endless-trailer": endless_trailer,
 }
 
 

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import functools
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextvars import Context
+from contextvars import Context, ContextVar
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -24,6 +24,7 @@ from server.errors import (
 from server.ingest.fetch_cache import CacheKey, FetchCache, FetchedResponse
 from server.ingest.freshness import HttpHeader
 from server.ingest.guard import (
+    Address,
     GuardedResolver,
     Lookup,
     Policy,
@@ -116,9 +117,11 @@ class Fetcher:
         self._settings = settings
         self._policy = Policy.of(settings.allow_private, settings.allowed, settings.only_hosts)
         self._system_lookup = SystemLookup()
-        resolver = GuardedResolver(self._policy, lookup or self._system_lookup)
-        self._http = HttpClient(resolver, max_idle=settings.max_connections)
         self._slots = _Slots(settings.max_connections, settings.max_connections_per_host)
+        resolver = GuardedResolver(
+            self._policy, functools.partial(_without_slot, lookup or self._system_lookup)
+        )
+        self._http = HttpClient(resolver, max_idle=settings.max_connections)
         self._flights: dict[_FlightKey, _Flight] = {}
 
     async def __aenter__(self) -> Self:
@@ -252,6 +255,36 @@ class _HostSlots:
     users: int = 0
 
 
+class _Slot:
+    """One of the global slots, held by one fetch, which can give it back for a while."""
+
+    def __init__(self, slots: asyncio.Semaphore) -> None:
+        self._slots = slots
+        self._is_held = False
+
+    async def take(self) -> None:
+        await self._slots.acquire()
+        self._is_held = True
+
+    def give_back(self) -> None:
+        if self._is_held:
+            self._is_held = False
+            self._slots.release()
+
+
+_slot: ContextVar[_Slot] = ContextVar("slot")
+
+
+async def _without_slot(lookup: Lookup, host: str, port: int) -> list[Address]:
+    """Look up `host` for the fetch of this task, which holds no global slot meanwhile. Otherwise, a
+    few names whose nameserver does not answer would hold up the fetches from all other hosts."""
+    slot = _slot.get()
+    slot.give_back()
+    found = await lookup(host, port)
+    await slot.take()
+    return found
+
+
 class _Slots:
     """Concurrency limits, global and per host."""
 
@@ -262,13 +295,18 @@ class _Slots:
 
     @contextlib.asynccontextmanager
     async def take(self, host: str) -> AsyncIterator[None]:
-        """Hold a slot of `host` and a global one; waiting for a busy host holds no global slot."""
+        """Hold a slot of `host` and a global one. Waiting for a busy host or for a nameserver holds
+        no global slot."""
         entry = self._hosts.setdefault(host, _HostSlots(asyncio.Semaphore(self._per_host)))
         entry.users += 1
+        slot = _Slot(self._total)
+        _slot.set(slot)  # a fetch has a task and a context of its own
         try:
-            async with entry.slots, self._total:
+            async with entry.slots:
+                await slot.take()
                 yield
         finally:
+            slot.give_back()
             entry.users -= 1
             if not entry.users:
                 del self._hosts[host]

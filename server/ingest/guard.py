@@ -50,9 +50,13 @@ _GLOBAL_UNICAST = IPv6Network("2000::/3")
 _EMBEDDING_IPV4 = _networks("::ffff:0:0/96 64:ff9b::/96")
 
 MAX_ADDRESSES_DIALLED = 4
+# A nameserver may send thousands, and each that is read is checked on the event loop.
+MAX_ADDRESSES_READ = 64
 # c-ares repeats a query after 0.25 s or more, by how fast the nameserver was lately, and doubles
 # the wait each time. With fewer tries a slow name would fail long before its fetch's deadline.
 LOOKUP_TRIES = 7
+# c-ares goes on with a lookup whose fetch was cancelled. It can only drop all lookups of a channel.
+MAX_ABANDONED_LOOKUPS = 64
 
 _NAME = re.compile(r"(?=.{1,254}$)[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\.?")
 # A host that ends in a number is an IPv4 address in some notation: 127.1, 0x7f000001.
@@ -197,35 +201,66 @@ def _is_plain(host: str) -> bool:
 # ---------------------------------------------------------------------- resolving
 
 
+@dataclass(eq=False)
+class _Channel:
+    """A channel of c-ares, with the numbers of lookups that someone waits for, and that someone has
+    cancelled before their end."""
+
+    resolver: aiodns.DNSResolver
+    waiting: int = 0
+    abandoned: int = 0
+
+
 class SystemLookup:
     """Looks names up in /etc/hosts and with the nameservers of /etc/resolv.conf, by c-ares.
 
     A nameserver that hangs costs one query, which is cancelled with its fetch; the system's own
     resolver would occupy a thread until it gave up. Like every nameserver, c-ares keeps an answer
     for its time to live. All groups of API keys share these answers.
+
+    A channel with many abandoned lookups, or with nothing but those, is closed once nobody waits
+    for it, so that queries do not pile up.
     """
 
     def __init__(self, nameservers: Sequence[str] | None = None) -> None:
         """`nameservers`, each as ADDRESS:PORT, replace those of the system."""
         self._nameservers = nameservers
-        self._resolver: aiodns.DNSResolver | None = None
+        self._channels: list[_Channel] = []  # new lookups use the last one
 
     async def __call__(self, host: str, port: int) -> list[Address]:
-        if self._resolver is None:  # it belongs to the running loop
-            self._resolver = aiodns.DNSResolver(self._nameservers, tries=LOOKUP_TRIES)
+        """At most MAX_ADDRESSES_READ addresses of `host`."""
+        channel = self._current()
+        channel.waiting += 1
+        lookup = channel.resolver.getaddrinfo(
+            host, family=socket.AF_UNSPEC, port=port, type=socket.SOCK_STREAM
+        )
         try:
-            found = await self._resolver.getaddrinfo(
-                host, family=socket.AF_UNSPEC, port=port, type=socket.SOCK_STREAM
-            )
+            found = await lookup
         except aiodns.error.DNSError as error:
             raise OSError(f"the lookup failed: {error}") from error
-        return [ipaddress.ip_address(node.addr[0].decode("ascii")) for node in found.nodes]
+        finally:
+            channel.waiting -= 1
+            channel.abandoned += lookup.cancelled()
+            await self._drop_abandoned(channel)
+        nodes = found.nodes[:MAX_ADDRESSES_READ]
+        return [ipaddress.ip_address(node.addr[0].decode("ascii")) for node in nodes]
+
+    def _current(self) -> _Channel:
+        """The channel for a new lookup."""
+        if not self._channels or self._channels[-1].abandoned >= MAX_ABANDONED_LOOKUPS:
+            resolver = aiodns.DNSResolver(self._nameservers, tries=LOOKUP_TRIES)
+            self._channels.append(_Channel(resolver))
+        return self._channels[-1]
+
+    async def _drop_abandoned(self, channel: _Channel) -> None:
+        if channel.abandoned and not channel.waiting and channel in self._channels:
+            self._channels.remove(channel)
+            await channel.resolver.close()
 
     async def close(self) -> None:
         """Cancel pending lookups."""
-        if self._resolver is not None:
-            await self._resolver.close()
-            self._resolver = None
+        while self._channels:
+            await self._channels.pop().resolver.close()
 
 
 class GuardedResolver(AbstractResolver):

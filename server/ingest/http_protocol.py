@@ -1,10 +1,11 @@
 """aiohttp's client protocol, with additional limits against hostile servers.
 
 Heads are parsed on the event loop. aiohttp limits the number and the length of header fields, but
-it parses any number of interim (1xx) responses that arrive in one read, takes data that arrives on
-an idle connection for the answer to the next request, and takes a reset for the end of a body
-without a length. Both hooks used here, `BaseConnector._factory` and `ResponseHandler`, are not
-documented: `tests/processes/test_fetch.py` fails if they stop working.
+it parses any number of interim (1xx) responses that arrive in one read, and sizes and extensions of
+chunks without end, takes data that arrives on an idle connection for the answer to the next
+request, and takes a reset for the end of a body without a length. Both hooks used here,
+`BaseConnector._factory` and `ResponseHandler`, are not documented: `tests/processes/test_fetch.py`
+fails if they stop working.
 """
 
 import asyncio
@@ -22,6 +23,8 @@ HEAD_STEP_BYTES = 4096
 CHUNKS_STEP_BYTES = 16 * 1024
 MAX_HEAD_BYTES = 64 * 1024
 MAX_INTERIM_RESPONSES = 8
+# Sizes of chunks, their extensions and trailers, beyond one byte for each byte of the body.
+MAX_FRAMING_BYTES = 64 * 1024
 
 
 class NoResponse(aiohttp.ClientError):
@@ -47,14 +50,14 @@ class _BoundedProtocol(ResponseHandler):
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop)
         self._in_head = False
-        self._head_bytes = self._interim_responses = 0
+        self._head_bytes = self._body_bytes = self._interim_responses = 0
         self._body: StreamReader | None = None
         self._length: int | None = None
 
     def set_response_params(self, **params: Any) -> None:
         """aiohttp calls this before it sends a request."""
         self._in_head = True
-        self._head_bytes = self._interim_responses = 0
+        self._head_bytes = self._body_bytes = self._interim_responses = 0
         self._body = None
         super().set_response_params(**params)
 
@@ -70,13 +73,22 @@ class _BoundedProtocol(ResponseHandler):
             parsed += len(piece)
             if self._in_head:
                 self._head_bytes += len(piece)
+            else:
+                self._body_bytes += len(piece)
             super().data_received(piece)
-            if self._interim_responses > MAX_INTERIM_RESPONSES or (
-                self._in_head and self._head_bytes > MAX_HEAD_BYTES
-            ):
-                self.set_exception(BrokenResponse("too much data before the response"))
+            if self._is_excessive():
+                self.set_exception(BrokenResponse("too much data that is not the body"))
                 self._abort_transport()
                 return
+
+    def _is_excessive(self) -> bool:
+        """Whether the server has sent too much that is not the body, which is limited elsewhere."""
+        if self._in_head:
+            return (
+                self._head_bytes > MAX_HEAD_BYTES or self._interim_responses > MAX_INTERIM_RESPONSES
+            )
+        body = self._body.total_bytes if self._body is not None else 0
+        return self._body_bytes > 2 * body + MAX_FRAMING_BYTES
 
     def _is_expecting(self) -> bool:
         return self._in_head or (self._body is not None and not self._body.is_eof())

@@ -7,14 +7,18 @@ import random
 import shutil
 import socket
 import ssl
+import struct
 import subprocess
+import threading
 import tracemalloc
 from collections.abc import Callable, Coroutine, Iterator
+from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 import uvloop
 from aiohttp.client_proto import ResponseHandler
 
@@ -37,6 +41,7 @@ from tests.scarce_files import no_free_files
 MB = 1_000_000
 GROUP = "customers"
 UNTIL_TOLD = 600.0
+LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
 # Loopback has many addresses; these tests treat some of them as public.
 HOME, PUBLIC, PUBLIC_TOO = "127.0.0.1", "127.0.0.2", "127.0.0.3"
 
@@ -389,6 +394,14 @@ def test_other_statuses_fail_without_a_retry(run: Run, origin: HostileOrigin, co
         "/bad-chunks",
         "/reset-without-framing",
         "/interim-flood",
+        "/interim-drip",
+        "/endless-field",
+        "/negative-length",
+        "/two-framings",
+        "/endless-chunk-extension",
+        "/endless-chunk-size",
+        "/endless-trailers",
+        "/endless-trailer",
         "/crumbs",
         "/compressed?as=br",
         "/compressed?cut=5",
@@ -469,6 +482,7 @@ def test_the_connection_is_closed_after_the_deadline(run: Run, origin: HostileOr
         "/chunked?size=2000000&piece=2000000",
         "/endless",
         "/endless-without-framing",
+        "/huge-chunk",
         "/gzip-bomb",
         "/compressed?size=1000001",
     ],
@@ -489,7 +503,12 @@ def test_each_fetch_has_its_own_limit(run: Run, origin: HostileOrigin) -> None:
 
 @pytest.mark.parametrize(
     ("path", "factor"),
-    [("/endless", 1.25), ("/endless-without-framing", 1.25), ("/gzip-bomb", 2.5)],
+    [
+        ("/endless", 1.25),
+        ("/endless-without-framing", 1.25),
+        ("/huge-chunk", 1.25),
+        ("/gzip-bomb", 2.5),
+    ],
 )
 def test_memory_for_hostile_bodies_is_bounded(
     run: Run, origin: HostileOrigin, path: str, factor: float
@@ -907,3 +926,77 @@ def test_a_fetch_without_a_free_file_can_be_retried(run: Run, origin: HostileOri
             assert await fetch(fetcher, origin.url("/ok?size=9")) == b"x" * 9
 
     run(test())
+
+
+class BrokenHandshake:
+    """A server that does `answer` with each connection, instead of a TLS handshake."""
+
+    def __init__(self, answer: Callable[[socket.socket], None]) -> None:
+        self._answer = answer
+        self._listener = socket.create_server((HOME, 0))
+        self.url = f"https://{HOME}:{self._listener.getsockname()[1]}/ok"
+
+    def __enter__(self) -> "BrokenHandshake":
+        threading.Thread(target=self._serve, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                with connection, contextlib.suppress(OSError):
+                    connection.recv(65536)  # the client's greeting
+                    self._answer(connection)
+
+
+def speaks_plain_http(connection: socket.socket) -> None:
+    connection.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+
+
+def sends_an_alert(connection: socket.socket) -> None:
+    connection.sendall(bytes.fromhex("15 0303 0002 02 28"))
+
+
+def closes(connection: socket.socket) -> None:
+    pass
+
+
+def resets(connection: socket.socket) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def greets_without_end(connection: socket.socket) -> None:
+    """Records of a handshake message of 16 MB."""
+    connection.sendall(bytes.fromhex("16 0303 4000 02 ffffff") + bytes(16380))
+    while True:
+        connection.sendall(bytes.fromhex("16 0303 4000") + bytes(16384))
+
+
+@pytest.mark.parametrize(
+    "answer", [speaks_plain_http, sends_an_alert, closes, resets, greets_without_end]
+)
+def test_a_broken_handshake_fails(run: Run, answer: Callable[[socket.socket], None]) -> None:
+    with BrokenHandshake(answer) as server:
+        assert isinstance(refusal(run, server.url), ImageFetchFailed)
+
+
+def test_an_expired_certificate_is_refused(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    for end, is_valid in ((datetime.now(UTC) + timedelta(days=1), True), (LONG_AGO, False)):
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("images.test", not_after=end).configure_cert(tls)
+        with HostileOrigin(tls=tls) as origin:
+            url, names = origin.url("/ok", "images.test"), Names(images_test=[HOME])
+            if is_valid:
+                assert run(one(url, names))
+            else:
+                assert isinstance(refusal(run, url, names), ImageFetchFailed)
+                assert origin.heads == []

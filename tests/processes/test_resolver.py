@@ -3,88 +3,28 @@
 import asyncio
 import contextlib
 import socket
-import struct
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from ipaddress import ip_address
 from typing import Any
 
 import pytest
 import uvloop
 
-from server.errors import ImageFetchTimeout, ImageUrlBlocked, SaccadeError
+from server.errors import ImageFetchFailed, ImageFetchTimeout, ImageUrlBlocked, SaccadeError
 from server.ingest.fetch import Fetcher, FetchSettings
-from server.ingest.guard import SystemLookup
-from tests.hostile_origin import WAIT_S, HostileOrigin
+from server.ingest.guard import MAX_ADDRESSES_DIALLED, MAX_ADDRESSES_READ, SystemLookup
+from tests.hostile_origin import HostileOrigin
+from tests.nameserver import nameserver
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
-HANGING = 64
+# More than the fetches that may go on at a time.
+HANGING = 500
 
 
 @pytest.fixture(params=[asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
 def run(request: pytest.FixtureRequest) -> Run:
     return request.param  # type: ignore[no-any-return]
-
-
-class Nameserver:
-    """Has the IPv4 addresses of some names, and never answers for those in `silent`.
-
-    Attributes:
-        asked: the names that it was asked about.
-    """
-
-    def __init__(self, **addresses: str) -> None:
-        self.addresses = {name.replace("_", "."): text for name, text in addresses.items()}
-        self.asked: list[str] = []
-        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._socket.bind(("127.0.0.1", 0))
-        self._socket.settimeout(0.05)
-        self._stopping = threading.Event()
-        self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
-
-    def serve(self) -> None:
-        """Answer until `stop` is called."""
-        while not self._stopping.is_set():
-            with contextlib.suppress(TimeoutError):
-                query, client = self._socket.recvfrom(4096)
-                if reply := self._reply(query):
-                    self._socket.sendto(reply, client)
-        self._socket.close()
-
-    def stop(self) -> None:
-        self._stopping.set()
-
-    def _reply(self, query: bytes) -> bytes | None:
-        labels, position = [], 12
-        if len(query) < position:  # c-ares also sends empty datagrams
-            return None
-        while length := query[position]:
-            labels.append(query[position + 1 : position + 1 + length].decode().lower())
-            position += 1 + length
-        name, question = ".".join(labels), query[12 : position + 5]
-        self.asked.append(name)
-        if name.startswith("hanging"):
-            return None
-        address = self.addresses.get(name)
-        is_known = address is not None and question[-4:-2] == b"\0\1"
-        flags = 0x8180 if address is not None else 0x8183
-        head = query[:2] + struct.pack(">5H", flags, 1, int(is_known), 0, 0)
-        if not is_known:
-            return head + question
-        record = b"\xc0\x0c" + struct.pack(">2HIH", 1, 1, 60, 4) + ip_address(address).packed
-        return head + question + record
-
-
-@contextlib.contextmanager
-def nameserver(**addresses: str) -> Iterator[Nameserver]:
-    server = Nameserver(**addresses)
-    thread = threading.Thread(target=server.serve, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.stop()
-        thread.join(WAIT_S)
 
 
 @contextlib.asynccontextmanager
@@ -100,6 +40,12 @@ async def failure(fetcher: Fetcher, url: str) -> SaccadeError:
     with pytest.raises(SaccadeError) as caught:
         await fetcher.fetch(url, "")
     return caught.value
+
+
+async def cancel(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
 
 
 def test_names_resolve_to_their_addresses(run: Run) -> None:
@@ -149,12 +95,111 @@ def test_hanging_lookups_block_neither_other_lookups_nor_threads(run: Run) -> No
             assert not any(task.done() for task in hanging)
             errors = await asyncio.gather(*hanging)
             assert {type(error) for error in errors} == {ImageFetchTimeout}
+            asked = len(dns.asked)
+            await asyncio.sleep(2)  # c-ares would repeat its queries
+            assert len(dns.asked) == asked, "the lookups went on after their fetches"
 
     with (
         HostileOrigin() as origin,
         nameserver(images_test="127.0.0.1", other_test="127.0.0.1") as dns,
     ):
         run(many())
+
+
+def test_few_lookups_go_on_after_their_fetches_while_others_wait(run: Run) -> None:
+    """Beside a lookup that someone always waits for, those that were cancelled must end, too."""
+
+    async def many() -> None:
+        async with system_lookup(dns.address) as lookup:
+            waits: list[asyncio.Task[Any]] = []
+            for turn in range(8):
+                lookups = [
+                    asyncio.create_task(lookup(f"hanging{turn}-{n}.test", 80)) for n in range(100)
+                ]
+                while len({name for name in dns.asked if f"hanging{turn}-" in name}) < 100:
+                    await asyncio.sleep(0.01)
+                await cancel(*waits, *lookups[1:])
+                waits = lookups[:1]
+            await asyncio.sleep(0.5)  # for queries under way
+            asked = len(dns.asked)
+            await asyncio.sleep(2)
+            repeated = set(dns.asked[asked:])
+            assert {name.partition("-")[0] for name in repeated} <= {"hanging7"}
+            await cancel(*waits)
+
+    with nameserver() as dns:
+        run(many())
+
+
+FAILURES: dict[str, tuple[type[SaccadeError], ...]] = {
+    "nowhere.test": (ImageFetchFailed,),
+    "servfail.test": (ImageFetchFailed,),
+    "refused.test": (ImageFetchFailed,),
+    "loop.test": (ImageFetchFailed,),
+    "garbage.test": (ImageFetchFailed, ImageFetchTimeout),
+    "forged.test": (ImageFetchTimeout,),
+    "hanging.test": (ImageFetchTimeout,),
+    "half.test": (ImageFetchFailed, ImageFetchTimeout),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_name_that_cannot_be_resolved_fails_within_the_deadline(run: Run, name: str) -> None:
+    async def fetch() -> SaccadeError:
+        settings = FetchSettings(allow_private=True, timeout_s=1)
+        async with (
+            system_lookup(dns.address) as lookup,
+            Fetcher(settings, lookup=lookup) as fetcher,
+        ):
+            error = await failure(fetcher, origin.url("/ok", name))
+            assert await fetcher.fetch(origin.url("/ok", "images.test"), "")
+            return error
+
+    with HostileOrigin() as origin, nameserver(images_test="127.0.0.1") as dns:
+        assert isinstance(run(fetch()), FAILURES[name])
+
+
+def test_a_nameserver_that_does_not_run_fails_the_fetch(run: Run) -> None:
+    async def fetch() -> SaccadeError:
+        async with (
+            system_lookup(dns.address) as lookup,
+            Fetcher(FetchSettings(timeout_s=10), lookup=lookup) as fetcher,
+        ):
+            return await failure(fetcher, "http://images.test/")
+
+    with nameserver() as dns:
+        pass
+    assert isinstance(run(fetch()), ImageFetchFailed)
+
+
+@pytest.mark.parametrize("name", ["tcp.test", "many.test", "huge.test"])
+def test_long_answers_are_read_over_tcp(run: Run, name: str) -> None:
+    async def fetch() -> None:
+        async with (
+            system_lookup(dns.address) as lookup,
+            Fetcher(FetchSettings(allow_private=True), lookup=lookup) as fetcher,
+        ):
+            found = await lookup(name, 80)
+            assert len(found) == (1 if name == "tcp.test" else MAX_ADDRESSES_READ)
+            assert len(found) >= MAX_ADDRESSES_DIALLED or len(found) == 1
+            assert await fetcher.fetch(origin.url("/ok", name), "")
+
+    with HostileOrigin("0.0.0.0") as origin, nameserver() as dns:
+        dns.addresses[name] = "127.0.0.1"
+        run(fetch())
+
+
+def test_a_slow_answer_within_the_deadline_is_used() -> None:
+    async def fetch() -> None:
+        settings = FetchSettings(allow_private=True, timeout_s=30)
+        async with (
+            system_lookup(dns.address) as lookup,
+            Fetcher(settings, lookup=lookup) as fetcher,
+        ):
+            assert await fetcher.fetch(origin.url("/ok", "slow.test"), "")
+
+    with HostileOrigin() as origin, nameserver(slow_test="127.0.0.1") as dns:
+        uvloop.run(fetch())
 
 
 def test_private_addresses_from_the_nameserver_are_refused(run: Run) -> None:
