@@ -23,6 +23,7 @@ from server.http import (
     errors,
     files,
     headers,
+    http_metrics,
     images,
     keys,
     observe,
@@ -86,9 +87,9 @@ _LOOK_AT_STARTS = frozenset(
     {
         body.__name__,
         headers.__name__,
+        http_metrics.__name__,
         keys.__name__,
         usage.__name__,  # provides its own way past it
-        "prometheus_fastapi_instrumentator.middleware",
         "starlette.middleware.cors",
         "vllm.entrypoints.serve.elastic_ep.middleware",
         "vllm.entrypoints.serve.middleware.authenticate",
@@ -148,6 +149,7 @@ async def build_app(
     ]
     stop_at_first_error(app.routes)
     keep_schema(app)
+    http_metrics.replace_instrumentator(app)
     errors.add_error_handlers(app)
     app.add_exception_handler(vllm_http.EngineDeadError, errors.answer_dead_engine)
     await _add_middleware(app, args, settings, parts, key_ring)
