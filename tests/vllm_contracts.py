@@ -263,6 +263,11 @@ CONTRACTS = [
         ("self", "request_ids"),
     ),
     Contract("distributed.device_communicators.shm_broadcast", "sched_yield"),
+    Contract(
+        "distributed.device_communicators.shm_broadcast",
+        "check_shm_free_space",
+        ("required_bytes",),
+    ),
     # The checks of a request's parameters.
     Contract(
         "v1.engine.async_llm",

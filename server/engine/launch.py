@@ -3,12 +3,10 @@
 import functools
 import io
 import os
-import tempfile
 from argparse import Namespace
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -243,10 +241,9 @@ def _started(prepared: PreparedEngine) -> AsyncLLM:
             disable_log_stats=prepared.engine_args.disable_log_stats,
         )
     except RuntimeError:
-        reason = Path(tempfile.gettempdir(), shared_segments.REASON)
-        if not reason.exists():
+        if (reason := shared_segments.reason()) is None:
             raise
-        raise CannotStart(reason.read_text()) from None
+        raise CannotStart(reason) from None
 
 
 def _processor_cache(engine: AsyncLLM) -> ProcessorCache | None:

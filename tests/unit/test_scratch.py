@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from server.engine.vllm_adapter.shared_segments import REASON, ReservedMemory
+from server.engine.vllm_adapter.shared_segments import ReservedMemory, reason
 from server.scratch import remove_left
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -67,13 +68,15 @@ def test_the_next_start_removes_only_what_dead_servers_left(tmp_path: Path) -> N
 def test_a_segment_without_room_is_refused_with_a_clear_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = set(SHARED_MEMORY.iterdir())
     found = os.statvfs(SHARED_MEMORY)
     with pytest.raises(OSError, match="MiB free of .* enlarge it"):
         ReservedMemory(create=True, size=(found.f_blocks + 1) * found.f_frsize)
     assert set(SHARED_MEMORY.iterdir()) - before == set()
-    assert "/dev/shm has" in (tmp_path / REASON).read_text()
+    left = reason()
+    assert left is not None
+    assert "/dev/shm has" in left
 
 
 def test_a_segment_is_reserved_when_it_is_created() -> None:

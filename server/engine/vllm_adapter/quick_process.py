@@ -1,8 +1,10 @@
 """A process that imports without garbage collection."""
 
+import sys
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
+from server.engine.vllm_adapter import shared_segments
 from server.workers.process import import_uncollected, keep_imported
 
 
@@ -15,7 +17,12 @@ class QuickProcess(SpawnProcess):
 
     def run(self) -> None:
         keep_imported()
-        super().run()
+        try:
+            super().run()
+        except Exception:
+            if shared_segments.reason() is None:
+                raise
+            sys.exit(1)  # without a traceback: the server reports the reason
 
 
 def _unpickled() -> QuickProcess:

@@ -2,17 +2,26 @@
 
 With a name of ours, the next start can remove what a killed server has left. Memory that is
 reserved at once cannot be missing later, when writing to it would kill the process (SIGBUS).
+
+A process that cannot start because /dev/shm is too small leaves the reason in a file, which the
+server reports. Its traceback, and those of the processes that wait for it, would say less.
 """
 
+import contextlib
+import logging
 import os
+import tempfile
+from collections.abc import Callable
 from multiprocessing import shared_memory
 from pathlib import Path
 from typing import Any
 
-# The file in which a process leaves its reason for not starting.
-REASON = "cannot-start"
 _FOLDER = "/dev/shm"  # noqa: S108 - where segments are
 _MIB = 1 << 20
+# The standard library's module, with the beginning of all names, which is that of this server.
+_module: Any = shared_memory
+# The loggers of vLLM that report why a process did not start.
+_LOGGERS = ("vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor")
 
 
 class ReservedMemory(shared_memory.SharedMemory):
@@ -32,23 +41,58 @@ class ReservedMemory(shared_memory.SharedMemory):
         except OSError:
             self.close()
             self.unlink()
-            raise _no_room(size) from None
+            raise OSError(_leave_reason(size)) from None
 
 
-def _no_room(size: int) -> OSError:
+def reason() -> str | None:
+    """What a process of this server has left as its reason for not starting."""
+    with contextlib.suppress(OSError):
+        return _reason_file().read_text()
+    return None
+
+
+def _reason_file() -> Path:
+    return Path(tempfile.gettempdir(), f"{_module._SHM_NAME_PREFIX.strip('/')}cannot-start")
+
+
+def _leave_reason(nbytes: int) -> str:
     found = os.statvfs(_FOLDER)
     free, total = found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
-    reason = (
+    text = (
         f"{_FOLDER} has {free // _MIB} MiB free of {total // _MIB} MiB, and vLLM's processes need "
-        f"{size // _MIB} MiB more there; enlarge it (docker --shm-size, shm_size, a memory volume)"
+        f"{nbytes // _MIB} MiB more there; enlarge it (docker --shm-size, shm_size, a memory "
+        "volume)"
     )
-    if folder := os.environ.get("TMPDIR"):
-        Path(folder, REASON).write_text(reason)
-    return OSError(reason)
+    with contextlib.suppress(OSError):  # that disk is full, too
+        _reason_file().write_text(text)
+    return text
 
 
 def register(prefix: str) -> None:
-    """Create segments with names that begin with `prefix`, and reserved."""
-    module: Any = shared_memory
-    module._SHM_NAME_PREFIX = f"/{prefix}_"
-    module.SharedMemory = ReservedMemory
+    """Create segments with names that begin with `prefix`, and reserved; leave a reason if there is
+    no room for one, instead of logging a traceback."""
+    from vllm.distributed.device_communicators import shm_broadcast
+
+    _module._SHM_NAME_PREFIX = f"/{prefix}_"
+    _module.SharedMemory = ReservedMemory
+    if shm_broadcast.check_shm_free_space.__module__ == shm_broadcast.__name__:
+        vars(shm_broadcast)["check_shm_free_space"] = _checked(shm_broadcast.check_shm_free_space)
+    for name in _LOGGERS:
+        logging.getLogger(name).addFilter(_has_no_reason)
+
+
+def _checked(check: Callable[..., None]) -> Callable[..., None]:
+    """vLLM's check for room before it creates a segment, with a reason."""
+
+    def checked(required_bytes: int, *args: Any, **options: Any) -> None:
+        try:
+            check(required_bytes, *args, **options)
+        except RuntimeError:
+            raise OSError(_leave_reason(required_bytes)) from None
+
+    return checked
+
+
+def _has_no_reason(record: logging.LogRecord) -> bool:
+    """Whether to log a record: not the traceback of an error whose reason the server reports."""
+    return not record.exc_info or reason() is None
