@@ -1,6 +1,7 @@
 """The command line: `saccade serve` and `saccade demo`. Imports are light until a command runs."""
 
 import atexit
+import contextlib
 import logging
 import os
 import signal
@@ -74,7 +75,8 @@ class Progress:
         if self.to_log:
             log.info(text, extra={"elapsed_s": round(elapsed, 1)})
         else:
-            print(f"saccade [{elapsed:5.1f} s] {text}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # the disk with the log is full
+                print(f"saccade [{elapsed:5.1f} s] {text}", file=sys.stderr, flush=True)
 
 
 def _serve(argv: list[str]) -> None:
@@ -107,8 +109,9 @@ def _end(status: int) -> NoReturn:
     objects for the garbage collector, and libraries complain about those that live at the end.
     """
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # the disk with the log is full
+            stream.flush()
     os._exit(status)
 
 

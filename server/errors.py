@@ -7,7 +7,7 @@ from them.
 """
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 
@@ -338,23 +338,39 @@ class Unavailable(SaccadeError):
 
 
 class FileStorageFailed(SaccadeError):
-    """The disk with the uploaded files is full, or cannot be read or written."""
+    """The disk with the uploaded files, or with the temporary files of uploads, is full, or cannot
+    be read or written."""
 
     status = 507
     code = "file_storage_failed"
 
 
 _NO_FILES = (errno.EMFILE, errno.ENFILE)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def busy_for_files(error: BaseException | None) -> ServerBusy | None:
     """The error to raise if `error`, or what caused it, is that no more files can be opened, which
     passes when other requests end."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _NO_FILES:
-            return ServerBusy("the server has no free file descriptors; try again later")
-        error = error.__cause__ or error.__context__
+    if _is_caused_by(error, _NO_FILES):
+        return ServerBusy("the server has no free file descriptors; try again later")
     return None
+
+
+def full_disk(error: BaseException | None) -> FileStorageFailed | None:
+    """The error to raise if `error`, or what caused it, is that a disk is full."""
+    if _is_caused_by(error, _NO_ROOM):
+        return FileStorageFailed("the server's disk is full")
+    return None
+
+
+def _is_caused_by(error: BaseException | None, numbers: Collection[int]) -> bool:
+    """Whether `error`, or what caused it, is an OSError with one of `numbers`."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in numbers:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class CannotStart(Exception):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.abc
+import json
 import os
 import re
 import signal
@@ -12,7 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -168,20 +170,33 @@ def command_line(process: psutil.Process) -> str:
 
 
 @contextlib.contextmanager
-def serving(*flags: str, executed: bool = False, **environment: str) -> Iterator[Server]:
+def serving(
+    *flags: str,
+    executed: bool = False,
+    disks: Mapping[str, int] | None = None,
+    log_file: Path | None = None,
+    **environment: str,
+) -> Iterator[Server]:
     """Start `saccade serve FLAGS` on a free port; end it, whatever happens.
 
-    It is a fork of a process that has imported the server, unless it has to be `executed`.
+    It is a fork of a process that has imported the server, unless it has to be `executed`. A fork
+    may have `disks` of its own (`tests.small_disks.mount`). Its log is a pipe, or `log_file`.
     """
     words = ("serve", "--host", "127.0.0.1", "--port", "0", *flags)
-    reader, writer = os.pipe()
+    ended = threading.Event()
+    if log_file is None:
+        reader, writer = os.pipe()
+        ended.set()  # a pipe tells its reader when the server has ended
+    else:
+        writer = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        reader = os.open(log_file, os.O_RDONLY)
     try:
-        start = _execute if executed else _fork
+        start = _execute if executed else functools.partial(_fork, disks)
         process = start(words, {**os.environ, **OF_SERVERS, **environment}, writer)
     finally:
         os.close(writer)
     server = Server(process, [])
-    reading = threading.Thread(target=_read, args=(reader, server.log), daemon=True)
+    reading = threading.Thread(target=_read, args=(reader, server.log, ended), daemon=True)
     reading.start()
     try:
         _await_ready(server)
@@ -196,6 +211,7 @@ def serving(*flags: str, executed: bool = False, **environment: str) -> Iterator
         for child in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
+        ended.set()
         reading.join(STOP_TIMEOUT_S)
 
 
@@ -206,14 +222,25 @@ def _execute(words: Sequence[str], env: dict[str, str], output: int) -> subproce
     )
 
 
-def _fork(words: Sequence[str], env: dict[str, str], output: int) -> Started:
-    return template().start("tests.starts:saccade", *words, env=env, output=output, errors=output)
+def _fork(
+    disks: Mapping[str, int] | None, words: Sequence[str], env: dict[str, str], output: int
+) -> Started:
+    target = "tests.starts:saccade"
+    if disks is not None:
+        target, words = "tests.small_disks:saccade", (json.dumps(disks), *words)
+    return template().start(target, *words, env=env, output=output, errors=output)
 
 
-def _read(descriptor: int, log: list[str]) -> None:
+def _read(descriptor: int, log: list[str], ended: threading.Event) -> None:
+    """Append lines to `log`, until the end of the file after `ended` is set."""
     with os.fdopen(descriptor, errors="replace") as lines:
-        for line in lines:
-            log.append(line)  # noqa: PERF402 - tests read the log meanwhile
+        while True:
+            is_last = ended.is_set()
+            for line in lines:
+                log.append(line)  # noqa: PERF402 - tests read the log meanwhile
+            if is_last:
+                return
+            time.sleep(0.05)
 
 
 def _await_ready(server: Server) -> None:

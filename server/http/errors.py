@@ -11,8 +11,10 @@ from http import HTTPStatus
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request
+from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 
 from server.errors import (
     STATUS_CODES,
@@ -22,6 +24,7 @@ from server.errors import (
     busy_for_files,
     error_body,
     error_classes,
+    full_disk,
 )
 from server.http.validation import explained, unfit_field
 from server.telemetry.record import Record
@@ -101,10 +104,30 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(SaccadeError, _answer)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(Exception, _answer)
+    _answer_unread(app)
     for kind in OF_VALIDATORS:
         _answer_unfit(app, kind)
     app.add_exception_handler(ValueError, _answer_foreign)
     app.add_exception_handler(OverflowError, _answer_foreign)
+
+
+def _answer_unread(app: FastAPI) -> None:
+    """Answer a form whose files could not be stored while it was read, which FastAPI takes for an
+    invalid one; pass other errors on to the handler before."""
+    before: Any = app.exception_handlers.get(HTTPException, http_exception_handler)
+
+    async def answer(request: Request, error: Exception) -> Any:
+        if (shortage := _shortage(error.__cause__)) is not None:
+            log.error("failed to read a form: %s", error.__cause__)
+            return respond(shortage)
+        return await before(request, error)
+
+    app.add_exception_handler(HTTPException, answer)
+
+
+def _shortage(error: BaseException | None) -> SaccadeError | None:
+    """The error to send if the machine has no free file or no room on a disk for a request."""
+    return busy_for_files(error) or full_disk(error)
 
 
 def _answer_unfit(app: FastAPI, kind: type[Exception]) -> None:
@@ -160,7 +183,7 @@ async def _answer_foreign(request: Request, error: Exception) -> Any:
 
 async def _answer(_: Request, error: Exception) -> JSONResponse:
     # An unknown exception also reaches the outermost layer, which logs it.
-    return respond(error if isinstance(error, SaccadeError) else busy_for_files(error) or INTERNAL)
+    return respond(error if isinstance(error, SaccadeError) else _shortage(error) or INTERNAL)
 
 
 async def answer_dead_engine(_: Request, error: Exception) -> JSONResponse:
@@ -246,7 +269,7 @@ def as_clients(error: BaseException) -> SaccadeError:
             message, param = plain(str(found), getattr(found, "parameter", None))
             return ClientError(message, param=param)
         found = found.__cause__ or found.__context__
-    return busy_for_files(error) or INTERNAL
+    return _shortage(error) or INTERNAL
 
 
 def _written(

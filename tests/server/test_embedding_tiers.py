@@ -38,6 +38,7 @@ from tests.embeddings import (
     wait_until,
 )
 from tests.redis_server import RedisServer, redis_server
+from tests.small_disks import filled, small_disk
 
 OTHER = "f" * 32
 FILE_BYTES = len(head("0" * 64, PAGE, "0" * 64)) + PAGE.nbytes
@@ -485,6 +486,35 @@ def test_a_failing_disk_causes_misses_and_recovers(
     assert read(tier, "after") == content("after")
     assert not list(tmp_path.rglob("*.part"))
     assert store.arena.free_bytes == store.arena.nbytes
+
+
+@pytest.mark.parametrize("at_the_start", [False, True])
+def test_a_full_disk_causes_misses_and_is_used_again_when_it_has_room(
+    at_the_start: bool, tmp_path: Path
+) -> None:
+    with small_disk(tmp_path) as disk:
+        directory = disk / "cache"
+        if not at_the_start:
+            tier = open_disk(directory)
+            write(tier, "before")
+        with filled(disk):
+            if at_the_start:
+                tier = open_disk(directory)
+            else:
+                assert read(tier, "before") == content("before")
+            store = EmbeddingStore(Arena(32 * PAGE_BYTES), [tier])
+            for number in range(5):
+                assert seek(store, f"absent{number}") is None
+                assert keep(store, str(number))
+                assert stored(store, str(number)) == content(str(number))
+                wait_until(lambda: not store._writes)
+            assert store.snapshot()["disk"]["errors"]
+        wait_until(lambda: tier.breaker.may_try)
+        assert keep(store, "after")
+        store.close()
+        assert read(tier, "after") == content("after")
+        assert not list(directory.rglob("*.part"))
+        assert tier.size()["bytes"] == on_disk(directory)
 
 
 def test_a_usage_lock_held_by_a_hung_server_fails_writes_but_not_reads(

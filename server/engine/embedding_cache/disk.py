@@ -34,6 +34,7 @@ from server.engine.embedding_cache.tier import (
     head,
     header_length,
 )
+from server.errors import full_disk
 
 _SUFFIX = ".safetensors"
 _UNFINISHED = ".part"
@@ -113,7 +114,8 @@ class DiskTier:
     name = "disk"
 
     def __init__(self, directory: Path, namespace: str, max_bytes: int) -> None:
-        """Raises OSError if the directory cannot be created, read or written."""
+        """Raises OSError if the directory cannot be created, read or written, but not if its disk
+        is full, since room may become free."""
         self.counts = Counts()
         self.breaker = Breaker()
         self._root = directory
@@ -125,10 +127,14 @@ class DiskTier:
         self._order: S3Fifo[Path] = S3Fifo()
         self._bytes = 0
         self._scan_at = 0.0
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with self._usage.locked() as usage:
-            self._scan(usage)
-            self._make_room(0, usage)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with self._usage.locked() as usage:
+                self._scan(usage)
+                self._make_room(0, usage)
+        except OSError as error:
+            if full_disk(error) is None:
+                raise
 
     def read(self, key: str, spec: Spec, into: Sequence[memoryview]) -> bool:
         path = self._path(key)

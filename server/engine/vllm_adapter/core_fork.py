@@ -51,8 +51,9 @@ def prepare() -> None:
         return
     resource_tracker.ensure_running()  # the processes share it
     ours, theirs = socket.socketpair()
-    sys.stdout.flush()  # else both processes would write what is buffered
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # the disk with the log is full
+            stream.flush()  # else both processes would write what is buffered
     parent = os.getpid()
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     pid = os.fork()

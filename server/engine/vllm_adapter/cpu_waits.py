@@ -12,15 +12,13 @@ processes that only yield can keep those of other sessions from the cores for ma
 (vLLM's own blocking wait, which it takes after that second, is no way out: it may miss a message
 that comes at the wrong moment, and then sleeps until its next check.)
 
-The front end notes in shared memory when there was image work last.
+The front end notes in shared memory when there was image work last. The memory is anonymous: a
+write to a mapped file would kill the process (SIGBUS) when the disk of the file is full.
 """
 
-import atexit
 import mmap
 import os
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 from server.engine.vllm_adapter import plugin
@@ -36,12 +34,10 @@ _last_work: Any = None  # a memoryview of doubles
 def ask() -> None:
     """Ask for it in the vLLM processes that this process starts from now on."""
     global _last_work
-    fd, path = tempfile.mkstemp(prefix="saccade-work-")
+    fd = os.memfd_create("saccade-work")  # open as long as this process lives, for the others
     os.ftruncate(fd, mmap.PAGESIZE)
     _last_work = memoryview(mmap.mmap(fd, mmap.PAGESIZE)).cast("d")
-    os.close(fd)
-    plugin.ask(image_work=path)
-    atexit.register(Path(path).unlink, missing_ok=True)
+    plugin.ask(image_work=f"/proc/{os.getpid()}/fd/{fd}")
 
 
 def note_work() -> None:

@@ -667,6 +667,8 @@ def _layout(components: list[Component], planes: _Ints) -> _Ints:
 
 # The largest mean difference, of 255, from libjpeg's picture reduced afterwards, on smooth waves.
 _LIKENESS = 3.0
+# More than there are functions to compile.
+_MOST_FAILURES_TO_CACHE = 100
 
 
 def agrees_with_libjpeg() -> bool:
@@ -674,11 +676,15 @@ def agrees_with_libjpeg() -> bool:
 
     Call it once before workers are forked: it compiles or loads everything that `decode` needs.
     """
-    try:
-        return all(_is_alike(file, scale) for file in _waves() for scale in SCALES)
-    except Exception:  # from numba or LLVM; the server works without this decoder
-        log.exception("failed to set up the reduced JPEG decoder; using libjpeg instead")
-        return False
+    for left in reversed(range(_MOST_FAILURES_TO_CACHE)):
+        try:
+            return all(_is_alike(file, scale) for file in _waves() for scale in SCALES)
+        except Exception as error:  # from numba or LLVM; the server works without this decoder
+            # On a full disk, numba compiles a function and then fails to cache it.
+            if not isinstance(error, OSError) or not left:
+                log.exception("failed to set up the reduced JPEG decoder; using libjpeg instead")
+                break
+    return False
 
 
 def _is_alike(file: bytes, scale: int) -> bool:

@@ -22,7 +22,7 @@ def _compiled(signature: str, checked: bool = True) -> Callable[[_F], _F]:
         options = {"nogil": True, "boundscheck": checked}
         try:
             done: _F = njit(signature, cache=True, **options)(function)
-        except RuntimeError:  # no folder for the compiled code is writable
+        except (RuntimeError, OSError):  # no folder for the code is writable, or its disk is full
             done = njit(signature, **options)(function)
         return done
 

@@ -30,6 +30,7 @@ from server.errors import (
     ServerBusy,
     UnknownFile,
     busy_for_files,
+    full_disk,
 )
 
 log = logging.getLogger("saccade")
@@ -250,4 +251,8 @@ def _translated() -> Iterator[None]:
         if (busy := busy_for_files(error)) is not None:
             raise busy from None
         log.error("--files-dir: %s", error)
-        raise FileStorageFailed("the server cannot read or write its stored files") from None
+        raise full_disk(error) or _unusable() from None
+
+
+def _unusable() -> FileStorageFailed:
+    return FileStorageFailed("the server cannot read or write its stored files")

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Literal, Self, TypeVar
 
 from blake3 import blake3
 
-from server.errors import FileQuotaExceeded, FileStorageFailed, ImageTooLarge
+from server.errors import FileQuotaExceeded, FileStorageFailed, ImageTooLarge, SaccadeError
 from server.imaging.encoded import digest
 from server.ingest.files.disk import FileDisk, Purpose, StoredFile, new_file, unknown_file
 from server.telemetry import metrics
@@ -224,7 +224,7 @@ class FileStore:
             if not self._disk.has_blob(folder, file):
                 self._disk.write_blob(folder, file, data)
             self._disk.write_record(folder, file)
-        except FileStorageFailed:
+        except SaccadeError:
             if file.digest not in index.uses:
                 self._disk.remove_blob(folder, file.digest)
             raise
