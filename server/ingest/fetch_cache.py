@@ -20,11 +20,12 @@ and requests but not for aiohttp, stores in SQLite and Redis only, and has no cl
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import httpx
 from cachetools import LRUCache
 
+from server.ingest.clock import Clock
 from server.ingest.freshness import HttpHeader, ResponseHead
 from server.telemetry import metrics
 
@@ -32,14 +33,6 @@ from server.telemetry import metrics
 LARGEST_SHARE = 8
 # Most bytes of Python objects in an entry, besides those that are counted.
 ENTRY_BYTES = 2048
-
-
-class Clock(Protocol):
-    """The clocks of the module `time`, in seconds."""
-
-    def time(self) -> float: ...
-
-    def monotonic(self) -> float: ...
 
 
 class CacheKey(NamedTuple):

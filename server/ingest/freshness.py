@@ -4,7 +4,8 @@ fresh, and how it is revalidated.
 The rules are those of a private cache that serves nothing stale and guesses no lifetime. So
 `private`, `s-maxage`, `must-revalidate`, `immutable` and the `stale-` directives change nothing,
 and a response that states no lifetime is stale at once. Malformed or contradictory directives and
-dates shorten the time for which a response is fresh; they never extend it.
+dates shorten the time for which a response is fresh; they never extend it. Neither does a wrong
+clock of this machine: `Expires` counts only from the `Date` beside it.
 """
 
 import re
@@ -75,7 +76,7 @@ class ResponseHead:
         # Section 5.1: the first of several ages counts, and an invalid one is ignored.
         stated_age = _seconds(self._list(b"age").split(b",")[0].strip()) or 0
         age = max(apparent_age, stated_age + delay_s)  # section 4.2.3
-        return self._lifetime(received_at if date is None else date) - age
+        return self._lifetime(date) - age
 
     def conditions(self) -> list[HttpHeader]:
         """The request header fields that revalidate the response (section 4.3.1)."""
@@ -99,7 +100,7 @@ class ResponseHead:
         lasting = {n: values for n, values in self.fields.items() if n not in _OF_ONE_MESSAGE}
         return type(self)({**lasting, **newer.fields})
 
-    def _lifetime(self, date: float) -> float:
+    def _lifetime(self, date: float | None) -> float:
         """Freshness lifetime in seconds (section 4.2.1) of a response that was made at `date`."""
         directives = self._directives()
         if b"no-cache" in directives:  # even with field names, as section 5.2.2.4 allows
@@ -107,7 +108,7 @@ class ResponseHead:
         if ages := directives.get(b"max-age"):
             return (len(ages) == 1 and _seconds(*ages)) or 0
         expires = _date(self._only(b"expires"))
-        return 0 if expires is None else expires - date
+        return 0 if expires is None or date is None else expires - date
 
     def _directives(self) -> dict[bytes, set[bytes]]:
         """Cache-Control as {directive: its different values}; `no-store` if it is malformed."""

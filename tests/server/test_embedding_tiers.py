@@ -1,6 +1,7 @@
 """The disk and shared tiers of the embedding cache, and how they fail."""
 
 import contextlib
+import fcntl
 import os
 import resource
 import shutil
@@ -329,7 +330,7 @@ def test_killed_servers_lose_only_the_entries_being_written(tmp_path: Path) -> N
                 child.stdout.close()
         assert on_disk(tmp_path) <= 20 * FILE_BYTES
         whole, unfinished = entry_files(tmp_path), list(tmp_path.glob("*/*/*.part"))
-        assert len(unfinished) <= killed, "each was writing at most one, too new to remove"
+        assert len(unfinished) <= killed, "each was writing at most one"
         assert len(whole) + len(unfinished) >= 18, "each may have evicted one and written none"
         for path in whole:
             assert path.stat().st_size == FILE_BYTES
@@ -342,19 +343,40 @@ def test_killed_servers_lose_only_the_entries_being_written(tmp_path: Path) -> N
         assert on_disk(tmp_path) <= 20 * FILE_BYTES
 
 
-def test_only_old_partial_files_are_removed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("modified", [1, 1 << 33], ids=["long ago", "in the future"])
+def test_a_partial_file_is_removed_unless_its_writer_goes_on(tmp_path: Path, modified: int) -> None:
+    """Whatever the clocks say of its age."""
     folder = tmp_path / NAMESPACE / "ab"
     folder.mkdir(parents=True)
-    old, new = (folder / f"{'ab' * 32}.{digit * 16}.part" for digit in "01")
-    for path in (old, new):
+    left, written = (folder / f"{'ab' * 32}.{digit * 16}.part" for digit in "01")
+    for path in (left, written):
         path.write_bytes(bytes(FILE_BYTES))
-    os.utime(old, (1, 1))
-    tier = open_disk(tmp_path, files=3)
-    assert (old.exists(), new.exists()) == (False, True)
-    for number in range(5):
-        write(tier, str(number))
-    assert on_disk(tmp_path) == 3 * FILE_BYTES, "a new partial file counts, too"
-    assert new.exists()
+        os.utime(path, (modified, modified))
+    with written.open("r+b") as writer:
+        fcntl.flock(writer, fcntl.LOCK_EX)
+        tier = open_disk(tmp_path, files=3)
+        assert (left.exists(), written.exists()) == (False, True)
+        for number in range(5):
+            write(tier, str(number))
+        assert on_disk(tmp_path) == 3 * FILE_BYTES, "a file that is being written counts, too"
+        assert written.exists()
+
+
+def test_a_file_that_is_being_written_survives_the_scan_of_another_server(tmp_path: Path) -> None:
+    class Scanned(list[memoryview]):
+        """Another server starts when the checksum is computed, and again during the write."""
+
+        starts = 0
+
+        def __iter__(self) -> Iterator[memoryview]:
+            self.starts += 1
+            open_disk(tmp_path)
+            return super().__iter__()
+
+    tier, data = open_disk(tmp_path), Scanned(pieces(content("a")))
+    tier.write(stored_name("a"), PAGE, data)
+    assert data.starts >= 2
+    assert read(tier, "a") == content("a")
 
 
 def test_a_server_reads_entries_that_another_wrote(tmp_path: Path) -> None:

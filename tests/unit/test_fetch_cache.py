@@ -4,7 +4,7 @@ import asyncio
 import gzip
 import os
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -273,6 +273,13 @@ def test_no_cache_is_revalidated_each_time(bench: Bench) -> None:
     assert bench.outcome(3).revalidated == 2
 
 
+def dated(bench: Bench, lines: Sequence[str]) -> Iterator[str]:
+    """The header lines, with a date in the place of "{+60}": 60 seconds from now."""
+    for line in lines:
+        name, brace, rest = line.partition("{")
+        yield name + bench.clock.date(float(rest[:-1] or 0)) if brace else line
+
+
 @pytest.mark.parametrize(
     ("headers", "hits"),
     [
@@ -280,7 +287,7 @@ def test_no_cache_is_revalidated_each_time(bench: Bench) -> None:
         (["Cache-Control: max-age=60", "Cache-Control: no-store"], 0),
         (["Cache-Control: max-age=60", "Cache-Control: max-age=0"], 0),
         (["Expires: {+60}", "Date: {}"], 1),
-        (["Expires: {+60}"], 1),
+        (["Expires: {+60}"], 0),
         (["Expires: {+60}", "Expires: {+60}", "Date: {}"], 1),
         (["Expires: {+60}", "Expires: {+90}"], 0),
         (["Expires: {}", "Date: {}"], 0),
@@ -290,11 +297,11 @@ def test_no_cache_is_revalidated_each_time(bench: Bench) -> None:
         (["Expires: {-60}", "Cache-Control: max-age=60"], 1),
         (["Expires: {+60}", "Date: {+30}"], 1),
         (["Expires: {+60}", "Date: {+60}"], 0),
-        (["Expires: {+60}", "Date: garbage"], 1),
-        (["Expires: Fri, 31 Dec 99999 23:59:59 GMT"], 0),
-        (["Expires: Fri, 31 Dec 2100 23:59:59 +0000"], 0),
-        (["Expires: Friday, 31-Dec-60 23:59:59 GMT"], 1),
-        (["Expires: Fri Dec 31 23:59:59 2060"], 1),
+        (["Expires: {+60}", "Date: garbage"], 0),
+        (["Expires: Fri, 31 Dec 99999 23:59:59 GMT", "Date: {}"], 0),
+        (["Expires: Fri, 31 Dec 2100 23:59:59 +0000", "Date: {}"], 0),
+        (["Expires: Friday, 31-Dec-60 23:59:59 GMT", "Date: {}"], 1),
+        (["Expires: Fri Dec 31 23:59:59 2060", "Date: {}"], 1),
         (["Cache-Control: max-age=60", "Date: {-59}"], 1),
         (["Cache-Control: max-age=60", "Date: {-60}"], 0),
         (["Cache-Control: max-age=60", "Date: {+9999}"], 1),
@@ -317,12 +324,51 @@ def test_no_cache_is_revalidated_each_time(bench: Bench) -> None:
 def test_header_fields_decide_if_an_entry_is_fresh(
     bench: Bench, headers: list[str], hits: int
 ) -> None:
-    def dated(line: str) -> str:
-        name, brace, rest = line.partition("{")
-        return name + bench.clock.date(float(rest[:-1] or 0)) if brace else line
-
-    bench.put(*map(dated, headers))
+    bench.put(*dated(bench, headers))
     assert bench.outcome().hits == hits
+
+
+DAY_S = 86_400.0
+
+
+@pytest.mark.parametrize("jump_s", [DAY_S, -DAY_S])
+@pytest.mark.parametrize(
+    "headers",
+    [["Cache-Control: max-age=60"], ["Cache-Control: max-age=60", "Age: 0"], ["Expires: {+60}"]],
+)
+def test_a_jump_of_the_clock_does_not_change_how_long_an_entry_is_fresh(
+    bench: Bench, headers: list[str], jump_s: float
+) -> None:
+    picture = bench.put(*dated(bench, ["Date: {}", *headers]))
+    bench.outcome(1)
+    bench.clock.ahead_s += jump_s
+    bench.clock.now += 59
+    bench.outcome(1)
+    assert len(picture.visits) == 1
+    bench.clock.now += 1
+    bench.outcome(1)
+    assert len(picture.visits) == 2
+
+
+@pytest.mark.parametrize("ahead_s", [DAY_S, -DAY_S, -1.8e9])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        ["Cache-Control: max-age=60", "Date: {}"],
+        ["Cache-Control: max-age=60"],
+        ["Expires: {+60}", "Date: {}"],
+        ["Expires: {+60}"],
+    ],
+)
+def test_no_entry_is_fresh_for_longer_while_the_clock_is_wrong(
+    bench: Bench, headers: list[str], ahead_s: float
+) -> None:
+    picture = bench.put(*dated(bench, headers))  # by the origin's clock
+    bench.clock.ahead_s = ahead_s
+    bench.outcome(1)
+    bench.clock.now += 60
+    bench.outcome(1)
+    assert len(picture.visits) == 2
 
 
 def test_an_unrepresentably_long_lifetime_is_bounded(bench: Bench) -> None:
@@ -359,7 +405,8 @@ def test_the_local_time_zone_does_not_change_lifetimes(
     monkeypatch.setenv("TZ", "Pacific/Kiritimati")
     time.tzset()
     try:
-        head = ResponseHead.of([(b"expires", b"Sun Nov  6 08:49:37 1994")])
+        made = (b"date", b"Sun Nov  6 08:49:27 1994")
+        head = ResponseHead.of([made, (b"expires", b"Sun Nov  6 08:49:37 1994")])
         assert head.fresh_s(784111777.0 - 10, 0) == 10
     finally:
         monkeypatch.undo()

@@ -26,13 +26,18 @@ from tests.scarce_files import no_free_files
 
 
 class Clock:
-    """A clock that stands still until the test advances it."""
+    """Clocks that stand still until the test advances them. The wall clock jumps with `ahead_s`,
+    by which it is wrong."""
 
     def __init__(self) -> None:
         self.now = 1_800_000_000.0
+        self.ahead_s = 0.0
 
-    def __call__(self) -> float:
-        return self.now
+    def time(self) -> float:
+        return self.now + self.ahead_s
+
+    def monotonic(self) -> float:
+        return self.now - 1_000_000_000
 
 
 @contextlib.asynccontextmanager
@@ -274,6 +279,46 @@ def test_an_expired_file_disappears_everywhere_at_once(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("jump_s", [86_400, -86_400])
+def test_a_jump_of_the_clock_neither_deletes_a_file_nor_keeps_it(
+    tmp_path: Path, jump_s: float
+) -> None:
+    clock = Clock()
+
+    async def run() -> None:
+        async with opened(tmp_path, clock=clock) as store:
+            early = await put(store, b"early", seconds=3600)
+            clock.ahead_s = jump_s
+            late = await put(store, b"late", seconds=3600)
+            assert (late.created_at, late.expires_at) == (clock.time(), clock.time() + 3600)
+            clock.now += 3599
+            await store._in_writer(store._sweep)
+            assert ids(store, order="asc") == [early.id, late.id]
+            clock.now += 1
+            assert ids(store) == []
+            await store._in_writer(store._sweep)
+            assert records(tmp_path) == []
+
+    asyncio.run(run())
+
+
+def test_a_file_of_a_clock_that_was_set_back_lives_no_longer_than_it_should(tmp_path: Path) -> None:
+    clock = Clock()
+
+    async def run() -> None:
+        clock.ahead_s = 86_400
+        async with opened(tmp_path, clock=clock) as store:
+            await put(store, b"short", seconds=3600)
+        clock.ahead_s = 0
+        async with opened(tmp_path, clock=clock) as store:
+            clock.now += 3599
+            assert len(ids(store)) == 1
+            clock.now += 1
+            assert ids(store) == []
+
+    asyncio.run(run())
+
+
 def test_expired_files_are_swept_while_the_server_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,12 +341,12 @@ def test_expired_files_free_their_quota_and_lifetimes_are_capped(tmp_path: Path)
     async def run() -> None:
         async with opened(tmp_path, Quota(max_files=1), clock=clock, ttl_s=5000) as store:
             file = await put(store, b"old", seconds=3600)
-            assert file.expires_at == int(clock.now) + 3600
+            assert file.expires_at == int(clock.time()) + 3600
             clock.now += 3600
-            assert (await put(store, b"new")).expires_at == int(clock.now) + 5000
+            assert (await put(store, b"new")).expires_at == int(clock.time()) + 5000
             clock.now += 5000
             newest = await put(store, b"newest", seconds=9999)
-            assert newest.expires_at == int(clock.now) + 5000
+            assert newest.expires_at == int(clock.time()) + 5000
 
     asyncio.run(run())
 

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 from server.engine.embedding_cache.index import S3Fifo
@@ -40,8 +41,6 @@ _SUFFIX = ".safetensors"
 _UNFINISHED = ".part"
 _NAME = re.compile(r"[0-9a-f]{64}(\.safetensors|\.[0-9a-f]{16}\.part)")
 _SCAN_INTERVAL_S = 60.0
-# An unfinished file that is older than this was abandoned by its writer.
-_LONGEST_WRITE_S = 600.0
 _NUMBER = struct.Struct("<Q")
 _LONGEST_WAIT_S = 5.0
 _POLL_INTERVAL_S = 0.002
@@ -105,6 +104,18 @@ def _lock(fd: int) -> None:
             if time.monotonic() > deadline:
                 raise TimeoutError("another server keeps the cache directory locked") from None
         time.sleep(_POLL_INTERVAL_S)
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a thread or a server writes the file, which may be gone."""
+    try:
+        with FileIO(path, "r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    except FileNotFoundError:
+        return False
+    return False
 
 
 class DiskTier:
@@ -174,16 +185,17 @@ class DiskTier:
         size = len(start) + spec.nbytes
         part = path.with_suffix(f".{secrets.token_hex(8)}{_UNFINISHED}")
         try:
-            if not self._reserve(part, size):
+            file = self._reserve(part, size)
+            if file is None:
                 self.counts.add("dropped")
                 return
-            with part.open("r+b", buffering=0) as file:
+            with file:
                 for piece in (memoryview(start), *data):
                     written = 0
                     while written < len(piece):
                         written += file.write(piece[written:])
-            with self._usage.locked():  # no scan runs meanwhile
-                part.replace(path)
+                with self._usage.locked():  # no scan runs meanwhile
+                    part.replace(path)
         except BaseException:
             self._give_up(part, size)
             raise
@@ -216,19 +228,25 @@ class DiskTier:
 
     # ------------------------------------------------------------------ space
 
-    def _reserve(self, part: Path, size: int) -> bool:
-        """Create a file of `size` bytes to write to; False if there is no room for it."""
+    def _reserve(self, part: Path, size: int) -> FileIO | None:
+        """Create a file of `size` bytes to write to, which is locked while it is open; None if
+        there is no room for it."""
         self._root.mkdir(parents=True, exist_ok=True)
         with self._usage.locked() as usage:
             if usage.nbytes is None or time.monotonic() > self._scan_at:
                 self._scan(usage)
             if not self._make_room(size, usage):
-                return False
+                return None
             part.parent.mkdir(parents=True, exist_ok=True)
             usage.add(size)
-            with part.open("wb") as file:
+            file = FileIO(part, "w")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
                 file.truncate(size)
-        return True
+            except BaseException:
+                file.close()
+                raise
+        return file
 
     def _give_up(self, part: Path, size: int) -> None:
         with contextlib.suppress(OSError):
@@ -283,12 +301,13 @@ class DiskTier:
         return size
 
     def _scan(self, usage: UsageCount) -> None:
-        """Count all files, add unknown ones to the index, oldest first, and delete abandoned
-        ones."""
+        """Count all files, add unknown ones to the index, oldest first, and delete those whose
+        writer has ended. Call it with the usage locked, so that no file is between its creation and
+        its lock."""
         self._scan_at = time.monotonic() + _SCAN_INTERVAL_S
         total, present = 0, set()
-        for modified, path, size in sorted(self._files()):
-            if path.suffix == _UNFINISHED and time.time() - modified > _LONGEST_WRITE_S:
+        for _, path, size in sorted(self._files()):
+            if path.suffix == _UNFINISHED and not _is_locked(path):
                 path.unlink(missing_ok=True)
                 continue
             total += size

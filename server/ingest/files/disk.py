@@ -71,8 +71,13 @@ class StoredFile(msgspec.Struct, frozen=True):
         """In seconds since 1970."""
         return self.created_ns // _NS_PER_S
 
-    def is_expired(self, now: float) -> bool:
-        return self.expires_at is not None and self.expires_at <= now
+    def left_s(self, now: float) -> float | None:
+        """For how long the file lives on if the clock that shows `now`, in seconds since 1970, is
+        right; None: for ever. At most the lifetime that it had at first, which `now` exceeds if the
+        clock was set back."""
+        if self.expires_at is None:
+            return None
+        return min(self.expires_at - now, self.expires_at - self.created_at)
 
 
 def new_file(

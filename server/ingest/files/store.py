@@ -11,12 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Literal, Self, TypeVar
+from typing import Any, BinaryIO, Literal, NamedTuple, Self, TypeVar
 
 from blake3 import blake3
 
 from server.errors import FileQuotaExceeded, FileStorageFailed, ImageTooLarge, SaccadeError
 from server.imaging.encoded import digest
+from server.ingest.clock import Clock
 from server.ingest.files.disk import FileDisk, Purpose, StoredFile, new_file, unknown_file
 from server.telemetry import metrics
 
@@ -35,17 +36,28 @@ class Quota:
     max_files: int | None = None
 
 
+class _Kept(NamedTuple):
+    """A file, and when it expires, in seconds on the monotonic clock; None: never."""
+
+    file: StoredFile
+    until: float | None
+
+    def is_expired(self, now: float) -> bool:
+        return self.until is not None and self.until <= now
+
+
 @dataclass
 class _Group:
     """The files of one group by id, oldest first. `uses` counts the files of each digest; `nbytes`
     counts each content once."""
 
-    files: dict[str, StoredFile] = field(default_factory=dict)
+    files: dict[str, _Kept] = field(default_factory=dict)
     uses: Counter[str] = field(default_factory=Counter)
     nbytes: int = 0
 
-    def add(self, file: StoredFile) -> None:
-        self.files[file.id] = file
+    def add(self, kept: _Kept) -> None:
+        file = kept.file
+        self.files[file.id] = kept
         self.nbytes += 0 if self.uses[file.digest] else file.size
         self.uses[file.digest] += 1
 
@@ -62,6 +74,9 @@ class FileStore:
 
     One thread makes all changes, one after another. Readers on the event loop and in other threads
     always find a consistent index, since a single dict operation makes each change visible.
+
+    A file expires at a time of day, which its client knows. How long that takes is computed when
+    the file is stored and when the server starts, so a clock that jumps meanwhile changes nothing.
     """
 
     def __init__(
@@ -70,10 +85,10 @@ class FileStore:
         server: Quota,
         group: Quota,
         ttl_s: int | None,
-        clock: Callable[[], float] = time.time,
+        clock: Clock = time,
     ) -> None:
         """`server` limits the files of all groups together, `group` those of each; no file lives
-        longer than `ttl_s`. `clock` gives seconds since 1970."""
+        longer than `ttl_s`."""
         self._disk = FileDisk(root)
         self._server_quota = server
         self._group_quota = group
@@ -130,14 +145,16 @@ class FileStore:
         """
         if after is not None:
             self.get(group, after)
-        index, now = self._groups.get(_folder(group), _Group()), self._clock()
+        index, now = self._groups.get(_folder(group), _Group()), self._clock.monotonic()
         files = list(index.files.values())
-        rest: Iterator[StoredFile] = iter(files if order == "asc" else reversed(files))
+        rest: Iterator[_Kept] = iter(files if order == "asc" else reversed(files))
         if after is not None:
-            rest = itertools.dropwhile(lambda file: file.id != after, rest)
+            rest = itertools.dropwhile(lambda kept: kept.file.id != after, rest)
             next(rest, None)
         found = (
-            file for file in rest if purpose in (None, file.purpose) and not file.is_expired(now)
+            kept.file
+            for kept in rest
+            if purpose in (None, kept.file.purpose) and not kept.is_expired(now)
         )
         page = list(itertools.islice(found, limit + 1))
         return page[:limit], len(page) > limit
@@ -173,10 +190,14 @@ class FileStore:
 
     def _found(self, folder: str, file_id: str) -> StoredFile:
         index = self._groups.get(folder)
-        file = index.files.get(file_id) if index else None
-        if file is None or file.is_expired(self._clock()):
+        kept = index.files.get(file_id) if index else None
+        if kept is None or kept.is_expired(self._clock.monotonic()):
             raise unknown_file()
-        return file
+        return kept.file
+
+    def _kept(self, file: StoredFile) -> _Kept:
+        left_s = file.left_s(self._clock.time())
+        return _Kept(file, None if left_s is None else self._clock.monotonic() + left_s)
 
     # ------------------------------------------------------------------ changing
 
@@ -204,7 +225,7 @@ class FileStore:
         for folder, files in self._disk.load():
             index = self._groups[folder] = _Group()
             for file in files:
-                index.add(file)
+                index.add(self._kept(file))
         self._sweep()
         self._count()
 
@@ -213,7 +234,7 @@ class FileStore:
     ) -> StoredFile:
         lifetimes = [seconds for seconds in (lifetime_s, self._ttl_s) if seconds is not None]
         lifetime_s = min(lifetimes, default=None)
-        file = new_file(digest(data), len(data), filename, purpose, self._clock(), lifetime_s)
+        file = new_file(digest(data), len(data), filename, purpose, self._clock.time(), lifetime_s)
         try:
             self._check_quotas(folder, file)
         except FileQuotaExceeded:
@@ -228,7 +249,7 @@ class FileStore:
             if file.digest not in index.uses:
                 self._disk.remove_blob(folder, file.digest)
             raise
-        index.add(file)
+        index.add(self._kept(file))
         self._count()
         return file
 
@@ -252,11 +273,11 @@ class FileStore:
 
     def _sweep(self) -> None:
         """Remove expired files."""
-        now = self._clock()
+        now = self._clock.monotonic()
         for folder, index in self._groups.items():
-            for file in [file for file in index.files.values() if file.is_expired(now)]:
+            for kept in [kept for kept in index.files.values() if kept.is_expired(now)]:
                 with contextlib.suppress(FileStorageFailed):  # logged; the next sweep tries again
-                    self._remove(folder, file)
+                    self._remove(folder, kept.file)
         self._count()
 
     async def _sweep_periodically(self) -> None:
