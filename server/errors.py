@@ -129,7 +129,8 @@ class MediaProcessingTimeout(ClientError):
 
 
 class MediaProcessingFailed(ClientError):
-    """The process that decoded the video or audio clip died."""
+    """The process that decoded the video or audio clip died, or the second one was killed for
+    memory."""
 
     code = "media_processing_failed"
 
@@ -319,8 +320,8 @@ class EngineQueueFull(ServerBusy):
 
 
 class WorkerLost(SaccadeError):
-    """The processes that worked for the request were killed or stopped, on both attempts; retry
-    after `Retry-After`."""
+    """The processes that worked for the request were killed or stopped, on both attempts, or no
+    image worker is up because they die again and again; retry after `Retry-After`."""
 
     status = 503
     code = "worker_lost"

@@ -13,10 +13,12 @@ from io import BytesIO
 from pathlib import Path
 
 import cv2
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from server.errors import InvalidVideo
+from server.ingest.video import VideoAnswer
 from server.workers.sandbox import Output
 from tests import intrusions
 
@@ -121,6 +123,13 @@ def _hang(job: bytes, argument: str) -> Output:
     return Output(job)
 
 
+def _rest(job: bytes, argument: str) -> Output:
+    """A video of one picture, after a second without work."""
+    time.sleep(1)
+    answer = msgspec.msgpack.encode(VideoAnswer({}))
+    return Output(answer, [np.zeros((1, 2, 2, 3), np.uint8)])
+
+
 def _spin(job: bytes, argument: str) -> Output:
     while True:
         pass
@@ -160,6 +169,7 @@ def _intrude(job: bytes, argument: str) -> Output:
 _COMMANDS: dict[str, Callable[[bytes, str], Output]] = {
     "echo": _echo,
     "hang": _hang,
+    "rest": _rest,
     "spin": _spin,
     "die": _die,
     "grow": _grow,

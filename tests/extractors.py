@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -20,6 +21,34 @@ from server.workers.jobs import PictureJob, ProcessJob, decode_kwargs
 from server.workers.shared_memory import Segment
 from server.workers.worker import Array, Extractor, Feature
 from tests import intrusions
+
+# In a file, what makes its job wait for a test; behind it is a path of `wait_in_stage`.
+HELD = b"\n%held "
+
+
+# The frame of an animation at which it waits.
+HELD_FRAME = 3
+
+
+def wait_in_stage(path: Path) -> None:
+    """Create `path` with the suffix `.begun`, and wait until `path` exists."""
+    path.with_suffix(".begun").touch()
+    while not path.exists():
+        time.sleep(0.005)
+
+
+class HeldArray(np.ndarray[Any, Any]):
+    """Waits for the file `path` when it is copied into the memory of the result."""
+
+    path: Path
+    asked = 0
+
+    @property
+    def nbytes(self) -> int:  # asked for the layout, and again for the copy
+        self.asked += 1
+        if self.asked == 2:
+            wait_in_stage(self.path)
+        return super().nbytes
 
 
 class Commanded:
@@ -35,6 +64,8 @@ class Commanded:
         self, data: bytes, job: PictureJob, animation: OpenAnimation | None = None
     ) -> Decoded:
         self._data = data
+        if HELD in data and job.frame >= HELD_FRAME * (job.format == "GIF"):
+            wait_in_stage(Path(os.fsdecode(data.partition(HELD)[2])))
         if job.format == "GIF":
             return decode(data, DecodeOptions(frame=job.frame), None, animation)
         if job.format == "PDF":
@@ -72,6 +103,10 @@ class Commanded:
             return {"found": ", ".join(intrusions.not_prevented(int(argument)))}
         elif command == "say":
             print(argument * 1000, file=sys.stderr)
+        elif command == "hold-result":
+            held = np.frombuffer(self._data, np.uint8).view(HeldArray)
+            held.path = Path(argument)
+            return {"bytes": Array("uint8", held)}
         elif command == "too-long":
             return {"list": list(range(100_000))}
         elif command == "rogue":

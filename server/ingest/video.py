@@ -175,7 +175,9 @@ class ClipDecoder:
                 return await self._sandbox.run(self._prepare, encoded, data)
             except JobLost:  # as for pictures, a second attempt
                 return await self._sandbox.run(self._prepare, encoded, data)
-        except JobLost:
+        except JobLost as lost:
+            if lost.ran_out:
+                raise MediaProcessingFailed(f"the {kind} takes more memory than there is") from None
             raise WorkerLost(f"the processes that decoded the {kind} were lost") from None
         except JobTimedOut:
             limit = self._settings.video_timeout_s

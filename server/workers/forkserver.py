@@ -19,6 +19,7 @@ from server.workers.forkserver_process import (
     MAX_MESSAGE_BYTES,
     STATUS,
     Fork,
+    Forked,
     encoder,
     forked_decoder,
 )
@@ -27,12 +28,19 @@ from server.workers.worker import WorkerSpec
 _JOIN_TIMEOUT_S = 5.0
 # A process closes its socket some milliseconds before it is over.
 _EXIT_TIMEOUT_S = 1.0
+# A forkserver answers its first request when it has loaded the libraries. Later answers take some
+# milliseconds; one that hangs is killed, and its children end with it.
+_LOAD_TIMEOUT_S, _FORK_TIMEOUT_S = 600.0, 30.0
 _WORKER = "server.workers.worker:main"
 # Runs `forkserver_process.main` with the import path of the server.
 _PROGRAM = (
     "import sys; sys.path[:] = {path!r}; "
     "from server.workers.forkserver_process import main; main({control})"
 )
+
+
+class ForkserverLost(Exception):
+    """The forkserver has died or hangs, so no process can be started now."""
 
 
 class ForkedProcess:
@@ -62,12 +70,12 @@ class ForkedProcess:
     def kill(self) -> None:
         """Kill the process at once. Does not block, and may be called from any thread."""
         with self._lock, contextlib.suppress(ProcessLookupError):
-            if self._is_closed or self._is_over:
+            if self._is_closed:
                 return
-            if self._pidfd is None:
-                os.kill(self.pid, signal.SIGKILL)
-            else:  # unlike a pid, never refers to a later process
+            if self._pidfd is not None:  # unlike a pid, never refers to a later process
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            elif not self._is_over:
+                os.kill(self.pid, signal.SIGKILL)
 
     def end(self) -> None:
         """Kill the process, wait until it has exited and close the descriptors. Blocks."""
@@ -111,8 +119,10 @@ class Forkserver:
         self._spec = spec
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
+        self._has_answered = False
         # Held while a process is started; the forkserver starts one after the other anyway.
         self._starting = threading.Lock()
+        self._is_closed = False
 
     @property
     def sandbox_mode(self) -> SandboxMode:
@@ -141,27 +151,46 @@ class Forkserver:
     def fork(self, target: str, fds: Sequence[int]) -> ForkedProcess:
         """Start a process that calls `target`, "module:function", with copies of `fds`. Blocks.
 
-        Raises OSError or EOFError if it cannot be started, or the forkserver has died; the next
-        call starts a new one.
+        If the forkserver has died or hangs, another one is started. It, too, may die.
+
+        Raises:
+            ForkserverLost: two forkservers have died or hang, or the server is shutting down.
+            OSError: the process cannot be started.
         """
         with self._starting:
-            control = self._ensure_running()
-            socket.send_fds(control, [encoder.encode(Fork(target))], fds)
-            data, received, _, _ = socket.recv_fds(
-                control, MAX_MESSAGE_BYTES, MAX_FDS, socket.MSG_CMSG_CLOEXEC
-            )
-        if not data:
-            raise EOFError("the forkserver of the image workers has died")
-        forked = forked_decoder.decode(data)
+            try:
+                forked, received = self._ask(target, fds)
+            except ForkserverLost:
+                self._end()
+                forked, received = self._ask(target, fds)
         if not received:
             raise OSError(forked.errno, os.strerror(forked.errno))
         status, *pidfd = received
         return ForkedProcess(forked.pid, status, pidfd[0] if pidfd else None)
 
+    def _ask(self, target: str, fds: Sequence[int]) -> tuple[Forked, list[int]]:
+        """Ask the forkserver for a process; returns its answer and the descriptors in it."""
+        control = self._ensure_running()
+        control.settimeout(_FORK_TIMEOUT_S if self._has_answered else _LOAD_TIMEOUT_S)
+        try:
+            socket.send_fds(control, [encoder.encode(Fork(target))], fds)
+            data, received, _, _ = socket.recv_fds(
+                control, MAX_MESSAGE_BYTES, MAX_FDS, socket.MSG_CMSG_CLOEXEC
+            )
+        except (ConnectionError, TimeoutError) as error:
+            raise ForkserverLost(f"the forkserver of the image workers is lost: {error}") from None
+        if not data:
+            raise ForkserverLost("the forkserver of the image workers has died")
+        self._has_answered = True
+        return forked_decoder.decode(data), received
+
     def _ensure_running(self) -> socket.socket:
+        if self._is_closed:
+            raise ForkserverLost("the forkserver of the image workers has been stopped")
         if self._process is not None and self._process.poll() is not None:
             self._forget()
         if self._control is None:
+            self._has_answered = False
             self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
                 self._process = self._execute(theirs)
@@ -183,10 +212,16 @@ class Forkserver:
     def close(self) -> None:
         """Stop the forkserver and, with it, all remaining processes. Also ends a `fork` that waits
         for the forkserver, with an error."""
+        self._is_closed = True
         if (process := self._process) is not None:
             process.kill()
         with self._starting:
-            self._forget()
+            self._end()
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+        self._forget()
 
     def _forget(self) -> None:
         process, self._process = self._process, None

@@ -25,6 +25,7 @@ import msgspec
 
 from server.telemetry.log import bounded
 from server.workers import preload
+from server.workers.process import die_with_parent
 from server.workers.worker import WorkerSpec
 
 log = logging.getLogger("saccade.images")
@@ -136,6 +137,7 @@ class _Forkserver:
 
     def _fork(self, fork: Fork, fds: list[int]) -> None:
         reader, writer = os.pipe()
+        parent = os.getpid()
         with os.fdopen(reader, "rb") as status:
             try:
                 pid = os.fork()
@@ -143,7 +145,7 @@ class _Forkserver:
                 os.close(writer)
                 raise
             if pid == 0:
-                self._become(fork, fds)
+                self._become(fork, fds, parent)
             self._statuses[pid] = writer
             answer = [status.fileno()]
             with contextlib.ExitStack() as opened:
@@ -153,10 +155,11 @@ class _Forkserver:
                     opened.callback(os.close, answer[-1])
                 socket.send_fds(self._control, [encoder.encode(Forked(pid))], answer)
 
-    def _become(self, fork: Fork, fds: list[int]) -> NoReturn:
-        """Run `fork` in the new process."""
+    def _become(self, fork: Fork, fds: list[int], parent: int) -> NoReturn:
+        """Run `fork` in the new process, a child of the process `parent`."""
         code = 1
         try:
+            die_with_parent(parent)
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             self._output.write_to(_STDERR)

@@ -62,6 +62,7 @@ _BYTES_PER_PIXEL = 10
 # An abandoned task may run this long before its worker is killed. Replacing a worker takes some
 # 25 ms of one core, and most pictures take less time than this.
 ABANDONED_GRACE_S = 0.3
+_NO_WORKER = "no image worker is available: they die again and again"
 
 
 class ImagePool:
@@ -178,11 +179,12 @@ class ImagePool:
 
         Raises:
             ImageQueueFull: too many pictures wait.
-            ServerBusy: no worker is available, or the server is shutting down.
+            ServerBusy: the server is shutting down.
             InvalidImage, ImageTooLarge: the worker refused the picture.
             ImageProcessingTimeout: it took longer than `image_timeout_s`.
             ImageProcessingFailed: the second worker crashed on it, after a first was lost.
-            WorkerLost: two workers were killed or stopped while they processed it.
+            WorkerLost: two workers were killed or stopped while they processed it, or no worker is
+                up after many deaths.
         """
         return await self._run(key, data, job, record)
 
@@ -230,7 +232,7 @@ class ImagePool:
         if self._closing:
             raise ServerBusy("the server is shutting down")
         if self._slots.health.unhealthy and not self.worker_pids:
-            raise ServerBusy("no image worker is available")
+            raise WorkerLost(_NO_WORKER)
         if len(self._queue) >= self._settings.image_queue:
             raise ImageQueueFull(
                 f"{len(self._queue)} images wait to be processed, the limit is "
@@ -385,7 +387,7 @@ class ImagePool:
                 self._fail(task, WorkerLost("the workers that processed the image were lost"))
         if self._slots.health.unhealthy and not self.worker_pids:
             for waiting in list(self._queue):
-                self._fail(waiting, ServerBusy("no image worker is available"))
+                self._fail(waiting, WorkerLost(_NO_WORKER))
             self._queue.clear()
         self._dispatch()
 

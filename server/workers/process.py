@@ -18,26 +18,30 @@ _CPUCLOCK_SCHED = 2  # the clock of all threads of a process, with the kernel's 
 # Added to the badness by which the kernel chooses what to kill; the greatest value is 1000.
 _OOM_SCORE = "500"
 
+# A process that got less of a processor than this was stopped, or waits for the machine.
+_WORKING_SHARE = 0.1
 # Exit statuses of a process that others end: an operator, the kernel, its supervisor.
 KILLED = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGINT, -signal.SIGQUIT)
 
 
 def start_child(title: str) -> None:
-    """Set up this process as a child of the server: name, signals, and its end with the parent.
+    """Set up this process as a child of the server: name and signals.
 
     When memory runs out, the kernel kills this process before the server.
     """
     setproctitle.setproctitle(title)
-    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the group; the server decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
         score.write(_OOM_SCORE)
 
 
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when the thread that started it ends."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Ask the kernel to kill this process when the thread that started it ends. If `parent`, the
+    process that started it, has ended before, end at once."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 # ---------------------------------------------------------------------- imports
@@ -105,6 +109,13 @@ def processor_seconds(pid: int) -> float:
         return time.clock_gettime(clock)
     except OSError:
         return 0.0
+
+
+def has_worked(pid: int, since_s: float, limit_s: float) -> bool:
+    """Whether a process that has reached a time limit of `limit_s` is what took so long. If it has
+    hardly worked, it was stopped, or got no processor. `since_s` is what `processor_seconds` was
+    at the start."""
+    return processor_seconds(pid) - since_s >= limit_s * _WORKING_SHARE
 
 
 def out_of_memory_kills() -> int:

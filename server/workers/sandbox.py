@@ -33,8 +33,15 @@ import numpy.typing as npt
 from server.errors import SaccadeError, ServerBusy
 from server.workers import preload
 from server.workers.confinement import confine, lower_limit
-from server.workers.forkserver import ForkedProcess, Forkserver
-from server.workers.process import KILLED, mapped_bytes, start_child
+from server.workers.forkserver import ForkedProcess, Forkserver, ForkserverLost
+from server.workers.process import (
+    KILLED,
+    has_worked,
+    mapped_bytes,
+    out_of_memory_kills,
+    processor_seconds,
+    start_child,
+)
 from server.workers.shared_memory import ALIGNMENT
 
 # Limit for forking a child and for the imports that are left to it.
@@ -73,7 +80,7 @@ Prepare: TypeAlias = Callable[[bytes], Callable[[bytes], Output]]
 
 
 class JobTimedOut(Exception):
-    """The job took longer than its limit, and its process was killed."""
+    """The job took longer than its limit, worked meanwhile, and its process was killed."""
 
 
 class JobDied(Exception):
@@ -81,7 +88,12 @@ class JobDied(Exception):
 
 
 class JobLost(Exception):
-    """The process was killed by others, or its end is unknown: the job is not at fault."""
+    """The process was killed or stopped by others, or its end is unknown. The job is not at fault,
+    unless `ran_out` is set: the kernel has killed a process for memory meanwhile."""
+
+    def __init__(self, *, ran_out: bool = False) -> None:
+        super().__init__()
+        self.ran_out = ran_out
 
 
 class JobRefused(Exception):
@@ -180,6 +192,7 @@ def _run(forkserver: Forkserver, call: _Call, data: bytes, caller: socket.socket
         head = _LENGTH.pack(len(encoded)) + encoded
         _write(source, memoryview(head), 0)
         _write(source, memoryview(data), len(head))
+        memory_kills = out_of_memory_kills()
         ready, child_ready = os.pipe()
         with os.fdopen(ready, "rb") as reader, os.fdopen(child_ready, "wb") as writer:
             process = _start(forkserver, [source, result, child_ready])
@@ -195,14 +208,16 @@ def _run(forkserver: Forkserver, call: _Call, data: bytes, caller: socket.socket
         if status == -signal.SIGXCPU:
             raise JobTimedOut
         if status is None or status in KILLED:
-            raise JobLost
+            raise JobLost(ran_out=out_of_memory_kills() > memory_kills)
         raise JobDied(f"the process ended with status {status}")
 
 
 def _start(forkserver: Forkserver, fds: list[int]) -> ForkedProcess:
     try:
         return forkserver.fork("server.workers.sandbox:_main", fds)
-    except (OSError, EOFError) as error:  # the forkserver died; the next start creates one
+    except ForkserverLost as error:
+        raise JobLost from error
+    except OSError as error:  # no memory, or too many processes or files
         raise ServerBusy("failed to start a process for decoding videos") from error
 
 
@@ -211,9 +226,10 @@ def _await(process: ForkedProcess, ready: int, caller: socket.socket, timeout_s:
     left = caller.fileno()
     first = _readable([ready, process.sentinel, left], _START_TIMEOUT_S)
     if ready in first and process.sentinel not in first:
+        since_s = processor_seconds(process.pid)
         ended = _readable([process.sentinel, left], timeout_s)
         if not ended:
-            raise JobTimedOut
+            raise JobTimedOut if has_worked(process.pid, since_s, timeout_s) else JobLost
         if process.sentinel not in ended:
             raise JobDied("the caller of the job has left")
 

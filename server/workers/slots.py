@@ -16,7 +16,7 @@ from server.workers import protocol
 from server.workers.channel import WorkerChannel
 from server.workers.confinement import Confinement
 from server.workers.forkserver import Forkserver, WorkerProcess
-from server.workers.process import out_of_memory_kills, processor_seconds
+from server.workers.process import has_worked, out_of_memory_kills, processor_seconds
 from server.workers.protocol import Features
 
 log = logging.getLogger("saccade.images")
@@ -26,8 +26,6 @@ START_TIMEOUT_S = 120.0
 # is finished or no worker has died for `_CALM_S`.
 _UNHEALTHY_DEATHS = 5
 _CALM_S = 15.0
-# A worker that got less of a processor than this was stopped, or waits for the machine.
-_WORKING_SHARE = 0.1
 _SETTLE_S = 0.1
 _RESTART_DELAYS_S = (0.0, 0.1, 0.5, 2.0, 5.0)
 
@@ -72,11 +70,13 @@ _HARMLESS = (Ending.ABANDONED, Ending.GAVE_UP)
 
 @dataclass(eq=False)
 class Slot:
-    """The slot of one worker. `since` is when the worker began `task`, on `time.monotonic()`, and
-    `processor_s` the processor time that it had taken until then; `later` are the tasks that it
-    does afterwards. `timer` limits the duration of the start or of the task."""
+    """The slot of one worker. `started` is when the start of the worker began, and `since` when the
+    worker began `task`, both on `time.monotonic()`; `processor_s` is the processor time that it had
+    taken until then; `later` are the tasks that it does afterwards. `timer` limits the duration of
+    the start or of the task."""
 
     channel: WorkerChannel | None = None
+    started: float = 0.0
     task: Task | None = None
     later: deque[Task] = field(default_factory=deque)
     since: float = 0.0
@@ -114,8 +114,8 @@ class Slot:
         the task is not what took so long."""
         if self.channel is None:  # it is over
             return
-        worked_s = processor_seconds(self.channel.pid) - self.processor_s
-        self.stop(Ending.TIMED_OUT if worked_s >= limit_s * _WORKING_SHARE else Ending.STALLED)
+        worked = has_worked(self.channel.pid, self.processor_s, limit_s)
+        self.stop(Ending.TIMED_OUT if worked else Ending.STALLED)
 
     def release(self) -> Task | None:
         """Remove and return the task, and cancel the timer."""
@@ -133,13 +133,19 @@ class Slot:
 
 
 class Health:
-    """Deaths of workers since the last finished picture."""
+    """Deaths of workers since the last finished picture.
+
+    One event may end all workers, such as the end of their forkserver. So a death counts only if
+    the start of the worker began after the last death that counted.
+    """
 
     def __init__(self) -> None:
         self._died_at: list[float] = []
 
-    def note_death(self) -> None:
-        self._died_at.append(time.monotonic())
+    def note_death(self, started: float) -> None:
+        """Note that a worker died, or failed to start, whose start began at `started`."""
+        if not self._deaths() or started >= self._died_at[-1]:
+            self._died_at.append(time.monotonic())
 
     def note_finished(self) -> None:
         self._died_at.clear()
@@ -249,7 +255,7 @@ class WorkerSlots:
             log.info("image worker %d %s", channel.pid, ending)
         else:
             log.warning("image worker %d %s", channel.pid, ending)
-            self._note_death()
+            self._note_death(slot)
         self._events.on_lost(slot, ending)
         await loop.run_in_executor(self._threads, channel.end)
         self._processes.discard(process)
@@ -267,13 +273,14 @@ class WorkerSlots:
         loop = asyncio.get_running_loop()
         while slot.channel is None:
             await asyncio.sleep(self.health.restart_delay_s)
+            slot.started = time.monotonic()
             try:
                 process = await loop.run_in_executor(self._threads, self._start)
                 slot.channel = self._channel(slot, process)
             except Exception as error:
                 log.warning("failed to start image worker: %r", error)
                 slot.ending = Ending.DIED
-                self._note_death()
+                self._note_death(slot)
                 self._events.on_lost(slot, Ending.DIED)
         slot.limit(loop.time() + START_TIMEOUT_S, slot.channel.kill_unless_ready)
 
@@ -323,8 +330,8 @@ class WorkerSlots:
             return
         self._spawn(self._replace(slot, channel, process))
 
-    def _note_death(self) -> None:
-        self.health.note_death()
+    def _note_death(self, slot: Slot) -> None:
+        self.health.note_death(slot.started)
         metrics.image_worker_deaths.inc()
         if self.health.unhealthy:
             self.settled.set()  # the start of the pool stops waiting

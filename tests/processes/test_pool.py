@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import select
 import signal
 import threading
 import time
@@ -39,6 +40,7 @@ from server.workers.protocol import Features
 from server.workers.shared_memory import Segment
 from server.workers.worker import WorkerSpec
 from tests import hostile_pdfs, media
+from tests.extractors import HELD
 from tests.forked import SharedForkserver
 from tests.scarce_files import no_free_files
 
@@ -509,7 +511,7 @@ def test_repeated_worker_deaths_make_the_pool_unready_until_one_works(
     async def test() -> None:
         async with running(image_workers=1) as pool:
             for i in range(3):
-                with pytest.raises((ImageProcessingFailed, ServerBusy)):
+                with pytest.raises((ImageProcessingFailed, WorkerLost)):
                     await process(pool, f"k{i}", b"die")
             await until(lambda: bool(pool.worker_pids))
             assert not pool.ready
@@ -527,6 +529,130 @@ def test_the_pool_recovers_when_its_forkserver_is_killed() -> None:
             await until(lambda: not psutil.pid_exists(parent) or not pool.worker_pids)
             made = arrays(await process(pool, "k", b"fine"))
             assert made["bytes"].tobytes() == b"fine"
+
+    run(test)
+
+
+def _held(path: Path, data: bytes = b"") -> bytes:
+    return data + HELD + os.fsencode(path)
+
+
+def _work_in(stage: str, pool: ImagePool, path: Path) -> list[Awaitable[Any]]:
+    """Work that waits for the file `path` in a stage."""
+    if stage == "decoding":  # and one picture is queued
+        return [process(pool, f"{stage} {n}", _held(path, b"%d" % n)) for n in range(3)]
+    if stage == "returning":
+        return [process(pool, stage, b"hold-result " + os.fsencode(path))]
+    if stage == "frames":
+        return list(_frames(pool, _held(path, media.gif(6)), *range(6)))
+    page = ProcessJob("PDF", (200, 160))
+    data = _held(path, hostile_pdfs.page(content=b"0 0 9 40 re f"))
+    return [pool.process(stage, data, page, Record())]
+
+
+async def _kill(pool: ImagePool, victims: str) -> None:
+    """Kill the worker that has a task, or all of them, or their forkserver, with which they end."""
+    workers = pool.worker_pids
+    if victims == "one worker":
+        workers = [slot.channel.pid for slot in pool._slots.all if slot.task and slot.channel][:1]
+    killed = [psutil.Process(workers[0]).ppid()] if victims == "the forkserver" else workers
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+    await until(lambda: not set(workers) & set(pool.worker_pids))
+
+
+@pytest.mark.parametrize("victims", ["one worker", "all workers", "the forkserver"])
+def test_a_kill_in_any_stage_costs_no_result(victims: str, tmp_path: Path) -> None:
+    async def test() -> None:
+        async with running() as pool:
+            for stage in ("decoding", "returning", "frames", "page"):
+                path = tmp_path / stage
+                work = asyncio.gather(*_work_in(stage, pool, path))
+                await until(path.with_suffix(".begun").exists)
+                await _kill(pool, victims)
+                path.touch()
+                assert all(isinstance(each, Features) for each in await work)
+                await until(lambda: len(pool.worker_pids) == 2)
+            assert pool.ready
+
+    run(test)
+
+
+@pytest.mark.parametrize("frozen", [1, 2])
+def test_a_pdf_whose_inspection_is_killed_is_inspected_again(frozen: int) -> None:
+    async def test() -> None:
+        async with running(image_workers=frozen) as pool:
+            for pid in pool.worker_pids:
+                os.kill(pid, signal.SIGSTOP)  # so that it has the job and has not begun it
+            work = asyncio.create_task(pool.inspect_pdf(one_page_pdf(b""), 9, Record()))
+            await until(lambda: any(slot.task for slot in pool._slots.all))
+            for pid in pool.worker_pids:
+                os.kill(pid, signal.SIGKILL)
+            assert await work == ([(200.0, 200.0)], 1)
+
+    run(test)
+
+
+def test_a_result_that_was_sent_is_not_lost_with_its_worker(tmp_path: Path) -> None:
+    counter = tmp_path / "count"
+
+    async def test() -> None:
+        async with running(image_workers=1) as pool:
+            (pid,) = pool.worker_pids
+            work = asyncio.create_task(process(pool, "k", f"count {counter}\n".encode()))
+            await asyncio.sleep(0)
+            assert pool._slots.all[0].task is not None
+            channel = pool._slots.all[0].channel
+            assert channel is not None
+            assert select.select([channel._connection], (), (), 60)[0]  # it is not read meanwhile
+            os.kill(pid, signal.SIGKILL)
+            assert arrays(await work)["option"] == "set"
+            await until(lambda: pool.worker_pids not in ([], [pid]))
+            assert counter.read_text() == "x"
+
+    run(test)
+
+
+def test_workers_that_die_together_do_not_make_the_pool_unhealthy() -> None:
+    """One event may end all workers of a large machine."""
+
+    async def test() -> None:
+        async with running(image_workers=8) as pool:
+            await _kill(pool, "all workers")
+            assert arrays(await process(pool, "k", b"fine"))["option"] == "set"
+            await _kill(pool, "all workers")
+            await until(lambda: len(pool.worker_pids) == 8)
+            assert pool.ready
+
+    run(test)
+
+
+def test_pictures_get_a_503_while_workers_die_again_and_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(slots, "_RESTART_DELAYS_S", (0.0, 0.01))
+    start = Forkserver.start
+
+    def dying(self: Forkserver) -> WorkerProcess:
+        started = start(self)
+        started.kill()
+        return started
+
+    async def test() -> None:
+        async with running() as pool:
+            monkeypatch.setattr(Forkserver, "start", dying)
+            await _kill(pool, "all workers")
+            message = ""
+            while "die again and again" not in message:
+                with pytest.raises(WorkerLost) as lost:
+                    await process(pool, "k", b"fine")
+                assert lost.value.retry_after_s is not None
+                message = lost.value.message
+            assert not pool.ready
+            monkeypatch.setattr(Forkserver, "start", start)
+            await until(lambda: len(pool.worker_pids) == 2)
+            await process(pool, "k", b"fine")
+            assert pool.ready
 
     run(test)
 

@@ -135,9 +135,7 @@ def _wait(connection: socket.socket, parent: int, blocked: set[int | signal.Sign
     try:
         # The first call needs the environment of the start to find the memory of the title.
         setproctitle.setproctitle("SACCADE::EngineCoreFork")
-        die_with_parent()
-        if os.getppid() != parent:  # it ended before we asked
-            os._exit(status)
+        die_with_parent(parent)
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)

@@ -9,7 +9,6 @@ import ctypes
 import importlib.util
 import multiprocessing
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,11 +85,8 @@ def register() -> None:
 def _die_with_parent() -> None:
     from server.workers.process import die_with_parent
 
-    if (parent := multiprocessing.parent_process()) is None:
-        return
-    die_with_parent()
-    if os.getppid() != parent.pid:  # it ended before we asked
-        os.kill(os.getpid(), signal.SIGKILL)
+    if (parent := multiprocessing.parent_process()) is not None:
+        die_with_parent(parent.pid)
 
 
 # ---------------------------------------------------------------------- torchvision on a CPU

@@ -3,7 +3,9 @@
 import asyncio
 import base64
 import functools
+import itertools
 import os
+import signal
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -30,6 +32,7 @@ from server.errors import (
 from server.imaging.containers import audio_container, refuse_references, video_container
 from server.ingest.video import ClipDecoder, VideoJob, VideoOptions
 from server.settings import VideoSettings
+from server.workers.forkserver import Forkserver
 from server.workers.sandbox import (
     JobDied,
     JobRefused,
@@ -163,11 +166,11 @@ def test_code_in_a_job_reaches_no_file_network_or_process() -> None:
     run(test)
 
 
-@pytest.mark.parametrize("command", [b"hang", b"spin"])
-def test_an_endless_job_is_killed(command: bytes) -> None:
+def test_an_endless_job_is_killed() -> None:
     async def test() -> None:
         with pytest.raises(JobTimedOut):
-            await sandbox(timeout_s=0.5).run(COMMANDED, b"", command)
+            await sandbox(timeout_s=0.5).run(COMMANDED, b"", b"spin")
+        assert decoders() == []
 
     run(test)
 
@@ -182,11 +185,18 @@ def test_a_job_that_dies_does_not_affect_later_jobs() -> None:
     run(test)
 
 
+UNUSED = VideoOptions("unused", 32, {}, {})
+
+
+def commanded(forkserver: Forkserver = FORKSERVER, **settings: Any) -> ClipDecoder:
+    """A decoder that executes the commands of `tests.clips`."""
+    return ClipDecoder(COMMANDED, VideoSettings(**settings), MAX_PIXELS, forkserver)
+
+
 def test_a_clip_whose_processes_are_killed_by_others_is_not_refused() -> None:
     async def test() -> None:
-        decoder = ClipDecoder(COMMANDED, VideoSettings(), MAX_PIXELS, FORKSERVER)
-        options = VideoOptions("unused", 32, {}, {})
-        work = asyncio.create_task(decoder.load_pictures(b"hang", options))
+        decoder = commanded()
+        work = asyncio.create_task(decoder.load_pictures(b"hang", UNUSED))
         for _ in range(2):
             while not (found := decoders()):
                 await asyncio.sleep(0.01)
@@ -198,6 +208,67 @@ def test_a_clip_whose_processes_are_killed_by_others_is_not_refused() -> None:
         decoder.close()
 
     run(test)
+
+
+def test_a_clip_whose_processes_are_stopped_by_others_is_not_refused() -> None:
+    async def test() -> None:
+        decoder = commanded(video_timeout_s=1)
+        work = asyncio.create_task(decoder.load_pictures(b"hang", UNUSED))
+        stopped: list[int] = []
+        while not work.done():
+            for found in decoders():
+                if found.pid not in stopped:
+                    found.suspend()
+                    stopped.append(found.pid)
+            await asyncio.sleep(0.01)
+        with pytest.raises(WorkerLost):
+            await work
+        assert len(stopped) == 2
+        assert decoders() == []
+        decoder.close()
+
+    run(test)
+
+
+def test_a_clip_whose_forkserver_is_killed_is_decoded_by_another() -> None:
+    forkserver = Forkserver(None)
+
+    async def test() -> None:
+        decoder = commanded(forkserver)
+        work = asyncio.create_task(decoder.load_pictures(b"rest", UNUSED))
+        while not (found := decoders()):
+            await asyncio.sleep(0.01)
+        os.kill(found[0].ppid(), signal.SIGKILL)
+        assert len((await work).frames) == 1
+        os.kill(forkserver_pid(forkserver), signal.SIGKILL)  # while it is idle
+        assert len((await decoder.load_pictures(b"rest", UNUSED)).frames) == 1
+        decoder.close()
+
+    try:
+        run(test)
+    finally:
+        forkserver.close()
+
+
+def test_a_clip_for_which_memory_ran_out_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel kills what takes most, which was not the clip if only its first process died."""
+    kills = itertools.count()
+    monkeypatch.setattr("server.workers.sandbox.out_of_memory_kills", lambda: next(kills))
+
+    async def test(command: bytes, deaths: int) -> None:
+        decoder = commanded()
+        work = asyncio.create_task(decoder.load_pictures(command, UNUSED))
+        for _ in range(deaths):
+            while not (found := decoders()):
+                await asyncio.sleep(0.01)
+            found[0].kill()
+            found[0].wait()
+        await work
+        decoder.close()
+
+    run(functools.partial(test, b"rest", 1))
+    with pytest.raises(MediaProcessingFailed, match="memory"):
+        run(functools.partial(test, b"hang", 2))
 
 
 def test_the_memory_of_a_job_is_limited() -> None:
@@ -224,6 +295,11 @@ def test_a_job_is_killed_when_its_caller_is_cancelled() -> None:
         assert decoders() == []
 
     run(test)
+
+
+def forkserver_pid(forkserver: Forkserver) -> int:
+    assert forkserver._process is not None
+    return forkserver._process.pid
 
 
 def decoders() -> list[psutil.Process]:
@@ -388,9 +464,7 @@ def test_frames_that_take_too_much_memory_are_refused() -> None:
 
 def test_a_decoder_that_takes_too_long_is_killed() -> None:
     options = video_options(vllm_io(num_frames=-1))
-    found = refusal(
-        lambda decoder: decoder.load_video(large_video(), options), video_timeout_s=0.02
-    )
+    found = refusal(lambda decoder: decoder.load_video(large_video(), options), video_timeout_s=0.1)
     assert type(found) is MediaProcessingTimeout
 
 
