@@ -31,6 +31,9 @@ log = logging.getLogger("saccade")
 _ENGINE_DIED = 1
 _REQUESTS_CUT = 3
 _ENGINE_CHECK_INTERVAL_S = 1.0
+# When the engine has died, its requests end with errors at once. Others, such as those that still
+# fetch an image, cannot succeed, and are cut off after this time.
+_DEAD_ENGINE_DRAIN_S = 2.0
 # In every answer. Nothing of this API is meant to be shown in a page of others, or to be cached.
 _SECURITY_HEADERS = [
     ("X-Content-Type-Options", "nosniff"),
@@ -66,6 +69,7 @@ class Server(uvicorn.Server):
         self.server_state: ServerState = ServerState()
         self.cut_requests = 0
         """How many requests were cut off at the end."""
+        self.engine_has_died = False
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -92,6 +96,11 @@ class Server(uvicorn.Server):
         self.server_state.must_end = True
         self._exit()
 
+    def end_without_engine(self) -> None:
+        """Stop because the engine has died."""
+        self.engine_has_died = True
+        self._exit()
+
     def _exit(self) -> None:
         self.should_exit = True
 
@@ -101,7 +110,9 @@ class Server(uvicorn.Server):
         try:
             self.server_state.drains = True
             await close_port(self.servers, sockets or [], self.server_state)
-            limit_s = self.config.timeout_graceful_shutdown or 0
+            limit_s: float = self.config.timeout_graceful_shutdown or 0
+            if self.engine_has_died:
+                limit_s = min(limit_s, _DEAD_ENGINE_DRAIN_S)
             until = asyncio.get_running_loop().time() + limit_s
             if not await finish(self.server_state, until):
                 self.cut_requests = await cut(self.server_state)
@@ -210,7 +221,7 @@ async def _watch(server: Server, engine: vllm_http.AsyncLLM) -> None:
     while not engine.errored:  # noqa: ASYNC110 - the engine offers nothing to wait for
         await asyncio.sleep(_ENGINE_CHECK_INTERVAL_S)
     log.error("the engine has died; stopping")
-    server.should_exit = True
+    server.end_without_engine()
 
 
 def _notify(state: str) -> None:

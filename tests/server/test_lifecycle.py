@@ -1,6 +1,8 @@
 """Start-up and shutdown: vLLM's flags, clear error messages, and no process left behind."""
 
+import concurrent.futures
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -21,7 +23,7 @@ import pytest
 
 from server.scratch import remove_left
 from tests import pictures
-from tests.conftest import STOP_TIMEOUT_S, Server, assert_nothing_is_left, serving
+from tests.conftest import STOP_TIMEOUT_S, Origin, Server, assert_nothing_is_left, serving
 from tests.pictures import image_part, shape, text_part, user
 from tests.scrape import Series, value, wait_for
 from tests.server.conftest import FLAG
@@ -212,38 +214,109 @@ def test_a_dead_engine_core_fails_its_requests_and_ends_the_server(guarded: Serv
 
 
 @pytest.mark.ends_server
-def test_a_dead_engine_worker_fails_its_requests_and_ends_the_server(tight: Server) -> None:
-    check_the_end_of(tight, "VLLM::Worker")
+def test_a_dead_engine_worker_fails_its_requests_and_ends_the_server(
+    tight: Server, origin: Origin
+) -> None:
+    """Another request waits for a picture that does not arrive."""
+    origin.delay_s["/never.png"] = STOP_TIMEOUT_S
+    part = {"type": "image_url", "image_url": {"url": f"{origin.url}/never.png"}}
+
+    def fetch() -> httpx.Response:
+        with client_of(tight) as client:
+            return client.post("/v1/chat/completions", json={**LONG, "messages": user(part)})
+
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+
+        def begin() -> None:
+            fetching.append(threads.submit(fetch))
+            until(lambda: bool(origin.requests))
+
+        fetching: list[concurrent.futures.Future[httpx.Response]] = []
+        check_the_end_of(tight, "VLLM::Worker", begin)
+        check_refused(fetching[0].result())
 
 
-def check_the_end_of(server: Server, victim: str) -> None:
-    """Kill a process of the engine under a request and a stream."""
+def check_the_end_of(server: Server, victim: str, begin: Callable[[], None] = lambda: None) -> None:
+    """Kill a process of the engine under a request, streams, pictures, and what `begin` begins."""
     children, files = server.children(), left_behind(server)
     assert len(files) > 1
-    headers = {"Authorization": f"Bearer {FLAG}"}
-    web = httpx.Client(base_url=server.url, headers=headers, timeout=60)
-    with web as client, requests_running(client) as answers:
+    with (
+        client_of(server) as client,
+        requests_running(client) as answers,
+        pictures_sent(server) as others,
+    ):
+        wait_for(client, lambda now: value(now, "saccade_requests_in_flight") > len(STREAMS) + 1)
+        begin()
         server.named(victim)[0].kill()
-    assert server.process.wait(STOP_TIMEOUT_S) == 1
+        until(lambda: status_of(server, "/ready") != 200)
+        assert status_of(server, "/ready") in (503, None)
+        assert server.process.wait(STOP_TIMEOUT_S) == 1
     assert_nothing_is_left(children)
     assert not [file for file in files if file.exists()]
     check_failed(answers, *UNAVAILABLE)
+    for answer in others:
+        if answer.status_code != 200:
+            check_refused(answer)
+
+
+def client_of(server: Server) -> httpx.Client:
+    headers = {"Authorization": f"Bearer {FLAG}"}
+    return httpx.Client(base_url=server.url, headers=headers, timeout=60)
+
+
+def status_of(server: Server, path: str) -> int | None:
+    """The status of a new connection's answer; None if the port is closed."""
+    with client_of(server) as client, contextlib.suppress(httpx.ConnectError):
+        return client.get(path).status_code
+    return None
+
+
+def check_refused(response: httpx.Response) -> None:
+    assert response.status_code == 503, response.text
+    assert response.json()["error"]["code"] in ("unavailable", "server_busy")
+    assert response.headers["Retry-After"]
+
+
+@contextlib.contextmanager
+def pictures_sent(server: Server) -> Iterator[list[httpx.Response]]:
+    """Clients that send pictures which are not cached, until the port is closed; the answers so
+    far, all of which there are at the end."""
+    answers: list[httpx.Response] = []
+
+    def send(client_number: int) -> None:
+        for number in itertools.count():
+            picture = pictures.encode(pictures.photo((300 + number, 200), client_number))
+            body = {**LONG, "messages": user(image_part(picture)), "max_tokens": 2}
+            with client_of(server) as client:  # a new connection: no other ends when it is used
+                try:
+                    answers.append(client.post("/v1/chat/completions", json=body))
+                except httpx.ConnectError:
+                    return
+
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        sending = [threads.submit(send, number) for number in range(3)]
+        yield answers
+        for each in sending:
+            each.result()
+
+
+STREAMS = (False, True, True)
 
 
 @contextlib.contextmanager
 def requests_running(client: httpx.Client) -> Iterator[list[httpx.Response]]:
-    """A request and a stream that the engine works on when the block begins; their answers are
+    """A request and streams that the engine works on when the block begins; their answers are
     there after its end."""
     answers: list[httpx.Response] = []
 
     def ask(stream: bool) -> None:
         answers.append(client.post("/v1/chat/completions", json={**LONG, "stream": stream}))
 
-    asking = [threading.Thread(target=ask, args=(stream,)) for stream in (False, True)]
+    asking = [threading.Thread(target=ask, args=(stream,)) for stream in STREAMS]
     for thread in asking:
         thread.start()
     try:
-        wait_for(client, lambda now: running(now) == 2)
+        wait_for(client, lambda now: running(now) == len(STREAMS))
         yield answers
     finally:
         for thread in asking:
@@ -251,13 +324,15 @@ def requests_running(client: httpx.Client) -> Iterator[list[httpx.Response]]:
 
 
 def check_failed(answers: list[httpx.Response], code: str, type_: str) -> None:
-    """The whole answer is a 503, and the stream ends with an error event."""
+    """The whole answer is a 503, and each stream ends with an error event."""
     (whole,) = [answer for answer in answers if answer.status_code == 503]
-    (streamed,) = [answer for answer in answers if answer.status_code == 200]
     assert whole.headers["Retry-After"]
-    (event,) = [line for line in streamed.text.splitlines() if line.startswith('data: {"error"')]
-    for error in (whole.json()["error"], json.loads(event.removeprefix("data: "))["error"]):
-        assert (error["code"], error["type"]) == (code, type_)
+    errors = [whole.json()["error"]]
+    for streamed in [answer for answer in answers if answer.status_code == 200]:
+        lines = streamed.text.splitlines()
+        (event,) = [line for line in lines if line.startswith('data: {"error"')]
+        errors.append(json.loads(event.removeprefix("data: "))["error"])
+    assert [(error["code"], error["type"]) for error in errors] == [(code, type_)] * len(STREAMS)
 
 
 @pytest.mark.ends_server
@@ -295,7 +370,7 @@ def test_an_engine_that_stops_makes_the_server_unavailable_until_it_goes_on() ->
                     refused = client.post("/v1/chat/completions", json={**LONG, "stream": True})
                     assert refused.status_code == 503
                     assert refused.json()["error"]["code"] == "unavailable"
-                    until(lambda: len(answers) == 2)  # though the engine is still held
+                    until(lambda: len(answers) == len(STREAMS))  # though the engine is still held
                 check_failed(answers, *UNAVAILABLE)
                 assert "the engine does not answer" in "".join(answer.text for answer in answers)
                 until(lambda: client.get("/health").status_code == 200)
