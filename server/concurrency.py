@@ -5,6 +5,7 @@ import asyncio
 import functools
 import math
 import os
+from collections import deque
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,6 +39,41 @@ async def all_or_none(work: Iterable[Any]) -> list[Any]:
     async with _unwrapped(), asyncio.TaskGroup() as group:
         tasks = [group.create_task(part) for part in parts]
     return [task.result() for task in tasks]
+
+
+class Turns:
+    """Lets `most` tasks pass in each iteration of the event loop. The others wait, in order."""
+
+    def __init__(self, most: int) -> None:
+        self._most = self._left = most
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._renews = False
+
+    async def next(self) -> None:
+        """Wait for a turn."""
+        if not self._renews:
+            self._renew_soon()
+        if self._left and not self._waiting:
+            self._left -= 1
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        await turn
+
+    def _renew_soon(self) -> None:
+        self._renews = True
+        asyncio.get_running_loop().call_soon(self._renew)
+
+    def _renew(self) -> None:
+        self._renews = False
+        self._left = self._most
+        while self._left and self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():  # and its task was not cancelled
+                turn.set_result(None)
+                self._left -= 1
+        if self._waiting:
+            self._renew_soon()
 
 
 class _unwrapped:

@@ -12,9 +12,9 @@ from collections.abc import Collection, Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.concurrency import Begun, in_thread
+from server.concurrency import Begun, Turns, in_thread
 from server.errors import RequestTimeout, RequestTooLarge, SaccadeError
-from server.http.byte_budget import ByteBudget, Share, Turns
+from server.http.byte_budget import ByteBudget, Share
 from server.http.errors import respond, with_length
 from server.http.headers import value_of
 from server.http.scope import path_of, quotas_of, record_of, set_context, set_document

@@ -4,7 +4,8 @@ A body takes its share before it is read, so a client whose body has no place is
 its socket pushes back. Small bodies take no share: the limit on connections bounds them.
 
 A body may wait for its share, unless as many bytes wait already as there are, or it would wait too
-long at the rate at which bytes became free lately. Then its request is refused at once.
+long at the rate at which bytes became free lately. Then its request is refused at once. While the
+rate is not known, only a quarter as many may wait, or one body.
 """
 
 import asyncio
@@ -69,7 +70,8 @@ class ByteBudget:
         needed = self.held + self._waiting_bytes + nbytes - self.total
         rate = self._rate.per_second()
         late_s = needed / rate - self._wait_timeout_s if rate else 0.0
-        if late_s > 0 or self._waiting_bytes + nbytes > self.total:
+        most = self.total if rate else max(self.total // 4, nbytes)
+        if late_s > 0 or self._waiting_bytes + nbytes > most:
             raise self._full(max(1.0, late_s))
 
     def _full(self, seconds: float) -> BodyMemoryFull:
@@ -127,38 +129,3 @@ class Share:
         if nbytes < self._nbytes:
             self._budget.give_back(self._nbytes - nbytes)
             self._nbytes = nbytes
-
-
-class Turns:
-    """Lets `most` tasks pass in each iteration of the event loop. The others wait, in order."""
-
-    def __init__(self, most: int) -> None:
-        self._most = self._left = most
-        self._waiting: deque[asyncio.Future[None]] = deque()
-        self._renews = False
-
-    async def next(self) -> None:
-        """Wait for a turn."""
-        if not self._renews:
-            self._renew_soon()
-        if self._left and not self._waiting:
-            self._left -= 1
-            return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
-        await turn
-
-    def _renew_soon(self) -> None:
-        self._renews = True
-        asyncio.get_running_loop().call_soon(self._renew)
-
-    def _renew(self) -> None:
-        self._renews = False
-        self._left = self._most
-        while self._left and self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():  # and its task was not cancelled
-                turn.set_result(None)
-                self._left -= 1
-        if self._waiting:
-            self._renew_soon()

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from starlette.types import ASGIApp
 
+from server.concurrency import Turns
 from server.errors import BodyMemoryFull
 from server.http import headers
 from server.http.body import BodyReader
-from server.http.byte_budget import ByteBudget, Turns
+from server.http.byte_budget import ByteBudget
 from server.http.observe import Observed
 from server.request.admission import Admission
 from server.settings import HttpSettings, Settings
@@ -147,8 +148,8 @@ def test_waiting_bodies_get_their_shares_in_order() -> None:
         served.append(number)
 
     async def check() -> None:
-        budget = ByteBudget(6, PATIENCE_S)
-        await budget.take(6)
+        budget = ByteBudget(24, PATIENCE_S)
+        await budget.take(24)
         async with asyncio.TaskGroup() as group:
             for number, nbytes in enumerate((3, 1, 2)):
                 group.create_task(take(budget, number, nbytes))
@@ -176,6 +177,20 @@ def test_a_body_is_refused_at_once_when_as_much_waits_as_there_is() -> None:
         assert budget.waiting == 1
 
 
+def test_while_the_rate_is_unknown_only_a_quarter_of_the_budget_may_wait() -> None:
+    async def check() -> None:
+        budget = ByteBudget(4 * MIB, PATIENCE_S)
+        await budget.take(4 * MIB)
+        waiting = asyncio.create_task(budget.take(MIB))
+        await asyncio.sleep(0)
+        with pytest.raises(BodyMemoryFull):
+            await budget.take(1)
+        budget.give_back(MIB)
+        await waiting
+
+    asyncio.run(check())
+
+
 def test_a_body_is_refused_at_once_when_it_would_wait_too_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -187,9 +202,9 @@ def test_a_body_is_refused_at_once_when_it_would_wait_too_long(
         monkeypatch.setattr("server.request.admission.time", clock)
         budget = ByteBudget(100 * MIB, wait_timeout_s=1.5)
         await budget.take(100 * MIB)
-        waiting = [asyncio.create_task(budget.take(MIB)) for _ in range(40)]
+        waiting = [asyncio.create_task(budget.take(MIB)) for _ in range(25)]
         await asyncio.sleep(0)
-        for _ in range(40):
+        for _ in range(25):
             now += 1.0
             budget.give_back(MIB)
         await asyncio.gather(*waiting)

@@ -191,3 +191,45 @@ def test_incompatible_flags_are_refused(
         parse(flags)
     assert ended.value.code == 2
     assert reason in capsys.readouterr().err
+
+
+def test_few_of_many_requests_begin_in_an_iteration_of_the_event_loop() -> None:
+    begun = 0
+
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        nonlocal begun
+        begun += 1
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def nothing() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def sent(_: Message) -> None:
+        pass
+
+    async def run() -> None:
+        observed = Observed(app, server_timing=True, log_requests=False, traced=False)
+        scope = {"type": "http", "path": "/v1/x", "headers": []}
+
+        async def ask(method: str) -> None:
+            await observed({**scope, "method": method}, nothing, sent)
+
+        async with asyncio.TaskGroup() as requests:
+            for _ in range(100):
+                requests.create_task(ask("POST"))
+            most = 0
+            for _ in range(20):
+                before = begun
+                await asyncio.sleep(0)
+                most = max(most, begun - before)
+            assert most <= 8 < begun == 100
+            for _ in range(100):
+                requests.create_task(ask("POST"))
+            before = begun
+            await asyncio.sleep(0)
+            await ask("GET")  # such as a probe: it does not wait for the others
+            assert begun - before < 20
+
+    asyncio.run(run())
+    assert begun == 201
