@@ -2,15 +2,13 @@
 
 import concurrent.futures
 import random
-import threading
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 
 from tests import pictures
-from tests.conftest import Origin, Server
+from tests.conftest import Origin
 from tests.pictures import TOKEN_PIXELS, image_part, shape, text_part, user
 
 WHAT = text_part("What is in the image?")
@@ -154,32 +152,3 @@ def test_a_url_that_returns_404_is_a_client_error(http: httpx.Client, origin: Or
     )
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "image_fetch_failed"
-
-
-def test_requests_survive_killed_image_workers(server: Server, http: httpx.Client) -> None:
-    stop = threading.Event()
-
-    def kill() -> None:
-        for _ in range(4):
-            for worker in server.image_workers()[:1]:
-                worker.kill()
-            if stop.wait(0.5):
-                return
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    try:
-        with concurrent.futures.ThreadPoolExecutor(4) as threads:
-            sizes = [(400 + i, 300) for i in range(40)]
-            files = [pictures.encode(shape("red", "circle", size)) for size in sizes]
-            results = list(threads.map(lambda data: ask(http, image_part(data), WHAT), files))
-    finally:
-        stop.set()
-        killer.join()
-    # A picture whose worker is killed twice in a row gets this error; the others succeed.
-    lost = [r for r in results if r.status_code != 200]
-    assert all(r.status_code == 503 and r.headers["Retry-After"] for r in lost)
-    assert all(r.json()["error"]["code"] == "worker_lost" for r in lost)
-    assert sum(r.status_code == 200 for r in results) >= 38
-    assert http.get("/ready").status_code == 200
-    assert all(psutil.pid_exists(worker.pid) for worker in server.image_workers())
