@@ -199,6 +199,29 @@ def test_the_note_of_image_work_needs_no_room_on_a_disk(
     assert times == sorted(times)
 
 
+# ---------------------------------------------------------------------- the log
+
+START_AND_END = """
+from server import cli
+cli.Progress()("a stage of the start")
+print("what a library prints")
+cli._end(3)
+"""
+
+
+def test_a_command_keeps_its_exit_status_without_room_for_its_output(tmp_path: Path) -> None:
+    with small_disk(tmp_path) as folder, filled(folder), (folder / "log").open("w") as log:
+        done = subprocess.run(
+            [sys.executable, "-c", START_AND_END],
+            env=os.environ | {"PYTHONUNBUFFERED": ""},
+            stdout=log,
+            stderr=log,
+            check=False,
+            timeout=60,
+        )
+    assert done.returncode == 3
+
+
 # ---------------------------------------------------------------------- caches of compiled code
 
 COMPILE = """

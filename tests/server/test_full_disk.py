@@ -1,10 +1,12 @@
 """Real servers whose disks or /dev/shm are full: at the start, and while they serve."""
 
+import contextlib
 import json
+import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from tests.starts import template
 
 SHM = "/dev/shm"
 DISK_BYTES = 64 * MIB
+BLOCK = os.sysconf("SC_PAGE_SIZE")
 
 
 def until(holds: Callable[[], object]) -> None:
@@ -33,6 +36,17 @@ def ask(web: httpx.Client, *content: dict[str, Any], **more: Any) -> httpx.Respo
 
 def upload(web: httpx.Client, data: bytes) -> httpx.Response:
     return web.post("/v1/files", data={"purpose": "vision"}, files={"file": data})
+
+
+@contextlib.contextmanager
+def without_room(log_file: Path) -> Iterator[None]:
+    """No line can be written to the log meanwhile."""
+    with log_file.open("ab") as file:  # its last block is full, too
+        file.write(b"\n" * (-log_file.stat().st_size % BLOCK))
+    with filled(log_file.parent):
+        size = log_file.stat().st_size
+        yield
+        assert log_file.stat().st_size == size
 
 
 def new_picture(seed: int) -> bytes:
@@ -63,7 +77,7 @@ def test_a_server_whose_disks_fill_up_goes_on_and_uses_them_again(tmp_path: Path
             folder = root / home[1:]
             embeddings = folder / "embeddings"
             kept = upload(web, new_picture(0)).json()["id"]
-            with filled(root / SHM[1:]), filled(folder), filled(log_disk):
+            with filled(root / SHM[1:]), filled(folder), without_room(log_file):
                 before = {child.pid for child in server.children()}
                 uploaded = {"type": "image_url", "image_url": {"file_id": kept}}
                 assert ask(web, uploaded, question).status_code == 200
@@ -94,6 +108,6 @@ def test_a_server_whose_disks_fill_up_goes_on_and_uses_them_again(tmp_path: Path
             until(caches)
             web.get("/v1/files/after")
             until(lambda: any("/v1/files/after" in line for line in server.log))
-            with filled(log_disk):
+            with without_room(log_file):
                 assert server.stop() == 0
         assert "Traceback" not in "".join(server.log)

@@ -31,7 +31,7 @@ def test_the_documentation_lists_every_contract() -> None:
 
 PRIVATE = re.compile(r"^_[a-z]")
 # Objects of the server and of other libraries whose private names are used elsewhere.
-OWNERS = frozenset(("self", "cls", "hf_processor", "image", "os", "loop"))
+OWNERS = frozenset(("self", "cls", "hf_processor", "image", "os", "loop", "super()"))
 
 
 def test_only_the_adapter_uses_private_names_of_vllm() -> None:
