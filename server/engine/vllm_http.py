@@ -41,6 +41,7 @@ from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 from vllm.plugins.endpoint_plugins.interface import attach_endpoint_plugins
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from server.engine.vllm_adapter import stream_chunks
 from server.request.context import RequestContext, entered
@@ -62,6 +63,7 @@ __all__ = [
     "add_vllm_middleware",
     "add_vllm_routes",
     "api_keys",
+    "get_prometheus_registry",
     "get_uvicorn_log_config",
     "init_app_state",
     "lifespan",

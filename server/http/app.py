@@ -26,6 +26,7 @@ from server.http import (
     http_metrics,
     images,
     keys,
+    metrics_pages,
     observe,
     routes,
     usage,
@@ -139,7 +140,9 @@ async def build_app(
         routers += [images.router, files.router]
     for router in routers:
         app.include_router(router)
+    app.router.routes += metrics_pages.routes(vllm_http.get_prometheus_registry())
     ours = {route.path for router in routers for route in router.routes}  # type: ignore[attr-defined]
+    ours.add(metrics_pages.PATH)
     mine = list(app.router.routes)
     await vllm_http.add_vllm_routes(app, args, parts.engine)
     app.router.routes[:] = [

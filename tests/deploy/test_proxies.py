@@ -18,7 +18,7 @@ from server.settings import HttpSettings
 from tests.conftest import Server
 from tests.pictures import encode
 from tests.proxies import BOTH, Backend, Proxy, backend, free_port, proxy, received
-from tests.scrape import ended_early, scrape
+from tests.scrape import FRESH, ended_early, scrape
 
 DEADLINE_S = 60
 LONG_TOKENS = 3500
@@ -69,7 +69,9 @@ def metric(text: str, name: str) -> float:
 
 
 def engine(server: Server, name: str) -> float:
-    return metric(httpx.get(f"{server.url}/metrics", timeout=30).text, f"vllm:{name}")
+    return metric(
+        httpx.get(f"{server.url}/metrics", headers=FRESH, timeout=30).text, f"vllm:{name}"
+    )
 
 
 def eventually(condition: Callable[[], bool]) -> None:

@@ -14,6 +14,7 @@ from server.engine.vllm_http import ADMIN_PATHS
 from server.http.app import ADMITTED
 from tests.conftest import Server
 from tests.pictures import encode, image_part, shape, text_part, user
+from tests.scrape import FRESH
 from tests.server.conftest import FEW, SPENT, TWO
 from tests.unit.vllm.test_keys import FREE as FREE_OF_VLLM
 
@@ -32,7 +33,7 @@ def chat(*parts: dict[str, Any], tokens: int = 4, **more: Any) -> dict[str, Any]
 
 
 def gauges(server: Server, *names: str) -> list[float]:
-    text = httpx.get(f"{server.url}/metrics", timeout=60).text
+    text = httpx.get(f"{server.url}/metrics", headers=FRESH, timeout=60).text
     return [float(re.search(rf"^{name}(?:\{{.*\}})? (\S+)$", text, re.M)[1]) for name in names]  # type: ignore[index]
 
 

@@ -21,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.conftest import Server, assert_nothing_is_left, serving
 from tests.pictures import TOKEN_PIXELS, encode, image_part, photo, text_part, user
 from tests.redis_server import RedisServer, redis_server
+from tests.scrape import FRESH
 
 # Some tests compare with the server that other files share.
 pytestmark = pytest.mark.group("server")
@@ -185,7 +186,7 @@ def test_metrics_are_labelled_by_tier(web: httpx.Client) -> None:
             ask(web, picture)
 
     def found() -> dict[str, set[str]]:
-        text = web.get("/metrics").text
+        text = web.get("/metrics", headers=FRESH).text
         return {
             sample.name: {s.labels["tier"] for s in family.samples}
             for family in text_string_to_metric_families(text)

@@ -8,6 +8,7 @@ import pytest
 from tests import pictures
 from tests.fetch_cache_bench import Bench
 from tests.hostile_origin import HostileOrigin
+from tests.scrape import FRESH
 
 
 @pytest.fixture
@@ -30,4 +31,7 @@ def test_a_fresh_picture_is_fetched_once(http: httpx.Client, bench: Bench) -> No
         assert response.status_code == 200, response.text
         assert response.json()["choices"][0]["message"]["content"] == "a red circle"
     assert len(picture.visits) == 1
-    assert 'saccade_fetch_cache_requests_total{result="hit"}' in http.get("/metrics").text
+    assert (
+        'saccade_fetch_cache_requests_total{result="hit"}'
+        in http.get("/metrics", headers=FRESH).text
+    )

@@ -32,6 +32,7 @@ from tests.admission import limits
 from tests.conftest import Server
 from tests.media import gif, media_loader, pdf, reader
 from tests.pictures import encode, image_part, photo, shape, text_part, user
+from tests.scrape import FRESH
 
 MODEL = "saccade-tiny"
 RED = encode(shape("red"))
@@ -349,7 +350,7 @@ def test_pages_are_refused_for_an_image_and_a_pdf_is_accepted_as_one(
 
 def test_metrics_count_stored_files(http: httpx.Client, upload: Any) -> None:
     upload(RED)
-    metrics = http.get("/metrics").text
+    metrics = http.get("/metrics", headers=FRESH).text
     lines = [line for line in metrics.splitlines() if line.startswith("saccade_file")]
     assert len(lines) == 2
     assert all(float(line.split()[1]) > 0 for line in lines)

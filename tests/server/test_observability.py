@@ -337,6 +337,22 @@ def test_metrics_describe_the_server(server: Server, http: httpx.Client) -> None
     assert value(now, "saccade_features_bytes") >= 0
 
 
+def test_metrics_have_the_formats_of_prometheus(http: httpx.Client) -> None:
+    asked = {"Accept": "application/openmetrics-text; version=1.0.0", "Accept-Encoding": "gzip"}
+    plain = http.get("/metrics", headers=asked)
+    assert plain.headers["content-type"].startswith("text/plain; version=1.0.0")
+    assert http.post("/metrics").status_code == 405
+    for path in ("/metrics/", "/metricsfoo"):
+        found = http.get(path, headers=asked).raise_for_status()
+        assert found.headers["content-type"].startswith("application/openmetrics-text")
+        assert found.headers["content-encoding"] == "gzip"
+        assert "saccade_ready 1.0" in found.text
+        assert found.text.endswith("# EOF\n")
+    (sample,) = http.get("/metrics/", params={"name[]": "saccade_ready"}).text.split("\n")[2:-1]
+    assert sample == "saccade_ready 1.0"
+    assert "get" in http.get("/openapi.json").json()["paths"]["/metrics"]
+
+
 def test_worker_deaths_and_restarts_are_counted(server: Server, http: httpx.Client) -> None:
     before = scrape(http)
     server.image_workers()[0].kill()

@@ -15,6 +15,7 @@ from tests import hostile_pdfs
 from tests.conftest import Origin, Server
 from tests.media import file_part, pdf
 from tests.pictures import data_url, encode, image_part, photo, shape, text_part, user
+from tests.scrape import FRESH
 
 MODEL = "saccade-tiny"
 WHAT = text_part("What color is the shape?")
@@ -325,6 +326,6 @@ def test_a_client_that_leaves_cancels_its_concurrent_fetches(
 
 
 def cancelled_in_fetch(http: httpx.Client) -> float:
-    lines = http.get("/metrics").text.splitlines()
+    lines = http.get("/metrics", headers=FRESH).text.splitlines()
     name = 'saccade_cancellations_total{stage="fetch"}'
     return sum(float(line.split()[-1]) for line in lines if line.startswith(name))

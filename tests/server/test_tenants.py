@@ -15,6 +15,7 @@ from tests import pictures
 from tests.conftest import Server
 from tests.pictures import image_part, shape, text_part, user
 from tests.process_memory import memory_with
+from tests.scrape import FRESH
 from tests.server.conftest import A2, ADMIN, FLAG, KEYS, A, B
 
 GUARDED = ("/v1", "/v2", "/inference", "/cohere")
@@ -63,7 +64,8 @@ def image_hit(answer: Any) -> bool:
 
 def lookups(web: httpx.Client) -> dict[str, float]:
     found = re.findall(
-        r'saccade_image_lookups_total\{result="(\w+)"\} (\S+)', web.get("/metrics").text
+        r'saccade_image_lookups_total\{result="(\w+)"\} (\S+)',
+        web.get("/metrics", headers=FRESH).text,
     )
     return {"hit": 0.0, "miss": 0.0} | {result: float(count) for result, count in found}
 
@@ -269,7 +271,7 @@ def test_concurrent_decodes_are_not_shared_between_groups(guarded: Server) -> No
 
     async def test() -> float:
         async with httpx.AsyncClient(base_url=guarded.url, timeout=60) as web:
-            before = decoded((await web.get("/metrics")).text)
+            before = decoded((await web.get("/metrics", headers=FRESH)).text)
             document = body(image_part(large), WHAT, max_tokens=1)
             asked = [
                 web.post("/v1/chat/completions", json=document, headers=bearer(key))
@@ -277,7 +279,7 @@ def test_concurrent_decodes_are_not_shared_between_groups(guarded: Server) -> No
             ]
             for response in await asyncio.gather(*asked):
                 assert response.status_code == 200, response.text
-            return decoded((await web.get("/metrics")).text) - before
+            return decoded((await web.get("/metrics", headers=FRESH)).text) - before
 
     assert asyncio.run(test()) == 3
 
@@ -330,7 +332,7 @@ def test_no_process_that_decodes_contains_a_key(guarded: Server, web: httpx.Clie
 
 
 def test_workers_are_sandboxed(guarded: Server, web: httpx.Client) -> None:
-    text = web.get("/metrics").text
+    text = web.get("/metrics", headers=FRESH).text
     for layer in ("seccomp", "landlock"):
         assert f'saccade_image_worker_sandbox{{layer="{layer}"}} 1.0' in text
     for worker in guarded.image_workers():

@@ -193,6 +193,7 @@ class ControlClient:
         socket.setsockopt(zmq.LINGER, 0)
         socket.connect(address)
         try:
+            self._report(socket, None)  # the server commands only those that it has heard of
             while not self._stopped.is_set():
                 number = None
                 if socket.poll(int(_REPORT_INTERVAL_S * 1000)):
