@@ -15,6 +15,8 @@ import trustme
 
 from server.engine.embedding_cache import shared
 from server.engine.embedding_cache import tier as tier_module
+from server.engine.embedding_cache.arena import PAGE_BYTES, Arena
+from server.engine.embedding_cache.disk import DiskTier
 from server.engine.embedding_cache.shared import SharedTier
 from server.engine.embedding_cache.store import EmbeddingStore, stored_name
 from tests import broken_redis
@@ -332,3 +334,22 @@ def test_the_log_tells_rarely_of_damaged_entries(
             assert seek(store, f"damaged{number}") is None
         assert tier.counts.errors == 20
     assert len(caplog.records) == 1
+
+
+def test_a_dead_redis_that_cannot_be_cleared_leaves_the_disk_in_use(tmp_path: Path) -> None:
+    with redis_server() as server:
+        dead = SharedTier(server.url, NAMESPACE, 7)
+    disk, other = (DiskTier(tmp_path, NAMESPACE, 1 << 30) for _ in range(2))
+    store = EmbeddingStore(Arena(8 * PAGE_BYTES), [disk, dead])
+    try:
+        assert keep(store, "before")
+        wait_until(lambda: not store._writes)
+        store.clear()
+        wait_until(lambda: disk not in store._clears)
+        assert dead in store._clears
+        assert seek(store, "before") is None
+        other.write(stored_name("after"), PAGE, pieces(content("after")))
+        assert seek(store, "after") == content("after")
+    finally:
+        store.detach()
+        store.close()

@@ -381,7 +381,7 @@ def test_clearing_discards_a_write_in_flight(make_store: MakeStore, tmp_path: Pa
     wait_until(lambda: disk.reached == ["write"])
     store.clear()
     wait_until(lambda: {"write", "clear"} <= set(disk.passed))
-    wait_until(lambda: not store._writes + store._clears)
+    wait_until(lambda: not (store._writes or store._clears))
     assert disk.passed.index("clear") < disk.passed.index("write")
     assert seek(store, "a") is None
     keep(store, "a")
@@ -396,7 +396,7 @@ def test_clearing_drops_queued_writes(make_store: MakeStore, tmp_path: Path) -> 
     wait_until(lambda: len(disk.reached) == 2)
     store.clear()
     disk.gate.set()
-    wait_until(lambda: not store._writes + store._clears)
+    wait_until(lambda: not (store._writes or store._clears))
     assert disk.reached.count("write") == 2
     disk.clear()
     assert disk.size()["entries"] == 0

@@ -9,6 +9,7 @@ import logging
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -50,7 +51,7 @@ class EmbeddingStore:
         self._says = {tier: _Messages(tier.name) for tier in tiers}
         self._lock = threading.Lock()
         self._index = Index(arena, clock)
-        self._clears = 0  # tiers that are being emptied
+        self._clears: Counter[Tier] = Counter()  # how often each tier is still to be emptied
         self._waiting_bytes = 0
         self._writing = threading.Condition(self._lock)
         self._writes = 0
@@ -77,7 +78,7 @@ class EmbeddingStore:
             if entry.state is not State.ABSENT or self._index.age_s(entry) < _ABSENT_S:
                 return entry
             self._index.forget(entry)
-        if self._clears or not any(tier.breaker.may_try for tier in self._tiers):
+        if not any(tier.breaker.may_try and tier not in self._clears for tier in self._tiers):
             return None
         entry = self._index.add(key, spec, State.SOUGHT)
         if entry is not None:
@@ -91,8 +92,9 @@ class EmbeddingStore:
             if not self._index.holds(entry):
                 return  # it was removed, and its room is gone
             tier = self._tiers[number]
+            is_readable = tier not in self._clears
             entry.pins += 1
-        found = self._read(tier, entry)
+        found = is_readable and self._read(tier, entry)
         with self._lock:
             if not self._index.holds(entry):
                 pass
@@ -236,11 +238,11 @@ class EmbeddingStore:
 
     def clear(self) -> None:
         """Delete all entries, including those being read, made or written. Threads clear the lower
-        tiers, from which nothing is read until they are done."""
+        tiers; nothing is read from a tier until it is done."""
         with self._lock:
             self._index.clear()
             for number, tier in enumerate(self._tiers):
-                self._clears += 1
+                self._clears[tier] += 1
                 self._writers[number].submit(self._clear, tier)
 
     def _clear(self, tier: Tier) -> None:
@@ -260,7 +262,8 @@ class EmbeddingStore:
                 again.daemon = True
                 again.start()
                 return
-            self._clears -= 1
+            self._clears[tier] -= 1
+            self._clears += Counter()  # drops zeros
             self._writing.notify_all()
 
     def detach(self) -> None:
@@ -281,7 +284,7 @@ class EmbeddingStore:
     def close(self) -> None:
         """Wait up to `_FLUSH_LIMIT_S` for pending writes, and stop."""
         with self._writing:
-            self._writing.wait_for(lambda: not self._writes + self._clears, _FLUSH_LIMIT_S)
+            self._writing.wait_for(lambda: not (self._writes or self._clears), _FLUSH_LIMIT_S)
         self.detach()
         for executor in itertools.chain(self._readers, self._writers):
             executor.shutdown(wait=False, cancel_futures=True)
