@@ -227,11 +227,26 @@ def test_a_redis_that_wants_another_password_is_used_again_with_the_first(
 
 def test_a_cluster_node_is_an_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A real node of a cluster that does not serve the slot."""
-    options = ("--cluster-enabled", "yes", "--dir", str(tmp_path))
-    with redis_server(*options) as server, opened(server.url) as (store, tier):
-        fail(store, tier)
-        assert keep(store, "meanwhile")
-    assert "Error" in caplog.text
+    node = RedisServer("--cluster-enabled", "yes", "--dir", str(tmp_path))
+    node.port = port_of_a_node()
+    node.start()
+    try:
+        with opened(node.url) as (store, tier):
+            fail(store, tier)
+            assert keep(store, "meanwhile")
+    finally:
+        node.stop()
+    assert "ClusterDownError" in caplog.text
+
+
+def port_of_a_node() -> int:
+    """A free port, so that the one for the other nodes, which is higher by 10,000, is free too."""
+    for port in range(20_000, 22_000):
+        with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as other:
+            one.bind(("127.0.0.1", port))
+            other.bind(("127.0.0.1", port + 10_000))
+            return port
+    raise AssertionError("no ports are free")
 
 
 @contextlib.contextmanager
