@@ -6,6 +6,7 @@ with BrokenRedis(redis.port) as relay:
 
 import contextlib
 import random
+import select
 import socket
 import ssl
 import struct
@@ -39,6 +40,13 @@ class Client:
     def commands(self) -> bytes:
         """What the client sent next; empty at the end."""
         return self.socket.recv(65536)
+
+    def has_sent(self, upstream: socket.socket) -> bool:
+        """Wait for the client or the real Redis; returns whether it was the client."""
+        if isinstance(self.socket, ssl.SSLSocket) and self.socket.pending():
+            return True
+        ready, _, _ = select.select([self.socket, upstream], [], [], WAIT_S)
+        return self.socket in ready
 
     def reset(self) -> None:
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -175,18 +183,21 @@ def forward(
     """Send commands to the real Redis and `answer` with its replies; a command that `is_broken` is
     answered with `fault` instead."""
     with client.redis() as upstream:
-        threading.Thread(target=_replies, args=(upstream, answer), daemon=True).start()
-        while sent := client.commands():
-            if is_broken(sent):
-                fault(client, sent)
+        while True:
+            # In one thread: a TLS connection must not be used by two.
+            if client.has_sent(upstream):
+                sent = client.commands()
+                if not sent:
+                    return
+                if is_broken(sent):
+                    fault(client, sent)
+                else:
+                    upstream.sendall(sent)
             else:
-                upstream.sendall(sent)
-
-
-def _replies(upstream: socket.socket, answer: Callable[[bytes], None]) -> None:
-    with contextlib.suppress(OSError):
-        while reply := upstream.recv(65536):
-            answer(reply)
+                reply = upstream.recv(65536)
+                if not reply:
+                    return
+                answer(reply)
 
 
 def answer_all(client: Client, reply: Callable[[bytes], bytes]) -> None:
