@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
 from tests.hostile_origin import WAIT_S
 
@@ -48,9 +48,11 @@ class Client:
         ready, _, _ = select.select([self.socket, upstream], [], [], WAIT_S)
         return self.socket in ready
 
-    def reset(self) -> None:
+    def reset(self) -> NoReturn:
+        """Reset the connection, and raise the error that ends its thread."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.socket.close()
+        raise ConnectionResetError
 
     def wait(self, seconds: float = WAIT_S) -> bool:
         """Returns early, with True, when the relay stops or its fault changes."""
