@@ -124,8 +124,8 @@ def _hang(job: bytes, argument: str) -> Output:
 
 
 def _rest(job: bytes, argument: str) -> Output:
-    """A video of one picture, after a second without work."""
-    time.sleep(1)
+    """A video of one picture, after some seconds without work."""
+    time.sleep(5)
     answer = msgspec.msgpack.encode(VideoAnswer({}))
     return Output(answer, [np.zeros((1, 2, 2, 3), np.uint8)])
 

@@ -20,6 +20,21 @@ SERVFAIL, NXDOMAIN, REFUSED = 2, 3, 5
 SLOW_S = 4.0
 
 
+def _bound() -> tuple[socket.socket, socket.socket]:
+    """Sockets for UDP and TCP at the same port. TCP chooses it: connections that have ended still
+    hold many of its ports."""
+    while True:
+        udp, tcp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM), socket.socket()
+        tcp.bind(("127.0.0.1", 0))
+        try:
+            udp.bind(tcp.getsockname())
+        except OSError:
+            tcp.close()
+            udp.close()
+        else:
+            return udp, tcp
+
+
 class Nameserver:
     """Has the IPv4 addresses of some names. The start of a name decides how it misbehaves:
 
@@ -39,11 +54,8 @@ class Nameserver:
         self.asked: list[str] = []
         self._known_at: dict[str, float] = {}
         self._stopping = threading.Event()
-        self._udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._udp, self._tcp = _bound()
         self._udp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
-        self._udp.bind(("127.0.0.1", 0))
-        self._tcp = socket.socket()
-        self._tcp.bind(self._udp.getsockname())
         self._tcp.listen(16)
         for listener in (self._udp, self._tcp):
             listener.settimeout(0.05)

@@ -440,9 +440,9 @@ def test_a_closed_port_fails(run: Run) -> None:
     "path", ["/drip", "/drip-head", "/silent", "/announces-too-much?size=1000", "/ok?delay=60"]
 )
 def test_one_deadline_covers_the_whole_fetch(run: Run, origin: HostileOrigin, path: str) -> None:
-    error = refusal(run, origin.url(path), timeout_s=0.5)
+    error = refusal(run, origin.url(path), timeout_s=2)
     assert isinstance(error, ImageFetchTimeout)
-    assert "0.5 s" in error.message
+    assert "2 s" in error.message
     assert len(origin.heads) == 1
 
 

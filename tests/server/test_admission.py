@@ -149,7 +149,7 @@ def test_a_key_over_its_concurrency_gets_a_429_and_then_an_answer(guarded: Serve
         async with httpx.AsyncClient(base_url=guarded.url, timeout=120) as client:
 
             async def one() -> int:
-                answer = await client.post(CHAT, json=chat(tokens=200), headers=bearer(TWO))
+                answer = await client.post(CHAT, json=chat(tokens=1000), headers=bearer(TWO))
                 return answer.status_code
 
             return sorted(await asyncio.gather(*(one() for _ in range(4))))

@@ -106,13 +106,13 @@ def test_while_waiting_for_a_permit_and_in_the_engine(
 
 
 def test_during_a_fetch(scarce: Server, http: httpx.Client, origin: Origin) -> None:
-    origin.files["/slow.png"], origin.delay_s["/slow.png"] = encode(photo((64, 64))), 2.0
+    origin.files["/slow.png"], origin.delay_s["/slow.png"] = encode(photo((64, 64))), 6.0
     before = scrape(http)
     with sent(scarce, chat(at(origin, "/slow.png"))):
         while not origin.requests:
             time.sleep(0.01)
     rises(http, before, CANCELLED, stage="fetch")
-    time.sleep(2.5)  # the picture would be there now
+    time.sleep(6.5)  # the picture would be there now
     now = scrape(http)
     assert value(now, "saccade_image_lookups_total", result="miss") == value(
         before, "saccade_image_lookups_total", result="miss"
