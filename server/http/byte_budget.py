@@ -16,7 +16,7 @@ from server.request.admission import Rate, whole_seconds
 from server.telemetry import metrics
 
 # The rate is measured over this many shares.
-_MEASURED = 64
+_MEASURED = 16
 
 
 class ByteBudget:

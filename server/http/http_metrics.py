@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.telemetry.histogram import Histogram
 
-# Handlers of so many paths are kept. Paths with parameters are countless.
+# Handlers of so many paths are kept, without those that have parameters: they are countless.
 _MOST_PATHS = 256
 
 
@@ -112,7 +112,7 @@ class HttpMetrics(PrometheusInstrumentatorMiddleware):
         name, is_templated = self._get_handler(Request(scope))
         excluded = self._is_handler_excluded(name, is_templated)
         handler = None if excluded else name if is_templated else "none"
-        if is_templated and len(self._handlers) < _MOST_PATHS:
+        if is_templated and name == scope["path"] and len(self._handlers) < _MOST_PATHS:
             self._handlers[key] = handler
         return handler
 

@@ -18,6 +18,8 @@ from prometheus_client.registry import Collector
 from starlette.routing import BaseRoute, Mount
 from starlette.types import Receive, Scope, Send
 
+from server.errors import ServerBusy
+
 PATH = "/metrics"
 # How long after it was written a page is given to further scrapes.
 SHARED_S = 1.0
@@ -58,7 +60,9 @@ class Pages:
 
     async def get(self, form: Form, is_fresh: bool = False) -> bytes:
         """A page that is being written or was written within the last SHARED_S; if it must be
-        `is_fresh`, one whose writing began after this call. Raises what `write` raises."""
+        `is_fresh`, one whose writing began after this call.
+
+        Raises what `write` raises, and ServerBusy if many other forms are being written."""
         asked = self._clock()
         while True:
             page = self._kept.get(form)
@@ -79,6 +83,11 @@ class Pages:
         return failed or page.ended is None or self._clock() - page.ended > SHARED_S
 
     def _start(self, form: Form) -> _Page:
+        if (
+            form != PLAIN
+            and sum(not page.body.done() for page in self._kept.values()) >= _MOST_KEPT
+        ):
+            raise ServerBusy("too many forms of the metrics are asked for; try again later")
         loop = asyncio.get_running_loop()
         page = _Page(self._clock(), loop.run_in_executor(self._thread, self._write, form))
 

@@ -151,17 +151,21 @@ class Forkserver:
     def fork(self, target: str, fds: Sequence[int]) -> ForkedProcess:
         """Start a process that calls `target`, "module:function", with copies of `fds`. Blocks.
 
-        If the forkserver has died or hangs, another one is started. It, too, may die.
+        If the forkserver has died or hangs, another one is started, unless it was still loading.
 
         Raises:
-            ForkserverLost: two forkservers have died or hang, or the server is shutting down.
+            ForkserverLost: a forkserver has died while it loaded, two have died or hang, or the
+                server is shutting down.
             OSError: the process cannot be started.
         """
         with self._starting:
             try:
                 forked, received = self._ask(target, fds)
             except ForkserverLost:
+                was_loaded = self._has_answered
                 self._end()
+                if not was_loaded:  # it died while it loaded, as the next one would
+                    raise
                 forked, received = self._ask(target, fds)
         if not received:
             raise OSError(forked.errno, os.strerror(forked.errno))
@@ -194,6 +198,8 @@ class Forkserver:
             self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
                 self._process = self._execute(theirs)
+            if self._was_closed():  # meanwhile, so that `close` did not see this process
+                self._process.kill()
         return self._control
 
     def _execute(self, control: socket.socket) -> "subprocess.Popen[bytes]":
@@ -217,6 +223,9 @@ class Forkserver:
             process.kill()
         with self._starting:
             self._end()
+
+    def _was_closed(self) -> bool:
+        return self._is_closed
 
     def _end(self) -> None:
         if self._process is not None:

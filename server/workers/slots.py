@@ -280,6 +280,7 @@ class WorkerSlots:
             except Exception as error:
                 log.warning("failed to start image worker: %r", error)
                 slot.ending = Ending.DIED
+                slot.started = time.monotonic()  # a failed start is no consequence of other deaths
                 self._note_death(slot)
                 self._events.on_lost(slot, Ending.DIED)
         slot.limit(loop.time() + START_TIMEOUT_S, slot.channel.kill_unless_ready)

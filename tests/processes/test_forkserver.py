@@ -2,6 +2,9 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -96,3 +99,22 @@ def test_a_process_whose_parent_has_ended_before_it_asked_ends() -> None:
         finally:
             os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+class Broken(Forkserver):
+    """A forkserver that ends while it loads."""
+
+    starts = 0
+
+    def _execute(self, control: socket.socket) -> "subprocess.Popen[bytes]":
+        self.starts += 1
+        return subprocess.Popen([sys.executable, "-c", ""])
+
+
+def test_a_forkserver_that_ends_while_it_loads_is_tried_once_a_start() -> None:
+    broken = Broken(None)
+    for starts in (1, 2):
+        with pytest.raises(ForkserverLost):
+            broken.fork(WAIT, [])
+        assert broken.starts == starts
+    broken.close()

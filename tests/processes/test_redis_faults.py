@@ -262,11 +262,11 @@ def port_of_a_node() -> int:
 
 
 @contextlib.contextmanager
-def dropping() -> Iterator[int]:
+def dropping(address: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
     """A port whose full backlog drops the first packet of each connection."""
     with contextlib.ExitStack() as sockets:
         listener = sockets.enter_context(socket.socket())
-        listener.bind(("127.0.0.1", 0))
+        listener.bind((address, port))
         listener.listen(0)
         for _ in range(4):
             client = sockets.enter_context(socket.socket())
@@ -351,6 +351,26 @@ def test_a_nameserver_that_hangs_holds_one_thread(
             recover(store, tier)
             share(store, "after")
             assert tier.read(stored_name("after"), PAGE, pieces(bytes(PAGE.nbytes)))
+
+
+def test_the_other_addresses_of_a_name_are_tried_when_one_does_not_answer(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared, "_CALL_TIMEOUT_S", 4.0)
+    resolve = socket.getaddrinfo
+
+    def two_addresses(host: Any, port: Any, *args: Any, **options: Any) -> Any:
+        if host != "redis.test" or options.get("flags"):
+            return resolve(host, port, *args, **options)
+        of = [resolve(each, port, *args, **options) for each in ("127.0.0.2", "127.0.0.1")]
+        return [address for found in of for address in found]
+
+    monkeypatch.setattr(socket, "getaddrinfo", two_addresses)
+    address = url(redis.port).replace("127.0.0.1", "redis.test")
+    with dropping("127.0.0.2", redis.port), opened(address) as (store, tier):
+        share(store, "two addresses")
+        assert tier.counts.errors == 0
+        assert tier.read(stored_name("two addresses"), PAGE, pieces(bytes(PAGE.nbytes)))
 
 
 def test_the_log_tells_rarely_of_damaged_entries(

@@ -10,6 +10,7 @@ import pytest
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, Counter, make_asgi_app
 
+from server.errors import ServerBusy
 from server.http import metrics_pages
 from server.http.metrics_pages import PLAIN, SHARED_S, Form, Pages
 from tests.scrape import FRESH
@@ -150,6 +151,23 @@ def test_few_forms_of_the_page_are_kept(writer: Writer, clock: Clock) -> None:
         assert len(writer.written) == 100
         await pages.get(forms[0])
         assert len(writer.written) == 101
+
+    run(writer, clock, test)
+
+
+def test_pages_of_many_forms_are_refused_while_others_are_written(
+    writer: Writer, clock: Clock
+) -> None:
+    forms = [Form("text/plain", PLAIN.encode, names=(f"name{n}",)) for n in range(20)]
+
+    async def test(pages: Pages) -> None:
+        tasks = [asyncio.create_task(pages.get(form)) for form in forms]
+        await asyncio.sleep(0)
+        plain = await scrapes(pages, 1)  # what monitoring asks for is written all the same
+        writer.may_write.set()
+        pages_written = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(page) for page in pages_written] == [bytes] * 8 + [ServerBusy] * 12
+        assert await plain[0] == b"page 9"
 
     run(writer, clock, test)
 

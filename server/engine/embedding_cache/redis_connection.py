@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import redis
+from redis._parsers import _RESP2Parser
 from redis.backoff import NoBackoff
 from redis.connection import (
     AbstractConnection,
@@ -66,6 +67,7 @@ def bounded_pool(url: str, allowance: Allowance, connections: int) -> Connection
         # In version 3 of the protocol, the peer may push messages, some of which move the
         # connection to another server or lengthen its time-outs.
         "protocol": 2,
+        "parser_class": _RESP2Parser,  # that of hiredis would read past the bounds
         "driver_info": None,  # two more round trips
     }
     return ConnectionPool(kind, **{**options, **ours})
@@ -118,13 +120,19 @@ class _Dialling(Connection):
 
     def _connect(self) -> Any:
         failure = OSError("the host has no address")
-        for family, kind, proto, _, address in _addresses(self.host, self.port, self._allowance):
-            dialled = socket.socket(family, kind, proto)
+        found = _addresses(self.host, self.port, self._allowance)
+        for number, (family, kind, proto, _, address) in enumerate(found):
             try:
-                dialled.settimeout(self._allowance.seconds_left())
+                dialled = socket.socket(family, kind, proto)
+            except OSError as error:  # such as of a kernel without IPv6
+                failure = error
+                continue
+            try:
+                dialled.settimeout(self._allowance.seconds_left() / (len(found) - number))
                 dialled.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 dialled.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                 dialled.connect(address)
+                dialled.settimeout(self._allowance.seconds_left())  # for a TLS handshake
             except OSError as error:
                 dialled.close()
                 failure = error
