@@ -16,11 +16,11 @@ from collections.abc import Iterable
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.concurrency import Turns
-from server.errors import CODES, DeadlineExceeded, ServerBusy
+from server.errors import CODES, DeadlineExceeded, SaccadeError, ServerBusy, Unavailable
 from server.http.answer import ID_HEADER, Answer
 from server.http.client import Client
 from server.http.errors import INTERNAL, as_clients
-from server.http.scope import set_direct_send, set_record, take_connection
+from server.http.scope import Connection, set_direct_send, set_record, take_connection
 from server.telemetry import log, metrics, tracing
 from server.telemetry.record import OUTCOMES, Record, Times
 from server.telemetry.stages import Stage
@@ -40,6 +40,7 @@ _PROBES = frozenset({"/health", "/ready", "/ping", "/load", "/metrics", "/versio
 _BEGUN_AT_A_TIME = 8
 
 _SHUTTING_DOWN = ServerBusy("the server is shutting down")
+_ENGINE_DIED = Unavailable("the engine has died")
 _REQUESTS = {outcome: metrics.requests.labels(outcome) for outcome in OUTCOMES}
 _REQUEST_STAGE = {stage: metrics.request_stage.labels(stage) for stage in Stage}
 
@@ -99,10 +100,10 @@ class Observed:
                 await self._turns.next()
             await self._app(scope, client.receive, answer.send)
             if answer.was_cancelled:
-                await answer.fail(_SHUTTING_DOWN)
+                await answer.fail(_reason(connection))
         except asyncio.CancelledError:
             if not client.forgive_cancelling():
-                await answer.fail(_SHUTTING_DOWN)
+                await answer.fail(_reason(connection))
                 raise
         except Exception as error:
             if record.left_in is None and not client.is_late:
@@ -174,6 +175,12 @@ class Observed:
         if record.path in self._unlogged:
             return True
         return record.path in _PROBES and record.outcome == "answered"
+
+
+def _reason(connection: Connection | None) -> SaccadeError:
+    """Why a request was cut off, whose client was still there."""
+    died = connection is not None and connection.engine_has_died
+    return _ENGINE_DIED if died else _SHUTTING_DOWN
 
 
 def _exceeded(record: Record, stage: Stage | None) -> DeadlineExceeded:

@@ -45,10 +45,11 @@ _FIRST_REQUEST_S = 1.0
 
 class ServerState(uvicorn.server.ServerState):
     """What the connections share. While the server `drains`, each answer ends its connection; it no
-    longer waits for requests when it `must_end`."""
+    longer waits for requests when it `must_end`. It stops by itself when its `engine_has_died`."""
 
     drains = False
     must_end = False
+    engine_has_died = False
     lingering = 0
     """Connections whose clients were refused, and may go on sending for a while."""
 
@@ -88,6 +89,11 @@ class Connection(HttpToolsProtocol):
         self._field_bytes = self._open_bytes = 0
         self._body_bytes = self._wire_bytes = 0
         self._unsent, self._unsent_since = 0, 0.0
+
+    @property
+    def engine_has_died(self) -> bool:
+        """Whether the server stops for this reason."""
+        return self.server_state.engine_has_died
 
     def connection_made(self, transport: Any) -> None:
         """Refuse the connection if there are too many."""

@@ -94,6 +94,10 @@ class Connection(Protocol):
 
     on_leaving: Callable[[], None] | None
 
+    @property
+    def engine_has_died(self) -> bool:
+        """Whether the server stops for this reason."""
+
 
 def set_connection(scope: Scope, connection: Connection) -> None:
     """Store the connection; it does so itself."""

@@ -69,7 +69,6 @@ class Server(uvicorn.Server):
         self.server_state: ServerState = ServerState()
         self.cut_requests = 0
         """How many requests were cut off at the end."""
-        self.engine_has_died = False
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -98,7 +97,7 @@ class Server(uvicorn.Server):
 
     def end_without_engine(self) -> None:
         """Stop because the engine has died."""
-        self.engine_has_died = True
+        self.server_state.engine_has_died = True
         self._exit()
 
     def _exit(self) -> None:
@@ -111,7 +110,7 @@ class Server(uvicorn.Server):
             self.server_state.drains = True
             await close_port(self.servers, sockets or [], self.server_state)
             limit_s: float = self.config.timeout_graceful_shutdown or 0
-            if self.engine_has_died:
+            if self.server_state.engine_has_died:
                 limit_s = min(limit_s, _DEAD_ENGINE_DRAIN_S)
             until = asyncio.get_running_loop().time() + limit_s
             if not await finish(self.server_state, until):
