@@ -2,6 +2,7 @@
 memory."""
 
 import asyncio
+import contextlib
 import functools
 import math
 import os
@@ -28,6 +29,13 @@ async def in_thread(work: Callable[..., T], *args: Any) -> T:
     )
 
 
+async def cancel(task: "asyncio.Task[None]") -> None:
+    """Cancel `task`, and wait until it has ended. Raises what it raises."""
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
 async def all_or_none(work: Iterable[Any]) -> list[Any]:
     """Run all of `work` concurrently and return the results in order.
 
@@ -39,6 +47,25 @@ async def all_or_none(work: Iterable[Any]) -> list[Any]:
     async with _unwrapped(), asyncio.TaskGroup() as group:
         tasks = [group.create_task(part) for part in parts]
     return [task.result() for task in tasks]
+
+
+class _unwrapped:
+    """Raises the first error of a task group without its exception group.
+
+    Before Python 3.13, the task that runs a failed group still counts as being cancelled, because
+    the group cancels it while it waits for the others. This is undone.
+    """
+
+    async def __aenter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task, self._cancelling = task, task.cancelling()
+
+    async def __aexit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, BaseExceptionGroup):
+            if self._task.cancelling() > self._cancelling:
+                self._task.uncancel()
+            raise error.exceptions[0] from None
 
 
 class Turns:
@@ -74,25 +101,6 @@ class Turns:
                 self._left -= 1
         if self._waiting:
             self._renew_soon()
-
-
-class _unwrapped:
-    """Raises the first error of a task group without its exception group.
-
-    Before Python 3.13, the task that runs a failed group still counts as being cancelled, because
-    the group cancels it while it waits for the others. This is undone.
-    """
-
-    async def __aenter__(self) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._task, self._cancelling = task, task.cancelling()
-
-    async def __aexit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, BaseExceptionGroup):
-            if self._task.cancelling() > self._cancelling:
-                self._task.uncancel()
-            raise error.exceptions[0] from None
 
 
 class Begun(Generic[T]):

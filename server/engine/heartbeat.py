@@ -5,11 +5,11 @@ answer, so only a long silence means that the engine hangs or was stopped.
 """
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from types import TracebackType
+
+from server.concurrency import cancel
 
 log = logging.getLogger("saccade.engine")
 
@@ -44,16 +44,9 @@ class Heartbeat:
         self._task = asyncio.create_task(self._run())
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         assert self._task is not None
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+        await cancel(self._task)
 
     async def _run(self) -> None:
         while True:

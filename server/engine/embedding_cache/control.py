@@ -21,6 +21,8 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from server.concurrency import cancel
+
 log = logging.getLogger("saccade.embeddings")
 
 _REPORT_INTERVAL_S = 1.0
@@ -101,9 +103,7 @@ class ControlServer:
 
     async def __aexit__(self, *_: object) -> None:
         assert self._task is not None
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+        await cancel(self._task)
         self.close()
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from server.concurrency import cancel
 from server.engine.vllm_adapter import plugin
 
 log = logging.getLogger("saccade.encode_times")
@@ -65,7 +66,7 @@ class EncodeTimes:
             socket.bind(address)
             plugin.ask(encoder_runs=address)
             stack.callback(plugin.ask, encoder_runs=None)
-            stack.push_async_callback(_cancel, asyncio.create_task(self._read_regularly()))
+            stack.push_async_callback(cancel, asyncio.create_task(self._read_regularly()))
             self._stack = stack.pop_all()
         return self
 
@@ -98,12 +99,6 @@ class EncodeTimes:
         socket, self._socket = self._socket, None
         if socket is not None:
             socket.close()
-
-
-async def _cancel(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
 
 
 def register(address: str) -> None:

@@ -101,9 +101,8 @@ class PngSource:
         return rows
 
     def _rows(self) -> Pixels:
-        """The unfiltered rows: uint8 (height, width, channels). Packed samples stay packed: then
-            width
-        is the number of bytes."""
+        """The unfiltered rows: uint8 (height, width, channels). If samples are packed, width is the
+        number of bytes."""
         import deflate
 
         from server.imaging.codecs import kernels

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple, Self, TypeVar
 
 from blake3 import blake3
 
+from server.concurrency import cancel
 from server.errors import FileQuotaExceeded, FileStorageFailed, ImageTooLarge, SaccadeError
 from server.imaging.encoded import digest
 from server.ingest.clock import Clock
@@ -116,9 +117,7 @@ class FileStore:
         trace: TracebackType | None,
     ) -> None:
         assert self._sweeper is not None
-        self._sweeper.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._sweeper
+        await cancel(self._sweeper)
         await asyncio.to_thread(self._writer.shutdown)
         self._disk.close()
 
