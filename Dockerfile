@@ -10,9 +10,10 @@ FROM python:3.11-slim-bookworm AS wheel
 WORKDIR /build
 COPY pyproject.toml README.md ./
 COPY server server
+COPY clients/python clients/python
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m venv /opt/venv \
-    && /opt/venv/bin/pip wheel --no-deps --wheel-dir /wheels .
+    && /opt/venv/bin/pip wheel --no-deps --wheel-dir /wheels . ./clients/python
 
 FROM python:3.11-slim-bookworm AS cpu-dependencies
 WORKDIR /build

@@ -32,7 +32,7 @@ GROUPS = --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml deploy/install.sh
+$(VENV)/.installed: pyproject.toml clients/python/pyproject.toml deploy/install.sh
 	deploy/install.sh $(VENV)
 	@touch $@
 

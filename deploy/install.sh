@@ -19,7 +19,7 @@ torch_cpu_index='https://download.pytorch.org/whl/cpu'
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 if [ -z "${LOCK:-}" ] && [ -e /proc/driver/nvidia/version ]; then
-    pip install --quiet --editable ".[gpu${extras:+,$extras}]"
+    pip install --quiet --editable clients/python --editable ".[gpu${extras:+,$extras}]"
     exit 0
 fi
 
@@ -37,7 +37,7 @@ fi
 # shellcheck disable=SC2086
 pip install --quiet $index "$torch_cpu"
 # shellcheck disable=SC2086
-pip install --quiet $index --editable ".[cpu${extras:+,$extras}]"
+pip install --quiet $index --editable clients/python --editable ".[cpu${extras:+,$extras}]"
 
 # A dependency of a developer's tool, with which `import jsonschema`, and so each process of vLLM, takes
 # a second longer. The tool does without it.

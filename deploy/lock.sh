@@ -11,10 +11,12 @@ eval "$(grep '^torch_cpu' deploy/install.sh)" # PyTorch's CPU build, and its ind
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
+# The images build saccade-client themselves.
 resolve() {
     "$uv" pip compile --quiet --no-header --no-annotate --generate-hashes \
         --python-platform x86_64-manylinux_2_28 --index-strategy unsafe-best-match \
-        ${PIP_FIND_LINKS:+--find-links "$PIP_FIND_LINKS"} pyproject.toml "$@"
+        --no-emit-package saccade-client ${PIP_FIND_LINKS:+--find-links "$PIP_FIND_LINKS"} \
+        pyproject.toml "$@"
 }
 
 # torchaudio and torchcodec are left out, as in install.sh: they are CUDA builds.

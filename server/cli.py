@@ -1,4 +1,5 @@
-"""The command line: `saccade serve` and `saccade demo`. Imports are light until a command runs."""
+"""The command line: the server's commands, and the client's. Imports are light until a command
+runs."""
 
 import atexit
 import contextlib
@@ -19,37 +20,32 @@ log = logging.getLogger("saccade")
 _REPEAT_S = 0.2
 _ZMQ_POLL = os.path.join("zmq", "sugar", "poll.py")
 
-USAGE = """usage: saccade serve [MODEL] [flags]
-       saccade demo [DIR] [--ask URL]
-       saccade --version
-
-Serve a vision-language model over the OpenAI API.
-
-  saccade serve                      the embedded demo model, on CPU or GPU
-  saccade serve Qwen/Qwen3-VL-8B     any model that vLLM serves, with any `vllm serve` flag
-  saccade serve --help               Saccade's own flags, and how to list vLLM's
-  saccade demo                       sample pictures with questions, in ./saccade-demo
-  saccade demo --ask http://127.0.0.1:8000   and a running server's answers to them
-"""
+# The server's own commands, with their descriptions; the others are the client's.
+_COMMANDS = {
+    "serve": "Serve a model (default: the embedded demo model) over the OpenAI API.",
+    "demo": "Write sample pictures with questions, and ask a server about them.",
+}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run a command; exit with status 2 on invalid usage."""
     arguments = sys.argv[1:] if argv is None else argv
-    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
-    if command in ("-h", "--help"):
-        print(USAGE, end="")
-    elif command in ("-V", "--version"):
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if command in ("-V", "--version"):
         print(f"saccade {__version__}")
     elif command == "serve":
-        _serve(rest)
+        if rest in (["-h"], ["--help"]):
+            _show_flags()
+        else:
+            _serve(rest)
     elif command == "demo":
         from server.demo.command import main as demo
 
         demo(rest)
     else:
-        print(f"saccade: unknown command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
-        raise SystemExit(2)
+        from saccade_client.cli import run
+
+        run("saccade", __version__, _COMMANDS, arguments)
 
 
 # ---------------------------------------------------------------------- saccade serve
@@ -77,6 +73,24 @@ class Progress:
         else:
             with contextlib.suppress(OSError):  # the disk with the log is full
                 print(f"saccade [{elapsed:5.1f} s] {text}", file=sys.stderr, flush=True)
+
+
+def _show_flags() -> None:
+    """Print Saccade's flags. vLLM's would take seconds: its parser imports all of its options."""
+    import argparse
+
+    from server import settings
+
+    parser = argparse.ArgumentParser(
+        prog="saccade serve",
+        usage="saccade serve [MODEL] [flags]",
+        description="Serve MODEL (default: the embedded demo model) over the OpenAI API. Takes "
+        "every flag of `vllm serve` besides its own.",
+        epilog="vLLM's flags: --help=all lists them, --help=ModelConfig a section, "
+        "--help=max-model-len one of them.",
+    )
+    settings.add_flags(parser)
+    parser.print_help()
 
 
 def _serve(argv: list[str]) -> None:

@@ -428,12 +428,13 @@ REFUSED: dict[str, tuple[dict[str, str], int, str]] = {
     "serve": ({"SACCADE_IMAGE_WORKRES": "2"}, 2, "SACCADE_IMAGE_WORKRES"),
     "serve --headless": ({}, 2, "--headless is not supported"),
     "serve --api-server-count 4": ({}, 2, "--image-workers"),
-    "sevre": ({}, 2, "unknown command 'sevre'"),
+    "sevre": ({}, 2, "No such command 'sevre'"),
     "serve --port 0 --allowed-private-media 10.0.0.0/99": ({}, 1, "10.0.0.0/99"),
 }
 SHOWN = {
-    "--help": "saccade serve",
+    "--help": r"serve +Serve a model",
     "--version": r"\Asaccade \d+\.\d+\.\d+\n\Z",
+    "serve --help": r"--fetch-timeout-s(.|\n)+--help=all",
     "serve --help=Saccade": r"--fetch-timeout-s(.|\n)+--image-workers",
 }
 

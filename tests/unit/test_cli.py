@@ -1,7 +1,10 @@
 """The command line, as far as it needs no engine."""
 
+import re
 import subprocess
 import sys
+
+import pytest
 
 # A stop that hits a start-up in the middle of starting a thread of a pool.
 INTERRUPTED_START = """
@@ -27,3 +30,28 @@ def test_an_interrupted_start_does_not_wait_for_threads() -> None:
     assert ended.returncode == 130
     assert ended.stdout == "cleaned up\n"
     assert "stopped during start-up" in ended.stderr
+
+
+# What a command line imports: {words: modules that would make it slow}.
+LIGHT = {
+    "--version": "typer|pydantic|httpx|vllm|torch",
+    "--help": "rich|pydantic|httpx|vllm|torch",
+    "serve --help": "typer|httpx|vllm|torch|transformers",
+}
+
+
+@pytest.mark.parametrize("words", LIGHT)
+def test_help_imports_little(words: str) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "server", *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    imported = {name.split(".")[0] for name in re.findall(r"\| +(\S+)$", done.stderr, re.MULTILINE)}
+    assert "server" in imported
+    assert not imported & set(LIGHT[words].split("|"))
+
+
+def test_help_lists_the_commands_of_server_and_client() -> None:
+    command = [sys.executable, "-m", "server", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    for name in ("serve", "demo"):
+        assert re.search(rf"^  {name} ", done.stdout, re.MULTILINE)
