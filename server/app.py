@@ -5,9 +5,11 @@ arguments -> prepared engine -> worker preload | engine start -> pool -> http.ap
 
 import asyncio
 import contextlib
+import os
 import socket
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 from server.engine import launch, vllm_http
 from server.engine.vllm_adapter import cpu_waits, plugin
@@ -37,6 +39,8 @@ _KEPT_HEAP_BYTES = 128 << 20
 # An idle server returns freed memory if it is this much more than after the last time.
 _WORTH_RETURNING_BYTES = 32 << 20
 _IDLE_CHECK_S = 10.0
+# Disk space for files in a folder that the operator chose, and in the default folder, in GiB.
+_FILES_GB, _DEFAULT_FILES_GB = 10.0, 1.0
 # Time limit for sending the last traces at shutdown.
 _TRACES_TIMEOUT_S = 5.0
 
@@ -79,9 +83,7 @@ async def _running(args: Namespace, settings: Settings, report: Report) -> Async
     prepared = launch.prepare(args, settings)
     async with contextlib.AsyncExitStack() as stack:
         fetcher = await stack.enter_async_context(_fetcher(args, settings))
-        store = _file_store(settings)
-        if store is not None:
-            await stack.enter_async_context(store)
+        store = await stack.enter_async_context(_file_store(settings, report))
         pool = None
         if prepared.workers is not None:
             pool = ImagePool(prepared.workers, settings.images, cpu_waits.note_work)
@@ -111,7 +113,8 @@ async def _running(args: Namespace, settings: Settings, report: Report) -> Async
         reader = RequestReader(limits, embeds, body_bounds(settings.http))
         if pool is None or limits is None:
             yield Parts(
-                engine, heartbeat, engine_caches, fetcher.cache, pool, reader, None, admission
+                *(engine, heartbeat, engine_caches, fetcher.cache, pool, reader, None, store),
+                admission,
             )
             return
         expander = Expander(pool, limits)
@@ -122,7 +125,8 @@ async def _running(args: Namespace, settings: Settings, report: Report) -> Async
         if not path.encoded:
             report("this model preprocesses its images in vLLM")
         yield Parts(
-            engine, heartbeat, engine_caches, fetcher.cache, pool, reader, loader, admission
+            *(engine, heartbeat, engine_caches, fetcher.cache, pool, reader, loader, store),
+            admission,
         )
 
 
@@ -178,17 +182,48 @@ def _fetcher(args: Namespace, settings: Settings) -> Fetcher:
         raise CannotStart(str(error)) from None
 
 
-def _file_store(settings: Settings) -> FileStore | None:
+@contextlib.asynccontextmanager
+async def _file_store(settings: Settings, report: Report) -> AsyncIterator[FileStore | None]:
+    """The store of uploaded files; None if it is off, or if the default folder cannot be used.
+
+    Raises:
+        CannotStart: the folder that was asked for cannot be used.
+    """
     given = settings.files
-    if given.files_dir is None:
-        return None
+    if not given.files:
+        yield None
+        return
+    has_folder = given.files_dir is not None
+    gib = given.files_gb or (_FILES_GB if has_folder else _DEFAULT_FILES_GB)
     group_bytes = None if given.files_group_gb is None else int(given.files_group_gb * GIB)
-    return FileStore(
-        given.files_dir,
-        Quota(int(given.files_gb * GIB), given.files_count),
-        Quota(group_bytes, given.files_group_count),
-        given.files_ttl_s,
-    )
+    store = None
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            made = FileStore(
+                given.files_dir or _cache_folder() / "saccade" / "files",
+                Quota(int(gib * GIB), given.files_count),
+                Quota(group_bytes, given.files_group_count),
+                given.files_ttl_s,
+            )
+            store = await stack.enter_async_context(made)
+        except CannotStart as error:
+            if has_folder:
+                raise
+            report(f"the Files API is off: {error}")
+        yield store
+
+
+def _cache_folder() -> Path:
+    """The user's folder for caches (XDG Base Directory Specification: a relative path is ignored).
+
+    Raises:
+        CannotStart: the user has no home.
+    """
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        return given if given.is_absolute() else Path("~/.cache").expanduser()
+    except RuntimeError:
+        raise CannotStart("without a home folder, give it a folder with --files-dir") from None
 
 
 def _invitation(args: Namespace, address: str, sock: socket.socket) -> str:

@@ -213,7 +213,8 @@ class UnknownFile(ClientError):
 
 
 class FilesDisabled(ClientError):
-    """The Files API is off: the server was started without `--files-dir`."""
+    """The Files API is off: the server was started with `--no-files`, or cannot use the folder of
+    `--files-dir`."""
 
     status = 404
     code = "files_disabled"
@@ -224,6 +225,13 @@ class FileQuotaExceeded(ClientError):
 
     status = 413
     code = "file_quota_exceeded"
+
+
+class BatchTooLarge(ClientError):
+    """The input file of a batch has more bytes than the limit allows."""
+
+    status = 413
+    code = "batch_too_large"
 
 
 class RequestTooLarge(ClientError):

@@ -387,13 +387,19 @@ class CacheSettings(_Group):
 class FileSettings(_Group):
     """Uploaded files."""
 
+    files: bool = Field(True, description="Offer the Files API and batches.")
     files_dir: Path | None = Field(
         None,
-        description="Folder on a local disk for uploaded files, used by this server only; without "
-        "it the Files API is off.",
+        description="Folder on a local disk for uploaded files and batches, used by this server "
+        "only (default: saccade/files in the user's cache, which is $XDG_CACHE_HOME or ~/.cache; "
+        "if another server uses it or it cannot be written, the Files API is off).",
     )
-    files_gb: float = Field(
-        10.0, gt=0, allow_inf_nan=False, description="Disk space for uploaded files, in GiB."
+    files_gb: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Disk space for uploaded files and batches, in GiB (default: 10 with "
+        "--files-dir, else 1).",
     )
     files_count: int = Field(100_000, ge=1, description="Most uploaded files.")
     files_group_gb: float | None = Field(
@@ -407,6 +413,14 @@ class FileSettings(_Group):
     )
     files_ttl_s: int | None = Field(
         None, ge=1, description="Longest lifetime of an uploaded file, in seconds."
+    )
+
+
+class BatchSettings(_Group):
+    """Batches."""
+
+    batch_bytes: int = Field(
+        200 * MIB, ge=1, description="Largest input file of a batch, in bytes."
     )
 
 
@@ -456,6 +470,7 @@ class Settings(BaseSettings):
     admission: AdmissionSettings = AdmissionSettings()
     caches: CacheSettings = CacheSettings()
     files: FileSettings = FileSettings()
+    batches: BatchSettings = BatchSettings()
     access: AccessSettings = AccessSettings()
     observability: ObservabilitySettings = ObservabilitySettings()
 

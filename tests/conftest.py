@@ -69,6 +69,7 @@ FIRST = (
 OF_SERVERS = {
     "SACCADE_IMAGE_WORKERS": "2",
     "SACCADE_DRAIN_DELAY_S": "0",
+    "SACCADE_FILES": "false",  # several servers would use the folder in the user's cache
     "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",
 }
 STOP_TIMEOUT_S = 90  # above the 30 s in which running requests may end
@@ -260,7 +261,7 @@ def _await_ready(server: Server) -> None:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server with the embedded model for the whole session."""
     tools = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
-    files = ("--files-dir", str(tmp_path_factory.mktemp("files")))
+    files = ("--files", "--files-dir", str(tmp_path_factory.mktemp("files")))
     embeddings = ("--embedding-cache-dir", str(tmp_path_factory.mktemp("embeddings")))
     flags = ("--max-model-len", "4096", "--allow-private-media", *tools, *files, *embeddings)
     with serving(*flags) as running:

@@ -2,8 +2,7 @@
 
     python clients/examples/upload_once.py [FILE]
 
-It uses the server at OPENAI_BASE_URL, by default http://127.0.0.1:8000/v1. Start the server with
---files-dir.
+It uses the server at OPENAI_BASE_URL, by default http://127.0.0.1:8000/v1.
 """
 
 import os

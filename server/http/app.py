@@ -34,6 +34,7 @@ from server.http import (
 from server.http.byte_budget import ByteBudget
 from server.http.fail_fast import stop_at_first_error
 from server.ingest.fetch_cache import FetchCache
+from server.ingest.files import FileStore
 from server.ingest.load import MediaLoader
 from server.request.admission import Admission
 from server.request.context import RetainedMedia
@@ -102,7 +103,8 @@ _LOOK_AT_STARTS = frozenset(
 
 @dataclass(frozen=True)
 class Parts:
-    """The services behind the app. `pool` and `loader` are None if the model takes no media."""
+    """The services behind the app. `pool` and `loader` are None if the model takes no media,
+    `files` if the Files API is off."""
 
     engine: vllm_http.AsyncLLM
     heartbeat: Heartbeat
@@ -111,6 +113,7 @@ class Parts:
     pool: ImagePool | None
     reader: RequestReader
     loader: MediaLoader | None
+    files: FileStore | None
     admission: Admission
 
 
@@ -130,14 +133,16 @@ async def build_app(
     app.state.args = args
     app.state.image_pool = parts.pool
     app.state.loader = parts.loader
+    app.state.files = parts.files
+    app.state.max_batch_bytes = settings.batches.batch_bytes
     app.state.heartbeat = parts.heartbeat
     app.state.engine_caches = parts.caches
     app.state.fetch_cache = parts.fetch_cache
     app.state.key_ring = key_ring
     app.state.draining = False
-    routers = [routes.status, routes.conversations, routes.caches]
+    routers = [routes.status, routes.conversations, routes.caches, files.router]
     if parts.loader is not None:
-        routers += [images.router, files.router]
+        routers.append(images.router)
     for router in routers:
         app.include_router(router)
     app.router.routes += metrics_pages.routes(vllm_http.get_prometheus_registry())
@@ -207,7 +212,10 @@ async def _add_middleware(
         loader=parts.loader,
         retained=RetainedMedia(int(settings.http.retained_media_gb * GIB)) if stored else None,
         budget=byte_budget(settings.http),
-        limits={files.PATH: settings.images.max_image_bytes + files.MAX_OVERHEAD_BYTES},
+        limits={
+            files.PATH: max(settings.images.max_image_bytes, settings.batches.batch_bytes)
+            + files.MAX_OVERHEAD_BYTES
+        },
         parsed=[
             route.path
             for route in routes.conversations.routes

@@ -1,4 +1,5 @@
-"""OpenAI's `/v1/files`: images and PDFs that are uploaded once and used in many requests."""
+"""OpenAI's `/v1/files`: images and PDFs that are uploaded once and used in many requests, and the
+inputs of batches."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,9 +12,15 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from server.concurrency import in_thread
-from server.errors import ClientError, UnknownFile
+from server.errors import BatchTooLarge, ClientError, UnknownFile
 from server.http.scope import context_of, group_of
-from server.ingest.files import PURPOSES, FileStore, Purpose, StoredFile
+from server.ingest.files import (
+    UPLOAD_PURPOSES,
+    FileStore,
+    StoredFile,
+    UploadPurpose,
+    files_disabled,
+)
 from server.ingest.load import MediaLoader
 
 PATH = "/v1/files"
@@ -30,9 +37,9 @@ router = APIRouter()
 
 @router.post(PATH)
 async def create_file(raw_request: Request) -> JSONResponse:
-    """Store an image or a PDF; the form has `file`, `purpose` and optionally `expires_after`."""
-    loader, store = _loader(raw_request), _store(raw_request)
-    context = context_of(raw_request.scope)
+    """Store a file; the form has `file`, `purpose` and optionally `expires_after`. The purpose of
+    an image or a PDF is `vision` or `user_data`, that of JSON lines `batch`."""
+    store = _store(raw_request)
     content_type = raw_request.headers.get("content-type", "")
     body = (await raw_request.receive())[
         "body"
@@ -40,7 +47,7 @@ async def create_file(raw_request: Request) -> JSONResponse:
     form = await in_thread(read_form, content_type, body)
     file, purpose, lifetime_s = _required(form, "file"), _purpose(form), _lifetime_s(form)
     try:
-        await loader.check_upload(file.data, context)
+        await _check_content(file.data, purpose, raw_request)
     except ClientError as error:
         error.param = "file"
         raise
@@ -104,14 +111,28 @@ async def delete_file(file_id: str, raw_request: Request) -> JSONResponse:
     return JSONResponse({"id": file_id, "object": "file", "deleted": True})
 
 
-def _loader(raw_request: Request) -> MediaLoader:
-    loader: MediaLoader = raw_request.app.state.loader
-    return loader
+async def _check_content(data: bytes, purpose: UploadPurpose, raw_request: Request) -> None:
+    """Raises ClientError if nothing can be done with the file. The lines of a batch are checked
+    when it is created."""
+    if purpose == "batch":
+        most = raw_request.app.state.max_batch_bytes
+        if len(data) > most:
+            raise BatchTooLarge(f"the file has {len(data)} bytes, the limit is {most} bytes")
+        if not data.strip():
+            raise ClientError("the file is empty")
+        return
+    loader: MediaLoader | None = raw_request.app.state.loader
+    if loader is None:
+        raise ClientError("this model takes no images and no files")
+    await loader.check_upload(data, context_of(raw_request.scope))
 
 
 def _store(raw_request: Request) -> FileStore:
     """Raises FilesDisabled."""
-    return _loader(raw_request).files
+    store: FileStore | None = raw_request.app.state.files
+    if store is None:
+        raise files_disabled()
+    return store
 
 
 def _shown(file: StoredFile) -> dict[str, Any]:
@@ -241,12 +262,12 @@ def _required(form: dict[str, Field], name: str) -> Field:
     return form[name]
 
 
-def _purpose(form: dict[str, Field]) -> Purpose:
+def _purpose(form: dict[str, Field]) -> UploadPurpose:
     given = _required(form, "purpose").text
-    for purpose in PURPOSES:
+    for purpose in UPLOAD_PURPOSES:
         if purpose == given:
             return purpose
-    raise ClientError("purpose must be 'vision' or 'user_data'", param="purpose")
+    raise ClientError("purpose must be 'vision', 'user_data' or 'batch'", param="purpose")
 
 
 def _lifetime_s(form: dict[str, Field]) -> int | None:

@@ -21,7 +21,6 @@ from cachetools import LRUCache
 from server.concurrency import all_or_none, in_thread
 from server.errors import (
     AudioTooLarge,
-    FilesDisabled,
     ImageFetchFailed,
     ImageTooLarge,
     ImageUrlBlocked,
@@ -33,7 +32,7 @@ from server.errors import (
 from server.imaging.encoded import EncodedImage, encoded
 from server.ingest.expand import Expander, is_pdf
 from server.ingest.fetch import Fetcher
-from server.ingest.files import FileStore
+from server.ingest.files import FileStore, files_disabled
 from server.request import payloads
 from server.request.budgets import Item
 from server.request.context import RequestContext
@@ -75,7 +74,7 @@ class MediaLoader:
             FilesDisabled: the server has none.
         """
         if self._files is None:
-            raise FilesDisabled("the Files API is off: the server was started without --files-dir")
+            raise files_disabled()
         return self._files
 
     async def load(self, context: RequestContext) -> None:

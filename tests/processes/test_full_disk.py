@@ -53,6 +53,7 @@ def app_of(store: FileStore | None) -> Any:
         return len(await file.read())
 
     app.state.loader = loader = media_loader(store)
+    app.state.files = store
     errors.add_error_handlers(app)
     app.add_middleware(
         BodyReader,

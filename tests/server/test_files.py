@@ -161,7 +161,7 @@ def test_an_oversized_upload_is_refused_before_its_body_is_sent(server: Server) 
     with contextlib.closing(HTTPConnection(server.url.removeprefix("http://"))) as connection:
         connection.putrequest("POST", "/v1/files")
         connection.putheader("Content-Type", KIND)
-        connection.putheader("Content-Length", str((50 << 20) + files.MAX_OVERHEAD_BYTES + 1))
+        connection.putheader("Content-Length", str((200 << 20) + files.MAX_OVERHEAD_BYTES + 1))
         connection.endheaders()
         response = connection.getresponse()
         assert response.status == 413
@@ -183,7 +183,7 @@ FILE = ("a.png", RED)
     ("sent", "param"),
     [
         ({"files": {"file": FILE}}, "purpose"),
-        ({"files": {"file": FILE}, "data": {"purpose": "batch"}}, "purpose"),
+        ({"files": {"file": FILE}, "data": {"purpose": "batch_output"}}, "purpose"),
         ({"files": {"file": FILE}, "data": {"purpose": ""}}, "purpose"),
         ({"files": {"purpose": (None, "vision")}}, "file"),
         ({"files": [("file", FILE), ("file", FILE)], "data": {"purpose": "vision"}}, "file"),
@@ -377,6 +377,8 @@ async def small_app(store: FileStore | None) -> AsyncIterator[httpx.AsyncClient]
     """The file routes and their middleware, without an engine."""
     app = FastAPI()
     app.state.loader = media_loader(store)
+    app.state.files = store
+    app.state.max_batch_bytes = 50_000
     app.include_router(files.router)
     app.include_router(images.router)
     errors.add_error_handlers(app)
@@ -492,6 +494,26 @@ def test_an_endless_upload_is_cut_off(tmp_path: Path) -> None:
 
     asyncio.run(run())
     assert sent <= 120_000
+
+
+def test_the_input_of_a_batch_is_stored_unless_it_is_too_large_or_empty(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with (
+            FileStore(tmp_path, Quota(), Quota(), None) as store,
+            small_app(store) as client,
+        ):
+            answers = [
+                await client.post(
+                    "/v1/files", files={"file": ("in.jsonl", data)}, data={"purpose": "batch"}
+                )
+                for data in (b"{}\n", bytes(50_001), b" \n")
+            ]
+        made, large, empty = (answer.json() for answer in answers)
+        assert (made["purpose"], made["bytes"]) == ("batch", 3)
+        assert (large["error"]["code"], large["error"]["param"]) == ("batch_too_large", "file")
+        assert (empty["error"]["code"], empty["error"]["param"]) == ("invalid_request", "file")
+
+    asyncio.run(run())
 
 
 # ---------------------------------------------------------------------- forms and parts

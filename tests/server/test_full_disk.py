@@ -67,7 +67,10 @@ def test_a_server_whose_disks_fill_up_goes_on_and_uses_them_again(tmp_path: Path
     """The disks are that of the log, that of all its folders, and /dev/shm."""
     question = pictures.text_part("What is shown?")
     with tempfile.TemporaryDirectory() as home, small_disk(tmp_path) as log_disk:
-        flags = ("--files-dir", f"{home}/files", "--embedding-cache-dir", f"{home}/embeddings")
+        flags = (
+            *("--files", "--files-dir", f"{home}/files"),
+            *("--embedding-cache-dir", f"{home}/embeddings"),
+        )
         disks = {SHM: 1024 * MIB, home: DISK_BYTES}
         log_file = log_disk / "log"
         started = serving(*flags, disks=disks, log_file=log_file, TMPDIR=home)

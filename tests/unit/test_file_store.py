@@ -418,7 +418,7 @@ def test_unrelated_files_in_the_folder_are_kept(tmp_path: Path) -> None:
         lambda text: b"\xff" * 70_000,
         lambda text: text.replace(b'"file-', b'"file-0', 1),
         lambda text: text.replace(b'"digest":"', b'"digest":"../../', 1),
-        lambda text: text.replace(b'"vision"', b'"batch"'),
+        lambda text: text.replace(b'"vision"', b'"other"'),
         lambda text: text.replace(b'"size":4', b'"size":5'),
         lambda text: text.replace(b'"size":4', b'"size":-1'),
     ],

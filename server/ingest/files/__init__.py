@@ -1,7 +1,21 @@
 """Uploaded files: stored on the local disk for the group that sent them, until they are deleted or
 expire."""
 
-from server.ingest.files.disk import PURPOSES, Purpose, StoredFile
+from server.ingest.files.disk import (
+    UPLOAD_PURPOSES,
+    Purpose,
+    StoredFile,
+    UploadPurpose,
+    files_disabled,
+)
 from server.ingest.files.store import FileStore, Quota
 
-__all__ = ["PURPOSES", "FileStore", "Purpose", "Quota", "StoredFile"]
+__all__ = [
+    "UPLOAD_PURPOSES",
+    "FileStore",
+    "Purpose",
+    "Quota",
+    "StoredFile",
+    "UploadPurpose",
+    "files_disabled",
+]

@@ -26,6 +26,7 @@ from msgspec import Meta
 
 from server.errors import (
     CannotStart,
+    FilesDisabled,
     FileStorageFailed,
     ServerBusy,
     UnknownFile,
@@ -35,8 +36,10 @@ from server.errors import (
 
 log = logging.getLogger("saccade")
 
-Purpose = Literal["vision", "user_data"]
-PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
+# What clients may upload a file for, and what else the server stores.
+UploadPurpose = Literal["vision", "user_data", "batch"]
+Purpose = Literal[UploadPurpose, "batch_output"]
+UPLOAD_PURPOSES: tuple[UploadPurpose, ...] = get_args(UploadPurpose)
 
 _MAX_FILENAME_CHARS = 255
 _NS_PER_S = 1_000_000_000
@@ -98,6 +101,14 @@ def new_file(
 def unknown_file() -> UnknownFile:
     """The same error for files that never existed, are gone, or belong to another group."""
     return UnknownFile("there is no such file; it may have been deleted or have expired")
+
+
+def files_disabled() -> FilesDisabled:
+    """The error where a server has no store."""
+    return FilesDisabled(
+        "the Files API is off: the server was started with --no-files, or cannot use the folder "
+        "of --files-dir"
+    )
 
 
 def _base_name(filename: str) -> str:
