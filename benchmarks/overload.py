@@ -4,8 +4,8 @@
 
 Goodput is the number of answers per second that are complete within the clients' time limit and
 within the measurement. Capacity is the goodput of a closed loop. Then requests arrive at a multiple
-of that rate. At the end, a key with few requests is measured alone and while another key sends that
-flood.
+of that rate. At the end, a key with few requests is measured alone, while another key sends that
+flood, and while that key has a limit on its concurrency besides.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,7 +29,7 @@ from benchmarks.workloads import WORKLOADS, Bodies
 
 _ROOT = Path(__file__).resolve().parent.parent
 _STUB_FOLDER = _ROOT / "benchmarks" / "stub_encoder"
-_KEYS = {"groups": {"heavy": ["sk-heavy"], "light": ["sk-light"]}}
+_KEYS_READ_S = 3.0  # after this time, the server has read a changed file of keys
 # Bodies for a closed loop: more than any server here answers in a second.
 _MOST_PER_SECOND = 150
 
@@ -56,9 +57,12 @@ class Bench:
         """Requests of a light key, alone or together with a flood of another."""
         rate = self._options.light_rate
         sources = [self._source("light", self._count(rate), rate=rate)]
-        if flood:
-            sources.append(self._source("heavy", self._count(flood), rate=flood))
-        return self._drive(sources)["light"]
+        if not flood:
+            return self._drive(sources)["light"]
+        sources.append(self._source("heavy", self._count(flood), rate=flood))
+        rows = self._drive(sources)
+        heavy = ("goodput", "refused", "refused_p50_ms", "refused_p99_ms", "others")
+        return rows["light"] | {"flood": {name: rows["heavy"][name] for name in heavy}}
 
     def _count(self, rate: float) -> int:
         expected = rate * self._options.seconds
@@ -114,7 +118,8 @@ def _measured(name: str, folder: Path, options: argparse.Namespace) -> dict[str,
         model = json.loads(server.get("/v1/models", "sk-light")[1])["data"][0]["id"]
         bench = Bench(server, Bodies(folder, model), options)
         bench.capacity()  # warms up
-        measured: dict[str, Any] = {"capacity": [], "overload": [], "light": [], "flooded": []}
+        measured: dict[str, Any] = {"capacity": [], "overload": [], "light": []}
+        measured |= {"flooded": [], "limited": []}
 
         def note(kind: str, row: dict[str, Any]) -> dict[str, Any]:
             measured[kind].append(row)
@@ -129,12 +134,14 @@ def _measured(name: str, folder: Path, options: argparse.Namespace) -> dict[str,
         for _ in range(options.rounds if name == "ours" else 0):
             note("light", bench.light(0.0))
             note("flooded", bench.light(rate))
+            _write_keys(folder, {"concurrency": options.concurrency_limit})
+            note("limited", bench.light(rate))
+            _write_keys(folder, {})
     return measured
 
 
 def _start(name: str, folder: Path, options: argparse.Namespace) -> Server:
-    keys = folder / "keys.json"
-    keys.write_text(json.dumps(_KEYS))
+    keys = _write_keys(folder, {})
     port = free_port()
     env = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
     if options.engine_cores:
@@ -148,9 +155,21 @@ def _start(name: str, folder: Path, options: argparse.Namespace) -> Server:
     flags = ["--port", str(port), "--enforce-eager", "--dtype", "float32"]
     flags += ["--max-model-len", "8192", "--max-num-seqs", str(options.max_num_seqs)]
     flags += ["--mm-processor-cache-gb", "1", "--disable-uvicorn-access-log"]
+    flags += options.flags.split() if name == "ours" else []
     ready = "/health" if name == "plain" else "/ready"
     log = folder / f"{name}.log"
     return Server(name, [sys.executable, *command, *flags], port, ready, env, log)
+
+
+def _write_keys(folder: Path, limits: dict[str, int]) -> Path:
+    """Write the file of keys, with `limits` for the key that floods, and wait until it is read."""
+    keys = folder / "keys.json"
+    is_new = not keys.exists()
+    heavy = {"keys": ["sk-heavy"], **limits}
+    keys.write_text(json.dumps({"groups": {"heavy": heavy, "light": ["sk-light"]}}))
+    if not is_new:
+        time.sleep(_KEYS_READ_S)
+    return keys
 
 
 def _generate(plan: Plan) -> list[Outcome]:
@@ -190,6 +209,8 @@ def _options() -> argparse.Namespace:
     add("--plain", action="store_true", help="measure plain vLLM as well, afterwards")
     add("--stub-encoder", action="store_true", help="use a stub of the vision encoder")
     add("--engine-cores", help="cores for the model's threads (CPU only), such as 1")
+    add("--flags", default="", help="more flags for our server, as one string")
+    add("--concurrency-limit", type=int, default=2, help="of the flooding key, when it has one")
     add("--max-num-seqs", type=int, default=8)
     add("--clients", type=int, default=16, help="of the closed loop that measures the capacity")
     add("--factor", type=float, default=5.0, help="overload, as a multiple of the capacity")

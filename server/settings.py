@@ -307,6 +307,14 @@ class AdmissionSettings(_Group):
         description="A request that would wait longer for its turn, by the measured rate, gets a "
         "503 at once, in seconds.",
     )
+    max_group_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Share of the engine that one group of API keys takes at most while another "
+        "has had a request there in the last 30 s: requests in it, as a part of all that it takes. "
+        "1: no limit.",
+    )
     media_memory_gb: float | None = Field(
         None,
         gt=0,

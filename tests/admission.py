@@ -13,6 +13,9 @@ def limits(
     in_engine: int = 100,
     totals: dict[Resource, int] = UNLIMITED,
     engine_requests: int | None = None,
+    group_share: float = 1.0,
 ) -> AdmissionLimits:
     """Limits that are not reached, but for those that are given."""
-    return AdmissionLimits(running, waiting, wait_s, in_engine, totals, engine_requests)
+    return AdmissionLimits(
+        running, waiting, wait_s, in_engine, totals, engine_requests, group_share
+    )

@@ -149,6 +149,7 @@ def admission_limits(engine: AsyncLLM, settings: Settings) -> AdmissionLimits:
             Resource.IMAGE_TOKENS: admission.max_running_image_tokens or _image_tokens(config),
         },
         engine_requests=config.scheduler_config.max_num_queued_reqs,
+        group_share=admission.max_group_share,
     )
 
 

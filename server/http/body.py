@@ -88,6 +88,8 @@ class BodyReader:
 
     async def _answer(self, share: Share, scope: Scope, receive: Receive, send: Send) -> None:
         try:
+            if path_of(scope) in self._admitted:  # refused before its body is read
+                self._admission.check(record_of(scope), quotas_of(scope))
             max_bytes = min(self._max_bytes, self._limits.get(path_of(scope), self._max_bytes))
             chunks = await self._read(scope, receive, max_bytes, share)
             record_of(scope).timeline.begin(Stage.ADMISSION, time.monotonic())

@@ -10,7 +10,9 @@ come too late, by the measured rate. While a running request waits for a share o
 (`server.request.budgets`), no other one begins.
 
 Of the requests with a permit, at most `in_engine` are in the engine; the queue of the others is
-fair as well. vLLM's own queue, which is not, stays short.
+fair as well. vLLM's own queue, which is not, stays short. While several groups of keys are active,
+none takes more than its share of the engine, so that a few requests do not share each of its steps
+with a flood.
 """
 
 import math
@@ -19,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from server.errors import EngineQueueFull, ServerBusy
+from server.errors import EngineQueueFull, SaccadeError, ServerBusy
 from server.request.budgets import Budgets, Holdings, Resource
 from server.request.limits import Quota, Usage, headers
 from server.request.slots import Slots
@@ -50,6 +52,8 @@ class AdmissionLimits:
         totals: what all requests together may hold.
         engine_requests: engine requests that run or wait, here or in the engine; above it, a
             request is refused at once (`--max-num-queued-reqs`). None: no limit.
+        group_share: the share of `in_engine` that one group of keys takes at most while another is
+            active.
     """
 
     running: int
@@ -58,6 +62,7 @@ class AdmissionLimits:
     in_engine: int
     totals: Mapping[Resource, int]
     engine_requests: int | None = None
+    group_share: float = 1.0
 
 
 class Rate:
@@ -112,7 +117,7 @@ class Admission:
         self.slots = Slots(limits.running, lambda: self.budgets.is_short)
         self.engine_requests = 0
         self._engine_is_full = engine_is_full
-        self.engine_slots = Slots(limits.in_engine)
+        self.engine_slots = Slots(limits.in_engine, group_share=limits.group_share)
         self.service_times = ServiceTimes()
         self._rate = Rate(max(_MEASURED, 2 * limits.running))
         self._usages: dict[str, Usage] = {}
@@ -138,6 +143,24 @@ class Admission:
             ServerBusy: the queue is full, or the request would wait too long.
         """
         return Permit(self, record, quotas, cost, engine_requests)
+
+    def check(
+        self, record: Record, quotas: Sequence[Quota], engine_requests: int = 1
+    ) -> list[Usage]:
+        """The usages of `quotas`, if a request could have a permit or wait for it. Raises as
+        `permit`. It may be called as soon as the key is known, since nothing is counted."""
+        usages = [self.usage(quota) for quota in quotas]
+        try:
+            for usage in usages:
+                usage.check()
+            self.check_engine(engine_requests)
+            group = record.key_group or ""
+            if not self.slots.has_room(group):
+                self._check_wait(group, record.deadline)
+        except SaccadeError:
+            record.headers += headers(usages)
+            raise
+        return usages
 
     def check_engine(self, requests: int) -> None:
         """Raises EngineQueueFull if the engine would refuse this many requests more."""
@@ -166,12 +189,11 @@ class Admission:
         """Wait until the request may run, and count it as running.
 
         Raises:
-            ServerBusy: the queue is full, the request would wait too long, or it has waited so
-                long that few requests would be answered before its deadline.
+            ServerBusy: it has waited so long that few requests would be answered before its
+                deadline.
         """
         if self.slots.take_now(group):
             return
-        self._check_wait(group, deadline)
         since = time.monotonic()
         try:
             await self.slots.take(group, share, cost)
@@ -247,16 +269,10 @@ class Permit:
 
     async def __aenter__(self) -> "Permit":
         record = self._record
-        usages = [self._admission.usage(quota) for quota in self._quotas]
-        try:
-            for usage in usages:
-                usage.check()
-            self._admission.check_engine(self._engine_requests)
-            for usage in usages:
-                usage.begin()
-        finally:
-            record.headers += headers(usages)
-        self._usages = usages
+        self._usages = self._admission.check(record, self._quotas, self._engine_requests)
+        for usage in self._usages:
+            usage.begin()
+        record.headers += headers(self._usages)
         self._admission.engine_requests += self._engine_requests
         try:
             await self._admission.take_turn(self._group, self._share, self._cost, record.deadline)

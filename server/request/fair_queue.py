@@ -9,6 +9,7 @@ another, and groups that wait get work in proportion to their shares.
 """
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -65,12 +66,14 @@ class FairQueue(Generic[T]):
         self.cost += cost
         return entry
 
-    def pop(self) -> T:
-        """Remove the first item and return it. Raises IndexError if the queue is empty."""
-        entry = self._entries[0]
-        self._now = entry.start
-        self._remove(0)
-        return entry.item
+    def pop(self, fits: Callable[[T], bool] = lambda _: True) -> T | None:
+        """Remove the first item that `fits` and return it; None if there is none."""
+        for place, entry in enumerate(self._entries):
+            if fits(entry.item):
+                self._now = max(self._now, entry.start)
+                self._remove(place)
+                return entry.item
+        return None
 
     def remove(self, entry: Entry[T]) -> None:
         """Remove an item that is still in the queue."""

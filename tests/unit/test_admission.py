@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from server.errors import RateLimited, ServerBusy
+from server.request import slots
 from server.request.admission import Admission
 from server.request.limits import Bucket, Limits, Quota
 from server.telemetry.record import Prompt, Record
@@ -81,6 +82,52 @@ def test_a_group_that_has_nothing_running_does_not_wait_for_another() -> None:
     asyncio.run(run())
 
 
+def test_a_group_takes_only_its_share_of_the_engine_while_another_is_active(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def run() -> None:
+        gate = Admission(limits(in_engine=8, group_share=0.5))
+        monkeypatch.setattr(slots, "_ACTIVE_S", 0.05)
+        release = asyncio.Event()
+
+        async def answer(name: str, until: asyncio.Event) -> None:
+            async with gate.permit(Record(key_group=name)) as permit:
+                await permit.enter_engine("1")
+                await until.wait()
+
+        def begin(name: str, count: int, until: asyncio.Event) -> list[asyncio.Task[None]]:
+            return [asyncio.create_task(answer(name, until)) for _ in range(count)]
+
+        async def in_engine() -> int:
+            await settle()
+            return gate.engine_slots.taken
+
+        end_of_light = asyncio.Event()
+        light = begin("light", 2, end_of_light)
+        heavy = begin("heavy", 20, release)
+        assert await in_engine() == 2 + 4
+        more = begin("light", 1, release)
+        assert await in_engine() == 3 + 4  # it does not wait behind the others
+        end_of_light.set()
+        await asyncio.gather(*light)
+        heavy[0].cancel()
+        assert await in_engine() == 1 + 4
+        release.set()
+        await asyncio.gather(*heavy[1:], *more)
+
+        release.clear()
+        heavy = begin("heavy", 20, release)
+        assert await in_engine() == 4
+        await asyncio.sleep(0.1)
+        heavy[0].cancel()  # the light group has not come back
+        assert await in_engine() == 8
+        release.set()
+        await asyncio.gather(*heavy[1:])
+        assert gate.engine_slots.taken == 0
+
+    asyncio.run(run())
+
+
 def test_a_full_queue_refuses_at_once_and_says_when_to_come_back() -> None:
     async def run() -> None:
         gate, release = admission(running=1, waiting=2), asyncio.Event()
@@ -92,6 +139,29 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back() -> None:
         release.set()
         await asyncio.gather(*held)
         assert gate.slots.taken == 0
+
+    asyncio.run(run())
+
+
+def test_a_check_refuses_what_a_permit_would_and_counts_nothing() -> None:
+    async def run() -> None:
+        gate, release = admission(running=1, waiting=1), asyncio.Event()
+        quota = Quota("key", Limits(concurrency=1, requests_per_minute=2))
+        record = Record()
+        for _ in range(5):
+            gate.check(record, [quota])
+        assert record.headers == []
+        held = [asyncio.create_task(hold(gate, "", release.wait, quota))]
+        await settle()
+        with pytest.raises(RateLimited):
+            gate.check(record, [quota])
+        assert dict(record.headers)[b"x-ratelimit-remaining-requests"] == b"1"
+        held += [asyncio.create_task(hold(gate, "", release.wait))]
+        await settle()
+        with pytest.raises(ServerBusy, match="1 requests wait already"):
+            gate.check(Record(), [])
+        release.set()
+        await asyncio.gather(*held)
 
     asyncio.run(run())
 

@@ -2,14 +2,13 @@
 
 from collections import Counter
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from server.request.fair_queue import Entry, FairQueue
 
 
-def order(queue: FairQueue[str]) -> list[str]:
+def order(queue: FairQueue[str]) -> list[str | None]:
     return [queue.pop() for _ in range(len(queue))]
 
 
@@ -65,8 +64,17 @@ def test_removed_items_are_not_served_and_cost_nothing() -> None:
     assert (len(queue), queue.cost) == (1, 2.0)
     assert queue.cost_before(100.0) == 2.0
     assert order(queue) == ["5"]
-    with pytest.raises(IndexError):
-        queue.pop()
+    assert queue.pop() is None
+
+
+def test_items_that_do_not_fit_keep_their_turn() -> None:
+    queue = FairQueue[str]()
+    for group in ("a", "b"):
+        for number in range(3):
+            queue.push(group, 1.0, 1.0, f"{group}{number}")
+    assert [queue.pop(lambda item: item[0] == "b") for _ in range(4)] == ["b0", "b1", "b2", None]
+    queue.push("c", 1.0, 1.0, "c0")
+    assert order(queue) == ["a0", "a1", "a2", "c0"]
 
 
 def test_the_cost_before_a_new_item_depends_on_its_group() -> None:

@@ -32,11 +32,15 @@ SETTINGS = Settings(http=HttpSettings(max_request_bytes=3 * MIB, request_read_ti
 JSON = (b"content-type", b"application/json")
 
 
-def app_of(budget: ByteBudget, inner: ASGIApp = answer_ok) -> ASGIApp:
-    """The layers of the server around an app that answers with the length of the body."""
-    admission = Admission(limits(wait_s=WAIT_S))
+def app_of(
+    budget: ByteBudget, inner: ASGIApp = answer_ok, admission: Admission | None = None
+) -> ASGIApp:
+    """The layers of the server around an app that answers with the length of the body. With an
+    `admission`, its requests need a permit."""
+    admitted = () if admission is None else ("/x",)
+    admission = admission or Admission(limits(wait_s=WAIT_S))
     app: ASGIApp = BodyReader(
-        inner, SETTINGS.http, reader(), None, None, {}, budget, (), admission, ()
+        inner, SETTINGS.http, reader(), None, None, {}, budget, (), admission, admitted
     )
     return Observed(
         headers.SingleHeaders(app), server_timing=False, log_requests=False, traced=False
@@ -99,6 +103,17 @@ def test_bodies_beyond_the_budget_are_refused_and_small_ones_are_not(
         assert answer(first)[::2] == (200, 2 * MIB)
         until(lambda: budget.held == 2 * MIB)
     until(lambda: budget.held == 0)
+
+
+def test_a_request_that_gets_no_permit_is_refused_before_its_body_arrives(
+    budget: ByteBudget,
+) -> None:
+    app = app_of(budget, admission=Admission(limits(engine_requests=0)))
+    with serving(app, SETTINGS) as port, begun(port, 2 * MIB) as client:
+        status, given, document = answer(client)
+        assert (status, document["error"]["code"]) == (503, "engine_queue_full")
+        assert int(given["retry-after"]) >= 1
+        assert budget.held == 0
 
 
 def test_a_body_without_a_place_is_not_read_until_it_has_one() -> None:
