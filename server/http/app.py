@@ -155,6 +155,7 @@ async def build_app(
         for route in app.router.routes
         if route in mine or getattr(route, "path", None) not in ours
     ]
+    routes.take_documents(app)
     stop_at_first_error(app.routes)
     keep_schema(app)
     http_metrics.replace_instrumentator(app)
@@ -216,11 +217,7 @@ async def _add_middleware(
             files.PATH: max(settings.images.max_image_bytes, settings.batches.batch_bytes)
             + files.MAX_OVERHEAD_BYTES
         },
-        parsed=[
-            route.path
-            for route in routes.conversations.routes
-            if isinstance(route, routes.ParsedRoute)
-        ],
+        parsed=[route.path for route in app.routes if isinstance(route, routes.ParsedRoute)],
         admission=parts.admission,
         admitted=ADMITTED,
     )

@@ -5,15 +5,16 @@ outermost layer cancels the task of the request (`http/client.py`). vLLM's route
 every error that is raised below it into a 500.
 """
 
+import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from http import HTTPStatus
-from typing import Any, get_type_hints
+from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.datastructures import State
 
 from server import __version__
@@ -38,6 +39,11 @@ from server.http.scope import document_of
 from server.http.stream import EventStream
 from server.ingest.fetch_cache import FetchCache
 
+_RESPONSES = ("/v1/responses", "/v1/responses/render")
+# Items of a response's input that are validated at a time. One takes up to 0.1 ms, since pydantic
+# tries some thirty forms.
+_ITEMS_AT_A_TIME = 64
+
 
 class ParsedRoute(APIRoute):
     """A route `endpoint(request: Model, raw_request: Request)` whose model is made of the document
@@ -47,8 +53,8 @@ class ParsedRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         standard = super().get_route_handler()
         endpoint: Callable[[BaseModel, Request], Awaitable[Response]] = self.endpoint
-        model: type[BaseModel] = get_type_hints(endpoint)["request"]
-        body = self.dependant.body_params[0]._type_adapter
+        field = self.dependant.body_params[0]
+        model, body = field.field_info.annotation, field._type_adapter
 
         async def handle(raw_request: Request) -> Response:
             document = document_of(raw_request.scope)
@@ -56,16 +62,67 @@ class ParsedRoute(APIRoute):
                 return await standard(raw_request)
             await validate_json_request(raw_request)
             try:
-                request: BaseModel = body.validate_python(document)
-            except ValidationError as error:
-                errors = error.errors(include_url=False)
-                in_body = [{**found, "loc": ("body", *found["loc"])} for found in errors]
-                raise RequestValidationError(in_body, body=document) from None
+                request: BaseModel = await validated(body, document)
             except OF_VALIDATORS as error:
                 raise unfit(error, model, document) from error
             return await endpoint(request, raw_request)
 
         return handle
+
+
+async def validated(body: TypeAdapter[Any], document: dict[str, Any]) -> Any:
+    """The request that `document` describes. A long `input`, whose items do not depend on one
+    another, is validated in slices, and other requests are served in between.
+
+    Raises:
+        RequestValidationError
+        Otherwise as the validators of the model.
+    """
+    items = document.get("input")
+    most = _ITEMS_AT_A_TIME
+    if not isinstance(items, list) or len(items) <= most:
+        return _slice(body, document, document)
+    request = _slice(body, {**document, "input": items[:most]}, document)
+    for start in range(most, len(items), most):
+        await asyncio.sleep(0)
+        rest = _slice(body, {"input": items[start : start + most]}, document, start)
+        request.input += rest.input
+    return request
+
+
+def _slice(
+    body: TypeAdapter[Any], part: dict[str, Any], document: dict[str, Any], start: int = 0
+) -> Any:
+    """The request of `part` of a document; the items of its input begin at `start`."""
+    try:
+        return body.validate_python(part)
+    except ValidationError as error:
+        in_body = [
+            {**found, "loc": ("body", *_shifted(found["loc"], start))}
+            for found in error.errors(include_url=False)
+        ]
+        raise RequestValidationError(in_body, body=document) from None
+
+
+def _shifted(loc: tuple[int | str, ...], start: int) -> tuple[int | str, ...]:
+    """`loc` with `start` added to its first index."""
+    place = next((place for place, step in enumerate(loc) if isinstance(step, int)), None)
+    if place is None:
+        return loc
+    return (*loc[:place], int(loc[place]) + start, *loc[place + 1 :])
+
+
+def take_documents(app: FastAPI) -> None:
+    """Let vLLM's routes for responses take the parsed document as well."""
+    for place, route in enumerate(app.router.routes):
+        if isinstance(route, APIRoute) and route.path in _RESPONSES and route.dependant.body_params:
+            app.router.routes[place] = ParsedRoute(
+                route.path,
+                route.endpoint,
+                methods=route.methods,
+                dependencies=route.dependencies,
+                responses=route.responses,
+            )
 
 
 conversations = APIRouter(dependencies=[Depends(validate_json_request)], route_class=ParsedRoute)
