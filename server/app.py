@@ -32,13 +32,10 @@ from server.request.read import RequestReader
 from server.settings import GIB, HttpSettings, Settings
 from server.telemetry import metrics, tracing
 from server.workers.pool import ImagePool
-from server.workers.process import keep_freed_memory, private_bytes, return_freed_memory
+from server.workers.process import keep_freed_memory, return_regularly
 
 # Freed heap that is kept between requests: the size of a request body with a few photos.
 _KEPT_HEAP_BYTES = 128 << 20
-# An idle server returns freed memory if it is this much more than after the last time.
-_WORTH_RETURNING_BYTES = 32 << 20
-_IDLE_CHECK_S = 10.0
 # Disk space for files in a folder that the operator chose, and in the default folder, in GiB.
 _FILES_GB, _DEFAULT_FILES_GB = 10.0, 1.0
 # Time limit for sending the last traces at shutdown.
@@ -50,7 +47,7 @@ Report = Callable[[str], None]
 async def run(args: Namespace, settings: Settings, report: Report) -> int:
     """Serve until a signal or the engine's death; returns the exit status."""
     keep_freed_memory(_KEPT_HEAP_BYTES)
-    plugin.ask(die_with_parent=True, quick_start=True)
+    plugin.ask(die_with_parent=True, return_memory=True, quick_start=True)
     keeps_responses = bool(vllm_http.paths_that_keep_bodies())
     key_ring = keys.key_ring(
         settings.access, vllm_http.api_keys(args), keeps_responses=keeps_responses
@@ -105,7 +102,7 @@ async def _running(args: Namespace, settings: Settings, report: Report) -> Async
             report(f"starting {settings.images.image_workers} image workers")
             await stack.enter_async_context(pool)
             report(f"image workers are confined by {pool.confinement}")
-        await stack.enter_async_context(_memory_returned(engine, pool))
+        return_regularly()
         limits = launch.media_limits(engine, settings)
         embeds = launch.accepted_embeddings(engine)
         engine_queue = EngineQueue(engine)
@@ -138,28 +135,6 @@ def body_bounds(settings: HttpSettings) -> BodyBounds:
         depth=settings.max_request_depth,
         items=settings.max_request_items,
     )
-
-
-@contextlib.asynccontextmanager
-async def _memory_returned(
-    engine: vllm_http.AsyncLLM, pool: ImagePool | None
-) -> AsyncIterator[None]:
-    """Return freed memory to the system when the server has nothing to do."""
-
-    async def run() -> None:
-        least = private_bytes()
-        while True:
-            await asyncio.sleep(_IDLE_CHECK_S)
-            is_busy = engine.output_processor.has_unfinished_requests() or (pool and pool.queued)
-            if not is_busy and private_bytes() > least + _WORTH_RETURNING_BYTES:
-                await asyncio.to_thread(return_freed_memory)
-                least = private_bytes()
-
-    task = asyncio.create_task(run())
-    try:
-        yield
-    finally:
-        task.cancel()
 
 
 def _fetcher(args: Namespace, settings: Settings) -> Fetcher:

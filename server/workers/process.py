@@ -8,7 +8,9 @@ import gc
 import mmap
 import os
 import signal
+import threading
 import time
+from typing import Any
 
 import setproctitle
 
@@ -17,6 +19,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _CPUCLOCK_SCHED = 2  # the clock of all threads of a process, with the kernel's precision
 # Added to the badness by which the kernel chooses what to kill; the greatest value is 1000.
 _OOM_SCORE = "500"
+
+# How often a process looks for freed memory to return, and how much is worth the pause: some 0.1 ms
+# for each MiB, during which its other threads cannot allocate.
+_RETURN_INTERVAL_S = 20.0
+_WORTH_RETURNING_BYTES = 32 << 20
 
 # A process that got less of a processor than this was stopped, or waits for the machine.
 _WORKING_SHARE = 0.1
@@ -100,6 +107,47 @@ def return_freed_memory() -> None:
     cannot allocate. Does nothing without glibc."""
     if (libc := _libc()) is not None:
         libc.malloc_trim(0)
+
+
+def return_regularly() -> None:
+    """Return freed heap to the system from now on, in a thread of this process. Does nothing
+    without glibc.
+
+    glibc returns only the end of its heap by itself. After a flood, gigabytes of freed buffers stay
+    below some small object that is in use.
+    """
+    if _libc() is not None:
+        threading.Thread(target=_return_regularly, name="freed-memory", daemon=True).start()
+
+
+def _return_regularly() -> None:
+    least = _private_and_free_bytes()
+    while True:
+        time.sleep(_RETURN_INTERVAL_S)
+        if _private_and_free_bytes() > least + _WORTH_RETURNING_BYTES:
+            return_freed_memory()
+            least = _private_and_free_bytes()
+        least = min(least, _private_and_free_bytes())
+
+
+def _private_and_free_bytes() -> int:
+    """Private memory plus free heap, whether that is resident or not. It grows by what is freed,
+    and by what is used again after it was returned."""
+    heap_info: Any = getattr(_libc(), "mallinfo2", None)
+    if heap_info is None:  # glibc before 2.33
+        return private_bytes()
+    heap_info.restype = _HeapInfo
+    return private_bytes() + int(heap_info().fordblks)
+
+
+class _HeapInfo(ctypes.Structure):
+    """`struct mallinfo2` of the C library: `fordblks` is the free heap in bytes."""
+
+    _fields_ = (
+        *((f"other_{number}", ctypes.c_size_t) for number in range(8)),
+        ("fordblks", ctypes.c_size_t),
+        ("keepcost", ctypes.c_size_t),
+    )
 
 
 def processor_seconds(pid: int) -> float:

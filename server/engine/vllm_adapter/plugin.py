@@ -27,6 +27,7 @@ class Changes(msgspec.Struct, frozen=True, omit_defaults=True):
     Attributes:
         die_with_parent: end with the process that started them, however it ends. If the kernel
             kills the server, it cannot stop its children, and an engine would keep the GPU.
+        return_memory: return freed heap to the system regularly.
         quick_start: start processes as `quick_start` does.
         json_logs: write logs as JSON.
         image_work: the file by which `cpu_waits` learns when there is image work.
@@ -35,6 +36,7 @@ class Changes(msgspec.Struct, frozen=True, omit_defaults=True):
     """
 
     die_with_parent: bool = False
+    return_memory: bool = False
     quick_start: bool = False
     json_logs: bool = False
     image_work: str | None = None
@@ -60,6 +62,10 @@ def register() -> None:
     changes = asked()
     if changes.die_with_parent:
         _die_with_parent()
+    if changes.return_memory and multiprocessing.parent_process() is not None:
+        from server.workers.process import return_regularly
+
+        return_regularly()
     if changes.quick_start:
         from server.engine.vllm_adapter import quick_start
 
