@@ -11,8 +11,8 @@ come too late, by the measured rate. While a running request waits for a share o
 
 Of the requests with a permit, at most `in_engine` are in the engine; the queue of the others is
 fair as well. vLLM's own queue, which is not, stays short. While several groups of keys are active,
-none takes more than its share of the engine, so that a few requests do not share each of its steps
-with a flood.
+none takes more than `group_share` of both, so that a few requests do not share each step of the
+engine with a flood.
 """
 
 import math
@@ -52,8 +52,8 @@ class AdmissionLimits:
         totals: what all requests together may hold.
         engine_requests: engine requests that run or wait, here or in the engine; above it, a
             request is refused at once (`--max-num-queued-reqs`). None: no limit.
-        group_share: the share of `in_engine` that one group of keys takes at most while another is
-            active.
+        group_share: the share of `running` and of `in_engine` that one group of keys takes at most
+            while another is active.
     """
 
     running: int
@@ -114,7 +114,7 @@ class Admission:
         """`engine_is_full` says why the engine takes no more requests; None if it does."""
         self.limits = limits
         self.budgets = Budgets(limits.totals, limits.wait_s, lambda: self.slots.advance())
-        self.slots = Slots(limits.running, lambda: self.budgets.is_short)
+        self.slots = Slots(limits.running, lambda: self.budgets.is_short, limits.group_share)
         self.engine_requests = 0
         self._engine_is_full = engine_is_full
         self.engine_slots = Slots(limits.in_engine, group_share=limits.group_share)

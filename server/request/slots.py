@@ -51,7 +51,7 @@ class Slots:
         """Whether `group` could take a slot without waiting."""
         if self._is_closed() or self._has_its_share(group):
             return False
-        if self.taken < self.count and not self.queue:
+        if self.taken < self.count:  # those that wait have their share
             return True
         is_first = bool(self._by_group) and group not in self._by_group
         return is_first and self.taken < self.count + self._reserved
@@ -94,7 +94,8 @@ class Slots:
     def advance(self) -> None:
         """Give the free slots to those that wait."""
         while self.queue and self.taken < self.count and not self._is_closed():
-            waiter = self.queue.pop(lambda each: not self._has_its_share(each.group))
+            full = set(filter(self._has_its_share, self._by_group))
+            waiter = self.queue.pop(lambda each: each.group not in full)  # noqa: B023
             if waiter is None:
                 return
             if not waiter.turn.done():

@@ -1,0 +1,29 @@
+"""Freed heap goes back to the system while a process works on."""
+
+import subprocess
+import sys
+
+SCRIPT = """
+import time
+from server.workers import process
+
+process._RETURN_INTERVAL_S = 0.1
+process.return_regularly()
+least = process.private_bytes()
+for _ in range(2):  # also what is used again after it was returned
+    chunks, pins = [], []
+    for _ in range(2000):
+        chunks.append(bytes(bytearray(64_000)))
+        pins.append(bytearray(1000))  # what is freed before it is not at the end of the heap
+    assert process.private_bytes() > least + (100 << 20)
+    time.sleep(0.5)  # looks while all of it is in use
+    chunks.clear()
+    deadline = time.monotonic() + 30
+    while process.private_bytes() > least + (20 << 20):
+        assert time.monotonic() < deadline, process.private_bytes() - least
+        time.sleep(0.05)
+"""
+
+
+def test_freed_heap_below_live_objects_is_returned() -> None:
+    subprocess.run([sys.executable, "-c", SCRIPT], check=True, timeout=60)
