@@ -52,7 +52,12 @@ _FLAGS = (
     *("--max-image-bytes", str(8 << 20), "--fetch-timeout-s", "2", "--pdf-page-timeout-s", "1"),
     *("--image-timeout-s", "10", "--image-workers", "2", "--video-timeout-s", "20"),
 )
-_VARIABLES = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+_VARIABLES = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",  # a matrix product for each layer and prompt length
+}
 
 
 def main() -> None:
