@@ -7,6 +7,7 @@ import asyncio
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from server.errors import ClientError, ImageAspectRatio, ImageTokenCap, InvalidImage
@@ -16,6 +17,7 @@ from server.imaging.tokens import (
     MeasuredTokens,
     TokenAllocation,
     TokenRule,
+    View,
     allocate_together,
     detail_cap,
     kv_bytes_per_token,
@@ -114,6 +116,10 @@ class TokenAllocator:
         request. Raises as `allocate` does."""
         return await self._allocated(self.rule({}), sized, paths, budget)
 
+    def views(self, size: Size, allocation: TokenAllocation) -> list[View]:
+        """What the encoder sees of a picture with this allocation."""
+        return self.rule({}).views(*size, allocation)
+
     async def _allocated(
         self, rule: TokenRule, sized: Sized, paths: Sequence[str], budget: int | None
     ) -> list[TokenAllocation]:
@@ -161,11 +167,27 @@ def _limited(options: ImageOptions) -> bool:
 # ---------------------------------------------------------------------- costs
 
 
+@dataclass(frozen=True)
+class ImageCost:
+    """How a picture would be shown, the length of its placeholder in the prompt, the bytes of KV
+    cache that it would take, and what the encoder would see, if that was asked for."""
+
+    shown: ShownImage
+    prompt_tokens: int
+    kv_bytes: int
+    views: list[View]
+
+
 async def image_costs(
-    engine: "AsyncLLM", sized: Sized, paths: Sequence[str], budget: int | None
-) -> list[tuple[ShownImage, int]]:
-    """How each picture, given by its size, would be shown, and the bytes of KV cache that it would
-    take. The model does not run. `paths` are the places of the pictures in the request.
+    engine: "AsyncLLM",
+    sized: Sized,
+    paths: Sequence[str],
+    budget: int | None,
+    *,
+    with_views: bool = False,
+) -> list[ImageCost]:
+    """The cost of each picture, given by its size. The model does not run. `paths` are the places
+    of the pictures in the request.
 
     Raises:
         ImageTokenCap, ImageAspectRatio, InvalidImage: a request with these images would fail in
@@ -179,14 +201,25 @@ async def image_costs(
     allocations = await allocator.costs(sized, paths, budget)
     bytes_per_token = _kv_bytes_per_token(engine.vllm_config)
     return [
-        (
+        ImageCost(
             ShownImage(
                 size, allocation.tokens, allocation.processed, allocation.region, options.frame
             ),
+            allocation.prompt_tokens,
             allocation.prompt_tokens * bytes_per_token,
+            allocator.views(size, allocation) if with_views else [],
         )
         for (size, options), allocation in zip(sized, allocations, strict=True)
     ]
+
+
+def patch_size(engine: "AsyncLLM") -> int | None:
+    """The side of a patch of the vision encoder, in pixels; None if the configuration has none."""
+    vision = getattr(engine.model_config.hf_config, "vision_config", None)
+    found = getattr(vision, "patch_size", None)
+    if isinstance(found, list | tuple):  # (height, width), which are equal
+        found = found[0]
+    return found if isinstance(found, int) else None
 
 
 def _kv_bytes_per_token(config: "VllmConfig") -> int:

@@ -5,16 +5,19 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from server.engine.token_allocator import image_costs
+from server.engine.token_allocator import image_costs, patch_size
 from server.engine.vllm_http import validate_json_request
 from server.errors import ClientError
 from server.http.scope import context_of
 from server.http.usage import detail
 from server.imaging.encoded import ImageOptions, check_size
-from server.imaging.tokens import Detail
+from server.imaging.tokens import Detail, View
 from server.ingest.load import MediaLoader
 
 router = APIRouter()
+
+# A picture may have dozens of views.
+_MOST_IMAGES_WITH_VIEWS = 64
 
 
 class ImageSize(BaseModel):
@@ -32,12 +35,14 @@ class ImageTokensRequest(BaseModel):
     """Images as parts of `messages` (or of `input`), as sizes in `images`, or both.
 
     Messages may have the form of any API that takes images; their texts are ignored.
-    `max_image_tokens` is the budget for all images together.
+    `max_image_tokens` is the budget for all images together. With `include_views`, the answer tells
+    what the encoder sees: its tiles, and the grid of tokens.
     """
 
     model_config = ConfigDict(extra="allow")
 
     images: Annotated[list[ImageSize], Field(max_length=1000)] = []
+    include_views: bool = False
 
 
 @router.post("/v1/images/tokens", dependencies=[Depends(validate_json_request)])
@@ -65,12 +70,27 @@ async def image_tokens(body: ImageTokensRequest, raw_request: Request) -> dict[s
             raise
         sized.append((size, ImageOptions(named.detail, named.max_tokens)))
         paths.append(path)
+    if body.include_views and len(sized) > _MOST_IMAGES_WITH_VIEWS:
+        raise ClientError(
+            f"include_views is for at most {_MOST_IMAGES_WITH_VIEWS} images", param="include_views"
+        )
     engine = raw_request.app.state.engine_client
-    costs = await image_costs(engine, sized, paths, context.max_image_tokens)
-    rows = [
-        {"index": index, **detail(image), "kv_bytes": kv_bytes}
-        for index, (image, kv_bytes) in enumerate(costs)
+    costs = await image_costs(
+        engine, sized, paths, context.max_image_tokens, with_views=body.include_views
+    )
+    rows: list[dict[str, Any]] = [
+        {
+            "index": index,
+            **detail(cost.shown),
+            "prompt_tokens": cost.prompt_tokens,
+            "kv_bytes": cost.kv_bytes,
+        }
+        for index, cost in enumerate(costs)
     ]
+    if body.include_views:
+        patch = patch_size(engine)
+        for row, cost in zip(rows, costs, strict=True):
+            row |= {"patch_size": patch, "views": list(map(_view, cost.views))}
     return {
         "object": "list",
         "data": rows,
@@ -78,4 +98,17 @@ async def image_tokens(body: ImageTokensRequest, raw_request: Request) -> dict[s
             "image_tokens": sum(row["tokens"] for row in rows),
             "kv_bytes": sum(row["kv_bytes"] for row in rows),
         },
+    }
+
+
+def _view(view: View) -> dict[str, Any]:
+    columns, rows = view.grid or (None, None)
+    return {
+        "kind": view.kind,
+        "region": view.region,
+        "width": view.size[0],
+        "height": view.size[1],
+        "columns": columns,
+        "rows": rows,
+        "tokens": view.tokens,
     }

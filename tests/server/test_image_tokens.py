@@ -87,6 +87,32 @@ def test_only_detail_low_limits_image_tokens(http: httpx.Client, detail: str) ->
     assert tokens <= 256 if detail == "low" else tokens == full
 
 
+def test_the_views_of_a_picture_are_told_on_request(http: httpx.Client) -> None:
+    sizes = [{"width": 448, "height": 336}, {"width": 1600, "height": 1200, "max_tokens": 20}]
+    body = {"images": sizes, "include_views": True}
+    rows = http.post("/v1/images/tokens", json=body).raise_for_status().json()["data"]
+    assert rows[0]["views"] == [
+        {
+            "kind": "whole",
+            "region": [0, 0, 448, 336],
+            "width": 448,
+            "height": 320,
+            "columns": 14,
+            "rows": 10,
+            "tokens": 140,
+        }
+    ]
+    for row in rows:
+        (view,) = row["views"]
+        assert row["patch_size"] == 16
+        assert view["columns"] * view["rows"] == view["tokens"] == row["tokens"]
+        assert row["prompt_tokens"] >= row["tokens"]
+    few = {"images": sizes[:1] * 65, "include_views": True}
+    assert refusal(http, "/v1/images/tokens", few)["param"] == "include_views"
+    wrong = {"images": sizes, "include_views": "perhaps"}
+    assert refusal(http, "/v1/images/tokens", wrong)["param"] == "include_views"
+
+
 def test_the_predicted_cost_equals_the_actual_cost(http: httpx.Client) -> None:
     parts = [
         image_part(SMALL), capped(LARGE, max_tokens=90), capped(LARGE, detail="low"),

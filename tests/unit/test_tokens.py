@@ -548,3 +548,64 @@ def test_tokens_unused_by_tiled_images_are_not_given_to_one_image() -> None:
     assert [got.tokens for got in allocations] == [768, 768, 768, 256]
     allocations = allocate_together(INTERNVL, [*sizes[:2], (1000, 500)], 6000, [None] * 3)
     assert [got.tokens for got in allocations] == [2304, 2304, 768]
+
+
+# ------------------------------------------------------------------ views
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("size", [(640, 480), (200, 900), (2000, 300), (4000, 3000), (33, 31)])
+def test_views_have_all_tokens_and_show_all_of_the_picture(name: str, size: Size) -> None:
+    rule = RULES[name]
+    full = rule.allocate(*size)
+    for cap in (None, (full.tokens + rule.fewest(*size)) // 2):
+        allocation = rule.allocate(*size, cap)
+        views = rule.views(*size, allocation)
+        assert sum(view.tokens for view in views) == allocation.tokens
+        for view in views:
+            if view.grid is not None and view.kind not in ("tile", "joined"):
+                assert math.prod(view.grid) == view.tokens
+        tiles = [view for view in views if view.kind == "tile"]
+        (left, top, right, bottom) = allocation.region
+        for shown in (tiles, [view for view in views if view.kind in ("whole", "overview")]):
+            if shown:
+                assert min(view.region[0] for view in shown) <= left + 1e-6
+                assert min(view.region[1] for view in shown) <= top + 1e-6
+                assert max(view.region[2] for view in shown) >= right - 1e-6
+                assert max(view.region[3] for view in shown) >= bottom - 1e-6
+
+
+def test_the_grid_of_a_native_resolution() -> None:
+    (view,) = QWEN3.views(640, 480, QWEN3.allocate(640, 480))
+    assert (view.kind, view.size, view.grid) == ("whole", (640, 480), (20, 15))
+    assert view.region == (0, 0, 640, 480)
+
+
+def test_internvl_sees_tiles_row_by_row_and_then_the_overview() -> None:
+    views = INTERNVL.views(900, 600, INTERNVL.allocate(900, 600))
+    assert [view.kind for view in views] == ["tile"] * 6 + ["overview"]
+    assert views[1].region == (300, 0, 600, 300)
+    assert views[3].region == (0, 300, 300, 600)
+    assert views[-1].region == (0, 0, 900, 600)
+    assert {view.grid for view in views} == {(16, 16)}
+
+
+def test_tiles_of_llava_next_reach_beyond_the_picture_where_it_is_padded() -> None:
+    views = LLAVA_NEXT.views(500, 300, LLAVA_NEXT.allocate(500, 300))
+    assert [view.kind for view in views] == ["overview", "tile", "tile", "joined"]
+    assert [view.region for view in views[1:3]] == [(-50, 0, 250, 300), (250, 0, 550, 300)]
+    joined = views[-1]
+    assert joined.grid == (40, 24)  # 560 of 672 pixels, without the padding
+    assert joined.tokens == 40 * 24 + 24
+
+
+def test_gemma_sees_crops_along_the_longer_side() -> None:
+    views = GEMMA3.views(1800, 600, GEMMA3.allocate(1800, 600))
+    assert [view.kind for view in views] == ["overview", "crop", "crop", "crop"]
+    assert [view.region for view in views[1:]] == [
+        (0, 0, 600, 600),
+        (600, 0, 1200, 600),
+        (1200, 0, 1800, 600),
+    ]
+    tall = GEMMA3.views(600, 1800, GEMMA3.allocate(600, 1800))
+    assert tall[2].region == (0, 600, 600, 1200)

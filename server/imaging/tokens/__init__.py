@@ -11,6 +11,7 @@ from server.imaging.tokens.rule import (
     MeasuredTokens,
     TokenAllocation,
     TokenRule,
+    View,
     detail_cap,
 )
 
@@ -21,6 +22,7 @@ __all__ = [
     "MeasuredTokens",
     "TokenAllocation",
     "TokenRule",
+    "View",
     "allocate_together",
     "detail_cap",
     "kv_bytes_per_token",

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from server.imaging.sizing import BestGrid, Size
-from server.imaging.tokens.rule import TokenAllocation, cap_too_low, whole
+from server.imaging.tokens.rule import TokenAllocation, View, cap_too_low, square, tile_views, whole
 
 # LLaVA-OneVision shrinks its features from sides `_SHRUNK_FROM` times those of `_SHRUNK_TO_TILES`
 # tiles on.
@@ -81,6 +81,30 @@ class AnyResTokens:
         way = max(within, key=lambda way: (way.area <= area, way.tokens, way.area))
         return self._allocation(way, width, height, way.size)
 
+    def views(self, width: int, height: int, allocation: TokenAllocation) -> list[View]:
+        size = allocation.resize or (width, height)
+        grid_height, grid_width = grid = self.rule.best(*size)
+        content_width, content_height = allocation.processed
+        # The picture is in the middle of the grid.
+        left, top = (grid_width - content_width) // 2, (grid_height - content_height) // 2
+        across, down = width / content_width, height / content_height
+        canvas = (
+            -left * across,
+            -top * down,
+            (grid_width - left) * across,
+            (grid_height - top) * down,
+        )
+        tile, fills = (self.tile, self.tile), (self.side, self.side)
+        rows, columns = self._shrunk(self._unpadded(self._features(grid), *size))
+        tokens = allocation.tokens - self.base
+        return [
+            View("overview", allocation.region, tile, square(self.base), self.base),
+            *tile_views(
+                canvas, (grid_width // self.tile, grid_height // self.tile), tile, 0, fills
+            ),
+            View("joined", allocation.region, allocation.processed, (columns, rows), tokens),
+        ]
+
     def _allocation(
         self, way: "_Way", width: int, height: int, resize: Size | None
     ) -> TokenAllocation:
@@ -108,12 +132,16 @@ class AnyResTokens:
 
     def _packed(self, features: Size) -> int:
         """The tokens of (rows, columns) of features, including a newline for each row."""
+        rows, columns = self._shrunk(features)
+        return rows * columns + rows
+
+    def _shrunk(self, features: Size) -> Size:
         rows, columns = features
         if self.shrinks:
             ratio = math.sqrt(rows * columns / (_SHRUNK_TO_TILES * self.side**2))
             if ratio > _SHRUNK_FROM:
                 rows, columns = int(rows // ratio), int(columns // ratio)
-        return rows * columns + rows
+        return rows, columns
 
 
 class _Way(NamedTuple):

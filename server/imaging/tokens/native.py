@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from server.errors import ImageAspectRatio
 from server.imaging.sizing import NativeResolution, Size
-from server.imaging.tokens.rule import TokenAllocation, cap_too_low, whole
+from server.imaging.tokens.rule import TokenAllocation, View, cap_too_low, whole
 
 _LOW = 256
 # Qwen's processor refuses pictures beyond this ratio of their sides.
@@ -71,6 +71,11 @@ class QwenTokens:
         if target[0] * target[1] < self.rule.min_pixels:
             options = {"min_pixels": self.rule.factor**2, "max_pixels": self.rule.max_pixels}
         return TokenAllocation(tokens, tokens, target, whole(width, height), target, options)
+
+    def views(self, width: int, height: int, allocation: TokenAllocation) -> list[View]:
+        size, factor = allocation.processed, self.rule.factor
+        grid = size[0] // factor, size[1] // factor
+        return [View("whole", allocation.region, size, grid, allocation.tokens)]
 
     def _within(self, width: int, height: int, cap: int) -> Size:
         """A size of at most `cap` tokens that the processor does not change."""
@@ -153,6 +158,10 @@ class PixtralTokens:
             whole(width, height),
             resize,
         )
+
+    def views(self, width: int, height: int, allocation: TokenAllocation) -> list[View]:
+        size = allocation.processed
+        return [View("whole", allocation.region, size, self._grid(size), allocation.tokens)]
 
     def _natural(self, width: int, height: int) -> Size:
         size = _fitted(width, height, self.longest_edge)

@@ -5,6 +5,7 @@ A rule answers for an upright picture of `width` x `height` pixels, before anyth
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, TypeAlias
@@ -49,6 +50,27 @@ class TokenAllocation:
         return x0 + x * (x1 - x0) / width, y0 + y * (y1 - y0) / height
 
 
+@dataclass(frozen=True)
+class View:
+    """One picture that the encoder sees, or the grid that the features of several make.
+
+    Attributes:
+        kind: "whole" is the only view; "tile" is a part of the canvas, "overview" the whole picture
+            beside tiles or crops, and "crop" an enlarged part. "joined" is no picture: it is the
+            grid that the features of all tiles make without their padding.
+        region: what it shows, as in `TokenAllocation`.
+        size: (width, height) in pixels that the encoder gets.
+        grid: (columns, rows) of tokens; None if tokens have no places, as with learned queries.
+        tokens: what it takes of `TokenAllocation.tokens`, with the breaks of rows that count there.
+    """
+
+    kind: Literal["whole", "tile", "overview", "crop", "joined"]
+    region: Region
+    size: Size
+    grid: Size | None
+    tokens: int
+
+
 class TokenRule(Protocol):
     """How one family of models counts and caps the tokens of a picture.
 
@@ -86,6 +108,11 @@ class TokenRule(Protocol):
         """
         ...
 
+    def views(self, width: int, height: int, allocation: TokenAllocation) -> list[View]:
+        """What the encoder sees of a picture with this allocation, in the order of its tokens;
+        empty if that is not known."""
+        ...
+
 
 def detail_cap(rule: TokenRule, detail: Detail, width: int, height: int) -> int | None:
     """The cap that OpenAI's `detail` stands for: never below what the picture can meet."""
@@ -97,6 +124,37 @@ def detail_cap(rule: TokenRule, detail: Detail, width: int, height: int) -> int 
 def whole(width: int, height: int) -> Region:
     """The region of the whole picture."""
     return (0.0, 0.0, float(width), float(height))
+
+
+def square(tokens: int) -> Size | None:
+    """The grid of so many tokens in a square; None if they fill none."""
+    side = math.isqrt(tokens)
+    return (side, side) if side * side == tokens else None
+
+
+def tile_views(
+    canvas: Region, grid: Size, tile: Size, tokens: int, fills: Size | None
+) -> list[View]:
+    """Tiles of `tile` pixels, row by row, in (columns, rows) `grid` over the region `canvas`, with
+    `tokens` each in the grid `fills`."""
+    (left, top, right, bottom), (columns, rows) = canvas, grid
+    width, height = (right - left) / columns, (bottom - top) / rows
+    return [
+        View(
+            "tile",
+            (
+                left + column * width,
+                top + row * height,
+                left + (column + 1) * width,
+                top + (row + 1) * height,
+            ),
+            tile,
+            fills,
+            tokens,
+        )
+        for row in range(rows)
+        for column in range(columns)
+    ]
 
 
 def cap_too_low(fewest: int, cap: int) -> ImageTokenCap:
@@ -154,6 +212,9 @@ class MeasuredTokens:
             return TokenAllocation(*count, (width, height), whole(width, height))
         size = self._within(width, height, cap)
         return TokenAllocation(*self._count(*size), size, whole(width, height), size)
+
+    def views(self, width: int, height: int, allocation: TokenAllocation) -> list[View]:
+        return []
 
     def _within(self, width: int, height: int, cap: int) -> Size:
         """The largest measured size that fits the cap."""

@@ -10,7 +10,15 @@ from dataclasses import dataclass
 
 from server.errors import ImageAspectRatio
 from server.imaging.sizing import Size
-from server.imaging.tokens.rule import JSON, TokenAllocation, cap_too_low, whole
+from server.imaging.tokens.rule import (
+    JSON,
+    TokenAllocation,
+    View,
+    cap_too_low,
+    square,
+    tile_views,
+    whole,
+)
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,9 @@ class InternVLTokens:
             tokens, tokens + self.frame_tokens, processed, whole(width, height), None, options
         )
 
+    def views(self, width: int, height: int, allocation: TokenAllocation) -> list[View]:
+        return _views(allocation, self.tile, self.tokens_per_tile, self.thumbnail)
+
     def _tokens(self, grid: Size) -> int:
         return self._views(grid[0] * grid[1]) * self.tokens_per_tile
 
@@ -97,6 +108,18 @@ def _grids(least_tiles: int, most_tiles: int) -> tuple[Size, ...]:
     grids = [(columns, rows) for columns in sides for rows in sides]
     fitting = [grid for grid in grids if least_tiles <= grid[0] * grid[1] <= most_tiles]
     return tuple(sorted(fitting, key=lambda grid: grid[0] * grid[1]))
+
+
+def _views(allocation: TokenAllocation, tile: Size, tokens: int, overview: bool) -> list[View]:
+    """Tiles that fill the canvas and, if there are several, the `overview`."""
+    grid = allocation.processed[0] // tile[0], allocation.processed[1] // tile[1]
+    fills = square(tokens)
+    if grid == (1, 1):
+        return [View("whole", allocation.region, tile, fills, tokens)]
+    found = tile_views(allocation.region, grid, tile, tokens, fills)
+    if overview:
+        found.append(View("overview", allocation.region, tile, fills, tokens))
+    return found
 
 
 # The longest side that Idefics3's processor makes (MAX_IMAGE_SIZE in transformers).
@@ -163,6 +186,9 @@ class IdeficsTokens:
             None,
             options,
         )
+
+    def views(self, width: int, height: int, allocation: TokenAllocation) -> list[View]:
+        return _views(allocation, (self.tile, self.tile), self.tokens_per_tile, True)
 
     def _edge_within(self, width: int, height: int, cap: int) -> int:
         for tiles in range(math.ceil(self.longest_edge / self.tile) - 1, 1, -1):

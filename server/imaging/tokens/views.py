@@ -5,7 +5,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from server.imaging.sizing import Size
-from server.imaging.tokens.rule import JSON, Region, TokenAllocation, cap_too_low, whole
+from server.imaging.tokens.rule import (
+    JSON,
+    Region,
+    TokenAllocation,
+    View,
+    cap_too_low,
+    square,
+    whole,
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,9 @@ class FixedTokens:
         return TokenAllocation(
             self.tokens, self.prompt_tokens, self.view, self._region(width, height)
         )
+
+    def views(self, width: int, height: int, allocation: TokenAllocation) -> list[View]:
+        return [View("whole", allocation.region, self.view, square(self.tokens), self.tokens)]
 
     def _region(self, width: int, height: int) -> Region:
         if self.shortest_edge is None:
@@ -144,6 +155,22 @@ class GemmaTokens:
             None,
             options,
         )
+
+    def views(self, width: int, height: int, allocation: TokenAllocation) -> list[View]:
+        tokens = self.tokens_per_view
+        crops, grid = allocation.tokens // tokens - 1, square(tokens)
+        if not crops:
+            return [View("whole", allocation.region, self.view, grid, tokens)]
+        found = [View("overview", allocation.region, self.view, grid, tokens)]
+        length = math.ceil(max(width, height) / crops)
+        for start in range(0, crops * length, length):
+            end = start + length
+            region = (start, 0, min(end, width), height)
+            if height > width:
+                region = (0, start, width, min(end, height))
+            x0, y0, x1, y1 = map(float, region)
+            found.append(View("crop", (x0, y0, x1, y1), self.view, grid, tokens))
+        return found
 
     def _within(self, width: int, height: int, most: int) -> tuple[int, Mapping[str, JSON]]:
         """At most `most` crops, and the options for them; a single crop would repeat the view."""
