@@ -5,6 +5,7 @@ request is read. Without one, vLLM's own check of `--api-key` applies, and there
 """
 
 import asyncio
+import base64
 import logging
 import math
 import time
@@ -36,6 +37,8 @@ log = logging.getLogger("saccade.api")
 # The group of the keys that are given by `--api-key` in addition to a file.
 DEFAULT_GROUP = "default"
 _CHECK_INTERVAL_S = 1.0
+# Lets a browser ask for the key of a page, as the password of any user.
+_TYPED = 'Basic realm="Saccade: the API key is the password"'
 # Orchestrators ask without a key whether the server is alive.
 _PROBES = frozenset({"/health", "/ready", "/ping"})
 
@@ -198,7 +201,9 @@ class ApiKeys:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        key = _presented(Headers(scope=scope))
+        headers = Headers(scope=scope)
+        reads = scope.get("method") in ("GET", "HEAD")
+        key = _presented(headers) or (_typed(headers) if reads else None)
         grant = await self._ring.grant_of(key) if key else None
         if grant is None and self._needs_key(scope):
             response = respond(
@@ -208,7 +213,8 @@ class ApiKeys:
                     else "the request has no API key; send it as `Authorization: Bearer KEY`"
                 )
             )
-            response.headers["WWW-Authenticate"] = "Bearer"
+            shows_page = reads and "text/html" in headers.get("Accept", "")
+            response.headers["WWW-Authenticate"] = f"{_TYPED}, Bearer" if shows_page else "Bearer"
             await response(scope, receive, send)
             return
         if key and (error := self._forbidden(scope, grant)) is not None:
@@ -276,3 +282,16 @@ def _presented(headers: Headers) -> str | None:
     """The bearer key of a request; None if it has none."""
     scheme, _, key = headers.get("Authorization", "").partition(" ")
     return key if scheme.lower() == "bearer" and key else None
+
+
+def _typed(headers: Headers) -> str | None:
+    """The key that a person has typed as a password; None if there is none. A browser sends it with
+    every request, also of another site's page, so it is good for reading only."""
+    scheme, _, encoded = headers.get("Authorization", "").partition(" ")
+    if scheme.lower() != "basic":
+        return None
+    try:
+        _user, _, key = base64.b64decode(encoded, validate=True).decode().partition(":")
+    except ValueError:
+        return None
+    return key or None

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import base64
 import hashlib
 import json
 import logging
@@ -328,6 +329,20 @@ def test_all_routes_but_probes_can_be_guarded(path: Path, file: bool) -> None:
             assert ask(app, route, Authorization=f"Bearer {key}").status_code == 200
     assert ask(app, "/group", Authorization=f"Bearer {A}").json() == ("team-a" if file else "")
     assert ask(app, "/health").status_code == 200
+
+
+def test_a_browser_may_send_the_key_as_a_password_to_read(path: Path) -> None:
+    write(path, {"groups": {"team-a": [A]}})
+    app = app_with(KeyRing(path, (), None), guard_all=True)
+    asked = ask(app, "/group", Accept="text/html,*/*")
+    assert asked.status_code == 401
+    assert asked.headers["WWW-Authenticate"].startswith("Basic realm=")
+    assert ask(app, "/group", Accept="*/*").headers["WWW-Authenticate"] == "Bearer"
+    typed = f"Basic {base64.b64encode(f'me:{A}'.encode()).decode()}"
+    assert ask(app, "/group", Authorization=typed).json() == "team-a"
+    assert ask(app, "/group", "POST", Authorization=typed).status_code == 401  # may be forged
+    for wrong in (f"Basic {base64.b64encode(A.encode()).decode()}", "Basic !", "Basic"):
+        assert ask(app, "/group", Authorization=wrong).status_code == 401
 
 
 def test_a_server_without_keys_cannot_guard_its_routes() -> None:
