@@ -14,7 +14,7 @@ is_here() { [ -x "$dir/bin/$1" ] || PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"
 missing=""
 packages=""
 for program in prometheus/prometheus promtool/prometheus nginx/nginx haproxy/haproxy \
-    systemd-analyze/systemd; do
+    systemd-analyze/systemd chromium-headless-shell/chromium-headless-shell; do
     is_here "${program%/*}" && continue
     missing="$missing ${program%/*}"
     packages="$packages ${program#*/}"
@@ -43,6 +43,16 @@ apt() {
         -o Acquire::https::Timeout=20 "$@" >"$work/log" 2>&1
 }
 apt update || true # a list that cannot be read may belong to another repository
+# Ubuntu has no package of a browser.
+case $packages in *chromium-headless-shell*)
+    apt install --simulate chromium-headless-shell || {
+        echo "there is no chromium-headless-shell: the tests that need it cannot run" >&2
+        [ "${SERVICES:-}" != required ] || exit 1
+        missing=$(echo "$missing" | sed 's/ chromium-headless-shell//')
+        packages=$(echo "$packages" | sed 's/ chromium-headless-shell//')
+        [ -n "$missing" ] || exit 0
+    } ;;
+esac
 # shellcheck disable=SC2086  # a list
 apt install --download-only --no-install-recommends --yes $packages ||
     skip "the packages cannot be downloaded ($(grep -m1 '^E:' "$work/log" || echo apt-get))"
@@ -53,11 +63,13 @@ done
 
 # All folders in which they look for their libraries: systemd keeps some in a separate one.
 libraries=$(find "$dir/root" -type d -path '*/lib/*-linux-gnu*' \
-    \( -name '*-linux-gnu*' -o -name systemd \) | paste -sd: -)
+    \( -name '*-linux-gnu*' -o -name systemd -o -name pulseaudio \) | paste -sd: -)
 units=$(find "$dir/root" -type d -path '*/lib/systemd/system' | paste -sd: -)
 
 for name in $missing; do
-    program=$(find "$dir/root/usr/bin" "$dir/root/usr/sbin" -name "$name" 2>/dev/null | head -n 1)
+    # What chromium has in bin is a script with an absolute path.
+    program=$(find "$dir/root/usr/lib/chromium" "$dir/root/usr/bin" "$dir/root/usr/sbin" \
+        -name "$name" 2>/dev/null | head -n 1)
     [ -n "$program" ] || continue
     cat >"$work/wrapper" <<END
 #!/bin/sh

@@ -446,6 +446,16 @@ class ObservabilitySettings(_Group):
     )
 
 
+class PageSettings(_Group):
+    """Pages in the browser."""
+
+    playground: bool = Field(
+        True,
+        description="Serve the playground at `/`: a page to ask about pictures, and to watch the "
+        "server.",
+    )
+
+
 class _LeafEnvironment(PydanticBaseSettingsSource):
     """Reads `SACCADE_<SETTING>` for each setting of every group."""
 
@@ -481,6 +491,7 @@ class Settings(BaseSettings):
     batches: BatchSettings = BatchSettings()
     access: AccessSettings = AccessSettings()
     observability: ObservabilitySettings = ObservabilitySettings()
+    pages: PageSettings = PageSettings()
 
     @classmethod
     def settings_customise_sources(

@@ -83,6 +83,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="random bodies that the main server gets; above the default, other ones each time",
     )
 
+    parser.addoption(
+        "--screenshots",
+        type=Path,
+        help="folder for pictures of the playground, such as /tmp/pictures",
+    )
+
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""System programs that tests run: prometheus, nginx, haproxy, systemd-analyze."""
+"""System programs that tests run: prometheus, nginx, haproxy, systemd-analyze, chromium."""
 
 import contextlib
 import os

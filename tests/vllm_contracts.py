@@ -41,6 +41,16 @@ _PROCESSOR = "multimodal.processing.processor"
 _BASE = "BaseMultiModalProcessor"
 
 CONTRACTS = [
+    # The files of Swagger UI.
+    Contract(
+        "entrypoints.serve.instrumentator.offline_docs",
+        "attach_router",
+        calls=(
+            "pathlib.Path(__file__).parent / 'static'",
+            "'/static/swagger-ui-bundle.js'",
+            "'/static/swagger-ui.css'",
+        ),
+    ),
     # The path of a request to the engine core.
     Contract("v1.engine.core_client", "AsyncMPClient.add_request_async", ("self", "request")),
     Contract(

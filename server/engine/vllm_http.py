@@ -1,7 +1,9 @@
 """vLLM's HTTP routes, serving classes and middleware, as Saccade's app uses them."""
 
+import importlib.util
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
@@ -74,6 +76,7 @@ __all__ = [
     "refresh_certificates",
     "setup_server",
     "stays_up_without_engine",
+    "swagger_ui",
     "validate_json_request",
     "vllm_version",
     "with_cancellation",
@@ -128,6 +131,15 @@ def refresh_certificates(config: uvicorn.Config, args: Namespace) -> SSLCertRefr
 def paths_that_keep_bodies() -> frozenset[str]:
     """The paths of routes that store requests for later turns, so payloads must stay in them."""
     return frozenset({"/v1/responses"} if envs.VLLM_ENABLE_RESPONSES_API_STORE else ())
+
+
+def swagger_ui() -> Path | None:
+    """The folder with the files of Swagger UI that vLLM ships; None if it has none."""
+    package = importlib.util.find_spec("vllm.entrypoints.serve.instrumentator")
+    if package is None or package.origin is None:
+        return None
+    folder = Path(package.origin).parent / "static"
+    return folder if (folder / "swagger-ui-bundle.js").is_file() else None
 
 
 def stays_up_without_engine() -> bool:

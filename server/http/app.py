@@ -20,6 +20,7 @@ from server.engine.heartbeat import Heartbeat
 from server.engine.vllm_adapter.engine_caches import EngineCaches
 from server.http import (
     body,
+    describe,
     errors,
     files,
     headers,
@@ -28,6 +29,7 @@ from server.http import (
     keys,
     metrics_pages,
     observe,
+    pages,
     routes,
     usage,
 )
@@ -126,8 +128,8 @@ async def build_app(
         title="Saccade",
         lifespan=vllm_http.lifespan,
         openapi_url="/openapi.json" if docs else None,
-        docs_url=None if args.enable_offline_docs else "/docs",
-        redoc_url=None if args.enable_offline_docs else "/redoc",
+        docs_url=None,  # they would load files from another server
+        redoc_url=None,
     )
     app.root_path = args.root_path or ""
     app.state.args = args
@@ -146,6 +148,10 @@ async def build_app(
     for router in routers:
         app.include_router(router)
     app.router.routes += metrics_pages.routes(vllm_http.get_prometheus_registry())
+    if docs and (swagger_ui := vllm_http.swagger_ui()) is not None:
+        app.router.routes += pages.docs(swagger_ui)
+    if settings.pages.playground:
+        app.router.routes += pages.playground()
     ours = {route.path for router in routers for route in router.routes}  # type: ignore[attr-defined]
     ours.add(metrics_pages.PATH)
     mine = list(app.router.routes)
@@ -157,7 +163,7 @@ async def build_app(
     ]
     routes.take_documents(app)
     stop_at_first_error(app.routes)
-    keep_schema(app)
+    keep_schema(app, model_name(args))
     http_metrics.replace_instrumentator(app)
     errors.add_error_handlers(app)
     app.add_exception_handler(vllm_http.EngineDeadError, errors.answer_dead_engine)
@@ -165,11 +171,12 @@ async def build_app(
     return app
 
 
-def keep_schema(app: FastAPI) -> None:
-    """Replace FastAPI's route of the description, which it writes anew for each request."""
+def keep_schema(app: FastAPI, model: str) -> None:
+    """Replace FastAPI's route of the description, which it writes anew for each request. Its
+    examples name the `model`."""
     for place, route in enumerate(app.router.routes):
         if isinstance(route, Route) and route.path == app.openapi_url:
-            schema = _Schema(app)
+            schema = _Schema(app, model)
             app.router.routes[place] = Route(route.path, schema.answer, include_in_schema=False)
 
 
@@ -177,8 +184,9 @@ class _Schema:
     """The description of the routes. It is made once, in a thread: anyone may ask for it, and each
     time would take milliseconds of the event loop, and the first one a good part of a second."""
 
-    def __init__(self, app: FastAPI) -> None:
+    def __init__(self, app: FastAPI, model: str) -> None:
         self._app = app
+        self._model = model
         self._making = asyncio.Lock()
         self._body: bytes | None = None
 
@@ -190,6 +198,7 @@ class _Schema:
 
     def _written(self) -> bytes:
         schema = self._app.openapi()
+        describe.describe(schema, self._model)
         servers = schema.get("servers", [])
         root_path = self._app.root_path.rstrip("/")
         if root_path and all(server.get("url") != root_path for server in servers):

@@ -74,6 +74,7 @@ def tight() -> Iterator[Server]:
         *(*videos, "--max-video-bytes", str(4 << 20), "--trust-request-mm-kwargs"),
         *("--max-running-requests", "4", "--max-waiting-requests", "16"),
         *(*fetches, "--max-model-len", "4096", "--mm-processor-cache-gb", "0.0030"),
+        *("--no-playground", "--disable-fastapi-docs"),
     ) as running:
         yield running
 
