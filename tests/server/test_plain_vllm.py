@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from saccade_client import Client, errors
 from server.engine.arguments import DEMO_MODEL
 from tests import pictures
 from tests.conftest import START_TIMEOUT_S, STOP_TIMEOUT_S
@@ -94,3 +95,19 @@ def test_answers_equal_those_of_plain_vllm(
 def test_every_route_of_plain_vllm_is_served(http: httpx.Client, plain: httpx.Client) -> None:
     ours, theirs = (set(client.get("/openapi.json").json()["paths"]) for client in (http, plain))
     assert theirs - ours == set()
+
+
+def test_the_client_works_with_plain_vllm(plain: httpx.Client) -> None:
+    photo = pictures.encode(pictures.photo((1600, 1200)), "JPEG", quality=90)
+    with Client(f"{plain.base_url}/v1") as client:
+        seen: list[httpx.Request] = []
+        client._http.event_hooks["request"].append(seen.append)
+        answer = client.ask("What is in the image?", RED, photo, temperature=0, max_tokens=8)
+        assert [(shown.width, shown.height) for shown in answer.images][-1] == (1600, 1200)
+        stream = client.stream("What is in the image?", RED, temperature=0)
+        assert "".join(stream) == stream.answer.text == "a red circle"
+        with pytest.raises(errors.NotFound):
+            client.ask("?", model="none")
+    paths = [request.url.path for request in seen]
+    assert set(paths) == {"/version", "/v1/models", "/v1/chat/completions"}
+    assert pictures.data_url(photo, "image/jpeg").encode() in seen[-3].read()
