@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
+from saccade_client import cli
 from tests.conftest import Server
 
 ROOT = Path(__file__).parents[2]
@@ -154,12 +156,20 @@ def test_quick_start_serve_commands_parse(parser: Any) -> None:
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
 def test_flags_named_on_a_page_exist(page: Path, parser: Any) -> None:
-    known = set(parser._option_string_actions) | FOREIGN_FLAGS
+    known = set(parser._option_string_actions) | FOREIGN_FLAGS | client_flags()
     text = page.read_text()
     named = {flag for span in _INLINE_FLAGS.findall(text) for flag in _FLAG.findall(span)}
     for command in commands_of(text):
         named |= {word.partition("=")[0] for word in command if word.startswith("--")}
     assert named - known == set()
+
+
+def client_flags() -> set[str]:
+    """The flags of the client's commands."""
+    app = typer.main.get_command(cli.app(""))
+    assert isinstance(app, typer.core.TyperGroup)
+    params = [param for command in (app, *app.commands.values()) for param in command.params]
+    return {flag for param in params for flag in (*param.opts, *param.secondary_opts)}
 
 
 def commands_of(text: str) -> list[list[str]]:

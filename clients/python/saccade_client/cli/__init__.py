@@ -6,7 +6,12 @@ from typing import Annotated
 import typer
 
 from saccade_client import __version__
+from saccade_client.cli.ask import ask, chat
+from saccade_client.cli.batch import batch
+from saccade_client.cli.lists import models, tokens
+from saccade_client.cli.top import top
 
+_COMMANDS = (ask, chat, batch, tokens, models, top)
 # For the commands of another program, which reads their arguments itself.
 _UNREAD = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
@@ -28,14 +33,15 @@ def run(
     `others` are commands that help and completion also show, with their descriptions; the caller
     runs them itself.
     """
-    app = _app(f"{name} {version}")
+    commands = app(f"{name} {version}")
     for other, description in (others or {}).items():
-        app.command(other, help=description, context_settings=_UNREAD)(_elsewhere)
-    app(arguments, prog_name=name)
+        commands.command(other, help=description, context_settings=_UNREAD)(_elsewhere)
+    commands(arguments, prog_name=name)
 
 
-def _app(version: str) -> typer.Typer:
-    app = typer.Typer(
+def app(version: str) -> typer.Typer:
+    """The commands of the client. `version` is what `--version` prints."""
+    commands = typer.Typer(
         no_args_is_help=True,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
@@ -47,7 +53,7 @@ def _app(version: str) -> typer.Typer:
             print(version)
             raise typer.Exit
 
-    @app.callback()
+    @commands.callback()
     def options(
         version: Annotated[
             bool,
@@ -58,7 +64,9 @@ def _app(version: str) -> typer.Typer:
     ) -> None:
         """Ask vision-language models about pictures."""
 
-    return app
+    for command in _COMMANDS:
+        commands.command()(command)
+    return commands
 
 
 def _elsewhere() -> None:

@@ -1,0 +1,284 @@
+"""Many requests from a file of JSON lines, several at a time, which may be interrupted and resumed.
+
+lines -> those not done yet -> requests, `concurrency` at a time -> journal -> output in order
+
+The lines are those of OpenAI's Batch API, so the same file can be sent to `/v1/batches`:
+
+    {"custom_id": "1", "body": {"messages": [...], "max_tokens": 64}}
+
+or short: `{"custom_id": "1", "question": "What is this?", "files": ["a.jpg"], "max_tokens": 64}`.
+Results are written to a journal beside the output as they come. When all are there, the output has
+them in the order of the input.
+"""
+
+import asyncio
+import itertools
+import json
+import os
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from saccade_client.answers import Answer
+from saccade_client.client import AsyncClient
+from saccade_client.errors import ApiError, ConnectionFailed, NotAuthorized, SaccadeError
+from saccade_client.media import is_url, picture
+
+JOURNAL_SUFFIX = ".partial"
+_CHAT = "/v1/chat/completions"
+_OF_THE_LINE = ("custom_id", "question", "files", "system")
+
+
+class InvalidLine(SaccadeError):
+    """A line of the input that is no request."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request: its id, and the messages and options of `Client.chat`."""
+
+    id: str
+    messages: list[Mapping[str, Any]]
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a request: an answer or an error."""
+
+    id: str
+    answer: Answer | None = None
+    error: SaccadeError | None = None
+
+    def line(self) -> dict[str, Any]:
+        """The result as in an output file of OpenAI's Batch API."""
+        response, error = None, None
+        if self.answer is not None:
+            body = self.answer.model_dump(mode="json", by_alias=True, exclude_none=True)
+            request_id = self.answer.headers.get("x-request-id")
+            response = {"status_code": 200, "request_id": request_id, "body": body}
+        elif isinstance(self.error, ApiError):
+            error = {"code": self.error.code, "message": str(self.error)}
+            response = {
+                "status_code": self.error.status,
+                "request_id": self.error.request_id,
+                "body": {"error": {**error, "param": self.error.param, "type": self.error.type}},
+            }
+        else:
+            error = {"code": type(self.error).__name__, "message": str(self.error)}
+        return {"id": self.id, "custom_id": self.id, "response": response, "error": error}
+
+
+def read(lines: Iterable[str], folder: Path | None = None) -> Iterator[Request]:
+    """The requests in JSON lines; relative paths of `files` are below `folder`.
+
+    Raises:
+        InvalidLine: a line is no request, or its id is not new.
+    """
+    seen = set()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            request = _request(json.loads(line), str(number), folder or Path())
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InvalidLine(f"line {number}: {error}") from None
+        if request.id in seen:
+            raise InvalidLine(f"line {number}: custom_id {request.id!r} occurs twice")
+        seen.add(request.id)
+        yield request
+
+
+def _request(line: Any, default_id: str, folder: Path) -> Request:
+    if not isinstance(line, dict):
+        raise ValueError("not a JSON object")
+    given_id = str(line.get("custom_id", default_id))
+    if isinstance(body := line.get("body"), dict):
+        if line.get("url", _CHAT) != _CHAT:
+            raise ValueError(f"only {_CHAT} is supported, not {line['url']}")
+        messages = body.get("messages")
+        if not isinstance(messages, list):
+            raise ValueError("body has no messages")
+        return Request(given_id, messages, {k: v for k, v in body.items() if k != "messages"})
+    if not isinstance(question := line.get("question"), str):
+        raise ValueError("neither `body` nor `question`")
+    files = line.get("files", [])
+    if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
+        raise ValueError("`files` must be a list of paths and URLs")
+    sources = [picture(name) if is_url(name) else folder / name for name in files]
+    system = [{"role": "system", "content": line["system"]}] if "system" in line else []
+    options = {key: value for key, value in line.items() if key not in _OF_THE_LINE}
+    user = {"role": "user", "content": [*sources, question]}
+    return Request(given_id, [*system, user], options)
+
+
+# ---------------------------------------------------------------------- asking
+
+
+async def in_order(
+    client: AsyncClient, requests: Iterable[Request], concurrency: int
+) -> AsyncIterator[Result]:
+    """The results in the order of the requests, of which `concurrency` run at a time. Those that
+    wait for an earlier one are at most three times as many.
+
+    Raises:
+        ConnectionFailed, NotAuthorized: so that no other request would succeed either.
+    """
+    slots = asyncio.Semaphore(concurrency)
+
+    async def one(request: Request) -> Result:
+        async with slots:
+            return await _result(client, request)
+
+    tasks: deque[asyncio.Task[Result]] = deque()
+    try:
+        for request in requests:
+            tasks.append(asyncio.create_task(one(request)))
+            if len(tasks) >= 4 * concurrency:
+                yield await tasks.popleft()
+        while tasks:
+            yield await tasks.popleft()
+    finally:
+        await _cancelled(tasks)
+
+
+async def as_completed(
+    client: AsyncClient, requests: Iterable[Request], concurrency: int
+) -> AsyncIterator[Result]:
+    """The results as they come. Raises as `in_order` does."""
+    running: set[asyncio.Task[Result]] = set()
+    left = iter(requests)
+    try:
+        while True:
+            for request in itertools.islice(left, concurrency - len(running)):
+                running.add(asyncio.create_task(_result(client, request)))
+            if not running:
+                return
+            done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                yield task.result()
+    finally:
+        await _cancelled(running)
+
+
+async def _result(client: AsyncClient, request: Request) -> Result:
+    try:
+        return Result(request.id, await client.chat(request.messages, **request.options))
+    except (ConnectionFailed, NotAuthorized):
+        raise
+    except SaccadeError as error:
+        return Result(request.id, error=error)
+
+
+async def _cancelled(tasks: Iterable[asyncio.Task[Result]]) -> None:
+    tasks = list(tasks)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+# ---------------------------------------------------------------------- files
+
+
+class Journal:
+    """Results in a file beside the output, in the order in which they came. Whatever ends the
+    process, the results up to then are kept.
+
+    An output that is there already is taken over, so that its failed requests are tried again.
+    """
+
+    def __init__(self, output: Path) -> None:
+        """Raises InvalidLine if the output has other lines than results."""
+        self._output = output
+        self._path = output.with_name(output.name + JOURNAL_SUFFIX)
+        if output.exists() and not self._path.exists():
+            self._read(output)
+            os.replace(output, self._path)
+        self._places = self._read(self._path) if self._path.exists() else {}
+        self._file = self._path.open("a+b")
+        if self._file.tell() and not self._ends_with_newline():
+            self._file.write(b"\n")
+
+    def __contains__(self, request_id: str) -> bool:
+        """Whether the request has been answered."""
+        return self._places.get(request_id, (0, False))[1]
+
+    def add(self, result: Result) -> None:
+        """Write a result."""
+        self._places[result.id] = (self._file.seek(0, os.SEEK_END), result.error is None)
+        self._file.write(json.dumps(result.line(), ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+
+    def finish(self, ids: Iterable[str]) -> None:
+        """Write the output, in the order of `ids`, and delete the journal."""
+        unfinished = self._output.with_name(self._output.name + ".sorted")
+        with unfinished.open("wb") as file:
+            for request_id in ids:
+                self._file.seek(self._places[request_id][0])
+                file.write(self._file.readline())
+        os.replace(unfinished, self._output)
+        self._path.unlink()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _ends_with_newline(self) -> bool:
+        self._file.seek(-1, os.SEEK_END)
+        return self._file.read(1) == b"\n"
+
+    @staticmethod
+    def _read(path: Path) -> dict[str, tuple[int, bool]]:
+        """Where each request's last result is, and whether it is an answer. A line that the end of
+        a process has cut off is left out."""
+        places, at = {}, 0
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    result = json.loads(line)
+                    places[result["custom_id"]] = (at, result["error"] is None)
+                except (ValueError, TypeError, KeyError):
+                    if line.endswith(b"\n") and number == 1:
+                        raise InvalidLine(f"{path} exists, and is no output of a batch") from None
+                at += len(line)
+        return places
+
+
+async def run(
+    client: AsyncClient,
+    lines: Iterable[str],
+    output: Path,
+    *,
+    concurrency: int = 16,
+    folder: Path | None = None,
+    progress: Callable[[Result | None], None] = lambda result: None,
+) -> int:
+    """Answer the requests in `lines` and write the results to `output`; returns how many failed.
+
+    If it is interrupted, the next call goes on where this one stopped, and tries failed requests
+    again. `progress` gets each result, and None for each request that was answered before.
+
+    Raises:
+        InvalidLine: a line is no request; `output` has something else.
+        ConnectionFailed, NotAuthorized: the server answers no more. What was answered is kept.
+    """
+    journal, ids, failed = Journal(output), list[str](), 0
+
+    def left() -> Iterator[Request]:
+        for request in read(lines, folder):
+            ids.append(request.id)
+            if request.id in journal:
+                progress(None)
+            else:
+                yield request
+
+    try:
+        async for result in as_completed(client, left(), concurrency):
+            journal.add(result)
+            failed += result.error is not None
+            progress(result)
+        journal.finish(ids)
+    finally:
+        journal.close()
+    return failed

@@ -1,0 +1,95 @@
+"""Options that commands share, the client they describe, and how failures end a command."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from saccade_client.client import Client
+    from saccade_client.media import Media
+
+# Exit statuses, besides 0 and 130 for Ctrl-C.
+REFUSED, MISUSED, UNREACHABLE = 1, 2, 3
+
+Url = Annotated[
+    str,
+    typer.Option("--url", envvar="OPENAI_BASE_URL", help="The API's address.", show_default=True),
+]
+Key = Annotated[
+    str | None, typer.Option("--api-key", envvar="OPENAI_API_KEY", help="The server's API key.")
+]
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="The model (default: the server's first).")
+]
+Timeout = Annotated[float, typer.Option(min=0.001, help="Longest time for an answer, in seconds.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DetailOption = Annotated[
+    Literal["auto", "low", "high"] | None,
+    typer.Option("--detail", help="How much of each picture the model sees."),
+]
+ImageTokens = Annotated[
+    int | None, typer.Option(min=1, help="Most tokens of each picture (Saccade only).")
+]
+Resize = Annotated[
+    bool,
+    typer.Option(help="Send pictures as small as the model sees them (Saccade only)."),
+]
+DEFAULT_TIMEOUT_S = 600.0
+_RETRIES = 2  # somebody waits
+
+
+@contextlib.contextmanager
+def connected(url: str, key: str | None, **settings: Any) -> "Iterator[Client]":
+    """A client. Its errors end the command with a message and a status."""
+    from saccade_client.client import Client
+
+    with reported(), Client(url, key, **{"retries": _RETRIES, **settings}) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """Ends the command with a message and a status if the client fails."""
+    from saccade_client import errors
+
+    try:
+        yield
+    except errors.UnusableMedia as error:
+        fail(str(error), MISUSED)
+    except (errors.ConnectionFailed, errors.TimedOut) as error:
+        fail(str(error), UNREACHABLE)
+    except errors.SaccadeError as error:
+        fail(str(error), REFUSED)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def fail(message: str, status: int) -> NoReturn:
+    """End the command with a message on standard error."""
+    print(f"saccade: {message}", file=sys.stderr)
+    raise typer.Exit(status)
+
+
+def opened(
+    name: str, detail: Any = None, max_tokens: int | None = None, pages: str | None = None
+) -> "Media":
+    """The picture, PDF or video of an argument: a path, a URL, or `-` for standard input. Options
+    that its kind does not have are ignored."""
+    from saccade_client import media
+
+    made = media.media(sys.stdin.buffer.read() if name == "-" else name)
+    if isinstance(made, media.Picture):
+        return media.picture(made, detail=detail, max_tokens=max_tokens)
+    if isinstance(made, media.Document):
+        return media.Document(made.data, pages, name=made.name)
+    return made
+
+
+def print_json(document: Mapping[str, Any] | list[Any]) -> None:
+    """Print a line of JSON."""
+    print(json.dumps(document, ensure_ascii=False), flush=True)

@@ -1,0 +1,135 @@
+"""`saccade top`: what the server does right now, from its metrics."""
+
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from saccade_client import DEFAULT_URL
+from saccade_client.cli import options
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from saccade_client.client import Client
+
+_TIMEOUT_S = 10.0
+Sample = dict[str, float]
+
+
+def top(
+    url: options.Url = DEFAULT_URL,
+    api_key: options.Key = None,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once, over one interval.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Show what the server does: requests, times, tokens, workers, caches."""
+    with options.connected(url, api_key, timeout_s=_TIMEOUT_S, retries=0) as client:
+        rows = _rates(client, interval)
+        if json or once or not sys.stdout.isatty():
+            for row in rows:
+                if json:
+                    options.print_json(row)
+                else:
+                    print(
+                        "\n".join(f"{name}\t{_shown(name, value)}" for name, value in row.items())
+                    )
+                if once:
+                    return
+        else:
+            _live(rows, url)
+
+
+def _live(rows: Iterator[Sample], url: str) -> None:
+    from rich.live import Live
+    from rich.text import Text
+
+    with Live(Text(f"{url}: looking..."), screen=True, auto_refresh=False) as live:
+        for row in rows:
+            live.update(_table(row, url), refresh=True)
+
+
+def _table(row: Sample, url: str) -> "Table":
+    from rich.table import Table
+
+    table: Table = Table(title=url, title_justify="left", box=None, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    for name, value in row.items():
+        table.add_row(name.replace("_", " "), _shown(name, value))
+    return table
+
+
+def _shown(name: str, value: float) -> str:
+    if name.endswith("_ms"):
+        return f"{value:.0f}"
+    return f"{value:.0%}" if name.endswith("_share") else f"{value:,.4g}"
+
+
+def _rates(client: "Client", interval: float) -> Iterator[Sample]:
+    """What has happened in each interval; without end."""
+    before, at = _read(client), time.monotonic()
+    while True:
+        time.sleep(interval)
+        now, later = _read(client), time.monotonic()
+        yield _row(before, now, later - at)
+        before, at = now, later
+
+
+def _read(client: "Client") -> Sample:
+    """The sums of all metrics by their names; of some, also by `name:label`."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    found: Sample = defaultdict(float)
+    for family in text_string_to_metric_families(client.metrics()):
+        for sample in family.samples:
+            found[sample.name] += sample.value
+            for label in ("outcome", "result", "code", "tier"):
+                if label in sample.labels:
+                    found[f"{sample.name}:{sample.labels[label]}"] += sample.value
+    return found
+
+
+def _row(before: Sample, now: Sample, seconds: float) -> Sample:
+    """The figures to show. Those of Saccade are missing if the server is another one."""
+
+    def rate(name: str) -> float:
+        return max(0.0, now[name] - before[name]) / seconds
+
+    def mean_ms(name: str) -> float:
+        count = now[f"{name}_count"] - before[f"{name}_count"]
+        return 1000 * (now[f"{name}_sum"] - before[f"{name}_sum"]) / count if count > 0 else 0.0
+
+    row = {
+        "requests_per_s": rate("vllm:request_success_total"),
+        "running": now["vllm:num_requests_running"],
+        "waiting_for_the_engine": now["vllm:num_requests_waiting"],
+        "time_to_first_token_ms": mean_ms("vllm:time_to_first_token_seconds"),
+        "prompt_tokens_per_s": rate("vllm:prompt_tokens_total"),
+        "answer_tokens_per_s": rate("vllm:generation_tokens_total"),
+        "kv_cache_share": now["vllm:kv_cache_usage_perc"],
+    }
+    if "saccade_ready" not in now:
+        return row
+    hits = rate("saccade_image_lookups_total:hit")
+    lookups = rate("saccade_image_lookups_total")
+    row |= {
+        "waiting_for_a_permit": now["saccade_requests_waiting"],
+        "refused_per_s": rate("saccade_refusals_total"),
+        "images_per_s": lookups,
+        "images_cached_share": hits / lookups if lookups else 0.0,
+        "decode_ms": mean_ms("saccade_image_decode_seconds"),
+        "preprocess_ms": mean_ms("saccade_image_preprocess_seconds"),
+        "image_workers": now["saccade_image_workers_up"],
+        "image_workers_busy": now["saccade_image_workers_busy"],
+        "images_waiting": now["saccade_image_queue"],
+    }
+    for tier in ("gpu", "host", "disk", "shared"):
+        name = "saccade_embedding_cache_{}_total:" + tier
+        if name.format("hits") in now:
+            row[f"embeddings_from_{tier}_per_s"] = rate(name.format("hits"))
+    return row

@@ -1,0 +1,171 @@
+"""The commands `saccade ask`, `chat`, `tokens`, `models`, `top` and `batch` against the server."""
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests import pictures
+from tests.conftest import Server
+from tests.pictures import shape
+
+WHAT = "What is in the image?"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "red.png").write_bytes(pictures.encode(shape("red")))
+    (tmp_path / "blue.jpg").write_bytes(pictures.encode(shape("blue", size=(640, 480)), "JPEG"))
+    return tmp_path
+
+
+def saccade(server: Server, folder: Path, *words: str, **more: Any) -> Any:
+    """A command that has ended, with the output as text."""
+    environment = os.environ | {"OPENAI_BASE_URL": f"{server.url}/v1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "server", *words],
+        cwd=folder, env=environment, capture_output=True, timeout=60, **more,
+    )  # fmt: skip
+    done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+    return done
+
+
+def test_a_question_about_files(server: Server, folder: Path) -> None:
+    done = saccade(server, folder, "ask", "red.png", WHAT, "--temperature", "0", "--usage")
+    assert (done.returncode, done.stdout) == (0, "a red circle\n")
+    assert re.fullmatch(r"\d+ tokens in, 49 of pictures; 4 out\n", done.stderr)
+    which = "What is in the second image?"
+    done = saccade(server, folder, "ask", "red.png", "blue.jpg", which, "--temperature", "0")
+    assert done.stdout == "a blue circle\n"
+
+
+def test_a_picture_comes_from_standard_input(server: Server, folder: Path) -> None:
+    data = (folder / "red.png").read_bytes()
+    done = saccade(server, folder, "ask", "-", WHAT, "--json", input=data)
+    answer = json.loads(done.stdout)
+    assert answer["choices"][0]["message"]["content"] == "a red circle"
+    assert answer["image_details"][0]["width"] == 224
+
+
+def test_boxes_are_drawn_into_a_file(server: Server, folder: Path) -> None:
+    where = "Where is the circle? Answer with a box."
+    words = ("ask", "red.png", where, "--boxes", "drawn.png", "--max-tokens", "32")
+    done = saccade(server, folder, *words)
+    assert done.returncode == 0
+    assert "boxes in drawn.png" in done.stderr
+    assert Image.open(folder / "drawn.png").size == (224, 224)
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["ask", "none.png", WHAT], 2, "cannot read none.png: No such file"),
+        (["ask"], 2, "Missing argument"),
+        (["ask", "red.png", WHAT, "--max-tokens", "0"], 2, "max-tokens"),
+        (["ask", "red.png", WHAT, "--model", "none"], 1, "`none` does not exist"),
+        (["ask", "red.png", WHAT, "--image-tokens", "1", "--max-tokens", "99999"], 1, "99999"),
+        (["tokens", "damaged.png"], 1, "damaged"),
+        (["models", "--url", "http://127.0.0.1:1/v1"], 3, "Connection refused"),
+        (["ask", "red.png", WHAT, "--timeout", "0.001"], 3, "in time"),
+    ],
+)
+def test_a_failure_has_a_message_and_a_status(
+    server: Server, folder: Path, words: list[str], status: int, message: str
+) -> None:
+    (folder / "damaged.png").write_bytes(b"\x89PNG\r\n\x1a\n damaged")
+    done = saccade(server, folder, *words)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_chat_reads_questions_from_a_pipe(server: Server, folder: Path) -> None:
+    questions = f"{WHAT}\nWhat color is the shape?\n/clear\n/image blue.jpg\n{WHAT}\n"
+    words = ("chat", "red.png", "--temperature", "0")
+    done = saccade(server, folder, *words, input=questions.encode())
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == ["a red circle", "red", "a blue circle"]
+
+
+def test_a_chat_in_a_terminal_survives_errors(server: Server, folder: Path) -> None:
+    leader, follower = pty.openpty()
+    command = [sys.executable, "-m", "server", "chat", "red.png", "--temperature", "0"]
+    with subprocess.Popen(
+        command, cwd=folder, stdin=follower, stdout=follower, stderr=follower,
+        env=os.environ | {"OPENAI_BASE_URL": f"{server.url}/v1", "TERM": "dumb"},
+    ) as process:  # fmt: skip
+        os.close(follower)
+        said = ""
+        for line, expected in {
+            "/image none.png": "cannot read none.png",
+            WHAT: "a red circle",
+            "/what": "adds a picture",
+        }.items():
+            os.write(leader, f"{line}\n".encode())
+            deadline, seen = time.monotonic() + 30, ""
+            while expected not in seen:
+                assert time.monotonic() < deadline, said
+                seen += os.read(leader, 4096).decode()
+            said += seen
+        os.write(leader, b"/quit\n")
+        assert process.wait(30) == 0
+    os.close(leader)
+
+
+def test_costs_are_shown(server: Server, folder: Path) -> None:
+    done = saccade(server, folder, "tokens", "red.png", "blue.jpg")
+    rows = [line.split("\t") for line in done.stdout.splitlines()]
+    assert rows[0][:4] == ["red.png", "224x224", "224x224", "49"]
+    assert rows[1][:4] == ["blue.jpg", "640x480", "640x480", "300"]
+    assert rows[2] == ["all", "", "", "349", ""]
+    done = saccade(server, folder, "tokens", "blue.jpg", "--json", "--image-tokens", "100")
+    assert json.loads(done.stdout)["tokens"] <= 100
+
+
+def test_models_are_listed(server: Server, folder: Path) -> None:
+    assert saccade(server, folder, "models").stdout == "saccade-tiny\tvllm\t4096\n"
+    (model,) = json.loads(saccade(server, folder, "models", "--json").stdout)
+    assert model["id"] == "saccade-tiny"
+
+
+def test_top_shows_what_happens(server: Server, folder: Path) -> None:
+    words = ("top", "--once", "--interval", "3")
+    environment = os.environ | {"OPENAI_BASE_URL": f"{server.url}/v1"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "server", *words, "--json"], env=environment, stdout=subprocess.PIPE
+    ) as watching:
+        time.sleep(1)
+        for _ in range(4):
+            assert saccade(server, folder, "ask", "red.png", WHAT).returncode == 0
+        assert watching.stdout is not None
+        row = json.loads(watching.stdout.read())
+    assert row["requests_per_s"] > 0
+    assert row["time_to_first_token_ms"] > 0
+    assert row["images_per_s"] > 0
+    assert row["image_workers"] == 2
+    assert {"kv_cache_share", "embeddings_from_gpu_per_s", "refused_per_s"} <= row.keys()
+
+
+def test_a_batch_answers_in_order(server: Server, folder: Path) -> None:
+    asked = [("red.png", "a red circle"), ("blue.jpg", "a blue circle")] * 5
+    (folder / "in.jsonl").write_text(
+        "".join(
+            json.dumps({"question": WHAT, "files": [name], "temperature": 0}) + "\n"
+            for name, _ in asked
+        )
+    )
+    assert saccade(server, folder, "batch", "in.jsonl", "out.jsonl").returncode == 0
+    lines = map(json.loads, (folder / "out.jsonl").read_text().splitlines())
+    bodies = [line["response"]["body"] for line in lines]
+    assert [body["choices"][0]["message"]["content"] for body in bodies] == [
+        answer for _, answer in asked
+    ]
+    assert [body["image_details"][0]["width"] for body in bodies] == [224, 640] * 5
