@@ -9,9 +9,9 @@ from server.engine.token_allocator import image_costs, patch_size
 from server.engine.vllm_http import validate_json_request
 from server.errors import ClientError
 from server.http.scope import context_of
-from server.http.usage import detail
+from server.http.usage import detail, view_detail
 from server.imaging.encoded import ImageOptions, check_size
-from server.imaging.tokens import Detail, View
+from server.imaging.tokens import Detail
 from server.ingest.load import MediaLoader
 
 router = APIRouter()
@@ -90,7 +90,7 @@ async def image_tokens(body: ImageTokensRequest, raw_request: Request) -> dict[s
     if body.include_views:
         patch = patch_size(engine)
         for row, cost in zip(rows, costs, strict=True):
-            row |= {"patch_size": patch, "views": list(map(_view, cost.views))}
+            row |= {"patch_size": patch, "views": list(map(view_detail, cost.views))}
     return {
         "object": "list",
         "data": rows,
@@ -98,17 +98,4 @@ async def image_tokens(body: ImageTokensRequest, raw_request: Request) -> dict[s
             "image_tokens": sum(row["tokens"] for row in rows),
             "kv_bytes": sum(row["kv_bytes"] for row in rows),
         },
-    }
-
-
-def _view(view: View) -> dict[str, Any]:
-    columns, rows = view.grid or (None, None)
-    return {
-        "kind": view.kind,
-        "region": view.region,
-        "width": view.size[0],
-        "height": view.size[1],
-        "columns": columns,
-        "rows": rows,
-        "tokens": view.tokens,
     }

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.http.errors import with_length
 from server.http.scope import context_of, direct_send, set_direct_send
+from server.imaging.tokens import View
 from server.request.context import RequestContext, ShownImage
 
 _PATHS = ("/v1/chat/completions", "/v1/responses", "/v1/messages")
@@ -161,4 +162,18 @@ def detail(image: ShownImage) -> dict[str, Any]:
         "region": image.region,
         "frame": image.frame,
         "tokens": image.tokens,
+    }
+
+
+def view_detail(view: View) -> dict[str, Any]:
+    """What the encoder sees of one image."""
+    columns, rows = view.grid or (None, None)
+    return {
+        "kind": view.kind,
+        "region": view.region,
+        "width": view.size[0],
+        "height": view.size[1],
+        "columns": columns,
+        "rows": rows,
+        "tokens": view.tokens,
     }

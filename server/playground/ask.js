@@ -157,7 +157,8 @@ class AskPage {
     else if (turn.stopped) turn.body.append(h("p", { class: "note" }, "Stopped."));
     else announce(turn.answer);
     if (turn.usage) turn.body.append(this.facts(turn));
-    if (turn.timing) turn.body.append(stageBar(turn.timing));
+    const timing = turn.timing ?? seenFromHere(turn);
+    if (timing) turn.body.append(stageBar(timing));
     turn.body.append(this.actions(turn));
     this.showBoxes(turn);
     this.suggest();
@@ -402,6 +403,12 @@ class AskPage {
       ),
     );
   }
+}
+
+/** The stages that a page can time by itself, where the server does not tell its own. */
+function seenFromHere({ began, firstAt, ended }) {
+  if (!firstAt) return null;
+  return { first: firstAt - began, generate: ended - firstAt, total: ended - began };
 }
 
 export const ask = {

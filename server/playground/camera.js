@@ -26,7 +26,7 @@ export async function capture() {
       h(
         "p",
         { class: "row end" },
-        h("button", { type: "submit", class: "quiet", value: "" }, "Cancel"),
+        h("button", { type: "button", class: "quiet", onclick: () => dialog.close("") }, "Cancel"),
         take,
       ),
     ),

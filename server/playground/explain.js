@@ -3,7 +3,7 @@ import { postJson, urlOf, hintOf } from "./api.js";
 import { ask } from "./ask.js";
 import { ACCEPTED, attach, costsOf, partOf } from "./attachments.js";
 import { bytes, h, icon, number, plural } from "./dom.js";
-import { drawGrid, drawSeen, mergeOf, viewGroups } from "./views.js";
+import { drawGrid, drawSeen, mainGroup, mergeOf, viewGroups } from "./views.js";
 
 const QUESTION = "What is in the image?";
 const FREE = { detail: "auto", cap: null, budget: null };
@@ -388,7 +388,7 @@ function paint(canvas, attachment, { row, seen, grid, patches, tiles }) {
     ((y2 - y1) / height) * t,
   ];
   const groups = viewGroups(row);
-  const shown = groups.get("tile") ?? groups.get("whole") ?? groups.get("overview") ?? [];
+  const shown = groups.get(mainGroup(groups)) ?? [];
   if (seen) for (const view of shown) drawSeen(pen, attachment, view, place(view.region));
   const merge = mergeOf(row) || 1;
   for (const view of grid || patches || tiles ? shown : []) {

@@ -1,7 +1,7 @@
 // A picture as the model sees it: its grid of tokens, its tiles, and the boxes of an answer.
 import { toOriginal, unitOf } from "./boxes.js";
 import { bytes, h, iconButton, number, plural } from "./dom.js";
-import { drawGrid, drawSeen, mergeOf, viewGroups } from "./views.js";
+import { drawGrid, drawSeen, mainGroup, mergeOf, viewGroups } from "./views.js";
 
 const BOX_COLORS = ["#ff5a36", "#2f7bff", "#12a150", "#b14cff", "#d98a00", "#e0218a"];
 const MOST_ZOOM = 24;
@@ -98,7 +98,7 @@ export class Inspector {
   update({ row }) {
     this.row = row ?? null;
     this.groups = viewGroups(row);
-    if (!this.groups.has(this.group)) this.group = this.groups.keys().next().value ?? null;
+    if (!this.groups.has(this.group)) this.group = mainGroup(this.groups);
     this.hovered = null;
     this.drawOptions();
     this.drawFacts();

@@ -17,6 +17,7 @@ const GROUPS = [
   ],
   ["render", "Render", ["render"], "chat template, tokens and placeholders"],
   ["queue", "Queue", ["image_queue", "engine_queue"], "waiting for a worker and for the engine"],
+  ["first", "Until the first word", ["first"], "stages that the server does not tell apart"],
   ["encode", "Encode", ["encode"], "the vision encoder turns pictures into embeddings"],
   ["prefill", "Prefill", ["prefill", "first_token"], "the language model reads the prompt"],
   [

@@ -1,7 +1,9 @@
 // What the encoder sees of a picture, from the rows of `/v1/images/tokens`, and how it is drawn.
 
-// Cells narrower than this on the screen, in pixels, get no lines, and wider ones those of patches.
+// Widths of cells on the screen, in pixels: narrower ones get no lines, then thin ones, then bold
+// ones, and then also those of their patches.
 const LEAST_CELL = 4;
+const BOLD_FROM = 10;
 const PATCHES_FROM = 28;
 
 /** The views of a picture by kind, in the order in which they stand in the prompt. */
@@ -11,6 +13,10 @@ export function viewGroups(row) {
     groups.set(view.kind, [...(groups.get(view.kind) ?? []), view]);
   return groups;
 }
+
+/** The kind of views that shows most of a picture; null without any. */
+export const mainGroup = (groups) =>
+  ["tile", "whole", "overview"].find((kind) => groups.has(kind)) ?? null;
 
 /** How many patches a token has along each side; 0 if that is not known. */
 export function mergeOf(row) {
@@ -57,9 +63,11 @@ export function drawGrid(pen, view, [x, y, width, height], { merge, isFramed }) 
   };
   if (merge > 1 && cell > PATCHES_FROM && view.kind !== "joined")
     lines(view.columns * merge, view.rows * merge, "rgb(90 120 255 / 0.35)", 0.75);
-  if (cell > LEAST_CELL) {
+  if (cell > BOLD_FROM) {
     lines(view.columns, view.rows, "rgb(255 255 255 / 0.75)", 2);
     lines(view.columns, view.rows, "rgb(35 70 220 / 0.85)", 1);
+  } else if (cell > LEAST_CELL) {
+    lines(view.columns, view.rows, "rgb(35 70 220 / 0.5)", 0.6);
   }
   for (const [color, thickness] of [
     ["rgb(255 255 255 / 0.85)", 3],

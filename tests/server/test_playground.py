@@ -11,14 +11,19 @@ from typing import Any
 import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, Route, expect
 
 from server.demo.samples import samples
+from server.http.usage import detail, view_detail
+from server.imaging.tokens import TokenRule
+from server.imaging.tokens.views import FixedTokens
+from server.request.context import ShownImage
 from tests.browser import chromium, faults_of
 from tests.conftest import Server
 from tests.media import pdf
 from tests.pictures import encode, shape
 from tests.server.conftest import A
+from tests.unit import test_tokens
 
 DESKTOP = {"width": 1280, "height": 800}
 PHONE = {"width": 390, "height": 780}
@@ -359,6 +364,54 @@ def test_the_lesson_is_about_ones_own_picture(page: Page) -> None:
     expect(lesson.locator(".tok.many")).to_have_text("<|image_pad|> × 49")
 
 
+@pytest.mark.parametrize(
+    ("rule", "sizes", "lesson"),
+    [
+        (test_tokens.INTERNVL, ["12 of 16 × 16 tokens", "Overview"], "cut into 12 tiles"),
+        (
+            test_tokens.LLAVA_NEXT,
+            ["Joined tiles", "32 × 24 tokens", "24 × 24 tokens"],
+            "2 tiles of 336 × 336",
+        ),
+        (test_tokens.PIXTRAL, ["28 × 21 tokens", "21 for tags"], "expanded to 609 places: 588"),
+        (FixedTokens("blip-2", 32, 32, (224, 224)), ["32 tokens"], "32 learned queries"),
+    ],
+    ids=["tiles", "joined", "native", "resampler"],
+)
+def test_other_families_are_shown_as_their_rules_say(
+    page: Page, pictures: Path, rule: TokenRule, sizes: list[str], lesson: str
+) -> None:
+    """The demo model is of one family; the rows of others are made of their own rules."""
+
+    def answer(route: Route) -> None:
+        rows = [
+            row_of(rule, asked["width"], asked["height"])
+            for asked in route.request.post_data_json["images"]
+        ]
+        usage = {name: sum(row[name] for row in rows) for name in ("tokens", "kv_bytes")}
+        route.fulfill(json={"data": rows, "usage": {"image_tokens": usage["tokens"], **usage}})
+
+    page.route("**/v1/images/tokens", answer)
+    choose_sample(page, "three shapes")
+    shown = page.locator(".sizes")
+    for text in sizes:
+        expect(shown).to_contain_text(text)
+    name = rule.family
+    page.screenshot(path=pictures / f"family-{name}.png")
+    page.get_by_role("link", name="Explain").click()
+    expect(page.locator("#page-explain")).to_contain_text(re.compile(lesson))
+    page.screenshot(path=pictures / f"family-{name}-explain.png")
+
+
+def row_of(rule: TokenRule, width: int, height: int) -> dict[str, Any]:
+    """What `/v1/images/tokens` says of a picture."""
+    allocation = rule.allocate(width, height)
+    shown = ShownImage((width, height), allocation.tokens, allocation.processed, allocation.region)
+    views = list(map(view_detail, rule.views(width, height, allocation)))
+    cost = {"prompt_tokens": allocation.prompt_tokens, "kv_bytes": allocation.prompt_tokens * 2048}
+    return {"index": 0, **detail(shown), **cost, "patch_size": 14, "views": views}
+
+
 def test_the_api_is_described_without_another_server(
     context: BrowserContext, server: Server
 ) -> None:
@@ -407,6 +460,8 @@ def test_the_page_asks_for_a_key_where_one_is_needed(
     expect(page.get_by_label("Model", exact=True)).to_have_value("saccade-tiny")
     choose_sample(page, "red circle")
     assert ask(page, "What is in the image?") == "a red circle"
+    # This server does not report its stages, so the page shows what it sees itself.
+    expect(page.locator(".legend")).to_contain_text("Until the first word")
     assert A not in page.context.storage_state()["origins"].__repr__()  # gone with the tab
     assert faults == []
 
