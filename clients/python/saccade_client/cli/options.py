@@ -60,7 +60,7 @@ def reported() -> Iterator[None]:
         yield
     except errors.UnusableMedia as error:
         fail(str(error), MISUSED)
-    except (errors.ConnectionFailed, errors.TimedOut) as error:
+    except (errors.ConnectionFailed, errors.TimedOut, errors.DeadlineExceeded) as error:
         fail(str(error), UNREACHABLE)
     except errors.SaccadeError as error:
         fail(str(error), REFUSED)
