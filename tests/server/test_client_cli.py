@@ -1,11 +1,13 @@
 """The commands `saccade ask`, `chat`, `tokens`, `models`, `top` and `batch` against the server."""
 
+import fcntl
 import json
 import os
 import pty
 import re
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -95,29 +97,49 @@ def test_a_chat_reads_questions_from_a_pipe(server: Server, folder: Path) -> Non
     assert done.stdout.splitlines() == ["a red circle", "red", "a blue circle"]
 
 
-def test_a_chat_in_a_terminal_survives_errors(server: Server, folder: Path) -> None:
-    leader, follower = pty.openpty()
-    command = [sys.executable, "-m", "server", "chat", "red.png", "--temperature", "0"]
-    with subprocess.Popen(
-        command, cwd=folder, stdin=follower, stdout=follower, stderr=follower,
-        env=os.environ | {"OPENAI_BASE_URL": f"{server.url}/v1", "TERM": "dumb"},
-    ) as process:  # fmt: skip
+class Terminal:
+    """A command in a terminal."""
+
+    def __init__(self, server: Server, folder: Path, *words: str) -> None:
+        self._leader, follower = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "server", *words],
+            cwd=folder, stdin=follower, stdout=follower, stderr=follower, start_new_session=True,
+            env=os.environ | {"OPENAI_BASE_URL": f"{server.url}/v1", "TERM": "vt100"},
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
         os.close(follower)
-        said = ""
-        for line, expected in {
-            "/image none.png": "cannot read none.png",
-            WHAT: "a red circle",
-            "/what": "adds a picture",
-        }.items():
-            os.write(leader, f"{line}\n".encode())
-            deadline, seen = time.monotonic() + 30, ""
-            while expected not in seen:
-                assert time.monotonic() < deadline, said
-                seen += os.read(leader, 4096).decode()
-            said += seen
-        os.write(leader, b"/quit\n")
-        assert process.wait(30) == 0
-    os.close(leader)
+
+    def type(self, text: str, expected: str = "") -> None:
+        """Write `text`, and read until `expected` was printed."""
+        os.write(self._leader, text.encode())
+        deadline, seen = time.monotonic() + 30, ""
+        while expected not in seen:
+            assert time.monotonic() < deadline, seen
+            seen += os.read(self._leader, 4096).decode(errors="replace")
+
+    def end(self, text: str) -> int:
+        """Write `text`; returns the exit status."""
+        self.type(text)
+        try:
+            return self.process.wait(30)
+        finally:
+            self.process.kill()
+            os.close(self._leader)
+
+
+def test_a_chat_in_a_terminal_survives_errors(server: Server, folder: Path) -> None:
+    terminal = Terminal(server, folder, "chat", "red.png", "--temperature", "0")
+    terminal.type("/image none.png\n", "cannot read none.png")
+    terminal.type(f"{WHAT}\n", "a red circle")
+    terminal.type("/what\n", "adds a picture")
+    assert terminal.end("/quit\n") == 0
+
+
+def test_top_in_a_terminal_ends_with_ctrl_c(server: Server, folder: Path) -> None:
+    terminal = Terminal(server, folder, "top", "--interval", "0.3")
+    terminal.type("", "time to first token")
+    assert terminal.end("\x03") == 0
 
 
 def test_costs_are_shown(server: Server, folder: Path) -> None:

@@ -4,6 +4,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -27,7 +28,7 @@ def top(
     once: Annotated[bool, typer.Option("--once", help="Look once, over one interval.")] = False,
     json: options.Json = False,
 ) -> None:
-    """Show what the server does: requests, times, tokens, workers, caches."""
+    """Show what the server does: requests, times, tokens, workers, caches. Ctrl-C ends it."""
     with options.connected(url, api_key, timeout_s=_TIMEOUT_S, retries=0) as client:
         rows = _rates(client, interval)
         if json or once or not sys.stdout.isatty():
@@ -48,7 +49,8 @@ def _live(rows: Iterator[Sample], url: str) -> None:
     from rich.live import Live
     from rich.text import Text
 
-    with Live(Text(f"{url}: looking..."), screen=True, auto_refresh=False) as live:
+    looking = Text(f"{url}: looking...")
+    with suppress(KeyboardInterrupt), Live(looking, screen=True, auto_refresh=False) as live:
         for row in rows:
             live.update(_table(row, url), refresh=True)
 
@@ -67,7 +69,9 @@ def _table(row: Sample, url: str) -> "Table":
 def _shown(name: str, value: float) -> str:
     if name.endswith("_ms"):
         return f"{value:.0f}"
-    return f"{value:.0%}" if name.endswith("_share") else f"{value:,.4g}"
+    if name.endswith("_share"):
+        return f"{value:.0%}"
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.1f}"
 
 
 def _rates(client: "Client", interval: float) -> Iterator[Sample]:
