@@ -1,6 +1,6 @@
 // The live page: what the server does now, from `/metrics`, which is read while the page is seen.
 import { getText, hintOf } from "./api.js";
-import { bytes, duration, h, number } from "./dom.js";
+import { bytes, duration, h, number, plural } from "./dom.js";
 import { by, parse, quantile, total } from "./metrics.js";
 import { stageBar } from "./stages.js";
 
@@ -28,7 +28,7 @@ class LivePage {
   constructor(root) {
     this.tiles = {
       requests: tile("Requests", "per second"),
-      ttft: tile("Time to first token", "median of the last 20 s"),
+      ttft: tile("Time to first token", "median"),
       images: tile("Pictures", "per second, found in a cache or not"),
       tokens: tile("Tokens written", "per second"),
     };
@@ -117,16 +117,22 @@ class LivePage {
     const images = (a, b) => rate(a, b, "saccade_image_tokens_count");
     const tokens = (a, b) => rate(a, b, "vllm:generation_tokens_total");
     const moved = now !== old;
-    const median = quantile(moved ? old.samples : null, now.samples, TTFT, 0.5);
+    // Without an answer in the last reads, all of them since the start count.
+    const isRecent =
+      moved && total(now.samples, `${TTFT}_count`) > total(old.samples, `${TTFT}_count`);
+    const before = isRecent ? old.samples : new Map();
+    const since = isRecent ? "of the last 20 s" : "since the start";
+    const median = quantile(before, now.samples, TTFT, 0.5);
     this.tiles.requests.set(moved ? few(requests(old, now)) : "–", line(requests));
     this.tiles.images.set(moved ? few(images(old, now)) : "–", line(images));
     this.tiles.tokens.set(moved ? few(tokens(old, now)) : "–", line(tokens));
     this.tiles.ttft.set(
       seconds(median),
       line((a, b) => (quantile(a.samples, b.samples, TTFT, 0.5) ?? 0) * 1000),
+      `median ${since}`,
     );
     this.drawMeters(now.samples);
-    this.drawStages(old.samples, now.samples, moved);
+    this.drawStages(before, now.samples, since);
     this.drawCaches(now.samples);
     this.drawRefusals(now.samples);
   }
@@ -189,33 +195,19 @@ class LivePage {
     );
   }
 
-  drawStages(old, now, moved) {
+  drawStages(old, now, since) {
     const sums = by(now, "saccade_request_stage_seconds_sum", "stage");
-    const counts = by(now, "saccade_request_stage_seconds_count", "stage");
-    const before = moved
-      ? [
-          by(old, "saccade_request_stage_seconds_sum", "stage"),
-          by(old, "saccade_request_stage_seconds_count", "stage"),
-        ]
-      : [new Map(), new Map()];
-    const answered = Math.max(
-      ...[...counts].map(([stage, count]) => count - (before[1].get(stage) ?? 0)),
-      0,
-    );
-    if (!answered) {
-      this.stages.replaceChildren(
-        h(
-          "p",
-          { class: "note" },
-          "No answer in the last 20 s. Ask something, and see here where its time went.",
-        ),
-      );
+    const sumsBefore = by(old, "saccade_request_stage_seconds_sum", "stage");
+    const answered = total(now, `${TTFT}_count`) - total(old, `${TTFT}_count`);
+    if (answered <= 0) {
+      const text = "No answer yet. Ask something, and see here where its time went.";
+      this.stages.replaceChildren(h("p", { class: "note" }, text));
       return;
     }
     const timing = Object.fromEntries(
       [...sums].map(([stage, sum]) => [
         stage,
-        ((sum - (before[0].get(stage) ?? 0)) / answered) * 1000,
+        ((sum - (sumsBefore.get(stage) ?? 0)) / answered) * 1000,
       ]),
     );
     timing.total = Object.values(timing).reduce((sum, ms) => sum + ms, 0);
@@ -223,7 +215,7 @@ class LivePage {
       h(
         "p",
         { class: "note" },
-        `Mean of ${number(answered)} answers${moved ? " in the last 20 s" : ""}: ${duration(timing.total)}`,
+        `Mean of ${plural(answered, "answer")} ${since}: ${duration(timing.total)}`,
       ),
       stageBar(timing),
     );
@@ -306,16 +298,18 @@ function card(title, ...content) {
 function tile(label, note) {
   const value = h("b", { class: "big" }, "–");
   const canvas = h("canvas", { role: "img", "aria-label": `${label} over the last two minutes` });
+  const below = h("p", { class: "note" }, note);
   const root = h(
     "section",
     { class: "card tile", "aria-label": label },
     h("h2", {}, label),
     value,
     canvas,
-    h("p", { class: "note" }, note),
+    below,
   );
-  const set = (text, points) => {
+  const set = (text, points, newNote = note) => {
     value.textContent = text;
+    below.textContent = newNote;
     spark(canvas, points);
   };
   return { root, set };

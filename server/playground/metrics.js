@@ -42,7 +42,7 @@ export function by(samples, name, label) {
 
 /** A quantile of what a histogram has counted between two reads, as Prometheus estimates it. */
 export function quantile(before, after, name, share) {
-  const old = before ? by(before, `${name}_bucket`, "le") : new Map();
+  const old = by(before, `${name}_bucket`, "le");
   const buckets = [...by(after, `${name}_bucket`, "le")]
     .map(([le, count]) => [le === "+Inf" ? Infinity : Number(le), count - (old.get(le) ?? 0)])
     .sort(([a], [b]) => a - b);

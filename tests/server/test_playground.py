@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import playwright
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, Route, expect
@@ -30,6 +31,7 @@ PHONE = {"width": 390, "height": 780}
 ANSWERED = 60_000  # milliseconds
 FIRST_LOAD_BYTES = 200_000
 RED = encode(shape("red"))
+NODE = Path(playwright.__file__).parent / "driver" / "node"
 
 
 @pytest.fixture(scope="module")
@@ -323,6 +325,7 @@ def test_the_code_of_a_request_answers_the_same(page: Page, tmp_path: Path) -> N
     module = tmp_path / "ask.mjs"
     module.write_text(code.inner_text())
     assert 'await dataUrl("red-circle.png", "image/png")' in module.read_text()
+    subprocess.run([NODE, "--check", module], check=True)
 
 
 def test_it_works_with_the_keyboard_alone(page: Page) -> None:
@@ -345,8 +348,29 @@ def test_the_live_page_shows_what_the_server_did(page: Page) -> None:
     expect(page.get_by_role("status")).to_contain_text("saccade-tiny on cpu, ready")
     expect(page.locator("#page-live")).to_contain_text("invalid_image")
     expect(page.get_by_role("meter", name="Image workers busy")).to_be_visible()
+    expect(page.get_by_label("Time to first token", exact=True)).to_contain_text(
+        re.compile(r"\d (ms|s)\n*median")
+    )
+    expect(page.locator("#page-live .legend")).to_contain_text("Generate")
     page.get_by_role("link", name="Ask").click()
     expect(page.locator(".turn")).to_have_count(1)  # the conversation is still there
+
+
+def test_metrics_are_read_as_prometheus_does(page: Page) -> None:
+    script = """async texts => {
+      const {parse, total, by, quantile} = await import("/playground/metrics.js");
+      const [old, now] = texts.map(parse);
+      return [total(now, "y"), total(now, "y", {k: "c"}), [...by(now, "y", "l")],
+              quantile(old, now, "x", 0.5), quantile(old, now, "x", 1), quantile(now, now, "x", 1)];
+    }"""
+
+    def text(*counts: int) -> str:
+        buckets = zip(("1.0", "2.0", "+Inf"), counts, strict=True)
+        lines = [f'x_bucket{{le="{le}"}} {count}.0' for le, count in buckets]
+        return "\n".join(["# HELP x", *lines, 'y{k="a\\"b,}",l="1"} 2', 'y{k="c",l="1"} 3e0', ""])
+
+    found = page.evaluate(script, [text(0, 0, 0), text(1, 3, 4)])
+    assert found == [5, 3, [["1", 5]], 1.5, 2, None]
 
 
 def test_the_lesson_is_about_ones_own_picture(page: Page) -> None:
@@ -510,6 +534,7 @@ def test_it_is_accessible_and_fits(
     check("cost")
     page.get_by_role("button", name="Detail and caps").click()
     ask(page, "Give the bounding box of the blue circle.")
+    page.mouse.move(0, 0)
     check("answer")
     page.locator(".question .thumb").click()
     check("picture")
