@@ -125,8 +125,8 @@ export class Composer {
     this.file.value = "";
     this.attachments.push(...added);
     this.drawTray();
-    const seen = added.find((each) => each.width);
-    if (seen) this.on.inspect(seen, false);
+    const first = added.find((each) => each.width) ?? added[0];
+    if (first) this.on.inspect(first, false);
     this.text.focus();
   }
 

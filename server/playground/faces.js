@@ -21,6 +21,9 @@ export function sampleFace(sample) {
 
 export function preview(attachment) {
   if (attachment.width) return h("img", { src: attachment.url, alt: attachment.name });
+  const { kind, blob, url, name } = attachment;
+  if (kind === "video" && document.createElement("video").canPlayType(blob.type))
+    return h("video", { src: url, muted: true, preload: "metadata", "aria-label": name });
   return h(
     "span",
     { class: "file" },

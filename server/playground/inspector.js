@@ -20,6 +20,14 @@ const ROLES = {
   crop: "parts of the picture, enlarged",
 };
 
+const HINTS = {
+  none: "Choose a picture to see it as the model does.",
+  image: "The browser cannot show this file, but the model sees it.",
+  pdf: "The server draws the pages. This is the grid of the first.",
+  video: "The server picks the frames of a clip, and counts their tokens when it is sent.",
+  audio: "The model hears a sound, and its tokens are counted when it is sent.",
+};
+
 export class Inspector {
   attachment = null;
   zoom = 1;
@@ -82,9 +90,6 @@ export class Inspector {
     this.boxes = boxes;
     this.unit = unitOf(boxes);
     this.title.textContent = attachment.name;
-    this.empty.hidden = Boolean(attachment.width);
-    if (!attachment.width)
-      this.empty.textContent = "The browser cannot show this file. The model gets it all the same.";
     if (isOther) this.group = null;
     this.update({ row });
     if (isOther) this.fit();
@@ -100,9 +105,24 @@ export class Inspector {
     this.groups = viewGroups(row);
     if (!this.groups.has(this.group)) this.group = mainGroup(this.groups);
     this.hovered = null;
+    this.empty.hidden = Boolean(this.size);
+    this.empty.textContent = this.hint;
+    this.status.textContent = this.size ? this.hint : "";
     this.drawOptions();
     this.drawFacts();
     this.draw();
+  }
+
+  /** (width, height) in pixels of what is drawn; null if that is not known. */
+  get size() {
+    const { attachment, row } = this;
+    if (attachment?.width) return [attachment.width, attachment.height];
+    return row?.views?.length ? [row.width, row.height] : null;
+  }
+
+  /** Why the picture itself is not seen; "" if it is. */
+  get hint() {
+    return this.attachment?.width ? "" : HINTS[this.attachment?.kind ?? "none"];
   }
 
   clear() {
@@ -110,12 +130,7 @@ export class Inspector {
     this.boxes = [];
     this.groups = new Map();
     this.title.textContent = "The picture";
-    this.empty.hidden = false;
-    this.empty.textContent = "Choose a picture to see it as the model does.";
-    this.options.replaceChildren();
-    this.facts.replaceChildren();
-    this.status.textContent = "";
-    this.draw();
+    this.update({ row: null });
   }
 
   close() {
@@ -138,8 +153,9 @@ export class Inspector {
       );
     const groups = [...this.groups.keys()];
     this.options.replaceChildren(
-      ...(this.groups.size
-        ? [toggle("grid", "Grid"), toggle("seen", "At the model’s resolution")]
+      ...(this.groups.size ? [toggle("grid", "Grid")] : []),
+      ...(this.groups.size && this.attachment.picture
+        ? [toggle("seen", "At the model’s resolution")]
         : []),
       ...(groups.length > 1
         ? [
@@ -184,10 +200,9 @@ export class Inspector {
   }
 
   drawFacts() {
-    const { row, attachment } = this;
+    const { row, size } = this;
     const facts = [];
-    if (attachment?.width)
-      facts.push(["Original", `${attachment.width} × ${attachment.height}`, "pixels"]);
+    if (size) facts.push(["Original", size.join(" × "), "pixels"]);
     if (row?.processed_width)
       facts.push([
         "Seen as",
@@ -256,7 +271,7 @@ export class Inspector {
     canvas.addEventListener(
       "wheel",
       (event) => {
-        if (!this.attachment?.width) return;
+        if (!this.size) return;
         event.preventDefault();
         this.zoomBy(Math.exp(-event.deltaY / 300), at(event));
       },
@@ -343,15 +358,16 @@ export class Inspector {
         (found.view.kind === "joined"
           ? ""
           : `: token ${number(found.place + 1)} of ${number(row.tokens)}`)
-      : "";
+      : this.size
+        ? this.hint
+        : "";
     this.draw();
   }
 
   /** The views that are drawn, and the rectangle in pixels of the original that all of it takes. */
   extent() {
     const views = this.groups.get(this.group) ?? [];
-    const { width, height } = this.attachment;
-    const all = [[0, 0, width, height], ...views.map((view) => view.region)];
+    const all = [[0, 0, ...this.size], ...views.map((view) => view.region)];
     return [
       views,
       [0, 1].map((axis) => Math.min(...all.map((region) => region[axis]))),
@@ -368,7 +384,7 @@ export class Inspector {
     canvas.height = Math.round(height * ratio);
     const pen = canvas.getContext("2d");
     pen.scale(ratio, ratio);
-    if (!attachment?.width) {
+    if (!this.size) {
       canvas.setAttribute("aria-label", "No picture");
       return;
     }
@@ -389,8 +405,11 @@ export class Inspector {
     pen.fillStyle = getComputedStyle(canvas).getPropertyValue("--pad");
     for (const view of views) pen.fillRect(...place(view.region)); // what the processor pads
     pen.imageSmoothingQuality = "high";
-    pen.drawImage(attachment.picture, ...place([0, 0, attachment.width, attachment.height]));
-    if (this.layers.seen)
+    const whole = place([0, 0, ...this.size]);
+    pen.fillStyle = "#fff";
+    if (attachment.picture) pen.drawImage(attachment.picture, ...whole);
+    else pen.fillRect(...whole);
+    if (this.layers.seen && attachment.picture)
       for (const view of views) drawSeen(pen, attachment, view, place(view.region));
     if (this.layers.grid)
       for (const view of views)

@@ -29,7 +29,7 @@ class LivePage {
     this.tiles = {
       requests: tile("Requests", "per second"),
       ttft: tile("Time to first token", "median"),
-      images: tile("Pictures", "per second, found in a cache or not"),
+      images: tile("Pictures", "per second"),
       tokens: tile("Tokens written", "per second"),
     };
     this.meters = h("div", { class: "meters" });

@@ -274,6 +274,8 @@ def test_several_pictures_pages_and_clips(page: Page) -> None:
     attach(page, "pages.pdf", "application/pdf", pdf(*[(320, 240)] * 3))
     cost = page.locator(".cost")
     all_pages = tokens_of(cost)
+    expect(page.locator(".status")).to_have_text(re.compile("The server draws the pages"))
+    expect(page.locator(".sizes")).to_contain_text("640 × 480")
     page.get_by_label("Pages of pages.pdf").fill("2")
     expect(cost).not_to_contain_text(str(all_pages))
     assert tokens_of(cost) * 3 == all_pages
@@ -342,6 +344,7 @@ def test_it_works_with_the_keyboard_alone(page: Page) -> None:
 
 
 def test_the_live_page_shows_what_the_server_did(page: Page) -> None:
+    ask(page, "hello")
     attach(page, "broken.png", "image/png", RED[:200])
     ask(page, "What is in the image?")
     page.get_by_role("link", name="Live").click()
@@ -353,7 +356,7 @@ def test_the_live_page_shows_what_the_server_did(page: Page) -> None:
     )
     expect(page.locator("#page-live .legend")).to_contain_text("Generate")
     page.get_by_role("link", name="Ask").click()
-    expect(page.locator(".turn")).to_have_count(1)  # the conversation is still there
+    expect(page.locator(".turn")).to_have_count(2)  # the conversation is still there
 
 
 def test_metrics_are_read_as_prometheus_does(page: Page) -> None:
