@@ -92,6 +92,16 @@ CONTRACTS = [
     *_in("v1.metrics.stats", "RequestStateStats.scheduled_ts", "RequestStateStats.first_token_ts"),
     *_in("v1.engine.input_processor", "InputProcessor.mm_encoder_cache_size"),
     *_in("v1.engine.core_client", "AsyncMPClient.reset_encoder_cache_async"),
+    Contract(
+        "v1.engine.core_client",
+        "AsyncMPClient._ensure_output_queue_task",
+        ("self",),
+        calls=(
+            "resources.output_queue_task is not None",
+            "output_socket = resources.output_socket",
+            "frames = await output_socket.recv_multipart(copy=False)",
+        ),
+    ),
     # The two halves of the processor cache.
     Contract("multimodal.cache.lru", "LruKeyReplicatedSenderCache._cache"),
     Contract("multimodal.cache.base", "MultiModalProcessorOnlyCache._cache"),
@@ -112,6 +122,23 @@ CONTRACTS = [
         "BaseMultiModalProcessorCache.validate_input_item",
         "BaseMultiModalProcessorCache.make_stats",
     ),
+    # What goes to the engine core.
+    Contract(
+        "v1.serial_utils",
+        "MsgpackEncoder.enc_hook",
+        ("self", "obj"),
+        calls=("isinstance(obj, MultiModalKwargsItem)", "self._encode_mm_item(obj)"),
+    ),
+    *_in(
+        "v1.serial_utils",
+        "MsgpackEncoder._encode_mm_field",
+        "MsgpackEncoder.aux_buffers",
+        "MsgpackEncoder.encoder",
+        "MsgpackEncoder.oob_tensor_consumer",
+        "MsgpackEncoder.size_threshold",
+        "CUSTOM_TYPE_RAW_VIEW",
+    ),
+    *_in("v1.engine.core_client", "MPClient.encoder"),
     # The renderer.
     Contract(
         "renderers.hf",
@@ -126,7 +153,40 @@ CONTRACTS = [
         "renderers.hf",
         "HfRenderer.render_messages_async",
         ("self", "messages", "params"),
-        calls=("self._apply_chat_template_async(", "**chat_template_kwargs"),
+        calls=(
+            "self._render_with_timeout(self._apply_chat_template_async(",
+            "**chat_template_kwargs",
+        ),
+    ),
+    Contract(
+        "renderers.hf",
+        "HfRenderer._render_with_timeout",
+        ("self", "coro"),
+        calls=("envs.VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT", "self._replace_executor()"),
+    ),
+    *_in("renderers.base", "BaseRenderer._executor"),
+    # The media of a conversation.
+    Contract(
+        "renderers.chat_utils",
+        "parse_chat_messages_async",
+        calls=("AsyncMultiModalItemTracker(", "mm_tracker.resolve_items()"),
+    ),
+    Contract(
+        "renderers.chat_utils",
+        "AsyncMultiModalItemTracker.resolve_items",
+        ("self",),
+        calls=("*(item() for item in items)", "_resolve_items(", "self._modality_order"),
+    ),
+    Contract(
+        "renderers.chat_utils",
+        "_resolve_items",
+        ("items_by_modality", "mm_processor", "modality_order"),
+    ),
+    *_in(
+        "renderers.chat_utils",
+        "BaseMultiModalItemTracker._items_by_modality",
+        "BaseMultiModalItemTracker.model_cls",
+        "BaseMultiModalItemTracker.mm_processor",
     ),
     Contract(
         "renderers.base",
@@ -242,6 +302,12 @@ CONTRACTS = [
     ),
     *_in(
         _PROCESSOR,
+        f"{_BASE}._apply_prompt_updates",
+        f"{_BASE}._apply_token_matches_with_placeholders",
+        f"{_BASE}._validate_mm_kwargs",
+        f"{_BASE}._validate_mm_updates",
+        "UpdateMode.REPLACE",
+        "PlaceholderFeaturesInfo.to_range",
         f"{_BASE}.apply",
         f"{_BASE}._apply_hf_processor",
         f"{_BASE}._cached_apply_hf_processor",

@@ -32,7 +32,15 @@ from server.engine.extractor import worker_spec
 from server.engine.heartbeat import Heartbeat
 from server.engine.token_allocator import TokenAllocator
 from server.engine.token_rules import measured_rule, token_rule
-from server.engine.vllm_adapter import core_fork, quick_start, shared_segments, stat_logger
+from server.engine.vllm_adapter import (
+    core_fork,
+    item_encoder,
+    item_tracker,
+    output_socket,
+    quick_start,
+    shared_segments,
+    stat_logger,
+)
 from server.engine.vllm_adapter.engine_caches import EngineCaches, keep_item_limit
 from server.engine.vllm_adapter.outcomes import Outcomes
 from server.engine.vllm_adapter.parameters import Parameters
@@ -40,7 +48,6 @@ from server.engine.vllm_adapter.processor_cache import ProcessorCache
 from server.engine.vllm_adapter.processors import (
     is_image_by_image,
     keep_groups_apart,
-    share_processor,
 )
 from server.engine.vllm_adapter.renderer import PooledRenderer
 from server.engine.vllm_adapter.send import Gate, Sender
@@ -100,6 +107,7 @@ def prepare(args: Namespace, settings: Settings) -> PreparedEngine:
     clips.use_cpu_decoders(config)
     quick_start.register()
     stat_logger.register()
+    output_socket.install()
     workers = None
     if model.supports_multimodal_inputs:
         workers = worker_spec(
@@ -220,8 +228,10 @@ async def running(
         heartbeat = Heartbeat(engine.is_sleeping, settings.http.engine_stall_timeout_s, fail)
         Parameters(engine, settings.constraints, heartbeat)
         Sender(engine, _processor_cache(engine), outcomes, gate)
+        item_encoder.install(engine)
         keep_groups_apart(engine.renderer)
-        share_processor(engine.renderer)
+        if engine.renderer.mm_processor is not None:
+            item_tracker.install(engine.renderer)
         keep_item_limit(engine)
         enable_envs_cache()  # as in vLLM's other processes: each request reads many of them
         async with heartbeat:

@@ -24,6 +24,8 @@ from server.workers.shared_memory import Segment
 
 log = logging.getLogger("saccade.images")
 
+_CTRUNC = int(socket.MSG_CTRUNC)  # operations on the flag itself make enums
+
 
 class ProtocolError(Exception):
     """A worker sent a message that violates the protocol."""
@@ -133,7 +135,7 @@ class WorkerChannel:
             if not data:
                 self._lose()
                 return
-            if flags & socket.MSG_CTRUNC and not fds:
+            if flags & _CTRUNC and not fds:
                 raise OSError(errno.EMFILE, "no file is free for the result")
             reply, features = self._received(data, fds)
         except BlockingIOError:

@@ -1,20 +1,23 @@
 """From a conversation to tokens: vLLM's Hugging Face renderer, with typed placeholders as text."""
 
+import asyncio
+import functools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from jinja2 import TemplateError
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMError
 from vllm.inputs import TextPrompt
 from vllm.model_executor.model_loader.utils import get_model_cls
 from vllm.renderers import ChatParams, TokenizeParams
 from vllm.renderers.hf import HfRenderer, safe_apply_chat_template
-from vllm.utils.async_utils import make_async
 
+from server.concurrency import submitted
 from server.engine.vllm_adapter import typed_placeholders
 from server.engine.vllm_adapter.typed_placeholders import TypedPlaceholders
 from server.errors import ClientError, SaccadeError
@@ -40,7 +43,7 @@ class ConversationRenderer(HfRenderer):
     def __init__(self, config: VllmConfig, tokenizer: Any) -> None:
         super().__init__(config, tokenizer)
         self._typed = TypedPlaceholders({})
-        self._apply_chat_template_async = make_async(self._template, executor=self._executor)
+        self._apply_chat_template_async = self._template_in_thread
         self._vllm_tokenize_prompt_async = self._tokenize_prompt_async
         self._tokenize_prompt_async = self._known_tokens
         self._eos_token_id = super().get_eos_token_id()
@@ -117,6 +120,19 @@ class ConversationRenderer(HfRenderer):
             # The template has made tokens, as it is told to for embeddings in the prompt.
             return await super().render_messages_async(messages, params)
         return self._typed.restored(conversation), prompt
+
+    def _template_in_thread(self, *args: Any, **options: Any) -> "asyncio.Future[Any]":
+        return submitted(self._executor, functools.partial(self._template, *args, **options))
+
+    async def _render_with_timeout(self, rendering: Awaitable[Any]) -> Any:
+        """vLLM's, without the future and the callbacks of `asyncio.wait_for`."""
+        timeout = envs.VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT
+        try:
+            async with asyncio.timeout(timeout if timeout > 0 else None):
+                return await rendering
+        except TimeoutError:
+            self._replace_executor()
+            raise TimeoutError(f"the chat template took more than {timeout} s") from None
 
     def _template(self, *args: Any, **options: Any) -> Any:
         """Run the chat template, and tokenize its text if it is taken as it is."""

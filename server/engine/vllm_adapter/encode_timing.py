@@ -25,6 +25,7 @@ log = logging.getLogger("saccade.encode_times")
 _MAX_MESSAGE_BYTES = 1 << 20
 # Reports are also read this often, for requests of which no output comes for long.
 _INTERVAL_S = 0.25
+_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)  # operations on the flags make enums
 
 OnEncode = Callable[[Sequence[str], float, float], None]
 
@@ -50,7 +51,7 @@ class EncodeTimes:
     def __init__(self, on_encode: OnEncode) -> None:
         self._on_encode = on_encode
         self._decoder = msgspec.msgpack.Decoder(EncoderRun)
-        self._socket: zmq.Socket[bytes] | None = None
+        self._socket: Any = None
         self._stack = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> "EncodeTimes":
@@ -75,13 +76,9 @@ class EncodeTimes:
 
     def read(self) -> None:
         """Read the reports that have arrived. Waking the event loop for each would take longer."""
-        while self._socket is not None:
+        while self._socket is not None and self._socket.get(_EVENTS) & _POLLIN:
             try:
-                message = self._socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            try:
-                run = self._decoder.decode(message)
+                run = self._decoder.decode(self._socket.recv(zmq.NOBLOCK))
             except msgspec.MsgspecError as error:
                 log.warning("ignoring malformed encoder report: %s", error)
                 continue

@@ -9,8 +9,10 @@ import ctypes
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cachetools
+import msgspec
 import torch
 from vllm.multimodal.inputs import (
     BaseMultiModalField,
@@ -19,6 +21,8 @@ from vllm.multimodal.inputs import (
 )
 
 from server.engine.vllm_adapter import processors
+from server.engine.vllm_adapter.item_encoder import Element, encoded_field
+from server.engine.vllm_adapter.processor_cache import PooledItem
 from server.engine.vllm_adapter.processors import (
     DTYPES,
     Fields,
@@ -44,7 +48,7 @@ class ItemMaker:
 
     def item(
         self, features: Features, options: Options, options_id: bytes
-    ) -> tuple[MultiModalKwargsItem, Updates]:
+    ) -> tuple[PooledItem, Updates]:
         """The item of one picture over the shared memory of `features`, and what it puts into the
         prompt. `options_id` stands for `options`."""
         size = features.size
@@ -54,7 +58,9 @@ class ItemMaker:
                 (name, _outline(spec, features.buffer)) for name, spec in features.specs.items()
             ]
         except _TooLarge:
-            return processors.item(self._processor, features.arrays(tensor), blank(size), options)
+            arrays = features.arrays(tensor)
+            item, updates = processors.item(self._processor, arrays, blank(size), options)
+            return PooledItem(item), updates
         key = (size, options_id, *outlines)
         if (known := self._known.get(key)) is not None:
             return known.item(features), known.updates
@@ -63,32 +69,45 @@ class ItemMaker:
         items = processors.divided(outputs, fields)
         updates = processors.updates_of(self._processor, blank(size), options, items)
         self._known[key] = _Layout(fields, updates, _shapes(outputs, items["image"][0]))
-        return items["image"][0], updates
+        return PooledItem(items["image"][0]), updates
 
 
-_Shapes = Sequence[tuple[str, tuple[int, ...], BaseMultiModalField]]
+class _Shape(NamedTuple):
+    """Of an element that is one whole feature in another shape."""
+
+    name: str
+    shape: tuple[int, ...]
+    nbytes: int
+    field: BaseMultiModalField
+    encoded_field: msgspec.Raw
+
+
+_Shapes = Sequence[_Shape]
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """What items with equal outlines have in common. `shapes` are the name, the shape and the field
-    of each element, if each is one whole feature in another shape; else None."""
+    """What items with equal outlines have in common. `shapes` is None unless each element is one
+    whole feature in another shape."""
 
     fields: Fields
     updates: Updates
     shapes: _Shapes | None
 
-    def item(self, features: Features) -> MultiModalKwargsItem:
+    def item(self, features: Features) -> PooledItem:
         """The item of another picture."""
         if self.shapes is None:
-            return processors.divided(features.arrays(tensor), self.fields)["image"][0]
-        made = {}
-        for name, shape, field in self.shapes:
+            return PooledItem(processors.divided(features.arrays(tensor), self.fields)["image"][0])
+        item, memory, elements = PooledItem(), memoryview(features.buffer), []
+        for name, shape, nbytes, field, encoded in self.shapes:
             spec = features.specs[name]
             assert isinstance(spec, ArraySpec)
             data = tensor(spec.dtype, shape, features.buffer, spec.offset)
-            made[name] = MultiModalFieldElem(data=data, field=field)
-        return MultiModalKwargsItem(made)
+            item.data[name] = MultiModalFieldElem(data=data, field=field)
+            window = memory[spec.offset : spec.offset + nbytes]
+            elements.append(Element(name, spec.dtype, shape, window, encoded))
+        item.elements = elements
+        return item
 
 
 def _shapes(outputs: dict[str, object], item: MultiModalKwargsItem) -> _Shapes | None:
@@ -101,7 +120,8 @@ def _shapes(outputs: dict[str, object], item: MultiModalKwargsItem) -> _Shapes |
         is_whole = data.data_ptr() == feature.data_ptr() and data.numel() == feature.numel()
         if not is_whole or not data.is_contiguous():
             return None
-        found.append((name, tuple(data.shape), element.field))
+        field = element.field
+        found.append(_Shape(name, tuple(data.shape), data.nbytes, field, encoded_field(field)))
     return found
 
 

@@ -46,10 +46,22 @@ class PooledItem(MultiModalKwargsItem):
     """One image's features on their way to the engine.
 
     Empty when the engine was known to hold them; `refill` computes them all the same, for the
-    case that the engine's cache has dropped them by the time the request is sent.
+    case that the engine's cache has dropped them by the time the request is sent. `elements`, if
+    known, are the features as `item_encoder.py` encodes them.
     """
 
-    refill: Callable[[], Awaitable[MultiModalKwargsItem]] | None = None
+    refill: Callable[[], Awaitable["PooledItem"]] | None = None
+    elements: Sequence[Any] | None = None
+
+    def take(self, features: "PooledItem") -> None:
+        """Hold `features`."""
+        self.update(features)
+        self.elements = features.elements
+
+    def let_go(self) -> None:
+        """Free everything that it holds."""
+        self.data.clear()  # its own `clear` takes the elements out one by one
+        self.refill = self.elements = None
 
 
 class ProcessorCache(BaseMultiModalProcessorCache):
@@ -130,8 +142,7 @@ class ProcessorCache(BaseMultiModalProcessorCache):
         """Free what a sent request would hold until its answer is complete: features and bytes."""
         for feature in features:
             if isinstance(feature.data, PooledItem) and self._cache.is_cached_item(_key(feature)):
-                feature.data.data.clear()  # that of `UserDict` takes the items out one by one
-                feature.data.refill = None
+                feature.data.let_go()
 
     @property
     def _lru(self) -> Any:
@@ -266,4 +277,4 @@ async def _refill(features: Sequence[MultiModalFeatureSpec]) -> None:
         if not isinstance(item, PooledItem) or item.refill is None:
             raise RetryableRequestError("an image left the cache meanwhile; send it again")
         if not item:
-            item.update(await item.refill())
+            item.take(await item.refill())

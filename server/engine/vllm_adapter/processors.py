@@ -12,18 +12,15 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from vllm.config import ModelConfig
-from vllm.inputs import MultiModalInput, mm_input
-from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalKwargsItem, MultiModalKwargsItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, EncDecMultiModalProcessor
-from vllm.multimodal.processing.processor import MultiModalProcessingResult, ResolvedPromptUpdate
+from vllm.multimodal.processing.processor import ResolvedPromptUpdate
 from vllm.transformers_utils.repo_utils import get_non_weight_snapshot_path
 
 from server.imaging.sizing import Size
@@ -153,37 +150,6 @@ def translated_errors() -> Iterator[None]:
         raise ProcessorFailed from error
 
 
-def merged(
-    processor: Processor,
-    prompt: list[int],
-    keys: list[str],
-    items: Sequence[tuple[MultiModalKwargsItem | None, Updates]],
-) -> MultiModalInput:
-    """What the engine gets of a prompt whose images were processed one by one. `keys` and `items`
-    are those of the images, in order."""
-    updates = [
-        [processor._recompute_cached_prompt_update(update, index) for update in item_updates]
-        for index, (_, item_updates) in enumerate(items)
-    ]
-    result = MultiModalProcessingResult(
-        prompt_ids=processor._postprocess_prompt(prompt),
-        kwargs=MultiModalKwargsItems({"image": [each for each, _ in items]}),
-        hashes={"image": keys},
-        prompt_updates={"image": updates},
-    )
-    counts: Any = SimpleNamespace(get_all_counts=lambda: {"image": len(items)})
-    token_ids, placeholders = processor._maybe_apply_prompt_updates(counts, result)
-    return mm_input(
-        prompt_token_ids=token_ids,
-        mm_kwargs=result.kwargs,
-        mm_hashes=result.hashes,
-        mm_placeholders={
-            modality: [found.to_range() for found in ranges]
-            for modality, ranges in placeholders.items()
-        },
-    )
-
-
 # ---------------------------------------------------------------------- types
 
 DTYPES = {
@@ -212,21 +178,6 @@ def blank(size: Size) -> Image.Image:
 
 
 # ---------------------------------------------------------------------- of a renderer
-
-
-def share_processor(renderer: Any) -> None:
-    """Let vLLM check the media of conversations with the processor of its `renderer`. Otherwise it
-    makes a processor for each conversation, which takes a fifth of a millisecond of the event loop.
-    """
-    registry: Any = MULTIMODAL_REGISTRY
-    create, shared = registry.create_processor, renderer.mm_processor
-
-    def processor(model_config: Any, *, tokenizer: Any = None) -> Any:
-        if shared is None or tokenizer is not None or model_config is not renderer.model_config:
-            return create(model_config, tokenizer=tokenizer)
-        return shared
-
-    registry.create_processor = processor
 
 
 def keep_groups_apart(renderer: Any) -> None:

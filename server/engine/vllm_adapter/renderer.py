@@ -31,6 +31,7 @@ from server.engine.token_allocator import TokenAllocator
 from server.engine.vllm_adapter import processors
 from server.engine.vllm_adapter.conversation import ConversationRenderer
 from server.engine.vllm_adapter.items import ItemMaker
+from server.engine.vllm_adapter.merging import merged
 from server.engine.vllm_adapter.processor_cache import PooledItem, ProcessorCache, copied
 from server.engine.vllm_adapter.processors import (
     PlaceholdersMissing,
@@ -208,7 +209,7 @@ class PooledRenderer(ConversationRenderer):
         process = self._process_here if skip_mm_cache else self._process_image
         items = await all_or_none(map(process, jobs))
         keys = [job.key for job in jobs]
-        rendered = processors.merged(self.get_mm_processor(), prompt, keys, items)
+        rendered = merged(self.get_mm_processor(), prompt, keys, items)
         self.update_mm_cache_stats()
         return rendered, [not item and not skip_mm_cache for item, _ in items]
 
@@ -251,7 +252,7 @@ class PooledRenderer(ConversationRenderer):
             return item, known
         _MISSES.inc()
         features, updates = await self._process(job)
-        item.update(features)
+        item.take(features)
         if cache is not None:
             cache.remember(job.key, updates)
         return item, updates
@@ -268,11 +269,11 @@ class PooledRenderer(ConversationRenderer):
             cache.get_and_update_item((kept, updates), job.key)
         return item, updates
 
-    async def _features_of(self, job: ImageJob) -> Any:
+    async def _features_of(self, job: ImageJob) -> PooledItem:
         item, _ = await self._process(job)
         return item
 
-    async def _process(self, job: ImageJob) -> tuple[MultiModalKwargsItem, Updates]:
+    async def _process(self, job: ImageJob) -> tuple[PooledItem, Updates]:
         features = await self._in_pool(job.key, job, job.work)
         assert self._items is not None
         return self._items.item(features, job.kwargs, job.work.kwargs)

@@ -10,7 +10,13 @@ from server.imaging.encoded import EncodedImage
 from server.imaging.header import ImageHeader
 from server.imaging.tokens import TokenAllocation
 
-MEANT = {"_tokenize_prompt", "get_eos_token_id", "render_chat_async", "render_messages_async"}
+MEANT = {
+    "_render_with_timeout",
+    "_tokenize_prompt",
+    "get_eos_token_id",
+    "render_chat_async",
+    "render_messages_async",
+}
 
 
 def test_no_method_of_vllm_is_replaced_by_accident() -> None:

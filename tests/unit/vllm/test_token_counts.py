@@ -16,13 +16,19 @@ import pytest
 import torch
 from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
-from vllm.multimodal.inputs import MultiModalKwargsItems
+from vllm.multimodal.inputs import (
+    MultiModalKwargsItem,
+    MultiModalKwargsItems,
+    PlaceholderRange,
+)
+from vllm.v1.serial_utils import MsgpackEncoder
 
 from server.engine import token_rules
 from server.engine.extractor import _export
 from server.engine.launch import same_data
-from server.engine.vllm_adapter import processors
+from server.engine.vllm_adapter import item_encoder, processors
 from server.engine.vllm_adapter.items import ItemMaker, _outline, _TooLarge
+from server.engine.vllm_adapter.merging import _is_plain, planned, replaced
 from server.errors import ImageAspectRatio, ImageTokenCap, InvalidImage
 from server.imaging.sizing import Size
 from server.imaging.tokens import Count, TokenAllocation, TokenRule
@@ -191,9 +197,11 @@ def test_placeholders_in_a_prompt_match_the_rule(model: str, checkpoints: Path) 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_an_item_of_a_known_size_equals_vllms(model: str, checkpoints: Path) -> None:
-    """The remembered layout of one picture fits others of the same size."""
+    """The remembered layout of one picture fits others of the same size, also as it is encoded."""
     real = processor(model, checkpoints)
     maker = ItemMaker(real)
+    encoder, vllm_encoder = MsgpackEncoder(), MsgpackEncoder()
+    item_encoder.use_elements(encoder)
     noise = np.random.default_rng(1)
     for width, height in [(347, 251), (61, 59)]:
         for number in range(3):
@@ -205,6 +213,43 @@ def test_an_item_of_a_known_size_equals_vllms(model: str, checkpoints: Path) -> 
             assert got.keys() == item.keys()
             assert all(same_data(got[name].data, item[name].data) for name in item)
             assert list(map(inserted, got_updates)) == list(map(inserted, updates))
+            assert messages(encoder, got) == messages(vllm_encoder, item)
+    if model.startswith("qwen"):
+        assert got.elements is not None
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_images_take_the_same_places_as_with_vllms_planner(model: str, checkpoints: Path) -> None:
+    real = processor(model, checkpoints)
+    sizes = [(347, 251), (61, 59), (347, 251)]
+    items = []
+    for size in sizes:
+        image = Image.new("RGB", size)
+        items.append(processors.item(real, processors.processed(real, image, {})[0], image, {}))
+    prompt = [900001]  # tokens that no target has
+    for _, updates in items:
+        target = updates[0].target
+        prompt += [*(target if isinstance(target, list) else []), 900002, 900003]
+    for count in (1, 2, 3):
+        placed = replaced(prompt, items[:count])
+        if placed is not None and _is_plain(type(real)):
+            tokens, places = planned(real, prompt, ["a", "b", "c"][:count], items[:count])
+            assert placed[0] == tokens
+            assert list(map(described, placed[1]["image"])) == list(map(described, places["image"]))
+    assert replaced(prompt[:1], items) is None
+    if model.startswith("qwen"):
+        assert replaced(prompt, items) is not None
+        assert replaced(prompt[:-4], items) is None  # fewer places than images
+
+
+def described(place: PlaceholderRange) -> Any:
+    mask = None if place.is_embed is None else place.is_embed.tolist()
+    return place.offset, place.length, mask
+
+
+def messages(encoder: MsgpackEncoder, item: MultiModalKwargsItem) -> list[bytes]:
+    """The parts of the message in which an item goes to the engine core."""
+    return list(map(bytes, encoder.encode(item)))
 
 
 def inserted(update: Any) -> Any:

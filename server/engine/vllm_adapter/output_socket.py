@@ -1,0 +1,73 @@
+"""Receives the outputs of vLLM's engine core without the futures of pyzmq.
+
+Each step of the engine is a message. pyzmq makes a future, an event and several enums for each
+one, and looks twice whether the next one is there: more of the event loop's time than decoding the
+message takes.
+"""
+
+import asyncio
+import os
+from typing import Any
+
+import zmq
+import zmq.asyncio
+from vllm.v1.engine.core_client import AsyncMPClient
+
+# As plain numbers: each operation on pyzmq's flags makes an enum.
+_EVENTS, _POLLIN, _DONTWAIT = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.DONTWAIT)
+
+
+def install() -> None:
+    """Let vLLM's engine core clients receive outputs here."""
+    client: Any = AsyncMPClient
+    ensure_task = client._ensure_output_queue_task
+
+    def ensure_receiving_task(self: AsyncMPClient) -> None:
+        resources = self.resources
+        if resources.output_queue_task is None:
+            socket: Any = resources.output_socket
+            socket.recv_multipart = OutputSocket(socket).recv_multipart
+            ensure_task(self)
+
+    client._ensure_output_queue_task = ensure_receiving_task
+
+
+class OutputSocket:
+    """Stands in for `recv_multipart` of a socket that nothing else reads. One task may wait at a
+    time."""
+
+    def __init__(self, socket: zmq.asyncio.Socket) -> None:
+        self._socket: Any = zmq.Socket.shadow(socket)
+        self._loop = asyncio.get_running_loop()
+        # A descriptor of its own: pyzmq closes the socket's before it cancels who waits for it.
+        self._fd = os.dup(self._socket.fileno())
+        self._loop.add_reader(self._fd, self._wake)
+        self._arrived: asyncio.Future[None] | None = None
+
+    async def recv_multipart(self, copy: bool = False) -> list[zmq.Frame]:
+        """The frames of the next message. When this is cancelled or fails, the socket can no
+        longer be read."""
+        assert not copy
+        socket = self._socket
+        try:
+            # To look is also what makes the descriptor readable for the next message.
+            while not socket.get(_EVENTS) & _POLLIN:
+                self._arrived = self._loop.create_future()
+                await self._arrived
+            frames: list[zmq.Frame] = [socket.recv(_DONTWAIT, copy=False)]
+            while frames[-1].more:
+                frames.append(socket.recv(_DONTWAIT, copy=False))
+        except BaseException:
+            self._close()
+            raise
+        return frames
+
+    def _wake(self) -> None:
+        if self._arrived is not None and not self._arrived.done():
+            self._arrived.set_result(None)
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            self._loop.remove_reader(self._fd)
+            os.close(self._fd)
+            self._fd = -1
