@@ -102,6 +102,12 @@ CONTRACTS = [
             "frames = await output_socket.recv_multipart(copy=False)",
         ),
     ),
+    Contract(
+        "v1.engine.core_client",
+        "AsyncMPClient._send_input_message",
+        ("self", "message", "engine"),
+        calls=("return self.input_socket.send_multipart((engine,) + message, copy=False)",),
+    ),
     # The two halves of the processor cache.
     Contract("multimodal.cache.lru", "LruKeyReplicatedSenderCache._cache"),
     Contract("multimodal.cache.base", "MultiModalProcessorOnlyCache._cache"),

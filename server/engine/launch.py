@@ -34,9 +34,9 @@ from server.engine.token_allocator import TokenAllocator
 from server.engine.token_rules import measured_rule, token_rule
 from server.engine.vllm_adapter import (
     core_fork,
+    core_sockets,
     item_encoder,
     item_tracker,
-    output_socket,
     quick_start,
     shared_segments,
     stat_logger,
@@ -107,7 +107,7 @@ def prepare(args: Namespace, settings: Settings) -> PreparedEngine:
     clips.use_cpu_decoders(config)
     quick_start.register()
     stat_logger.register()
-    output_socket.install()
+    core_sockets.install()
     workers = None
     if model.supports_multimodal_inputs:
         workers = worker_spec(

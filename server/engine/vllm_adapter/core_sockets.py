@@ -1,12 +1,13 @@
-"""Receives the outputs of vLLM's engine core without the futures of pyzmq.
+"""Messages to and from vLLM's engine core without the futures of pyzmq.
 
-Each step of the engine is a message. pyzmq makes a future, an event and several enums for each
-one, and looks twice whether the next one is there: more of the event loop's time than decoding the
-message takes.
+Each step of the engine is a message, and each request. pyzmq makes a future, an event and several
+enums for each one, and looks twice whether the next one is there: more of the event loop's time
+than decoding a message takes.
 """
 
 import asyncio
 import os
+from collections.abc import Awaitable, Generator, Sequence
 from typing import Any
 
 import zmq
@@ -18,18 +19,44 @@ _EVENTS, _POLLIN, _DONTWAIT = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.DONTWAIT
 
 
 def install() -> None:
-    """Let vLLM's engine core clients receive outputs here."""
+    """Let vLLM's engine core clients send and receive here."""
     client: Any = AsyncMPClient
     ensure_task = client._ensure_output_queue_task
 
     def ensure_receiving_task(self: AsyncMPClient) -> None:
         resources = self.resources
         if resources.output_queue_task is None:
-            socket: Any = resources.output_socket
-            socket.recv_multipart = OutputSocket(socket).recv_multipart
+            outputs: Any = resources.output_socket
+            outputs.recv_multipart = OutputSocket(outputs).recv_multipart
+            inputs: Any = self.input_socket
+            inputs.send_multipart = InputSocket(inputs).send_multipart
             ensure_task(self)
 
     client._ensure_output_queue_task = ensure_receiving_task
+
+
+class _Sent:
+    """An awaitable that is over."""
+
+    def __await__(self) -> Generator[Any, None, None]:
+        yield from ()
+
+
+class InputSocket:
+    """Stands in for `send_multipart` of a socket from which nothing is received any more."""
+
+    def __init__(self, socket: zmq.asyncio.Socket) -> None:
+        self._send_later = socket.send_multipart
+        self._socket: Any = zmq.Socket.shadow(socket)
+        self._sent = _Sent()
+
+    def send_multipart(self, parts: Sequence[Any], copy: bool = True) -> Awaitable[Any]:
+        """Send a message, at once unless the socket's queue is full."""
+        try:
+            self._socket.send_multipart(parts, _DONTWAIT, copy=copy)
+        except zmq.Again:
+            return self._send_later(parts, copy=copy)
+        return self._sent
 
 
 class OutputSocket:
@@ -41,7 +68,7 @@ class OutputSocket:
         self._loop = asyncio.get_running_loop()
         # A descriptor of its own: pyzmq closes the socket's before it cancels who waits for it.
         self._fd = os.dup(self._socket.fileno())
-        self._loop.add_reader(self._fd, self._wake)
+        self._is_watched = False
         self._arrived: asyncio.Future[None] | None = None
 
     async def recv_multipart(self, copy: bool = False) -> list[zmq.Frame]:
@@ -53,6 +80,9 @@ class OutputSocket:
             # To look is also what makes the descriptor readable for the next message.
             while not socket.get(_EVENTS) & _POLLIN:
                 self._arrived = self._loop.create_future()
+                if not self._is_watched:
+                    self._loop.add_reader(self._fd, self._wake)
+                    self._is_watched = True
                 await self._arrived
             frames: list[zmq.Frame] = [socket.recv(_DONTWAIT, copy=False)]
             while frames[-1].more:
@@ -65,6 +95,9 @@ class OutputSocket:
     def _wake(self) -> None:
         if self._arrived is not None and not self._arrived.done():
             self._arrived.set_result(None)
+        else:  # nobody looks at the socket, so the descriptor stays readable
+            self._loop.remove_reader(self._fd)
+            self._is_watched = False
 
     def _close(self) -> None:
         if self._fd >= 0:
