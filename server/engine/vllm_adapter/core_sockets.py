@@ -15,7 +15,8 @@ import zmq.asyncio
 from vllm.v1.engine.core_client import AsyncMPClient
 
 # As plain numbers: each operation on pyzmq's flags makes an enum.
-_EVENTS, _POLLIN, _DONTWAIT = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.DONTWAIT)
+_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
+_DONTWAIT, _SNDMORE = int(zmq.DONTWAIT), int(zmq.SNDMORE)
 
 
 def install() -> None:
@@ -52,8 +53,11 @@ class InputSocket:
 
     def send_multipart(self, parts: Sequence[Any], copy: bool = True) -> Awaitable[Any]:
         """Send a message, at once unless the socket's queue is full."""
+        *others, last = parts
         try:
-            self._socket.send_multipart(parts, _DONTWAIT, copy=copy)
+            for part in others:  # once the first is taken, all are
+                self._socket.send(part, _DONTWAIT | _SNDMORE, copy=copy)
+            self._socket.send(last, _DONTWAIT, copy=copy)
         except zmq.Again:
             return self._send_later(parts, copy=copy)
         return self._sent
