@@ -36,6 +36,8 @@ _MEASURED = 64
 _MOST, _FEW = 0.9, 0.25
 # Waiting may take this many times as long as predicted: the rate varies within seconds.
 _WAIT_MARGIN = 1.5
+# So long the engine gets no further requests of other groups after one of a group with few.
+_HEAD_START_S = 0.1
 # Usages that would not be missed are looked for when there are this many.
 _MOST_USAGES = 10_000
 
@@ -117,7 +119,9 @@ class Admission:
         self.slots = Slots(limits.running, lambda: self.budgets.is_short, limits.group_share)
         self.engine_requests = 0
         self._engine_is_full = engine_is_full
-        self.engine_slots = Slots(limits.in_engine, group_share=limits.group_share)
+        self.engine_slots = Slots(
+            limits.in_engine, group_share=limits.group_share, head_start_s=_HEAD_START_S
+        )
         self.service_times = ServiceTimes()
         self._rate = Rate(max(_MEASURED, 2 * limits.running))
         self._usages: dict[str, Usage] = {}

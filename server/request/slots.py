@@ -22,14 +22,16 @@ class _Waiter(NamedTuple):
 class Slots:
     """At most `count` slots are taken. A few more are reserved for groups that have none, so that
     a group with few requests does not wait for the end of another's. While another group is active,
-    a group takes at most `group_share` of the slots. None are given while `is_closed` says so; when
-    that changes, `advance` has to be called."""
+    a group takes at most `group_share` of the slots. When a group takes a slot while another has
+    its share, the others get none for `head_start_s`, but at most half of the time. None are given
+    while `is_closed` says so; when that changes, `advance` has to be called."""
 
     def __init__(
         self,
         count: int,
         is_closed: Callable[[], bool] = lambda: False,
         group_share: float = 1.0,
+        head_start_s: float = 0.0,
     ) -> None:
         self.count = count
         self._is_closed = is_closed
@@ -39,6 +41,9 @@ class Slots:
         self._reserved = max(1, count // _RESERVED_SHARE)
         self._by_group: Counter[str] = Counter()
         self._took_at: dict[str, float] = {}  # of active groups, the last to take a slot at the end
+        self._head_start_s = head_start_s
+        self._ahead: str | None = None  # the group that has a head start
+        self._next_head_start = -math.inf
 
     def take_now(self, group: str) -> bool:
         """Take a slot for `group` if that is possible without waiting."""
@@ -49,9 +54,9 @@ class Slots:
 
     def has_room(self, group: str) -> bool:
         """Whether `group` could take a slot without waiting."""
-        if self._is_closed() or self._has_its_share(group):
+        if self._is_closed() or self._must_wait(group):
             return False
-        if self.taken < self.count:  # those that wait have their share
+        if self.taken < self.count:  # those that wait must wait
             return True
         is_first = bool(self._by_group) and group not in self._by_group
         return is_first and self.taken < self.count + self._reserved
@@ -82,6 +87,18 @@ class Slots:
         self._took_at[group] = now
         while now - next(iter(self._took_at.values())) > _ACTIVE_S:
             del self._took_at[next(iter(self._took_at))]
+        if self._by_group[group] < self._most_of_group <= max(self._by_group.values()):
+            self._begin_head_start(group, now)
+
+    def _begin_head_start(self, group: str, now: float) -> None:
+        if self._head_start_s and now >= self._next_head_start:
+            self._ahead = group
+            self._next_head_start = now + 2 * self._head_start_s
+            asyncio.get_running_loop().call_later(self._head_start_s, self._end_head_start)
+
+    def _end_head_start(self) -> None:
+        self._ahead = None
+        self.advance()
 
     def free(self, group: str) -> None:
         """Give a slot of `group` back: the next one's turn."""
@@ -89,12 +106,14 @@ class Slots:
         self._by_group[group] -= 1
         if not self._by_group[group]:
             del self._by_group[group]
+            if group == self._ahead:
+                self._ahead = None
         self.advance()
 
     def advance(self) -> None:
         """Give the free slots to those that wait."""
         while self.queue and self.taken < self.count and not self._is_closed():
-            full = set(filter(self._has_its_share, self._by_group))
+            full = set(filter(self._must_wait, self._by_group))
             waiter = self.queue.pop(lambda each: each.group not in full)  # noqa: B023
             if waiter is None:
                 return
@@ -102,8 +121,10 @@ class Slots:
                 self.add(waiter.group)
                 waiter.turn.set_result(None)
 
-    def _has_its_share(self, group: str) -> bool:
+    def _must_wait(self, group: str) -> bool:
         """Whether `group` may take no slot because another group is active."""
+        if self._ahead not in (None, group) and group in self._by_group:
+            return True
         if self._by_group[group] < self._most_of_group or self._most_of_group == self.count:
             return False
         others = (at for name, at in reversed(self._took_at.items()) if name != group)

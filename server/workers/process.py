@@ -121,32 +121,35 @@ def return_regularly() -> None:
 
 
 def _return_regularly() -> None:
-    least = _private_and_free_bytes()
+    return_freed_memory()
+    least = _outside_of_heap_bytes()
     while True:
         time.sleep(_RETURN_INTERVAL_S)
-        if _private_and_free_bytes() > least + _WORTH_RETURNING_BYTES:
+        if _outside_of_heap_bytes() > least + _WORTH_RETURNING_BYTES:
             return_freed_memory()
-            least = _private_and_free_bytes()
-        least = min(least, _private_and_free_bytes())
+            least = _outside_of_heap_bytes()
+        least = min(least, _outside_of_heap_bytes())
 
 
-def _private_and_free_bytes() -> int:
-    """Private memory plus free heap, whether that is resident or not. It grows by what is freed,
-    and by what is used again after it was returned."""
+def _outside_of_heap_bytes() -> int:
+    """Private memory that is in no allocation of the heap: what others have mapped, which hardly
+    changes, and freed heap that has not been returned."""
     heap_info: Any = getattr(_libc(), "mallinfo2", None)
     if heap_info is None:  # glibc before 2.33
         return private_bytes()
     heap_info.restype = _HeapInfo
-    return private_bytes() + int(heap_info().fordblks)
+    heap = heap_info()
+    return private_bytes() - int(heap.uordblks) - int(heap.hblkhd)
 
 
 class _HeapInfo(ctypes.Structure):
-    """`struct mallinfo2` of the C library: `fordblks` is the free heap in bytes."""
+    """`struct mallinfo2` of the C library: `uordblks` bytes of the heap are allocated, and `hblkhd`
+    bytes in large allocations beside it."""
 
     _fields_ = (
-        *((f"other_{number}", ctypes.c_size_t) for number in range(8)),
-        ("fordblks", ctypes.c_size_t),
-        ("keepcost", ctypes.c_size_t),
+        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks")),
+        *((name, ctypes.c_size_t) for name in ("hblkhd", "usmblks", "fsmblks")),
+        *((name, ctypes.c_size_t) for name in ("uordblks", "fordblks", "keepcost")),
     )
 
 

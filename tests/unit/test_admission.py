@@ -86,8 +86,9 @@ def test_a_group_takes_only_its_share_of_the_engine_while_another_is_active(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def run() -> None:
-        gate = Admission(limits(in_engine=8, group_share=0.5))
         monkeypatch.setattr(slots, "_ACTIVE_S", 0.05)
+        monkeypatch.setattr("server.request.admission._HEAD_START_S", 0.0)
+        gate = Admission(limits(in_engine=8, group_share=0.5))
         release = asyncio.Event()
 
         async def answer(name: str, until: asyncio.Event) -> None:
@@ -124,6 +125,41 @@ def test_a_group_takes_only_its_share_of_the_engine_while_another_is_active(
         release.set()
         await asyncio.gather(*heavy[1:])
         assert gate.engine_slots.taken == 0
+
+    asyncio.run(run())
+
+
+def test_a_group_with_few_requests_has_a_head_start_for_half_of_the_time_at_most() -> None:
+    async def run() -> None:
+        places = slots.Slots(8, group_share=0.5, head_start_s=0.2)
+        places.add("light")
+        places.free("light")  # it is active from now on
+        for _ in range(4):
+            places.add("heavy")
+        waiting = [asyncio.create_task(places.take("heavy", 1.0)) for _ in range(4)]
+        await settle()
+        began = time.monotonic()
+        assert places.take_now("light")
+        places.free("heavy")
+        assert places.taken == 4  # the free place stays free
+        assert places.take_now("light")
+        places.free("light")
+        await waiting[0]
+        assert time.monotonic() - began > 0.19
+        assert places.take_now("light")  # too early for another one
+        places.free("heavy")
+        await asyncio.wait_for(waiting[1], 0.1)
+        await asyncio.sleep(0.21)
+        assert places.take_now("light")
+        places.free("heavy")
+        await settle()
+        assert not waiting[2].done()
+        for _ in range(3):
+            places.free("light")
+        await asyncio.gather(*waiting[2:3])  # nobody is ahead any more
+        for _ in range(4):
+            places.free("heavy")
+        await asyncio.gather(*waiting)
 
     asyncio.run(run())
 
