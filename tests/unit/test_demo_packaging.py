@@ -1,4 +1,5 @@
-"""The wheel and the source archive contain what `saccade demo` needs, without the training code."""
+"""The wheel and the source archive contain what `saccade demo` and the playground need, without the
+training code."""
 
 import os
 import shutil
@@ -57,15 +58,14 @@ def built(source: Path) -> Path:
     return source / "dist"
 
 
-def names(built: Path, archive: str) -> set[str]:
-    """The files in `server/demo` of an archive."""
+def names(built: Path, archive: str, prefix: str = "server/demo/") -> set[str]:
+    """The files of an archive in this folder."""
     if archive == "wheel":
         with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
             found = wheel.namelist()
     else:
         with tarfile.open(next(built.glob("*.tar.gz"))) as source:
             found = [name.partition("/")[2] for name in source.getnames()]
-    prefix = "server/demo/"
     return {name.removeprefix(prefix) for name in found if name.startswith(prefix)}
 
 
@@ -74,6 +74,13 @@ def test_archives_contain_the_model_without_its_training_code(built: Path, archi
     found = names(built, archive)
     assert found >= MODEL_FILES | {"card.md", "command.py", "samples.py"}
     assert not [name for name in found if name.startswith("training")]
+
+
+@pytest.mark.parametrize("archive", ["wheel", "sdist"])
+def test_archives_contain_the_playground(built: Path, archive: str, repository: Path) -> None:
+    files = {path.name for path in (repository / "server" / "playground").iterdir()}
+    assert names(built, archive, "server/playground/") == files
+    assert "index.html" in files
 
 
 def test_the_demo_command_runs_from_the_wheel_alone(built: Path, tmp_path: Path) -> None:
