@@ -111,3 +111,14 @@ def test_only_tests_in_the_vllm_folder_import_what_loads_slowly() -> None:
         if module.split(".")[0] in slow
     ]
     assert found == []
+
+
+def test_the_client_imports_nothing_of_the_server() -> None:
+    client = SERVER.parent / "clients" / "python" / "saccade_client"
+    found = [
+        f"{path.name} imports {module}"
+        for path in sorted(client.rglob("*.py"))
+        for module in imported(ast.parse(path.read_text()))
+        if module.split(".")[0] in ("server", "vllm", "torch")
+    ]
+    assert found == []
