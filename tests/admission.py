@@ -14,8 +14,9 @@ def limits(
     totals: dict[Resource, int] = UNLIMITED,
     engine_requests: int | None = None,
     group_share: float = 1.0,
+    background: int = 100,
 ) -> AdmissionLimits:
     """Limits that are not reached, but for those that are given."""
     return AdmissionLimits(
-        running, waiting, wait_s, in_engine, totals, engine_requests, group_share
+        running, waiting, wait_s, in_engine, background, totals, engine_requests, group_share
     )

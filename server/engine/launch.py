@@ -74,6 +74,8 @@ _MEDIA_SHARE_OF_MEMORY = 1 / 8
 _KV_CACHES = 8
 # Requests for each image worker whose images are fetched or decoded while the engine is busy.
 _AHEAD_PER_WORKER = 4
+# One in so many of the requests in the engine waits there, or is kept free of batches.
+_SPARE_SHARE = 8
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,8 @@ def clip_decoder(settings: Settings, forkserver: Forkserver) -> ClipDecoder:
 def admission_limits(engine: AsyncLLM, settings: Settings) -> AdmissionLimits:
     """By default as many requests run as keep the engine busy, and some whose images are still
     fetched and decoded; others wait here, where their order is fair. Only a few wait in the engine,
-    which needs them to fill its next batch in time."""
+    which needs them to fill its next batch in time. Requests of batches leave room for a few others
+    in the engine."""
     config = engine.vllm_config
     seqs = config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size
     ahead = seqs // 4 + _AHEAD_PER_WORKER * settings.images.image_workers
@@ -151,7 +154,8 @@ def admission_limits(engine: AsyncLLM, settings: Settings) -> AdmissionLimits:
         running=admission.max_running_requests or seqs + ahead,
         waiting=admission.max_waiting_requests,
         wait_s=admission.max_wait_s,
-        in_engine=seqs + max(1, seqs // 8),
+        in_engine=seqs + max(1, seqs // _SPARE_SHARE),
+        background=max(1, seqs - max(1, seqs // _SPARE_SHARE)),
         totals={
             Resource.MEDIA: _media_bytes(settings),
             Resource.IMAGE_TOKENS: admission.max_running_image_tokens or _image_tokens(config),

@@ -17,7 +17,14 @@ from server.errors import RequestTimeout, RequestTooLarge, SaccadeError
 from server.http.byte_budget import ByteBudget, Share
 from server.http.errors import respond, with_length
 from server.http.headers import value_of
-from server.http.scope import path_of, quotas_of, record_of, set_context, set_document
+from server.http.scope import (
+    item_of,
+    path_of,
+    quotas_of,
+    record_of,
+    set_context,
+    set_document,
+)
 from server.ingest.load import MediaLoader
 from server.request import context as contexts
 from server.request.admission import Admission, Permit
@@ -83,12 +90,13 @@ class BodyReader:
         if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
             await self._pass(RequestContext(record_of(scope)), scope, receive, send)
             return
-        with Share(self._budget) as share:
+        with Share(self._budget, background=item_of(scope) is not None) as share:
             await self._answer(share, dict(scope), receive, send)
 
     async def _answer(self, share: Share, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            if path_of(scope) in self._admitted:  # refused before its body is read
+            is_item = item_of(scope) is not None
+            if path_of(scope) in self._admitted and not is_item:  # refused before its body is read
                 self._admission.check(record_of(scope), quotas_of(scope))
             max_bytes = min(self._max_bytes, self._limits.get(path_of(scope), self._max_bytes))
             chunks = await self._read(scope, receive, max_bytes, share)
@@ -116,13 +124,15 @@ class BodyReader:
 
     def _permit(self, read: ReadRequest | bytes, scope: Scope) -> Permit:
         record, quotas = record_of(scope), quotas_of(scope)
+        item = item_of(scope)
+        turn = item.turn if item is not None else None
         if isinstance(read, bytes):
-            return self._admission.permit(record, quotas)
+            return self._admission.permit(record, quotas, turn=turn)
         engine_requests = 1
         if self._admission.limits.engine_requests is not None:
             engine_requests = read.engine_requests
         return self._admission.permit(
-            record, quotas, 1.0 + len(read.context.media), engine_requests
+            record, quotas, 1.0 + len(read.context.media), engine_requests, turn
         )
 
     async def _load_and_pass(

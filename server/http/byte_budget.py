@@ -6,6 +6,8 @@ its socket pushes back. Small bodies take no share: the limit on connections bou
 A body may wait for its share, unless as many bytes wait already as there are, or it would wait too
 long at the rate at which bytes became free lately. Then its request is refused at once. While the
 rate is not known, only a quarter as many may wait, or one body.
+
+Bodies of batches take a quarter of the bytes at most, or one body, and none while others wait.
 """
 
 import asyncio
@@ -26,6 +28,7 @@ class ByteBudget:
         """`wait_timeout_s` is the longest time that a body waits for its share."""
         self.total = total
         self.held = 0
+        self._in_background = 0
         self._wait_timeout_s = wait_timeout_s
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._waiting_bytes = 0
@@ -65,6 +68,21 @@ class ByteBudget:
                 raise self._full(1.0) from None
             raise
 
+    async def take_background(self, nbytes: int) -> None:
+        """As `take`, for the body of a request of a batch, which does not wait."""
+        others = self._in_background
+        if self._waiting or (others and others + nbytes > self.total // 4):
+            raise self._full(1.0)
+        if self.held + nbytes > self.total:
+            raise self._full(1.0)
+        self.held += nbytes
+        self._in_background += nbytes
+
+    def give_back_background(self, nbytes: int) -> None:
+        """Give back what `take_background` took."""
+        self._in_background -= nbytes
+        self.give_back(nbytes)
+
     def _check_wait(self, nbytes: int) -> None:
         """Raises BodyMemoryFull if these bytes would not become free in time."""
         needed = self.held + self._waiting_bytes + nbytes - self.total
@@ -103,8 +121,10 @@ class ByteBudget:
 class Share:
     """What one body holds of the budget. Use it as a context manager: the share ends with it."""
 
-    def __init__(self, budget: ByteBudget) -> None:
-        self._budget = budget
+    def __init__(self, budget: ByteBudget, *, background: bool = False) -> None:
+        """`background`: it is the body of a request of a batch."""
+        self._take = budget.take_background if background else budget.take
+        self._give_back = budget.give_back_background if background else budget.give_back
         self._nbytes = 0
 
     def __enter__(self) -> "Share":
@@ -112,7 +132,7 @@ class Share:
 
     def __exit__(self, *_: object) -> None:
         if self._nbytes:
-            self._budget.give_back(self._nbytes)
+            self._give_back(self._nbytes)
 
     async def grow(self, nbytes: int) -> None:
         """Hold at least `nbytes`.
@@ -121,11 +141,11 @@ class Share:
             BodyMemoryFull: they did not become free in time, or would not.
         """
         if nbytes > self._nbytes:
-            await self._budget.take(nbytes - self._nbytes)
+            await self._take(nbytes - self._nbytes)
             self._nbytes = nbytes
 
     def shrink(self, nbytes: int) -> None:
         """Hold at most `nbytes`."""
         if nbytes < self._nbytes:
-            self._budget.give_back(self._nbytes - nbytes)
+            self._give_back(self._nbytes - nbytes)
             self._nbytes = nbytes

@@ -9,6 +9,7 @@ Limits of a group apply to all of its keys together. Keys are kept as SHA-256 on
 an invalid file name its entries by their positions, since any text in it may be a key.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -51,6 +52,15 @@ class KeyTable:
     scopes: Mapping[bytes, frozenset[Scope]] = field(default_factory=dict)
     admins: frozenset[bytes] = frozenset()
 
+    @functools.cached_property
+    def of_groups(self) -> dict[str, tuple[Quota, ...]]:
+        """The limits of each group that has any, without those of its keys."""
+        found = {}
+        for key, quotas in self.quotas.items():
+            name = quota_name(self.groups[key])
+            found[self.groups[key]] = tuple(quota for quota in quotas if quota.name == name)
+        return found
+
     def joined(self, other: "KeyTable") -> "KeyTable":
         """Merge both tables.
 
@@ -88,6 +98,11 @@ class _OfGroup(_OfKey):
 def digest(key: str) -> bytes:
     """The SHA-256 digest of a key."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def quota_name(group: str) -> str:
+    """The name of the limits of a group."""
+    return f"group:{group}"
 
 
 def version_of(path: Path) -> Version:
@@ -139,7 +154,7 @@ def parse(text: bytes) -> KeyTable:
                 "with a letter or a digit"
             )
         of_group = content if isinstance(content, dict) else {"keys": content}
-        grants = _grants(of_group, _OfGroup, f"group:{group}", place)
+        grants = _grants(of_group, _OfGroup, quota_name(group), place)
         for key, own, where in _keys(of_group.get("keys"), place):
             if groups.setdefault(key, group) != group:
                 raise BadKeys(f"{where} is in another group too")

@@ -27,7 +27,7 @@ from server.errors import (
 from server.http import key_file
 from server.http.errors import respond
 from server.http.key_file import BadKeys, KeyTable, Version
-from server.http.scope import path_of, record_of, set_quotas
+from server.http.scope import BatchItem, item_of, path_of, record_of, set_quotas
 from server.request import groups
 from server.request.limits import Quota
 from server.settings import AccessSettings
@@ -109,6 +109,17 @@ class KeyRing:
         if (group := table.groups.get(digest)) is None:
             return None
         return Grant(group, table.quotas.get(digest, ()), table.scopes.get(digest))
+
+    async def knows(self, group: str) -> bool:
+        """Whether there is a key of `group`. Without groups, all keys are those of ""."""
+        await self._refresh()
+        if not self.has_groups:
+            return not group
+        return group == groups.ADMIN or group in self._table.groups.values()
+
+    def quotas_of(self, group: str) -> tuple[Quota, ...]:
+        """The limits of `group`, without those of single keys."""
+        return self._table.of_groups.get(group, ())
 
     async def is_admin(self, key: str) -> bool:
         await self._refresh()
@@ -201,6 +212,9 @@ class ApiKeys:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
+        if (item := item_of(scope)) is not None:
+            await self._pass_item(item, scope, receive, send)
+            return
         headers = Headers(scope=scope)
         reads = scope.get("method") in ("GET", "HEAD")
         key = _presented(headers) or (_typed(headers) if reads else None)
@@ -225,6 +239,13 @@ class ApiKeys:
         if grant is not None and grant.quotas:
             set_quotas(scope, grant.quotas)
             self._set_priority(scope, grant.quotas)
+        await self._app(scope, receive, send)
+
+    async def _pass_item(self, item: BatchItem, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request of a batch pass, whose key was checked when the batch was created."""
+        if self._ring.has_groups:
+            record_of(scope).key_group = item.group
+        set_quotas(scope, self._ring.quotas_of(item.group))
         await self._app(scope, receive, send)
 
     def _forbidden(self, scope: Scope, grant: Grant | None) -> SaccadeError | None:

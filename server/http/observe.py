@@ -20,7 +20,7 @@ from server.errors import CODES, DeadlineExceeded, SaccadeError, ServerBusy, Una
 from server.http.answer import ID_HEADER, Answer
 from server.http.client import Client
 from server.http.errors import INTERNAL, as_clients
-from server.http.scope import Connection, set_direct_send, set_record, take_connection
+from server.http.scope import Connection, item_of, set_direct_send, set_record, take_connection
 from server.telemetry import log, metrics, tracing
 from server.telemetry.record import OUTCOMES, Record, Times
 from server.telemetry.stages import Stage
@@ -131,6 +131,7 @@ class Observed:
             path=path,
             route=path if path in self._routes else None,
             client=client[0] if client else None,
+            background=item_of(scope) is not None,
         )
 
     def _scope(self, scope: Scope, record: Record, *, is_work: bool) -> Scope:
@@ -151,8 +152,9 @@ class Observed:
         return scope
 
     def _deadline(self, scope: Scope, record: Record) -> float | None:
-        """When the work has to end, on `time.monotonic()`; None: never."""
-        if record.path not in self._aborted:
+        """When the work has to end, on `time.monotonic()`; None: never. A batch has a window
+        instead."""
+        if record.background or record.path not in self._aborted:
             return None
         most = self._request_timeout_s
         for name, value in scope["headers"]:
@@ -207,7 +209,7 @@ def _measure(record: Record, times: Times) -> None:
         metrics.refusals.labels(code if code in CODES else metrics.OTHER_CODE).inc()
         return
     first = record.time_to_first_token()
-    if first is None:  # the engine did nothing for it
+    if first is None or record.background:  # the engine did nothing for it, or nobody waits for it
         return
     for stage, seconds in times.stages.items():
         _REQUEST_STAGE[stage].observe(seconds)

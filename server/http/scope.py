@@ -1,10 +1,12 @@
 """What the layers of the server know of a request, in its ASGI scope."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from starlette.types import Scope, Send
 
+from server.request.admission import Turn
 from server.request.context import RequestContext
 from server.request.limits import Quota
 from server.telemetry.record import Record
@@ -15,6 +17,7 @@ _CONTEXT = "saccade.context"
 _DOCUMENT = "saccade.document"
 _QUOTAS = "saccade.quotas"
 _SEND = "saccade.send"
+_ITEM = "saccade.item"
 
 
 def set_record(scope: Scope, record: Record) -> None:
@@ -87,6 +90,25 @@ def direct_send(scope: Scope) -> Send | None:
     """Where the body of a stream may go; None if it has to pass all layers."""
     send: Send | None = scope.get(_SEND)
     return send
+
+
+@dataclass(frozen=True)
+class BatchItem:
+    """A request that the server makes for a batch of `group`. It has its `turn` already."""
+
+    group: str
+    turn: Turn
+
+
+def set_item(scope: Scope, item: BatchItem) -> None:
+    """Mark a request of a batch. No client can: the server makes the scopes of their requests."""
+    scope[_ITEM] = item
+
+
+def item_of(scope: Scope) -> BatchItem | None:
+    """The mark of a request of a batch; None of others."""
+    item: BatchItem | None = scope.get(_ITEM)
+    return item
 
 
 class Connection(Protocol):

@@ -13,8 +13,12 @@ Of the requests with a permit, at most `in_engine` are in the engine; the queue 
 fair as well. vLLM's own queue, which is not, stays short. While several groups of keys are active,
 none takes more than `group_share` of both, so that a few requests do not share each step of the
 engine with a flood.
+
+Requests of batches work in the background: each gets a `Turn` first, in queues that are served only
+while no other request waits, and then a permit with this turn, which is never refused for them.
 """
 
+import asyncio
 import math
 import time
 from collections import deque
@@ -51,6 +55,8 @@ class AdmissionLimits:
         waiting: requests that wait for a permit.
         wait_s: longest time that a request may have to wait, in seconds.
         in_engine: engine requests (prompts, or answers to the same prompt) in the engine.
+        background: requests of batches that work at the same time: fewer than the engine serves at
+            a time.
         totals: what all requests together may hold.
         engine_requests: engine requests that run or wait, here or in the engine; above it, a
             request is refused at once (`--max-num-queued-reqs`). None: no limit.
@@ -62,6 +68,7 @@ class AdmissionLimits:
     waiting: int
     wait_s: float
     in_engine: int
+    background: int
     totals: Mapping[Resource, int]
     engine_requests: int | None = None
     group_share: float = 1.0
@@ -116,12 +123,21 @@ class Admission:
         """`engine_is_full` says why the engine takes no more requests; None if it does."""
         self.limits = limits
         self.budgets = Budgets(limits.totals, limits.wait_s, lambda: self.slots.advance())
-        self.slots = Slots(limits.running, lambda: self.budgets.is_short, limits.group_share)
+        most = limits.background
+        if limits.engine_requests is not None:
+            most = min(most, limits.engine_requests // 2)
+        share = limits.group_share
+        self.slots = Slots(
+            limits.running, lambda: self.budgets.is_short, share, most_background=most
+        )
+        self.engine_slots = Slots(
+            limits.in_engine,
+            group_share=share,
+            head_start_s=_HEAD_START_S,
+            most_background=most,
+        )
         self.engine_requests = 0
         self._engine_is_full = engine_is_full
-        self.engine_slots = Slots(
-            limits.in_engine, group_share=limits.group_share, head_start_s=_HEAD_START_S
-        )
         self.service_times = ServiceTimes()
         self._rate = Rate(max(_MEASURED, 2 * limits.running))
         self._usages: dict[str, Usage] = {}
@@ -134,19 +150,36 @@ class Admission:
         quotas: Sequence[Quota] = (),
         cost: float = 1.0,
         engine_requests: int = 1,
+        turn: "Turn | None" = None,
     ) -> "Permit":
         """A permit for a request, to be used with `async with`.
 
         `quotas` are those of its key. `cost` says how much work it is, compared with others, and
         `engine_requests` how many the engine will get for it. The tokens that `record` has at the
-        end are charged to the quotas.
+        end are charged to the quotas. With a `turn`, the request is one of a batch: it need not
+        wait, and the quotas are charged but not held against it.
 
         Raises:
             RateLimited: the key is over one of its limits.
             EngineQueueFull: the engine would refuse the request.
             ServerBusy: the queue is full, or the request would wait too long.
         """
-        return Permit(self, record, quotas, cost, engine_requests)
+        return Permit(self, record, quotas, cost, engine_requests, turn)
+
+    async def background_turn(self, group: str, quotas: Sequence[Quota] = ()) -> "Turn":
+        """Wait until a request of a batch of `group` may begin: when no other request waits, and
+        half of what `quotas` allow per minute is left for the other requests of the group. It
+        counts for them from then on, but not as one that runs at the same time."""
+        while (wait_s := self._half_full_in(quotas)) > 0:  # noqa: ASYNC110 - others use it meanwhile
+            await asyncio.sleep(min(wait_s, _MAX_RETRY_AFTER_S))
+        share = max((quota.limits.share for quota in quotas), default=1.0)
+        await self.slots.take_background(group, share)
+        for quota in quotas:
+            self.usage(quota).begin(counts=False)
+        return Turn(self)
+
+    def _half_full_in(self, quotas: Sequence[Quota]) -> float:
+        return max((self.usage(quota).half_full_in() for quota in quotas), default=0.0)
 
     def check(
         self, record: Record, quotas: Sequence[Quota], engine_requests: int = 1
@@ -205,7 +238,7 @@ class Admission:
             metrics.admission_wait.observe(time.monotonic() - since)
         shortest_s = self.service_times.quantile(_FEW)
         if deadline is not None and time.monotonic() + shortest_s > deadline:
-            self.end(group, cost)
+            self.end(cost, lambda: self.slots.free(group))
             raise self._busy("the request would not be answered before its deadline", 0.0)
 
     def _check_wait(self, group: str, deadline: float | None) -> None:
@@ -237,14 +270,28 @@ class Admission:
         error.retry_after_s = whole_seconds(seconds)
         return error
 
-    def end(self, group: str, cost: float) -> None:
-        """A request has ended: the next one's turn."""
+    def end(self, cost: float, free: Callable[[], None]) -> None:
+        """A request has ended, and `free` gives back its slot: the next one's turn."""
         waited = bool(self.slots.queue)
         if waited:
             self._rate.note(cost)
-        self.slots.free(group)
+        free()
         if waited and not self.slots.queue:
             self._rate.pause()
+
+
+class Turn:
+    """The slot of one request of a batch, until it is released."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self._is_released = False
+
+    def release(self) -> None:
+        """Give the slot back, unless that was done."""
+        if not self._is_released:
+            self._is_released = True
+            self._admission.end(1.0, self._admission.slots.free_background)
 
 
 class Permit:
@@ -257,6 +304,7 @@ class Permit:
         quotas: Sequence[Quota],
         cost: float,
         engine_requests: int,
+        turn: Turn | None = None,
     ) -> None:
         self.holdings = Holdings(admission.budgets)
         self._engine_requests = engine_requests
@@ -264,6 +312,7 @@ class Permit:
         self._record = record
         self._quotas = quotas
         self._cost = cost
+        self._turn = turn
         self._usages: list[Usage] = []
         self._share = max((quota.limits.share for quota in quotas), default=1.0)
         self._group = record.key_group or ""
@@ -273,13 +322,21 @@ class Permit:
 
     async def __aenter__(self) -> "Permit":
         record = self._record
-        self._usages = self._admission.check(record, self._quotas, self._engine_requests)
-        for usage in self._usages:
-            usage.begin()
-        record.headers += headers(self._usages)
+        if self._turn is None:
+            usages = self._admission.check(record, self._quotas, self._engine_requests)
+            for usage in usages:
+                usage.begin()
+        else:  # which has begun them
+            self._admission.check_engine(self._engine_requests)
+            usages = [self._admission.usage(quota) for quota in self._quotas]
+        self._usages = usages
+        record.headers += headers(usages)
         self._admission.engine_requests += self._engine_requests
         try:
-            await self._admission.take_turn(self._group, self._share, self._cost, record.deadline)
+            if self._turn is None:
+                await self._admission.take_turn(
+                    self._group, self._share, self._cost, record.deadline
+                )
         except BaseException:
             self._end_usages()
             raise
@@ -294,7 +351,8 @@ class Permit:
             self.leave_engine(request_id)
         if kind is None and self._record.completion_tokens:
             self._admission.service_times.note(time.monotonic() - self._began)
-        self._admission.end(self._group, self._cost)
+        if self._turn is None:
+            self._admission.end(self._cost, lambda: self._admission.slots.free(self._group))
 
     async def enter_engine(self, request_id: str) -> None:
         """Wait until the engine request may be sent. If others of the same client's request are in
@@ -302,10 +360,16 @@ class Permit:
         the client has its answer, as with `background`."""
         if request_id in self._in_engine or self._has_ended():
             return
-        if self._in_engine:
-            self._admission.engine_slots.add(self._group)
+        slots = self._admission.engine_slots
+        if self._turn is not None:
+            if self._in_engine:
+                slots.add_background()
+            else:
+                await slots.take_background(self._group, self._share)
+        elif self._in_engine:
+            slots.add(self._group)
         else:
-            await self._admission.engine_slots.take(self._group, self._share)
+            await slots.take(self._group, self._share)
         self._in_engine.add(request_id)
         if self._has_ended():  # nobody would leave for a request that is aborted from now on
             self.leave_engine(request_id)
@@ -317,13 +381,18 @@ class Permit:
         """The engine request has ended, or was not sent."""
         if request_id in self._in_engine:
             self._in_engine.remove(request_id)
-            self._admission.engine_slots.free(self._group)
+            slots = self._admission.engine_slots
+            slots.free(self._group) if self._turn is None else slots.free_background()
 
     def _end_usages(self) -> None:
         self._admission.engine_requests -= self._engine_requests
         record = self._record
         for usage in self._usages:
-            usage.end(record.prompt_tokens + record.completion_tokens, record.image_tokens)
+            usage.end(
+                record.prompt_tokens + record.completion_tokens,
+                record.image_tokens,
+                counts=self._turn is None,
+            )
 
 
 def whole_seconds(seconds: float) -> int:

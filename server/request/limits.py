@@ -111,15 +111,22 @@ class Usage:
                 error.retry_after_s = math.ceil(bucket.seconds_until(needed)) or 1
                 raise error
 
-    def begin(self) -> None:
-        """Count a request that has passed `check`."""
-        self.active += 1
+    def half_full_in(self) -> float:
+        """How long until half of what may be used per minute is left after one more request, in
+        seconds."""
+        buckets = filter(None, (self._requests, self._tokens, self._image_tokens))
+        return max((each.seconds_until(each.per_minute / 2 + 1) for each in buckets), default=0.0)
+
+    def begin(self, *, counts: bool = True) -> None:
+        """Count a request that has passed `check`. With `counts`, it is one of those that run at
+        the same time."""
+        self.active += counts
         if self._requests is not None:
             self._requests.take(1)
 
-    def end(self, tokens: int, image_tokens: int) -> None:
+    def end(self, tokens: int, image_tokens: int, *, counts: bool = True) -> None:
         """Charge the tokens of a request that has ended."""
-        self.active -= 1
+        self.active -= counts
         if self._tokens is not None:
             self._tokens.take(tokens)
         if self._image_tokens is not None:

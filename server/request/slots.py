@@ -4,7 +4,7 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from server.request.fair_queue import FairQueue
@@ -24,7 +24,12 @@ class Slots:
     a group with few requests does not wait for the end of another's. While another group is active,
     a group takes at most `group_share` of the slots. When a group takes a slot while another has
     its share, the others get none for `head_start_s`, but at most half of the time. None are given
-    while `is_closed` says so; when that changes, `advance` has to be called."""
+    while `is_closed` says so; when that changes, `advance` has to be called.
+
+    Work in the background waits in a queue of its own. It gets a slot only if nobody else waits or
+    has a head start, and leaves some slots free, so that a request which arrives then begins at
+    once.
+    """
 
     def __init__(
         self,
@@ -32,18 +37,24 @@ class Slots:
         is_closed: Callable[[], bool] = lambda: False,
         group_share: float = 1.0,
         head_start_s: float = 0.0,
+        most_background: int | None = None,
     ) -> None:
+        """`most_background` limits the slots of work in the background further."""
         self.count = count
         self._is_closed = is_closed
         self._most_of_group = max(1, int(count * group_share))
         self.taken = 0
         self.queue: FairQueue[_Waiter] = FairQueue()
+        self.background: FairQueue[_Waiter] = FairQueue()
         self._reserved = max(1, count // _RESERVED_SHARE)
         self._by_group: Counter[str] = Counter()
         self._took_at: dict[str, float] = {}  # of active groups, the last to take a slot at the end
         self._head_start_s = head_start_s
         self._ahead: str | None = None  # the group that has a head start
         self._next_head_start = -math.inf
+        self._in_background = 0
+        most = count if most_background is None else most_background
+        self.most_background = max(1, min(count - self._reserved, most))
 
     def take_now(self, group: str) -> bool:
         """Take a slot for `group` if that is possible without waiting."""
@@ -58,24 +69,41 @@ class Slots:
             return False
         if self.taken < self.count:  # those that wait must wait
             return True
-        is_first = bool(self._by_group) and group not in self._by_group
+        others = bool(self._by_group) or self._in_background > 0
+        is_first = others and group not in self._by_group
         return is_first and self.taken < self.count + self._reserved
 
     async def take(self, group: str, share: float, cost: float = 1.0) -> None:
         """Take a slot for `group`; wait for it if there is none. `share` and `cost` determine the
         turn, see `FairQueue.push`."""
-        if self.take_now(group):
-            return
+        if not self.take_now(group):
+            await self._wait(self.queue, group, share, cost, self.free)
+
+    async def take_background(self, group: str, share: float) -> None:
+        """Take a slot for work in the background, as soon as nobody else waits for one."""
+        if not self.background and self._may_take_background():
+            self.add_background()
+        else:
+            await self._wait(self.background, group, share, 1.0, lambda _: self.free_background())
+
+    async def _wait(
+        self,
+        queue: FairQueue[_Waiter],
+        group: str,
+        share: float,
+        cost: float,
+        give_back: Callable[[str], None],
+    ) -> None:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        entry = self.queue.push(group, share, cost, _Waiter(group, turn))
+        entry = queue.push(group, share, cost, _Waiter(group, turn))
         self.advance()  # those before it may be of a group that has its share
         try:
             await turn
         except asyncio.CancelledError:
             if not entry.is_gone:
-                self.queue.remove(entry)
+                queue.remove(entry)
             elif not turn.cancelled():  # it got its turn at the same moment
-                self.free(group)
+                give_back(group)
             raise
 
     def add(self, group: str) -> None:
@@ -110,16 +138,42 @@ class Slots:
                 self._ahead = None
         self.advance()
 
+    def add_background(self) -> None:
+        """As `add`, for work in the background."""
+        self._in_background += 1
+        self.taken += 1
+
+    def free_background(self) -> None:
+        """Give a slot back that `take_background` gave."""
+        self._in_background -= 1
+        self.taken -= 1
+        self.advance()
+
     def advance(self) -> None:
         """Give the free slots to those that wait."""
         while self.queue and self.taken < self.count and not self._is_closed():
             full = set(filter(self._must_wait, self._by_group))
-            waiter = self.queue.pop(lambda each: each.group not in full)  # noqa: B023
-            if waiter is None:
+            if not self._give(self.queue, self.add, full):
                 return
-            if not waiter.turn.done():
-                self.add(waiter.group)
-                waiter.turn.set_result(None)
+        while self.background and self._may_take_background():
+            self._give(self.background, lambda _: self.add_background())
+
+    def _may_take_background(self) -> bool:
+        most = self.most_background
+        is_free = self.taken < most and self._in_background < most
+        is_alone = not self.queue and self._ahead is None
+        return is_free and is_alone and not self._is_closed()
+
+    @staticmethod
+    def _give(
+        queue: FairQueue[_Waiter], add: Callable[[str], None], but: Collection[str] = ()
+    ) -> bool:
+        """Give a slot to the first that waits and is of no group `but`; whether there is one."""
+        waiter = queue.pop(lambda each: each.group not in but)
+        if waiter is not None and not waiter.turn.done():
+            add(waiter.group)
+            waiter.turn.set_result(None)
+        return waiter is not None
 
     def _must_wait(self, group: str) -> bool:
         """Whether `group` may take no slot because another group is active."""

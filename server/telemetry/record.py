@@ -37,6 +37,7 @@ class Record:
         trace_id: in hexadecimal.
         deadline: when its work ends at the latest, on `time.monotonic()`; None: never.
         headers: further headers of its answer.
+        background: whether it is a request of a batch, whose latency is of no interest.
         span: the OpenTelemetry span of the request; None if it is not traced.
     """
 
@@ -62,6 +63,7 @@ class Record:
     trace_id: str | None = None
     deadline: float | None = None
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    background: bool = False
     span: Any = None
 
     @property

@@ -395,3 +395,96 @@ def test_a_bucket_refills_and_can_be_in_debt(monkeypatch: pytest.MonkeyPatch) ->
     assert (bucket.left(), bucket.seconds_until(1)) == (1, 0)
     now = 1000.0
     assert bucket.left() == 60
+
+
+# ---------------------------------------------------------------------- requests of batches
+
+
+def test_requests_of_batches_begin_only_while_no_other_waits() -> None:
+    async def run() -> None:
+        gate, order = admission(running=2), list[str]()
+        first = await gate.background_turn("a")
+        waiting = asyncio.create_task(gate.background_turn("a"))
+        await settle()
+        assert not waiting.done()  # one place is left for others
+        ended = asyncio.Event()
+
+        async def work() -> None:
+            order.append("other")
+            await ended.wait()
+
+        others = [asyncio.create_task(hold(gate, "", work)) for _ in range(4)]
+        await settle()
+        assert len(order) == 1  # in the place that was left
+        first.release()
+        await settle()
+        assert (len(order), waiting.done()) == (2, False)
+        ended.set()
+        await asyncio.gather(*others)
+        assert len(order) == 4
+        (await waiting).release()
+        assert gate.slots.taken == 0
+
+    asyncio.run(run())
+
+
+def test_a_turn_of_a_batch_that_is_cancelled_is_given_back() -> None:
+    async def run() -> None:
+        gate = admission(running=2)
+        first = await gate.background_turn("")
+        waiting = [asyncio.create_task(gate.background_turn("")) for _ in range(3)]
+        await settle()
+        first.release()  # the first of them has its turn, but has not noticed
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        assert gate.slots.taken == 0
+        turn = await gate.background_turn("")
+        turn.release()
+        turn.release()
+        assert gate.slots.taken == 0
+
+    asyncio.run(run())
+
+
+def test_turns_of_batches_are_fair_among_groups() -> None:
+    async def run() -> None:
+        gate, order = admission(running=2), list[str]()
+
+        async def batch(group: str) -> None:
+            for _ in range(4):
+                turn = await gate.background_turn(group)
+                order.append(group)
+                await asyncio.sleep(0)
+                turn.release()
+
+        await asyncio.gather(*(batch(group) for group in ("a", "a", "a", "b")))
+        assert order[:8].count("b") >= 3
+
+    asyncio.run(run())
+
+
+def test_a_request_of_a_batch_is_charged_but_not_refused() -> None:
+    async def run() -> None:
+        gate = admission(running=4)
+        quota = Quota("group:a", Limits(requests_per_minute=4, concurrency=1, tokens_per_minute=10))
+        turns = [await gate.background_turn("a", [quota]) for _ in range(2)]
+        third = asyncio.create_task(gate.background_turn("a", [quota]))
+        await settle()
+        assert not third.done()  # half of the requests of a minute is left
+        third.cancel()
+        for turn in turns:
+            record = Record(key_group="a")
+            async with gate.permit(record, [quota], turn=turn):
+                record.completion_tokens = 4
+            turn.release()
+        assert gate.usage(quota).active == 0
+        async with gate.permit(Record(key_group="a"), [quota]):
+            pass
+        async with gate.permit(Record(key_group="a"), [quota]):
+            pass
+        with pytest.raises(RateLimited):
+            async with gate.permit(Record(key_group="a"), [quota]):
+                pass
+
+    asyncio.run(run())
