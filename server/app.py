@@ -20,7 +20,14 @@ from server.engine.vllm_adapter.send import Gate
 from server.errors import CannotStart
 from server.http import keys
 from server.http import server as http_server
-from server.http.app import Parts, build_app, model_name, observed
+from server.http.app import (
+    Parts,
+    batch_runner,
+    build_app,
+    inner_client,
+    model_name,
+    observed,
+)
 from server.ingest.expand import Expander
 from server.ingest.fetch import Fetcher, FetchSettings
 from server.ingest.fetch_cache import FetchCache
@@ -54,9 +61,10 @@ async def run(args: Namespace, settings: Settings, report: Report) -> int:
     )
     address, sock = vllm_http.setup_server(args, reuse_port=False)
     with sock:
-        async with _running(args, settings, report) as parts:
+        async with running(args, settings, report) as parts:
             app = await build_app(args, settings, parts, key_ring)
-            config = http_server.uvicorn_config(observed(app, args, settings), args, settings)
+            outer = observed(app, args, settings)
+            config = http_server.uvicorn_config(outer, args, settings)
             server = http_server.Server(config)
             app.state.server = server
             refresher = None
@@ -64,8 +72,12 @@ async def run(args: Namespace, settings: Settings, report: Report) -> int:
                 refresher = vllm_http.refresh_certificates(config, args)
             server.on_started = lambda: report(_invitation(args, address, sock))
             try:
-                delay_s = settings.http.drain_delay_s
-                return await http_server.serve(server, sock, parts.engine, app, delay_s)
+                client = inner_client(outer, args, settings, parts)
+                runner = batch_runner(app, client, settings.batches, parts, key_ring)
+                async with runner or contextlib.nullcontext():
+                    app.state.batches = runner
+                    delay_s = settings.http.drain_delay_s
+                    return await http_server.serve(server, sock, parts.engine, app, delay_s)
             finally:
                 if refresher is not None:
                     refresher.stop()
@@ -74,7 +86,7 @@ async def run(args: Namespace, settings: Settings, report: Report) -> int:
 
 
 @contextlib.asynccontextmanager
-async def _running(args: Namespace, settings: Settings, report: Report) -> AsyncIterator[Parts]:
+async def running(args: Namespace, settings: Settings, report: Report) -> AsyncIterator[Parts]:
     """Start the engine, the image pool and the fetcher concurrently; stop them in reverse order."""
     report(f"reading the model {model_name(args)}")
     prepared = launch.prepare(args, settings)

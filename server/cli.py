@@ -23,6 +23,7 @@ _ZMQ_POLL = os.path.join("zmq", "sugar", "poll.py")
 # The server's own commands, with their descriptions; the others are the client's.
 _COMMANDS = {
     "serve": "Serve a model (default: the embedded demo model) over the OpenAI API.",
+    "run-batch": "Answer the requests in a file, without a server.",
     "demo": "Write sample pictures with questions, and ask a server about them.",
 }
 
@@ -38,6 +39,8 @@ def main(argv: list[str] | None = None) -> None:
             _show_flags()
         else:
             _serve(rest)
+    elif command == "run-batch":
+        _serve(rest, command)
     elif command == "demo":
         from server.demo.command import main as demo
 
@@ -93,8 +96,9 @@ def _show_flags() -> None:
     parser.print_help()
 
 
-def _serve(argv: list[str]) -> None:
-    """Serve until a signal; exit with status 2 on invalid arguments."""
+def _serve(argv: list[str], command: str = "serve") -> None:
+    """Serve until a signal, or answer the requests in a file; exit with status 2 on invalid
+    arguments."""
     progress = Progress()
     _interruptible()
     _quiet_libraries()
@@ -102,7 +106,7 @@ def _serve(argv: list[str]) -> None:
     # All metrics are in this process; this variable would make the library write them to files.
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
     try:
-        status = _run(argv, progress)
+        status = _run(argv, progress, command)
     except KeyboardInterrupt:
         progress("stopped during start-up")
         status = 130
@@ -142,7 +146,7 @@ def _quiet_libraries() -> None:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
-def _run(argv: list[str], progress: Progress) -> int:
+def _run(argv: list[str], progress: Progress, command: str) -> int:
     is_text = "json" not in (os.environ.get("SACCADE_LOG_FORMAT"), *map(_value, argv))
     is_help = any(word.startswith(("-h", "--help")) for word in argv)
     if is_text and not is_help:
@@ -163,9 +167,12 @@ def _run(argv: list[str], progress: Progress) -> int:
         from server.engine.launch import fork_engine_core
 
         fork_engine_core()
-    args, settings = parse(argv)
+    args, settings = parse(argv, command)
     progress.to_log = settings.observability.log_format == "json"
-    from server.app import run
+    if command == "run-batch":
+        from server.run_batch import run
+    else:
+        from server.app import run
 
     keep_imported()
     return uvloop.run(run(args, settings, progress))

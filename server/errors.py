@@ -234,6 +234,28 @@ class BatchTooLarge(ClientError):
     code = "batch_too_large"
 
 
+class UnknownBatch(ClientError):
+    """No batch has this id: it never existed, or is one of the oldest of many."""
+
+    status = 404
+    code = "batch_not_found"
+
+
+class BatchNotCancellable(ClientError):
+    """The batch is over, or its results are being written."""
+
+    status = 409
+    code = "batch_not_cancellable"
+
+
+class BatchQuotaExceeded(ClientError):
+    """The group has as many unfinished batches as the limit allows; wait until one is over."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "batch_quota_exceeded"
+
+
 class RequestTooLarge(ClientError):
     """The request body has more bytes than the limit allows."""
 

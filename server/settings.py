@@ -430,6 +430,16 @@ class BatchSettings(_Group):
     batch_bytes: int = Field(
         200 * MIB, ge=1, description="Largest input file of a batch, in bytes."
     )
+    batch_line_bytes: int = Field(
+        32 * MIB, ge=1, description="Longest line of an input file, in bytes."
+    )
+    batch_items: int = Field(50_000, ge=1, description="Most requests of one batch.")
+    batch_group_count: int = Field(
+        100, ge=1, description="Most unfinished batches of one key group."
+    )
+    batch_group_items: int = Field(
+        500_000, ge=1, description="Most requests in unfinished batches of one key group."
+    )
 
 
 class ObservabilitySettings(_Group):

@@ -5,6 +5,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from server.engine.vllm_adapter import cpu_waits, plugin
 
@@ -39,6 +40,7 @@ _CPU_MAX_MODEL_LEN = 8192
 # Flags for several of vLLM's API processes, or for none.
 # The most answers to one request (`n`), as in OpenAI's API.
 _MAX_CHOICES = "128"
+_FILES = {"run-batch": "-i FILE -o FILE "}
 _UNSUPPORTED = {
     "headless": "--headless",
     "grpc": "--grpc",
@@ -46,17 +48,24 @@ _UNSUPPORTED = {
 }
 
 
-def parse(argv: Sequence[str]) -> tuple[Namespace, Settings]:
-    """Parse a command line into vLLM's arguments and Saccade's settings. Exits with status 2 if
-    they are invalid."""
+_DESCRIPTIONS = {
+    "serve": "Serve MODEL (default: the embedded demo model) over the OpenAI API.",
+    "run-batch": "Answer the requests in a file with MODEL (default: the embedded demo model).",
+}
+
+
+def parse(argv: Sequence[str], command: str = "serve") -> tuple[Namespace, Settings]:
+    """Parse the command line of a command into vLLM's arguments and Saccade's settings. Exits with
+    status 2 if they are invalid."""
     parser = FlexibleArgumentParser(  # type: ignore[no-untyped-call]
-        prog="saccade serve",
-        usage="saccade serve [MODEL] [flags]",
-        description="Serve MODEL (default: the embedded demo model) over the OpenAI API. Takes "
-        "every flag of `vllm serve`; list them with --help=all, or a section with "
-        "--help=ModelConfig.",
+        prog=f"saccade {command}",
+        usage=f"saccade {command} {_FILES.get(command, '')}[MODEL] [flags]",
+        description=f"{_DESCRIPTIONS[command]} Takes every flag of `vllm {command}`; list them "
+        "with --help=all, or a section with --help=ModelConfig.",
     )
     make_arg_parser(parser)
+    if command == "run-batch":
+        _add_batch_flags(parser)
     parser.set_defaults(model=None)
     config.add_flags(parser)
     args = parser.parse_args(list(argv))
@@ -93,6 +102,33 @@ def parse(argv: Sequence[str]) -> tuple[Namespace, Settings]:
     except (ValueError, TypeError) as error:
         parser.error(str(error))
     return args, settings
+
+
+def _add_batch_flags(parser: Any) -> None:
+    """Add the flags that `vllm run-batch` has besides those of the engine."""
+    flags = parser.add_argument_group("Batch", "The requests and their results.")
+    flags.add_argument(
+        "-i",
+        "--input-file",
+        required=True,
+        help="JSON lines with the requests: a path, or an http(s) URL to GET.",
+    )
+    flags.add_argument(
+        "-o",
+        "--output-file",
+        required=True,
+        help="Where to write the results: a path, or an http(s) URL to PUT.",
+    )
+    flags.add_argument(
+        "--output-tmp-dir",
+        help="Folder for the results until they are sent to a URL (default: a temporary one).",
+    )
+    flags.add_argument(
+        "--enable-metrics",
+        action="store_true",
+        help="Serve Prometheus metrics on --host and --port.",
+    )
+    flags.add_argument("--url", help="Deprecated: the same as --host.")
 
 
 def _choose_model(args: Namespace) -> None:

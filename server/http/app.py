@@ -14,11 +14,16 @@ from fastapi.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from server import __version__
+from server.batches.lines import LineLimits
+from server.batches.record import Batch
+from server.batches.runner import BatchRunner
+from server.batches.store import BatchStore
 from server.concurrency import usable_memory
 from server.engine import vllm_http
 from server.engine.heartbeat import Heartbeat
 from server.engine.vllm_adapter.engine_caches import EngineCaches
 from server.http import (
+    batches,
     body,
     describe,
     errors,
@@ -41,7 +46,7 @@ from server.ingest.load import MediaLoader
 from server.request.admission import Admission
 from server.request.context import RetainedMedia
 from server.request.read import RequestReader
-from server.settings import GIB, HttpSettings, Settings
+from server.settings import GIB, BatchSettings, HttpSettings, Settings
 from server.telemetry import metrics
 from server.workers.pool import ImagePool
 
@@ -137,12 +142,13 @@ async def build_app(
     app.state.loader = parts.loader
     app.state.files = parts.files
     app.state.max_batch_bytes = settings.batches.batch_bytes
+    app.state.batches = None
     app.state.heartbeat = parts.heartbeat
     app.state.engine_caches = parts.caches
     app.state.fetch_cache = parts.fetch_cache
     app.state.key_ring = key_ring
     app.state.draining = False
-    routers = [routes.status, routes.conversations, routes.caches, files.router]
+    routers = [routes.status, routes.conversations, routes.caches, files.router, batches.router]
     if parts.loader is not None:
         routers.append(images.router)
     for router in routers:
@@ -282,6 +288,46 @@ def observed(app: FastAPI, args: Namespace, settings: Settings) -> observe.Obser
             middleware.cls.__module__ in _LOOK_AT_STARTS for middleware in app.user_middleware
         ),
     )
+
+
+def inner_client(
+    outer: observe.Observed, args: Namespace, settings: Settings, parts: Parts
+) -> batches.InnerClient:
+    """The client by which the requests of batches pass the whole app."""
+    checked = keys.keys_for_vllm(settings.access, vllm_http.api_keys(args))
+    return batches.InnerClient(
+        outer, next(iter(checked), None), vllm_http.priority_header(parts.engine)
+    )
+
+
+def batch_runner(
+    app: FastAPI,
+    client: batches.InnerClient,
+    settings: BatchSettings,
+    parts: Parts,
+    key_ring: keys.KeyRing,
+) -> BatchRunner | None:
+    """What works on the batches of the server; None if the Files API is off."""
+    if parts.files is None:
+        return None
+
+    def asking_for(batch: Batch) -> batches.GroupAsking:
+        return batches.GroupAsking(client, parts.admission, key_ring, app.state, batch.group)
+
+    return BatchRunner(
+        BatchStore(parts.files, settings.batch_group_count, settings.batch_group_items),
+        asking_for,
+        batches.ENDPOINTS & served_paths(app),
+        LineLimits(settings.batch_items, settings.batch_line_bytes),
+    )
+
+
+def served_paths(app: FastAPI) -> frozenset[str]:
+    """The paths of the routes that the model can answer."""
+    paths = {getattr(route, "path", "") for route in app.routes}
+    if app.state.openai_serving_chat is None:
+        paths.discard("/v1/chat/completions")
+    return frozenset(paths)
 
 
 def model_name(args: Namespace) -> str:

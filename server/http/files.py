@@ -27,7 +27,7 @@ PATH = "/v1/files"
 _CHUNK_BYTES = 256 * 1024
 _MAX_LISTED = 10_000
 # OpenAI's bounds: an hour and 30 days.
-_MIN_LIFETIME_S, _MAX_LIFETIME_S = 3600, 30 * 24 * 3600
+MIN_LIFETIME_S, MAX_LIFETIME_S = 3600, 30 * 24 * 3600
 # Most bytes of a form besides its file: boundaries, headers and the other fields.
 MAX_OVERHEAD_BYTES = 64 * 1024
 _MAX_FIELDS = 32
@@ -279,9 +279,9 @@ def _lifetime_s(form: dict[str, Field]) -> int | None:
     if anchor != "created_at":
         raise ClientError("expires_after[anchor] must be 'created_at'", param=names[0])
     is_number = seconds.isascii() and seconds.isdigit() and len(seconds) <= 9
-    if not is_number or not _MIN_LIFETIME_S <= int(seconds) <= _MAX_LIFETIME_S:
+    if not is_number or not MIN_LIFETIME_S <= int(seconds) <= MAX_LIFETIME_S:
         raise ClientError(
-            f"expires_after[seconds] must be {_MIN_LIFETIME_S} to {_MAX_LIFETIME_S}",
+            f"expires_after[seconds] must be {MIN_LIFETIME_S} to {MAX_LIFETIME_S}",
             param=names[1],
         )
     return int(seconds)

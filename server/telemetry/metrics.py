@@ -179,6 +179,12 @@ fetch_cache_requests = Counter(
     ["result"],
 )
 fetch_cache_bytes = Gauge("saccade_fetch_cache_bytes", "Bytes of cached fetched images.")
+batches = Gauge("saccade_batches", "Unfinished batches.")
+batch_requests = Counter(
+    "saccade_batch_requests_total",
+    "Requests of batches that have a result, by whether it is an answer.",
+    ["outcome"],
+)
 files = Gauge("saccade_files", "Stored uploaded files.")
 file_bytes = Gauge("saccade_file_bytes", "Bytes of uploaded files on the disk.")
 

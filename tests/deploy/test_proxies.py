@@ -185,6 +185,7 @@ def test_public_routes_are_served_while_a_backend_is_down(public: Proxy) -> None
         for _ in range(4):
             assert client.get("/v1/models").status_code == 200
             assert client.get("/v1/files?limit=3").status_code == 200
+            assert client.get("/v1/batches?limit=3").status_code == 200
             asked = {"model": "saccade-tiny", "prompt": "Hello", "max_tokens": 2}
             assert client.post("/v1/completions", json=asked).status_code == 200
             sizes = {"images": [{"width": 400, "height": 300}]}

@@ -13,7 +13,7 @@ import threading
 
 from server import cli
 
-def run(argv, progress):
+def run(argv, progress, command):
     atexit.register(print, "cleaned up")
     threading.Thread(target=threading.Event().wait).start()
     raise cli._Interrupted

@@ -9,8 +9,10 @@ SERVER = Path(__file__).parents[2] / "server"
 # From the top down; a package may import those below it.
 LAYERS = (
     ("cli", "__main__"),
+    ("run_batch",),
     ("app",),
     ("http",),
+    ("batches",),
     ("engine",),
     ("ingest",),
     ("request",),
@@ -21,7 +23,7 @@ LAYERS = (
     ("concurrency", "scratch"),
     ("errors",),
 )
-BELOW_THE_ENGINE = ("ingest", "request", "workers", "imaging", "telemetry")
+BELOW_THE_ENGINE = ("batches", "ingest", "request", "workers", "imaging", "telemetry")
 
 
 @functools.cache

@@ -118,6 +118,9 @@ SECTION = Section(
         ),
         timeseries("Uploaded files", "Files in the store.", "short",
                    {"files": total("saccade_files")}),
+        timeseries("Batches", "Unfinished batches; results of their requests per second.", "short",
+                   {"unfinished": total("saccade_batches"),
+                    "{{outcome}}/s": rate("saccade_batch_requests_total", by="outcome")}),
     ],
     closed=True,
 )  # fmt: skip

@@ -38,7 +38,7 @@ log = logging.getLogger("saccade")
 
 # What clients may upload a file for, and what else the server stores.
 UploadPurpose = Literal["vision", "user_data", "batch"]
-Purpose = Literal[UploadPurpose, "batch_output"]
+Purpose = Literal[UploadPurpose, "batch_input", "batch_output"]
 UPLOAD_PURPOSES: tuple[UploadPurpose, ...] = get_args(UploadPurpose)
 
 _MAX_FILENAME_CHARS = 255
@@ -83,12 +83,23 @@ class StoredFile(msgspec.Struct, frozen=True):
         return min(self.expires_at - now, self.expires_at - self.created_at)
 
 
+def new_id() -> str:
+    """An id of a file, which cannot be guessed."""
+    return f"file-{secrets.token_hex(16)}"
+
+
 def new_file(
-    digest: str, size: int, filename: str, purpose: Purpose, now: float, lifetime_s: int | None
+    digest: str,
+    size: int,
+    filename: str,
+    purpose: Purpose,
+    now: float,
+    lifetime_s: int | None,
+    file_id: str | None = None,
 ) -> StoredFile:
-    """A record with an id that cannot be guessed. `now` is in seconds since 1970."""
+    """A record, by default with a new id. `now` is in seconds since 1970."""
     return StoredFile(
-        id=f"file-{secrets.token_hex(16)}",
+        id=file_id or new_id(),
         digest=digest,
         size=size,
         filename=_base_name(filename),
@@ -163,11 +174,10 @@ class FileDisk:
             CannotStart: the folder cannot be read.
         """
         try:
-            for folder in self._root.iterdir():
-                if _GROUP.fullmatch(folder.name):
-                    records = self._records(folder)
-                    self._remove_unused(folder, {record.digest for record in records})
-                    yield folder.name, records
+            for folder in self.group_folders():
+                records = self._records(folder)
+                self._remove_unused(folder, {record.digest for record in records})
+                yield folder.name, records
         except OSError as error:
             raise CannotStart(f"--files-dir {self._root}: {error.strerror}") from None
 
@@ -206,7 +216,7 @@ class FileDisk:
             UnknownFile: it was removed.
             FileStorageFailed
         """
-        with _translated():
+        with translated():
             try:
                 file = self._blob(group, record.digest).open("rb")
             except FileNotFoundError:
@@ -218,15 +228,25 @@ class FileDisk:
 
     def write_blob(self, group: str, record: StoredFile, data: bytes) -> None:
         """Raises FileStorageFailed."""
-        self._write(self._blob(group, record.digest), data)
+        self.write(self._blob(group, record.digest), data)
+
+    def link_blob(self, group: str, record: StoredFile, path: Path) -> None:
+        """Make the file at `path`, in the same folder of the group, the content of `record`.
+
+        Raises FileStorageFailed."""
+        blob = self._blob(group, record.digest)
+        with translated():
+            blob.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                blob.hardlink_to(path)
 
     def write_record(self, group: str, record: StoredFile) -> None:
         """Raises FileStorageFailed."""
-        self._write(self._record(group, record.id), msgspec.json.encode(record))
+        self.write(self._record(group, record.id), msgspec.json.encode(record))
 
     def remove_record(self, group: str, record: StoredFile) -> None:
         """Raises FileStorageFailed."""
-        with _translated():
+        with translated():
             self._record(group, record.id).unlink(missing_ok=True)
 
     def remove_blob(self, group: str, digest: str) -> None:
@@ -236,10 +256,18 @@ class FileDisk:
         except OSError as error:
             log.warning("failed to remove the content of a deleted file: %s", error)
 
-    def _write(self, path: Path, data: bytes) -> None:
+    def group_folder(self, group: str) -> Path:
+        return self._root / group
+
+    def group_folders(self) -> list[Path]:
+        """The folders of all groups that have ever stored something."""
+        return [folder for folder in self._root.iterdir() if _GROUP.fullmatch(folder.name)]
+
+    def write(self, path: Path, data: bytes) -> None:
+        """Write a file below `group_folder`, all at once. Raises FileStorageFailed."""
         partial = self._partial / secrets.token_hex(16)
         try:
-            with _translated():
+            with translated():
                 path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
                 with os.fdopen(fd, "wb") as file:
@@ -260,7 +288,8 @@ class FileDisk:
 
 
 @contextlib.contextmanager
-def _translated() -> Iterator[None]:
+def translated() -> Iterator[None]:
+    """Raises ServerBusy or FileStorageFailed for an error of the disk."""
     try:
         yield
     except OSError as error:

@@ -6,7 +6,7 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,15 @@ from server.concurrency import cancel
 from server.errors import FileQuotaExceeded, FileStorageFailed, ImageTooLarge, SaccadeError
 from server.imaging.encoded import digest
 from server.ingest.clock import Clock
-from server.ingest.files.disk import FileDisk, Purpose, StoredFile, new_file, unknown_file
+from server.ingest.files.disk import (
+    UPLOAD_PURPOSES,
+    FileDisk,
+    Purpose,
+    StoredFile,
+    new_file,
+    translated,
+    unknown_file,
+)
 from server.telemetry import metrics
 
 T = TypeVar("T")
@@ -27,6 +35,9 @@ T = TypeVar("T")
 log = logging.getLogger("saccade")
 
 _SWEEP_INTERVAL_S = 30.0
+_CHUNK_BYTES = 1 << 20
+# An unfinished batch keeps its input, even if the client deletes the file, as a file of its own.
+_LISTED = frozenset({*UPLOAD_PURPOSES, "batch_output"})
 
 
 @dataclass(frozen=True)
@@ -50,11 +61,12 @@ class _Kept(NamedTuple):
 @dataclass
 class _Group:
     """The files of one group by id, oldest first. `uses` counts the files of each digest; `nbytes`
-    counts each content once."""
+    counts each content once. `logged` is the bytes of results of unfinished batches."""
 
     files: dict[str, _Kept] = field(default_factory=dict)
     uses: Counter[str] = field(default_factory=Counter)
     nbytes: int = 0
+    logged: int = 0
 
     def add(self, kept: _Kept) -> None:
         file = kept.file
@@ -153,7 +165,9 @@ class FileStore:
         found = (
             kept.file
             for kept in rest
-            if purpose in (None, kept.file.purpose) and not kept.is_expired(now)
+            if kept.file.purpose in _LISTED
+            and purpose in (None, kept.file.purpose)
+            and not kept.is_expired(now)
         )
         page = list(itertools.islice(found, limit + 1))
         return page[:limit], len(page) > limit
@@ -214,6 +228,63 @@ class FileStore:
         """Raises UnknownFile, FileStorageFailed."""
         await self._in_writer(self._delete, _folder(group), file_id)
 
+    # ------------------------------------------------------------------ for batches
+
+    async def keep_input(self, group: str, file_id: str) -> StoredFile:
+        """Store a file once more, for a batch: without an end, and not listed.
+
+        Raises:
+            UnknownFile, FileQuotaExceeded, FileStorageFailed
+        """
+        return await self._in_writer(self._keep_input, _folder(group), file_id)
+
+    async def adopt(
+        self, group: str, path: Path, filename: str, file_id: str, lifetime_s: int | None
+    ) -> None:
+        """Store the results of a batch, at `path` in `folder`, under `file_id`, whatever the
+        quotas are. Does nothing if that was done.
+
+        Raises:
+            FileStorageFailed
+        """
+        await self._in_writer(self._adopt, _folder(group), path, filename, file_id, lifetime_s)
+
+    async def drop_inputs(self, but: Collection[str]) -> None:
+        """Remove the files that were kept for batches that no longer need them: all but these."""
+        await self._in_writer(self._drop_inputs, frozenset(but))
+
+    def folder(self, group: str) -> Path:
+        """The folder of the batches of `group`, which may not exist."""
+        return self._disk.group_folder(_folder(group)) / "batches"
+
+    def folders(self) -> list[Path]:
+        """The folders of the batches of all groups, which may not exist."""
+        return [folder / "batches" for folder in self._disk.group_folders()]
+
+    def write(self, path: Path, data: bytes) -> None:
+        """Write a file in `folder`, all at once. Blocks. Raises FileStorageFailed."""
+        self._disk.write(path, data)
+
+    def log(self, group: str, nbytes: int) -> None:
+        """Count bytes of results of unfinished batches; negative when they are gone."""
+        self._groups.setdefault(_folder(group), _Group()).logged += nbytes
+
+    def has_room(self, group: str) -> bool:
+        """Whether more results of batches may be written for `group`."""
+        index = self._groups.get(_folder(group), _Group())
+        nbytes, _ = self._totals()
+        return all(
+            quota.max_bytes is None or held < quota.max_bytes
+            for quota, held in (
+                (self._server_quota, nbytes),
+                (self._group_quota, index.nbytes + index.logged),
+            )
+        )
+
+    async def run(self, work: Callable[..., T], *args: Any) -> T:
+        """Run `work`, which changes files in a `folder`, after other changes."""
+        return await self._in_writer(work, *args)
+
     async def _in_writer(self, work: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._writer, work, *args)
 
@@ -231,14 +302,9 @@ class FileStore:
     def _put(
         self, folder: str, data: bytes, filename: str, purpose: Purpose, lifetime_s: int | None
     ) -> StoredFile:
-        lifetimes = [seconds for seconds in (lifetime_s, self._ttl_s) if seconds is not None]
-        lifetime_s = min(lifetimes, default=None)
-        file = new_file(digest(data), len(data), filename, purpose, self._clock.time(), lifetime_s)
-        try:
-            self._check_quotas(folder, file)
-        except FileQuotaExceeded:
-            self._sweep()
-            self._check_quotas(folder, file)
+        now, lifetime_s = self._clock.time(), self._lifetime_s(lifetime_s)
+        file = new_file(digest(data), len(data), filename, purpose, now, lifetime_s)
+        self._make_room(folder, file)
         index = self._groups.setdefault(folder, _Group())
         try:
             if not self._disk.has_blob(folder, file):
@@ -252,12 +318,62 @@ class FileStore:
         self._count()
         return file
 
+    def _lifetime_s(self, asked: int | None) -> int | None:
+        return min((each for each in (asked, self._ttl_s) if each is not None), default=None)
+
+    def _keep_input(self, folder: str, file_id: str) -> StoredFile:
+        given = self._found(folder, file_id)
+        now = self._clock.time()
+        file = new_file(given.digest, given.size, given.filename, "batch_input", now, None)
+        self._make_room(folder, file)
+        self._disk.write_record(folder, file)
+        self._groups[folder].add(self._kept(file))
+        self._count()
+        return file
+
+    def _drop_inputs(self, but: frozenset[str]) -> None:
+        for folder, index in self._groups.items():
+            for file in [kept.file for kept in index.files.values()]:
+                if file.purpose == "batch_input" and file.id not in but:
+                    with contextlib.suppress(FileStorageFailed):  # logged
+                        self._remove(folder, file)
+        self._count()
+
+    def _adopt(
+        self, folder: str, path: Path, filename: str, file_id: str, lifetime_s: int | None
+    ) -> None:
+        index = self._groups.setdefault(folder, _Group())
+        if file_id in index.files:
+            return
+        hashed, size = blake3(), 0
+        with translated(), path.open("rb") as content:
+            while chunk := content.read(_CHUNK_BYTES):
+                hashed.update(chunk)
+                size += len(chunk)
+        now, lifetime_s = self._clock.time(), self._lifetime_s(lifetime_s)
+        file = new_file(
+            hashed.hexdigest(), size, filename, "batch_output", now, lifetime_s, file_id
+        )
+        self._disk.link_blob(folder, file, path)
+        self._disk.write_record(folder, file)
+        index.add(self._kept(file))
+        self._count()
+
+    def _make_room(self, folder: str, file: StoredFile) -> None:
+        """Raises FileQuotaExceeded."""
+        try:
+            self._check_quotas(folder, file)
+        except FileQuotaExceeded:
+            self._sweep()
+            self._check_quotas(folder, file)
+
     def _check_quotas(self, folder: str, file: StoredFile) -> None:
         index = self._groups.get(folder, _Group())
         more = 0 if file.digest in index.uses else file.size
         nbytes, count = self._totals()
         _check(self._server_quota, nbytes + more, count + 1, "the server")
-        _check(self._group_quota, index.nbytes + more, len(index.files) + 1, "your group")
+        held = index.nbytes + index.logged
+        _check(self._group_quota, held + more, len(index.files) + 1, "your group")
 
     def _delete(self, folder: str, file_id: str) -> None:
         self._remove(folder, self._found(folder, file_id))
@@ -287,7 +403,8 @@ class FileStore:
     def _totals(self) -> tuple[int, int]:
         """Bytes and number of all files."""
         groups = self._groups.values()
-        return sum(group.nbytes for group in groups), sum(len(group.files) for group in groups)
+        nbytes = sum(group.nbytes + group.logged for group in groups)
+        return nbytes, sum(len(group.files) for group in groups)
 
     def _count(self) -> None:
         nbytes, count = self._totals()
