@@ -31,13 +31,20 @@ def submitted(executor: Executor, work: Callable[..., T], *args: Any) -> "asynci
     futures for that, which watch each other and cost twice as much of the event loop's time."""
     loop = asyncio.get_running_loop()
     result: asyncio.Future[T] = loop.create_future()
-    executor.submit(_run, loop, result, work, args)
+    # In a list, from which the thread takes it. An error knows the thread's frames: if these knew
+    # the result, which knows the error, all would live on, with `args`, until the garbage collector
+    # finds the cycle.
+    executor.submit(_run, loop, [result], work, args)
     return result
 
 
 def _run(
-    loop: asyncio.AbstractEventLoop, result: "asyncio.Future[T]", work: Callable[..., T], args: Any
+    loop: asyncio.AbstractEventLoop,
+    results: "list[asyncio.Future[T]]",
+    work: Callable[..., T],
+    args: Any,
 ) -> None:
+    result = results.pop()
     if result.cancelled():
         return
     with contextlib.suppress(RuntimeError):  # the loop is closed
@@ -47,6 +54,8 @@ def _run(
             loop.call_soon_threadsafe(_settle, result, result.set_exception, error)
         else:
             loop.call_soon_threadsafe(_settle, result, result.set_result, value)
+        finally:
+            del result
 
 
 def _settle(result: "asyncio.Future[T]", settle: Callable[[Any], None], value: Any) -> None:

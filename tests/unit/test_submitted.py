@@ -1,7 +1,9 @@
 """Work in a thread of an executor, and what becomes of its result."""
 
 import asyncio
+import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -17,6 +19,28 @@ def test_results_and_errors_reach_the_caller() -> None:
                 await submitted(executor, divmod, 1, 0)
 
     asyncio.run(main())
+
+
+def test_an_error_does_not_keep_what_the_work_was_given() -> None:
+    """Otherwise the bodies of refused requests stay in memory until Python looks for cycles."""
+
+    class Payload(bytearray):
+        pass
+
+    def refuse(_: Payload) -> None:
+        raise ValueError
+
+    async def main() -> "weakref.ref[Payload]":
+        payload = Payload(1)
+        with ThreadPoolExecutor(1) as executor, pytest.raises(ValueError):
+            await submitted(executor, refuse, payload)
+        return weakref.ref(payload)
+
+    gc.disable()
+    try:
+        assert asyncio.run(main())() is None
+    finally:
+        gc.enable()
 
 
 def test_work_that_is_cancelled_before_its_turn_is_not_done() -> None:
