@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -81,6 +82,21 @@ def test_a_stored_file_is_found_before_and_after_a_restart(tmp_path: Path) -> No
             assert store.read("", files[1].id, 100) == b"data 1"
 
     asyncio.run(run())
+
+
+def test_other_users_of_the_machine_cannot_enter_the_folder(tmp_path: Path) -> None:
+    """Who can open the lock can hold it, and the next server could not start."""
+
+    async def run() -> None:
+        async with opened(tmp_path / "cache" / "files"):
+            pass
+
+    usual = os.umask(0o022)
+    try:
+        asyncio.run(run())
+    finally:
+        os.umask(usual)
+    assert (tmp_path / "cache" / "files").stat().st_mode & 0o777 == 0o700
 
 
 def test_ids_cannot_be_guessed(tmp_path: Path) -> None:

@@ -143,7 +143,9 @@ class FileDisk:
             CannotStart: it cannot be written, or another server uses it.
         """
         try:
-            self._partial.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # The mode is for the last folder only. Who can open the lock can hold it.
+            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._partial.mkdir(mode=0o700, exist_ok=True)
             # A lock of the process, not of the descriptor: forked children do not inherit it.
             self._lock = (self._root / "lock").open("wb")
             try:
