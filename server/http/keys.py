@@ -1,7 +1,8 @@
 """API keys: which requests are let in, and the group that a request belongs to.
 
 With a file of keys, the check is made here, on the paths that vLLM guards, before the body of a
-request is read. Without one, vLLM's own check of `--api-key` applies, and there are no groups.
+request is read; with `--keys-for-all-routes`, on all paths. Otherwise vLLM's own check of
+`--api-key` applies. Without a file there are no groups.
 """
 
 import asyncio
@@ -173,8 +174,8 @@ def key_ring(access: AccessSettings, given: Sequence[str], *, keeps_responses: b
 
 
 def keys_for_vllm(access: AccessSettings, given: Sequence[str]) -> list[str]:
-    """The keys that vLLM's own check accepts; none if it is not to check."""
-    if access.api_keys_file is not None or not given:
+    """The keys that vLLM's own check accepts; none if it is not to check: where `ApiKeys` does."""
+    if access.api_keys_file is not None or access.keys_for_all_routes or not given:
         return []
     admin_key = _admin_key(access)
     return [*given, admin_key] if admin_key else [*given]

@@ -406,9 +406,10 @@ def test_admin_routes_require_the_admin_key(path: Path, file: bool, admin_key: s
         (["--api-key"], {A}),
         (["--api-key", "--admin-key", ADMIN], {A, ADMIN}),
         (["--api-key", "--api-keys-file", "keys.json"], None),
+        (["--api-key", "--keys-for-all-routes"], None),  # also takes keys that a browser sends
     ],
 )
-def test_vllm_checks_the_keys_that_are_not_in_groups(
+def test_vllm_checks_the_keys_that_are_not_checked_here(
     flags: list[str], known: set[str] | None
 ) -> None:
     """Its own keys and, if there are any, the admin key."""
