@@ -118,7 +118,7 @@ async def _check_content(data: bytes, purpose: UploadPurpose, raw_request: Reque
         most = raw_request.app.state.max_batch_bytes
         if len(data) > most:
             raise BatchTooLarge(f"the file has {len(data)} bytes, the limit is {most} bytes")
-        if not data.strip():
+        if not data or data.isspace():  # `strip` would copy it
             raise ClientError("the file is empty")
         return
     loader: MediaLoader | None = raw_request.app.state.loader
