@@ -29,7 +29,7 @@ function curl(question) {
   const { files, body } = sample(question);
   let json = JSON.stringify(body, null, 2).replace(/[\\$`]/g, "\\$&");
   for (const { name, mime, mark } of files)
-    json = json.replace(mark, `data:${mime};base64,$(base64 -w0 ${quoted(name)})`);
+    json = json.replace(mark, () => `data:${mime};base64,$(base64 -w0 ${quoted(name)})`);
   const auth = key.get() ? ' \\\n  -H "Authorization: Bearer $SACCADE_API_KEY"' : "";
   return `curl -s ${urlOf("v1/chat/completions")} -H 'Content-Type: application/json'${auth} -d @- <<END\n${json}\nEND\n`;
 }
@@ -68,7 +68,10 @@ function python(question) {
   const [fields, extra] = split(body);
   let args = fields.map(([name, value]) => `    ${name}=${literal(value, "    ")},\n`).join("");
   for (const { name, mime, mark } of files)
-    args = args.replace(`"${mark}"`, `data_url(${JSON.stringify(name)}, ${JSON.stringify(mime)})`);
+    args = args.replace(
+      `"${mark}"`,
+      () => `data_url(${JSON.stringify(name)}, ${JSON.stringify(mime)})`,
+    );
   return `import base64
 ${key.get() ? "import os\n" : ""}from pathlib import Path
 
@@ -93,7 +96,7 @@ function javascript(question) {
   for (const { name, mime, mark } of files)
     json = json.replace(
       `"${mark}"`,
-      `await dataUrl(${JSON.stringify(name)}, ${JSON.stringify(mime)})`,
+      () => `await dataUrl(${JSON.stringify(name)}, ${JSON.stringify(mime)})`,
     );
   return `import { readFile } from "node:fs/promises";
 import OpenAI from "openai";

@@ -14,7 +14,6 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, Route, expect
 
-from server.demo.samples import samples
 from server.http.usage import detail, view_detail
 from server.imaging.tokens import TokenRule
 from server.imaging.tokens.views import FixedTokens
@@ -310,8 +309,9 @@ def test_pictures_are_dropped_pasted_and_taken(page: Page) -> None:
 
 
 def test_the_code_of_a_request_answers_the_same(page: Page, tmp_path: Path) -> None:
-    choose_sample(page, "red circle")
-    (tmp_path / "red-circle.png").write_bytes(samples()[0].files["red-circle.png"])
+    name = "red $& circle's.png"
+    attach(page, name, "image/png", RED)
+    (tmp_path / name).write_bytes(RED)
     answer = ask(page, "What's in the image?")
     page.get_by_role("button", name="Code", exact=True).click()
     code = page.locator(".code pre")
@@ -326,7 +326,7 @@ def test_the_code_of_a_request_answers_the_same(page: Page, tmp_path: Path) -> N
     page.get_by_role("button", name="JavaScript").click()
     module = tmp_path / "ask.mjs"
     module.write_text(code.inner_text())
-    assert 'await dataUrl("red-circle.png", "image/png")' in module.read_text()
+    assert f'await dataUrl("{name}", "image/png")' in module.read_text()
     subprocess.run([NODE, "--check", module], check=True)
 
 
