@@ -96,7 +96,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def client(server: Server) -> Iterator[Client]:
-    with Client(server.url, "sk-1", timeout_s=1) as made:
+    with Client(server.url, "sk-1", timeout_s=30) as made:
         yield made
 
 
@@ -153,6 +153,15 @@ def test_other_failures_are_not_tried_again_without_end(
     with Client(server.url, retries=2) as client, pytest.raises(errors.ApiError):
         client.ask("?")
     assert server.paths.count("/v1/chat/completions") == attempts
+
+
+@pytest.mark.parametrize("zone", ["GMT", "-0000", ""])
+def test_the_time_to_come_back_may_be_a_date(zone: str) -> None:
+    for year, is_later in ((2015, False), (2222, True)):
+        headers = {"retry-after": f"Wed, 21 Oct {year} 07:28:00 {zone}"}
+        found = errors.api_error(503, b"", headers).retry_after_s
+        assert found is not None
+        assert (found > 0) == is_later
 
 
 # ---------------------------------------------------------------------- errors
@@ -213,9 +222,9 @@ def test_an_answer_in_another_form_is_an_error(server: Server, client: Client, b
         client.ask("?")
 
 
-def test_a_late_answer_is_an_error(server: Server, client: Client) -> None:
-    server.replies = [Reply(after_s=2)]
-    with pytest.raises(errors.TimedOut):
+def test_a_late_answer_is_an_error(server: Server) -> None:
+    server.replies = [Reply(after_s=4)]
+    with Client(server.url, timeout_s=1, model="m") as client, pytest.raises(errors.TimedOut):
         client.ask("?")
     assert server.requests[-1][1]["x-request-timeout"] == "1"
 
@@ -241,7 +250,7 @@ STREAM = {"Content-Type": "text/event-stream"}
 
 
 def test_a_stream_gives_text_and_then_the_answer(server: Server, client: Client) -> None:
-    end = {"choices": [], "usage": {"prompt_tokens": 3}}
+    end = {"choices": [], "usage": {"prompt_tokens": 3}, "error": None}
     body = ": a comment\n\n" + events(piece("a"), piece(" b"), end) + "data: [DONE]\n\n"
     server.replies = [Reply(503, error("x")), Reply(200, body, STREAM)]
     conversation = Conversation()
@@ -262,6 +271,7 @@ def test_a_stream_gives_text_and_then_the_answer(server: Server, client: Client)
         (events(piece("a"), {"error": {"message": "no", "code": 503}}), errors.ServerBusy),
         (events(piece("a"), error("deadline_exceeded")), errors.ApiError),
         (events(piece("a")) + "data: {\n\n", errors.UnexpectedAnswer),
+        (events(piece("a"), [1]), errors.UnexpectedAnswer),
     ],
 )
 def test_a_stream_that_fails_is_an_error(
@@ -285,6 +295,13 @@ def test_a_stream_that_fails_is_an_error(
     with pytest.raises(kind):
         asyncio.run(ask_async())
     assert got == ["a", "a"]
+
+
+def test_a_call_that_waits_for_the_answer_does_not_stream(server: Server, client: Client) -> None:
+    assert client.ask("?", stream=False).text == "yes"
+    assert "stream" not in server.requests[-1][2]
+    with pytest.raises(errors.SaccadeError, match="stream"):
+        client.ask("?", stream=True)
 
 
 # ---------------------------------------------------------------------- other servers

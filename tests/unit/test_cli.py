@@ -53,5 +53,5 @@ def test_help_imports_little(words: str) -> None:
 def test_help_lists_the_commands_of_server_and_client() -> None:
     command = [sys.executable, "-m", "server", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    for name in ("serve", "demo"):
+    for name in ("serve", "demo", "ask", "chat", "batch", "tokens", "models", "top"):
         assert re.search(rf"^  {name} ", done.stdout, re.MULTILINE)

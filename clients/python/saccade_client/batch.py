@@ -16,7 +16,7 @@ import itertools
 import json
 import os
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from saccade_client.media import is_url, picture
 JOURNAL_SUFFIX = ".partial"
 _CHAT = "/v1/chat/completions"
 _OF_THE_LINE = ("custom_id", "question", "files", "system")
+_NO_OPTIONS = {"self", "messages", "conversation"}  # arguments of `Client.chat`
 
 
 class InvalidLine(SaccadeError):
@@ -99,9 +100,9 @@ def _request(line: Any, default_id: str, folder: Path) -> Request:
         if line.get("url", _CHAT) != _CHAT:
             raise ValueError(f"only {_CHAT} is supported, not {line['url']}")
         messages = body.get("messages")
-        if not isinstance(messages, list):
+        if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
             raise ValueError("body has no messages")
-        return Request(given_id, messages, {k: v for k, v in body.items() if k != "messages"})
+        return Request(given_id, messages, _options(body, ("messages",)))
     if not isinstance(question := line.get("question"), str):
         raise ValueError("neither `body` nor `question`")
     files = line.get("files", [])
@@ -109,9 +110,15 @@ def _request(line: Any, default_id: str, folder: Path) -> Request:
         raise ValueError("`files` must be a list of paths and URLs")
     sources = [picture(name) if is_url(name) else folder / name for name in files]
     system = [{"role": "system", "content": line["system"]}] if "system" in line else []
-    options = {key: value for key, value in line.items() if key not in _OF_THE_LINE}
     user = {"role": "user", "content": [*sources, question]}
-    return Request(given_id, [*system, user], options)
+    return Request(given_id, [*system, user], _options(line, _OF_THE_LINE))
+
+
+def _options(fields: dict[str, Any], others: Collection[str]) -> dict[str, Any]:
+    options = {name: value for name, value in fields.items() if name not in others}
+    if wrong := options.keys() & _NO_OPTIONS:
+        raise ValueError(f"`{min(wrong)}` is no option of a request")
+    return options
 
 
 # ---------------------------------------------------------------------- asking
@@ -157,7 +164,8 @@ async def as_completed(
             if not running:
                 return
             done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
+            # Answers come first: an error ends the work.
+            for task in sorted(done, key=lambda task: task.exception() is not None):
                 yield task.result()
     finally:
         await _cancelled(running)
@@ -190,16 +198,17 @@ class Journal:
     """
 
     def __init__(self, output: Path) -> None:
-        """Raises InvalidLine if the output has other lines than results."""
-        self._output = output
+        """Raises InvalidLine if the output has other lines than results, or is no file."""
+        self._output = output = output.resolve()
         self._path = output.with_name(output.name + JOURNAL_SUFFIX)
         if output.exists() and not self._path.exists():
-            self._read(output)
+            if not output.is_file():
+                raise InvalidLine(f"{output} is not a file")
+            self._read(output, is_complete=True)
             os.replace(output, self._path)
-        self._places = self._read(self._path) if self._path.exists() else {}
+        self._places, size = self._read(self._path) if self._path.exists() else ({}, 0)
         self._file = self._path.open("a+b")
-        if self._file.tell() and not self._ends_with_newline():
-            self._file.write(b"\n")
+        self._file.truncate(size)
 
     def __contains__(self, request_id: str) -> bool:
         """Whether the request has been answered."""
@@ -224,25 +233,26 @@ class Journal:
     def close(self) -> None:
         self._file.close()
 
-    def _ends_with_newline(self) -> bool:
-        self._file.seek(-1, os.SEEK_END)
-        return self._file.read(1) == b"\n"
-
     @staticmethod
-    def _read(path: Path) -> dict[str, tuple[int, bool]]:
-        """Where each request's last result is, and whether it is an answer. A line that the end of
-        a process has cut off is left out."""
-        places, at = {}, 0
+    def _read(path: Path, *, is_complete: bool = False) -> tuple[dict[str, tuple[int, bool]], int]:
+        """Where each request's last result is, and whether it is an answer; and the size of the
+        whole lines. A line that the end of a process has cut off is left out, but none of a file
+        that is complete."""
+        places, at = dict[str, tuple[int, bool]](), 0
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+            for line in file:
+                is_whole = line.endswith(b"\n")
                 try:
                     result = json.loads(line)
-                    places[result["custom_id"]] = (at, result["error"] is None)
+                    place = {result["custom_id"]: (at, result["error"] is None)}
                 except (ValueError, TypeError, KeyError):
-                    if line.endswith(b"\n") and number == 1:
+                    if is_complete or (at == 0 and is_whole):
                         raise InvalidLine(f"{path} exists, and is no output of a batch") from None
-                at += len(line)
-        return places
+                    place = {}
+                if is_whole:
+                    places |= place
+                    at += len(line)
+        return places, at
 
 
 async def run(

@@ -167,6 +167,8 @@ class Core:
     ) -> Flow[Started]:
         """Send messages. Raises ApiError, ConnectionFailed, TimedOut, UnusableMedia."""
         options = {name: value for name, value in options.items() if value is not None}
+        if options.pop("stream", stream) and not stream:
+            raise SaccadeError("`stream` is no option of a call that waits for the whole answer")
         budget = options.get("max_image_tokens")
         prepared = yield from self.prepare(messages, budget)
         body = {"model": (yield from self.model(options.get("model"))), **options}
@@ -339,6 +341,6 @@ def _read(response: httpx.Response) -> dict[str, Any]:
 
 def _has_media(message: MessageLike) -> bool:
     content = message.get("content")
-    return not isinstance(content, str | None) and not all(
-        isinstance(item, str | Mapping) for item in content
-    )
+    if not isinstance(content, Sequence) or isinstance(content, str):
+        return False
+    return not all(isinstance(item, str | Mapping) for item in content)

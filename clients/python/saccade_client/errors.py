@@ -148,4 +148,6 @@ def _retry_after_s(headers: Mapping[str, str]) -> float | None:
         at = parsedate_to_datetime(value)
     except ValueError:
         return None
+    if at.tzinfo is None:
+        at = at.replace(tzinfo=UTC)
     return max(0.0, (at - datetime.now(UTC)).total_seconds())

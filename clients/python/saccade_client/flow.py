@@ -110,5 +110,5 @@ def translated() -> Iterator[None]:
         raise ConnectionFailed(f"the server cannot be reached: {error or 'timeout'}") from None
     except httpx.TimeoutException:
         raise TimedOut("the server did not answer in time") from None
-    except (httpx.TransportError, httpx.InvalidURL, httpx.StreamError) as error:
+    except (httpx.RequestError, httpx.InvalidURL, httpx.StreamError) as error:
         raise ConnectionFailed(f"the connection failed: {error or type(error).__name__}") from None

@@ -34,8 +34,10 @@ class _Events:
             event = json.loads(data)
         except ValueError:
             raise UnexpectedAnswer("an event of the stream is not JSON") from None
-        if "error" in event:
-            status = event["error"].get("code") if isinstance(event["error"], dict) else None
+        if not isinstance(event, dict):
+            raise UnexpectedAnswer("an event of the stream is not a JSON object")
+        if error := event.get("error"):
+            status = error.get("code") if isinstance(error, dict) else None
             raise api_error(status if isinstance(status, int) else 200, data)
         self._document |= {key: value for key, value in event.items() if value is not None}
         text = ""

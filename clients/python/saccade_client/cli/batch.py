@@ -65,6 +65,8 @@ def batch(
                 failed = asyncio.run(run(lines, progress))
         except batches.InvalidLine as error:
             options.fail(str(error), options.MISUSED)
+        except UnicodeDecodeError as error:
+            options.fail(f"the input is not UTF-8: {error}", options.MISUSED)
         except OSError as error:
             options.fail(f"{error.filename}: {error.strerror}", options.MISUSED)
     if failed:
@@ -77,7 +79,7 @@ def _lines(source: Path) -> Iterator[tuple[Iterable[str], int | None]]:
     if str(source) == "-":
         yield sys.stdin, None
         return
-    with source.open() as file:
+    with source.open(encoding="utf-8-sig") as file:
         count = sum(bool(line.strip()) for line in file)
         file.seek(0)
         yield file, count
