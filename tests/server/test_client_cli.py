@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from saccade_client import Client
 from tests import pictures
 from tests.conftest import Server
 from tests.pictures import shape
@@ -159,14 +160,18 @@ def test_models_are_listed(server: Server, folder: Path) -> None:
 
 
 def test_top_shows_what_happens(server: Server, folder: Path) -> None:
-    words = ("top", "--once", "--interval", "3")
+    words = ("top", "--once", "--interval", "2")
     environment = os.environ | {"OPENAI_BASE_URL": f"{server.url}/v1"}
-    with subprocess.Popen(
-        [sys.executable, "-m", "server", *words, "--json"], env=environment, stdout=subprocess.PIPE
-    ) as watching:
-        time.sleep(1)
-        for _ in range(4):
-            assert saccade(server, folder, "ask", "red.png", WHAT).returncode == 0
+    with (
+        subprocess.Popen(
+            [sys.executable, "-m", "server", *words, "--json"],
+            env=environment,
+            stdout=subprocess.PIPE,
+        ) as watching,
+        Client(f"{server.url}/v1", reuse=False) as client,
+    ):
+        while watching.poll() is None:
+            client.ask(WHAT, folder / "red.png")
         assert watching.stdout is not None
         row = json.loads(watching.stdout.read())
     assert row["requests_per_s"] > 0

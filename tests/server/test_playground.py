@@ -35,6 +35,7 @@ NODE = Path(playwright.__file__).parent / "driver" / "node"
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    expect.set_options(timeout=20_000)  # instead of 5 s, for busy machines
     with chromium() as running:
         yield running
 

@@ -86,7 +86,7 @@ def test_a_group_takes_only_its_share_of_the_engine_while_another_is_active(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def run() -> None:
-        monkeypatch.setattr(slots, "_ACTIVE_S", 0.05)
+        monkeypatch.setattr(slots, "_ACTIVE_S", 0.5)
         monkeypatch.setattr("server.request.admission._HEAD_START_S", 0.0)
         gate = Admission(limits(in_engine=8, group_share=0.5))
         release = asyncio.Event()
@@ -119,7 +119,7 @@ def test_a_group_takes_only_its_share_of_the_engine_while_another_is_active(
         release.clear()
         heavy = begin("heavy", 20, release)
         assert await in_engine() == 4
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.6)
         heavy[0].cancel()  # the light group has not come back
         assert await in_engine() == 8
         release.set()
