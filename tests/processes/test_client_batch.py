@@ -23,6 +23,13 @@ from tests import pictures
 RED = pictures.encode(pictures.shape("red"))
 
 
+@pytest.fixture(autouse=True)
+def path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands run the client of this checkout, whichever is installed."""
+    folder = str(Path(batch.__file__).parents[1])
+    monkeypatch.setenv("PYTHONPATH", folder, prepend=os.pathsep)
+
+
 @dataclass
 class Server:
     """Counts the questions. Those in `refused` get a 400; the time of an answer is `delay_s`."""
