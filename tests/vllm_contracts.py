@@ -115,6 +115,17 @@ CONTRACTS = [
     Contract("multimodal.cache.base", "MultiModalCache.get_item_size", ("cls", "value")),
     Contract(
         "multimodal.cache.base",
+        "MultiModalProcessorCacheItemMetadata.__init__",
+        ("self", "item", "prompt_updates"),
+        calls=("self.item_size = MultiModalCache.get_item_size(item)",),
+    ),
+    Contract(
+        "multimodal.cache.lru",
+        "LruKeyReplicatedSenderCache.get_and_update_item",
+        calls=("MultiModalProcessorCacheItemMetadata(*mm_item)",),
+    ),
+    Contract(
+        "multimodal.cache.base",
         "BaseMultiModalReceiverCache.get_and_update_features",
         calls=("self.touch_receiver_cache_item", "self.get_and_update_item"),
     ),

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import msgspec
 from cachetools import LRUCache
 
 from server.imaging.encoded import EncodedImage
@@ -19,8 +20,7 @@ from server.request.media import MediaRef
 from server.telemetry.record import Record
 
 
-@dataclass(frozen=True)
-class ShownImage:
+class ShownImage(msgspec.Struct, frozen=True):
     """An image as the model sees it. Sizes are (width, height) in pixels.
 
     `size` is the upright original. `processed` is what the encoder gets, and covers `region` of the

@@ -4,6 +4,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import msgspec
+
 from server.errors import ClientError
 from server.telemetry.stages import Segment, Stage, Timeline
 
@@ -13,8 +15,7 @@ _OVERLOAD = 503
 _STAGES = tuple(Stage)
 
 
-@dataclass(frozen=True)
-class Prompt:
+class Prompt(msgspec.Struct, frozen=True):
     """One prompt as sent to the engine: its number of tokens, of images, and of image tokens."""
 
     tokens: int

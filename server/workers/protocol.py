@@ -7,7 +7,6 @@ worker can return wrong numbers but cannot inject code.
 
 import ctypes
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import msgspec
@@ -113,8 +112,7 @@ reply_decoder: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(Fro
 MakeArray = Callable[[str, tuple[int, ...], Any, int], Any]
 
 
-@dataclass(frozen=True)
-class Features:
+class Features(msgspec.Struct, frozen=True):
     """The processor's output for one picture.
 
     `buffer` is a ctypes array over shared memory, which the worker reuses once `buffer` is freed.

@@ -6,6 +6,7 @@ that out takes about half a millisecond of the event loop, so it is remembered.
 """
 
 import ctypes
+import functools
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -98,16 +99,22 @@ class _Layout:
         """The item of another picture."""
         if self.shapes is None:
             return PooledItem(processors.divided(features.arrays(tensor), self.fields)["image"][0])
-        item, memory, elements = PooledItem(), memoryview(features.buffer), []
-        for name, shape, nbytes, field, encoded in self.shapes:
+        memory, elements = memoryview(features.buffer), []
+        for name, shape, nbytes, _, encoded in self.shapes:
+            spec = features.specs[name]
+            assert isinstance(spec, ArraySpec)
+            window = memory[spec.offset : spec.offset + nbytes]
+            elements.append(Element(name, spec.dtype, shape, window, encoded))
+        return PooledItem.of(elements, functools.partial(self._tensors, features))
+
+    def _tensors(self, features: Features) -> dict[str, MultiModalFieldElem]:
+        made = {}
+        for name, shape, _, field, _ in self.shapes or ():
             spec = features.specs[name]
             assert isinstance(spec, ArraySpec)
             data = tensor(spec.dtype, shape, features.buffer, spec.offset)
-            item.data[name] = MultiModalFieldElem(data=data, field=field)
-            window = memory[spec.offset : spec.offset + nbytes]
-            elements.append(Element(name, spec.dtype, shape, window, encoded))
-        item.elements = elements
-        return item
+            made[name] = MultiModalFieldElem(data=data, field=field)
+        return made
 
 
 def _shapes(outputs: dict[str, object], item: MultiModalKwargsItem) -> _Shapes | None:

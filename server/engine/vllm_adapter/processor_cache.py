@@ -22,8 +22,13 @@ from vllm.multimodal.cache import (
     BaseMultiModalProcessorCache,
     MultiModalProcessorOnlyCache,
 )
-from vllm.multimodal.cache.base import MultiModalCache
-from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem
+from vllm.multimodal.cache import lru as vllm_lru
+from vllm.multimodal.cache.base import MultiModalCache, MultiModalProcessorCacheItemMetadata
+from vllm.multimodal.inputs import (
+    MultiModalFeatureSpec,
+    MultiModalFieldElem,
+    MultiModalKwargsItem,
+)
 from vllm.utils.cache import CacheInfo
 from vllm.v1.engine import EngineCoreRequest
 
@@ -47,27 +52,66 @@ class PooledItem(MultiModalKwargsItem):
 
     Empty when the engine was known to hold them; `refill` computes them all the same, for the
     case that the engine's cache has dropped them by the time the request is sent. `elements`, if
-    known, are the features as `item_encoder.py` encodes them.
+    known, are the features as `item_encoder.py` encodes them; tensors are then made only for whom
+    looks at them.
     """
 
     refill: Callable[[], Awaitable["PooledItem"]] | None = None
     elements: Sequence[Any] | None = None
+    _make: Callable[[], dict[str, MultiModalFieldElem]] | None = None
+    _made: dict[str, MultiModalFieldElem]
+
+    @classmethod
+    def of(
+        cls, elements: Sequence[Any], make: Callable[[], dict[str, MultiModalFieldElem]]
+    ) -> "PooledItem":
+        """An item with `elements`; `make` makes the same of tensors."""
+        item = cls()
+        item.elements, item._make = elements, make
+        return item
+
+    @property
+    def data(self) -> dict[str, MultiModalFieldElem]:
+        """The features by name."""
+        if self._make is not None:
+            self._made, self._make = self._make(), None
+        return self._made
+
+    @data.setter
+    def data(self, made: dict[str, MultiModalFieldElem]) -> None:
+        self._made = made
+
+    def __len__(self) -> int:
+        return len(self._made if self._make is None else self.elements or ())
 
     def take(self, features: "PooledItem") -> None:
         """Hold `features`."""
-        self.update(features)
+        self._made, self._make = dict(features._made), features._make
         self.elements = features.elements
 
     def let_go(self) -> None:
         """Free everything that it holds."""
-        self.data.clear()  # its own `clear` takes the elements out one by one
-        self.refill = self.elements = None
+        self._made = {}
+        self._make = self.refill = self.elements = None
+
+
+class _Metadata(MultiModalProcessorCacheItemMetadata):
+    """What vLLM's cache keeps of an item, without making tensors to learn their size."""
+
+    def __init__(self, item: MultiModalKwargsItem, prompt_updates: Updates) -> None:
+        if not isinstance(item, PooledItem) or item.elements is None:
+            super().__init__(item, prompt_updates)
+            return
+        self.item_size = sum(len(element.data) for element in item.elements)
+        self.prompt_updates = prompt_updates
 
 
 class ProcessorCache(BaseMultiModalProcessorCache):
     """Stands in for vLLM's P0 cache: reads it at once, updates it when a request is sent."""
 
     def __init__(self, cache: BaseMultiModalProcessorCache) -> None:
+        lru: Any = vllm_lru
+        lru.MultiModalProcessorCacheItemMetadata = _Metadata
         self._cache = cache
         # Without a P1 half (several engines) the cache itself holds the features.
         self._keeps_data = isinstance(cache, MultiModalProcessorOnlyCache)

@@ -16,9 +16,9 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from blake3 import blake3
 from PIL import Image
 from vllm import __version__ as vllm_version
@@ -63,8 +63,7 @@ Announce = Callable[[Sequence[tuple[str, int]]], None]
 """Takes the key and the tokens of each image of a prompt. Returns at once."""
 
 
-@dataclass(frozen=True)
-class ImageJob:
+class ImageJob(msgspec.Struct, frozen=True):
     """One image of a request: its tokens, the worker's job, the key of its features, and the
     keyword arguments of the model's processor."""
 

@@ -1,6 +1,6 @@
 """The contents of a header, and what the readers of all formats share."""
 
-from dataclasses import dataclass
+import msgspec
 
 from server.errors import InvalidImage
 
@@ -15,8 +15,7 @@ MAX_TEXT_BYTES = 160 << 10
 SIDEWAYS = range(5, 9)
 
 
-@dataclass(frozen=True)
-class ImageHeader:
+class ImageHeader(msgspec.Struct, frozen=True):
     """The header of an encoded picture.
 
     `format` is one of `FORMATS`. `width` and `height` are in pixels, as stored but after HEIF's

@@ -7,8 +7,10 @@ A rule answers for an upright picture of `width` x `height` pixels, before anyth
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, TypeAlias
+
+import msgspec
 
 from server.errors import ImageTokenCap
 from server.imaging.sizing import Size
@@ -18,8 +20,7 @@ Region: TypeAlias = tuple[float, float, float, float]
 Detail: TypeAlias = Literal["auto", "low", "high"]
 
 
-@dataclass(frozen=True)
-class TokenAllocation:
+class TokenAllocation(msgspec.Struct, frozen=True):
     """How one picture is shown to the model, and what it costs."""
 
     tokens: int
@@ -40,7 +41,7 @@ class TokenAllocation:
     resize: Size | None = None
     """The size to resize the picture to before the processor runs; None: keep its size."""
 
-    options: Mapping[str, JSON] = field(default_factory=dict)
+    options: Mapping[str, JSON] = msgspec.field(default_factory=dict)
     """`mm_processor_kwargs` for this picture, which override those of the request."""
 
     def original(self, x: float, y: float) -> tuple[float, float]:

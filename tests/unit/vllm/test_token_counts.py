@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
+from vllm.multimodal.cache.base import MultiModalCache
 from vllm.multimodal.inputs import (
     MultiModalKwargsItem,
     MultiModalKwargsItems,
@@ -29,6 +30,7 @@ from server.engine.launch import same_data
 from server.engine.vllm_adapter import item_encoder, processors
 from server.engine.vllm_adapter.items import ItemMaker, _outline, _TooLarge
 from server.engine.vllm_adapter.merging import _is_plain, planned, replaced
+from server.engine.vllm_adapter.processor_cache import _Metadata
 from server.errors import ImageAspectRatio, ImageTokenCap, InvalidImage
 from server.imaging.sizing import Size
 from server.imaging.tokens import Count, TokenAllocation, TokenRule
@@ -197,7 +199,8 @@ def test_placeholders_in_a_prompt_match_the_rule(model: str, checkpoints: Path) 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_an_item_of_a_known_size_equals_vllms(model: str, checkpoints: Path) -> None:
-    """The remembered layout of one picture fits others of the same size, also as it is encoded."""
+    """The remembered layout of one picture fits others of the same size. Its message and its size
+    are known before there are tensors."""
     real = processor(model, checkpoints)
     maker = ItemMaker(real)
     encoder, vllm_encoder = MsgpackEncoder(), MsgpackEncoder()
@@ -210,10 +213,12 @@ def test_an_item_of_a_known_size_equals_vllms(model: str, checkpoints: Path) -> 
             blank = processors.blank((width, height))
             item, updates = processors.item(real, outputs, blank, {})
             got, got_updates = maker.item(shared(outputs, (width, height)), {}, b"{}")
+            assert len(got) == len(item)
+            assert messages(encoder, got) == messages(vllm_encoder, item)
+            assert _Metadata(got, ()).item_size == MultiModalCache.get_item_size(item)
             assert got.keys() == item.keys()
             assert all(same_data(got[name].data, item[name].data) for name in item)
             assert list(map(inserted, got_updates)) == list(map(inserted, updates))
-            assert messages(encoder, got) == messages(vllm_encoder, item)
     if model.startswith("qwen"):
         assert got.elements is not None
 
