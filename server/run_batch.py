@@ -8,6 +8,7 @@ again, it goes on with them.
 
 import asyncio
 import contextlib
+import os
 import shutil
 import signal
 import tempfile
@@ -118,6 +119,8 @@ async def _answered(
         partial = logs / "output"
         with partial.open("wb") as file:
             file.writelines(results.in_order())
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(output)
         shutil.rmtree(logs)
     return status

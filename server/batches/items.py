@@ -8,14 +8,13 @@ import functools
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import msgspec
 
 from server.batches.lines import Item, Lines
 from server.batches.results import Response, Result, Results
-from server.concurrency import in_thread
 from server.errors import FileStorageFailed, ServerBusy, WorkerLost
 
 log = logging.getLogger("saccade")
@@ -108,7 +107,7 @@ class ItemLoop:
 
     async def _run(self, number: int, turn: Turn) -> None:
         try:
-            item = await in_thread(self._lines.item, number)
+            item = await asyncio.to_thread(self._lines.item, number)
             answer = await self._asking.ask(item, self._id_of(number), turn)
             if answer.status in _BUSY and not self._is_hopeless(number, answer):
                 self._repeat(number, answer.retry_after_s or _BUSY_PAUSE_S)
@@ -151,14 +150,18 @@ async def fill(
     id_of: Callable[[int], str],
     error: dict[str, str],
 ) -> None:
-    """Write `error` as the result of each request that has none. Raises FileStorageFailed."""
+    """Write `error` as the result of each request that has none.
+
+    Raises:
+        FileStorageFailed, OSError
+    """
     missing = [number for number in range(len(lines)) if not results.is_done(number)]
     for start in range(0, len(missing), _FILLED_AT_A_TIME):
         chunk = missing[start : start + _FILLED_AT_A_TIME]
-        writes: list[Awaitable[None]] = []
-        for number in chunk:
-            item = await in_thread(lines.item, number)
-            writes.append(
-                results.append(number, Result(id_of(number), item.custom_id, None, error))
+        names = [(await asyncio.to_thread(lines.item, number)).custom_id for number in chunk]
+        await asyncio.gather(
+            *(
+                results.append(number, Result(id_of(number), name, None, error))
+                for number, name in zip(chunk, names, strict=True)
             )
-        await asyncio.gather(*writes)
+        )

@@ -7,7 +7,7 @@ import os
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import msgspec
 
@@ -26,12 +26,18 @@ class Problem(msgspec.Struct, frozen=True):
     line: int | None = None
 
 
-class Item(NamedTuple):
-    """One request: `body` is JSON."""
+@dataclass
+class Item:
+    """One request: `body` is JSON, until it is taken."""
 
     custom_id: str
     url: str
     body: bytes
+
+    def take_body(self) -> bytes:
+        """The body, which may be large and is not held any longer."""
+        body, self.body = self.body, b""
+        return body
 
 
 @dataclass(frozen=True)

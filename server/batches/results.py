@@ -17,8 +17,7 @@ from typing import BinaryIO, NamedTuple
 
 import msgspec
 
-from server.concurrency import in_thread
-from server.ingest.files.disk import translated
+from server.ingest.files.disk import synchronize, translated
 from server.telemetry import metrics
 
 log = logging.getLogger("saccade")
@@ -122,7 +121,7 @@ class ResultLog:
         while self._pending:
             pending, self._pending = self._pending, []
             try:
-                await in_thread(self._write, b"".join(each.line for each in pending))
+                await asyncio.to_thread(self._write, b"".join(each.line for each in pending))
             except Exception as error:
                 for each in pending:
                     if not each.written.done():
@@ -186,6 +185,8 @@ class Results:
         """Blocks. Raises FileStorageFailed."""
         self.answers.open()
         self.errors.open()
+        with translated():
+            synchronize(self.answers.path.parent)
 
     def close(self) -> None:
         self.answers.close()

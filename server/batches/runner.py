@@ -84,9 +84,9 @@ class BatchRunner:
         for running in list(self._running.values()):
             await cancel(running.life)
 
-    async def submit(self, group: str, input_file_id: str, **given: Any) -> Batch:
+    async def submit(self, group: str, input_file_id: str, window_s: int, **given: Any) -> Batch:
         """Create a batch and begin with it. Raises as `BatchStore.create` does."""
-        batch = await self.store.create(group, input_file_id, **given)
+        batch = await self.store.create(group, input_file_id, window_s, **given)
         self._start(batch)
         return batch
 
@@ -118,7 +118,7 @@ class BatchRunner:
             try:
                 await self._work(batch)
                 return
-            except (FileStorageFailed, ServerBusy) as error:  # logged; the disk may be full
+            except (FileStorageFailed, ServerBusy, OSError) as error:  # the disk may be full
                 log.warning("batch %s waits: %s", batch.id, error)
                 await asyncio.sleep(_STORAGE_PAUSE_S)
             except Exception:

@@ -117,33 +117,36 @@ class BatchStore:
 
     # ------------------------------------------------------------------ changing
 
-    async def create(self, group: str, input_file_id: str, **given: Any) -> Batch:
-        """Create a batch with the other attributes `given`.
+    async def create(self, group: str, input_file_id: str, window_s: int, **given: Any) -> Batch:
+        """Create a batch that expires in `window_s` seconds, with the other attributes `given`.
 
         Raises:
             BatchQuotaExceeded, UnknownFile, FileQuotaExceeded, FileStorageFailed
         """
-        if len(self.unfinished(group)) >= self._group_count:
-            raise BatchQuotaExceeded(
-                f"your group has {self._group_count} unfinished batches, which is the limit"
+        async with self._changing:
+            if len(self.unfinished(group)) >= self._group_count:
+                raise BatchQuotaExceeded(
+                    f"your group has {self._group_count} unfinished batches, which is the limit"
+                )
+            await self._forget(group)
+            kept = await self.files.keep_input(group, input_file_id)
+            now = self.clock.time()
+            batch = Batch(
+                id=new_id(),
+                group=group,
+                input_file_id=input_file_id,
+                input_id=kept.id,
+                created_ns=int(now * 1e9),
+                expires_at=int(now) + window_s,
+                **given,
             )
-        kept = await self.files.keep_input(group, input_file_id)
-        batch = Batch(
-            id=new_id(),
-            group=group,
-            input_file_id=input_file_id,
-            input_id=kept.id,
-            created_ns=int(self.clock.time() * 1e9),
-            **given,
-        )
-        try:
-            await self._write(batch)
-        except BaseException:
-            await self.files.delete(group, kept.id)
-            raise
-        self._groups.setdefault(group, {})[batch.id] = batch
-        await self._forget(group)
-        return batch
+            try:
+                await self._write(batch)
+            except BaseException:
+                await self.files.delete(group, kept.id)
+                raise
+            self._groups.setdefault(group, {})[batch.id] = batch
+            return batch
 
     def has_quota(self, batch: Batch, items: int) -> bool:
         """Whether the group of `batch` may have so many requests more."""
@@ -179,7 +182,7 @@ class BatchStore:
             await self.files.delete(batch.group, batch.input_id)
 
     async def _forget(self, group: str) -> None:
-        over = [batch for batch in self._groups[group].values() if batch.is_over]
+        over = [batch for batch in self._groups.get(group, {}).values() if batch.is_over]
         for batch in over[: max(0, len(over) - _REMEMBERED)]:
             await self.files.run(self._remove, batch, (".json",))
             del self._groups[group][batch.id]

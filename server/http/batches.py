@@ -75,9 +75,9 @@ async def create_batch(request: CreateBatch, raw_request: Request) -> JSONRespon
     batch = await runner.submit(
         group,
         file.id,
+        window_s,
         endpoint=request.endpoint,
         completion_window=request.completion_window,
-        expires_at=int(runner.store.clock.time()) + window_s,
         metadata=request.metadata,
         output_lifetime_s=after.seconds if after is not None else None,
     )
@@ -161,11 +161,10 @@ class InnerClient:
             self._headers.append((priority_header, str(_PRIORITY).encode()))
 
     async def ask(self, item: Item, request_id: str, group: str, turn: Turn) -> Answer:
-        """Answer a request of `group`. If it is cancelled, so is its work."""
-        answering = _Answering(item.body)
-        await self._app(
-            self._scope(item, request_id, BatchItem(group, turn)), answering.receive, answering.send
-        )
+        """Answer a request of `group`, whose body is taken. If it is cancelled, so is its work."""
+        scope = self._scope(item, request_id, BatchItem(group, turn))
+        answering = _Answering(item.take_body())
+        await self._app(scope, answering.receive, answering.send)
         return answering.answer()
 
     def _scope(self, item: Item, request_id: str, mark: BatchItem) -> Scope:

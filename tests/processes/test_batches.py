@@ -3,11 +3,13 @@ in processes that are killed."""
 
 import asyncio
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -20,8 +22,8 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
-from server.batches.lines import LineLimits
-from server.batches.runner import BatchRunner
+from server.batches import runner as runner_module
+from server.batches.lines import Item, LineLimits, scan
 from server.batches.store import BatchStore
 from server.errors import ServerBusy
 from server.http import batches, errors, files
@@ -90,7 +92,7 @@ class Parts:
     web: httpx.AsyncClient
     app: FastAPI
     admission: Admission
-    runner: BatchRunner
+    runner: runner_module.BatchRunner
     files: FileStore
 
 
@@ -134,17 +136,17 @@ async def serving(
     client = batches.InnerClient(outer, None, b"x-priority")
     async with FileStore(folder / "files", Quota(), Quota(max_bytes), None) as store:
         app.state.files = store
-        runner = BatchRunner(
+        work = runner_module.BatchRunner(
             BatchStore(store, group_count, group_items),
             lambda batch: batches.GroupAsking(client, admission, ring, app.state, batch.group),
             frozenset({PATH}),
             LineLimits(2000, 10_000),
         )
-        async with runner:
-            app.state.batches = runner
+        async with work:
+            app.state.batches = work
             transport = httpx.ASGITransport(outer, raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url="http://test") as web:
-                yield Parts(web, app, admission, runner, store)
+                yield Parts(web, app, admission, work, store)
 
 
 def lines(count: int, prompt: Callable[[int], str] = lambda n: f"prompt {n}") -> bytes:
@@ -273,7 +275,7 @@ def test_each_request_has_one_result_however_often_the_server_is_killed(tmp_path
     servers.set_forkserver_preload([__name__])
     for _ in range(kills):
         before = _logged(tmp_path)
-        process = servers.Process(target=work_until_killed, args=(str(tmp_path),))
+        process = servers.Process(target=work_until_killed, args=(str(tmp_path),), daemon=True)
         process.start()
         deadline = time.monotonic() + 30
         while _logged(tmp_path) == before:
@@ -326,6 +328,31 @@ def test_a_server_that_is_killed_while_it_stores_results_stores_them_once(
             assert len(await results(parts.web, over["output_file_id"])) == 5
 
     asyncio.run(second(asyncio.run(first())))
+
+
+def test_an_input_that_cannot_be_read_for_a_moment_costs_no_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "_STORAGE_PAUSE_S", 0.01)
+    failures = [OSError(errno.EIO, "Input/output error")]
+
+    def failing(*args: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return scan(*args)
+
+    async def run() -> None:
+        async with serving(tmp_path, Model(gate=asyncio.Semaphore(2))) as parts:
+            made = await create(parts.web, lines(6))
+            while (await _counts(parts.web, made))["completed"] < 2:
+                await asyncio.sleep(0.01)
+        monkeypatch.setattr(runner_module, "scan", failing)
+        async with serving(tmp_path, model := Model()) as parts:
+            over = await until(parts.web, made)
+            assert (over["status"], failures, len(model.asked)) == ("completed", [], 4)
+            assert len(await results(parts.web, over["output_file_id"])) == 6
+
+    asyncio.run(run())
 
 
 # ---------------------------------------------------------------------- the life of a batch
@@ -521,6 +548,23 @@ def test_results_wait_for_room_in_the_quota_of_files(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+def test_batches_that_are_created_at_the_same_time_do_not_pass_the_quota(tmp_path: Path) -> None:
+    async def run() -> None:
+        model = Model(gate=asyncio.Semaphore(0))
+        async with serving(tmp_path, model, group_count=2) as parts:
+            file_id = await upload(parts.web, lines(1))
+            given = {"input_file_id": file_id, "endpoint": PATH, "completion_window": "24h"}
+            answers = await asyncio.gather(
+                *(parts.web.post("/v1/batches", json=given) for _ in range(6))
+            )
+            assert sorted(each.status_code for each in answers) == [200] * 2 + [429] * 4
+            for each in answers:
+                if each.status_code == 200:
+                    await until(parts.web, each.json(), "in_progress")
+
+    asyncio.run(run())
+
+
 async def _counts(web: httpx.AsyncClient, batch: dict[str, Any]) -> dict[str, int]:
     counts: dict[str, int] = (await web.get(f"/v1/batches/{batch['id']}")).json()["request_counts"]
     return counts
@@ -543,6 +587,28 @@ def test_batches_are_listed_by_page_the_newest_first(tmp_path: Path) -> None:
             assert (unknown.status_code, unknown.json()["error"]["param"]) == (404, "after")
 
     asyncio.run(run())
+
+
+def test_the_body_of_a_request_is_not_held_while_it_is_answered() -> None:
+    """It may be large, and the memory for bodies is given back when its media are loaded."""
+    item = Item("a", PATH, json.dumps({"prompt": "x" * 1000}).encode())
+    size = len(item.body)
+    others = list[int]()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        body = (await receive()).pop("body")
+        assert (len(body), dict(scope["headers"])[b"content-length"]) == (size, b"%d" % size)
+        others.append(sys.getrefcount(body) - 2)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    async def run() -> None:
+        client = batches.InnerClient(app, None, None)
+        turn = await Admission(limits(running=SLOTS, in_engine=SLOTS)).background_turn("")
+        assert (await client.ask(item, "id", "", turn)).body == b"{}"
+
+    asyncio.run(run())
+    assert others == [0]
 
 
 # ---------------------------------------------------------------------- groups and others

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from server.batches.lines import LineLimits, Lines, Problem, scan
+from server.batches.lines import Item, LineLimits, Lines, Problem, scan
 
 CHAT = "/v1/chat/completions"
 LIMITS = LineLimits(lines=1000, line_bytes=10_000)
@@ -38,8 +38,8 @@ def test_requests_are_found_by_number(tmp_path: Path) -> None:
     with path.open("rb") as file:
         lines, problems = scan(file, LIMITS, wrong_url)
         assert (len(lines), problems) == (2, [])
-        assert lines.item(0) == ("first", CHAT, b'{"n": 1}')
-        assert lines.item(1) == ("zweite-ü", CHAT, body.encode())  # byte for byte
+        assert lines.item(0) == Item("first", CHAT, b'{"n": 1}')
+        assert lines.item(1) == Item("zweite-ü", CHAT, body.encode())  # byte for byte
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,9 @@ NEED_WALL_CLOCK = {
     "ingest/files/store.py FileStore._keep_input": "as `_kept`, for the input of a batch",
     "ingest/files/store.py FileStore._adopt": "as `_put`, for the results of a batch",
     "batches/store.py BatchStore.__init__": "the clock of `create` and `change`",
-    "batches/store.py BatchStore.create": "a client learns when its batch was made",
+    "batches/store.py BatchStore.create": "a client learns when its batch was made and expires",
     "batches/store.py BatchStore.change": "a client learns when its batch began and ended",
     "batches/runner.py BatchRunner._run": "until when a batch may run, after a restart as well",
-    "http/batches.py create_batch": "when the results of a batch expire",
     "telemetry/record.py Record": "a trace says when a request began; spans count from there",
     "engine/vllm_adapter/conversation.py ConversationRenderer.render_chat_async": "vLLM's "
     "`arrival_time`, by which it orders requests",

@@ -58,6 +58,39 @@ async def put(
     return await store.put(group, data, name, "vision", seconds)
 
 
+def test_names_survive_a_power_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync, synchronized = os.fsync, list[str]()
+
+    def noted(fd: int) -> None:
+        synchronized.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+        fsync(fd)
+
+    async def run() -> None:
+        async with opened(tmp_path) as store:
+            monkeypatch.setattr(os, "fsync", noted)
+            await put(store, b"picture")
+            assert synchronized[1::2] == ["blobs", "files"]  # each after what is in it
+
+    asyncio.run(run())
+
+
+def test_the_room_is_known_while_another_thread_adds_groups(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with opened(tmp_path, Quota(1 << 30)) as store:
+            puts = asyncio.gather(*(put(store, b"picture", f"group {n}") for n in range(30)))
+            while not puts.done():
+                assert all(store.has_room("a") for _ in range(20))
+                await asyncio.sleep(0)
+            await puts
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        asyncio.run(run())
+    finally:
+        sys.setswitchinterval(interval)
+
+
 def ids(store: FileStore, group: str = "", **more: Any) -> list[str]:
     files, _ = store.listed(group, **{"limit": 100, **more})
     return [file.id for file in files]

@@ -241,6 +241,7 @@ class FileDisk:
             blob.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with contextlib.suppress(FileExistsError):
                 blob.hardlink_to(path)
+            synchronize(blob.parent)
 
     def write_record(self, group: str, record: StoredFile) -> None:
         """Raises FileStorageFailed."""
@@ -277,6 +278,7 @@ class FileDisk:
                     file.flush()
                     os.fsync(fd)
                 partial.rename(path)
+                synchronize(path.parent)
         except (FileStorageFailed, ServerBusy):
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
@@ -287,6 +289,15 @@ class FileDisk:
 
     def _record(self, group: str, file_id: str) -> Path:
         return self._root / group / "files" / f"{file_id}.json"
+
+
+def synchronize(folder: Path) -> None:
+    """Make the names in `folder` survive a power failure. Blocks. Raises OSError."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager

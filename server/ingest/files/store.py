@@ -389,7 +389,7 @@ class FileStore:
     def _sweep(self) -> None:
         """Remove expired files."""
         now = self._clock.monotonic()
-        for folder, index in self._groups.items():
+        for folder, index in list(self._groups.items()):
             for kept in [kept for kept in index.files.values() if kept.is_expired(now)]:
                 with contextlib.suppress(FileStorageFailed):  # logged; the next sweep tries again
                     self._remove(folder, kept.file)
@@ -402,7 +402,7 @@ class FileStore:
 
     def _totals(self) -> tuple[int, int]:
         """Bytes and number of all files."""
-        groups = self._groups.values()
+        groups = list(self._groups.values())  # another thread may add one meanwhile
         nbytes = sum(group.nbytes + group.logged for group in groups)
         return nbytes, sum(len(group.files) for group in groups)
 
