@@ -84,7 +84,7 @@ class ItemLoop:
                 turn = await self._asking.turn()
                 task = tasks.create_task(self._run(number, turn))
                 self._running += 1
-                task.add_done_callback(functools.partial(self._end, turn))
+                task.add_done_callback(functools.partial(self._end, number, turn))
 
     async def _next(self, fresh: Iterator[int]) -> int | None:
         """The next request that has to run; None if all have a result."""
@@ -100,7 +100,9 @@ class ItemLoop:
         while (left_s := self._pause_until - time.monotonic()) > 0:  # noqa: ASYNC110 - it may grow
             await asyncio.sleep(left_s)
 
-    def _end(self, turn: Turn, _: asyncio.Task[None]) -> None:
+    def _end(self, number: int, turn: Turn, task: asyncio.Task[None]) -> None:
+        if task.cancelled():  # perhaps by its own work: a group of tasks does not count that
+            self._repeat(number, _BUSY_PAUSE_S)
         self._running -= 1
         turn.release()
         self._changed.set()

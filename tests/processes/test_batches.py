@@ -58,6 +58,7 @@ class Model:
     running: int = 0
     most_running: int = 0
     refusals: int = 0
+    cancels: int = 0
     gate: asyncio.Semaphore | None = None
 
     async def __call__(self, raw_request: Request) -> JSONResponse:
@@ -66,6 +67,9 @@ class Model:
         if self.refusals:
             self.refusals -= 1
             raise ServerBusy("busy")
+        if self.cancels:
+            self.cancels -= 1
+            raise asyncio.CancelledError
         if body["prompt"] == "bad":
             return JSONResponse({"error": {"message": "bad prompt", "code": "bad"}}, 400)
         self.running += 1
@@ -426,6 +430,16 @@ def test_requests_that_the_server_is_too_busy_for_run_later(tmp_path: Path) -> N
             over = await until(parts.web, await create(parts.web, lines(6)))
             assert over["request_counts"] == {"total": 6, "completed": 6, "failed": 0}
             assert len(model.asked) == 9
+
+    asyncio.run(run())
+
+
+def test_a_request_whose_work_is_cancelled_by_something_else_runs_again(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with serving(tmp_path, model := Model(cancels=1)) as parts:
+            over = await until(parts.web, await create(parts.web, lines(3)))
+            assert over["request_counts"] == {"total": 3, "completed": 3, "failed": 0}
+            assert len(model.asked) == 4
 
     asyncio.run(run())
 
