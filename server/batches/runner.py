@@ -9,7 +9,6 @@ that was killed goes on where its batches were.
 """
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -40,6 +39,7 @@ _ENDS = {
     },
 }
 _STOPPABLE: frozenset[Status] = frozenset({"validating", "in_progress"})
+_UNFINISHED: frozenset[Status] = _STOPPABLE | {"finalizing", "cancelling"}
 
 
 @dataclass
@@ -114,19 +114,22 @@ class BatchRunner:
     # ------------------------------------------------------------------ the life of a batch
 
     async def _live(self, batch: Batch) -> None:
+        problems: list[Problem] = []
         while True:
             try:
-                await self._work(batch)
+                if problems:
+                    await self._fail(batch, problems)
+                else:
+                    await self._work(batch)
                 return
             except (FileStorageFailed, ServerBusy, OSError) as error:  # the disk may be full
                 log.warning("batch %s waits: %s", batch.id, error)
                 await asyncio.sleep(_STORAGE_PAUSE_S)
             except Exception:
                 log.exception("batch %s failed", batch.id)
-                problem = Problem("internal_error", "internal error")
-                with contextlib.suppress(FileStorageFailed, ServerBusy):
-                    await self._fail(batch, [problem])
-                return
+                if problems:
+                    return
+                problems = [Problem("internal_error", "internal error")]
 
     async def _work(self, batch: Batch) -> None:
         batch = self.store.get(batch.group, batch.id)
@@ -206,12 +209,20 @@ class BatchRunner:
         if (error := _ENDS.get(ends_as)) is not None:
             await fill(lines, results, lambda number: request_id(batch.id, number), error)
             tally.update()
-        # The ids are on the disk before the files: a file is stored once.
+        batch = await self._store(batch, results)
+        batch = await self.store.change(
+            batch, if_in={"finalizing", "cancelling"}, status=ends_as, total=len(lines)
+        )
+        await self.store.clean(batch)
+
+    async def _store(self, batch: Batch, results: Results) -> Batch:
+        """Make files of the logs. The ids are on the disk before the files: a file is stored
+        once."""
         ids = {
             "output_file_id": _id_for(results.answers, batch.output_file_id),
             "error_file_id": _id_for(results.errors, batch.error_file_id),
         }
-        batch = await self.store.change(batch, if_in={"finalizing", "cancelling"}, **ids)
+        batch = await self.store.change(batch, if_in=_UNFINISHED, **ids)
         for log_, file_id, name in (
             (results.answers, batch.output_file_id, "output"),
             (results.errors, batch.error_file_id, "error"),
@@ -221,19 +232,19 @@ class BatchRunner:
                     *(batch.group, log_.path, f"{batch.id}_{name}.jsonl", file_id),
                     batch.output_lifetime_s,
                 )
-        batch = await self.store.change(
-            batch, if_in={"finalizing", "cancelling"}, status=ends_as, total=len(lines)
-        )
-        await self.store.clean(batch)
+        return batch
 
     async def _fail(self, batch: Batch, problems: list[Problem]) -> None:
-        # A batch that is being cancelled before it was checked has no results either.
-        batch = await self.store.change(
-            batch,
-            if_in={"validating", "in_progress", "finalizing", "cancelling"},
-            status="failed",
-            errors=problems,
-        )
+        """End a batch because of `problems`. It keeps the results that it has."""
+        batch = self.store.get(batch.group, batch.id)
+        if batch.total:
+            results = Results(self.store.folder(batch), batch.id, batch.total)
+            try:
+                await asyncio.to_thread(results.open)
+                batch = await self._store(batch, results)
+            finally:
+                results.close()
+        batch = await self.store.change(batch, if_in=_UNFINISHED, status="failed", errors=problems)
         await self.store.clean(batch)
 
 

@@ -359,6 +359,28 @@ def test_an_input_that_cannot_be_read_for_a_moment_costs_no_results(
     asyncio.run(run())
 
 
+def test_a_batch_that_fails_keeps_its_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> Any:
+        raise ValueError("unexpected")
+
+    async def run() -> None:
+        async with serving(tmp_path, Model(gate=asyncio.Semaphore(2))) as parts:
+            made = await create(parts.web, lines(6))
+            while (await _counts(parts.web, made))["completed"] < 2:
+                await asyncio.sleep(0.01)
+        monkeypatch.setattr(runner_module, "scan", failing)
+        async with serving(tmp_path, Model()) as parts:
+            over = await until(parts.web, made)
+            assert over["status"] == "failed"
+            assert [each["code"] for each in over["errors"]["data"]] == ["internal_error"]
+            assert len(await results(parts.web, over["output_file_id"])) == 2
+            assert over["error_file_id"] is None
+
+    asyncio.run(run())
+
+
 # ---------------------------------------------------------------------- the life of a batch
 
 

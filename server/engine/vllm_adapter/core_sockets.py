@@ -50,17 +50,24 @@ class InputSocket:
         self._send_later = socket.send_multipart
         self._socket: Any = zmq.Socket.shadow(socket)
         self._sent = _Sent()
+        self._last_put_off: Any = None
 
     def send_multipart(self, parts: Sequence[Any], copy: bool = True) -> Awaitable[Any]:
         """Send a message, at once unless the socket's queue is full."""
+        if self._last_put_off is not None and not self._last_put_off.done():
+            return self._put_off(parts, copy)
         *others, last = parts
         try:
             for part in others:  # once the first is taken, all are
                 self._socket.send(part, _DONTWAIT | _SNDMORE, copy=copy)
             self._socket.send(last, _DONTWAIT, copy=copy)
         except zmq.Again:
-            return self._send_later(parts, copy=copy)
+            return self._put_off(parts, copy)
         return self._sent
+
+    def _put_off(self, parts: Sequence[Any], copy: bool) -> Awaitable[Any]:
+        self._last_put_off = self._send_later(parts, copy=copy)
+        return self._last_put_off  # type: ignore[no-any-return]
 
 
 class OutputSocket:
