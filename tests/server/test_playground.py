@@ -1,6 +1,7 @@
 """The playground in a real browser: what a new user does, sees and may do wrong."""
 
 import base64
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import httpx
 import playwright
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, Route, expect
 
 from server.http.usage import detail, view_detail
@@ -142,10 +144,24 @@ def test_a_new_user_asks_about_a_sample(page: Page) -> None:
     assert ask(page, "What is in the image?") == "a red circle"
     facts = page.locator(".facts").inner_text()
     assert "49 of pictures" in facts  # what was said before
-    legend = page.locator(".legend").inner_text()
-    assert {"Encode", "Prefill", "Generate"} <= set(re.findall(r"[A-Z][a-z]+", legend))
+    assert {"Prefill", "Generate"} <= stages(page)
     assert ask(page, "What shape is it?") == "circle"
     expect(page.locator(".badge").last).to_have_text("embedding cached")
+
+
+def test_the_stages_of_a_picture_that_the_server_does_not_know_include_its_encoding(
+    page: Page,
+) -> None:
+    new = encode(Image.frombytes("RGB", (64, 64), os.urandom(3 * 64 * 64)))
+    attach(page, "new.png", "image/png", new)
+    ask(page, "What is in the image?")
+    assert {"Encode", "Prefill", "Generate"} <= stages(page)
+    expect(page.locator(".badge").last).to_have_text("not cached")
+
+
+def stages(page: Page) -> set[str]:
+    """Those of the answer, by the words of the legend."""
+    return set(re.findall(r"[A-Z][a-z]+", page.locator(".legend").inner_text()))
 
 
 def test_an_error_is_shown_kindly_and_can_be_retried(page: Page) -> None:
