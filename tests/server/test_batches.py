@@ -181,10 +181,10 @@ def test_run_batch_goes_on_after_a_kill_and_keeps_the_order(tmp_path: Path) -> N
     wrong = line("wrong", CHAT, messages=[], max_tokens=2)
     source.write_bytes(b"".join(map(one_token, range(600))) + chat + wrong)
     words = ("run-batch", "-i", str(source), "-o", str(output), "--max-model-len", "1024")
-    log = (tmp_path / "log").open("wb")
-    process = template().start(
-        "tests.starts:saccade", *words, output=log.fileno(), errors=log.fileno()
-    )
+    with (tmp_path / "log").open("wb") as log:
+        process = template().start(
+            "tests.starts:saccade", *words, output=log.fileno(), errors=log.fileno()
+        )
     deadline = time.monotonic() + PATIENCE_S
     while not _lines_of(output.parent):
         assert process.poll() is None

@@ -64,7 +64,8 @@ def test_boxes_are_drawn_into_a_file(server: Server, folder: Path) -> None:
     done = saccade(server, folder, *words)
     assert done.returncode == 0
     assert "boxes in drawn.png" in done.stderr
-    assert Image.open(folder / "drawn.png").size == (224, 224)
+    with Image.open(folder / "drawn.png") as drawn:
+        assert drawn.size == (224, 224)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from PIL import Image, ImageCms
 from saccade_client import boxes, media, shrink
 from saccade_client.answers import ImageCost, ShownImage
 from saccade_client.boxes import Box
-from saccade_client.errors import UnusableMedia
+from saccade_client.client import Client
+from saccade_client.errors import SaccadeError, UnusableMedia
 from saccade_client.flow import Flow, Work
 from saccade_client.media import Document, Picture, Video
 from saccade_client.prepare import Asked, Prepared, Preparer
@@ -300,3 +301,9 @@ def test_boxes_are_drawn() -> None:
     drawn = boxes.draw(PNG, [Box(50, 60, 150, 160, "here"), Box(300, 40, -20, 10)])
     assert drawn.size == (224, 224)
     assert drawn.getpixel((50, 120)) == (0xE6, 0x19, 0x4B)
+
+
+def test_an_api_key_that_cannot_be_sent_is_an_error() -> None:
+    for key in ("sk-ä", "sk-\n"):
+        with pytest.raises(SaccadeError, match="API key"):
+            Client("http://127.0.0.1:1/v1", key)

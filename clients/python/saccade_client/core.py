@@ -105,6 +105,8 @@ class Core:
         self._root = self.url.removesuffix("/v1")
         self._host = httpx.URL(self.url).host
         key = settings.api_key or os.environ.get("OPENAI_API_KEY")
+        if key and not (key.isascii() and key.isprintable()):
+            raise SaccadeError("the API key has characters that cannot be sent")
         self.headers = {
             "User-Agent": f"saccade-client/{__version__}",
             "X-Request-Timeout": f"{settings.timeout_s:g}",
