@@ -127,7 +127,7 @@ ANSWERS = [(f"r{n}", f"answer {n}") for n in range(40)]
 
 
 def test_results_have_the_order_of_the_requests(server: Server, tmp_path: Path) -> None:
-    server.delay_s = 0.05
+    server.delay_s = 0.2
     (tmp_path / "in.jsonl").write_text(lines(40))
     done = run(server, "in.jsonl", "out.jsonl", "-c", "8", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
@@ -137,7 +137,7 @@ def test_results_have_the_order_of_the_requests(server: Server, tmp_path: Path) 
 
 
 def test_pipes_have_the_order_of_the_requests(server: Server) -> None:
-    server.delay_s = 0.05
+    server.delay_s = 0.2
     done = run(server, "-", "-", "-c", "8", input=lines(40))
     assert (done.returncode, done.stderr) == (0, "")
     assert results(done.stdout) == ANSWERS
