@@ -120,22 +120,25 @@ async def running(args: Namespace, settings: Settings, report: Report) -> AsyncI
         engine_queue = EngineQueue(engine)
         admission = Admission(launch.admission_limits(engine, settings), engine_queue.why_full)
         reader = RequestReader(limits, embeds, body_bounds(settings.http))
-        if pool is None or limits is None:
-            yield Parts(
-                *(engine, heartbeat, engine_caches, fetcher.cache, pool, reader, None, store),
-                admission,
-            )
-            return
-        expander = Expander(pool, limits)
-        loader = MediaLoader(fetcher, limits, args.allowed_local_media_path, store, expander)
-        clips = launch.clip_decoder(settings, pool.forkserver)
-        stack.callback(clips.close)
-        path = await launch.connect(engine, settings, pool, clips, embeddings)
-        if not path.encoded:
-            report("this model preprocesses its images in vLLM")
+        loader = None
+        if pool is not None and limits is not None:
+            expander = Expander(pool, limits)
+            loader = MediaLoader(fetcher, limits, args.allowed_local_media_path, store, expander)
+            clips = launch.clip_decoder(settings, pool.forkserver)
+            stack.callback(clips.close)
+            path = await launch.connect(engine, settings, pool, clips, embeddings)
+            if not path.encoded:
+                report("this model preprocesses its images in vLLM")
         yield Parts(
-            *(engine, heartbeat, engine_caches, fetcher.cache, pool, reader, loader, store),
-            admission,
+            engine=engine,
+            heartbeat=heartbeat,
+            caches=engine_caches,
+            fetch_cache=fetcher.cache,
+            pool=pool,
+            reader=reader,
+            loader=loader,
+            files=store,
+            admission=admission,
         )
 
 

@@ -111,7 +111,7 @@ class ItemLoop:
         try:
             item = await asyncio.to_thread(self._lines.item, number)
             answer = await self._asking.ask(item, self._id_of(number), turn)
-            if answer.status in _BUSY and not self._is_hopeless(number, answer):
+            if answer.status in _BUSY and not self._kills_workers(number, answer):
                 self._repeat(number, answer.retry_after_s or _BUSY_PAUSE_S)
                 return
             await self._results.append(number, self._result(number, item, answer))
@@ -120,7 +120,7 @@ class ItemLoop:
             log.warning("a result of a batch cannot be stored, or its input not be read: %s", error)
             self._repeat(number, _STORAGE_PAUSE_S)
 
-    def _is_hopeless(self, number: int, answer: Answer) -> bool:
+    def _kills_workers(self, number: int, answer: Answer) -> bool:
         """Whether the workers of this request die again and again, which is its own fault."""
         if WorkerLost.code.encode() not in answer.body:
             return False

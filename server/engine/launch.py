@@ -37,6 +37,7 @@ from server.engine.vllm_adapter import (
     core_sockets,
     item_encoder,
     item_tracker,
+    processor_cache,
     quick_start,
     shared_segments,
     stat_logger,
@@ -110,6 +111,7 @@ def prepare(args: Namespace, settings: Settings) -> PreparedEngine:
     quick_start.register()
     stat_logger.register()
     core_sockets.install()
+    processor_cache.install()
     workers = None
     if model.supports_multimodal_inputs:
         workers = worker_spec(

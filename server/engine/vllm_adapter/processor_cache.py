@@ -95,6 +95,12 @@ class PooledItem(MultiModalKwargsItem):
         self._make = self.refill = self.elements = None
 
 
+def install() -> None:
+    """Let vLLM's cache learn the size of an item from its elements."""
+    lru: Any = vllm_lru
+    lru.MultiModalProcessorCacheItemMetadata = _Metadata
+
+
 class _Metadata(MultiModalProcessorCacheItemMetadata):
     """What vLLM's cache keeps of an item, without making tensors to learn their size."""
 
@@ -110,8 +116,6 @@ class ProcessorCache(BaseMultiModalProcessorCache):
     """Stands in for vLLM's P0 cache: reads it at once, updates it when a request is sent."""
 
     def __init__(self, cache: BaseMultiModalProcessorCache) -> None:
-        lru: Any = vllm_lru
-        lru.MultiModalProcessorCacheItemMetadata = _Metadata
         self._cache = cache
         # Without a P1 half (several engines) the cache itself holds the features.
         self._keeps_data = isinstance(cache, MultiModalProcessorOnlyCache)
