@@ -256,6 +256,7 @@ export class Composer {
   estimate() {
     clearTimeout(this.timer);
     this.estimating?.abort();
+    this.cost.setAttribute("aria-busy", "true");
     this.timer = setTimeout(() => this.count(), COST_DELAY_MS);
   }
 
@@ -281,6 +282,7 @@ export class Composer {
       each.rowCount = rows.length;
       this.on.price(each);
     }
+    this.cost.setAttribute("aria-busy", "false");
   }
 
   showCosts(error) {

@@ -70,16 +70,20 @@ def pictures(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def choose_sample(page: Page, name: str) -> None:
     page.get_by_role("button", name=name, exact=True).click()
     expect(page.locator(".tray .tokens").first).to_contain_text("token")
+    expect(page.locator(".cost")).to_have_attribute("aria-busy", "false")
 
 
 def attach(page: Page, name: str, kind: str, data: bytes) -> None:
+    attached = page.locator(".tray li")
+    before = attached.count()
     files = page.locator("input[type=file]").first
     files.set_input_files({"name": name, "mimeType": kind, "buffer": data})
-    expect(page.locator(".tray li").last).to_be_visible()
+    expect(attached).to_have_count(before + 1)
 
 
 def tokens_of(place: Locator) -> int:
-    """The number of tokens that the page shows."""
+    """The number of tokens that the page shows, once no other is being counted."""
+    expect(place.page.locator(".cost")).to_have_attribute("aria-busy", "false")
     expect(place).to_contain_text("token")
     found = re.search(r"([\d,]+) tokens?", place.inner_text())
     assert found is not None
@@ -193,11 +197,9 @@ def test_the_cost_under_a_cap_is_known_before_the_question_is_sent(page: Page) -
     assert tokens_of(cost) == 140
     page.get_by_role("button", name="Detail and caps").click()
     page.get_by_label("Tokens per picture").fill("40")
-    expect(cost).not_to_contain_text("140")
     capped = tokens_of(cost)
     assert 20 < capped <= 40
     page.get_by_label("Tokens for all").fill("10")
-    expect(cost).not_to_contain_text(str(capped))
     least = tokens_of(cost)
     assert least <= 10
     ask(page, "What is in the image?")
@@ -293,7 +295,6 @@ def test_several_pictures_pages_and_clips(page: Page) -> None:
     expect(page.locator(".status")).to_have_text(re.compile("The server draws the pages"))
     expect(page.locator(".sizes")).to_contain_text("640 × 480")
     page.get_by_label("Pages of pages.pdf").fill("2")
-    expect(cost).not_to_contain_text(str(all_pages))
     assert tokens_of(cost) * 3 == all_pages
     page.get_by_label("Pages of pages.pdf").fill("7")
     expect(cost).to_have_class(re.compile("bad"))
