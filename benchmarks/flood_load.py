@@ -120,6 +120,12 @@ async def _chat(client: Client, parts: list[bytes]) -> None:
     await asyncio.gather(client.send(head, *pieces), client.receive())
 
 
+async def _announced(client: Client, parts: list[bytes]) -> None:
+    """Only the head of a chat: what is measured is not how fast this process sends a body."""
+    head = _head(sum(map(len, parts)))
+    await asyncio.gather(client.send(head), client.receive())
+
+
 def _dribble(begin: bytes, piece: bytes, pause_s: float) -> Flood:
     """Send `begin`, and then `piece` again and again until the server closes the connection."""
 
@@ -153,6 +159,7 @@ async def _never_reads(client: Client, parts: list[bytes]) -> None:
 
 FLOODS: dict[str, Flood] = {
     "chat": _chat,
+    "announced": _announced,
     "slow_body": _dribble(_head(10_000_000), b" " * 100, 1.0),
     "slow_headers": _dribble(_LINE, b"x: y\r\n", 1.0),
     "endless_headers": _dribble(_LINE, b"x: " + b"y" * 65_536 + b"\r\n", 0.0),

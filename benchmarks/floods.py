@@ -63,6 +63,9 @@ FLOODS = {
         lambda: [large_pictures.makers()["PNG RGB 8"]()],
     ),
     "large_bodies": Flood("500 chats with a body of 49 MB", "chat", 500, 60, _large_bmp),
+    "announced_bodies": Flood(
+        "500 heads that announce a body of 49 MB", "announced", 500, 60, _large_bmp
+    ),
     "many_pictures": Flood(
         "500 chats with 20 JPEGs of 1920x1080",
         "chat",

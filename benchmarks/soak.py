@@ -7,10 +7,11 @@ Clients send text, photos, PDFs, animations, clips and uploads in all dialects, 
 refused bodies and URLs of hostile origins, and some leave early. Meanwhile image workers and the
 forkserver are killed or stopped, the engine is stopped, and Redis hangs or is restarted.
 
-First, `--warm-up-s` of the same load fills all caches, which are small here. Then the server rests
-for `--settle-s`, and memory, open files, threads, segments and processes are noted; the same again
-after the soak. The exit status is 1 if the server has more of anything than before, or if a request
-got a 5xx other than 503, an answer that its kind must not get, or none within two minutes.
+First, `--warm-up-s` of the same load from four times as many clients fills all caches, which are
+small here, and starts the threads of pools. Then the server rests for `--settle-s`, and memory,
+open files, threads, segments and processes are noted; the same again after the soak. The exit
+status is 1 if the server has more of anything than before, or if a request got a 5xx other than
+503, an answer that its kind must not get, or none within two minutes.
 """
 
 import argparse
@@ -36,18 +37,13 @@ from benchmarks.soak_traffic import traffic
 from tests.hostile_origin import HostileOrigin
 
 _INTERVAL_S = 5.0
+_WARM_UP_CLIENTS = 4  # times as many: a pool starts a thread when all of its threads are busy
 # All caches are small, so that the warm-up fills them, and limits short, so that they are reached.
 _FLAGS = (
     *("--served-model-name", MODEL, "--enforce-eager", "--dtype", "float32"),
     *("--max-model-len", "8192", "--num-gpu-blocks-override", "256", "--allow-private-media"),
-    *(
-        "--mm-processor-cache-gb",
-        "0.05",
-        "--embedding-cache-gb",
-        "0.05",
-        "--fetch-cache-gb",
-        "0.02",
-    ),
+    *("--mm-processor-cache-gb", "0.02", "--embedding-cache-gb", "0.05"),
+    *("--fetch-cache-gb", "0.02"),
     *("--embedding-cache-disk-gb", "0.05", "--files-gb", "0.1"),
     *("--max-image-bytes", str(8 << 20), "--fetch-timeout-s", "2", "--pdf-page-timeout-s", "1"),
     *("--image-timeout-s", "10", "--image-workers", "2", "--video-timeout-s", "20"),
@@ -124,7 +120,9 @@ class _Run:
 
     def go(self) -> dict[str, Any]:
         with self._serving() as server:
-            warm_up, _ = self._load(server, self._options.warm_up_s, self._options.warm_up_s / 9)
+            warm_up, _ = self._load(
+                server, self._options.warm_up_s, self._options.warm_up_s / 9, _WARM_UP_CLIENTS
+            )
             before = self._settled(server)
             started = len(self._samples)
             outcomes, injected = self._load(
@@ -181,11 +179,12 @@ class _Run:
             server.stop()
 
     def _load(
-        self, server: Server, seconds: float, fault_interval_s: float
+        self, server: Server, seconds: float, fault_interval_s: float, times: int = 1
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Traffic and faults for so long; their outcomes, and the faults."""
+        """Traffic of `times` as many clients, and faults, for so long; their outcomes, and the
+        faults."""
         until = time.monotonic() + seconds
-        concurrency, pause_s = self._options.concurrency, self._options.pause_s
+        concurrency, pause_s = times * self._options.concurrency, self._options.pause_s
         with (
             traffic(server.port, concurrency, pause_s, self._files, self._origin) as outcomes,
             injection(faults(server, self._redis), fault_interval_s, self._began) as injected,

@@ -31,7 +31,8 @@ _SEGMENT = "/memfd:saccade-image"
 @dataclass
 class Use:
     """What all processes of one role use; memory in MiB. `segments` are descriptors of the image
-    workers' shared memory; `files` are the others."""
+    workers' shared memory; `files` are the others, but for /dev/null: a worker has it in the place
+    of each descriptor that the forkserver happened to have."""
 
     processes: int = 0
     threads: int = 0
@@ -86,7 +87,7 @@ def sample(server: Server, began: float, folder: Path, *, thorough: bool = False
         opened = _open_files(pid)
         segments = sum(target.startswith(_SEGMENT) for target in opened)
         use.segments += segments
-        use.files += len(opened) - segments
+        use.files += len(opened) - segments - opened.count(os.devnull)
         if thorough:
             use.proportional_mib = (use.proportional_mib or 0.0) + proportional([pid]) / 2**20
             kinds.setdefault(role, collections.Counter()).update(map(_kind, opened))

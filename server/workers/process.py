@@ -21,9 +21,12 @@ _CPUCLOCK_SCHED = 2  # the clock of all threads of a process, with the kernel's 
 _OOM_SCORE = "500"
 
 # How often a process looks for freed memory to return, and how much is worth the pause: some 0.1 ms
-# for each MiB, during which its other threads cannot allocate.
+# for each MiB, during which its other threads cannot allocate. While the process is idle, the pause
+# delays nobody.
 _RETURN_INTERVAL_S = 20.0
 _WORTH_RETURNING_BYTES = 32 << 20
+_WORTH_RETURNING_IDLE_BYTES = 1 << 20
+_IDLE_SHARE = 0.05  # of a processor
 
 # A process that got less of a processor than this was stopped, or waits for the machine.
 _WORKING_SHARE = 0.1
@@ -124,8 +127,11 @@ def _return_regularly() -> None:
     return_freed_memory()
     least = _outside_of_heap_bytes()
     while True:
+        used_s = time.process_time()
         time.sleep(_RETURN_INTERVAL_S)
-        if _outside_of_heap_bytes() > least + _WORTH_RETURNING_BYTES:
+        is_idle = time.process_time() - used_s < _IDLE_SHARE * _RETURN_INTERVAL_S
+        worth = _WORTH_RETURNING_IDLE_BYTES if is_idle else _WORTH_RETURNING_BYTES
+        if _outside_of_heap_bytes() > least + worth:
             return_freed_memory()
             least = _outside_of_heap_bytes()
         least = min(least, _outside_of_heap_bytes())
