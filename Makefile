@@ -5,7 +5,8 @@
 # make audit   look up known vulnerabilities of what the images install; AUDIT=required fails offline
 # make vllm-next   report what the newest vLLM would break; never fails
 # make docs    build the documentation into site/
-# make lock    pin what the container images install, in deploy/requirements-*.txt
+# make examples   install what clients/examples needs, in .venv/examples
+# make lock    pin what the container images and the examples install
 # make sbom    write what the container images install to build/sbom-*.json, in CycloneDX format
 # make image-check   build the Dockerfile's cpu target without Docker and run it; needs root and Debian
 VENV  ?= .venv
@@ -27,7 +28,7 @@ FOLDERS = tests/unit
 # A process takes the next group of tests when it is free; see tests/conftest.py.
 GROUPS = --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: setup serve test test-fast without-vllm with-vllm lint types audit check benchmark vllm-next docs lock sbom image-check clean
+.PHONY: setup serve examples test test-fast without-vllm with-vllm lint types audit check benchmark vllm-next docs lock sbom image-check clean
 .DEFAULT_GOAL := serve
 
 setup: $(VENV)/.installed
@@ -39,7 +40,15 @@ $(VENV)/.installed: pyproject.toml clients/python/pyproject.toml deploy/install.
 serve: setup
 	@exec $(VENV)/bin/saccade serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
-test: setup
+# Their SDKs need other versions of packages than vLLM does.
+examples: $(VENV)/examples/.installed
+
+$(VENV)/examples/.installed: clients/examples/requirements.txt | setup
+	$(VENV)/bin/uv venv --quiet --allow-existing --python $(VENV)/bin/python $(VENV)/examples
+	$(VENV)/bin/uv pip sync --quiet --python $(VENV)/examples/bin/python $<
+	@touch $@
+
+test: setup examples
 	@deploy/test_services.sh $(VENV)/services
 	@$(VENV)/bin/python -m tests.kubernetes_tools $(VENV)/services/bin
 ifeq ($(TESTS),)

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Pins the packages of the images in deploy/requirements-cpu.txt and deploy/requirements-gpu.txt: the
 # newest versions that fit pyproject.toml, with the hashes of their files. pip installs no other files.
+# clients/examples/requirements.txt pins what the examples need in the same way.
 # `make lock` runs this script.
 set -eu
 
@@ -37,4 +38,11 @@ resolve --extra gpu --python-version 3.12 >"$scratch/all.txt"
     resolve --python-version 3.12 --constraint "$scratch/all.txt"
 } >"$scratch/requirements-gpu.txt"
 
+{
+    echo "# Written by \`make lock\` from requirements.in: what the examples and their tests need."
+    "$uv" pip compile --quiet --no-header --no-annotate --generate-hashes \
+        --universal --python-version 3.11 clients/examples/requirements.in
+} >"$scratch/examples.txt"
+
 mv "$scratch"/requirements-*.txt deploy/
+mv "$scratch/examples.txt" clients/examples/requirements.txt

@@ -5,6 +5,8 @@
 Models that ground their answers return boxes in pixels of the processed picture, or in a range
 of 0 to 1000 over it. `image_details` report the picture's processed size, and the region of the
 original that this size covers. `to_original` uses them to map a box back.
+
+It uses the server at OPENAI_BASE_URL, by default http://127.0.0.1:8000/v1.
 """
 
 import base64
@@ -42,7 +44,8 @@ def main() -> None:
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "red_circle.png"
     picture = base64.b64encode(path.read_bytes()).decode()
     client = OpenAI(
-        base_url=os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1"), api_key="none"
+        base_url=os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1"),
+        api_key=os.environ.get("OPENAI_API_KEY", "none"),
     )
     url = {"url": f"data:image/png;base64,{picture}", "detail": "low"}
     answer = client.chat.completions.create(

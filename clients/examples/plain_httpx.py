@@ -1,10 +1,13 @@
 """Ask about one picture with nothing but an HTTP client.
 
-python clients/examples/plain_httpx.py
+    python clients/examples/plain_httpx.py [FILE]
+
+It uses the server at OPENAI_BASE_URL, by default http://127.0.0.1:8000/v1.
 """
 
 import base64
 import os
+import sys
 from pathlib import Path
 
 import httpx
@@ -13,10 +16,12 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    picture = base64.b64encode((HERE / "red_circle.png").read_bytes()).decode()
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "red_circle.png"
+    picture = base64.b64encode(path.read_bytes()).decode()
     base_url = os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1")
     response = httpx.post(
         f"{base_url}/chat/completions",
+        headers={"Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"},
         json={
             "model": "saccade-tiny",
             "temperature": 0,

@@ -1,10 +1,13 @@
 """Print an answer while it is generated, then its cost.
 
-python clients/examples/streaming.py
+    python clients/examples/streaming.py [FILE]
+
+It uses the server at OPENAI_BASE_URL, by default http://127.0.0.1:8000/v1.
 """
 
 import base64
 import os
+import sys
 from pathlib import Path
 
 from openai import OpenAI
@@ -13,9 +16,11 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    picture = base64.b64encode((HERE / "blue_square.png").read_bytes()).decode()
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "blue_square.png"
+    picture = base64.b64encode(path.read_bytes()).decode()
     client = OpenAI(
-        base_url=os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1"), api_key="none"
+        base_url=os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1"),
+        api_key=os.environ.get("OPENAI_API_KEY", "none"),
     )
     stream = client.chat.completions.create(
         model="saccade-tiny",

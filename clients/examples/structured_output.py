@@ -1,11 +1,14 @@
 """Get an answer that conforms to a JSON schema.
 
-python clients/examples/structured_output.py
+    python clients/examples/structured_output.py [FILE]
+
+It uses the server at OPENAI_BASE_URL, by default http://127.0.0.1:8000/v1.
 """
 
 import base64
 import json
 import os
+import sys
 from pathlib import Path
 
 from openai import OpenAI
@@ -20,9 +23,11 @@ SCHEMA = {
 
 
 def main() -> None:
-    picture = base64.b64encode((HERE / "red_circle.png").read_bytes()).decode()
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "red_circle.png"
+    picture = base64.b64encode(path.read_bytes()).decode()
     client = OpenAI(
-        base_url=os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1"), api_key="none"
+        base_url=os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1"),
+        api_key=os.environ.get("OPENAI_API_KEY", "none"),
     )
     answer = client.chat.completions.create(
         model="saccade-tiny",

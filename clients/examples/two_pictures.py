@@ -1,10 +1,13 @@
 """Ask about the second of two pictures: the model sees them in the order of the parts.
 
-python clients/examples/two_pictures.py
+    python clients/examples/two_pictures.py [FILE FILE]
+
+It uses the server at OPENAI_BASE_URL, by default http://127.0.0.1:8000/v1.
 """
 
 import base64
 import os
+import sys
 from pathlib import Path
 
 from openai import OpenAI
@@ -19,8 +22,11 @@ def picture(path: Path) -> ChatCompletionContentPartParam:
 
 
 def main() -> None:
+    pictures = [HERE / "red_circle.png", HERE / "blue_square.png"]
+    first, second = [Path(name) for name in sys.argv[1:]] or pictures
     client = OpenAI(
-        base_url=os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1"), api_key="none"
+        base_url=os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1"),
+        api_key=os.environ.get("OPENAI_API_KEY", "none"),
     )
     answer = client.chat.completions.create(
         model="saccade-tiny",
@@ -28,8 +34,8 @@ def main() -> None:
             {
                 "role": "user",
                 "content": [
-                    picture(HERE / "red_circle.png"),
-                    picture(HERE / "blue_square.png"),
+                    picture(first),
+                    picture(second),
                     {"type": "text", "text": "What is in the second image?"},
                 ],
             }

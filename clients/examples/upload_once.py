@@ -18,7 +18,8 @@ HERE = Path(__file__).parent
 def main() -> None:
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "blue_square.png"
     client = OpenAI(
-        base_url=os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1"), api_key="none"
+        base_url=os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1"),
+        api_key=os.environ.get("OPENAI_API_KEY", "none"),
     )
     file = client.files.create(file=path, purpose="vision")
     picture: Any = {"type": "image_url", "image_url": {"file_id": file.id}}

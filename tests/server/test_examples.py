@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Server
+from tests.server import test_example_sdks as sdks
 
 EXAMPLES = Path(__file__).parents[2] / "clients" / "examples"
 EXPECTED = {
@@ -18,6 +19,7 @@ EXPECTED = {
     "structured_output.py": "red\n",
     "plain_httpx.py": "a red circle\n",
     "upload_once.py": "a blue square\nblue\n",
+    "batch.py": "blue_square.png: a blue square\nred_circle.png: a red circle\n",
     "boxes.py": "320x240 shown as 320x256\nthe middle half is at (80.0, 60.0, 240.0, 180.0)\n",
 }
 
@@ -39,7 +41,15 @@ def test_a_python_example_prints_the_expected_text(
 
 
 def test_every_python_example_is_tested() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == set(EXPECTED)
+    tested = {*EXPECTED, *sdks.EXPECTED, *sdks.THROUGH_PROXY, "gradio_app.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == tested
+
+
+def test_the_readme_of_the_examples_lists_them() -> None:
+    rows = re.findall(r"^\| `([\w.]+)` ", (EXAMPLES / "README.md").read_text(), re.MULTILINE)
+    assert len(set(rows)) == len(rows)
+    assert {path.name for path in EXAMPLES.glob("*.py")} | {"litellm_proxy.yaml"} <= set(rows)
+    assert [name for name in rows if not (EXAMPLES / name).exists()] == []
 
 
 def test_the_curl_example_gets_the_right_answer(server: Server, tmp_path: Path) -> None:
