@@ -284,6 +284,12 @@ class RequestTooComplex(ClientError):
     code = "request_too_complex"
 
 
+class TooManyAnswers(ClientError):
+    """The request has more prompts, times `n`, than `--max-num-queued-reqs` allows at a time."""
+
+    code = "too_many_answers"
+
+
 class RequestTimeout(ClientError):
     """The headers did not arrive in time, or the request body stopped arriving."""
 

@@ -25,6 +25,7 @@ from prometheus_client import start_http_server
 from server.app import Report, running
 from server.batches.items import Answer, ItemLoop
 from server.batches.lines import Item, LineLimits, Lines, scan
+from server.batches.lock import locked
 from server.batches.results import Results, request_id
 from server.concurrency import cancel
 from server.engine import vllm_http
@@ -55,7 +56,9 @@ async def run(args: Namespace, settings: Settings, report: Report) -> int:
         with input_path.open("rb") as file:
             lines = _checked(file, settings, args.input_file)
             batch_id = f"batch_{_digest(file)[:32]}"
-            status = await _answered(args, settings, report, lines, batch_id, output)
+            output.parent.mkdir(exist_ok=True, parents=True)
+            with locked(output):
+                status = await _answered(args, settings, report, lines, batch_id, output)
         if sent and status == 0:
             try:
                 await _send(output, args.output_file)
@@ -101,9 +104,9 @@ async def _answered(
     batch_id: str,
     output: Path,
 ) -> int:
-    """Answer the requests and write the output file; returns the exit status."""
+    """Answer the requests and write the output file, which is locked; returns the exit status."""
     logs = output.with_name(output.name + ".partial")
-    logs.mkdir(exist_ok=True, parents=True)
+    logs.mkdir(exist_ok=True)
     results = Results(logs, batch_id, len(lines))
     results.open()
     try:

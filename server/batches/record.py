@@ -7,6 +7,7 @@ import msgspec
 from msgspec import Meta
 
 from server.batches.lines import Problem
+from server.batches.usage import Usage
 
 Status = Literal[
     "validating",
@@ -41,6 +42,8 @@ class Batch(msgspec.Struct, frozen=True):
         output_lifetime_s: of its results; None: that of other files.
         times: when it entered each state.
         total: its requests; 0 before they are counted.
+        usage: the tokens of the answers so far.
+        model: that of the answers so far; None: they have several, or there are none.
     """
 
     id: Annotated[str, Meta(pattern=r"\Abatch_[0-9a-f]{32}\Z")]
@@ -59,6 +62,8 @@ class Batch(msgspec.Struct, frozen=True):
     total: int = 0
     completed: int = 0
     failed: int = 0
+    usage: Usage = Usage()
+    model: str | None = None
     output_file_id: str | None = None
     error_file_id: str | None = None
     errors: list[Problem] = []
@@ -98,6 +103,8 @@ class Batch(msgspec.Struct, frozen=True):
                 "completed": self.completed,
                 "failed": self.failed,
             },
+            "usage": self.usage.shown(),
+            "model": self.model,
             "metadata": self.metadata,
         }
 

@@ -17,6 +17,7 @@ from typing import BinaryIO, NamedTuple
 
 import msgspec
 
+from server.batches.usage import Usage, read_answer
 from server.ingest.files.disk import synchronize, translated
 from server.telemetry import metrics
 
@@ -42,19 +43,25 @@ class Result(msgspec.Struct):
     error: dict[str, str] | None = None
 
 
-class _Id(msgspec.Struct):
-    """The part of a line that says which request it is about."""
+class _Body(msgspec.Struct):
+    body: msgspec.Raw = msgspec.Raw()
+
+
+class _Line(msgspec.Struct):
+    """The parts of a line that are read again: which request it is about, and its answer."""
 
     id: str
+    response: _Body | None = None
 
 
 _ANSWERED, _FAILED = map(metrics.batch_requests.labels, ("answered", "failed"))
-_LINES = msgspec.json.Decoder(_Id)
+_LINES = msgspec.json.Decoder(_Line)
 
 
 class _Pending(NamedTuple):
     number: int
     line: bytes
+    body: msgspec.Raw | None
     written: "asyncio.Future[None]"
 
 
@@ -67,10 +74,13 @@ class ResultLog:
     """One of the logs. Its methods, but for `append`, block."""
 
     def __init__(self, path: Path, done: bytearray) -> None:
-        """`done` has a 1 for each request that has a result, in any log."""
+        """`done` has a 1 for each request that has a result, in any log. `usage` and `models` are
+        those of all answers in this one."""
         self.path = path
         self.lines = 0
         self.nbytes = 0
+        self.usage = Usage()
+        self.models: set[str] = set()
         self._done = done
         self._fd = -1
         self._pending: list[_Pending] = []
@@ -83,10 +93,10 @@ class ResultLog:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             with os.fdopen(os.dup(self._fd), "rb") as file:
                 for line in file:
-                    number = _number_of(line)
+                    number, body = _read(line)
                     if number is None or number >= len(self._done) or self._done[number]:
                         break
-                    self._note(number, len(line))
+                    self._note(number, len(line), body)
             if (cut := os.fstat(self._fd).st_size - self.nbytes) > 0:
                 log.warning("%s: removed %d bytes of unfinished results", self.path.name, cut)
                 self._cut()
@@ -107,7 +117,8 @@ class ResultLog:
         if b"\n" in line:  # within a body that was not written by us
             line = msgspec.json.format(line, indent=-1)
         written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._pending.append(_Pending(number, line + b"\n", written))
+        body = None if result.response is None else result.response.body
+        self._pending.append(_Pending(number, line + b"\n", body, written))
         if self._writing is None:
             self._writing = asyncio.create_task(self._write_pending())
         await written
@@ -128,7 +139,7 @@ class ResultLog:
                         each.written.set_exception(error)
                 continue
             for each in pending:
-                self._note(each.number, len(each.line))
+                self._note(each.number, len(each.line), each.body)
                 if not each.written.done():
                     each.written.set_result(None)
         self._writing = None
@@ -151,19 +162,26 @@ class ResultLog:
         os.ftruncate(self._fd, self.nbytes)
         os.fdatasync(self._fd)
 
-    def _note(self, number: int, nbytes: int) -> None:
+    def _note(self, number: int, nbytes: int, body: msgspec.Raw | None) -> None:
         self._done[number] = 1
         self.lines += 1
         self.nbytes += nbytes
+        if body is not None:
+            usage, model = read_answer(body)
+            self.usage += usage
+            self.models.update(() if model is None else (model,))
 
 
-def _number_of(line: bytes) -> int | None:
-    """The number of the request that a line is about; None if it is not a whole line."""
+def _read(line: bytes) -> tuple[int | None, msgspec.Raw | None]:
+    """The number of the request that a line is about, None if it is not a whole line; and the body
+    of the response."""
     try:
-        found = _ID.fullmatch(_LINES.decode(line).id) if line.endswith(b"\n") else None
+        read = _LINES.decode(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):  # ValueError is also msgspec's
-        return None
-    return None if found is None else int(found[1], 16)
+        return None, None
+    if read is None or (found := _ID.fullmatch(read.id)) is None:
+        return None, None
+    return int(found[1], 16), None if read.response is None else read.response.body
 
 
 class Results:
@@ -206,7 +224,7 @@ class Results:
             for file in (answers, errors):
                 start = 0
                 for line in file:
-                    if (number := _number_of(line)) is not None:
+                    if (number := _read(line)[0]) is not None:
                         places[number] = file, start, len(line)
                     start += len(line)
             for _, (source, start, size) in sorted(places.items()):

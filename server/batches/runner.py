@@ -241,6 +241,7 @@ class BatchRunner:
             results = Results(self.store.folder(batch), batch.id, batch.total)
             try:
                 await asyncio.to_thread(results.open)
+                self.store.count(batch, results)
                 batch = await self._store(batch, results)
             finally:
                 results.close()
@@ -265,8 +266,7 @@ class _Tally:
 
     def update(self) -> None:
         """There may be more results than before."""
-        completed, failed = self._results.answers.lines, self._results.errors.lines
-        self._store.count(self._batch, completed, failed)
+        self._store.count(self._batch, self._results)
         self._log(self._results.nbytes)
 
     def close(self) -> None:

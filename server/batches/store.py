@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from server.batches.record import Batch, Status, new_id
+from server.batches.results import Results
 from server.errors import (
     BatchQuotaExceeded,
     CannotStart,
@@ -153,10 +154,18 @@ class BatchStore:
         others = (each.total for each in self.unfinished(batch.group) if each.id != batch.id)
         return sum(others) + items <= self._group_items
 
-    def count(self, batch: Batch, completed: int, failed: int) -> None:
-        """Note how many requests have a result, which the logs say too."""
-        batch = self.get(batch.group, batch.id)
-        self._keep(msgspec.structs.replace(batch, completed=completed, failed=failed))
+    def count(self, batch: Batch, results: Results) -> None:
+        """Note how many requests have a result, and their tokens, which the logs say too."""
+        answers, models = results.answers, results.answers.models
+        self._keep(
+            msgspec.structs.replace(
+                self.get(batch.group, batch.id),
+                completed=answers.lines,
+                failed=results.errors.lines,
+                usage=answers.usage,
+                model=next(iter(models)) if len(models) == 1 else None,
+            )
+        )
 
     async def change(self, batch: Batch, *, if_in: Collection[Status], **changes: Any) -> Batch:
         """Change the record, durably, unless its status is none of `if_in`; a new status gets its

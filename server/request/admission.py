@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from server.errors import EngineQueueFull, SaccadeError, ServerBusy
+from server.errors import EngineQueueFull, SaccadeError, ServerBusy, TooManyAnswers
 from server.request.budgets import Budgets, Holdings, Resource
 from server.request.limits import Quota, Usage, headers
 from server.request.slots import Slots
@@ -161,7 +161,8 @@ class Admission:
 
         Raises:
             RateLimited: the key is over one of its limits.
-            EngineQueueFull: the engine would refuse the request.
+            EngineQueueFull: the engine would refuse the request now.
+            TooManyAnswers: the engine would always refuse the request.
             ServerBusy: the queue is full, or the request would wait too long.
         """
         return Permit(self, record, quotas, cost, engine_requests, turn)
@@ -200,8 +201,13 @@ class Admission:
         return usages
 
     def check_engine(self, requests: int) -> None:
-        """Raises EngineQueueFull if the engine would refuse this many requests more."""
+        """Raises EngineQueueFull if the engine would refuse this many requests more, and
+        TooManyAnswers if it always would."""
         most = self.limits.engine_requests
+        if most and requests > most:
+            raise TooManyAnswers(
+                f"the request is for {requests} answers, the limit is {most} at a time"
+            )
         why = self._engine_is_full()
         if most is not None and self.engine_requests + requests > most:
             why = f"{self.engine_requests} requests run or wait in the engine, the limit is {most}"

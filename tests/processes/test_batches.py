@@ -80,13 +80,38 @@ class Model:
                 await self.gate.acquire()
         finally:
             self.running -= 1
-        return JSONResponse({"text": body["prompt"], "process": os.getpid()})
+        answer = {"text": body["prompt"], "process": os.getpid()}
+        return JSONResponse({**answer, "model": body.get("model", "tiny"), "usage": _usage(body)})
 
     def open(self) -> None:
         """Let everything pass the gate from now on."""
         assert self.gate is not None
         for _ in range(10_000):
             self.gate.release()
+
+
+def _usage(body: dict[str, Any]) -> dict[str, Any]:
+    """As of a chat, whose prompt has a token for each character and is half cached."""
+    size = len(body["prompt"])
+    return {
+        "prompt_tokens": size,
+        "prompt_tokens_details": {"cached_tokens": size // 2},
+        "completion_tokens": 3,
+        "completion_tokens_details": {"reasoning_tokens": 2},
+        "total_tokens": size + 3,
+    }
+
+
+def total_usage(prompts: list[str]) -> dict[str, Any]:
+    """What a batch shows when these prompts are answered."""
+    sizes = [len(prompt) for prompt in prompts]
+    return {
+        "input_tokens": sum(sizes),
+        "input_tokens_details": {"cached_tokens": sum(size // 2 for size in sizes)},
+        "output_tokens": 3 * len(sizes),
+        "output_tokens_details": {"reasoning_tokens": 2 * len(sizes)},
+        "total_tokens": sum(sizes) + 3 * len(sizes),
+    }
 
 
 @dataclass
@@ -109,12 +134,14 @@ async def serving(
     max_bytes: int | None = None,
     group_count: int = 3,
     group_items: int = 5000,
+    engine_requests: int | None = None,
 ) -> AsyncIterator[Parts]:
     """The routes of files, of batches and of `model`, behind the layers of the server."""
     keys_file = folder / "keys.json"
     keys_file.write_text(json.dumps(KEYS))
     ring = KeyRing(keys_file if with_keys else None, [], None)
-    admission = Admission(limits(running=SLOTS, in_engine=SLOTS))
+    bounds = limits(running=SLOTS, in_engine=SLOTS, engine_requests=engine_requests)
+    admission = Admission(bounds)
     app = FastAPI()
     app.state.draining = False
     app.state.max_batch_bytes = 1 << 20
@@ -268,6 +295,8 @@ def test_each_request_has_one_result_however_often_the_server_is_killed(tmp_path
             assert {each["response"]["body"]["error"]["code"] for each in bad.values()} == {"bad"}
             answered = Counter(each["response"]["body"]["process"] for each in good.values())
             assert len(answered) > 2, "one server did nearly everything"
+            prompts = [each["response"]["body"]["text"] for each in good.values()]
+            assert (over["usage"], over["model"]) == (total_usage(prompts), "tiny")
             await idle(parts)
             listed = (await parts.web.get("/v1/files")).json()["data"]
             assert len(listed) == len(stored(tmp_path, "files")) == 3
@@ -376,12 +405,32 @@ def test_a_batch_that_fails_keeps_its_results(
             assert over["status"] == "failed"
             assert [each["code"] for each in over["errors"]["data"]] == ["internal_error"]
             assert len(await results(parts.web, over["output_file_id"])) == 2
+            assert over["request_counts"] == {"total": 6, "completed": 2, "failed": 0}
+            assert over["usage"]["output_tokens"] == 6
             assert over["error_file_id"] is None
 
     asyncio.run(run())
 
 
 # ---------------------------------------------------------------------- the life of a batch
+
+
+def test_a_batch_with_answers_of_several_models_names_none(tmp_path: Path) -> None:
+    text = lines(3)
+    other = text.replace(b'"prompt": "prompt 2"', b'"prompt": "prompt 2", "model": "other"')
+    assert other != text
+
+    async def run() -> None:
+        async with serving(tmp_path, Model()) as parts:
+            made = [await create(parts.web, each) for each in (text, other)]
+            assert (made[0]["usage"], made[0]["model"]) == (total_usage([]), None)
+            over = [await until(parts.web, each) for each in made]
+            assert [each["model"] for each in over] == ["tiny", None]
+            assert [each["usage"] for each in over] == [
+                total_usage([f"prompt {n}" for n in range(3)])
+            ] * 2
+
+    asyncio.run(run())
 
 
 def test_a_batch_is_cancelled_and_keeps_what_was_answered(tmp_path: Path) -> None:
@@ -452,6 +501,20 @@ def test_requests_that_the_server_is_too_busy_for_run_later(tmp_path: Path) -> N
             over = await until(parts.web, await create(parts.web, lines(6)))
             assert over["request_counts"] == {"total": 6, "completed": 6, "failed": 0}
             assert len(model.asked) == 9
+
+    asyncio.run(run())
+
+
+def test_a_request_that_can_never_run_fails_at_once(tmp_path: Path) -> None:
+    text = lines(20).replace(b'"prompt": "prompt 7"', b'"prompt": "prompt 7", "n": 5')
+
+    async def run() -> None:
+        async with serving(tmp_path, Model(), engine_requests=4) as parts:
+            over = await until(parts.web, await create(parts.web, text))
+            assert over["request_counts"] == {"total": 20, "completed": 19, "failed": 1}
+            failed = (await results(parts.web, over["error_file_id"]))["item-7"]["response"]
+            assert failed["status_code"] == 400
+            assert failed["body"]["error"]["code"] == "too_many_answers"
 
     asyncio.run(run())
 

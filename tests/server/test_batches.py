@@ -83,6 +83,15 @@ def test_a_batch_of_pictures_is_answered_as_over_http(client: OpenAI) -> None:
     assert over.request_counts is not None
     assert (over.request_counts.completed, over.request_counts.failed) == (2, 2)
     good, bad = results(client, over.output_file_id), results(client, over.error_file_id)
+    used = [each["response"]["body"]["usage"] for each in good.values()]
+    assert over.usage is not None
+    assert over.usage.input_tokens == sum(each["prompt_tokens"] for each in used)
+    assert over.usage.output_tokens == sum(each["completion_tokens"] for each in used)
+    assert over.usage.total_tokens == over.usage.input_tokens + over.usage.output_tokens
+    assert over.usage.input_tokens_details.cached_tokens == sum(
+        each["prompt_tokens_details"]["cached_tokens"] for each in used
+    )
+    assert over.model == "saccade-tiny"
     direct: Any = client.chat.completions.create(
         model="saccade-tiny", messages=messages, temperature=0
     )
@@ -154,6 +163,8 @@ def test_a_batch_of_1000_survives_a_kill_of_the_server(tmp_path: Path) -> None:
         assert _completed(after) >= _completed(before)
         over = until(client, made)
         assert (over.status, over.error_file_id, _completed(over)) == ("completed", None, 1000)
+        assert over.usage is not None
+        assert over.usage.output_tokens == 1000
         found = results(client, over.output_file_id)
         assert found.keys() == {f"item-{number}" for number in range(1000)}
         assert len({each["response"]["request_id"] for each in found.values()}) == 1000
@@ -190,6 +201,10 @@ def test_run_batch_goes_on_after_a_kill_and_keeps_the_order(tmp_path: Path) -> N
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    process.send_signal(signal.SIGSTOP)  # so that it is not over before the next one begins
+    second = template().run("tests.starts:saccade", *words)
+    assert second.returncode == 1
+    assert f"another process writes the results to {output}" in second.stderr
     process.kill()
     process.wait(10)
     assert not output.exists()

@@ -171,11 +171,23 @@ def refusal(answer: httpx.Response) -> dict[str, Any]:
 
 
 def test_a_request_that_the_engine_would_refuse_is_refused_before_any_work(
+    scarce: Server, http: httpx.Client, origin: Origin
+) -> None:
+    with scarce.engine_held(), sent(scarce, chat(n=4, temperature=1)):
+        wait_for(http, lambda now: value(now, "saccade_requests_running") == 1)
+        error = refusal(http.post(CHAT, json=chat(at(origin, "/never.png"), n=3)))
+    assert error["code"] == "engine_queue_full"
+    assert "4 requests run or wait in the engine, the limit is 6" in error["message"]
+    assert origin.requests == []
+
+
+def test_a_request_that_the_engine_would_always_refuse_is_invalid(
     http: httpx.Client, origin: Origin
 ) -> None:
-    error = refusal(http.post(CHAT, json=chat(at(origin, "/never.png"), n=7)))
-    assert error["code"] == "engine_queue_full"
-    assert "the limit is 6" in error["message"]
+    answer = http.post(CHAT, json=chat(at(origin, "/never.png"), n=7))
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (400, "too_many_answers")
+    assert "7 answers, the limit is 6" in error["message"]
     assert origin.requests == []
     assert http.post(CHAT, json=chat(n=6, temperature=1)).status_code == 200
 

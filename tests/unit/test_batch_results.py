@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from server.batches.results import Response, Result, Results, request_id
+from server.batches.usage import Usage
 from server.errors import FileStorageFailed
 
 BATCH = "batch_" + "ab" * 16
@@ -142,6 +143,62 @@ def test_what_failed_to_be_written_is_written_over(
                 "item-1",
                 "item-2",
             ]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("body", "usage", "models"),
+    [
+        (
+            {
+                "model": "m",
+                "usage": {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7},
+            },
+            Usage(5, 0, 2, 0, 7),
+            {"m"},
+        ),
+        (  # embeddings
+            {"model": "m", "usage": {"prompt_tokens": 5, "total_tokens": 5}, "data": [1.5]},
+            Usage(5, 0, 0, 0, 5),
+            {"m"},
+        ),
+        (  # responses
+            {
+                "model": "m",
+                "usage": {
+                    "input_tokens": 5,
+                    "input_tokens_details": {"cached_tokens": 4, "image_tokens": 3},
+                    "output_tokens": 2,
+                    "output_tokens_details": {"reasoning_tokens": 1},
+                    "total_tokens": 7,
+                },
+            },
+            Usage(5, 4, 2, 1, 7),
+            {"m"},
+        ),
+        (
+            {"model": "m", "usage": {"prompt_tokens": 5, "prompt_tokens_details": None}},
+            Usage(input_tokens=5),
+            {"m"},
+        ),
+        ({"usage": None}, Usage(), set()),
+        ({"model": "m", "usage": {"prompt_tokens": "5"}}, Usage(), set()),
+        ([1], Usage(), set()),
+    ],
+)
+def test_the_usage_of_answers_is_counted_when_they_come_and_when_they_are_read(
+    tmp_path: Path, body: object, usage: Usage, models: set[str]
+) -> None:
+    async def run() -> None:
+        raw = msgspec.Raw(msgspec.json.encode(body))
+        async with opened(tmp_path) as results:
+            for number in range(2):
+                name = request_id(BATCH, number)
+                await results.append(number, Result(name, "item", Response(200, name, raw)))
+            assert (results.answers.usage, results.answers.models) == (usage + usage, models)
+        async with opened(tmp_path) as results:
+            assert (results.answers.usage, results.answers.models) == (usage + usage, models)
 
     asyncio.run(run())
 
