@@ -8,10 +8,9 @@ from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, StreamingResponse
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
+from python_multipart.multipart import parse_options_header
 
-from server.concurrency import in_thread
+from server.concurrency import SLICE_BYTES, in_thread, slices
 from server.errors import BatchTooLarge, ClientError, UnknownFile
 from server.http.scope import context_of, group_of
 from server.ingest.files import (
@@ -30,6 +29,8 @@ _MAX_LISTED = 10_000
 MIN_LIFETIME_S, MAX_LIFETIME_S = 3600, 30 * 24 * 3600
 # Most bytes of a form besides its file: boundaries, headers and the other fields.
 MAX_OVERHEAD_BYTES = 64 * 1024
+_MAX_BOUNDARY_BYTES = 256  # RFC 2046 allows 70
+_MAX_PART_HEAD_BYTES = 8 * 1024
 _MAX_FIELDS = 32
 
 router = APIRouter()
@@ -47,7 +48,10 @@ async def create_file(raw_request: Request) -> JSONResponse:
     form = await in_thread(read_form, content_type, body)
     file, purpose, lifetime_s = _required(form, "file"), _purpose(form), _lifetime_s(form)
     try:
-        await _check_content(file.data, purpose, raw_request)
+        if purpose == "batch":
+            await _check_batch(file.data, raw_request.app.state.max_batch_bytes)
+        else:
+            await _check_media(file.data, raw_request)
     except ClientError as error:
         error.param = "file"
         raise
@@ -111,20 +115,25 @@ async def delete_file(file_id: str, raw_request: Request) -> JSONResponse:
     return JSONResponse({"id": file_id, "object": "file", "deleted": True})
 
 
-async def _check_content(data: bytes, purpose: UploadPurpose, raw_request: Request) -> None:
-    """Raises ClientError if nothing can be done with the file. The lines of a batch are checked
-    when it is created."""
-    if purpose == "batch":
-        most = raw_request.app.state.max_batch_bytes
-        if len(data) > most:
-            raise BatchTooLarge(f"the file has {len(data)} bytes, the limit is {most} bytes")
-        if not data or data.isspace():  # `strip` would copy it
-            raise ClientError("the file is empty")
-        return
+async def _check_batch(data: memoryview, max_bytes: int) -> None:
+    """Raises ClientError if `data` cannot be the input of a batch, whose lines are checked when it
+    is created."""
+    if len(data) > max_bytes:
+        raise BatchTooLarge(f"the file has {len(data)} bytes, the limit is {max_bytes} bytes")
+    if await in_thread(_is_blank, data):
+        raise ClientError("the file is empty")
+
+
+async def _check_media(data: memoryview, raw_request: Request) -> None:
+    """Raises ClientError if `data` is no image or PDF that requests may use."""
     loader: MediaLoader | None = raw_request.app.state.loader
     if loader is None:
         raise ClientError("this model takes no images and no files")
     await loader.check_upload(data, context_of(raw_request.scope))
+
+
+def _is_blank(data: memoryview) -> bool:
+    return all(piece.isspace() for piece in slices(data))
 
 
 def _store(raw_request: Request) -> FileStore:
@@ -161,95 +170,83 @@ def _chunks(content: BinaryIO) -> Iterator[bytes]:
 
 @dataclass(frozen=True)
 class Field:
-    """A field of a form. `filename` is the client's; "" if it gave none."""
+    """A field of a form. `filename` is the client's; "" if it gave none. `data` is a part of the
+    form's body."""
 
     filename: str
-    data: bytes
+    data: memoryview
 
     @property
     def text(self) -> str:
-        return self.data.decode("utf-8", "replace")
+        return bytes(self.data).decode("utf-8", "replace")
 
 
 def read_form(content_type: str, body: bytes) -> dict[str, Field]:
-    """Parse the fields of a form, by name. Takes time and as much memory as `body`.
+    """Parse the fields of a form, by name. Takes time, but no memory, that grows with `body`.
 
     Raises:
         ClientError: the body is not a form, is damaged, or has too many fields.
     """
     kind, options = parse_options_header(content_type)
     boundary = options.get(b"boundary", b"")
-    if kind != b"multipart/form-data" or not boundary:
+    if kind != b"multipart/form-data" or not 1 <= len(boundary) <= _MAX_BOUNDARY_BYTES:
         raise ClientError("the body must be multipart/form-data, with a boundary")
-    # Input that the parser would read byte by byte is refused, so that its steps are bounded.
-    delimiter = b"\r\n--" + boundary
-    if body.count(delimiter) > _MAX_FIELDS:
-        raise ClientError(f"the form has more than {_MAX_FIELDS} fields")
-    if delimiter + b" " in body or delimiter + b"\t" in body:
-        raise _malformed()
-    reader = _Reader(body)
-    try:
-        parser = MultipartParser(
-            boundary,
-            {
-                "on_part_begin": reader.begin,
-                "on_header_field": reader.header_name,
-                "on_header_value": reader.header_value,
-                "on_header_end": reader.header_end,
-                "on_part_data": reader.data,
-                "on_part_end": reader.end,
-                "on_end": reader.finish,
-            },
-        )
-        parser.write(body)
-    except FormParserError:
-        raise _malformed() from None
-    if not reader.finished:
-        raise _malformed()
-    return reader.fields
-
-
-class _Reader:
-    """Collects the fields of `body`: the parser gets the body at once and reports positions."""
-
-    def __init__(self, body: bytes) -> None:
-        self.fields: dict[str, Field] = {}
-        self.finished = False
-        self._view = memoryview(body)
-        self.begin()
-
-    def begin(self) -> None:
-        self._name = self._value = b""
-        self._disposition = b""
-        self._data: list[memoryview] = []
-
-    def header_name(self, data: bytes, start: int, end: int) -> None:
-        self._name += data[start:end]
-
-    def header_value(self, data: bytes, start: int, end: int) -> None:
-        self._value += data[start:end]
-
-    def header_end(self) -> None:
-        if self._name.lower() == b"content-disposition":
-            self._disposition = self._value
-        self._name = self._value = b""
-
-    def data(self, _: bytes, start: int, end: int) -> None:
-        self._data.append(self._view[start:end])
-
-    def end(self) -> None:
-        _, options = parse_options_header(self._disposition)
-        name, filename = options.get(b"name"), options.get(b"filename", b"")
-        if name is None:
+    view, fields = memoryview(body), dict[str, Field]()
+    for start, end in _parts(body, b"\r\n--" + boundary):
+        data_start = body.find(b"\r\n\r\n", start, min(end, start + _MAX_PART_HEAD_BYTES)) + 4
+        if data_start < 4:
             raise _malformed()
-        field = Field(filename.decode("utf-8", "replace"), b"".join(self._data))
-        if self.fields.setdefault(name.decode("utf-8", "replace"), field) is not field:
-            raise ClientError(
-                "the form has a duplicate field", param=name.decode("utf-8", "replace")
-            )
+        name, filename = _names(body[start : data_start - 4])
+        if name in fields:
+            raise ClientError("the form has a duplicate field", param=name)
+        fields[name] = Field(filename, view[data_start:end])
+    return fields
 
-    def finish(self) -> None:
-        self.finished = True
+
+def _parts(body: bytes, delimiter: bytes) -> list[tuple[int, int]]:
+    """Where each part of a form is, from its headers on. Raises ClientError."""
+    parts, start = list[tuple[int, int]](), -1
+    at = 0 if body.startswith(delimiter) else -2  # the first one may lack its line break
+    if not body.startswith(delimiter[-at:]):
+        raise _malformed()
+    for _ in range(_MAX_FIELDS + 1):
+        after = at + len(delimiter)
+        mark = body[after : after + 2]
+        if mark in (b"\r\n", b"--"):
+            if start >= 0:
+                parts.append((start, at))
+            if mark == b"--":
+                return parts
+            start = after = after + 2
+        elif start < 0 or mark[:1].isspace():  # or else it is data that looks like a delimiter
+            raise _malformed()
+        if (at := _find(body, delimiter, after)) < 0:
+            raise _malformed()
+    raise ClientError(f"the form has more than {_MAX_FIELDS} fields")
+
+
+def _find(body: bytes, delimiter: bytes, start: int) -> int:
+    """As `bytes.find`, but in slices: no other thread runs while it searches."""
+    while start < len(body):
+        end = start + SLICE_BYTES
+        if (at := body.find(delimiter, start, end + len(delimiter) - 1)) >= 0:
+            return at
+        start = end
+    return -1
+
+
+def _names(head: bytes) -> tuple[str, str]:
+    """The names of a field and of its file from the headers of its part. Raises ClientError."""
+    for line in head.split(b"\r\n"):
+        name, colon, value = line.partition(b":")
+        if not colon:
+            raise _malformed()
+        if name.lower() == b"content-disposition":
+            _, options = parse_options_header(value.strip())
+            if (given := options.get(b"name")) is not None:
+                filename = options.get(b"filename", b"")
+                return given.decode("utf-8", "replace"), filename.decode("utf-8", "replace")
+    raise _malformed()
 
 
 def _malformed() -> ClientError:

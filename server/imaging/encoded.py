@@ -85,7 +85,7 @@ class EncodedImage:
         return self.header.size
 
 
-def digest(data: bytes) -> str:
+def digest(data: bytes | memoryview) -> str:
     """BLAKE3 of a file, in hexadecimal."""
     return blake3(data).hexdigest()
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from server.concurrency import in_thread
+from server.concurrency import copied, in_thread
 from server.errors import ImageFrameMissing, InvalidFile, TooManyImages
 from server.imaging.encoded import EncodedImage, check_bytes, check_size, digest, encoded
 from server.imaging.header import ImageHeader
@@ -45,13 +45,14 @@ class Expander:
         self._inspector = inspector
         self._limits = limits
 
-    async def check_upload(self, data: bytes, record: Record) -> None:
+    async def check_upload(self, view: memoryview, record: Record) -> None:
         """Check a file before it is stored, by the rules for images and PDFs.
 
         Raises:
             ClientError: a request with this file would be refused too.
         """
-        check_bytes(len(data), self._limits.image)
+        check_bytes(len(view), self._limits.image)
+        data = await in_thread(copied, view)
         if is_pdf(data):
             await self._inspector.inspect_pdf(data, 1, record)
         else:

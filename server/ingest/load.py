@@ -88,7 +88,7 @@ class MediaLoader:
         await all_or_none([self._load(ref, context) for ref in media])
         self._check_count(media)
 
-    async def check_upload(self, data: bytes, context: RequestContext) -> None:
+    async def check_upload(self, data: memoryview, context: RequestContext) -> None:
         """Check a file before it is stored, by the rules for images and PDFs.
 
         Raises:

@@ -539,9 +539,28 @@ def test_a_form_is_parsed_byte_for_byte() -> None:
             field(b"name=empty", b""),
         ),
     )
-    assert found["file"] == Field('ä "b".png', binary)
+    assert found["file"] == Field('ä "b".png', memoryview(binary))
     assert found["purpose"].text == "é"
     assert found["empty"].data == b""
+
+
+@pytest.mark.parametrize("first", [b"--b", b"\r\n--b"])
+@pytest.mark.parametrize("off", range(-8, 8))
+def test_a_form_is_parsed_wherever_its_slices_end(
+    monkeypatch: pytest.MonkeyPatch, first: bytes, off: int
+) -> None:
+    monkeypatch.setattr(files, "SLICE_BYTES", 100)
+    text = form(
+        field(b'name="a"', bytes(200 + off)),
+        field(b'name="b"', b"\r\n--" * 60 + b"\r\n--bx\r\n--b-\r"),
+        field(b'name="c"', b"\r\n" * 50),
+    )
+    found = read_form(KIND, first + text[3:] + b"epilogue")
+    assert [bytes(each.data) for each in found.values()] == [
+        bytes(200 + off),
+        b"\r\n--" * 60 + b"\r\n--bx\r\n--b-\r",
+        b"\r\n" * 50,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -565,6 +584,8 @@ def test_a_form_is_parsed_byte_for_byte() -> None:
         (KIND, form(*[field(b'name="%d"' % i, b"") for i in range(40)])),
         (KIND, form(field(b'name="a"', b""), field(b'name="a"', b""))),
         (KIND, form(field(b'name="a"', b"1\r\n--b" + b" " * 1000 + b"\r\n"))),
+        (KIND, b"--b\r\n--b--\r\n"),
+        (KIND, b"--b\r\n\r\n--b--\r\n"),
     ],
 )
 def test_a_malformed_form_is_refused(kind: str, text: bytes) -> None:

@@ -228,7 +228,7 @@ class FileDisk:
             raise FileStorageFailed("the stored file is damaged")
         return file
 
-    def write_blob(self, group: str, record: StoredFile, data: bytes) -> None:
+    def write_blob(self, group: str, record: StoredFile, data: bytes | memoryview) -> None:
         """Raises FileStorageFailed."""
         self.write(self._blob(group, record.digest), data)
 
@@ -266,7 +266,7 @@ class FileDisk:
         """The folders of all groups that have ever stored something."""
         return [folder for folder in self._root.iterdir() if _GROUP.fullmatch(folder.name)]
 
-    def write(self, path: Path, data: bytes) -> None:
+    def write(self, path: Path, data: bytes | memoryview) -> None:
         """Write a file below `group_folder`, all at once. Raises FileStorageFailed."""
         partial = self._partial / secrets.token_hex(16)
         try:

@@ -215,7 +215,12 @@ class FileStore:
     # ------------------------------------------------------------------ changing
 
     async def put(
-        self, group: str, data: bytes, filename: str, purpose: Purpose, lifetime_s: int | None
+        self,
+        group: str,
+        data: bytes | memoryview,
+        filename: str,
+        purpose: Purpose,
+        lifetime_s: int | None,
     ) -> StoredFile:
         """Store `data` for `group`, for `lifetime_s` seconds or for the longest lifetime allowed.
 
@@ -300,7 +305,12 @@ class FileStore:
         self._count()
 
     def _put(
-        self, folder: str, data: bytes, filename: str, purpose: Purpose, lifetime_s: int | None
+        self,
+        folder: str,
+        data: bytes | memoryview,
+        filename: str,
+        purpose: Purpose,
+        lifetime_s: int | None,
     ) -> StoredFile:
         now, lifetime_s = self._clock.time(), self._lifetime_s(lifetime_s)
         file = new_file(digest(data), len(data), filename, purpose, now, lifetime_s)
