@@ -22,10 +22,11 @@ import aiohttp
 from blake3 import blake3
 from prometheus_client import start_http_server
 
+from saccade_client.errors import OutputLocked
+from saccade_client.lock import locked
 from server.app import Report, running
 from server.batches.items import Answer, ItemLoop
 from server.batches.lines import Item, LineLimits, Lines, scan
-from server.batches.lock import locked
 from server.batches.results import Results, request_id
 from server.concurrency import cancel
 from server.engine import vllm_http
@@ -57,8 +58,11 @@ async def run(args: Namespace, settings: Settings, report: Report) -> int:
             lines = _checked(file, settings, args.input_file)
             batch_id = f"batch_{_digest(file)[:32]}"
             output.parent.mkdir(exist_ok=True, parents=True)
-            with locked(output):
-                status = await _answered(args, settings, report, lines, batch_id, output)
+            try:
+                with locked(output):
+                    status = await _answered(args, settings, report, lines, batch_id, output)
+            except OutputLocked as error:
+                raise CannotStart(str(error)) from None
         if sent and status == 0:
             try:
                 await _send(output, args.output_file)

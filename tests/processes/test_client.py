@@ -264,14 +264,59 @@ def test_a_stream_gives_text_and_then_the_answer(server: Server, client: Client)
     assert [message["role"] for message in conversation.messages] == ["user", "assistant"]
 
 
+def test_a_stream_gives_all_of_its_chunks(server: Server, client: Client) -> None:
+    def choice(index: int, finish_reason: str | None = None, **delta: Any) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "finish_reason": finish_reason}
+
+    def call(number: int, **function: Any) -> dict[str, Any]:
+        return {"index": number, "type": "function", "function": function}
+
+    chunks = [
+        {"id": "1", "model": "m", "choices": [choice(0, role="assistant", content="")]},
+        {"id": "1", "choices": [choice(0, reasoning="so"), choice(1, content="x")]},
+        {"id": "1", "choices": [choice(0, content="a", reasoning="!"), choice(1, content="y")]},
+        {"id": "1", "choices": [choice(0, tool_calls=[{"id": "c", **call(0, name="f")}])]},
+        {"id": "1", "choices": [choice(0, tool_calls=[call(0, arguments='{"b"')])]},
+        {"id": "1", "choices": [choice(0, tool_calls=[call(0, arguments=": 1}")])]},
+        {"id": "1", "choices": [choice(0, "tool_calls"), choice(1, "length")]},
+        {"id": "1", "choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 9}},
+    ]
+    body = events(*chunks) + "data: [DONE]\n\n"
+    server.replies = [Reply(200, body, STREAM)] * 3
+    stream = client.stream("?")
+    found = list(stream.chunks())
+    assert [chunk.text for chunk in found] == ["", "", "a", "", "", "", "", ""]
+    assert [chunk.finish_reason for chunk in found] == [None] * 6 + ["tool_calls", None]
+    assert found[1].choices[0].delta.model_extra == {"reasoning": "so"}
+    assert found[-1].usage is not None
+    assert found[-1].usage.completion_tokens == 9
+    first, second = stream.answer.choices
+    assert (first.message.content, first.finish_reason) == ("a", "tool_calls")
+    assert first.message.model_extra == {"reasoning": "so!"}
+    function = {"name": "f", "arguments": '{"b": 1}'}
+    assert first.message.tool_calls == [{"id": "c", "type": "function", "function": function}]
+    assert (second.message.content, second.finish_reason) == ("xy", "length")
+    assert second.message.tool_calls is None
+    assert list(client.stream("?")) == ["a"]
+
+    async def ask_async() -> None:
+        async with AsyncClient(server.url) as client:
+            stream = await client.stream("?")
+            assert [chunk async for chunk in stream.chunks()] == found
+            assert [each.message.content for each in stream.answer.choices] == ["a", "xy"]
+
+    asyncio.run(ask_async())
+
+
 @pytest.mark.parametrize(
     ("body", "kind"),
     [
-        (events(piece("a")), errors.ConnectionFailed),
+        (events(piece("a")), errors.ConnectionLost),
         (events(piece("a"), {"error": {"message": "no", "code": 503}}), errors.ServerBusy),
         (events(piece("a"), error("deadline_exceeded")), errors.ApiError),
         (events(piece("a")) + "data: {\n\n", errors.UnexpectedAnswer),
         (events(piece("a"), [1]), errors.UnexpectedAnswer),
+        (events(piece("a"), {"choices": [{"delta": 1}]}), errors.UnexpectedAnswer),
     ],
 )
 def test_a_stream_that_fails_is_an_error(

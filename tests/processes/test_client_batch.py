@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from saccade_client import batch
+from saccade_client import batch, lock
 from saccade_client.errors import SaccadeError
 from tests import pictures
 
@@ -32,11 +32,13 @@ def path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class Server:
-    """Counts the questions. Those in `refused` get a 400; the time of an answer is `delay_s`."""
+    """Counts the questions. Those in `refused` get a 400, and at those in `cut_off` the connection
+    is closed; the time of an answer is `delay_s`."""
 
     url: str = ""
     delay_s: float = 0
     refused: set[str] = field(default_factory=set)
+    cut_off: set[str] = field(default_factory=set)
     asked: list[str] = field(default_factory=list)
     running: int = 0
     most_running: int = 0
@@ -66,6 +68,9 @@ def server() -> Iterator[Server]:
             time.sleep(server.delay_s * (1 + int(text) % 3))
             with lock:
                 server.running -= 1
+            if text in server.cut_off:
+                self.close_connection = True
+                return None
             if text in server.refused:
                 return self._send(400, {"error": {"message": "no", "code": "bad"}})
             message = {"role": "assistant", "content": f"answer {text}"}
@@ -181,6 +186,64 @@ def test_failed_requests_are_tried_again_by_the_next_run(server: Server, tmp_pat
     assert results((tmp_path / "out.jsonl").read_text()) == ANSWERS[:10]
 
 
+def test_a_line_that_has_changed_is_asked_again(server: Server, tmp_path: Path) -> None:
+    def write(*questions: int) -> None:
+        text = "".join(json.dumps({"question": str(each)}) + "\n" for each in questions)
+        (tmp_path / "in.jsonl").write_text(text)
+
+    write(1, 2, 3)
+    assert run(server, "in.jsonl", "out.jsonl", cwd=tmp_path).returncode == 0
+    server.asked.clear()
+    write(1, 9, 2, 3)  # the others are lines with other numbers now
+    done = run(server, "in.jsonl", "out.jsonl", cwd=tmp_path)
+    assert (done.returncode, "because the line has changed: 2" in done.stderr) == (0, True)
+    assert sorted(server.asked) == ["2", "3", "9"]
+    assert results((tmp_path / "out.jsonl").read_text()) == [
+        (str(number), f"answer {said}") for number, said in enumerate((1, 9, 2, 3), 1)
+    ]
+    server.asked.clear()
+    assert run(server, "in.jsonl", "out.jsonl", cwd=tmp_path).stderr == ""
+    assert server.asked == []
+
+
+def test_a_request_at_which_the_connection_is_closed_fails_alone(
+    server: Server, tmp_path: Path
+) -> None:
+    (tmp_path / "in.jsonl").write_text(lines(20))
+    server.cut_off = {"3"}
+    words = ("in.jsonl", "out.jsonl", "--url", server.url)
+    done = subprocess.run(
+        [sys.executable, "-c", NO_WAITING, *words], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "1 requests failed" in done.stderr
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["custom_id"] for line in found] == [f"r{n}" for n in range(20)]
+    failed = [line for line in found if line["error"] is not None]
+    assert [(line["custom_id"], line["error"]["code"]) for line in failed] == [
+        ("r3", "ConnectionLost")
+    ]
+    server.cut_off = set()
+    assert run(server, "in.jsonl", "out.jsonl", cwd=tmp_path).returncode == 0
+    assert results((tmp_path / "out.jsonl").read_text()) == ANSWERS[:20]
+
+
+def test_two_commands_do_not_write_the_same_output(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(lines(2))
+    words = ("in.jsonl", "out.jsonl")
+    (tmp_path / "link.jsonl").symlink_to("out.jsonl")
+    with lock.locked(tmp_path / "out.jsonl"):
+        for output in ("out.jsonl", "link.jsonl"):
+            done = run(server, "in.jsonl", output, cwd=tmp_path)
+            assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+            assert "another process writes its results" in done.stderr
+    assert server.asked == []
+    (tmp_path / "out.jsonl.lock").touch()  # of a process that was killed
+    assert run(server, *words, cwd=tmp_path).returncode == 0
+    assert results((tmp_path / "out.jsonl").read_text()) == ANSWERS[:2]
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "link.jsonl", "out.jsonl"]
+
+
 def test_a_batch_stops_if_the_server_cannot_be_reached(server: Server, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text(lines(3))
     words = ("in.jsonl", "out.jsonl", "--url", "http://127.0.0.1:1/v1", "-m", "m")
@@ -251,6 +314,8 @@ def test_a_wrong_line_or_file_ends_the_command(server: Server, tmp_path: Path) -
     done = run(server, "in.jsonl", "out.jsonl", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert "line 1: neither" in done.stderr
+    done = run(server, "in.jsonl", "none/out.jsonl", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "saccade: none is not a folder\n")
     done = run(server, "none.jsonl", "out.jsonl", cwd=tmp_path)
     assert done.returncode == 2
     assert "No such file" in done.stderr

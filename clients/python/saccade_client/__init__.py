@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from saccade_client.answers import Answer, ImageCost, ModelCard, ShownImage, Usage
+    from saccade_client.answers import Answer, Chunk, ImageCost, ModelCard, ShownImage, Usage
     from saccade_client.boxes import Box, draw
     from saccade_client.client import AsyncClient, Client
     from saccade_client.core import Conversation
@@ -27,7 +27,7 @@ DEFAULT_URL = "http://127.0.0.1:8000/v1"
 
 # Imported when they are first used: the command line starts without most of them.
 _MODULES = {
-    "answers": ("Answer", "ImageCost", "ModelCard", "ShownImage", "Usage"),
+    "answers": ("Answer", "Chunk", "ImageCost", "ModelCard", "ShownImage", "Usage"),
     "boxes": ("Box", "draw"),
     "client": ("AsyncClient", "Client"),
     "core": ("Conversation",),
@@ -42,6 +42,7 @@ __all__ = [
     "ApiError",
     "AsyncClient",
     "Box",
+    "Chunk",
     "Client",
     "Conversation",
     "Document",

@@ -105,6 +105,41 @@ class Answer(_Object):
         return [boxes.to_original(box, shown, scale) for box in boxes.find(self.text)]
 
 
+class Delta(_Object):
+    """What a chunk of a stream adds to the model's message."""
+
+    role: str | None = None
+    content: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+
+
+class ChunkChoice(_Object):
+    """What a chunk adds to one of the answers."""
+
+    index: int = 0
+    delta: Delta = Field(default_factory=Delta)
+    finish_reason: str | None = None
+
+
+class Chunk(_Object):
+    """An event of a stream. The last one has the `usage`, and no choices."""
+
+    id: str = ""
+    model: str = ""
+    choices: list[ChunkChoice] = Field(default_factory=list)
+    usage: Usage | None = None
+
+    @property
+    def text(self) -> str:
+        """What it adds to the text of the first choice."""
+        return "".join(each.delta.content or "" for each in self.choices if each.index == 0)
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the first choice ended, in the chunk that ends it."""
+        return next((each.finish_reason for each in self.choices if each.index == 0), None)
+
+
 class ImageCost(_Object):
     """What a picture would cost: `tokens` of the prompt, and `kv_bytes` of the KV cache."""
 

@@ -12,6 +12,8 @@ them in the order of the input.
 """
 
 import asyncio
+import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -19,11 +21,18 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from saccade_client.answers import Answer
 from saccade_client.client import AsyncClient
-from saccade_client.errors import ApiError, ConnectionFailed, NotAuthorized, SaccadeError
+from saccade_client.errors import (
+    ApiError,
+    ConnectionFailed,
+    ConnectionLost,
+    NotAuthorized,
+    SaccadeError,
+)
+from saccade_client.lock import locked
 from saccade_client.media import is_url, picture
 
 JOURNAL_SUFFIX = ".partial"
@@ -38,23 +47,26 @@ class InvalidLine(SaccadeError):
 
 @dataclass(frozen=True)
 class Request:
-    """One request: its id, and the messages and options of `Client.chat`."""
+    """One request: its id, and the messages and options of `Client.chat`. The `digest` of its line
+    tells whether a result is the answer to it."""
 
     id: str
     messages: list[Mapping[str, Any]]
     options: Mapping[str, Any]
+    digest: str | None = None
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a request: an answer or an error."""
+    """What became of a request: an answer or an error. `digest` is that of the request."""
 
     id: str
     answer: Answer | None = None
     error: SaccadeError | None = None
+    digest: str | None = None
 
     def line(self) -> dict[str, Any]:
-        """The result as in an output file of OpenAI's Batch API."""
+        """The result as in an output file of OpenAI's Batch API, with the digest of the request."""
         response, error = None, None
         if self.answer is not None:
             body = self.answer.model_dump(mode="json", by_alias=True, exclude_none=True)
@@ -69,7 +81,8 @@ class Result:
             }
         else:
             error = {"code": type(self.error).__name__, "message": str(self.error)}
-        return {"id": self.id, "custom_id": self.id, "response": response, "error": error}
+        ids = {"id": self.id, "custom_id": self.id}
+        return {**ids, "response": response, "error": error, "request_digest": self.digest}
 
 
 def read(lines: Iterable[str], folder: Path | None = None) -> Iterator[Request]:
@@ -96,13 +109,15 @@ def _request(line: Any, default_id: str, folder: Path) -> Request:
     if not isinstance(line, dict):
         raise ValueError("not a JSON object")
     given_id = str(line.get("custom_id", default_id))
+    asked = {name: value for name, value in line.items() if name != "custom_id"}
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
     if isinstance(body := line.get("body"), dict):
         if line.get("url", _CHAT) != _CHAT:
             raise ValueError(f"only {_CHAT} is supported, not {line['url']}")
         messages = body.get("messages")
         if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
             raise ValueError("body has no messages")
-        return Request(given_id, messages, _options(body, ("messages",)))
+        return Request(given_id, messages, _options(body, ("messages",)), digest)
     if not isinstance(question := line.get("question"), str):
         raise ValueError("neither `body` nor `question`")
     files = line.get("files", [])
@@ -111,7 +126,7 @@ def _request(line: Any, default_id: str, folder: Path) -> Request:
     sources = [picture(name) if is_url(name) else folder / name for name in files]
     system = [{"role": "system", "content": line["system"]}] if "system" in line else []
     user = {"role": "user", "content": [*sources, question]}
-    return Request(given_id, [*system, user], _options(line, _OF_THE_LINE))
+    return Request(given_id, [*system, user], _options(line, _OF_THE_LINE), digest)
 
 
 def _options(fields: dict[str, Any], others: Collection[str]) -> dict[str, Any]:
@@ -173,11 +188,14 @@ async def as_completed(
 
 async def _result(client: AsyncClient, request: Request) -> Result:
     try:
-        return Result(request.id, await client.chat(request.messages, **request.options))
+        answer = await client.chat(request.messages, **request.options)
+    except ConnectionLost as error:  # perhaps by this request only
+        return Result(request.id, error=error, digest=request.digest)
     except (ConnectionFailed, NotAuthorized):
         raise
     except SaccadeError as error:
-        return Result(request.id, error=error)
+        return Result(request.id, error=error, digest=request.digest)
+    return Result(request.id, answer, digest=request.digest)
 
 
 async def _cancelled(tasks: Iterable[asyncio.Task[Result]]) -> None:
@@ -188,6 +206,14 @@ async def _cancelled(tasks: Iterable[asyncio.Task[Result]]) -> None:
 
 
 # ---------------------------------------------------------------------- files
+
+
+class _Place(NamedTuple):
+    """A result in a journal: where it is, whether it is an answer, and to which request."""
+
+    at: int
+    is_answer: bool
+    digest: str | None
 
 
 class Journal:
@@ -206,17 +232,26 @@ class Journal:
                 raise InvalidLine(f"{output} is not a file")
             self._read(output, is_complete=True)
             os.replace(output, self._path)
-        self._places, size = self._read(self._path) if self._path.exists() else ({}, 0)
+        self._places, size = (
+            self._read(self._path) if self._path.exists() else (dict[str, _Place](), 0)
+        )
         self._file = self._path.open("a+b")
         self._file.truncate(size)
 
-    def __contains__(self, request_id: str) -> bool:
-        """Whether the request has been answered."""
-        return self._places.get(request_id, (0, False))[1]
+    def __contains__(self, request: Request) -> bool:
+        """Whether the request has been answered: another one with the same id does not count."""
+        place = self._places.get(request.id)
+        return place is not None and place.is_answer and place.digest == request.digest
+
+    def is_other(self, request: Request) -> bool:
+        """Whether there is an answer, but to another request with the same id."""
+        place = self._places.get(request.id)
+        return place is not None and place.is_answer and place.digest != request.digest
 
     def add(self, result: Result) -> None:
         """Write a result."""
-        self._places[result.id] = (self._file.seek(0, os.SEEK_END), result.error is None)
+        at = self._file.seek(0, os.SEEK_END)
+        self._places[result.id] = _Place(at, result.error is None, result.digest)
         self._file.write(json.dumps(result.line(), ensure_ascii=False).encode() + b"\n")
         self._file.flush()
 
@@ -225,7 +260,7 @@ class Journal:
         unfinished = self._output.with_name(self._output.name + ".sorted")
         with unfinished.open("wb") as file:
             for request_id in ids:
-                self._file.seek(self._places[request_id][0])
+                self._file.seek(self._places[request_id].at)
                 file.write(self._file.readline())
         os.replace(unfinished, self._output)
         self._path.unlink()
@@ -234,17 +269,17 @@ class Journal:
         self._file.close()
 
     @staticmethod
-    def _read(path: Path, *, is_complete: bool = False) -> tuple[dict[str, tuple[int, bool]], int]:
-        """Where each request's last result is, and whether it is an answer; and the size of the
-        whole lines. A line that the end of a process has cut off is left out, but none of a file
-        that is complete."""
-        places, at = dict[str, tuple[int, bool]](), 0
+    def _read(path: Path, *, is_complete: bool = False) -> tuple[dict[str, _Place], int]:
+        """The last result of each request; and the size of the whole lines. A line that the end of
+        a process has cut off is left out, but none of a file that is complete."""
+        places, at = dict[str, _Place](), 0
         with path.open("rb") as file:
             for line in file:
                 is_whole = line.endswith(b"\n")
                 try:
                     result = json.loads(line)
-                    place = {result["custom_id"]: (at, result["error"] is None)}
+                    found = _Place(at, result["error"] is None, result.get("request_digest"))
+                    place = {result["custom_id"]: found}
                 except (ValueError, TypeError, KeyError):
                     if is_complete or (at == 0 and is_whole):
                         raise InvalidLine(f"{path} exists, and is no output of a batch") from None
@@ -255,6 +290,14 @@ class Journal:
         return places, at
 
 
+class Summary(NamedTuple):
+    """How many requests failed, and how many were asked again because their lines have changed
+    since they were answered."""
+
+    failed: int
+    changed: int
+
+
 async def run(
     client: AsyncClient,
     lines: Iterable[str],
@@ -263,32 +306,33 @@ async def run(
     concurrency: int = 16,
     folder: Path | None = None,
     progress: Callable[[Result | None], None] = lambda result: None,
-) -> int:
-    """Answer the requests in `lines` and write the results to `output`; returns how many failed.
+) -> Summary:
+    """Answer the requests in `lines` and write the results to `output`.
 
     If it is interrupted, the next call goes on where this one stopped, and tries failed requests
     again. `progress` gets each result, and None for each request that was answered before.
 
     Raises:
         InvalidLine: a line is no request; `output` has something else.
+        OutputLocked: another process writes `output`.
         ConnectionFailed, NotAuthorized: the server answers no more. What was answered is kept.
     """
-    journal, ids, failed = Journal(output), list[str](), 0
+    with locked(output), contextlib.closing(Journal(output)) as journal:
+        ids, failed, changed = list[str](), 0, 0
 
-    def left() -> Iterator[Request]:
-        for request in read(lines, folder):
-            ids.append(request.id)
-            if request.id in journal:
-                progress(None)
-            else:
-                yield request
+        def left() -> Iterator[Request]:
+            nonlocal changed
+            for request in read(lines, folder):
+                ids.append(request.id)
+                if request in journal:
+                    progress(None)
+                else:
+                    changed += journal.is_other(request)
+                    yield request
 
-    try:
         async for result in as_completed(client, left(), concurrency):
             journal.add(result)
             failed += result.error is not None
             progress(result)
         journal.finish(ids)
-    finally:
-        journal.close()
-    return failed
+    return Summary(failed, changed)

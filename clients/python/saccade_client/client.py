@@ -93,7 +93,7 @@ class Client(_Configured):
         conversation: Conversation | None = None,
         **options: Any,
     ) -> Stream:
-        """As `ask`; the answer comes in pieces of text."""
+        """As `ask`; the answer comes in pieces of text, or in `chunks`."""
         return Stream(
             self._run(
                 self._core.ask(
@@ -202,7 +202,7 @@ class AsyncClient(_Configured):
         conversation: Conversation | None = None,
         **options: Any,
     ) -> AsyncStream:
-        """As `ask`; the answer comes in pieces of text."""
+        """As `ask`; the answer comes in pieces of text, or in `chunks`."""
         started = await self._run(
             self._core.ask(question, media, conversation=conversation, options=options, stream=True)
         )

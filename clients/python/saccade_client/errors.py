@@ -1,10 +1,12 @@
 """What the client raises.
 
 SaccadeError
-├── ConnectionFailed        the server cannot be reached, or closed the connection
+├── ConnectionFailed        the server cannot be reached
+│   └── ConnectionLost      the server closed the connection before its answer was complete
 ├── TimedOut                no answer within the client's own time limit
 ├── UnexpectedAnswer        not what this API answers: the server is another one
 ├── UnusableMedia           a file, array or picture that cannot be sent
+├── OutputLocked            another process writes the same file of results
 └── ApiError                the server's refusal: status, code, param
     ├── InvalidRequest      4xx: the same request would fail again
     │   ├── TooLarge        413
@@ -28,7 +30,11 @@ class SaccadeError(Exception):
 
 
 class ConnectionFailed(SaccadeError):
-    """The server cannot be reached, or closed the connection before its answer."""
+    """The server cannot be reached."""
+
+
+class ConnectionLost(ConnectionFailed):
+    """The server closed the connection before its answer was complete."""
 
 
 class TimedOut(SaccadeError):
@@ -41,6 +47,10 @@ class UnexpectedAnswer(SaccadeError):
 
 class UnusableMedia(SaccadeError):
     """A file, an array or a picture that cannot be read or sent."""
+
+
+class OutputLocked(SaccadeError):
+    """Another process writes the same file of results."""
 
 
 class ApiError(SaccadeError):

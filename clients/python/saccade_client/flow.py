@@ -16,6 +16,7 @@ import httpx
 from saccade_client.errors import (
     ApiError,
     ConnectionFailed,
+    ConnectionLost,
     RateLimited,
     SaccadeError,
     ServerError,
@@ -110,5 +111,7 @@ def translated() -> Iterator[None]:
         raise ConnectionFailed(f"the server cannot be reached: {error or 'timeout'}") from None
     except httpx.TimeoutException:
         raise TimedOut("the server did not answer in time") from None
+    except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError) as error:
+        raise ConnectionLost(f"the connection was lost: {error or type(error).__name__}") from None
     except (httpx.RequestError, httpx.InvalidURL, httpx.StreamError) as error:
         raise ConnectionFailed(f"the connection failed: {error or type(error).__name__}") from None

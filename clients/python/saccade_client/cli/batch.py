@@ -43,7 +43,9 @@ def batch(
         from saccade_client import batch as batches
         from saccade_client.client import AsyncClient
 
-        async def run(lines: Iterable[str], progress: "Callable[[Result | None], None]") -> int:
+        async def run(
+            lines: Iterable[str], progress: "Callable[[Result | None], None]"
+        ) -> batches.Summary:
             async with AsyncClient(
                 url, api_key, model=model, resize=resize, timeout_s=timeout, retries=_RETRIES
             ) as client:
@@ -58,17 +60,21 @@ def batch(
                 async for result in batches.in_order(client, requests, concurrency):
                     options.print_json(result.line())
                     failed += result.error is not None
-                return failed
+                return batches.Summary(failed, 0)
 
+        if not output.parent.is_dir():
+            options.fail(f"{output.parent} is not a folder", options.MISUSED)
         try:
             with _lines(source) as (lines, count), _progress(count) as progress:
-                failed = asyncio.run(run(lines, progress))
+                failed, changed = asyncio.run(run(lines, progress))
         except batches.InvalidLine as error:
             options.fail(str(error), options.MISUSED)
         except UnicodeDecodeError as error:
             options.fail(f"the input is not UTF-8: {error}", options.MISUSED)
         except OSError as error:
             options.fail(f"{error.filename}: {error.strerror}", options.MISUSED)
+    if changed:
+        print(f"saccade: asked again because the line has changed: {changed}", file=sys.stderr)
     if failed:
         options.fail(f"{failed} requests failed; run it again to repeat them", options.REFUSED)
 

@@ -58,7 +58,7 @@ def reported() -> Iterator[None]:
 
     try:
         yield
-    except errors.UnusableMedia as error:
+    except (errors.UnusableMedia, errors.OutputLocked) as error:
         fail(str(error), MISUSED)
     except (errors.ConnectionFailed, errors.TimedOut, errors.DeadlineExceeded) as error:
         fail(str(error), UNREACHABLE)
