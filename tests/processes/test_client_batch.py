@@ -251,7 +251,8 @@ def test_a_batch_stops_if_the_server_cannot_be_reached(server: Server, tmp_path:
         [sys.executable, "-c", NO_WAITING, *words], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 3
-    assert "connection failed" in done.stderr
+    assert "the server cannot be reached" in done.stderr
+    assert "(at http://127.0.0.1:1/v1; --url names another one)" in done.stderr
     assert done.stderr.count("\n") == 1  # the others fail without a word
     assert run(server, "in.jsonl", "out.jsonl", cwd=tmp_path).returncode == 0
     assert results((tmp_path / "out.jsonl").read_text()) == ANSWERS[:3]

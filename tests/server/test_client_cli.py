@@ -1,5 +1,6 @@
 """The commands `saccade ask`, `chat`, `tokens`, `models`, `top` and `batch` against the server."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -8,7 +9,10 @@ import re
 import subprocess
 import sys
 import termios
+import threading
 import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +76,20 @@ def test_boxes_are_drawn_into_a_file(server: Server, folder: Path) -> None:
     ("words", "status", "message"),
     [
         (["ask", "none.png", WHAT], 2, "cannot read none.png: No such file"),
+        (["ask", "empty.png", WHAT], 2, "empty.png is empty"),
+        (["ask", "-", WHAT], 2, "standard input is empty"),
         (["ask"], 2, "Missing argument"),
+        (["ask", "red.png"], 2, "the question is missing: red.png is a file"),
         (["ask", "red.png", WHAT, "--max-tokens", "0"], 2, "max-tokens"),
         (["ask", "red.png", WHAT, "--model", "none"], 1, "`none` does not exist"),
         (["ask", "red.png", WHAT, "--image-tokens", "1", "--max-tokens", "99999"], 1, "99999"),
         (["tokens", "damaged.png"], 1, "damaged"),
-        (["models", "--url", "http://127.0.0.1:1/v1"], 3, "Connection refused"),
+        (
+            ["models", "--url", "http://127.0.0.1:1/v1"],
+            3,
+            "Connection refused (at http://127.0.0.1:1",
+        ),
+        (["models", "--url", "127.0.0.1:8000"], 2, "--url must begin with http://"),
         (["ask", "red.png", WHAT, "--timeout", "0.001"], 3, "answer"),
     ],
 )
@@ -85,7 +97,8 @@ def test_a_failure_has_a_message_and_a_status(
     server: Server, folder: Path, words: list[str], status: int, message: str
 ) -> None:
     (folder / "damaged.png").write_bytes(b"\x89PNG\r\n\x1a\n damaged")
-    done = saccade(server, folder, *words)
+    (folder / "empty.png").touch()
+    done = saccade(server, folder, *words, input=b"")
     assert (done.returncode, done.stdout) == (status, "")
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -102,12 +115,12 @@ def test_a_chat_reads_questions_from_a_pipe(server: Server, folder: Path) -> Non
 class Terminal:
     """A command in a terminal."""
 
-    def __init__(self, server: Server, folder: Path, *words: str) -> None:
+    def __init__(self, url: str, folder: Path, *words: str) -> None:
         self._leader, follower = pty.openpty()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "server", *words],
             cwd=folder, stdin=follower, stdout=follower, stderr=follower, start_new_session=True,
-            env=os.environ | {"OPENAI_BASE_URL": f"{server.url}/v1", "TERM": "vt100"},
+            env=os.environ | {"OPENAI_BASE_URL": f"{url}/v1", "TERM": "vt100"},
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )  # fmt: skip
         os.close(follower)
@@ -131,7 +144,7 @@ class Terminal:
 
 
 def test_a_chat_in_a_terminal_survives_errors(server: Server, folder: Path) -> None:
-    terminal = Terminal(server, folder, "chat", "red.png", "--temperature", "0")
+    terminal = Terminal(server.url, folder, "chat", "red.png", "--temperature", "0")
     terminal.type("/image none.png\n", "cannot read none.png")
     terminal.type(f"{WHAT}\n", "a red circle")
     terminal.type("/what\n", "adds a picture")
@@ -139,9 +152,38 @@ def test_a_chat_in_a_terminal_survives_errors(server: Server, folder: Path) -> N
 
 
 def test_top_in_a_terminal_ends_with_ctrl_c(server: Server, folder: Path) -> None:
-    terminal = Terminal(server, folder, "top", "--interval", "0.3")
+    terminal = Terminal(server.url, folder, "top", "--interval", "0.3")
     terminal.type("", "time to first token")
     assert terminal.end("\x03") == 0
+
+
+@contextlib.contextmanager
+def metrics(port: int = 0) -> Iterator[int]:
+    """A server with a metric, until the end of the block."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"saccade_ready 1.0\n")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", port), Handler) as serving:
+        threading.Thread(target=serving.serve_forever, args=(0.01,), daemon=True).start()
+        yield serving.server_address[1]
+        serving.shutdown()
+
+
+def test_top_waits_for_a_server_that_restarts(folder: Path) -> None:
+    with metrics() as port:
+        terminal = Terminal(f"http://127.0.0.1:{port}", folder, "top", "--interval", "0.1")
+        terminal.type("", "image workers")
+    terminal.type("", "trying again")
+    with metrics(port):
+        terminal.type("", "image workers")
+        assert terminal.end("\x03") == 0
 
 
 def test_costs_are_shown(server: Server, folder: Path) -> None:

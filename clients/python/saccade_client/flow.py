@@ -7,6 +7,7 @@ clients share all of it.
 import contextlib
 import itertools
 import random
+import re
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -61,6 +62,7 @@ Flow = Generator[Send | Pause | Work, Any, T]
 # Waits between attempts without `Retry-After`: up to 0.5 s, 1 s, 2 s... A server that asks for
 # more than the longest wait is not asked again.
 _FIRST_WAIT_S, _LONGEST_WAIT_S, _LONGEST_RETRY_AFTER_S = 0.5, 8.0, 120.0
+_ERRNO = re.compile(r"^\[Errno -?\d+\] ")
 _TRANSIENT = frozenset({429, 500, 502, 503, 504})
 
 
@@ -107,8 +109,9 @@ def translated() -> Iterator[None]:
     """Turns the errors of httpx into the client's."""
     try:
         yield
-    except (httpx.ConnectTimeout, httpx.PoolTimeout) as error:
-        raise ConnectionFailed(f"the server cannot be reached: {error or 'timeout'}") from None
+    except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
+        reason = _ERRNO.sub("", str(error)) or "it does not answer"
+        raise ConnectionFailed(f"the server cannot be reached: {reason}") from None
     except httpx.TimeoutException:
         raise TimedOut("the server did not answer in time") from None
     except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError) as error:

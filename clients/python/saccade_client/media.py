@@ -224,9 +224,12 @@ def is_url(text: str) -> bool:
 
 def _read(path: str | Path) -> bytes:
     try:
-        return Path(path).read_bytes()
+        data = Path(path).read_bytes()
     except (OSError, ValueError) as error:
         raise UnusableMedia(f"cannot read {path}: {getattr(error, 'strerror', error)}") from None
+    if not data:
+        raise UnusableMedia(f"{path} is empty")
+    return data
 
 
 def _video_type(data: bytes) -> str | None:

@@ -1,5 +1,6 @@
 """`saccade ask` and `saccade chat`."""
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -59,6 +60,8 @@ def ask(
 
     Exits with 1 if the server refuses, 2 if the command is wrong, 3 if it cannot be reached.
     """
+    if os.path.isfile(question):
+        options.fail(f"the question is missing: {question} is a file", options.MISUSED)
     with options.connected(url, api_key, model=model, resize=resize, timeout_s=timeout) as client:
         from saccade_client.core import Conversation
 

@@ -37,7 +37,7 @@ def batch(
     Run it again to try failed requests again.
     Exits with 1 if a request failed, 2 if the input is wrong, 3 if the server cannot be reached.
     """
-    with options.reported():
+    with options.reported(url):
         import asyncio
 
         from saccade_client import batch as batches

@@ -47,21 +47,25 @@ def connected(url: str, key: str | None, **settings: Any) -> "Iterator[Client]":
     """A client. Its errors end the command with a message and a status."""
     from saccade_client.client import Client
 
-    with reported(), Client(url, key, **{"retries": _RETRIES, **settings}) as client:
+    with reported(url), Client(url, key, **{"retries": _RETRIES, **settings}) as client:
         yield client
 
 
 @contextlib.contextmanager
-def reported() -> Iterator[None]:
-    """Ends the command with a message and a status if the client fails."""
+def reported(url: str) -> Iterator[None]:
+    """Ends the command with a message and a status if the client of this server fails."""
     from saccade_client import errors
 
+    if not url.startswith(("http://", "https://")):
+        fail(f"--url must begin with http:// or https://, unlike {url!r}", MISUSED)
     try:
         yield
     except (errors.UnusableMedia, errors.OutputLocked) as error:
         fail(str(error), MISUSED)
-    except (errors.ConnectionFailed, errors.TimedOut, errors.DeadlineExceeded) as error:
+    except (errors.ConnectionLost, errors.TimedOut, errors.DeadlineExceeded) as error:
         fail(str(error), UNREACHABLE)
+    except errors.ConnectionFailed as error:
+        fail(f"{error} (at {url}; --url names another one)", UNREACHABLE)
     except errors.SaccadeError as error:
         fail(str(error), REFUSED)
     except KeyboardInterrupt:
@@ -82,7 +86,10 @@ def opened(
     that its kind does not have are ignored."""
     from saccade_client import media
 
-    made = media.media(sys.stdin.buffer.read() if name == "-" else name)
+    source: str | bytes = name
+    if name == "-" and not (source := sys.stdin.buffer.read()):
+        fail("standard input is empty", MISUSED)
+    made = media.media(source)
     if isinstance(made, media.Picture):
         return media.picture(made, detail=detail, max_tokens=max_tokens)
     if isinstance(made, media.Document):

@@ -30,29 +30,35 @@ def top(
 ) -> None:
     """Show what the server does: requests, times, tokens, workers, caches. Ctrl-C ends it."""
     with options.connected(url, api_key, timeout_s=_TIMEOUT_S, retries=0) as client:
-        rows = _rates(client, interval)
-        if json or once or not sys.stdout.isatty():
-            for row in rows:
-                if json:
-                    options.print_json(row)
-                else:
-                    print(
-                        "\n".join(f"{name}\t{_shown(name, value)}" for name, value in row.items())
-                    )
-                if once:
-                    return
-        else:
-            _live(rows, url)
+        if not json and not once and sys.stdout.isatty():
+            _live(client, interval, url)
+            return
+        for row in _rates(client, interval):
+            if json:
+                options.print_json(row)
+            else:
+                print("\n".join(f"{name}\t{_shown(name, value)}" for name, value in row.items()))
+            if once:
+                return
 
 
-def _live(rows: Iterator[Sample], url: str) -> None:
+def _live(client: "Client", interval: float, url: str) -> None:
+    """Show a screen until Ctrl-C. A server that stops meanwhile is waited for."""
     from rich.live import Live
     from rich.text import Text
 
-    looking = Text(f"{url}: looking...")
-    with suppress(KeyboardInterrupt), Live(looking, screen=True, auto_refresh=False) as live:
-        for row in rows:
-            live.update(_table(row, url), refresh=True)
+    from saccade_client.errors import ConnectionFailed, ServerError, TimedOut
+
+    _read(client)  # a server that does not answer at the start is an error
+    shown: Text | Table = Text(f"{url}: looking...")
+    with suppress(KeyboardInterrupt), Live(shown, screen=True, auto_refresh=False) as live:
+        while True:
+            try:
+                for row in _rates(client, interval):
+                    live.update(_table(row, url), refresh=True)
+            except (ConnectionFailed, ServerError, TimedOut) as error:
+                live.update(Text(f"{url}: {error}; trying again..."), refresh=True)
+                time.sleep(interval)
 
 
 def _table(row: Sample, url: str) -> "Table":
