@@ -204,7 +204,7 @@ def test_run_batch_goes_on_after_a_kill_and_keeps_the_order(tmp_path: Path) -> N
     process.send_signal(signal.SIGSTOP)  # so that it is not over before the next one begins
     second = template().run("tests.starts:saccade", *words)
     assert second.returncode == 1
-    assert f"another process writes the results to {output}" in second.stderr
+    assert f"another process writes its results to {output}" in second.stderr
     process.kill()
     process.wait(10)
     assert not output.exists()
