@@ -51,6 +51,7 @@ $(VENV)/examples/.installed: clients/examples/requirements.txt | setup
 test: setup examples
 	@deploy/test_services.sh $(VENV)/services
 	@$(VENV)/bin/python -m tests.kubernetes_tools $(VENV)/services/bin
+	@$(VENV)/bin/python -m tests.node
 ifeq ($(TESTS),)
 	$(UNIT) FOLDERS="tests/unit tests/processes"
 	$(PYTEST) $(GROUPS) tests/server tests/deploy

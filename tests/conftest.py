@@ -269,7 +269,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     tools = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
     files = ("--files", "--files-dir", str(tmp_path_factory.mktemp("files")))
     embeddings = ("--embedding-cache-dir", str(tmp_path_factory.mktemp("embeddings")))
-    flags = ("--max-model-len", "4096", "--allow-private-media", *tools, *files, *embeddings)
+    site = ("--allowed-origins", '["*"]')  # pages of other sites may use it
+    flags = ("--max-model-len", "4096", "--allow-private-media", *tools, *files, *embeddings, *site)
     with serving(*flags) as running:
         yield running
 

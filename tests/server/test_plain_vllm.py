@@ -4,6 +4,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,7 +12,7 @@ import pytest
 
 from saccade_client import Client, errors
 from server.engine.arguments import DEMO_MODEL
-from tests import pictures
+from tests import node, pictures
 from tests.conftest import START_TIMEOUT_S, STOP_TIMEOUT_S
 from tests.pictures import image_part, shape, text_part, user
 from tests.starts import template
@@ -111,3 +112,12 @@ def test_the_client_works_with_plain_vllm(plain: httpx.Client) -> None:
     paths = [request.url.path for request in seen]
     assert set(paths) == {"/version", "/v1/models", "/v1/chat/completions"}
     assert pictures.data_url(photo, "image/jpeg").encode() in seen[-3].read()
+
+
+def test_the_typescript_client_works_with_plain_vllm(plain: httpx.Client, tmp_path: Path) -> None:
+    (tmp_path / "red.png").write_bytes(RED)
+    photo = pictures.encode(pictures.photo((1600, 1200)), "JPEG", quality=90)
+    (tmp_path / "photo.jpg").write_bytes(photo)
+    address = str(plain.base_url).rstrip("/")
+    environment = {"SACCADE_URL": address, "SACCADE_PICTURES": str(tmp_path)}
+    node.run(["--test", node.built_client() / "test" / "plain.test.ts"], **environment)
