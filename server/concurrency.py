@@ -149,6 +149,15 @@ class Turns:
             self._renew_soon()
 
 
+class _Done:
+    def __await__(self) -> Generator[Any, None, None]:
+        yield from ()
+
+
+DONE: Awaitable[None] = _Done()
+"""What functions return that would be coroutines if they had anything to wait for."""
+
+
 class Begun(Generic[T]):
     """An awaitable that runs to its first wait before it is awaited, and may be over then.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
+from pydantic import BaseModel
 from vllm import __version__ as vllm_version
 from vllm import envs
 from vllm.entrypoints.anthropic.protocol import (
@@ -45,7 +46,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-from server.engine.vllm_adapter import stream_chunks
+from server.engine.vllm_adapter import text_stream
 from server.request.context import RequestContext, entered
 from server.telemetry.record import Record
 
@@ -153,9 +154,18 @@ async def add_vllm_routes(app: FastAPI, args: Namespace, engine: AsyncLLM) -> No
     register_api_routers(args, app, tasks, engine.model_config)
     attach_endpoint_plugins(app, tasks)
     init_exception_handler(app)
-    stream_chunks.install()
+    text_stream.install()
+    _read_plainly(ChatCompletionRequest)
     with entered(RequestContext(Record())):  # the warm-up renders without a client
         await init_app_state(engine, app.state, args, tasks)
+
+
+def _read_plainly(model: type[BaseModel]) -> None:
+    """Let deprecated fields of `model` be read like others. vLLM itself reads them, from each
+    request, and pydantic would prepare a warning each time, which is ignored."""
+    for name, field in model.model_fields.items():
+        if field.deprecated and name in vars(model):
+            delattr(model, name)
 
 
 def api_keys(args: Namespace) -> list[str]:

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Iterable
 
 from starlette.types import Message, Send
 
+from server.concurrency import DONE
 from server.errors import SaccadeError, error_body
 from server.http import errors
 from server.telemetry.record import Record, Times
@@ -49,7 +50,7 @@ class Answer:
     def send(self, message: Message) -> Awaitable[None]:
         """Send one ASGI message."""
         if self.is_cut:
-            return _nothing()
+            return DONE
         if message["type"] == "http.response.body":
             if self._error_start is not None:
                 return self._hold(message)
@@ -60,7 +61,7 @@ class Answer:
         elif message["type"] == "http.response.start":
             if message["status"] >= 400:
                 self._error_start = message
-                return _nothing()
+                return DONE
             message = self._start(message)
         return self._send(message)
 
@@ -151,10 +152,6 @@ class Answer:
 
 async def _no_messages() -> Message:
     raise AssertionError("an error needs no messages of the client")
-
-
-async def _nothing() -> None:
-    """Awaited in the place of a message that is held back."""
 
 
 def _value(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:

@@ -7,13 +7,18 @@ error in OpenAI's shape, after which the connection is closed.
 
 import json
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import uvicorn.server
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
+from server.concurrency import DONE
 from server.errors import (
     ClientError,
     HeadersTooLarge,
@@ -215,7 +220,10 @@ class Connection(HttpToolsProtocol):
             self._fail(ClientError("too many requests were sent without waiting for an answer"))
         self._in_head, self._in_body, self._had_request = False, True, True
         self._head_since = None
+        before = self.cycle
         super().on_headers_complete()
+        if self.cycle is not before:
+            self.cycle.__class__ = _Cycle
         if self.server_state.drains:
             self.announce_end()
 
@@ -277,6 +285,26 @@ class Connection(HttpToolsProtocol):
             self.transport.write_eof()
         else:  # also with TLS
             self.transport.close()
+
+
+class _Cycle(RequestResponseCycle):
+    """Writes the chunks of a stream at once, without a coroutine for each."""
+
+    def send(self, message: Any) -> Awaitable[None]:  # type: ignore[override]
+        """Send one ASGI message."""
+        if (
+            message.get("more_body")
+            and self.response_started
+            and self.chunked_encoding
+            and not self.response_complete
+            and not self.disconnected
+            and not self.flow.write_paused
+            and self.scope["method"] != "HEAD"
+        ):
+            if body := message.get("body"):
+                self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+            return DONE
+        return super().send(message)
 
 
 def _answer(error: SaccadeError, headers: Iterable[tuple[bytes, bytes]]) -> bytes:

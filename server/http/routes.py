@@ -19,6 +19,7 @@ from starlette.datastructures import State
 
 from server import __version__
 from server.engine.vllm_adapter.engine_caches import EngineCaches
+from server.engine.vllm_adapter.text_stream import TextStream
 from server.engine.vllm_http import (
     AnthropicCountTokensRequest,
     AnthropicMessagesRequest,
@@ -33,10 +34,11 @@ from server.engine.vllm_http import (
     with_sse_keep_alive,
 )
 from server.errors import Unavailable, error_body
+from server.http import usage
 from server.http.errors import OF_VALIDATORS, unfit
 from server.http.keys import require_admin
-from server.http.scope import document_of
-from server.http.stream import EventStream
+from server.http.scope import context_of, document_of
+from server.http.stream import EventStream, TextEvents
 from server.ingest.fetch_cache import FetchCache
 
 _RESPONSES = ("/v1/responses", "/v1/responses/render")
@@ -142,14 +144,21 @@ async def create_chat_completion(request: ChatCompletionRequest, raw_request: Re
     if serving is None:
         raise NotImplementedError("the model does not support chat completions")
     with _Load(state) as load:
-        answer = await serving.create_chat_completion(request, raw_request)
+        answer: Any = await serving.create_chat_completion(request, raw_request)
+        context = context_of(raw_request.scope) if state.loader is not None else None
+        keep_alive_s = float(state.args.sse_keep_alive_interval)
+        if isinstance(answer, TextStream):
+            return TextEvents(answer, context, keep_alive_s, load.until_end())
         if isinstance(answer, AsyncGenerator):
-            interval = float(state.args.sse_keep_alive_interval)
-            return EventStream(with_sse_keep_alive(answer, interval), load.until_end())
+            events = with_sse_keep_alive(answer, keep_alive_s)
+            return EventStream(events, load.until_end(), context)
     if isinstance(answer, ErrorResponse):
         return _error(answer)
+    body = answer.model_dump()
+    if context is not None:
+        usage.complete(body, context)
     load_format = raw_request.headers.get("endpoint-load-metrics-format", "")
-    return JSONResponse(answer.model_dump(), headers=metrics_header(load_format))
+    return JSONResponse(body, headers=metrics_header(load_format))
 
 
 @conversations.post("/v1/messages", responses=_STREAMED)

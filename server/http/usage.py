@@ -1,7 +1,8 @@
 """Adds the tokens of images to the usage of an answer, and on request details of each image.
 
 vLLM writes the answers; this adds `image_tokens` next to its `cached_tokens`, in each of the three
-dialects, in bodies and in the events of streams.
+dialects, in bodies and in the events of streams. The route for chats calls `complete` while it has
+the answer at hand. The middleware completes all others, which vLLM has serialised.
 """
 
 from collections.abc import Awaitable
@@ -15,13 +16,13 @@ from server.http.scope import context_of, direct_send, set_direct_send
 from server.imaging.tokens import View
 from server.request.context import RequestContext, ShownImage
 
-_PATHS = ("/v1/chat/completions", "/v1/responses", "/v1/messages")
+_PATHS = ("/v1/responses", "/v1/messages")
 _DATA = b"data: {"
 _USAGE = b'"usage":'
 
 
 class ImageUsage:
-    """Middleware around the routes that answer conversations."""
+    """Middleware around the routes of conversations whose answers vLLM serialises."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -32,11 +33,11 @@ class ImageUsage:
             return
         context = context_of(scope)
         if (direct := direct_send(scope)) is not None:
-            set_direct_send(scope, _CompletingStream(context, direct).send)
+            set_direct_send(scope, CompletingStream(context, direct).send)
         await self._app(scope, receive, _Completing(context, send).send)
 
 
-class _CompletingStream:
+class CompletingStream:
     """Passes the body of a stream on, and parses only the events that have a usage."""
 
     def __init__(self, request: RequestContext, send: Send) -> None:
@@ -56,7 +57,7 @@ class _Completing:
     def __init__(self, request: RequestContext, send: Send) -> None:
         self._request = request
         self._send = send
-        self._stream = _CompletingStream(request, send)
+        self._stream = CompletingStream(request, send)
         self._is_stream = False
         self._start: Message | None = None
         self._body = bytearray()
@@ -105,17 +106,22 @@ def completed(body: bytes, request: RequestContext) -> bytes:
         return body
     if not isinstance(answer, dict):
         return body
-    changed = False
-    for holder in (answer, answer.get("response"), answer.get("message")):
-        if isinstance(holder, dict) and isinstance(holder.get("usage"), dict):
-            _complete(holder["usage"], request)
-            if request.include_image_details:
-                holder["image_details"] = details(request)
-            changed = True
-    return msgspec.json.encode(answer) if changed else body
+    holders = (answer, answer.get("response"), answer.get("message"))
+    changed = [isinstance(holder, dict) and complete(holder, request) for holder in holders]
+    return msgspec.json.encode(answer) if any(changed) else body
 
 
-def _complete(usage: dict[str, Any], request: RequestContext) -> None:
+def complete(answer: dict[str, Any], request: RequestContext) -> bool:
+    """Complete `answer`, a JSON object, in place; returns whether it has a usage."""
+    if not isinstance(answer.get("usage"), dict):
+        return False
+    _complete_usage(answer["usage"], request)
+    if request.include_image_details:
+        answer["image_details"] = details(request)
+    return True
+
+
+def _complete_usage(usage: dict[str, Any], request: RequestContext) -> None:
     image_tokens = sum(image.tokens for image in request.shown)
     if "prompt_tokens" in usage:
         holder = usage["prompt_tokens_details"] = usage.get("prompt_tokens_details") or {}

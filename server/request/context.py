@@ -5,10 +5,10 @@ the moments when vLLM calls back in the middle of its own work, and is only read
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 from cachetools import LRUCache
@@ -79,6 +79,7 @@ class RequestContext:
             where that is not known.
         retained: media of earlier requests, where vLLM keeps responses for later turns.
         permit: the right to work; None on routes that need none.
+        on_queue: called with vLLM's queue for the outputs of a prompt, before there are any.
     """
 
     record: Record
@@ -91,6 +92,7 @@ class RequestContext:
     encoded: list[bool] | None = None
     retained: RetainedMedia | None = None
     permit: Permit | None = None
+    on_queue: Callable[[Any], None] | None = None
     _handles: dict[str, Resolved] = field(default_factory=dict)
 
     @property

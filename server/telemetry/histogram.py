@@ -1,6 +1,7 @@
 """A histogram of Prometheus for values that every request has many of."""
 
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterable
 from itertools import accumulate
 from threading import Lock
@@ -10,10 +11,13 @@ import prometheus_client
 from prometheus_client.samples import Sample
 from prometheus_client.utils import floatToGoString
 
+_NOTED_AT_ONCE = 256
+
 
 class Histogram(prometheus_client.Histogram):
-    """Prometheus's, at half its cost: it finds the bucket by bisection, and takes one lock for
-    both the bucket and the sum. It has no exemplars, lives in one process, and is never cleared."""
+    """Prometheus's, at a fraction of its cost: values are only noted, and counted many at a time,
+    each bucket found by bisection. It has no exemplars, lives in one process, and is never
+    cleared."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._known: dict[tuple[Any, ...], Histogram] = {}
@@ -32,16 +36,27 @@ class Histogram(prometheus_client.Histogram):
         self._counts = [0] * len(self._upper_bounds)
         self._total = 0.0
         self._mutex = Lock()
+        self._noted: deque[float] = deque()
 
     def observe(self, amount: float, exemplar: dict[str, str] | None = None) -> None:
         """Count `amount`; of a histogram with labels, call it on what `labels` returns."""
-        bucket = bisect_left(self._upper_bounds, amount)
-        with self._mutex:
-            self._counts[bucket] += 1
+        noted = self._noted
+        noted.append(amount)
+        if len(noted) >= _NOTED_AT_ONCE:
+            with self._mutex:
+                self._count()
+
+    def _count(self) -> None:
+        """Count what was noted; other threads may note more meanwhile."""
+        noted, counts, bounds = self._noted, self._counts, self._upper_bounds
+        while noted:
+            amount = noted.popleft()
+            counts[bisect_left(bounds, amount)] += 1
             self._total += amount
 
     def _child_samples(self) -> Iterable[Sample]:
         with self._mutex:
+            self._count()
             counts, total = list(self._counts), self._total
         bounds = map(floatToGoString, self._upper_bounds)
         samples = [

@@ -2,13 +2,21 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any
 
 import pytest
 from starlette.types import Message
 
-from server.http.stream import EventStream
+from server.http.stream import EventStream, TextEvents
 
 Events = AsyncGenerator[str, None]
+Write = Callable[[bytes, bool], Awaitable[None]]
+Complete = Callable[[dict[str, Any]], None]
+KEEP_ALIVE = b": keep-alive\n\n"
+
+
+async def no_message() -> Message:
+    raise AssertionError("the stream listens for the client")
 
 
 class Sent:
@@ -33,10 +41,7 @@ class Sent:
         def on_end() -> None:
             self.ended += 1
 
-        async def receive() -> Message:
-            raise AssertionError("the stream listens for the client")
-
-        await EventStream(events, on_end)({"type": "http"}, receive, self.send)
+        await EventStream(events, on_end)({"type": "http"}, no_message, self.send)
 
 
 def run(events: Events, fails_at: int | None = None) -> Sent:
@@ -177,3 +182,37 @@ def test_an_exception_in_the_generator_is_propagated() -> None:
     with pytest.raises(ValueError, match="broken"):
         asyncio.run(sent.answer(events()))
     assert (sent.bodies, sent.ended) == ([b"one"], 1)
+
+
+def test_a_comment_is_sent_while_a_text_is_silent() -> None:
+    class Text:
+        async def write(self, write: Write, complete: Complete) -> None:
+            while sent.bodies.count(KEEP_ALIVE) < 3:
+                await asyncio.sleep(0.001)
+            await write(b"first ", True)
+            while sent.bodies[-1] != KEEP_ALIVE:
+                await asyncio.sleep(0.001)
+            await write(b"last", False)
+
+    sent = Sent()
+    ended: list[None] = []
+    answer = TextEvents(Text(), None, 0.01, lambda: ended.append(None))
+    asyncio.run(answer({"type": "http"}, no_message, sent.send))
+    assert [body for body in sent.bodies if body != KEEP_ALIVE] == [b"first ", b"last"]
+    assert [message["more_body"] for message in sent.messages[1:]][-2:] == [True, False]
+    assert sent.bodies[-1] == b"last"
+    assert len(ended) == 1
+
+
+@pytest.mark.parametrize("keep_alive_s", [0, 0.01])
+def test_a_text_whose_client_is_gone_ends(keep_alive_s: float) -> None:
+    class Text:
+        async def write(self, write: Write, complete: Complete) -> None:
+            await write(b"first ", True)
+
+    sent = Sent(fails_at=1)
+    ended: list[None] = []
+    answer = TextEvents(Text(), None, keep_alive_s, lambda: ended.append(None))
+    with pytest.raises(OSError, match="gone"):
+        asyncio.run(answer({"type": "http"}, no_message, sent.send))
+    assert len(ended) == 1

@@ -7,16 +7,17 @@ than decoding a message takes.
 
 import asyncio
 import os
-from collections.abc import Awaitable, Generator, Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any
 
 import zmq
 import zmq.asyncio
 from vllm.v1.engine.core_client import AsyncMPClient
 
+from server.concurrency import DONE
+
 # As plain numbers: each operation on pyzmq's flags makes an enum.
-_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
-_DONTWAIT, _SNDMORE = int(zmq.DONTWAIT), int(zmq.SNDMORE)
+_POLLIN, _DONTWAIT, _SNDMORE = int(zmq.POLLIN), int(zmq.DONTWAIT), int(zmq.SNDMORE)
 
 
 def install() -> None:
@@ -36,20 +37,12 @@ def install() -> None:
     client._ensure_output_queue_task = ensure_receiving_task
 
 
-class _Sent:
-    """An awaitable that is over."""
-
-    def __await__(self) -> Generator[Any, None, None]:
-        yield from ()
-
-
 class InputSocket:
     """Stands in for `send_multipart` of a socket from which nothing is received any more."""
 
     def __init__(self, socket: zmq.asyncio.Socket) -> None:
         self._send_later = socket.send_multipart
         self._socket: Any = zmq.Socket.shadow(socket)
-        self._sent = _Sent()
         self._last_put_off: Any = None
 
     def send_multipart(self, parts: Sequence[Any], copy: bool = True) -> Awaitable[Any]:
@@ -63,7 +56,7 @@ class InputSocket:
             self._socket.send(last, _DONTWAIT, copy=copy)
         except zmq.Again:
             return self._put_off(parts, copy)
-        return self._sent
+        return DONE
 
     def _put_off(self, parts: Sequence[Any], copy: bool) -> Awaitable[Any]:
         self._last_put_off = self._send_later(parts, copy=copy)
@@ -89,7 +82,7 @@ class OutputSocket:
         socket = self._socket
         try:
             # To look is also what makes the descriptor readable for the next message.
-            while not socket.get(_EVENTS) & _POLLIN:
+            while not socket.get(zmq.EVENTS) & _POLLIN:
                 self._arrived = self._loop.create_future()
                 if not self._is_watched:
                     self._loop.add_reader(self._fd, self._wake)

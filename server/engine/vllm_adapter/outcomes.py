@@ -79,43 +79,46 @@ class Outcomes:
     ) -> Any:
         self.read_reports()
         # vLLM drops a state with its last output. Requests that were aborted have none.
-        before = [states.get(output.request_id) for output in outputs]
-        for output, state in zip(outputs, before, strict=True):
+        followed = [
+            (output, states.get(output.request_id), self._contexts.get(output.request_id))
+            for output in outputs
+        ]
+        for output, state, context in followed:
             if output.ec_transfer_params and ENCODED in output.ec_transfer_params:
-                context = self._contexts.get(output.request_id)
                 note(context, output.ec_transfer_params[ENCODED])
                 output.ec_transfer_params = None
             if output.finish_reason is FinishReason.ERROR and state is not None:
-                self._explain(output, state)
+                _explain(output, state, context)
         result = process(outputs, *args, **kwargs)
         try:
-            self._follow(outputs, before, states)
+            now = time.monotonic()
+            for output, state, context in followed:
+                if context is not None and state is not None:
+                    over = output.request_id not in states
+                    _follow(context, output, state, now, over=over)
         except Exception:  # raised here, it would end the engine
             log.exception("failed to record the progress of requests")
         return result
 
-    def _explain(self, output: EngineCoreOutput, state: Any) -> None:
-        """Report the failure of a request as the client's error, where its constraint on the
-        output caused it: the engine cannot compile it, or it rejected the tokens."""
-        context = self._contexts.get(output.request_id)
-        if context is None or state.queue is None or not context.is_constrained:
-            return
-        if output.new_token_ids or not context.media:  # else media may be what failed
-            state.queue.put(impossible(context))
 
-    def _follow(
-        self, outputs: Sequence[EngineCoreOutput], before: Sequence[Any], states: dict[str, Any]
-    ) -> None:
-        now = time.monotonic()
-        for output, state in zip(outputs, before, strict=True):
-            context = self._contexts.get(output.request_id)
-            if context is not None and state is not None:
-                over = output.request_id not in states
-                if not context.record.timeline.began(Stage.GENERATE):
-                    context.holdings.give_back(Item.FEATURES)  # the engine has encoded the images
-                _advance(context.record, output, state, now, over=over)
-                if over and context.permit is not None:
-                    context.permit.leave_engine(output.request_id)
+def _explain(output: EngineCoreOutput, state: Any, context: RequestContext | None) -> None:
+    """Report the failure of a request as the client's error, where its constraint on the output
+    caused it: the engine cannot compile it, or it rejected the tokens."""
+    if context is None or state.queue is None or not context.is_constrained:
+        return
+    if output.new_token_ids or not context.media:  # else media may be what failed
+        state.queue.put(impossible(context))
+
+
+def _follow(
+    context: RequestContext, output: EngineCoreOutput, state: Any, now: float, *, over: bool
+) -> None:
+    """Note one step's output of a request, and give back what it no longer needs."""
+    if not context.record.timeline.began(Stage.GENERATE):
+        context.holdings.give_back(Item.FEATURES)  # the engine has encoded the images
+    _advance(context.record, output, state, now, over=over)
+    if over and context.permit is not None:
+        context.permit.leave_engine(output.request_id)
 
 
 def _advance(

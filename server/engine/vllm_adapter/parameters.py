@@ -65,7 +65,7 @@ class Parameters:
         return self._generate(prompt, sampling_params, *args, **options)
 
     async def add_request(self, request_id: str, prompt: Any, params: Any, **options: Any) -> Any:
-        """vLLM's, after the constraint was verified in a thread.
+        """vLLM's, after the constraint was verified in a thread. The request is told of its queue.
 
         Raises:
             VLLMValidationError: the constraint is invalid.
@@ -81,7 +81,10 @@ class Parameters:
             except VLLMValidationError as error:
                 note(error)
                 raise
-        return await self._add_request(request_id, prompt, params, **options)
+        queue = await self._add_request(request_id, prompt, params, **options)
+        if (on_queue := requests.current().on_queue) is not None:
+            on_queue(queue)
+        return queue
 
     def _check(self, params: SamplingParams) -> None:
         for name in _TRANSFERS:

@@ -137,13 +137,19 @@ def test_generation_ends_with_the_last_choice() -> None:
         outcomes._contexts[name] = context
         record.under_way.add(name)
 
-    def step(name: str, left: dict[str, Any]) -> None:
-        state = SimpleNamespace(stats=None)
-        outcomes._follow([Output(name, [7], FinishReason.STOP)], [state], left)  # type: ignore[list-item]
+    states = {name: SimpleNamespace(stats=None) for name in ("1", "2")}
 
-    step("1", {"2": None})
+    def drop_states(outputs: list[Output]) -> None:
+        for output in outputs:
+            del states[output.request_id]
+
+    def step(name: str) -> None:
+        outputs: Any = [Output(name, [7], FinishReason.STOP)]
+        outcomes._process(drop_states, states, outputs)
+
+    step("1")
     assert not record.timeline.began(Stage.RESPOND)
-    step("2", {})
+    step("2")
     assert record.timeline.began(Stage.RESPOND)
     assert record.completion_tokens == 2
 

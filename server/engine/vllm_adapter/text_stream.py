@@ -1,0 +1,338 @@
+"""Streamed chat answers that hold text alone, written without a model for each chunk.
+
+vLLM makes three pydantic models of every chunk and serialises them, and each chunk passes an
+additional generator. That was a third of the event loop's time for a request with eight tokens. The
+common stream needs none of it: only the text differs from chunk to chunk. `TextStream` writes its
+events from what is equal in all of them. Streams with more in them (tool calls, reasoning,
+log-probabilities, token ids, running usage) keep vLLM's generator.
+
+An answer with one choice is written in a callback of the event loop, which the engine's output
+schedules. The task of the request waits for the last output only: to wake it for each token would
+resume each layer between the socket and the engine, of which there are about twenty-five.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import msgspec
+from vllm.entrypoints.generate.base.protocol import PerRequestMetrics, RequestResponseMetadata
+from vllm.entrypoints.generate.base.serving import build_spec_decoding_metrics
+from vllm.entrypoints.openai.chat_completion import serving as chat
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    ChatCompletionRequest,
+    ChatCompletionStreamResponse,
+)
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.serve.engine.protocol import UsageInfo
+from vllm.entrypoints.serve.utils.api_utils import should_include_usage
+from vllm.exceptions import GenerationError
+from vllm.outputs import RequestOutput
+from vllm.v1.engine.output_processor import RequestOutputCollector
+
+from server.concurrency import DONE, Begun
+from server.request import context as requests
+
+log = logging.getLogger("saccade.stream")
+
+_encode = msgspec.json.Encoder().encode
+_vllms = OpenAIServingChat.chat_completion_stream_generator
+
+
+def install() -> None:
+    """Let vLLM's chat route stream texts here. Its subclasses, for other dialects, read the events
+    of vLLM's generator, and keep it."""
+    route: Any = OpenAIServingChat
+    route.chat_completion_stream_generator = _stream
+
+
+def _stream(
+    serving: OpenAIServingChat,
+    request: ChatCompletionRequest,
+    result_generator: AsyncIterator[RequestOutput],
+    request_id: str,
+    model_name: str,
+    conversation: list[Any],
+    tokenizer: Any,
+    request_metadata: RequestResponseMetadata,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    mm_token_counts: dict[str, int] | None = None,
+) -> "AsyncGenerator[str, None] | TextStream":
+    """In the place of the method of `OpenAIServingChat`."""
+    if is_text_alone(serving, request):
+        return TextStream(
+            serving,
+            request,
+            result_generator,
+            request_id,
+            model_name,
+            request_metadata,
+            mm_token_counts,
+        )
+    return _vllms(
+        serving,
+        request,
+        result_generator,
+        request_id,
+        model_name,
+        conversation,
+        tokenizer,
+        request_metadata,
+        chat_template_kwargs=chat_template_kwargs,
+        mm_token_counts=mm_token_counts,
+    )
+
+
+def is_text_alone(serving: OpenAIServingChat, request: ChatCompletionRequest) -> bool:
+    """Whether the chunks of the answer hold text and nothing else."""
+    return (
+        type(serving) is OpenAIServingChat
+        and serving.parser_cls is None
+        and not serving.enable_log_outputs
+        and not serving.enable_per_request_metrics
+        and not should_include_usage(request.stream_options, serving.enable_force_include_usage)[1]
+        and not request.logprobs
+        and not request.echo
+        and not request.return_token_ids
+        and not request.return_prompt_text
+    )
+
+
+class TextStream:
+    """The events of one answer, which may have several choices."""
+
+    def __init__(
+        self,
+        serving: OpenAIServingChat,
+        request: ChatCompletionRequest,
+        outputs: AsyncIterator[RequestOutput],
+        request_id: str,
+        model_name: str,
+        metadata: RequestResponseMetadata,
+        mm_token_counts: dict[str, int] | None,
+    ) -> None:
+        self._serving = serving
+        self._request = request
+        self._outputs: Any = outputs
+        self._id = request_id
+        self._model = model_name
+        self._metadata = metadata
+        self._mm_token_counts = mm_token_counts
+        self._created = int(time.time())
+        self._with_usage, _ = should_include_usage(
+            request.stream_options, serving.enable_force_include_usage
+        )
+        self._choices: list[_Choice] = []
+        self._last: RequestOutput | None = None
+        self._cached: tuple[int | None, int | None] = (None, None)
+        self._write: Callable[[bytes, bool], Awaitable[None]]
+        self._queue: RequestOutputCollector | None = None
+        self._waits = False  # for an output; other outputs may be written meanwhile
+        self._next: RequestOutput | None = None  # to be written in the callback
+        self._unfinished: Begun[None] | None = None  # the writing, which waits for the client
+        self._failure: Exception | None = None  # of the writing in the callback
+
+    async def write(
+        self,
+        write: Callable[[bytes, bool], Awaitable[None]],
+        complete: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """Call `write` with one or several events as they come, and whether more follow.
+        `complete` may change the event with the usage before it is written."""
+        self._write = write
+        context = requests.current()
+        if (self._request.n or 1) == 1:
+            context.on_queue = self._follow
+        last = b""  # events, when the engine has finished
+        try:
+            while True:
+                output, events = await self._next_events(complete)
+                if self._failure is not None:
+                    raise self._failure
+                if self._unfinished is not None:
+                    await self._unfinished.rest()
+                    self._unfinished = None
+                if output is None:
+                    break
+                if output.finished:
+                    last = events
+                elif events:
+                    await write(events, True)
+            await write(last + events + b"data: [DONE]\n\n", False)
+        finally:
+            self._waits = False
+            context.on_queue = None
+            if self._queue is not None:
+                del self._queue.put  # else the two would refer to each other
+            await self._outputs.aclose()
+
+    async def _next_events(
+        self, complete: Callable[[dict[str, Any]], None]
+    ) -> tuple[RequestOutput | None, bytes]:
+        """The next output that is not written in the callback, and its events; None and the last
+        events when there are no more outputs."""
+        self._waits = True
+        try:
+            output = await self._outputs.__anext__()
+            return output, self._events(output)
+        except StopAsyncIteration:
+            return None, self._end(complete)
+        except GenerationError as error:
+            failure = self._serving._convert_generation_error_to_streaming_response(error)
+        except Exception as error:
+            if self._failure is None:
+                log.exception("failed to stream the answer to request %s", self._id)
+            failure = self._serving.create_streaming_error_response(error)
+        finally:
+            self._waits = False
+        return None, b"data: " + failure.encode() + b"\n\n"
+
+    # ------------------------------------------------------------------ outputs as they come
+
+    def _follow(self, queue: RequestOutputCollector) -> None:
+        """Take what vLLM puts into `queue`."""
+        self._queue = queue
+        queue.put = self._put  # type: ignore[method-assign]
+
+    def _put(self, output: Any) -> None:
+        """In the place of `put` of the queue. What it leaves in the queue wakes the task."""
+        assert self._queue is not None
+        waiting = self._next
+        if not self._waits or not isinstance(output, RequestOutput):
+            RequestOutputCollector.put(self._queue, output)
+        elif waiting is not None:
+            waiting.add(output, aggregate=True)
+            if waiting.finished:
+                self._next = None
+                RequestOutputCollector.put(self._queue, waiting)
+        elif output.finished:
+            RequestOutputCollector.put(self._queue, output)
+        else:
+            self._next = output
+            asyncio.get_running_loop().call_soon(self._write_next)
+
+    def _write_next(self) -> None:
+        output, self._next = self._next, None
+        if output is None or not self._waits:
+            return
+        try:
+            events = self._events(output)
+            if not events or (writing := self._write(events, True)) is DONE:
+                return
+            step = Begun(writing)
+            if not step.begin():
+                self._unfinished = step
+                self._waits = False
+        except Exception as error:
+            self._failure = error
+            self._waits = False
+            self._put(error)
+
+    def _events(self, output: RequestOutput) -> bytes:
+        """The events that tell of `output`."""
+        events = [] if self._choices else self._begin(output)
+        self._last = output
+        for part in output.outputs:
+            choice = self._choices[part.index]
+            if choice.is_over:
+                continue
+            if part.finish_reason == "error":
+                self._serving._raise_if_error(part.finish_reason, self._id)
+            text, tokens = part.text, len(part.token_ids)
+            if not text and not tokens and not choice.tokens:
+                continue  # a part of the prompt was computed
+            choice.tokens += tokens
+            if part.finish_reason is None:
+                events += (choice.head, _encode(text), choice.tail)
+            else:
+                choice.is_over = True
+                reasons = _encode(part.finish_reason), _encode(part.stop_reason)
+                events += (choice.head, _encode(text), self._last_tail(*reasons))
+        return b"".join(events)
+
+    def _begin(self, output: RequestOutput) -> list[bytes]:
+        """Prepare what is equal in all events; returns those that give the role."""
+        self._cached = output.num_cached_tokens, output.num_cache_creation_tokens
+        head = (
+            b'data: {"id":%b,"object":"chat.completion.chunk","created":%d,"model":%b,"choices":'
+            b'[{"index":'
+        ) % (_encode(self._id), self._created, _encode(self._model))
+        self._choices = [_Choice(head, index) for index in range(self._request.n or 1)]
+        role = _encode(self._serving.get_chat_request_role(self._request))
+        return [
+            b'%b%d,"delta":{"role":%b,"content":""},"logprobs":null,"finish_reason":null}],'
+            b'"prompt_token_ids":null,"prompt_text":null}\n\n' % (head, index, role)
+            for index in range(len(self._choices))
+        ]
+
+    def _last_tail(self, finish_reason: bytes, stop_reason: bytes) -> bytes:
+        """The end of the last event of a choice, after its text."""
+        fingerprint = self._serving.system_fingerprint
+        of_server = b""
+        if fingerprint is not None and not self._with_usage:
+            of_server = b',"system_fingerprint":' + _encode(fingerprint)
+        return (
+            b'},"logprobs":null,"finish_reason":%b,"stop_reason":%b,"token_ids":null}]%b}\n\n'
+            % (finish_reason, stop_reason, of_server)
+        )
+
+    def _end(self, complete: Callable[[dict[str, Any]], None]) -> bytes:
+        """The event with the usage, if it is asked for."""
+        last, serving = self._last, self._serving
+        prompt_tokens = 0
+        if last is not None:
+            prompt_tokens = len(last.prompt_token_ids or ()) + len(
+                last.encoder_prompt_token_ids or ()
+            )
+        completion_tokens = sum(choice.tokens for choice in self._choices)
+        usage = UsageInfo(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
+            completion_tokens_details=None,  # of reasoning, of which there is none
+        )
+        self._metadata.final_usage_info = usage
+        if not self._with_usage:
+            return b""
+        in_event = usage.model_copy()
+        in_event.prompt_tokens_details = chat._make_prompt_tokens_details(
+            serving.enable_prompt_tokens_details, *self._cached, self._mm_token_counts
+        )
+        chunk = ChatCompletionStreamResponse(
+            id=self._id,
+            object="chat.completion.chunk",
+            created=self._created,
+            choices=[],
+            model=self._model,
+            usage=in_event,
+            system_fingerprint=serving.system_fingerprint,
+            metrics=self._metrics(),
+        )
+        event = chunk.model_dump(exclude_unset=True, exclude_none=True)
+        complete(event)
+        return b"data: " + _encode(event) + b"\n\n"
+
+    def _metrics(self) -> Any:
+        """What vLLM tells of speculative decoding; None without it."""
+        found = build_spec_decoding_metrics(self._last) if len(self._choices) == 1 else None
+        return None if found is None else PerRequestMetrics(speculative_decoding=found)
+
+
+class _Choice:
+    """What is known of one choice.
+
+    Attributes:
+        head, tail: what is before and behind the text in all its events but the first and the last.
+        tokens: how many were generated so far.
+        is_over: its last event is written.
+    """
+
+    __slots__ = ("head", "is_over", "tail", "tokens")
+
+    def __init__(self, head: bytes, index: int) -> None:
+        self.head = b'%b%d,"delta":{"content":' % (head, index)
+        self.tail = b'},"logprobs":null,"finish_reason":null,"token_ids":null}]}\n\n'
+        self.tokens = 0
+        self.is_over = False

@@ -1,0 +1,346 @@
+"""Streams of text that are written without vLLM's models hold the events that vLLM would write."""
+
+import asyncio
+import copy
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from vllm.entrypoints.generate.base.protocol import RequestResponseMetadata
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    ChatCompletionRequest,
+    ChatCompletionResponseStreamChoice,
+    ChatCompletionStreamResponse,
+)
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.output_processor import RequestOutputCollector
+
+from server.concurrency import DONE
+from server.engine.vllm_adapter import text_stream
+from server.engine.vllm_adapter.text_stream import TextStream, is_text_alone
+from server.request.context import RequestContext, entered
+from server.telemetry.record import Record
+
+COUNTS = {"image": 49}
+
+
+def serving_with(**options: Any) -> OpenAIServingChat:
+    """vLLM's serving class, with what its streams read of it."""
+    made = object.__new__(OpenAIServingChat)
+    known = {
+        "parser_cls": None,
+        "enable_force_include_usage": False,
+        "enable_prompt_tokens_details": False,
+        "enable_per_request_metrics": False,
+        "enable_log_outputs": False,
+        "request_logger": None,
+        "system_fingerprint": None,
+        "response_role": "assistant",
+        "_include_reasoning_tokens_details": False,
+    }
+    made.__dict__.update({**known, **options})
+    return made
+
+
+def request_with(**options: Any) -> ChatCompletionRequest:
+    message = {"role": "user", "content": "?"}
+    return ChatCompletionRequest.model_validate(
+        {"model": "m", "messages": [message], "stream": True, **options}
+    )
+
+
+def output(
+    *parts: tuple[int, str, Sequence[int], str | None, int | str | None], finished: bool = False
+) -> RequestOutput:
+    """What the engine says in one step; of each choice its index, text, tokens and reasons."""
+    return RequestOutput(
+        request_id="r",
+        prompt=None,
+        prompt_token_ids=[1, 2, 3],
+        prompt_logprobs=None,
+        outputs=[
+            CompletionOutput(
+                index, text, list(tokens), None, None, finish_reason=finish, stop_reason=stop
+            )
+            for index, text, tokens, finish, stop in parts
+        ],
+        finished=finished,
+        num_cached_tokens=2,
+        num_cache_creation_tokens=1,
+    )
+
+
+class Engine:
+    """Gives `outputs` as vLLM's engine does, through its queue; an exception is raised."""
+
+    def __init__(self, outputs: Sequence[RequestOutput | Exception], *, together: bool) -> None:
+        self._outputs = copy.deepcopy(list(outputs))
+        self._together = together
+
+    async def generate(self, context: RequestContext) -> AsyncIterator[RequestOutput]:
+        queue = RequestOutputCollector(RequestOutputKind.DELTA, "r")
+        if context.on_queue is not None:
+            context.on_queue(queue)
+        producing = asyncio.create_task(self._produce(queue))
+        finished = False
+        while not finished:
+            found = queue.get_nowait() or await queue.get()
+            assert isinstance(found, RequestOutput)
+            finished = found.finished
+            yield found
+        await producing
+
+    async def _produce(self, queue: RequestOutputCollector) -> None:
+        for each in self._outputs:
+            queue.put(each)  # type: ignore[arg-type]
+            if not self._together:
+                for _ in range(8):  # until it is written
+                    await asyncio.sleep(0)
+
+
+Write = Callable[[bytes, bool], Awaitable[None]]
+
+
+def ours(
+    serving: OpenAIServingChat,
+    request: ChatCompletionRequest,
+    outputs: Sequence[RequestOutput | Exception],
+    *,
+    together: bool = False,
+    writer: Callable[[list[bytes]], Write] | None = None,
+) -> list[str]:
+    """The events that `TextStream` writes."""
+
+    async def run() -> list[str]:
+        written: list[bytes] = []
+        ended: list[bool] = []
+
+        def at_once(events: bytes, more: bool) -> Awaitable[None]:
+            ended.append(not more)
+            written.append(events)
+            return DONE
+
+        context = RequestContext(Record())
+        with entered(context):
+            engine = Engine(outputs, together=together)
+            stream = TextStream(
+                serving,
+                request,
+                engine.generate(context),
+                "chatcmpl-1",
+                "m",
+                RequestResponseMetadata(request_id="r"),
+                COUNTS,
+            )
+            write = at_once if writer is None else writer(written)
+            await stream.write(write, lambda event: None)
+        assert writer is not None or ended == [False] * (len(ended) - 1) + [True]
+        assert context.on_queue is None
+        return b"".join(written).decode().split("\n\n")[:-1]
+
+    return asyncio.run(run())
+
+
+def vllms(
+    serving: OpenAIServingChat,
+    request: ChatCompletionRequest,
+    outputs: Sequence[RequestOutput | Exception],
+) -> list[str]:
+    """The events that vLLM's generator makes."""
+
+    async def given() -> AsyncIterator[RequestOutput]:
+        for each in copy.deepcopy(list(outputs)):
+            if isinstance(each, Exception):
+                raise each
+            yield each
+
+    async def run() -> list[str]:
+        events = text_stream._vllms(
+            serving,
+            request,
+            given(),
+            "chatcmpl-1",
+            "m",
+            [],
+            None,  # type: ignore[arg-type]
+            RequestResponseMetadata(request_id="r"),
+            mm_token_counts=COUNTS,
+        )
+        return [event.removesuffix("\n\n") async for event in events]
+
+    return asyncio.run(run())
+
+
+def parsed(events: list[str]) -> list[Any]:
+    data = [event.removeprefix("data: ") for event in events]
+    assert data[-1] == "[DONE]"
+    chunks = [json.loads(each) for each in data[:-1]]
+    for chunk in chunks:
+        assert chunk.pop("created", 1) > 0
+    return chunks
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)  # no lone surrogates
+STEPS = st.lists(st.tuples(TEXT, st.lists(st.integers(0, 9), max_size=3)), max_size=5)
+REASONS = st.sampled_from([("stop", None), ("stop", "end"), ("stop", 7), ("length", None)])
+SERVINGS = st.fixed_dictionaries(
+    {},
+    optional={
+        "enable_prompt_tokens_details": st.booleans(),
+        "system_fingerprint": TEXT,
+    },
+)
+REQUESTS = st.fixed_dictionaries(
+    {},
+    optional={
+        "stream_options": st.none() | st.builds(dict, include_usage=st.booleans()),
+        "add_generation_prompt": st.booleans(),
+        "n": st.just(1),
+    },
+)
+
+
+@given(STEPS, REASONS, SERVINGS, REQUESTS)
+def test_events_equal_vllms(
+    steps: list[tuple[str, list[int]]],
+    reasons: tuple[str, int | str | None],
+    serving: dict[str, Any],
+    request: dict[str, Any],
+) -> None:
+    outputs = [output((0, *step, None, None)) for step in steps]
+    outputs.append(output((0, "end", [5], *reasons), finished=True))
+    server, asked = serving_with(**serving), request_with(**request)
+    assert is_text_alone(server, asked)
+    written, expected = ours(server, asked, outputs), vllms(server, asked, outputs)
+    assert parsed(written) == parsed(expected)
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), TEXT, st.integers(0, 2)), max_size=6))
+def test_events_of_several_choices_equal_vllms(steps: list[tuple[int, str, int]]) -> None:
+    outputs = [output((index, text, [1] * tokens, None, None)) for index, text, tokens in steps]
+    outputs.append(output((1, "b", [5], "stop", None)))
+    outputs.append(output((1, "late", [5], None, None), (0, "a", [], None, None)))
+    outputs.append(output((0, "a", [6, 7], "length", None), finished=True))
+    server, asked = serving_with(), request_with(n=2, stream_options={"include_usage": True})
+    assert parsed(ours(server, asked, outputs)) == parsed(vllms(server, asked, outputs))
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("error", [EngineDeadError(), ValueError("no such thing")])
+def test_a_failure_is_the_event_that_vllm_writes(steps: int, error: Exception) -> None:
+    outputs: list[RequestOutput | Exception] = [output((0, "a", [1], None, None))] * steps
+    outputs.append(error)
+    server, asked = serving_with(), request_with()
+    written = parsed(ours(server, asked, outputs))
+    assert written == parsed(vllms(server, asked, outputs))
+    assert "error" in written[-1]
+
+
+def test_a_fault_of_the_engine_is_the_event_that_vllm_writes() -> None:
+    outputs = [
+        output((0, "a", [1], None, None)),
+        output((0, "", [], "error", None), finished=True),
+    ]
+    server, asked = serving_with(), request_with(stream_options={"include_usage": True})
+    written = parsed(ours(server, asked, outputs))
+    assert written == parsed(vllms(server, asked, outputs))
+    assert written[-1]["error"]["message"] == "Internal server error"
+
+
+def texts(events: list[str]) -> list[str]:
+    chunks = parsed(events)
+    return [choice["delta"]["content"] for chunk in chunks for choice in chunk["choices"]]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_what_is_ready_together_is_written_together(steps: int) -> None:
+    outputs = [output((0, str(step), [step], None, None)) for step in range(steps)]
+    outputs.append(output((0, "end", [9], "stop", None), finished=True))
+    asked = request_with(stream_options={"include_usage": True})
+    events = ours(serving_with(), asked, outputs, together=True)
+    assert texts(events) == ["", "".join(map(str, range(steps))) + "end"]
+    assert parsed(events)[-1]["usage"]["completion_tokens"] == steps + 1
+
+
+def test_a_slow_client_gets_everything_in_order() -> None:
+    def slow(written: list[bytes]) -> Write:
+        async def write(events: bytes, more: bool) -> None:
+            for _ in range(3 + 20 * (len(written) % 3)):  # the engine goes on meanwhile
+                await asyncio.sleep(0)
+            written.append(events)
+
+        return write
+
+    outputs = [output((0, f"{step} ", [step], None, None)) for step in range(40)]
+    outputs.append(output((0, "end", [9], "stop", None), finished=True))
+    events = ours(serving_with(), request_with(), outputs, writer=slow)
+    assert "".join(texts(events)) == "".join(f"{step} " for step in range(40)) + "end"
+    assert 3 < len(texts(events)) < 40
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("more", [True, False], ids=["in the middle", "at the end"])
+def test_a_failure_to_write_is_raised(more: bool, at_once: bool) -> None:
+    def broken(written: list[bytes]) -> Write:
+        async def write(events: bytes, more_: bool) -> None:
+            if more_ is more:
+                if not at_once:
+                    await asyncio.sleep(0)
+                raise OSError("gone")
+
+        return write
+
+    last = output((0, "b", [2], "stop", None), finished=True)
+    outputs = [output((0, "a", [1], None, None)), last]
+    with pytest.raises(OSError, match="gone"):
+        ours(serving_with(), request_with(), outputs, writer=broken)
+
+
+@pytest.mark.parametrize(
+    ("serving", "request_"),
+    [
+        ({"parser_cls": object}, {}),
+        ({"enable_log_outputs": True}, {}),
+        ({"enable_per_request_metrics": True}, {}),
+        ({"enable_force_include_usage": True}, {}),
+        ({}, {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}),
+        ({}, {"logprobs": True}),
+        ({}, {"echo": True}),
+        ({}, {"return_token_ids": True}),
+        ({}, {"return_prompt_text": True}),
+    ],
+)
+def test_a_stream_with_more_than_text_is_left_to_vllm(
+    serving: dict[str, Any], request_: dict[str, Any]
+) -> None:
+    assert not is_text_alone(serving_with(**serving), request_with(**request_))
+
+
+def test_every_field_of_vllms_chunks_is_known() -> None:
+    """A field that vLLM adds changes its JSON: `text_stream` must then be extended."""
+    assert list(ChatCompletionResponseStreamChoice.model_fields) == [
+        "index",
+        "delta",
+        "logprobs",
+        "finish_reason",
+        "stop_reason",
+        "token_ids",
+    ]
+    assert list(ChatCompletionStreamResponse.model_fields) == [
+        "id",
+        "object",
+        "created",
+        "model",
+        "choices",
+        "usage",
+        "system_fingerprint",
+        "prompt_token_ids",
+        "prompt_text",
+        "metrics",
+    ]
