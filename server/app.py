@@ -95,7 +95,8 @@ async def running(args: Namespace, settings: Settings, report: Report) -> AsyncI
         store = await stack.enter_async_context(_file_store(settings, report))
         pool = None
         if prepared.workers is not None:
-            pool = ImagePool(prepared.workers, settings.images, cpu_waits.note_work)
+            share = settings.admission.max_group_share
+            pool = ImagePool(prepared.workers, settings.images, cpu_waits.note_work, share)
             stack.callback(pool.stop_preload)
             pool.preload()
         report(f"starting the engine on {prepared.config.device_config.device_type}")

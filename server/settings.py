@@ -311,9 +311,9 @@ class AdmissionSettings(_Group):
         0.5,
         gt=0,
         le=1,
-        description="Most of the requests that run at the same time, and of those in the engine, "
-        "that may be of one group of API keys while another group has had a request in the last "
-        "30 s, as a share; 1: no limit.",
+        description="Most of the requests that run at the same time, of those in the engine, and "
+        "of the image workers, that may be of one group of API keys while another group has had a "
+        "request in the last 30 s, as a share; 1: no limit.",
     )
     media_memory_gb: float | None = Field(
         None,

@@ -40,6 +40,7 @@ from server.telemetry.stages import ImageWork
 from server.workers import protocol
 from server.workers.confinement import Confinement
 from server.workers.forkserver import Forkserver
+from server.workers.group_share import GroupShare
 from server.workers.jobs import (
     ANIMATED,
     MAX_INT32,
@@ -73,13 +74,15 @@ class ImagePool:
         spec: WorkerSpec,
         settings: ImageSettings,
         on_work: Callable[[], None] = lambda: None,
+        group_share: float = 1.0,
     ) -> None:
-        """`on_work` is called whenever a worker gets an image."""
+        """`on_work` is called whenever a worker gets an image. `group_share`: see `GroupShare`."""
         self._settings = settings
         self._on_work = on_work
         self._max_pixels = settings.max_decode_pixels or max(
             usable_memory() // _MEMORY_PARTS // _BYTES_PER_PIXEL, 1
         )
+        self._share = GroupShare(settings.image_workers, group_share)
         self._queue: deque[Task] = deque()
         self._tasks: dict[str, Task] = {}
         self.forkserver = Forkserver(spec)
@@ -246,6 +249,7 @@ class ImagePool:
                 task.sequence, task.frame = id(data), job.frame
         self._tasks[key] = task
         self._queue.append(task)
+        self._share.asks(group)
         return task
 
     def _abandon(self, task: Task) -> None:
@@ -282,7 +286,8 @@ class ImagePool:
     def _next_tasks(self) -> list[Task]:
         """Take the next task from the queue. A frame of an animation comes with the queued ones of
         the same file, in their order, since one pass decodes all of them; it waits if a worker
-        already decodes this file. Of several groups, that with the fewest workers is next."""
+        already decodes this file. Of several groups, that with the fewest workers is next; one that
+        has its share of them waits."""
         if not self._queue:
             return []
         busy = {slot.task.sequence for slot in self._slots.all if slot.task is not None} - {None}
@@ -313,9 +318,10 @@ class ImagePool:
         """The first task in the queue of the group that has the fewest workers; no frame of an
         animation in `busy`."""
         groups = [slot.task.group for slot in self._slots.all if slot.task is not None]
+        full = self._share.full(groups)
         first = None
         for task in self._queue:
-            if task.sequence in busy:
+            if task.sequence in busy or task.group in full:
                 continue
             if first is None or groups.count(task.group) < groups.count(first.group):
                 first = task

@@ -81,8 +81,9 @@ def arrays(features: Features) -> dict[str, Any]:
 
 
 @contextlib.asynccontextmanager
-async def running(**settings: Any) -> AsyncIterator[ImagePool]:
-    async with ImagePool(SPEC, ImageSettings(**{"image_workers": 2, **settings})) as pool:
+async def running(*, group_share: float = 1.0, **settings: Any) -> AsyncIterator[ImagePool]:
+    chosen = ImageSettings(**{"image_workers": 2, **settings})
+    async with ImagePool(SPEC, chosen, group_share=group_share) as pool:
         yield pool
 
 
@@ -196,6 +197,31 @@ def test_the_pictures_of_one_group_do_not_wait_for_the_queue_of_another() -> Non
             await asyncio.gather(*(one("light", number) for number in range(2)))
             assert len(done) <= 8
             await asyncio.gather(*heavy)
+
+    run(test)
+
+
+def test_a_group_holds_only_its_share_of_the_workers_while_another_is_active() -> None:
+    async def test() -> None:
+        async with running(group_share=0.5, image_workers=2) as pool:
+
+            def begin(group: str, name: str, seconds: float) -> asyncio.Task[Features]:
+                data = f"sleep {seconds}".encode()
+                return asyncio.create_task(
+                    pool.process(f"{group} {name}", data, JOB, Record(key_group=group))
+                )
+
+            alone = [begin("heavy", f"alone {number}", 0.2) for number in range(3)]
+            await until(lambda: pool.queued == 1)  # two are in the workers
+            await asyncio.gather(*alone)
+            await begin("light", "first", 0)
+            heavy = [begin("heavy", f"slow {number}", 60) for number in range(3)]
+            await until(lambda: pool.queued == 2)
+            await begin("light", "next", 0)  # at once, by the other worker
+            assert pool.queued == 2
+            for each in heavy:
+                each.cancel()
+            await asyncio.gather(*heavy, return_exceptions=True)
 
     run(test)
 
