@@ -152,6 +152,8 @@ class BodyReader:
             context.permit = permit
             if self._loader is not None and context.media:
                 await self._loader.load(context)
+            if permit is not None:
+                permit.is_loaded()
             context.retained = self._retained
             body = await self._body(read, scope)
             share.shrink(read.kept_bytes)

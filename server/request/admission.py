@@ -40,7 +40,7 @@ _MEASURED = 64
 _MOST, _FEW = 0.9, 0.25
 # Waiting may take this many times as long as predicted: the rate varies within seconds.
 _WAIT_MARGIN = 1.5
-# So long the engine gets no further requests of other groups after one of a group with few.
+# So long the engine gets no more of a group with its share, when the media of another are loaded.
 _HEAD_START_S = 0.1
 # Usages that would not be missed are looked for when there are this many.
 _MOST_USAGES = 10_000
@@ -379,6 +379,12 @@ class Permit:
         self._in_engine.add(request_id)
         if self._has_ended():  # nobody would leave for a request that is aborted from now on
             self.leave_engine(request_id)
+
+    def is_loaded(self) -> None:
+        """The media of the request are loaded, so it will enter the engine soon: the engine gets
+        no more of a group that floods it."""
+        if self._turn is None:
+            self._admission.engine_slots.expect(self._group)
 
     def _has_ended(self) -> bool:
         return self._is_over

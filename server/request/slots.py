@@ -22,9 +22,10 @@ class _Waiter(NamedTuple):
 class Slots:
     """At most `count` slots are taken. A few more are reserved for groups that have none, so that
     a group with few requests does not wait for the end of another's. While another group is active,
-    a group takes at most `group_share` of the slots. When a group takes a slot while another has
-    its share, the others get none for `head_start_s`, but at most half of the time. None are given
-    while `is_closed` says so; when that changes, `advance` has to be called.
+    a group takes at most `group_share` of the slots. When a group with fewer takes a slot, or will
+    soon, groups that have their share get none for `head_start_s`, or until it has no slot, but at
+    most half of the time. None are given while `is_closed` says so; when that changes, `advance`
+    has to be called.
 
     Work in the background waits in a queue of its own. It gets a slot only if nobody else waits or
     has a head start, and leaves some slots free, so that a request which arrives then begins at
@@ -51,7 +52,9 @@ class Slots:
         self._took_at: dict[str, float] = {}  # of active groups, the last to take a slot at the end
         self._head_start_s = head_start_s
         self._ahead: str | None = None  # the group that has a head start
-        self._next_head_start = -math.inf
+        self._behind: set[str] = set()  # those that get no slots meanwhile
+        self._head_start_began = self._next_head_start = -math.inf
+        self._end_of_head_start: asyncio.TimerHandle | None = None
         self._in_background = 0
         most = count if most_background is None else most_background
         self.most_background = max(1, min(count - self._reserved, most))
@@ -115,17 +118,30 @@ class Slots:
         self._took_at[group] = now
         while now - next(iter(self._took_at.values())) > _ACTIVE_S:
             del self._took_at[next(iter(self._took_at))]
-        if self._by_group[group] < self._most_of_group <= max(self._by_group.values()):
-            self._begin_head_start(group, now)
+        self.expect(group)
 
-    def _begin_head_start(self, group: str, now: float) -> None:
-        if self._head_start_s and now >= self._next_head_start:
-            self._ahead = group
-            self._next_head_start = now + 2 * self._head_start_s
-            asyncio.get_running_loop().call_later(self._head_start_s, self._end_head_start)
+    def expect(self, group: str) -> None:
+        """A request of `group` takes a slot, or will soon: its head start begins now."""
+        now, most = time.monotonic(), self._most_of_group
+        if not self._head_start_s or now < self._next_head_start or self._count_of(group) >= most:
+            return
+        self._behind = {name for name, count in self._by_group.items() if count >= most}
+        if self._behind:
+            self._ahead, self._head_start_began, self._next_head_start = group, now, math.inf
+            self._end_of_head_start = asyncio.get_running_loop().call_later(
+                self._head_start_s, self._end_head_start
+            )
+
+    def _count_of(self, group: str) -> int:
+        return self._by_group.get(group, 0)
 
     def _end_head_start(self) -> None:
-        self._ahead = None
+        """No other one begins for as long as this one lasted."""
+        assert self._end_of_head_start is not None
+        self._end_of_head_start.cancel()
+        now = time.monotonic()
+        self._ahead, self._behind = None, set()
+        self._next_head_start = 2 * now - self._head_start_began
         self.advance()
 
     def free(self, group: str) -> None:
@@ -135,7 +151,7 @@ class Slots:
         if not self._by_group[group]:
             del self._by_group[group]
             if group == self._ahead:
-                self._ahead = None
+                self._end_head_start()
         self.advance()
 
     def add_background(self) -> None:
@@ -152,7 +168,7 @@ class Slots:
     def advance(self) -> None:
         """Give the free slots to those that wait."""
         while self.queue and self.taken < self.count and not self._is_closed():
-            full = set(filter(self._must_wait, self._by_group))
+            full = set(filter(self._must_wait, self._by_group)) | self._behind
             if not self._give(self.queue, self.add, full):
                 return
         while self.background and self._may_take_background():
@@ -177,7 +193,7 @@ class Slots:
 
     def _must_wait(self, group: str) -> bool:
         """Whether `group` may take no slot because another group is active."""
-        if self._ahead not in (None, group) and group in self._by_group:
+        if group in self._behind:
             return True
         if self._by_group[group] < self._most_of_group or self._most_of_group == self.count:
             return False

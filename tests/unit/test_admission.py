@@ -164,6 +164,40 @@ def test_a_group_with_few_requests_has_a_head_start_for_half_of_the_time_at_most
     asyncio.run(run())
 
 
+def test_a_head_start_begins_when_the_media_are_loaded_and_ends_with_the_last_request() -> None:
+    async def run() -> None:
+        places = slots.Slots(8, group_share=0.5, head_start_s=60.0)
+        places.add("light")
+        places.free("light")
+        for _ in range(4):
+            places.add("heavy")
+        waiting = [asyncio.create_task(places.take("heavy", 1.0)) for _ in range(4)]
+        await settle()
+        places.expect("heavy")  # which has its share
+        places.free("heavy")
+        await waiting[0]
+        places.expect("light")
+        for _ in range(4):
+            places.free("heavy")
+        await settle()
+        assert places.taken == 0  # all wait, even with an empty engine
+        assert places.take_now("third")
+        places.free("third")
+        assert places.take_now("light")
+        await settle()
+        assert places.taken == 1
+        places.free("light")
+        await asyncio.gather(*waiting[1:])
+        assert places.take_now("light")  # too early for another one
+        places.free("heavy")
+        assert places.take_now("heavy")
+        for group in ("light", "heavy", "heavy", "heavy"):
+            places.free(group)
+        assert places.taken == 0
+
+    asyncio.run(run())
+
+
 def test_a_full_queue_refuses_at_once_and_says_when_to_come_back() -> None:
     async def run() -> None:
         gate, release = admission(running=1, waiting=2), asyncio.Event()
