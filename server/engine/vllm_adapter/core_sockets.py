@@ -13,11 +13,17 @@ from typing import Any
 import zmq
 import zmq.asyncio
 from vllm.v1.engine.core_client import AsyncMPClient
+from zmq.backend import zmq_poll
 
 from server.concurrency import DONE
 
 # As plain numbers: each operation on pyzmq's flags makes an enum.
 _POLLIN, _DONTWAIT, _SNDMORE = int(zmq.POLLIN), int(zmq.DONTWAIT), int(zmq.SNDMORE)
+
+
+def has_message(socket: Any) -> bool:
+    """Whether a message can be received from a socket of pyzmq; `socket.get` would make an enum."""
+    return bool(zmq_poll([(socket, _POLLIN)], 0))
 
 
 def install() -> None:
@@ -82,7 +88,7 @@ class OutputSocket:
         socket = self._socket
         try:
             # To look is also what makes the descriptor readable for the next message.
-            while not socket.get(zmq.EVENTS) & _POLLIN:
+            while not has_message(socket):
                 self._arrived = self._loop.create_future()
                 if not self._is_watched:
                     self._loop.add_reader(self._fd, self._wake)

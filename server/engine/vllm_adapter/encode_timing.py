@@ -19,13 +19,13 @@ import zmq
 
 from server.concurrency import cancel
 from server.engine.vllm_adapter import plugin
+from server.engine.vllm_adapter.core_sockets import has_message
 
 log = logging.getLogger("saccade.encode_times")
 
 _MAX_MESSAGE_BYTES = 1 << 20
 # Reports are also read this often, for requests of which no output comes for long.
 _INTERVAL_S = 0.25
-_POLLIN = int(zmq.POLLIN)  # operations on the flags make enums
 
 OnEncode = Callable[[Sequence[str], float, float], None]
 
@@ -76,7 +76,7 @@ class EncodeTimes:
 
     def read(self) -> None:
         """Read the reports that have arrived. Waking the event loop for each would take longer."""
-        while self._socket is not None and self._socket.get(zmq.EVENTS) & _POLLIN:
+        while self._socket is not None and has_message(self._socket):
             try:
                 run = self._decoder.decode(self._socket.recv(zmq.NOBLOCK))
             except msgspec.MsgspecError as error:

@@ -18,13 +18,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import msgspec
-from vllm.entrypoints.generate.base.protocol import PerRequestMetrics, RequestResponseMetadata
+from pydantic import BaseModel
+from vllm.entrypoints.generate.base.protocol import RequestResponseMetadata
 from vllm.entrypoints.generate.base.serving import build_spec_decoding_metrics
 from vllm.entrypoints.openai.chat_completion import serving as chat
-from vllm.entrypoints.openai.chat_completion.protocol import (
-    ChatCompletionRequest,
-    ChatCompletionStreamResponse,
-)
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
 from vllm.entrypoints.serve.utils.api_utils import should_include_usage
@@ -283,41 +281,45 @@ class TextStream:
         last, serving = self._last, self._serving
         prompt_tokens = 0
         if last is not None:
-            prompt_tokens = len(last.prompt_token_ids or ()) + len(
-                last.encoder_prompt_token_ids or ()
-            )
+            in_encoder = last.encoder_prompt_token_ids or ()
+            prompt_tokens = len(last.prompt_token_ids or ()) + len(in_encoder)
         completion_tokens = sum(choice.tokens for choice in self._choices)
-        usage = UsageInfo(
-            prompt_tokens=prompt_tokens,
-            completion_tokens=completion_tokens,
-            total_tokens=prompt_tokens + completion_tokens,
-            completion_tokens_details=None,  # of reasoning, of which there is none
-        )
-        self._metadata.final_usage_info = usage
+        usage: dict[str, Any] = {
+            "prompt_tokens": prompt_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+            "completion_tokens": completion_tokens,
+        }
+        self._metadata.final_usage_info = UsageInfo.model_construct(**usage)
         if not self._with_usage:
             return b""
-        in_event = usage.model_copy()
-        in_event.prompt_tokens_details = chat._make_prompt_tokens_details(
+        of_prompt = chat._make_prompt_tokens_details(
             serving.enable_prompt_tokens_details, *self._cached, self._mm_token_counts
         )
-        chunk = ChatCompletionStreamResponse(
-            id=self._id,
-            object="chat.completion.chunk",
-            created=self._created,
-            choices=[],
-            model=self._model,
-            usage=in_event,
-            system_fingerprint=serving.system_fingerprint,
-            metrics=self._metrics(),
-        )
-        event = chunk.model_dump(exclude_unset=True, exclude_none=True)
+        event = {
+            "id": self._id,
+            "object": "chat.completion.chunk",
+            "created": self._created,
+            "model": self._model,
+            "choices": [],
+            "usage": usage | _given(prompt_tokens_details=_dumped(of_prompt)),
+            **_given(system_fingerprint=serving.system_fingerprint, metrics=self._metrics()),
+        }
         complete(event)
         return b"data: " + _encode(event) + b"\n\n"
 
-    def _metrics(self) -> Any:
+    def _metrics(self) -> dict[str, Any] | None:
         """What vLLM tells of speculative decoding; None without it."""
         found = build_spec_decoding_metrics(self._last) if len(self._choices) == 1 else None
-        return None if found is None else PerRequestMetrics(speculative_decoding=found)
+        return None if found is None else {"speculative_decoding": _dumped(found)}
+
+
+def _given(**fields: Any) -> dict[str, Any]:
+    """Those that are not None, which vLLM leaves out of this event."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _dumped(model: BaseModel | None) -> dict[str, Any] | None:
+    return None if model is None else model.model_dump(exclude_unset=True, exclude_none=True)
 
 
 class _Choice:

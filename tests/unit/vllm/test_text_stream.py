@@ -20,6 +20,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
+from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 
 from server.concurrency import DONE
 from server.engine.vllm_adapter import text_stream
@@ -251,6 +252,17 @@ def test_a_fault_of_the_engine_is_the_event_that_vllm_writes() -> None:
     written = parsed(ours(server, asked, outputs))
     assert written == parsed(vllms(server, asked, outputs))
     assert written[-1]["error"]["message"] == "Internal server error"
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_speculative_decoding_is_told_of_as_by_vllm(n: int) -> None:
+    last = output((0, "a", [1, 2], "stop", None), finished=True)
+    last.outputs[0].spec_decode_metrics = RequestSpecDecodeMetrics.new(3)
+    last.outputs[0].spec_decode_metrics.observe(3, 2)
+    server, asked = serving_with(), request_with(n=n, stream_options={"include_usage": True})
+    written = parsed(ours(server, asked, [last]))
+    assert written == parsed(vllms(server, asked, [last]))
+    assert ("metrics" in written[-1]) == (n == 1)
 
 
 def texts(events: list[str]) -> list[str]:
