@@ -35,6 +35,11 @@ def parse() -> argparse.Namespace:
     add("--concurrency", type=_positive, default=8, help="requests in flight")
     add("--scale", type=float, default=1.0, help="factor on the number of requests in a round")
     add("--stub-encoder", action="store_true", help="use the same stub vision encoder in both")
+    add(
+        "--stub-engine",
+        action="store_true",
+        help="also stub the language model's layers in both; scheduler, sampler and IPC are real",
+    )
     add("--image-decode", choices=("exact", "fast"), help="passed to our server only")
     add("--mm-processor-kwargs", type=json.loads, help="JSON, passed to both")
     add("--max-model-len", type=_positive, default=8192, help="passed to both")
@@ -58,6 +63,7 @@ def parse() -> argparse.Namespace:
     )
     add("--output", type=Path, help="result file; default: benchmarks/results/<date>-<name>")
     options = parser.parse_args()
+    options.stub_encoder |= options.stub_engine
     options.output = options.output or _default_output(options)
     return options
 
@@ -95,12 +101,18 @@ def recorded(options: argparse.Namespace) -> dict[str, Any]:
             for name, value in sorted(os.environ.items())
             if name.startswith(("VLLM_", "OMP_", "KMP_", "SACCADE_"))
         },
-        "stubbed": ["vision encoder, in both servers"] if options.stub_encoder else [],
+        "stubbed": stubbed(options),
         "commands": {
             "ours": shlex.join(["python", *ours[1:]]),
             "plain": shlex.join(["python", *plain[1:]]),
         },
     }
+
+
+def stubbed(options: argparse.Namespace) -> list[str]:
+    """Return what is not real, in words."""
+    parts = {"vision encoder": options.stub_encoder, "language model's layers": options.stub_engine}
+    return [f"{part}, in both servers" for part, is_stub in parts.items() if is_stub]
 
 
 def _common_flags(options: argparse.Namespace) -> list[str]:
@@ -117,7 +129,7 @@ def _default_output(options: argparse.Namespace) -> Path:
     name = Path(options.model).name
     marks = [
         mark
-        for mark in ("stub_encoder", "control", "baseline", "observed")
+        for mark in ("stub_encoder", "stub_engine", "control", "baseline", "observed")
         if getattr(options, mark)
     ]
     if options.image_decode:

@@ -26,6 +26,13 @@ _METRICS = (
     ("health_p50", "/health p50, ms", 1e3),
     ("health_p99", "/health p99, ms", 1e3),
 )
+# The requests per second that each role could take, if it had a core and all others kept up.
+_ROLES = (
+    ("event_loop_cpu_per_request", "event loop alone, requests/s"),
+    ("other_threads_cpu_per_request", "other threads, per core"),
+    ("workers_cpu_per_request", "workers, per core"),
+    ("engine_cpu_per_request", "engine, per core"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +112,10 @@ def table(outcome: Outcome) -> str:
         if ratio := _ratio(rounds, name):
             line += f"   {ratio['median']:>10.2f}  ({ratio['min']:.2f} .. {ratio['max']:.2f})"
         lines.append(line)
+    for name, title in _ROLES:
+        alone = (_median(rounds, side, name) for side in ("ours", "plain"))
+        ours, plain = (_number(1 / seconds) if seconds else "" for seconds in alone)
+        lines.append(f"  {title:32}{ours:>10}{plain:>10}")
     for name in ("failures", "reconnects"):
         ours, plain = (_total(rounds, side, name) for side in ("ours", "plain"))
         lines.append(f"  {name:32}{ours:>10}{plain:>10}")

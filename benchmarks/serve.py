@@ -38,8 +38,8 @@ def main() -> int:
     if options.baseline:
         revision = environment.commit(options.baseline)["revision"]
         print(f"This server at commit {revision} replaces plain vLLM.\n")
-    if options.stub_encoder:
-        print("The vision encoder is stubbed, in both servers.\n")
+    for part in command_line.stubbed(options):
+        print(f"Stubbed: {part}.")
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         try:
             outcomes = _compare(options, Path(folder))
@@ -80,6 +80,8 @@ def _servers(options: argparse.Namespace, folder: Path) -> Iterator[tuple[Server
         )
     ports = free_port(), free_port()
     ours_ready = "/health" if options.control else "/ready"
+    if options.stub_engine:
+        env["STUB_LAYERS"] = "1"
     with ExitStack() as stack:
         traces = stack.enter_context(trace_sink())
         ours_command, plain_command = command_line.commands(options, ports, traces)
