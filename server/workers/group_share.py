@@ -1,8 +1,7 @@
 """Which groups of API keys have their share of the image workers."""
 
 import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 # A group counts as active for so long after it asked for a picture.
 _ACTIVE_S = 30.0
@@ -27,10 +26,12 @@ class GroupShare:
         while now - next(iter(self._asked_at.values())) > _ACTIVE_S:
             del self._asked_at[next(iter(self._asked_at))]
 
-    def full(self, working: Iterable[str]) -> Sequence[str]:
-        """The groups that get no further worker; `working` has the group of each that works."""
+    def full(self, working: Mapping[str, int]) -> Sequence[str]:
+        """The groups that get no further worker; `working` has the number of workers of each."""
+        if len(self._asked_at) <= 1:
+            return ()
         since = time.monotonic() - _ACTIVE_S
         active = sum(asked_at > since for asked_at in self._asked_at.values())
         if active <= 1:
             return ()
-        return [group for group, count in Counter(working).items() if count >= self._most]
+        return [group for group, count in working.items() if count >= self._most]

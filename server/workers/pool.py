@@ -10,11 +10,9 @@ features pass through shared memory, so the work on the event loop does not grow
 """
 
 import asyncio
-import contextlib
 import itertools
 import math
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
@@ -53,6 +51,7 @@ from server.workers.jobs import (
 )
 from server.workers.protocol import Features
 from server.workers.slots import START_TIMEOUT_S, Ending, Slot, SlotEvents, Task, WorkerSlots
+from server.workers.task_queue import TaskQueue
 from server.workers.worker import WorkerSpec
 
 # A picture fails when it has lost this many workers.
@@ -83,7 +82,7 @@ class ImagePool:
             usable_memory() // _MEMORY_PARTS // _BYTES_PER_PIXEL, 1
         )
         self._share = GroupShare(settings.image_workers, group_share)
-        self._queue: deque[Task] = deque()
+        self._queue = TaskQueue(self._share)
         self._tasks: dict[str, Task] = {}
         self.forkserver = Forkserver(spec)
         """Also starts processes for other work."""
@@ -168,6 +167,11 @@ class ImagePool:
     def queued(self) -> int:
         """The number of pictures that wait for a worker."""
         return len(self._queue)
+
+    @property
+    def decode_pixels(self) -> int:
+        """The pixels of all pictures that are in a worker, by their headers."""
+        return self._queue.pixels
 
     @property
     def worker_pids(self) -> list[int]:
@@ -258,9 +262,9 @@ class ImagePool:
         if self._tasks.get(task.key) is task:
             del self._tasks[task.key]
         task.result.cancel()
-        with contextlib.suppress(ValueError):
-            self._queue.remove(task)
+        if self._queue.remove(task):
             metrics.images_dropped.inc()
+            return
         for slot in self._slots.all:
             if task in slot.tasks:
                 self._limit(slot)
@@ -279,55 +283,30 @@ class ImagePool:
         slot.stop(Ending.ABANDONED)
 
     def _dispatch(self) -> None:
-        for slot in self._slots.all:
-            if slot.idle and (tasks := self._next_tasks()):
-                self._give(slot, tasks)
+        while self._queue and (slot := self._slots.first_idle()) is not None:
+            tasks = self._next_tasks()
+            if not tasks:
+                return
+            self._give(slot, tasks)
 
     def _next_tasks(self) -> list[Task]:
-        """Take the next task from the queue. A frame of an animation comes with the queued ones of
-        the same file, in their order, since one pass decodes all of them; it waits if a worker
-        already decodes this file. Of several groups, that with the fewest workers is next; one that
-        has its share of them waits."""
-        if not self._queue:
-            return []
-        busy = {slot.task.sequence for slot in self._slots.all if slot.task is not None} - {None}
-        first = self._first(busy)
+        """Take the next task from the queue. A frame of an animation comes with the waiting ones of
+        the same file, in their order, since one pass decodes all of them."""
+        first = self._queue.next()
         if first is None or not self._has_room(first):
             return []
         tasks = [first]
         if first.sequence is not None:
-            tasks = [task for task in self._queue if task.sequence == first.sequence]
-            tasks.sort(key=lambda task: task.frame)
+            tasks = self._queue.frames(first)
             sizes = itertools.accumulate(len(task.job) for task in tasks)
             tasks = tasks[: max(1, sum(size <= protocol.JOBS_BYTES for size in sizes))]
         for task in tasks:
             self._queue.remove(task)
         return tasks
 
-    @property
-    def decode_pixels(self) -> int:
-        """The pixels of all pictures that are in a worker, by their headers."""
-        return sum(slot.task.pixels for slot in self._slots.all if slot.task is not None)
-
     def _has_room(self, task: Task) -> bool:
         """Whether there is memory for one more picture to be decoded."""
-        in_decode = self.decode_pixels
-        return not in_decode or in_decode + task.pixels <= self._max_pixels
-
-    def _first(self, busy: set[int | None]) -> Task | None:
-        """The first task in the queue of the group that has the fewest workers; no frame of an
-        animation in `busy`."""
-        groups = [slot.task.group for slot in self._slots.all if slot.task is not None]
-        full = self._share.full(groups)
-        first = None
-        for task in self._queue:
-            if task.sequence in busy or task.group in full:
-                continue
-            if first is None or groups.count(task.group) < groups.count(first.group):
-                first = task
-            if first.group not in groups:
-                break
-        return first
+        return not self.decode_pixels or self.decode_pixels + task.pixels <= self._max_pixels
 
     def _give(self, slot: Slot, tasks: list[Task]) -> None:
         channel = slot.channel
@@ -351,15 +330,22 @@ class ImagePool:
             task.work.given = now
             metrics.image_queue_wait.observe(now - task.work.queued)
         slot.begin(task, now)
+        self._queue.entered(task)
         self._on_work()
         self._limit(slot)
 
     # ------------------------------------------------------------------ results
 
+    def _release(self, slot: Slot) -> Task | None:
+        task = slot.release()
+        if task is not None:
+            self._queue.left(task)
+        return task
+
     def _on_reply(
         self, slot: Slot, reply: protocol.Done | protocol.Failed, features: Features | None
     ) -> None:
-        task = slot.release()
+        task = self._release(slot)
         if slot.later:
             self._begin_next(slot)
         self._slots.health.note_finished()
@@ -379,14 +365,14 @@ class ImagePool:
         attempts = slot.task.attempts if slot.task is not None else 0
         # Later frames are decoded from the one that failed, so they share its fate.
         tasks = [task for task in slot.tasks if not task.result.done()]
-        slot.release()
+        self._release(slot)
         slot.later.clear()
         for task in reversed(tasks):
             if ending is Ending.TIMED_OUT:
                 limit = self._settings.image_timeout_s
                 self._fail(task, ImageProcessingTimeout(f"the image took longer than {limit:g} s"))
             elif attempts < _ATTEMPTS:
-                self._queue.appendleft(task)
+                self._queue.put_back(task)
             elif ending is Ending.CRASHED:
                 self._fail(task, ImageProcessingFailed("the image could not be processed"))
             else:

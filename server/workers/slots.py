@@ -184,6 +184,9 @@ class WorkerSlots:
 
     def __init__(self, forkserver: Forkserver, count: int, events: SlotEvents) -> None:
         self.all = [Slot() for _ in range(count)]
+        self._idle: dict[
+            Slot, None
+        ] = {}  # and some that no longer are; the last released at the end
         self.health = Health()
         self.settled = asyncio.Event()
         """Set when all workers have been up, or the pool is unhealthy."""
@@ -202,6 +205,15 @@ class WorkerSlots:
     def pids(self) -> list[int]:
         """Process ids of the workers that are up."""
         return [slot.channel.pid for slot in self.all if slot.channel and slot.channel.ready]
+
+    def first_idle(self) -> Slot | None:
+        """The idle slot that worked last, whose memory is in the processor's caches."""
+        while self._idle:
+            slot = next(reversed(self._idle))
+            if slot.idle:
+                return slot
+            del self._idle[slot]
+        return None
 
     @property
     def ready(self) -> bool:
@@ -301,10 +313,12 @@ class WorkerSlots:
         if not isinstance(reply, protocol.Ready):
             if isinstance(reply, protocol.Failed) and reply.ends:
                 slot.ending = Ending.GAVE_UP
+            self._idle[slot] = None
             self._events.on_reply(slot, reply, features)
             return
         slot.release()
         slot.ending = Ending.DIED
+        self._idle[slot] = None
         self._note_confinement(reply.confinement)
         if all(slot.up for slot in self.all):
             self.settled.set()
