@@ -101,4 +101,4 @@ image-check: setup
 	$(VENV)/bin/python -m deploy.replay $(ROOTS) $(ARGS)
 
 clean:
-	rm -rf $(VENV) build site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build site clients/node_modules clients/typescript/dist .pytest_cache .mypy_cache .ruff_cache

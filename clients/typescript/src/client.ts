@@ -369,12 +369,14 @@ function withDefaults(options: OpenAIOptions): OpenAIOptions {
   const { env = {} } = globalThis.process ?? {};
   const baseURL = options.baseURL ?? (env["OPENAI_BASE_URL"] || DEFAULT_URL);
   if (options.apiKey || env["OPENAI_API_KEY"]) return { ...options, baseURL };
+  const given = (options.defaultHeaders ?? {}) as Headers | Record<string, string>;
+  const headers = Symbol.iterator in given ? Object.fromEntries(given) : given;
   return {
     dangerouslyAllowBrowser: true,
     ...options,
     baseURL,
     apiKey: "none",
-    defaultHeaders: { Authorization: null, ...(options.defaultHeaders as Record<string, string>) },
+    defaultHeaders: { Authorization: null, ...headers },
   };
 }
 

@@ -272,6 +272,16 @@ test("messages for other clients are plain JSON", async () => {
   assert.equal(answer.usage?.prompt_tokens, ours.usage?.prompt_tokens);
 });
 
+test("headers are added to every request", async () => {
+  for (const defaultHeaders of [{ "X-Team": "a" }, new Headers({ "X-Team": "a" })]) {
+    const [client, sent] = recorded({ defaultHeaders });
+    await client.ask(WHAT, path("red.png"), { max_tokens: 1 });
+    assert.ok(sent.length > 2);
+    for (const { headers } of sent)
+      assert.deepEqual([headers.get("x-team"), headers.get("authorization")], ["a", null]);
+  }
+});
+
 test("a server that tells no costs gets pictures as they are", async () => {
   const [client, sent] = recorded({}, ({ url }) => ({ url: url.replace(COSTS, "/v1/none") }));
   for (let n = 0; n < 2; n++) {
