@@ -74,19 +74,30 @@ export function timingOf(value) {
   return stages;
 }
 
+/** Throws the error of a stream that ends too early; `error` is the browser's. */
+function lost(error) {
+  if (error?.name === "AbortError") throw error;
+  throw new ApiError(0, {
+    message: "The connection to the server was lost before the answer was complete.",
+    code: "unreachable",
+  });
+}
+
 /** Events of a streamed chat completion: `{chunk}` and, at its end, `{timing}`. */
 export async function* streamChat(body, signal) {
   const response = await send("v1/chat/completions", body, signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
+  let [rest, isComplete] = ["", false];
   for (;;) {
-    const { done, value } = await reader.read();
+    const { done, value } = await reader.read().catch(lost);
+    if (done && !isComplete) throw lost();
     if (done) return;
     rest += value;
     const lines = rest.split("\n");
     rest = lines.pop();
     for (const line of lines) {
       if (line.startsWith(": server-timing ")) yield { timing: timingOf(line) };
+      isComplete ||= line === "data: [DONE]";
       if (!line.startsWith("data: ") || line === "data: [DONE]") continue;
       const chunk = JSON.parse(line.slice(6));
       if (chunk.error) throw new ApiError(500, chunk.error);

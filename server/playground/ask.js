@@ -1,6 +1,6 @@
 // The page to ask: a conversation about pictures, with what they cost and how they are seen.
 import { getJson, streamChat, urlOf } from "./api.js";
-import { costsOf, isSeen, partOf } from "./attachments.js";
+import { costsOf, isSeen, partOf, release } from "./attachments.js";
 import { boxesIn } from "./boxes.js";
 import { LANGUAGES } from "./code.js";
 import { Composer } from "./composer.js";
@@ -48,6 +48,7 @@ class AskPage {
   send({ text, attachments, choices }) {
     const turn = { text: text || "Describe the image.", attachments, choices, answer: "" };
     if (!this.turns.length) this.log.replaceChildren();
+    this.chosen = null;
     this.turns.push(turn);
     turn.body = h("div", { class: "answer" });
     turn.element = h("article", { class: "turn" }, this.questionOf(turn), turn.body);
@@ -140,9 +141,11 @@ class AskPage {
       else turn.error = error;
     }
     turn.ended = performance.now();
-    this.running = null;
-    this.composer.setRunning(false);
-    this.finish(turn, words);
+    if (this.running === control) {
+      this.running = null;
+      this.composer.setRunning(false);
+    }
+    if (this.turns.includes(turn)) await this.finish(turn, words);
   }
 
   stayAtEnd() {
@@ -150,9 +153,8 @@ class AskPage {
     if (scrollHeight - scrollTop - clientHeight < 160) this.log.scrollTop = scrollHeight;
   }
 
-  finish(turn, words) {
+  async finish(turn, words) {
     words.classList.remove("waiting");
-    this.complete(turn).catch(() => {}); // the answer is what counts
     if (turn.error) turn.body.append(errorCard(turn.error, () => this.run(turn)));
     else if (turn.stopped) turn.body.append(h("p", { class: "note" }, "Stopped."));
     else announce(turn.answer);
@@ -160,9 +162,10 @@ class AskPage {
     const timing = turn.timing ?? seenFromHere(turn);
     if (timing) turn.body.append(stageBar(timing));
     turn.body.append(this.actions(turn));
-    this.showBoxes(turn);
     this.suggest();
     this.log.scrollTop = this.log.scrollHeight;
+    await this.complete(turn).catch(() => {}); // the answer is what counts
+    if (words.isConnected) this.showBoxes(turn); // it may be asked again by now
   }
 
   /** Ask for the costs of pictures that were sent before they were known. */
@@ -170,7 +173,8 @@ class AskPage {
     if (turn.error || turn.attachments.every((each) => each.row || !isSeen(each))) return;
     const { rows } = await costsOf(turn.attachments, turn.choices);
     for (const each of turn.attachments) {
-      [each.row] = rows.get(each.id) ?? [];
+      const found = rows.get(each.id) ?? [];
+      Object.assign(each, { row: found[0], rowCount: found.length });
       this.reprice(each);
     }
   }
@@ -364,8 +368,10 @@ class AskPage {
 
   restart() {
     this.running?.abort();
+    this.turns.flatMap((turn) => turn.attachments).forEach(release);
     this.turns = [];
     this.questions = [];
+    this.chosen = null;
     this.inspector.clear();
     this.composer.start([], [], "");
     this.suggest();
@@ -373,9 +379,11 @@ class AskPage {
   }
 
   async useSample(sample) {
+    this.chosen = sample;
     const blobs = await Promise.all(
       sample.files.map(async (name) => (await fetch(urlOf(`playground/samples/${name}`))).blob()),
     );
+    if (this.chosen !== sample) return; // another one was chosen meanwhile, or a file was sent
     await this.composer.start(blobs, sample.files, sample.questions[0]);
     this.questions = sample.questions;
     this.suggest();

@@ -38,6 +38,10 @@ export async function attach(file, name = file.name) {
   return made;
 }
 
+/** Give back what the browser holds for an attachment that is no longer shown. Its picture can still
+ * be drawn on a canvas. */
+export const release = (attachment) => URL.revokeObjectURL(attachment.url);
+
 export const isSeen = (attachment) => attachment.kind === "image" || attachment.kind === "pdf";
 
 function dataUrl(blob) {

@@ -1,6 +1,6 @@
 // Where a question is written: its attachments, what they cost, and the choices that change it.
 import { hintOf } from "./api.js";
-import { ACCEPTED, attach, costsOf } from "./attachments.js";
+import { ACCEPTED, attach, costsOf, release } from "./attachments.js";
 import { bytes, h, icon, iconButton, plural } from "./dom.js";
 import { preview } from "./faces.js";
 
@@ -11,6 +11,8 @@ export class Composer {
   choices = { detail: "auto", cap: null, budget: null };
   costs = null;
   isRunning = false;
+  taking = Promise.resolve(); // until all chosen files are attached
+  starts = 0;
 
   /** Takes what is dropped on `root`. Calls `on.send`, `on.stop`, and for attachments `on.inspect`,
    * `on.remove` and `on.price`. */
@@ -74,6 +76,8 @@ export class Composer {
 
   /** Begin anew with these files and this text. */
   async start(files, names, text) {
+    this.starts += 1;
+    this.attachments.forEach(release);
     this.attachments = [];
     this.text.value = text;
     this.fit();
@@ -105,10 +109,11 @@ export class Composer {
     }
   }
 
-  onSubmit(event) {
+  async onSubmit(event) {
     event.preventDefault();
-    if (this.isRunning) this.on.stop();
-    else this.send(this.text.value.trim());
+    if (this.isRunning) return this.on.stop();
+    await this.taking;
+    if (!this.isRunning) this.send(this.text.value.trim());
   }
 
   setRunning(on) {
@@ -120,9 +125,17 @@ export class Composer {
 
   // ------------------------------------------------------------------ attachments
 
-  async take(files, names) {
-    const added = await Promise.all([...files].map((file, index) => attach(file, names?.[index])));
+  take(files, names) {
+    const taken = Promise.all([...files].map((file, index) => attach(file, names?.[index])));
     this.file.value = "";
+    const { starts } = this;
+    this.taking = this.taking.then(async () => this.add(await taken, starts));
+    return this.taking;
+  }
+
+  /** Attach files that were chosen when there had been `starts`: none of a start before. */
+  add(added, starts) {
+    if (starts !== this.starts) return added.forEach(release);
     this.attachments.push(...added);
     this.drawTray();
     const first = added.find((each) => each.width) ?? added[0];
@@ -134,6 +147,7 @@ export class Composer {
     this.attachments = this.attachments.filter((each) => each !== attachment);
     this.drawTray();
     this.on.remove(attachment);
+    release(attachment);
     this.text.focus();
   }
 

@@ -1,7 +1,7 @@
 // The lesson: how a picture becomes tokens, shown on a picture of one's own.
 import { postJson, urlOf, hintOf } from "./api.js";
 import { ask } from "./ask.js";
-import { ACCEPTED, attach, costsOf, partOf } from "./attachments.js";
+import { ACCEPTED, attach, costsOf, partOf, release } from "./attachments.js";
 import { bytes, h, icon, number, plural } from "./dom.js";
 import { drawGrid, drawSeen, mainGroup, mergeOf, viewGroups } from "./views.js";
 
@@ -26,7 +26,7 @@ class ExplainPage {
       accept: ACCEPTED,
       tabindex: "-1",
       "aria-hidden": "true",
-      onchange: () => this.choose(this.file.files[0]),
+      onchange: () => this.file.files[0] && this.choose(() => this.file.files[0]),
     });
     root.append(
       h(
@@ -65,16 +65,21 @@ class ExplainPage {
     if (asked?.width) {
       if (asked !== this.attachment) await this.use(asked);
     } else if (!this.attachment) {
-      const sample = await (await fetch(urlOf(`playground/samples/${SAMPLE}`))).blob();
-      await this.use(await attach(sample, SAMPLE));
+      const sample = async () => (await fetch(urlOf(`playground/samples/${SAMPLE}`))).blob();
+      await this.choose(sample, SAMPLE);
     }
   }
 
-  async choose(file) {
-    if (file) await this.use(await attach(file));
+  /** Use the file that `read` gives, unless another picture is chosen meanwhile. */
+  async choose(read, name) {
+    const choice = (this.choice = Symbol(name));
+    const chosen = await attach(await read(), name);
+    release(chosen); // it is drawn on canvases only
+    if (this.choice === choice) await this.use(chosen);
   }
 
   async use(attachment) {
+    this.choice = null;
     this.attachment = attachment;
     if (!attachment.width) {
       this.steps.replaceChildren(
@@ -88,10 +93,12 @@ class ExplainPage {
     }
     try {
       const cost = await costsOf([attachment], FREE);
+      if (this.attachment !== attachment) return;
       this.row = cost.rows.get(attachment.id)[0];
       this.draw();
       await this.drawPrompt();
     } catch (error) {
+      if (this.attachment !== attachment) return;
       this.steps.replaceChildren(
         h("p", { class: "error", role: "alert" }, `${error.message} ${hintOf(error)}`),
       );
@@ -175,7 +182,8 @@ class ExplainPage {
       role: "img",
       "aria-label": "The picture under the cap",
     });
-    this.canvases.push([canvas, (this.capped = { row, seen: true, grid: true })]);
+    const shown = { row, seen: true, grid: true };
+    this.canvases.push([canvas, shown]);
     const slider = h("input", {
       type: "range",
       min: "1",
@@ -190,7 +198,7 @@ class ExplainPage {
       const cap = Number(slider.value);
       try {
         const cost = await costsOf([attachment], { ...FREE, cap }, this.capping.signal);
-        const capped = (this.capped.row = cost.rows.get(attachment.id)[0]);
+        const capped = (shown.row = cost.rows.get(attachment.id)[0]);
         const share = Math.round((100 * capped.tokens) / row.tokens);
         result.replaceChildren(
           h("b", {}, `Cap ${number(cap)}: ${plural(capped.tokens, "token")}`),
@@ -217,7 +225,8 @@ class ExplainPage {
   }
 
   async drawPrompt() {
-    const part = await partOf(this.attachment, FREE);
+    const { attachment, prompt } = this;
+    const part = await partOf(attachment, FREE);
     const messages = [{ role: "user", content: [part, { type: "text", text: QUESTION }] }];
     try {
       const answer = await postJson("tokenize", {
@@ -225,9 +234,9 @@ class ExplainPage {
         messages,
         return_token_strs: true,
       });
-      this.prompt.replaceChildren(...promptOf(answer));
+      prompt.replaceChildren(...promptOf(answer));
     } catch (error) {
-      this.prompt.replaceChildren(h("p", { class: "note" }, error.message));
+      prompt.replaceChildren(h("p", { class: "note" }, error.message));
     }
   }
 

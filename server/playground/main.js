@@ -14,10 +14,13 @@ const dialog = document.getElementById("key-dialog");
 const context = { model: () => model.value, models: [] };
 let shown = null;
 
+const pageName = () => (location.hash.slice(1) in PAGES ? location.hash.slice(1) : "ask");
+
 async function show() {
-  const name = location.hash.slice(1) in PAGES ? location.hash.slice(1) : "ask";
-  shown?.hide?.();
+  const name = pageName();
   const page = await PAGES[name]();
+  if (name !== pageName()) return; // that of the last click is shown
+  shown?.hide?.();
   shown = page;
   for (const each of Object.keys(PAGES)) {
     document.getElementById(`page-${each}`).hidden = each !== name;

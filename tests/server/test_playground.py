@@ -305,25 +305,105 @@ def test_several_pictures_pages_and_clips(page: Page) -> None:
     assert ask(page, "In which direction does the circle move?") == "right"
 
 
+# Gives a page a picture (in base64) as another program does.
+SEND = """([base64, type, target]) => {
+  const bytes = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
+  const transfer = new DataTransfer();
+  transfer.items.add(new File([bytes], `${type}.png`, {type: "image/png"}));
+  const data = {dataTransfer: transfer, clipboardData: transfer};
+  const init = {bubbles: true, cancelable: true, ...data};
+  const event = type === "paste" ? new ClipboardEvent(type, init) : new DragEvent(type, init);
+  document.querySelector(target).dispatchEvent(event);
+}"""
+
+
 def test_pictures_are_dropped_pasted_and_taken(page: Page) -> None:
-    send = """([base64, type, target]) => {
-      const bytes = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
-      const transfer = new DataTransfer();
-      transfer.items.add(new File([bytes], `${type}.png`, {type: "image/png"}));
-      const data = {dataTransfer: transfer, clipboardData: transfer};
-      const init = {bubbles: true, cancelable: true, ...data};
-      const event = type === "paste" ? new ClipboardEvent(type, init) : new DragEvent(type, init);
-      document.querySelector(target).dispatchEvent(event);
-    }"""
     data = base64.b64encode(RED).decode()
     for type_, target in (("dragover", "#page-ask"), ("drop", "#page-ask"), ("paste", "body")):
-        page.evaluate(send, [data, type_, target])
+        page.evaluate(SEND, [data, type_, target])
     expect(page.locator(".tray li")).to_have_count(2)
     page.context.grant_permissions(["camera"])
     page.get_by_role("button", name="Take a picture").click()
     page.get_by_role("button", name="Take the picture").click()
     expect(page.locator(".tray li")).to_have_count(3)
     assert tokens_of(page.locator(".tray li").last) > 49
+
+
+def test_a_question_that_is_sent_at_once_has_the_picture(page: Page) -> None:
+    page.get_by_label("Question").fill("What is in the image?")
+    page.evaluate(
+        f"args => {{ ({SEND})(args); document.querySelector('.composer').requestSubmit(); }}",
+        [base64.b64encode(RED).decode(), "paste", "body"],
+    )
+    expect(page.locator(".turn .thumb")).to_have_count(1)
+    expect(page.locator(".words")).to_have_text("a red circle", timeout=ANSWERED)
+
+
+def test_the_sample_that_is_chosen_last_is_attached(page: Page) -> None:
+    held: list[Route] = []
+    first = "**/samples/red-circle.png"
+    expect(page.locator(".samples img").first).to_be_visible()
+    page.route(first, lambda route: held.append(route))
+    page.get_by_role("button", name="red circle", exact=True).click()
+    choose_sample(page, "bar chart")
+    with page.expect_response(first):
+        held[0].continue_()
+    page.evaluate("fetch('playground/samples.json').then((found) => found.text())")
+    assert page.locator(".tray .thumb").get_attribute("title") == "bar-chart.png"
+    expect(page.locator(".tray li")).to_have_count(1)
+
+
+# Counts the object URLs that a page has.
+COUNT_URLS = """() => {
+  window.urls = new Set();
+  const [create, revoke] = [URL.createObjectURL, URL.revokeObjectURL];
+  URL.createObjectURL = (blob) => { const url = create(blob); urls.add(url); return url; };
+  URL.revokeObjectURL = (url) => { urls.delete(url); revoke(url); };
+}"""
+
+
+def test_pictures_that_are_gone_take_no_memory(page: Page) -> None:
+    def has(count: int) -> None:
+        assert page.evaluate("urls.size") == count
+
+    page.evaluate(COUNT_URLS)
+    attach(page, "one.png", "image/png", RED)
+    attach(page, "two.png", "image/png", encode(shape("blue")))
+    has(2)
+    page.get_by_role("button", name="Remove one.png").click()
+    has(1)
+    ask(page, "What is in the image?")
+    has(1)
+    shown = page.locator(".turn .thumb img")
+    shown.evaluate("img => Object.assign(new Image(), { src: img.src }).decode()")  # or it fails
+    page.get_by_role("link", name="Explain").click()
+    lesson = page.locator("#page-explain")
+    expect(lesson.locator(".tok.many")).to_have_text("<|image_pad|> × 49")
+    small = encode(shape("green", size=(140, 140)))
+    lesson.locator("input[type=file]").set_input_files(
+        {"name": "green.png", "mimeType": "image/png", "buffer": small}
+    )
+    expect(lesson.locator(".tok.many")).not_to_have_text("<|image_pad|> × 49")
+    has(1)
+    page.get_by_role("link", name="Ask").click()
+    page.get_by_role("button", name="New conversation").click()
+    has(0)
+    choose_sample(page, "pair")
+    has(2)
+
+
+def test_an_answer_that_is_cut_off_is_an_error(page: Page) -> None:
+    start = 'data: {"choices": [{"index": 0, "delta": {"content": "half of"}}]}\n\n'
+    page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(body=start, content_type="text/event-stream"),
+    )
+    assert ask(page, "hello") == "half of"
+    expect(page.get_by_role("alert")).to_contain_text("lost before the answer was complete")
+    page.unroute_all(behavior="wait")
+    page.get_by_role("button", name="Try again").click()
+    expect(page.locator(".facts")).to_be_visible(timeout=ANSWERED)
+    expect(page.get_by_role("alert")).to_have_count(0)
 
 
 def test_the_code_of_a_request_answers_the_same(page: Page, tmp_path: Path) -> None:
