@@ -84,6 +84,8 @@ def test_boxes_are_drawn_into_a_file(server: Server, folder: Path) -> None:
         (["ask", "red.png", WHAT, "--model", "none"], 1, "`none` does not exist"),
         (["ask", "red.png", WHAT, "--image-tokens", "1", "--max-tokens", "99999"], 1, "99999"),
         (["tokens", "damaged.png"], 1, "damaged"),
+        (["tokens", "red.png", "damaged.png"], 1, "]: damaged.png"),
+        (["ask", "red.png", b"h\xe9".decode(errors="surrogateescape")], 2, "not UTF-8"),
         (
             ["models", "--url", "http://127.0.0.1:1/v1"],
             3,
@@ -115,8 +117,9 @@ def test_a_chat_reads_questions_from_a_pipe(server: Server, folder: Path) -> Non
 class Terminal:
     """A command in a terminal."""
 
-    def __init__(self, url: str, folder: Path, *words: str) -> None:
+    def __init__(self, url: str, folder: Path, *words: str, columns: int = 80) -> None:
         self._leader, follower = pty.openpty()
+        termios.tcsetwinsize(follower, (24, columns))
         self.process = subprocess.Popen(
             [sys.executable, "-m", "server", *words],
             cwd=folder, stdin=follower, stdout=follower, stderr=follower, start_new_session=True,
@@ -194,6 +197,27 @@ def test_costs_are_shown(server: Server, folder: Path) -> None:
     assert rows[2] == ["all", "", "", "349", ""]
     done = saccade(server, folder, "tokens", "blue.jpg", "--json", "--image-tokens", "100")
     assert json.loads(done.stdout)["tokens"] <= 100
+
+
+def test_a_full_disk_and_a_wrong_address_are_told_in_a_line(server: Server, folder: Path) -> None:
+    words = [sys.executable, "-m", "server", "models", "--json", "--url"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*words, f"{server.url}/v1"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (1, "saccade: No space left on device\n")
+    done = subprocess.run([*words, server.url], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "the address of an API ends with /v1" in done.stderr
+
+
+def test_no_figure_is_cut_in_a_narrow_terminal(server: Server, folder: Path) -> None:
+    terminal = Terminal(server.url, folder, "tokens", "blue.jpg", columns=20)
+    terminal.type("", "0.6 MiB")
+    assert terminal.process.wait(30) == 0
+    terminal = Terminal(server.url, folder, "top", "--interval", "0.1", columns=20)
+    terminal.type("", " 2 ")  # image workers
+    assert terminal.end("\x03") == 0
 
 
 def test_models_are_listed(server: Server, folder: Path) -> None:

@@ -62,7 +62,9 @@ def ask(
     """
     if os.path.isfile(question):
         options.fail(f"the question is missing: {question} is a file", options.MISUSED)
-    with options.connected(url, api_key, model=model, resize=resize, timeout_s=timeout) as client:
+    options.as_text(question)
+    settings: dict[str, Any] = {"model": model, "resize": resize, "timeout_s": timeout}
+    with options.connected(url, api_key, files or (), **settings) as client:
         from saccade_client.core import Conversation
 
         media = [options.opened(name, detail, image_tokens, pages) for name in files or ()]
@@ -132,7 +134,7 @@ def chat(
 def _line(is_terminal: bool) -> str | None:
     """The next line of standard input; None at its end."""
     try:
-        return input("> " if is_terminal else "").strip()
+        return options.as_text(input("> " if is_terminal else "").strip())
     except EOFError:
         return None
     except KeyboardInterrupt:
@@ -191,5 +193,6 @@ def _draw(answer: "Answer", media: "list[Media]", path: Path, scale: float | Non
     try:
         draw(picture, found).save(path)
     except (OSError, ValueError) as error:
-        options.fail(f"cannot write {path}: {error}", options.MISUSED)
+        reason = getattr(error, "strerror", None) or error
+        options.fail(f"cannot write {path}: {reason}", options.MISUSED)
     print(f"{len(found)} boxes in {path}", file=sys.stderr)

@@ -1,7 +1,7 @@
 """`saccade models` and `saccade tokens`."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -9,8 +9,7 @@ from saccade_client import DEFAULT_URL
 from saccade_client.cli import options
 from saccade_client.cli.options import DEFAULT_TIMEOUT_S
 
-if TYPE_CHECKING:
-    pass
+_WIDEST = 1000
 
 
 def models(
@@ -45,7 +44,7 @@ def tokens(
     json: options.Json = False,
 ) -> None:
     """Show what pictures cost, without asking the model (Saccade only)."""
-    with options.connected(url, api_key, timeout_s=timeout) as client:
+    with options.connected(url, api_key, files, timeout_s=timeout) as client:
         media = [options.opened(name, detail, image_tokens, pages) for name in files]
         costs = client.costs(*media, max_image_tokens=budget)
     total = sum(cost.tokens for cost in costs)
@@ -80,6 +79,7 @@ def _print(names: tuple[str, ...], rows: Sequence[tuple[str, ...]], right: tuple
             print("\t".join(row))
         return
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
 
     table: Table = Table(box=None)
@@ -87,4 +87,7 @@ def _print(names: tuple[str, ...], rows: Sequence[tuple[str, ...]], right: tuple
         table.add_column(name, justify="right" if name in right else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    whole = Measurement.get(console, console.options.update(max_width=_WIDEST), table).maximum
+    console.width = max(console.width, whole)  # in a narrow terminal, lines wrap: no figure is cut
+    console.print(table)

@@ -2,8 +2,9 @@
 
 import contextlib
 import json
+import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
@@ -43,16 +44,18 @@ _RETRIES = 2  # somebody waits
 
 
 @contextlib.contextmanager
-def connected(url: str, key: str | None, **settings: Any) -> "Iterator[Client]":
-    """A client. Its errors end the command with a message and a status."""
+def connected(
+    url: str, key: str | None, files: Sequence[str] = (), **settings: Any
+) -> "Iterator[Client]":
+    """A client that asks about `files`. Its errors end the command with a message and a status."""
     from saccade_client.client import Client
 
-    with reported(url), Client(url, key, **{"retries": _RETRIES, **settings}) as client:
+    with reported(url, files), Client(url, key, **{"retries": _RETRIES, **settings}) as client:
         yield client
 
 
 @contextlib.contextmanager
-def reported(url: str) -> Iterator[None]:
+def reported(url: str, files: Sequence[str] = ()) -> Iterator[None]:
     """Ends the command with a message and a status if the client of this server fails."""
     from saccade_client import errors
 
@@ -67,10 +70,34 @@ def reported(url: str) -> Iterator[None]:
     except errors.ConnectionFailed as error:
         fail(f"{error} (at {url}; --url names another one)", UNREACHABLE)
     except errors.SaccadeError as error:
-        fail(str(error), REFUSED)
+        fail(f"{error}{_hint(error, url, files)}", REFUSED)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         raise typer.Exit(130) from None
+
+
+def _hint(error: Exception, url: str, files: Sequence[str]) -> str:
+    """What a person can do about an error, or which of several files it is about."""
+    from saccade_client import errors
+
+    if isinstance(error, errors.NotAuthorized):
+        return "; --api-key or OPENAI_API_KEY gives the key"
+    if isinstance(error, errors.NotFound) and not url.rstrip("/").endswith("/v1"):
+        return f"; the address of an API ends with /v1, unlike {url}"
+    param = getattr(error, "param", None) or ""
+    place = re.match(r"messages\[\d+\]\.content\[(\d+)\]", param)
+    if place and len(files) > 1 and int(place[1]) < len(files):
+        return f": {files[int(place[1])]}"
+    return ""
+
+
+def as_text(text: str) -> str:
+    """The text, or the end of the command if it was not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        fail("the question is not UTF-8", MISUSED)
+    return text
 
 
 def fail(message: str, status: int) -> NoReturn:

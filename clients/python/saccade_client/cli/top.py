@@ -30,7 +30,7 @@ def top(
 ) -> None:
     """Show what the server does: requests, times, tokens, workers, caches. Ctrl-C ends it."""
     with options.connected(url, api_key, timeout_s=_TIMEOUT_S, retries=0) as client:
-        if not json and not once and sys.stdout.isatty():
+        if not json and not once and _is_screen():
             _live(client, interval, url)
             return
         for row in _rates(client, interval):
@@ -40,6 +40,13 @@ def top(
                 print("\n".join(f"{name}\t{_shown(name, value)}" for name, value in row.items()))
             if once:
                 return
+
+
+def _is_screen() -> bool:
+    """Whether the output is a terminal that can be drawn on."""
+    from rich.console import Console
+
+    return sys.stdout.isatty() and not Console().is_dumb_terminal
 
 
 def _live(client: "Client", interval: float, url: str) -> None:
@@ -55,20 +62,22 @@ def _live(client: "Client", interval: float, url: str) -> None:
         while True:
             try:
                 for row in _rates(client, interval):
-                    live.update(_table(row, url), refresh=True)
+                    live.update(_table(row, url, live.console.width), refresh=True)
             except (ConnectionFailed, ServerError, TimedOut) as error:
                 live.update(Text(f"{url}: {error}; trying again..."), refresh=True)
                 time.sleep(interval)
 
 
-def _table(row: Sample, url: str) -> "Table":
+def _table(row: Sample, url: str, width: int) -> "Table":
     from rich.table import Table
 
     table: Table = Table(title=url, title_justify="left", box=None, show_header=False)
-    table.add_column(no_wrap=True)
+    shown = {name.replace("_", " "): _shown(name, value) for name, value in row.items()}
+    # In a narrow terminal, names are cut, not figures. Each column has a margin of two.
+    table.add_column(no_wrap=True, max_width=max(1, width - 4 - max(map(len, shown.values()))))
     table.add_column(justify="right", no_wrap=True)
-    for name, value in row.items():
-        table.add_row(name.replace("_", " "), _shown(name, value))
+    for name, text in shown.items():
+        table.add_row(name, text)
     return table
 
 
