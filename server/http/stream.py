@@ -94,9 +94,12 @@ class Text(Protocol):
         self,
         write: Callable[[bytes, bool], Awaitable[None]],
         complete: Callable[[dict[str, Any]], None],
+        *,
+        in_callback: bool,
     ) -> None:
-        """Call `write` with events, and whether more follow. `complete` may change the event with
-        the usage before it is written."""
+        """Call `write` with events, and whether more follow. With `in_callback`, it may be called
+        outside of the current task. `complete` may change the event with the usage before it is
+        written."""
 
 
 class TextEvents(Response):
@@ -125,20 +128,22 @@ class TextEvents(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            send = direct_send(scope) or send
+            direct = direct_send(scope)
+            # What other middleware does may need the task of the request.
+            is_direct, send = direct is not None, direct or send
             if not self._keep_alive_s:
-                await self._write(send)
+                await self._write(send, in_callback=is_direct)
                 return
             async with _kept_alive(send, self._keep_alive_s) as send:
-                await self._write(send)
+                await self._write(send, in_callback=is_direct)
         finally:
             self._on_end()
 
-    def _write(self, send: Send) -> Awaitable[None]:
+    def _write(self, send: Send, *, in_callback: bool) -> Awaitable[None]:
         def write(events: bytes, more: bool) -> Awaitable[None]:
             return send({"type": "http.response.body", "body": events, "more_body": more})
 
-        return self._stream.write(write, self._complete)
+        return self._stream.write(write, self._complete, in_callback=in_callback)
 
     def _complete(self, event: dict[str, Any]) -> None:
         if self._context is not None:

@@ -186,7 +186,7 @@ def test_an_exception_in_the_generator_is_propagated() -> None:
 
 def test_a_comment_is_sent_while_a_text_is_silent() -> None:
     class Text:
-        async def write(self, write: Write, complete: Complete) -> None:
+        async def write(self, write: Write, complete: Complete, *, in_callback: bool) -> None:
             while sent.bodies.count(KEEP_ALIVE) < 3:
                 await asyncio.sleep(0.001)
             await write(b"first ", True)
@@ -207,7 +207,7 @@ def test_a_comment_is_sent_while_a_text_is_silent() -> None:
 @pytest.mark.parametrize("keep_alive_s", [0, 0.01])
 def test_a_text_whose_client_is_gone_ends(keep_alive_s: float) -> None:
     class Text:
-        async def write(self, write: Write, complete: Complete) -> None:
+        async def write(self, write: Write, complete: Complete, *, in_callback: bool) -> None:
             await write(b"first ", True)
 
     sent = Sent(fails_at=1)

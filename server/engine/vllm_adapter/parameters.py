@@ -82,7 +82,9 @@ class Parameters:
                 note(error)
                 raise
         queue = await self._add_request(request_id, prompt, params, **options)
-        if (on_queue := requests.current().on_queue) is not None:
+        context = requests.current()
+        if (on_queue := context.on_queue) is not None:
+            context.on_queue = None
             on_queue(queue)
         return queue
 

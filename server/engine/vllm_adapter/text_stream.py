@@ -91,6 +91,7 @@ def is_text_alone(serving: OpenAIServingChat, request: ChatCompletionRequest) ->
         and not serving.enable_log_outputs
         and not serving.enable_per_request_metrics
         and not should_include_usage(request.stream_options, serving.enable_force_include_usage)[1]
+        and not request.use_beam_search
         and not request.logprobs
         and not request.echo
         and not request.return_token_ids
@@ -136,12 +137,15 @@ class TextStream:
         self,
         write: Callable[[bytes, bool], Awaitable[None]],
         complete: Callable[[dict[str, Any]], None],
+        *,
+        in_callback: bool,
     ) -> None:
-        """Call `write` with one or several events as they come, and whether more follow.
-        `complete` may change the event with the usage before it is written."""
+        """Call `write` with one or several events as they come, and whether more follow. With
+        `in_callback`, it may be called outside of the current task. `complete` may change the event
+        with the usage before it is written."""
         self._write = write
         context = requests.current()
-        if (self._request.n or 1) == 1:
+        if in_callback and (self._request.n or 1) == 1:
             context.on_queue = self._follow
         last = b""  # events, when the engine has finished
         try:

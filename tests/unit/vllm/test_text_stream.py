@@ -114,6 +114,7 @@ def ours(
     outputs: Sequence[RequestOutput | Exception],
     *,
     together: bool = False,
+    in_callback: bool = True,
     writer: Callable[[list[bytes]], Write] | None = None,
 ) -> list[str]:
     """The events that `TextStream` writes."""
@@ -140,7 +141,7 @@ def ours(
                 COUNTS,
             )
             write = at_once if writer is None else writer(written)
-            await stream.write(write, lambda event: None)
+            await stream.write(write, lambda event: None, in_callback=in_callback)
         assert writer is not None or ended == [False] * (len(ended) - 1) + [True]
         assert context.on_queue is None
         return b"".join(written).decode().split("\n\n")[:-1]
@@ -280,7 +281,8 @@ def test_what_is_ready_together_is_written_together(steps: int) -> None:
     assert parsed(events)[-1]["usage"]["completion_tokens"] == steps + 1
 
 
-def test_a_slow_client_gets_everything_in_order() -> None:
+@pytest.mark.parametrize("in_callback", [True, False])
+def test_a_slow_client_gets_everything_in_order(in_callback: bool) -> None:
     def slow(written: list[bytes]) -> Write:
         async def write(events: bytes, more: bool) -> None:
             for _ in range(3 + 20 * (len(written) % 3)):  # the engine goes on meanwhile
@@ -291,9 +293,31 @@ def test_a_slow_client_gets_everything_in_order() -> None:
 
     outputs = [output((0, f"{step} ", [step], None, None)) for step in range(40)]
     outputs.append(output((0, "end", [9], "stop", None), finished=True))
-    events = ours(serving_with(), request_with(), outputs, writer=slow)
+    asked = request_with()
+    events = ours(serving_with(), asked, outputs, writer=slow, in_callback=in_callback)
     assert "".join(texts(events)) == "".join(f"{step} " for step in range(40)) + "end"
     assert 3 < len(texts(events)) < 40
+
+
+def test_only_the_task_of_the_request_writes_if_it_must() -> None:
+    writers = set()
+
+    def noting(written: list[bytes]) -> Write:
+        def write(events: bytes, more: bool) -> Awaitable[None]:
+            writers.add(asyncio.current_task())
+            written.append(events)
+            return DONE
+
+        return write
+
+    steps = [output((0, str(step), [step], None, None)) for step in range(3)]
+    steps.append(output((0, "end", [9], "stop", None), finished=True))
+    server, asked = serving_with(), request_with()
+    found = ours(server, asked, steps, writer=noting, in_callback=False)
+    assert parsed(found) == parsed(vllms(server, asked, steps))
+    assert len(writers) == 1
+    ours(server, asked, steps, writer=noting)
+    assert None in writers
 
 
 @pytest.mark.parametrize("at_once", [True, False])
@@ -322,6 +346,7 @@ def test_a_failure_to_write_is_raised(more: bool, at_once: bool) -> None:
         ({"enable_per_request_metrics": True}, {}),
         ({"enable_force_include_usage": True}, {}),
         ({}, {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}),
+        ({}, {"use_beam_search": True}),
         ({}, {"logprobs": True}),
         ({}, {"echo": True}),
         ({}, {"return_token_ids": True}),
