@@ -22,6 +22,7 @@ from tests.conftest import Server, assert_nothing_is_left, serving
 from tests.pictures import TOKEN_PIXELS, encode, image_part, photo, text_part, user
 from tests.redis_server import RedisServer, redis_server
 from tests.scrape import FRESH
+from tests.server import middlewares
 
 # Some tests compare with the server that other files share.
 pytestmark = pytest.mark.group("server")
@@ -74,8 +75,9 @@ def tiers(folder: Path | None, store: RedisServer | None, *more: str) -> tuple[s
 
 @pytest.fixture(scope="module")
 def cached(folder: Path, store: RedisServer) -> Iterator[Server]:
-    """A server with all cache tiers."""
-    with serving(*tiers(folder, store)) as running:
+    """A server with all cache tiers, and with middleware of a user."""
+    more = ("--middleware", f"{middlewares.__name__}.Passing")
+    with serving(*tiers(folder, store), *more) as running:
         yield running
 
 
@@ -174,10 +176,30 @@ def test_streams_and_multiple_choices_use_the_cache(web: httpx.Client) -> None:
         "model": MODEL, "messages": user(text_part("?"), image_part(PICTURES[2])),
         "max_tokens": 2, "stream": True, "include_image_details": True,
     }  # fmt: skip
-    events = web.post("/v1/chat/completions", json=body).text.split("\n\n")
+    response = web.post("/v1/chat/completions", json=body)
+    assert response.headers["x-passed"] == "yes"
+    events = response.text.split("\n\n")
     last = [json.loads(event[6:]) for event in events if '"usage":' in event][-1]
     assert stages(last) == ["embedding"]
     assert "ec_transfer_params" not in answer or answer["ec_transfer_params"] is None
+
+
+def test_a_stream_passes_middleware_of_users(web: httpx.Client) -> None:
+    body = {
+        "model": MODEL, "messages": user(image_part(PICTURES[0]), text_part("?")),
+        "max_tokens": 40, "min_tokens": 40, "ignore_eos": True, "temperature": 0,
+    }  # fmt: skip
+    whole = web.post("/v1/chat/completions", json=body).raise_for_status().json()
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    with web.stream("POST", "/v1/chat/completions", json=body) as answer:
+        assert (answer.status_code, answer.headers["x-passed"]) == (200, "yes")
+        events = [line.removeprefix("data: ") for line in answer.iter_lines() if line[:1] == "d"]
+    assert events[-1] == "[DONE]"
+    chunks = [json.loads(event) for event in events[:-1]]
+    text = "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks[:-1])
+    assert text == whole["choices"][0]["message"]["content"]
+    assert chunks[-1]["usage"]["completion_tokens"] == 40
+    assert chunks[-1]["usage"]["prompt_tokens_details"]["image_tokens"] > 0
 
 
 def test_metrics_are_labelled_by_tier(web: httpx.Client) -> None:

@@ -96,6 +96,45 @@ def test_a_tls_server_answers_only_with_a_valid_key(secured: Server, web: httpx.
     assert web.get("/health").status_code == 200
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"stream_options": {"include_usage": True}},
+        {"n": 2, "temperature": 1, "seed": 5, "stream_options": {"include_usage": True}},
+        {"stop": ["circle"], "include_stop_str_in_output": True},
+        {"max_tokens": 2},
+        {"include_image_details": True, "stream_options": {"include_usage": True}},
+    ],
+    ids=lambda options: ",".join(options) or "plain",
+)
+def test_a_stream_of_text_holds_what_vllm_writes(
+    web: httpx.Client, options: dict[str, Any]
+) -> None:
+    """The server writes streams of text itself. One that shows the prompt is left to vLLM."""
+    asked = {**REQUEST, "stream": True, "max_tokens": 20, **options}
+    ours, vllms = (stream(web, {**asked, "return_prompt_text": shown}) for shown in (False, True))
+    assert ours == vllms
+
+
+def stream(web: httpx.Client, request: dict[str, Any]) -> Any:
+    """What a stream says, however its text is divided into events."""
+    text = web.post("/v1/chat/completions", json=request, headers=KEY).raise_for_status().text
+    lines = [line for line in text.splitlines() if line and not line.startswith(":")]
+    assert lines.pop() == "data: [DONE]"
+    texts: dict[int, str] = {}
+    kinds = set()
+    for line in lines:
+        chunk = json.loads(line.removeprefix("data: "))
+        for name in ("id", "created", "prompt_text"):
+            chunk.pop(name, None)
+        for choice in chunk["choices"]:
+            index = choice["index"]
+            texts[index] = texts.get(index, "") + choice["delta"].pop("content")
+        kinds.add(json.dumps(chunk))
+    return texts, kinds
+
+
 def test_an_unauthorised_body_is_not_read(secured: Server, web: httpx.Client) -> None:
     refused = web.post("/v1/chat/completions", content=b"x" * (2 * MAX_BODY))
     assert refused.status_code == 401

@@ -1,5 +1,6 @@
 """The server's answers equal plain vLLM's over HTTP: tokens, log-probabilities and usage."""
 
+import json
 import os
 import socket
 import time
@@ -25,7 +26,7 @@ WHAT = text_part("Describe the image.")
 
 @pytest.fixture(scope="module")
 def plain() -> Iterator[httpx.Client]:
-    """Plain vLLM, with the flags that our server sets by default."""
+    """Plain vLLM, with the flags that our server sets by default, and those of `server`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -33,6 +34,7 @@ def plain() -> Iterator[httpx.Client]:
         *("--model", str(DEMO_MODEL), "--served-model-name", "saccade-tiny"),
         *("--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--dtype", "float32"),
         *("--max-model-len", "4096", "--max-num-seqs", "32", "--mm-processor-cache-gb", "1"),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
     )
     with open(os.devnull, "w") as nowhere:
         outputs = {"output": nowhere.fileno(), "errors": nowhere.fileno()}
@@ -91,6 +93,65 @@ def test_answers_equal_those_of_plain_vllm(
         for key in theirs["usage"].keys() - shown_by_vllm_on_request
     )
     assert ours.keys() == theirs.keys()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"stream_options": {"include_usage": True}},
+        {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+        {"n": 3, "temperature": 1, "seed": 5, "stream_options": {"include_usage": True}},
+        {"stop": ["circle"], "include_stop_str_in_output": True},
+        {"stop_token_ids": [4, 9], "min_tokens": 2},
+        {"max_tokens": 2},
+        {"logprobs": True, "top_logprobs": 2},
+        {"return_token_ids": True},
+        {"return_prompt_text": True},
+        {"add_generation_prompt": False, "echo": True},
+        {"messages": []},
+        {"max_tokens": 10**6},
+    ],
+    ids=lambda options: ",".join(options) or "plain",
+)
+def test_streams_equal_those_of_plain_vllm(
+    http: httpx.Client, plain: httpx.Client, options: dict[str, Any]
+) -> None:
+    request = {
+        "model": "saccade-tiny",
+        "messages": user(image_part(RED), WHAT),
+        "temperature": 0,
+        "max_tokens": 16,
+        "stream": True,
+        **options,
+    }
+    ours, theirs = (summary(client, request) for client in (http, plain))
+    assert ours == theirs
+
+
+def summary(client: httpx.Client, request: dict[str, Any]) -> Any:
+    """What a stream says, however its text is divided into events."""
+    response = client.post("/v1/chat/completions", json=request)
+    if response.status_code != 200:
+        return response.status_code
+    lines = [line for line in response.text.splitlines() if line and not line.startswith(":")]
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines.pop() == "data: [DONE]"
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines]
+    texts: dict[int, str] = {}
+    ends, kinds = [], set()
+    for chunk in chunks:
+        if "error" in chunk:
+            return chunk.keys()
+        for choice in chunk["choices"]:
+            delta = choice["delta"]
+            texts[choice["index"]] = texts.get(choice["index"], "") + (delta.get("content") or "")
+            kinds.add((*chunk, *choice, *delta, delta.get("role")))
+            if choice["finish_reason"] is not None:
+                ends.append((choice["index"], choice["finish_reason"], choice["stop_reason"]))
+    usage = chunks[-1].get("usage") or {}
+    usage.pop("prompt_tokens_details", None)  # vLLM shows it on request only
+    return texts, sorted(ends), kinds, usage, chunks[-1].keys()
 
 
 def test_every_route_of_plain_vllm_is_served(http: httpx.Client, plain: httpx.Client) -> None:
