@@ -20,8 +20,10 @@ from server.http.usage import detail, view_detail
 from server.imaging.tokens import TokenRule
 from server.imaging.tokens.views import FixedTokens
 from server.request.context import ShownImage
+from tests import families
+from tests import pictures as drawn
 from tests.browser import chromium, faults_of
-from tests.conftest import Server
+from tests.conftest import Server, serving
 from tests.media import pdf
 from tests.pictures import encode, shape
 from tests.server.conftest import A
@@ -526,6 +528,40 @@ def test_other_families_are_shown_as_their_rules_say(
     page.get_by_role("link", name="Explain").click()
     expect(page.locator("#page-explain")).to_contain_text(re.compile(lesson))
     page.screenshot(path=pictures / f"family-{name}-explain.png")
+
+
+def test_a_picture_is_shown_as_the_server_of_another_family_sees_it(
+    browser: Browser, tmp_path: Path, pictures: Path
+) -> None:
+    """InternVL cuts pictures into tiles. The model is tiny, and its answers mean nothing."""
+    model = families.build("internvl", tmp_path)
+    photo = encode(drawn.photo((400, 200), 1))
+    with serving(str(model), "--max-model-len", "4096") as other:
+        page = browser.new_page(viewport=DESKTOP)
+        faults = faults_of(page)
+        page.goto(other.url)
+        attach(page, "photo.png", "image/png", photo)
+        cost = tokens_of(page.locator(".cost"))
+        asked = {"images": [{"width": 400, "height": 200}], "include_views": True}
+        (row,) = httpx.post(f"{other.url}/v1/images/tokens", json=asked).json()["data"]
+        tiles = [view for view in row["views"] if view["kind"] == "tile"]
+        assert row["tokens"] == cost
+        assert len(tiles) == 8
+        columns, rows = tiles[0]["columns"], tiles[0]["rows"]
+        sizes = page.locator(".sizes")
+        expect(sizes).to_contain_text(f"8 of {columns} × {rows} tokens")
+        page.get_by_role("button", name="Overview").click()
+        canvas = page.locator(".stage canvas")
+        expect(canvas).to_have_attribute("aria-label", re.compile(f"{columns} by {rows} tokens"))
+        ask(page, "What is in the image?")
+        assert f"{cost} of pictures" in page.locator(".facts").inner_text()
+        page.get_by_role("link", name="Explain").click()
+        lesson = page.locator("#page-explain")
+        expect(lesson).to_contain_text("cut into 8 tiles")
+        expect(lesson.locator(".tok.many")).to_contain_text(f"× {cost}")
+        page.screenshot(path=pictures / "family-served.png")
+        page.close()
+    assert faults == []
 
 
 def row_of(rule: TokenRule, width: int, height: int) -> dict[str, Any]:
