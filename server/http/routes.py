@@ -144,6 +144,7 @@ async def create_chat_completion(request: ChatCompletionRequest, raw_request: Re
     if serving is None:
         raise NotImplementedError("the model does not support chat completions")
     with _Load(state) as load:
+        context_of(raw_request.scope).writes_text = True
         answer: Any = await serving.create_chat_completion(request, raw_request)
         context = context_of(raw_request.scope) if state.loader is not None else None
         keep_alive_s = float(state.args.sse_keep_alive_interval)

@@ -79,6 +79,7 @@ class RequestContext:
             where that is not known.
         retained: media of earlier requests, where vLLM keeps responses for later turns.
         permit: the right to work; None on routes that need none.
+        writes_text: whether the route lets a stream of text write its events itself.
         on_queue: called with vLLM's queue for the outputs of a prompt, before there are any.
     """
 
@@ -92,6 +93,7 @@ class RequestContext:
     encoded: list[bool] | None = None
     retained: RetainedMedia | None = None
     permit: Permit | None = None
+    writes_text: bool = False
     on_queue: Callable[[Any], None] | None = None
     _handles: dict[str, Resolved] = field(default_factory=dict)
 

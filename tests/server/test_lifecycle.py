@@ -117,9 +117,14 @@ def test_a_stream_of_text_holds_what_vllm_writes(
     assert ours == vllms
 
 
-def stream(web: httpx.Client, request: dict[str, Any]) -> Any:
+def test_a_stream_of_invocations_is_that_of_the_chat_route(web: httpx.Client) -> None:
+    asked = {**REQUEST, "stream": True, "max_tokens": 20}
+    assert stream(web, asked, "/invocations") == stream(web, asked)
+
+
+def stream(web: httpx.Client, request: dict[str, Any], path: str = "/v1/chat/completions") -> Any:
     """What a stream says, however its text is divided into events."""
-    text = web.post("/v1/chat/completions", json=request, headers=KEY).raise_for_status().text
+    text = web.post(path, json=request, headers=KEY).raise_for_status().text
     lines = [line for line in text.splitlines() if line and not line.startswith(":")]
     assert lines.pop() == "data: [DONE]"
     texts: dict[int, str] = {}

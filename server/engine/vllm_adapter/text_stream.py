@@ -40,8 +40,9 @@ _vllms = OpenAIServingChat.chat_completion_stream_generator
 
 
 def install() -> None:
-    """Let vLLM's chat route stream texts here. Its subclasses, for other dialects, read the events
-    of vLLM's generator, and keep it."""
+    """Let chats be streamed here whose route says so in the `RequestContext`. Other routes
+    (`/invocations`, those of plugins) and the subclasses for other dialects read the events of
+    vLLM's generator."""
     route: Any = OpenAIServingChat
     route.chat_completion_stream_generator = _stream
 
@@ -59,7 +60,7 @@ def _stream(
     mm_token_counts: dict[str, int] | None = None,
 ) -> "AsyncGenerator[str, None] | TextStream":
     """In the place of the method of `OpenAIServingChat`."""
-    if is_text_alone(serving, request):
+    if requests.current().writes_text and is_text_alone(serving, request):
         return TextStream(
             serving,
             request,
