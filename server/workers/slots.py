@@ -184,9 +184,8 @@ class WorkerSlots:
 
     def __init__(self, forkserver: Forkserver, count: int, events: SlotEvents) -> None:
         self.all = [Slot() for _ in range(count)]
-        self._idle: dict[
-            Slot, None
-        ] = {}  # and some that no longer are; the last released at the end
+        # And some that no longer are idle. The last one to become so is at the end.
+        self._idle: dict[Slot, None] = {}
         self.health = Health()
         self.settled = asyncio.Event()
         """Set when all workers have been up, or the pool is unhealthy."""
@@ -313,16 +312,20 @@ class WorkerSlots:
         if not isinstance(reply, protocol.Ready):
             if isinstance(reply, protocol.Failed) and reply.ends:
                 slot.ending = Ending.GAVE_UP
-            self._idle[slot] = None
+            self._note_idle(slot)
             self._events.on_reply(slot, reply, features)
             return
         slot.release()
         slot.ending = Ending.DIED
-        self._idle[slot] = None
+        self._note_idle(slot)
         self._note_confinement(reply.confinement)
         if all(slot.up for slot in self.all):
             self.settled.set()
         self._events.on_ready()
+
+    def _note_idle(self, slot: Slot) -> None:
+        self._idle.pop(slot, None)  # else it would keep its place
+        self._idle[slot] = None
 
     def _note_confinement(self, found: Confinement) -> None:
         if found == self.confinement:

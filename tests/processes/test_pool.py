@@ -331,6 +331,27 @@ def test_requests_for_one_key_run_once(tmp_path: Path) -> None:
     run(test)
 
 
+def test_a_picture_goes_to_the_idle_worker_that_worked_last(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with running() as pool:
+            ends = [tmp_path / "first", tmp_path / "second"]
+            for order in (ends, ends[::-1]):
+                commands = [f"wait-for {end}\n".encode() for end in ends]
+                work = {
+                    end: asyncio.create_task(process(pool, end.name, command))
+                    for end, command in zip(ends, commands, strict=True)
+                }
+                await until(lambda: all(slot.task for slot in pool._slots.all))
+                for end in order:
+                    end.touch()
+                    last = arrays(await work[end])["floats"][0, 0]
+                assert arrays(await process(pool, "next", b"x"))["floats"][0, 0] == last
+                for end in ends:
+                    end.unlink()
+
+    run(test)
+
+
 def test_queued_work_whose_callers_left_is_never_started(tmp_path: Path) -> None:
     async def test() -> None:
         async with running(image_workers=1) as pool:
