@@ -28,6 +28,7 @@ from vllm.entrypoints.serve.engine.protocol import UsageInfo
 from vllm.entrypoints.serve.utils.api_utils import should_include_usage
 from vllm.exceptions import GenerationError
 from vllm.outputs import RequestOutput
+from vllm.parser.abstract_parser import DelegatingParser
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from server.concurrency import DONE, Begun
@@ -88,7 +89,7 @@ def is_text_alone(serving: OpenAIServingChat, request: ChatCompletionRequest) ->
     """Whether the chunks of the answer hold text and nothing else."""
     return (
         type(serving) is OpenAIServingChat
-        and serving.parser_cls is None
+        and (serving.parser_cls is None or _passes_text(serving.parser_cls, request))
         and not serving.enable_log_outputs
         and not serving.enable_per_request_metrics
         and not should_include_usage(request.stream_options, serving.enable_force_include_usage)[1]
@@ -97,6 +98,18 @@ def is_text_alone(serving: OpenAIServingChat, request: ChatCompletionRequest) ->
         and not request.echo
         and not request.return_token_ids
         and not request.return_prompt_text
+    )
+
+
+def _passes_text(parser: Any, request: ChatCompletionRequest) -> bool:
+    """Whether vLLM's parser passes the text of the answer on as it is: it looks for tool calls
+    only, and the request has no tools."""
+    return (
+        DelegatingParser in parser.__bases__
+        and parser.reasoning_parser_cls is None
+        and not parser.tool_parser_cls.engine_based_streaming
+        and request.tool_choice == "none"
+        and request.include_reasoning
     )
 
 
@@ -124,6 +137,8 @@ class TextStream:
         self._with_usage, _ = should_include_usage(
             request.stream_options, serving.enable_force_include_usage
         )
+        # vLLM's parsers leave out what has no text.
+        self._without_empty = serving.parser_cls is not None
         self._choices: list[_Choice] = []
         self._last: RequestOutput | None = None
         self._cached: tuple[int | None, int | None] = (None, None)
@@ -247,12 +262,14 @@ class TextStream:
             if not text and not tokens and not choice.tokens:
                 continue  # a part of the prompt was computed
             choice.tokens += tokens
-            if part.finish_reason is None:
-                events += (choice.head, _encode(text), choice.tail)
-            else:
+            is_left_out = self._without_empty and not text
+            delta = b"{}" if is_left_out else b'{"content":%b}' % _encode(text)
+            if part.finish_reason is not None:
                 choice.is_over = True
                 reasons = _encode(part.finish_reason), _encode(part.stop_reason)
-                events += (choice.head, _encode(text), self._last_tail(*reasons))
+                events += (choice.head, delta, self._last_tail(*reasons))
+            elif not is_left_out:
+                events += (choice.head, delta, choice.tail)
         return b"".join(events)
 
     def _begin(self, output: RequestOutput) -> list[bytes]:
@@ -271,14 +288,15 @@ class TextStream:
         ]
 
     def _last_tail(self, finish_reason: bytes, stop_reason: bytes) -> bytes:
-        """The end of the last event of a choice, after its text."""
+        """The end of the last event of a choice, after its delta."""
         fingerprint = self._serving.system_fingerprint
         of_server = b""
         if fingerprint is not None and not self._with_usage:
             of_server = b',"system_fingerprint":' + _encode(fingerprint)
-        return (
-            b'},"logprobs":null,"finish_reason":%b,"stop_reason":%b,"token_ids":null}]%b}\n\n'
-            % (finish_reason, stop_reason, of_server)
+        return b',"logprobs":null,"finish_reason":%b,"stop_reason":%b,"token_ids":null}]%b}\n\n' % (
+            finish_reason,
+            stop_reason,
+            of_server,
         )
 
     def _end(self, complete: Callable[[dict[str, Any]], None]) -> bytes:
@@ -331,7 +349,7 @@ class _Choice:
     """What is known of one choice.
 
     Attributes:
-        head, tail: what is before and behind the text in all its events but the first and the last.
+        head, tail: what is before and after the delta in all its events but the first and the last.
         tokens: how many were generated so far.
         is_over: its last event is written.
     """
@@ -339,7 +357,7 @@ class _Choice:
     __slots__ = ("head", "is_over", "tail", "tokens")
 
     def __init__(self, head: bytes, index: int) -> None:
-        self.head = b'%b%d,"delta":{"content":' % (head, index)
-        self.tail = b'},"logprobs":null,"finish_reason":null,"token_ids":null}]}\n\n'
+        self.head = b'%b%d,"delta":' % (head, index)
+        self.tail = b',"logprobs":null,"finish_reason":null,"token_ids":null}]}\n\n'
         self.tokens = 0
         self.is_over = False

@@ -17,17 +17,23 @@ from vllm.entrypoints.openai.chat_completion.protocol import (
 )
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.parser import ParserManager
 from vllm.sampling_params import RequestOutputKind
+from vllm.tokenizers import get_tokenizer
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 
 from server.concurrency import DONE
+from server.engine.arguments import DEMO_MODEL
 from server.engine.vllm_adapter import text_stream
 from server.engine.vllm_adapter.text_stream import TextStream, is_text_alone
 from server.request.context import RequestContext, entered
 from server.telemetry.record import Record
 
+TOKENIZER = get_tokenizer(str(DEMO_MODEL))
+HERMES = ParserManager.get_parser("hermes", enable_auto_tools=True)
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 COUNTS = {"image": 49}
 
 
@@ -43,6 +49,7 @@ def serving_with(**options: Any) -> OpenAIServingChat:
         "request_logger": None,
         "system_fingerprint": None,
         "response_role": "assistant",
+        "model_config": None,
         "_include_reasoning_tokens_details": False,
     }
     made.__dict__.update({**known, **options})
@@ -170,7 +177,7 @@ def vllms(
             "chatcmpl-1",
             "m",
             [],
-            None,  # type: ignore[arg-type]
+            TOKENIZER,
             RequestResponseMetadata(request_id="r"),
             mm_token_counts=COUNTS,
         )
@@ -191,6 +198,7 @@ def parsed(events: list[str]) -> list[Any]:
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)  # no lone surrogates
 STEPS = st.lists(st.tuples(TEXT, st.lists(st.integers(0, 9), max_size=3)), max_size=5)
 REASONS = st.sampled_from([("stop", None), ("stop", "end"), ("stop", 7), ("length", None)])
+PARSERS = [None, "hermes", "pythonic"]
 SERVINGS = st.fixed_dictionaries(
     {},
     optional={
@@ -208,16 +216,20 @@ REQUESTS = st.fixed_dictionaries(
 )
 
 
-@given(STEPS, REASONS, SERVINGS, REQUESTS)
+@given(STEPS, TEXT, REASONS, SERVINGS, REQUESTS, st.sampled_from(PARSERS))
 def test_events_equal_vllms(
     steps: list[tuple[str, list[int]]],
+    end: str,
     reasons: tuple[str, int | str | None],
     serving: dict[str, Any],
     request: dict[str, Any],
+    parser: str | None,
 ) -> None:
     outputs = [output((0, *step, None, None)) for step in steps]
-    outputs.append(output((0, "end", [5], *reasons), finished=True))
-    server, asked = serving_with(**serving), request_with(**request)
+    outputs.append(output((0, end, [5], *reasons), finished=True))
+    parser_class = ParserManager.get_parser(parser, enable_auto_tools=True)
+    server = serving_with(**serving, parser_cls=parser_class)
+    asked = request_with(**request)
     assert is_text_alone(server, asked)
     written, expected = ours(server, asked, outputs), vllms(server, asked, outputs)
     assert parsed(written) == parsed(expected)
@@ -341,7 +353,11 @@ def test_a_failure_to_write_is_raised(more: bool, at_once: bool) -> None:
 @pytest.mark.parametrize(
     ("serving", "request_"),
     [
-        ({"parser_cls": object}, {}),
+        ({"parser_cls": ParserManager.get_parser(None, "qwen3")}, {}),
+        ({"parser_cls": ParserManager.get_parser("hermes", "deepseek_r1", True)}, {}),
+        ({"parser_cls": HERMES}, {"tools": [TOOL]}),
+        ({"parser_cls": HERMES}, {"tools": [TOOL], "tool_choice": "required"}),
+        ({"parser_cls": HERMES}, {"include_reasoning": False}),
         ({"enable_log_outputs": True}, {}),
         ({"enable_per_request_metrics": True}, {}),
         ({"enable_force_include_usage": True}, {}),
