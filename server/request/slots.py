@@ -10,6 +10,9 @@ from typing import NamedTuple
 from server.request.fair_queue import FairQueue
 
 _RESERVED_SHARE = 8
+# For so long after a request took a slot, work in the background takes an eighth of its slots.
+_QUIET_S = 5.0
+_BACKGROUND_SHARE = 8
 # A group counts as active for so long after it took a slot.
 _ACTIVE_S = 30.0
 
@@ -29,7 +32,8 @@ class Slots:
 
     Work in the background waits in a queue of its own. It gets a slot only if nobody else waits or
     has a head start, and leaves some slots free, so that a request which arrives then begins at
-    once.
+    once. While others take slots, it takes an eighth of its own: the more work is in progress, the
+    longer each takes.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class Slots:
         self._head_start_began = self._next_head_start = -math.inf
         self._end_of_head_start: asyncio.TimerHandle | None = None
         self._in_background = 0
+        self._last_took_at = -math.inf
         most = count if most_background is None else most_background
         self.most_background = max(1, min(count - self._reserved, most))
 
@@ -113,7 +118,7 @@ class Slots:
         """Take a slot for `group` at once, even if there is none."""
         self.taken += 1
         self._by_group[group] += 1
-        now = time.monotonic()
+        now = self._last_took_at = time.monotonic()
         self._took_at.pop(group, None)
         self._took_at[group] = now
         while now - next(iter(self._took_at.values())) > _ACTIVE_S:
@@ -176,7 +181,10 @@ class Slots:
 
     def _may_take_background(self) -> bool:
         most = self.most_background
-        is_free = self.taken < most and self._in_background < most
+        is_free = self.taken < most
+        if time.monotonic() - self._last_took_at < _QUIET_S:
+            most = max(1, most // _BACKGROUND_SHARE)
+        is_free = is_free and self._in_background < most
         is_alone = not self.queue and self._ahead is None
         return is_free and is_alone and not self._is_closed()
 

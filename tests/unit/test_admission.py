@@ -9,7 +9,7 @@ import pytest
 
 from server.errors import RateLimited, ServerBusy
 from server.request import slots
-from server.request.admission import Admission
+from server.request.admission import Admission, Turn
 from server.request.limits import Bucket, Limits, Quota
 from server.telemetry.record import Prompt, Record
 from tests.admission import limits
@@ -458,6 +458,38 @@ def test_requests_of_batches_begin_only_while_no_other_waits() -> None:
         assert len(order) == 4
         (await waiting).release()
         assert gate.slots.taken == 0
+
+    asyncio.run(run())
+
+
+def test_batches_take_few_places_while_other_requests_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        gate, now = admission(running=32), 100.0
+        monkeypatch.setattr("server.request.slots.time.monotonic", lambda: now)
+        begun: list[Turn] = []
+
+        async def item() -> None:
+            begun.append(await gate.background_turn(""))
+
+        async def work() -> None:
+            pass
+
+        await hold(gate, "", work)
+        items = [asyncio.create_task(item()) for _ in range(60)]
+        await settle()
+        assert len(begun) == 28 // 8
+        now += 4.0
+        await hold(gate, "", work)
+        now += 4.0
+        begun[0].release()
+        await settle()
+        assert len(begun) == 28 // 8 + 1
+        now += 2.0
+        begun[1].release()
+        await settle()
+        assert len(begun) == 28 + 2
+        for item_ in items:
+            item_.cancel()
 
     asyncio.run(run())
 
