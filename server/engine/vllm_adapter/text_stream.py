@@ -146,7 +146,7 @@ class TextStream:
         self._queue: RequestOutputCollector | None = None
         self._waits = False  # for an output; other outputs may be written meanwhile
         self._next: RequestOutput | None = None  # to be written in the callback
-        self._unfinished: Begun[None] | None = None  # the writing, which waits for the client
+        self._unfinished: asyncio.Task[None] | None = None  # the writing, which waits for room
         self._failure: Exception | None = None  # of the writing in the callback
 
     async def write(
@@ -170,7 +170,7 @@ class TextStream:
                 if self._failure is not None:
                     raise self._failure
                 if self._unfinished is not None:
-                    await self._unfinished.rest()
+                    await self._unfinished
                     self._unfinished = None
                 if output is None:
                     break
@@ -182,6 +182,8 @@ class TextStream:
         finally:
             self._waits = False
             context.on_queue = None
+            if self._unfinished is not None:
+                self._unfinished.cancel()
             if self._queue is not None:
                 del self._queue.put  # else the two would refer to each other
             await self._outputs.aclose()
@@ -241,7 +243,7 @@ class TextStream:
                 return
             step = Begun(writing)
             if not step.begin():
-                self._unfinished = step
+                self._unfinished = asyncio.create_task(_rest(step))
                 self._waits = False
         except Exception as error:
             self._failure = error
@@ -334,6 +336,10 @@ class TextStream:
         """What vLLM tells of speculative decoding; None without it."""
         found = build_spec_decoding_metrics(self._last) if len(self._choices) == 1 else None
         return None if found is None else {"speculative_decoding": _dumped(found)}
+
+
+async def _rest(step: Begun[None]) -> None:
+    await step.rest()
 
 
 def _given(**fields: Any) -> dict[str, Any]:

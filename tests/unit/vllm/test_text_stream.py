@@ -311,6 +311,46 @@ def test_a_slow_client_gets_everything_in_order(in_callback: bool) -> None:
     assert 3 < len(texts(events)) < 40
 
 
+def test_what_waited_for_room_is_written_before_the_next_output() -> None:
+    async def run() -> None:
+        queue = RequestOutputCollector(RequestOutputKind.DELTA, "r")
+        written: list[bytes] = []
+        begun, has_room = asyncio.Event(), asyncio.Event()
+        context = RequestContext(Record())
+
+        async def outputs() -> AsyncIterator[RequestOutput]:
+            assert context.on_queue is not None
+            context.on_queue(queue)
+            while True:
+                found = await queue.get()
+                assert isinstance(found, RequestOutput)
+                yield found
+
+        async def write(events: bytes, more: bool) -> None:
+            begun.set()
+            await has_room.wait()
+            written.append(events)
+
+        with entered(context):
+            stream = TextStream(
+                *(serving_with(), request_with(), outputs(), "chatcmpl-1", "m"),
+                *(RequestResponseMetadata(request_id="r"), COUNTS),
+            )
+            writing = asyncio.create_task(stream.write(write, lambda event: None, in_callback=True))
+            while "put" not in vars(queue):
+                await asyncio.sleep(0)
+            queue.put(output((0, "a", [1], None, None)))
+            await begun.wait()
+            has_room.set()
+            while not written:
+                await asyncio.sleep(0)
+            assert b'"content":"a"' in written[0]
+            writing.cancel()
+            await asyncio.wait([writing])
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
 def test_only_the_task_of_the_request_writes_if_it_must() -> None:
     writers = set()
 
