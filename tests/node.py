@@ -5,7 +5,9 @@ installed into clients/node_modules, if they are not there; no script of theirs 
 impossible, the tests that need them are skipped; with SERVICES=required it fails.
 """
 
+import fcntl
 import functools
+import hashlib
 import os
 import shutil
 import subprocess
@@ -48,10 +50,30 @@ def run(command: Sequence[str | Path], cwd: Path = CLIENTS, **environment: str) 
 
 @functools.cache
 def built_client() -> Path:
-    """clients/typescript with its JavaScript in dist/, made of the sources as they are now."""
+    """clients/typescript with its JavaScript in dist/, made of the sources as they are now.
+
+    Only the first of several processes of pytest makes it: others may be reading it already.
+    """
+    _require()
     folder = CLIENTS / "typescript"
-    run([_TSC, "--project", folder])
+    dist, made_of = folder / "dist", CLIENTS / "node_modules" / ".client-made-of"
+    with made_of.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        digest = _digest([CLIENTS / _WANTED, folder / "tsconfig.json", *folder.glob("src/**/*.ts")])
+        if file.read() != digest or not dist.is_dir():
+            shutil.rmtree(dist, ignore_errors=True)
+            file.truncate(0)
+            _run([_TSC, "--project", folder], CLIENTS, {})
+            file.write(digest)
     return folder
+
+
+def _digest(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(f"{path}\n{path.stat().st_size}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 _TSC = CLIENTS / "node_modules" / "typescript" / "bin" / "tsc"
