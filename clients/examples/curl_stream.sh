@@ -16,5 +16,18 @@ curl --silent --show-error --fail-with-body --no-buffer \
   ]}]
 }
 END
-    sed -n 's/^data: .*"content":"\([^"]*\)".*/\1/p' | tr -d '\n'
-echo
+    {
+        status=1 # until the answer is complete
+        while IFS= read -r line || [ -n "$line" ]; do
+            case $line in
+            "data: [DONE]") status=0 ;;
+            *'"content":"'*)
+                text=${line#*'"content":"'}
+                printf %b "${text%%'"},"'*}"
+                ;;
+            "{"*) printf '%s\n' "$line" >&2 ;; # a refusal
+            esac
+        done
+        echo
+        exit $status
+    }

@@ -2,9 +2,7 @@
 
 import base64
 import io
-import os
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -100,13 +98,6 @@ def test_an_example_for_node_prints_the_expected_text(name: str, server: Server)
 
 def test_every_example_for_node_is_tested() -> None:
     assert {path.name for path in FOLDER.glob("*.mjs")} == set(EXAMPLES)
-
-
-def test_the_streaming_curl_example_prints_the_answer(server: Server) -> None:
-    environment = {**os.environ, "OPENAI_BASE_URL": f"{server.url}/v1"}
-    command = ["sh", FOLDER / "curl_stream.sh"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert (done.stdout, done.returncode) == ("a red circle\n", 0), done.stderr
 
 
 # ---------------------------------------------------------------------- Chromium
