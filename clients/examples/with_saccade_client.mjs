@@ -1,8 +1,8 @@
 // Ask about a picture, then about boxes in it, with our own client: it resizes pictures to what the
 // model sees, sends each once, and maps boxes back to your pixels.
 //
-//     npm install saccade-client openai sharp
-//     node with_saccade_client.mjs [FILE]
+//     npm ci --prefix clients      # in a checkout; docs/typescript.md says how to use it elsewhere
+//     node clients/examples/with_saccade_client.mjs [FILE]
 //
 // It uses the server at OPENAI_BASE_URL, by default http://127.0.0.1:8000/v1.
 import { Client, Conversation } from "saccade-client";

@@ -283,7 +283,8 @@ def test_a_stream_gives_all_of_its_chunks(server: Server, client: Client) -> Non
     ]
     body = events(*chunks) + "data: [DONE]\n\n"
     server.replies = [Reply(200, body, STREAM)] * 3
-    stream = client.stream("?")
+    talk = Conversation()
+    stream = client.stream("?", conversation=talk)
     found = list(stream.chunks())
     assert [chunk.text for chunk in found] == ["", "", "a", "", "", "", "", ""]
     assert [chunk.finish_reason for chunk in found] == [None] * 6 + ["tool_calls", None]
@@ -295,6 +296,8 @@ def test_a_stream_gives_all_of_its_chunks(server: Server, client: Client) -> Non
     assert first.message.model_extra == {"reasoning": "so!"}
     function = {"name": "f", "arguments": '{"b": 1}'}
     assert first.message.tool_calls == [{"id": "c", "type": "function", "function": function}]
+    said = {"role": "assistant", "content": "a", "tool_calls": first.message.tool_calls}
+    assert talk.messages[1:] == [said]
     assert (second.message.content, second.finish_reason) == ("xy", "length")
     assert second.message.tool_calls is None
     assert list(client.stream("?")) == ["a"]

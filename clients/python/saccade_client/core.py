@@ -90,7 +90,9 @@ class Started:
         answer.images = self.prepared.images(answer.images if details is not None else None)
         answer._headers = self.response.headers
         if self.conversation is not None:
-            said = {"role": "assistant", "content": answer.text}
+            said: dict[str, Any] = {"role": "assistant", "content": answer.text}
+            if answer.choices and (calls := answer.choices[0].message.tool_calls):
+                said["tool_calls"] = calls
             self.conversation.messages = [*self.messages, said]
         return answer
 

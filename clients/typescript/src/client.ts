@@ -283,8 +283,9 @@ export class Client {
         const version: unknown = await this.openai.get(url, options);
         this.#isSaccade = typeof version === "object" && version !== null && "saccade" in version;
       } catch (error) {
-        // A page of another site may not be allowed to ask this.
-        if (refusal(error).status !== undefined) this.#isSaccade = false;
+        // A page of another site may not be allowed to ask this, and a proxy answers 5xx meanwhile.
+        const { status = 500 } = refusal(error);
+        if (status < 500 && status !== 429) this.#isSaccade = false;
       }
     }
     return this.#isSaccade ?? false;
@@ -400,7 +401,10 @@ function answerOf(completion: Completion, response: Response, exchange: Exchange
   const images = exchange.prepared.images(details ?? undefined);
   const answer = new Answer(completion, images, response.headers);
   const { conversation, messages } = exchange;
-  if (conversation !== undefined)
-    conversation.messages = [...messages, { role: "assistant", content: answer.text }];
+  if (conversation !== undefined) {
+    const { tool_calls } = completion.choices[0]?.message ?? {};
+    const calls = tool_calls?.length ? { tool_calls } : {};
+    conversation.messages = [...messages, { role: "assistant", content: answer.text, ...calls }];
+  }
   return answer;
 }

@@ -18,7 +18,7 @@ import {
   type PictureOptions,
 } from "saccade-client";
 
-import { bodies, bytes, CHAT, COSTS, path, plainOpenAI, recorded, WHAT } from "./server.ts";
+import { bodies, bytes, CHAT, COSTS, path, plainOpenAI, recorded, SERVER, WHAT } from "./server.ts";
 
 const LARGE = [4000, 3000] as const;
 
@@ -214,6 +214,54 @@ test("a stream may be left early, or be cut off", async () => {
   await assert.rejects(async () => {
     for await (const piece of stream) assert.ok(piece);
   }, UnexpectedAnswer);
+});
+
+test("tools are called in a conversation, and in streams of the openai package", async () => {
+  const client = recorded()[0];
+  const color = { type: "string", enum: ["red", "green"] };
+  const properties = { properties: { color }, required: ["color"], additionalProperties: false };
+  const parameters = { type: "object", ...properties };
+  const tell = { name: "tell", strict: true, parameters };
+  const tools = [{ type: "function" as const, function: tell }];
+  const call = { tools, tool_choice: { type: "function" as const, function: { name: "tell" } } };
+  const conversation = new Conversation();
+  const options = { ...call, conversation, temperature: 0, max_tokens: 100 };
+  const { completion } = await client.ask(WHAT, path("red.png"), options);
+  const [called] = completion.choices[0]!.message.tool_calls!;
+  assert.ok(called?.type === "function");
+  assert.deepEqual(JSON.parse(called.function.arguments), { color: "red" });
+  const said = conversation.messages.at(-1)!;
+  assert.deepEqual("tool_calls" in said && said.tool_calls, [called]);
+  const result = { role: "tool" as const, tool_call_id: called.id, content: "It is." };
+  await client.chat([result], { conversation, max_tokens: 1 });
+  assert.deepEqual(
+    conversation.messages.map(({ role }) => role),
+    ["user", "assistant", "tool", "assistant"],
+  );
+  const content = [picture(path("red.png")), WHAT];
+  const messages = await client.messages([{ role: "user", content }]);
+  const fields = { ...call, model: "saccade-tiny", messages, temperature: 0 };
+  const stream = client.openai.chat.completions.stream(fields);
+  const { choices } = await stream.finalChatCompletion();
+  const [streamed] = choices[0]!.message.tool_calls!;
+  assert.ok(streamed?.type === "function");
+  assert.deepEqual(streamed.function.arguments, called.function.arguments);
+});
+
+test("a server that is busy may still be Saccade", async () => {
+  const busy = [503, 429];
+  const client = new Client({
+    baseURL: `${SERVER}/v1`,
+    maxRetries: 0,
+    fetch: async (url, init) => {
+      const status = String(url).endsWith("/version") ? busy.pop() : undefined;
+      return status === undefined ? fetch(url, init) : new Response("busy", { status });
+    },
+  });
+  for (const isTold of [false, false, true]) {
+    const { images } = await client.ask(WHAT, path("red.png"), { max_tokens: 1 });
+    assert.equal(images[0]!.tokens !== undefined, isTold);
+  }
 });
 
 test("boxes are in pixels of the original", async () => {
