@@ -35,10 +35,12 @@ class Reply:
 
 @dataclass
 class Server:
-    """Gives `replies` in turn to questions, then answers; `requests` are (path, headers, body)."""
+    """Gives `replies` in turn to questions, then answers; `requests` are (path, headers, body).
+    Its version is first given as `versions` say."""
 
     url: str = ""
     replies: list[Reply] = field(default_factory=list)
+    versions: list[Reply] = field(default_factory=list)
     requests: list[tuple[str, dict[str, str], Any]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
 
@@ -66,6 +68,8 @@ def server() -> Iterator[Server]:
         def _serve(self, body: bytes) -> None:
             headers = {name.lower(): value for name, value in self.headers.items()}
             server.requests.append((self.path, headers, json.loads(body or "null")))
+            if self.path == "/version" and server.versions:
+                return self._send(server.versions.pop(0))
             if self.path in others:
                 return self._send(Reply(body=others[self.path]))
             server.times.append(time.monotonic())
@@ -380,6 +384,15 @@ def test_a_conversation_has_one_session(server: Server, client: Client) -> None:
     assert sessions[0] == sessions[1] == sessions[2] != sessions[3]
     roles = [message["role"] for message in asked[1][2]["messages"]]
     assert roles == ["system", "user", "assistant", "user"]
+
+
+@pytest.mark.parametrize(("status", "asked"), [(503, 2), (429, 2), (404, 1)])
+def test_a_busy_server_is_asked_again_what_it_is(server: Server, status: int, asked: int) -> None:
+    server.versions = [Reply(status)]
+    with Client(server.url, retries=0) as client:
+        for _ in range(2):
+            client.ask("?", PHOTO)
+    assert server.paths.count("/version") == asked
 
 
 def test_a_failed_question_is_no_part_of_the_conversation(server: Server, client: Client) -> None:

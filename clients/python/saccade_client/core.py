@@ -18,7 +18,9 @@ from saccade_client.answers import Answer, ImageCost, ModelCard, UploadedFile
 from saccade_client.errors import (
     ApiError,
     NotFound,
+    RateLimited,
     SaccadeError,
+    ServerError,
     UnexpectedAnswer,
     UnusableMedia,
 )
@@ -125,12 +127,16 @@ class Core:
     # ------------------------------------------------------------------ the server
 
     def is_saccade(self) -> Flow[bool]:
-        """Whether the server is Saccade; asked once, never of OpenAI."""
+        """Whether the server is Saccade; asked until it says so or not, and never of OpenAI."""
         if self._is_saccade is None:
             try:
                 response = yield from self._get(f"{self._root}/version")
                 self._is_saccade = "saccade" in response.json()
-            except (ApiError, ValueError, TypeError):
+            except ApiError as error:
+                if isinstance(error, RateLimited | ServerError):
+                    return False
+                self._is_saccade = False
+            except (ValueError, TypeError):
                 self._is_saccade = False
         return self._is_saccade
 
