@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,6 +20,7 @@ from tests.browser import chromium, faults_of
 from tests.conftest import Origin, Server
 from tests.media import pdf
 from tests.pictures import STORED_AS, encode, shape
+from tests.scrape import ended_early, scrape
 
 CLIENT, FOLDER = node.CLIENTS / "typescript", node.CLIENTS / "examples"
 CHAT = "/v1/chat/completions"
@@ -219,6 +221,19 @@ def test_a_page_sends_what_the_picture_shows(page: Page, pictures: Path) -> None
     assert np.sqrt(np.mean(off**2)) < 6  # without any smoothing: 9
 
 
+def test_a_page_that_cannot_resize_a_picture_sends_it_as_it_is(
+    page: Page, sent: list[Request], pictures: Path
+) -> None:
+    script = """async () => {
+      OffscreenCanvas.prototype.convertToBlob = () => Promise.reject(new DOMException("too large"));
+      const photo = await file("photo.jpg");
+      return (await client.ask("What is in the image?", photo, {max_tokens: 1})).images[0].width;
+    }"""
+    assert page.evaluate(script) == 1600
+    file = base64.b64encode((pictures / "photo.jpg").read_bytes()).decode()
+    assert part_of(sent[-1])["image_url"]["url"] == f"data:image/jpeg;base64,{file}"
+
+
 def test_a_page_keeps_what_is_lossless_and_transparent(page: Page, sent: list[Request]) -> None:
     script = """async () => {
       const {images} = await client.ask("What is in the image?", await file("clear.png"));
@@ -266,6 +281,18 @@ def test_a_page_uploads_streams_and_names_what_it_sent(page: Page, sent: list[Re
     assert first["uuid"] == again["uuid"]
     assert "url" in first["image_url"]
     assert again["image_url"] == {}
+
+
+def test_the_server_ends_its_work_when_a_page_leaves_a_stream(
+    page: Page, http: httpx.Client
+) -> None:
+    script = """async () => {
+      const options = {max_tokens: 2000, extra_body: {min_tokens: 2000}};
+      for await (const piece of await client.stream("?", [], options)) return piece;
+    }"""
+    before = scrape(http)
+    assert page.evaluate(script)
+    assert ended_early(http, before)
 
 
 def test_a_page_draws_boxes_in_its_own_pixels(page: Page) -> None:

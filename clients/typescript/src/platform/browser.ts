@@ -16,13 +16,9 @@ export async function resized(
   target: Size,
   quality: number,
 ): Promise<Bytes | undefined> {
-  let bitmap: ImageBitmap;
+  let bitmap: ImageBitmap | undefined;
   try {
     bitmap = await createImageBitmap(new Blob([data], { type: format.mediaType }));
-  } catch {
-    return undefined; // damaged, or a format that this browser cannot read
-  }
-  try {
     if (bitmap.width !== format.size?.[0] || bitmap.height !== format.size[1]) return undefined;
     const canvas = shrunk(bitmap, target);
     const isPhoto = format.isLossy && (format.mediaType === "image/jpeg" || isOpaque(canvas));
@@ -30,8 +26,10 @@ export async function resized(
       isPhoto ? { type: "image/jpeg", quality: quality / 100 } : { type: "image/png" },
     );
     return new Uint8Array(await file.arrayBuffer());
+  } catch {
+    return undefined; // damaged, in a format that this browser cannot read, or too large for it
   } finally {
-    bitmap.close();
+    bitmap?.close();
   }
 }
 
