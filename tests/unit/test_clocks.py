@@ -22,6 +22,7 @@ NEED_WALL_CLOCK = {
     "telemetry/record.py Record": "a trace says when a request began; spans count from there",
     "engine/vllm_adapter/conversation.py ConversationRenderer.render_chat_async": "vLLM's "
     "`arrival_time`, by which it orders requests",
+    "engine/vllm_adapter/text_stream.py TextStream.__init__": "`created` of an answer, as in vLLM",
     "demo/training/report.py result": "the date of a training run, for people",
 }
 # What reads the wall clock, by the last name before the dot. The event loop's `time` is monotonic.
