@@ -187,7 +187,6 @@ test("a stream ends with the whole answer", async () => {
   const pieces: string[] = [];
   for await (const piece of stream) pieces.push(piece);
   const { answer } = stream;
-  assert.ok(pieces.length > 1);
   assert.equal(answer.text, pieces.join(""));
   assert.deepEqual([answer.images[0]?.width, answer.images[0]?.height], [1600, 1200]);
   assert.equal(answer.usage?.prompt_tokens_details?.image_tokens, answer.images[0]?.tokens);
