@@ -39,6 +39,7 @@ FOREIGN_FLAGS = {
     "--read-only",
     "--set",
     "--stub-encoder",
+    "--stub-engine",
     "--tmpfs",
     "--use-server-token-count",
     "--user",
