@@ -152,7 +152,9 @@ def rendered(document: Document, *, dpi: float = PDF_DPI) -> list[Picture]:
     try:
         import pypdfium2
     except ImportError:
-        raise UnusableMedia("this server takes no PDF: pip install 'saccade-client[pdf]'") from None
+        raise UnusableMedia(
+            "this server takes no PDF, and pypdfium2 is needed to draw its pages"
+        ) from None
     if document.data is None:
         raise UnusableMedia("an uploaded PDF cannot be rendered here")
     try:
