@@ -306,6 +306,16 @@ CONTRACTS = [
         "GenerateBaseServing._raise_if_error",
         "GenerateBaseServing._convert_generation_error_to_streaming_response",
     ),
+    Contract(
+        "parser.abstract_parser",
+        "DelegatingParser._extract_tool_calls_streaming",
+        calls=(
+            "if request.tool_choice == 'none':",
+            "return (DeltaMessage(content=delta_text) if delta_text else None, False)",
+        ),
+    ),
+    *_in("parser.abstract_parser", "Parser.reasoning_parser_cls", "Parser.tool_parser_cls"),
+    Contract("tool_parsers.abstract_tool_parser", "ToolParser.engine_based_streaming"),
     Contract("v1.engine.output_processor", "RequestOutputCollector.aggregate"),
     Contract("outputs", "RequestOutput.add", ("self", "next_output", "aggregate")),
     # Multimodal processors.

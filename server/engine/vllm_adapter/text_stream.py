@@ -1,10 +1,9 @@
 """Streamed chat answers that hold text alone, written without a model for each chunk.
 
 vLLM makes three pydantic models of every chunk and serialises them, and each chunk passes an
-additional generator. That was a third of the event loop's time for a request with eight tokens. The
-common stream needs none of it: only the text differs from chunk to chunk. `TextStream` writes its
-events from what is equal in all of them. Streams with more in them (tool calls, reasoning,
-log-probabilities, token ids, running usage) keep vLLM's generator.
+additional generator. The common stream needs none of it: only the text differs from chunk to chunk.
+`TextStream` writes its events from what is equal in all of them. Streams with more in them (tool
+calls, reasoning, log-probabilities, token ids, running usage) keep vLLM's generator.
 
 An answer with one choice is written in a callback of the event loop, which the engine's output
 schedules. The task of the request waits for the last output only: to wake it for each token would
