@@ -81,8 +81,7 @@ class ImagePool:
         self._max_pixels = settings.max_decode_pixels or max(
             usable_memory() // _MEMORY_PARTS // _BYTES_PER_PIXEL, 1
         )
-        self._share = GroupShare(settings.image_workers, group_share)
-        self._queue = TaskQueue(self._share)
+        self._queue = TaskQueue(GroupShare(settings.image_workers, group_share))
         self._tasks: dict[str, Task] = {}
         self.forkserver = Forkserver(spec)
         """Also starts processes for other work."""
@@ -253,7 +252,6 @@ class ImagePool:
                 task.sequence, task.frame = id(data), job.frame
         self._tasks[key] = task
         self._queue.append(task)
-        self._share.asks(group)
         return task
 
     def _abandon(self, task: Task) -> None:

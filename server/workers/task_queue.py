@@ -36,6 +36,7 @@ class TaskQueue:
 
     def append(self, task: Task) -> None:
         """Let `task` wait."""
+        self._share.asks(task.group)
         self._waiting.setdefault(task.group, deque()).append(task)
         self._length += 1
 

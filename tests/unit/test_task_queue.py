@@ -15,15 +15,13 @@ class Queue(TaskQueue):
     """A queue whose tasks are named by their keys."""
 
     def __init__(self, workers: int = 4, share: float = 1.0) -> None:
-        self.share = GroupShare(workers, share)
-        super().__init__(self.share)
+        super().__init__(GroupShare(workers, share))
         self.tasks: dict[str, Task] = {}
 
     def add(self, key: str, group: str = "", **fields: Any) -> None:
         result: Any = asyncio.Future(loop=LOOP)
         task = Task(key, b"", b"", result, ImageWork(float(len(self.tasks))), group, **fields)
         self.tasks[key] = task
-        self.share.asks(group)
         self.append(task)
 
     def take(self) -> str | None:
