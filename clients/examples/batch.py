@@ -39,20 +39,22 @@ def main() -> None:
         base_url=os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1"),
         api_key=os.environ.get("OPENAI_API_KEY", "none"),
     )
-    lines = "\n".join(json.dumps(each) for each in requests)
-    questions = client.files.create(file=("questions.jsonl", lines.encode()), purpose="batch")
+    questions = "\n".join(json.dumps(each) for each in requests).encode()
+    file = client.files.create(file=("questions.jsonl", questions), purpose="batch")
     batch = client.batches.create(
-        input_file_id=questions.id, endpoint="/v1/chat/completions", completion_window="24h"
+        input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
     )
     while batch.status in ("validating", "in_progress", "finalizing"):
         time.sleep(0.5)
         batch = client.batches.retrieve(batch.id)
     if batch.output_file_id is None:
         sys.exit(f"the batch {batch.id} is {batch.status}: {batch.errors}")
-    for line in client.files.content(batch.output_file_id).text.splitlines():
-        result = json.loads(line)
-        answer = result["response"]["body"]["choices"][0]["message"]["content"]
-        print(f"{result['custom_id']}: {answer}")
+    # Results come in the order in which they are ready; the name tells which is which.
+    lines = client.files.content(batch.output_file_id).text.splitlines()
+    results = {result["custom_id"]: result["response"] for result in map(json.loads, lines)}
+    for each in requests:
+        answer = results[each["custom_id"]]["body"]["choices"][0]["message"]["content"]
+        print(f"{each['custom_id']}: {answer}")
 
 
 if __name__ == "__main__":
