@@ -1,0 +1,1 @@
+"""Videos: headers, and frames decoded from files. Decoding runs in child processes only."""
