@@ -50,7 +50,7 @@ PREPARE = "server.engine.clips:prepare"
 
 _FFMPEG_OPTIONS = "OPENCV_FFMPEG_CAPTURE_OPTIONS"
 # FFmpeg's names of the allowed containers; see `imaging.containers`.
-_DEMUXERS = {"mp4": "mov", "matroska": "matroska", "avi": "avi"}
+_DEMUXERS = {"mp4": "mov", "matroska": "matroska"}
 _MAX_COUNT = 1 << 16
 _GPU_OPTIONS = ("backend", "device", "hw_decoders", "pool_size", "timeout_sec")
 

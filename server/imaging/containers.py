@@ -18,9 +18,11 @@ from server.errors import (
 )
 from server.imaging.header.boxes import FULL, Box, boxes, whole
 
-VideoContainer: TypeAlias = Literal["mp4", "matroska", "avi"]
+VideoContainer: TypeAlias = Literal["mp4", "matroska"]
 AudioContainer: TypeAlias = Literal["wav", "flac", "ogg", "mp3"] | VideoContainer
 
+# The types of the first box of an MP4 file, or of a QuickTime file from before MP4.
+_FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
 # The path to the boxes of an MP4 file that name the file with a track's samples.
 _TO_REFERENCES = (b"moov", b"trak", b"mdia", b"minf", b"dinf", b"dref")
 # The length of a box's version, flags and count.
@@ -40,7 +42,7 @@ def video_container(data: bytes) -> VideoContainer:
     container = _with_pictures(data)
     if container is None:
         raise UnsupportedVideoFormat(
-            "the video is not in a supported format (MP4, MOV, Matroska, WebM, AVI)"
+            "the video is not in a supported format (MP4, MOV, Matroska, WebM)"
         )
     return container
 
@@ -109,12 +111,10 @@ def refuse_references(data: bytes) -> None:
 
 
 def _with_pictures(data: bytes) -> VideoContainer | None:
-    if data[4:8] == b"ftyp":
+    if data[4:8] in _FIRST_BOXES:
         return "mp4"
     if data[:4] == b"\x1aE\xdf\xa3":
         return "matroska"
-    if data[:4] == b"RIFF" and data[8:12] == b"AVI ":
-        return "avi"
     return None
 
 

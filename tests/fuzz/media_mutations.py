@@ -30,7 +30,7 @@ MAX_SEED_BYTES = 40_000
 def mutated(seed: int, index: int) -> bytes:
     """Input number `index`: a seed file with one to six changes."""
     rng = random.Random(f"media {seed} {index}")
-    data = _changed(rng, rng.choice(seeds()))
+    data = changed(rng, rng.choice(seeds()))
     if data.startswith(b"\x89PNG") and rng.random() < 0.8:
         try:
             return fuzz_header.with_checksums(bytes(data))
@@ -42,10 +42,11 @@ def mutated(seed: int, index: int) -> bytes:
 def mutated_video(seed: int, index: int) -> bytes:
     """Video number `index`, with changes as in `mutated`."""
     rng = random.Random(f"video {seed} {index}")
-    return bytes(_changed(rng, rng.choice(video_seeds())))
+    return bytes(changed(rng, rng.choice(video_seeds())))
 
 
-def _changed(rng: random.Random, seed: bytes) -> bytearray:
+def changed(rng: random.Random, seed: bytes) -> bytearray:
+    """`seed` with one to six changes."""
     data = bytearray(seed)
     is_pdf = data.startswith(b"%PDF")
     for _ in range(rng.choice((1, 1, 2, 3, 6))):
@@ -61,7 +62,7 @@ def _changed(rng: random.Random, seed: bytes) -> bytearray:
 @functools.cache
 def video_seeds() -> tuple[bytes, ...]:
     """Small videos in every container."""
-    kinds = ((".mp4", "mp4v"), (".mkv", "FFV1"), (".webm", "VP80"), (".avi", "MJPG"))
+    kinds = ((".mp4", "mp4v"), (".mkv", "FFV1"), (".webm", "VP80"), (".mov", "mp4v"))
     return tuple(clips.video(suffix, codec, frames=4, size=(32, 24)) for suffix, codec in kinds)
 
 

@@ -1,16 +1,16 @@
 """What the header of a video file says, before anything is decoded."""
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from server.imaging.containers import video_container
 from server.imaging.sizing import Size
+from server.imaging.video import matroska, mp4
+from server.imaging.video.track import Codec, Container, Rotation, Track
 
-Container: TypeAlias = Literal["mp4", "matroska"]
-Codec: TypeAlias = Literal["h264", "hevc", "vp8", "vp9", "av1", "mpeg4"]
-Rotation: TypeAlias = Literal[0, 90, 180, 270]
+__all__ = ["Codec", "Container", "Rotation", "VideoHeader", "read", "read_track"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,3 +48,32 @@ class VideoHeader:
     def fps(self) -> float:
         """Mean frames per second; 0 without a duration."""
         return self.frame_count / self.duration_s if self.duration_s > 0 else 0.0
+
+
+def read(data: bytes) -> VideoHeader:
+    """The header of a video file. The work and the memory are bounded, whatever the file says.
+
+    Raises:
+        UnsupportedVideoFormat: the container or the codec is not supported.
+        InvalidVideo: the file is damaged, has no frames, or refers to other files.
+        VideoTooLarge: it has more than `track.MAX_FRAMES` frames.
+    """
+    track = read_track(data)
+    return VideoHeader(
+        container=track.container,
+        codec=track.codec,
+        coded_size=track.coded_size,
+        rotation=track.rotation,
+        times=track.timeline.times,
+        duration_s=track.timeline.duration_s,
+    )
+
+
+def read_track(data: bytes) -> Track:
+    """The whole track, with the places of all samples.
+
+    Raises: as `read` does.
+    """
+    if video_container(data) == "mp4":
+        return mp4.read(data)
+    return matroska.read(data)
