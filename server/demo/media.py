@@ -22,10 +22,10 @@ def png(image: Image.Image, *, fast: bool = False) -> bytes:
         return file.getvalue()
 
 
-def avi(frames: list[Image.Image]) -> bytes:
-    """A lossless video (FFV1) of RGB frames of one size."""
-    with tempfile.NamedTemporaryFile(suffix=".avi") as file:  # OpenCV only writes to named files
-        codec = cv2.VideoWriter.fourcc(*"FFV1")
+def mp4(frames: list[Image.Image]) -> bytes:
+    """A video (VP9, at the quality of OpenCV's defaults) of RGB frames of one size."""
+    with tempfile.NamedTemporaryFile(suffix=".mp4") as file:  # OpenCV only writes to named files
+        codec = cv2.VideoWriter.fourcc(*"vp09")
         writer = cv2.VideoWriter(file.name, cv2.CAP_FFMPEG, codec, CLIP_FPS, frames[0].size)
         for frame in frames:
             writer.write(cv2.cvtColor(np.asarray(frame), cv2.COLOR_RGB2BGR))
@@ -39,8 +39,8 @@ def image_part(data: bytes) -> dict[str, Any]:
 
 
 def video_part(data: bytes) -> dict[str, Any]:
-    """An AVI file as a part of a message's content."""
-    return {"type": "video_url", "video_url": {"url": _data_url("video/x-msvideo", data)}}
+    """An MP4 file as a part of a message's content."""
+    return {"type": "video_url", "video_url": {"url": _data_url("video/mp4", data)}}
 
 
 def _data_url(media_type: str, data: bytes) -> str:

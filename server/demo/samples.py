@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from server.demo.drawing import Box, Lettering, Size, draw_shape, embedded_font, rgb
-from server.demo.media import avi, png
+from server.demo.media import mp4, png
 from server.demo.scenery import landscape
 from server.demo.scoring import OUTSIDE
 
@@ -224,7 +224,7 @@ def _outside() -> Sample:
 def _motion() -> Sample:
     circles = [_Shape("green", "circle", (x, 84, x + 60, 144)) for x in range(8, 160, 30)]
     return _sample(
-        {"motion.avi": avi([_drawn((224, 224), "white", circle) for circle in circles])},
+        {"motion.mp4": mp4([_drawn((224, 224), "white", circle) for circle in circles])},
         ("motion", "In which direction does the circle move?", "right"),
         ("caption", _DESCRIBE, "a green circle that moves right on a white background"),
         ("color", "What color is the circle?", "green"),

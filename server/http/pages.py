@@ -19,7 +19,7 @@ from server.demo.samples import samples
 
 PLAYGROUND = Path(__file__).parents[1] / "playground"
 _TYPES = {
-    ".avi": "video/x-msvideo",
+    ".mp4": "video/mp4",
     ".css": "text/css; charset=utf-8",
     ".html": "text/html; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",

@@ -4,10 +4,10 @@ import { postJson } from "./api.js";
 const KINDS = { pdf: /pdf$/, video: /^video\//, audio: /^audio\// };
 const BY_NAME = {
   pdf: /\.pdf$/i,
-  video: /\.(mp4|mov|webm|mkv|avi)$/i,
+  video: /\.(mp4|mov|webm|mkv)$/i,
   audio: /\.(wav|mp3|flac|ogg|m4a)$/i,
 };
-export const ACCEPTED = "image/*,application/pdf,video/*,audio/*,.heic,.avif,.tif,.tiff,.avi,.mkv";
+export const ACCEPTED = "image/*,application/pdf,video/*,audio/*,.heic,.avif,.tif,.tiff,.mkv";
 
 let serial = 0;
 

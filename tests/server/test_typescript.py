@@ -46,7 +46,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "forgotten.png": encode(shape("blue", size=(239, 221))),
         "pages.pdf": pdf((320, 240), (320, 240)),
         "clear.png": encode(Image.fromarray(noise)),
-        "clip.avi": next(data for name, data in files.items() if name.endswith(".avi")),
+        "clip.mp4": next(data for name, data in files.items() if name.endswith(".mp4")),
     }
     folder = tmp_path_factory.mktemp("pictures")
     for name, data in made.items():

@@ -284,8 +284,8 @@ test("documents and videos are understood", async () => {
   assert.equal(images.length, 2);
   assert.equal(images[1]?.width, 1600);
   for (const clip of [
-    path("clip.avi"),
-    video(await bytes("clip.avi"), { mediaType: "video/x-msvideo" }),
+    path("clip.mp4"),
+    video(await bytes("clip.mp4"), { mediaType: "video/mp4" }),
   ])
     assert.equal(
       (await client.ask("In which direction does the circle move?", clip, { temperature: 0 })).text,

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 from PIL import Image
 
-from server.demo.media import avi, image_part, png, video_part
+from server.demo.media import image_part, mp4, png, video_part
 from server.demo.scoring import Answer
 from server.demo.training.examples import Example, evaluated
 
@@ -48,8 +48,8 @@ def _size_class(made: Example) -> str:
 
 
 def _part(frames: list[Image.Image]) -> dict[str, Any]:
-    """One picture as PNG, several frames as AVI."""
-    return video_part(avi(frames)) if len(frames) > 1 else image_part(png(frames[0], fast=True))
+    """One picture as PNG, several frames as MP4."""
+    return video_part(mp4(frames)) if len(frames) > 1 else image_part(png(frames[0], fast=True))
 
 
 class Asker:

@@ -156,10 +156,13 @@ def test_examples_depend_only_on_seed_task_and_number():
 
 
 @pytest.mark.parametrize("count", range(4, 9))
-def test_the_model_gets_every_frame_as_it_was_drawn(count):
+def test_the_model_gets_every_frame_of_a_clip(count):
     made = (asking.example(1, "motion", index).pictures[0].frames for index in range(20))
     frames = (next(made) * 2)[:count]
-    shown, about = VIDEO_LOADER_REGISTRY.load("qwen3_vl").load_bytes(media.avi(frames))
+    shown, about = VIDEO_LOADER_REGISTRY.load("qwen3_vl").load_bytes(media.mp4(frames))
     assert about["frames_indices"] == list(range(count))
     assert about["fps"] == media.CLIP_FPS
-    np.testing.assert_array_equal(shown, np.stack([np.asarray(frame) for frame in frames]))
+    drawn = np.stack([np.asarray(frame) for frame in frames])
+    assert np.abs(shown.astype(int) - drawn).mean() < 4  # levels of 256
+    others = np.roll(drawn, 1, axis=0)
+    assert np.abs(shown.astype(int) - drawn).sum() < np.abs(shown.astype(int) - others).sum()
