@@ -23,7 +23,9 @@ ENCODERS = {
     "av1": "libsvtav1",
     "mpeg4": "mpeg4",
 }
-_QUIET = {"libx265": {"x265-params": "log-level=none"}, "libvpx": {"deadline": "realtime"}}
+# One thread, so that equal frames give equal files.
+X265_ALONE = "log-level=none:pools=none:frame-threads=1"
+_QUIET = {"libx265": {"x265-params": X265_ALONE}, "libvpx": {"deadline": "realtime"}}
 _TICKS = Fraction(1, 90_000)
 
 

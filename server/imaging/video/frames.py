@@ -1,0 +1,167 @@
+"""Decodes chosen frames of a video. Only child processes import this module.
+
+The samples are found by this project's readers of containers; the library gets them one by one, for
+a decoder that is named to it. Its own readers and protocols are not used.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import av
+import numpy as np
+import numpy.typing as npt
+from av.video.reformatter import ColorTrc, Interpolation, VideoReformatter
+
+from server.errors import InvalidVideo
+from server.imaging.sizing import Size
+from server.imaging.video import hdr
+from server.imaging.video.header import read_track
+from server.imaging.video.track import Codec, Track
+
+_DECODERS: dict[Codec, str] = {
+    "h264": "h264",
+    "hevc": "hevc",
+    "vp8": "vp8",
+    "vp9": "vp9",
+    "av1": "libdav1d",
+    "mpeg4": "mpeg4",
+}
+# H.264 and H.265 hold back at most this many frames until their order is known.
+_MOST_REORDERED = 16
+# Bytes that FFmpeg may read beyond the end of its input.
+_PADDING = 64
+_HDR: dict[int, hdr.Transfer] = {ColorTrc.SMPTE2084: "pq", ColorTrc.ARIB_STD_B67: "hlg"}
+# What OpenCV uses; frames that keep their size are converted as it does.
+_AT_FULL_SIZE = Interpolation.BICUBIC
+_SHRINKING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+
+
+def decode(
+    data: bytes, indices: Sequence[int], size: Size | None = None, max_pixels: int = 1 << 26
+) -> npt.NDArray[np.uint8]:
+    """The frames `indices` of a video, counted from 0 in the order shown, each at `size`.
+
+    Args:
+        size: (width, height) in pixels, after rotation; None: as in the header.
+        max_pixels: most pixels of a decoded frame, whatever the header says.
+
+    Returns:
+        uint8 (indices, height, width, 3), RGB, upright. A frame that is damaged is replaced with
+        the nearest one of `indices` that is not.
+
+    Raises:
+        InvalidVideo: none of the frames can be decoded.
+        IndexError: the video has no frame of such a number.
+        UnsupportedVideoFormat, VideoTooLarge: as `header.read` does.
+    """
+    track = read_track(data)
+    wanted = track.timeline.frames[np.asarray(indices, np.int64)]
+    width, height = track.coded_size
+    if size is not None:
+        width, height = size if track.rotation in (0, 180) else size[::-1]
+    upright = (width, height) if track.rotation in (0, 180) else (height, width)
+    result = np.empty((len(wanted), upright[1], upright[0], 3), np.uint8)
+    found = np.zeros(len(wanted), np.bool_)
+    convert = _Converter((width, height))
+    for sample, frame in _frames(data, track, set(wanted.tolist()), max_pixels):
+        picture = np.rot90(convert(frame), -track.rotation // 90)
+        places = wanted == sample
+        result[places], found[places] = picture, True
+    if not found.any():
+        raise InvalidVideo("none of the chosen frames of the video can be decoded")
+    decoded = np.flatnonzero(found)
+    for missing in np.flatnonzero(~found):
+        result[missing] = result[decoded[np.abs(decoded - missing).argmin()]]
+    return result
+
+
+def _frames(
+    data: bytes, track: Track, wanted: set[int], max_pixels: int
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    """The frames of those samples, each with the number of its sample."""
+    context = _decoder(track, max_pixels)
+    for first, last in _spans(track, sorted(wanted)):
+        for sample in range(first, last + 1):
+            # A frame that no other one refers to need not be decoded. (dav1d takes this only once.)
+            if track.codec != "av1":
+                context.skip_frame = "DEFAULT" if sample in wanted else "NONREF"
+            yield from _chosen(context, _packet(data, track, sample), wanted)
+        yield from _chosen(context, None, wanted)
+        context.flush_buffers()
+
+
+def _decoder(track: Track, max_pixels: int) -> av.VideoCodecContext:
+    context: Any = av.CodecContext.create(_DECODERS[track.codec], "r")
+    context.thread_count = 1
+    context.options = {"max_pixels": str(max_pixels)}
+    if track.codec in ("h264", "hevc"):
+        context.options |= {"has_b_frames": str(_MOST_REORDERED)}
+    configuration = track.configuration
+    if track.codec == "mpeg4":
+        # It reads text up to its end, and PyAV does not clear the memory behind these bytes.
+        configuration += bytes(_PADDING)
+    context.extradata = configuration or None
+    return context  # type: ignore[no-any-return]
+
+
+def _spans(track: Track, wanted: Sequence[int]) -> list[tuple[int, int]]:
+    """Ranges of samples to decode, (first, last), each from a keyframe to a wanted sample."""
+    keyframes = np.flatnonzero(track.samples.keyframes)
+    shown = np.full(len(track.samples), -1, np.int64)
+    shown[track.timeline.frames[::-1]] = np.arange(len(track.timeline.frames))[::-1]
+    spans: list[tuple[int, int]] = []
+    for sample in wanted:
+        index = int(np.searchsorted(keyframes, sample, "right")) - 1
+        # A frame that is decoded after a keyframe but shown before it may need earlier ones.
+        while index > 0 and shown[keyframes[index]] > shown[sample]:
+            index -= 1
+        first = int(keyframes[index]) if index >= 0 else 0
+        while spans and first <= spans[-1][1]:
+            first = min(first, spans.pop()[0])
+        spans.append((first, sample))
+    return spans
+
+
+def _packet(data: bytes, track: Track, sample: int) -> "av.Packet[Any]":
+    """The bytes of a sample; its number stands in for its time, so that frames bear it."""
+    start, size = int(track.samples.offsets[sample]), int(track.samples.sizes[sample])
+    # Not av.Packet(bytes): decoders read some bytes beyond the end, which must be zeros of its own.
+    packet: av.Packet[Any] = av.Packet(len(track.prefix) + size)
+    packet.update(track.prefix + data[start : start + size])
+    packet.pts = packet.dts = sample
+    packet.is_keyframe = bool(track.samples.keyframes[sample])
+    return packet
+
+
+def _chosen(
+    context: av.VideoCodecContext, packet: "av.Packet[Any] | None", wanted: set[int]
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    try:
+        frames = context.decode(packet)
+    except av.FFmpegError:
+        return  # a damaged frame; later ones may be whole
+    for frame in frames:
+        if frame.pts in wanted:
+            yield frame.pts, frame
+
+
+class _Converter:
+    """Turns decoded frames into arrays of RGB at (width, height)."""
+
+    def __init__(self, size: Size) -> None:
+        self._size = size
+        self._reformatter = VideoReformatter()
+
+    def __call__(self, frame: av.VideoFrame) -> npt.NDArray[np.uint8]:
+        """uint8 (height, width, 3). HDR is reduced to the range of sRGB."""
+        transfer = _HDR.get(frame.color_trc)
+        if transfer is not None:
+            return hdr.to_srgb(self._converted(frame, "rgb48le"), transfer)
+        # As OpenCV: the rounding of another order of colours differs.
+        return self._converted(frame, "bgr24")[:, :, ::-1]
+
+    def _converted(self, frame: av.VideoFrame, pixels: str) -> npt.NDArray[Any]:
+        width, height = self._size
+        flags = _AT_FULL_SIZE if (frame.width, frame.height) == self._size else _SHRINKING
+        convert = self._reformatter.reformat
+        return convert(frame, width, height, pixels, interpolation=flags, threads=1).to_ndarray()
