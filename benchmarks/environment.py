@@ -34,9 +34,15 @@ def _hardware() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "memory_gib": round(page * pages / 2**30, 1),
-        "gpu": _output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"),
+        "gpu": gpu("name,memory.total"),
         "kernel": platform.release(),
     }
+
+
+def gpu(fields: str = "name") -> str | None:
+    """Return what nvidia-smi says of each GPU, in a line; None if there is none. `fields` are
+    names that it knows, separated by commas."""
+    return _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
 
 
 def _cpu_model() -> str:

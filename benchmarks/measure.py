@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.load import Answer, Plan, Result
-from benchmarks.probes import HealthProbe, MemoryProbe, ScrapeProbe
+from benchmarks.probes import GpuProbe, HealthProbe, MemoryProbe, ScrapeProbe
 from benchmarks.processes import Cpu, Server, ServerFailed
 from benchmarks.workloads import Batch
 
@@ -52,6 +52,7 @@ class Measurement:
     health_p99: float
     health_failures: int
     scrape_p50: float | None
+    gpu_share: float | None
     prompt_tokens: int
     completion_tokens: int
     generator_cpu_share: float
@@ -78,17 +79,18 @@ def measure(
 ) -> tuple[Measurement, list[Answer]]:
     """Drive `server` with the batch, observe it meanwhile, and return the measurements."""
     plan = Plan(server.port, [str(body) for body in batch.bodies], concurrency, timeout)
-    memory, health = MemoryProbe(server), HealthProbe(server)
+    memory, health, gpu = MemoryProbe(server), HealthProbe(server), GpuProbe(server)
     scrapes = ScrapeProbe(server) if server.scraped else None
     _settle(idle)
     start = _read_clock(server, idle)
-    with memory, health, scrapes or nullcontext():
+    with memory, health, gpu, scrapes or nullcontext():
         result = generate(plan, limit)
         _settle(server)
     end = _read_clock(server, idle)
     if all(answer.first_token is None for answer in result.answers):
         raise ServerFailed(f"{server.name} answered no request: {result.answers[0].error}")
-    return _measurement(batch, result, start, end, memory, health, scrapes), result.answers
+    measured = _measurement(batch, result, start, end, memory, health, gpu, scrapes)
+    return measured, result.answers
 
 
 def generate(plan: Plan, limit: float) -> Result:
@@ -128,6 +130,7 @@ def _measurement(
     end: _Clock,
     memory: MemoryProbe,
     health: HealthProbe,
+    gpu: GpuProbe,
     scrapes: ScrapeProbe | None,
 ) -> Measurement:
     good = [answer for answer in result.answers if not answer.error]
@@ -159,6 +162,7 @@ def _measurement(
         health_p99=percentile(health.latencies, 0.99),
         health_failures=health.failures,
         scrape_p50=percentile(scrapes.latencies, 0.50) if scrapes else None,
+        gpu_share=gpu.share,
         prompt_tokens=sum(answer.prompt_tokens for answer in good),
         completion_tokens=sum(answer.completion_tokens for answer in good),
         generator_cpu_share=result.cpu / result.wall,

@@ -45,6 +45,7 @@ def parse() -> argparse.Namespace:
     add("--max-model-len", type=_positive, default=8192, help="passed to both")
     add("--dtype", default="float32", help="passed to both")
     add("--server-flags", default="", help="more flags, as one string, passed to both")
+    add("--our-flags", default="", help="more flags, as one string, passed to our server only")
     add(
         "--engine-cores",
         help="cores for the model's threads of both (CPU only), such as 1 or 2-3",
@@ -80,6 +81,7 @@ def commands(
     if options.baseline:
         plain = saccade
     own = ["--image-decode", options.image_decode] if options.image_decode else []
+    own += shlex.split(options.our_flags)
     if options.observed is not None:
         own += ["--log-format", "json", "--otlp-traces-endpoint", traces]
     return (

@@ -1,15 +1,18 @@
 """Probes of a server under load: its memory, and how fast it answers /health."""
 
 import http.client
+import statistics
 import threading
 import time
 from types import TracebackType
 
+from benchmarks import environment
 from benchmarks.processes import Server, proportional, resident
 
 _HEALTH_INTERVAL = 0.05
 _MEMORY_INTERVAL = 0.5
 _SCRAPE_INTERVAL = 5.0
+_GPU_INTERVAL = 1.0
 _TIMEOUT = 30.0
 
 
@@ -85,6 +88,23 @@ class ScrapeProbe(_Probe):
         status, _ = self._server.get("/metrics")
         if status == http.HTTPStatus.OK:
             self.latencies.append(time.perf_counter() - asked)
+
+
+class GpuProbe(_Probe):
+    """Reads each second how busy the GPUs are; useless, but harmless, where there are none."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(server, _GPU_INTERVAL)
+        self._shares: list[float] = []
+
+    @property
+    def share(self) -> float | None:
+        """The mean share of the time in which a kernel ran, over all readings and GPUs."""
+        return statistics.fmean(self._shares) if self._shares else None
+
+    def look(self) -> None:
+        lines = (environment.gpu("utilization.gpu") or "").splitlines()
+        self._shares += [int(line) / 100 for line in lines]
 
 
 class MemoryProbe(_Probe):

@@ -119,6 +119,9 @@ def table(outcome: Outcome) -> str:
     for name in ("failures", "reconnects"):
         ours, plain = (_total(rounds, side, name) for side in ("ours", "plain"))
         lines.append(f"  {name:32}{ours:>10}{plain:>10}")
+    if all(one.gpu_share is not None for one in outcome.measurements()):
+        ours, plain = (_number(_median(rounds, side, "gpu_share")) for side in ("ours", "plain"))
+        lines.append(f"  {'share of time a kernel ran':32}{ours:>10}{plain:>10}")
     scrapes = [each.ours.scrape_p50 for each in rounds if each.ours.scrape_p50 is not None]
     if scrapes:
         lines.append(f"  {'/metrics p50, ms':32}{_number(statistics.median(scrapes) * 1e3):>10}")

@@ -95,6 +95,8 @@ def _servers(options: argparse.Namespace, folder: Path) -> Iterator[tuple[Server
             scraped=options.observed is not None,
         )
         stack.callback(ours.stop)
+        if environment.gpu() is not None:
+            ours.wait_ready()  # vLLM measures how much of the memory is free while it starts
         plain = Server(
             "plain",
             plain_command,

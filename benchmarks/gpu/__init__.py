@@ -1,0 +1,1 @@
+"""All measurements for a machine with a GPU, in one command: `python -m benchmarks.gpu`."""
