@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _ENGINE_TITLES = ("VLLM::EngineCore", "VLLM::Worker")
+_FRONT_END_TITLE = "SACCADE::FrontEnd"
 _TICK = 1 / os.sysconf("SC_CLK_TCK")
 _ROOT = Path(__file__).resolve().parent.parent
 _START_LIMIT = 600.0
@@ -31,8 +32,8 @@ class ServerFailed(RuntimeError):
 class Cpu:
     """CPU seconds since the server started, including children that have ended."""
 
-    event_loop: float  # the main thread of the server's first process
-    other_threads: float  # of the same process
+    event_loop: float  # the main thread of the server's first process, and of each front end
+    other_threads: float  # of the same processes
     workers: float  # all other processes but those of the engine
     engine: float
 
@@ -141,19 +142,20 @@ class Server:
 
     def cpu(self) -> Cpu:
         """Return the CPU time used so far."""
-        first = workers = engine = 0.0
+        first = workers = engine = event_loops = 0.0
         engines: set[int] = set()
         for process in self._processes():  # parents come before their children
-            if process.parent in engines or _title(process.pid).startswith(_ENGINE_TITLES):
+            title = _title(process.pid)
+            if process.parent in engines or title.startswith(_ENGINE_TITLES):
                 engines.add(process.pid)
                 engine += process.cpu + process.ended_children
-            elif process.pid == self._process.pid:
-                first = process.cpu
+            elif process.pid == self._process.pid or title.startswith(_FRONT_END_TITLE):
+                first += process.cpu
+                event_loops += _main_thread_cpu(process.pid)
                 workers += process.ended_children
             else:
                 workers += process.cpu + process.ended_children
-        event_loop = _main_thread_cpu(self._process.pid)
-        return Cpu(event_loop, first - event_loop, workers, engine)
+        return Cpu(event_loops, first - event_loops, workers, engine)
 
     def cpu_by_role(self) -> dict[str, float]:
         """Return the CPU seconds of each kind of process, including children that have ended."""

@@ -5,19 +5,26 @@ arguments -> prepared engine -> worker preload | engine start -> pool -> http.ap
 
 import asyncio
 import contextlib
+import functools
 import os
 import socket
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import cast
 
+from starlette.types import ASGIApp
+
+from server import shares
+from server.concurrency import share_memory
 from server.engine import launch, vllm_http
-from server.engine.vllm_adapter import cpu_waits, plugin
+from server.engine.vllm_adapter import cpu_waits, plugin, several_clients
 from server.engine.vllm_adapter.encode_timing import EncodeTimes
 from server.engine.vllm_adapter.engine_queue import EngineQueue
 from server.engine.vllm_adapter.outcomes import Outcomes
 from server.engine.vllm_adapter.send import Gate
 from server.errors import CannotStart
+from server.front_ends import FrontEnd, encoder_address
 from server.http import keys
 from server.http import server as http_server
 from server.http.app import (
@@ -28,14 +35,16 @@ from server.http.app import (
     model_name,
     observed,
 )
+from server.http.peers import Peers
 from server.ingest.expand import Expander
 from server.ingest.fetch import Fetcher, FetchSettings
 from server.ingest.fetch_cache import FetchCache
-from server.ingest.files import FileStore, Quota
+from server.ingest.files import FileReader, FileStore, Quota
 from server.ingest.load import MediaLoader
 from server.request.admission import Admission
 from server.request.bounds import BodyBounds
 from server.request.read import RequestReader
+from server.request.shared_usage import SharedUsages
 from server.settings import GIB, HttpSettings, Settings
 from server.telemetry import metrics, tracing
 from server.workers.pool import ImagePool
@@ -51,33 +60,65 @@ _TRACES_TIMEOUT_S = 5.0
 Report = Callable[[str], None]
 
 
-async def run(args: Namespace, settings: Settings, report: Report) -> int:
-    """Serve until a signal or the engine's death; returns the exit status."""
+async def run(
+    args: Namespace, settings: Settings, report: Report, mine: FrontEnd | None = None
+) -> int:
+    """Serve until a signal or the engine's death; returns the exit status. `mine` is this process,
+    if it is one of several front ends."""
     keep_freed_memory(_KEPT_HEAP_BYTES)
-    plugin.ask(die_with_parent=True, return_memory=True, quick_start=True)
+    if mine is None:
+        plugin.ask(die_with_parent=True, return_memory=True, quick_start=True)
+    else:
+        share_memory(mine.count)
+        settings = shares.part_of(settings, mine)
     keeps_responses = bool(vllm_http.paths_that_keep_bodies())
     key_ring = keys.key_ring(
         settings.access, vllm_http.api_keys(args), keeps_responses=keeps_responses
     )
-    address, sock = vllm_http.setup_server(args, reuse_port=False)
+    if mine is None:
+        address, sock = vllm_http.setup_server(args, reuse_port=False)
+    else:
+        vllm_http.join_server(args)
+        address, sock = mine.engines.address, mine.listening
     with sock:
-        async with running(args, settings, report) as parts:
+        async with running(args, settings, report, mine) as parts:
             app = await build_app(args, settings, parts, key_ring)
             outer = observed(app, args, settings)
-            config = http_server.uvicorn_config(outer, args, settings)
-            server = http_server.Server(config)
+            peers, whole = parts.peers, cast(ASGIApp, outer)
+            if peers is not None:
+                whole = peers.forwarding(outer, args.root_path or "")
+            config = http_server.uvicorn_config(whole, args, settings)
+            server = http_server.Server(config, mine)
             app.state.server = server
             refresher = None
             if args.enable_ssl_refresh:
                 refresher = vllm_http.refresh_certificates(config, args)
-            server.on_started = lambda: report(_invitation(args, address, sock))
+
+            def announce() -> None:
+                report(_invitation(args, address, sock))
+
+            if mine is None:
+                server.on_started = announce
+            else:
+                server.on_announced = announce
+                server.on_started = functools.partial(_say_ready, mine)
             try:
                 client = inner_client(outer, args, settings, parts)
                 runner = batch_runner(app, client, settings.batches, parts, key_ring)
-                async with runner or contextlib.nullcontext():
-                    app.state.batches = runner
-                    delay_s = settings.http.drain_delay_s
-                    return await http_server.serve(server, sock, parts.engine, app, delay_s)
+                async with contextlib.AsyncExitStack() as stack:
+                    if runner is not None:
+                        app.state.batches = await stack.enter_async_context(runner)
+                    if peers is not None:
+                        answering = peers.answering(outer, parts.caches, parts.fetch_cache)
+                        await stack.enter_async_context(answering)
+                    return await http_server.serve(
+                        server,
+                        sock,
+                        parts.engine,
+                        app,
+                        settings.http.drain_delay_s,
+                        mine.link if mine is not None else None,
+                    )
             finally:
                 if refresher is not None:
                     refresher.stop()
@@ -86,31 +127,44 @@ async def run(args: Namespace, settings: Settings, report: Report) -> int:
 
 
 @contextlib.asynccontextmanager
-async def running(args: Namespace, settings: Settings, report: Report) -> AsyncIterator[Parts]:
-    """Start the engine, the image pool and the fetcher concurrently; stop them in reverse order."""
-    report(f"reading the model {model_name(args)}")
-    prepared = launch.prepare(args, settings)
+async def running(
+    args: Namespace, settings: Settings, report: Report, mine: FrontEnd | None = None
+) -> AsyncIterator[Parts]:
+    """Start the engine, the image pool and the fetcher concurrently; stop them in reverse order.
+    One of several front ends, `mine`, starts no engine."""
+    if mine is None:
+        report(f"reading the model {model_name(args)}")
+    elif mine.engines.image_work is not None:
+        cpu_waits.join(mine.engines.image_work)
+    prepared = launch.prepare(args, settings, mine)
     async with contextlib.AsyncExitStack() as stack:
         fetcher = await stack.enter_async_context(_fetcher(args, settings))
-        store = await stack.enter_async_context(_file_store(settings, report))
+        store: FileStore | None = None
+        files: FileStore | FileReader | None
+        if mine is None or mine.is_first:
+            files = store = await stack.enter_async_context(_file_store(settings, report))
+        else:
+            files = _files_of_first(settings)
         pool = None
         if prepared.workers is not None:
             share = settings.admission.max_group_share
             pool = ImagePool(prepared.workers, settings.images, cpu_waits.note_work, share)
             stack.callback(pool.stop_preload)
             pool.preload()
-        report(f"starting the engine on {prepared.config.device_config.device_type}")
-        embeddings = launch.add_embedding_cache(prepared, settings)
+        if mine is None:
+            report(f"starting the engine on {prepared.config.device_config.device_type}")
+        embeddings = launch.add_embedding_cache(prepared, settings, mine)
         if embeddings is not None:
             await stack.enter_async_context(embeddings)
             stack.enter_context(metrics.embedding_cache(embeddings.snapshots))
         outcomes, gate = Outcomes(), Gate()
-        times = await stack.enter_async_context(EncodeTimes(outcomes.encoded))
+        reports = encoder_address(mine.folder, mine.index) if mine is not None else None
+        times = await stack.enter_async_context(EncodeTimes(outcomes.encoded, reports))
         outcomes.read_reports = times.read
         engine, heartbeat = await stack.enter_async_context(
-            launch.running(prepared, settings, outcomes, gate)
+            launch.running(prepared, settings, outcomes, gate, mine)
         )
-        engine_caches = launch.caches_of(engine, embeddings, gate)
+        engine_caches = launch.caches_of(engine, embeddings, gate, is_only=mine is None)
         if pool is not None:
             report(f"starting {settings.images.image_workers} image workers")
             await stack.enter_async_context(pool)
@@ -119,12 +173,17 @@ async def running(args: Namespace, settings: Settings, report: Report) -> AsyncI
         limits = launch.media_limits(engine, settings)
         embeds = launch.accepted_embeddings(engine)
         engine_queue = EngineQueue(engine)
-        admission = Admission(launch.admission_limits(engine, settings), engine_queue.why_full)
+        front_ends = mine.count if mine is not None else 1
+        admission = Admission(
+            launch.admission_limits(engine, settings, front_ends),
+            engine_queue.why_full,
+            _shared_usages(mine) if mine is not None else None,
+        )
         reader = RequestReader(limits, embeds, body_bounds(settings.http))
         loader = None
         if pool is not None and limits is not None:
             expander = Expander(pool, limits)
-            loader = MediaLoader(fetcher, limits, args.allowed_local_media_path, store, expander)
+            loader = MediaLoader(fetcher, limits, args.allowed_local_media_path, files, expander)
             clips = launch.clip_decoder(settings, pool.forkserver)
             stack.callback(clips.close)
             path = await launch.connect(engine, settings, pool, clips, embeddings)
@@ -140,7 +199,28 @@ async def running(args: Namespace, settings: Settings, report: Report) -> AsyncI
             loader=loader,
             files=store,
             admission=admission,
+            peers=_peers(mine, engine) if mine is not None else None,
         )
+
+
+def _shared_usages(mine: FrontEnd) -> SharedUsages:
+    lock = mine.folder / "usage.lock"
+    shared = SharedUsages(mine.usage, lock, mine.index, mine.count)
+    if mine.was_restarted:
+        shared.forget_mine()
+    return shared
+
+
+def _peers(mine: FrontEnd, engine: vllm_http.AsyncLLM) -> Peers:
+    peers = Peers(mine, vllm_http.get_prometheus_registry())
+    peers.updated = several_clients.note_statistics(engine)
+    return peers
+
+
+def _say_ready(mine: FrontEnd) -> None:
+    """Tell the supervisor, and what the engines have said, for the next one in this place."""
+    hello = [(name.hex(), text.hex()) for name, text in several_clients.heard().items()]
+    mine.link.send({"hello": hello})
 
 
 def body_bounds(settings: HttpSettings) -> BodyBounds:
@@ -173,6 +253,20 @@ def _fetcher(args: Namespace, settings: Settings) -> Fetcher:
         raise CannotStart(str(error)) from None
 
 
+def _files_of_first(settings: Settings) -> FileReader | None:
+    """The files that the first front end has."""
+    if not settings.files.files:
+        return None
+    try:
+        return FileReader(_files_folder(settings))
+    except CannotStart:  # there is no folder
+        return None
+
+
+def _files_folder(settings: Settings) -> Path:
+    return settings.files.files_dir or _cache_folder() / "saccade" / "files"
+
+
 @contextlib.asynccontextmanager
 async def _file_store(settings: Settings, report: Report) -> AsyncIterator[FileStore | None]:
     """The store of uploaded files; None if it is off, or if the default folder cannot be used.
@@ -191,7 +285,7 @@ async def _file_store(settings: Settings, report: Report) -> AsyncIterator[FileS
     async with contextlib.AsyncExitStack() as stack:
         try:
             made = FileStore(
-                given.files_dir or _cache_folder() / "saccade" / "files",
+                _files_folder(settings),
                 Quota(int(gib * GIB), given.files_count),
                 Quota(group_bytes, given.files_group_count),
                 given.files_ttl_s,

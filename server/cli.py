@@ -9,10 +9,12 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from server import __version__
+from server import __version__, front_ends
 from server.errors import CannotStart
 
 log = logging.getLogger("saccade")
@@ -105,17 +107,21 @@ def _serve(argv: list[str], command: str = "serve") -> None:
     os.environ.setdefault("OTEL_SERVICE_NAME", "saccade")
     # All metrics are in this process; this variable would make the library write them to files.
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
+    _end(_status(progress, lambda: _run(argv, progress, command)))
+
+
+def _status(progress: Progress, work: Callable[[], int]) -> int:
+    """The exit status of `work`."""
     try:
-        status = _run(argv, progress, command)
+        return work()
     except KeyboardInterrupt:
         progress("stopped during start-up")
-        status = 130
+        return 130
     except (OSError, CannotStart) as error:  # the port is taken, a file is missing
         progress(f"cannot start: {error}")
-        status = 1
+        return 1
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-    _end(status)
 
 
 def _end(status: int) -> NoReturn:
@@ -163,6 +169,8 @@ def _run(argv: list[str], progress: Progress, command: str) -> int:
     # Before anything asks for the temporary folder.
     scratch = Scratch()
     plugin.ask(segments=scratch.id)
+    if command == "serve" and not is_help and front_ends.asked_for(argv):
+        return _supervise(argv, progress, scratch.path / "front-ends")
     if not is_help:
         from server.engine.launch import fork_engine_core
 
@@ -176,6 +184,77 @@ def _run(argv: list[str], progress: Progress, command: str) -> int:
 
     keep_imported()
     return uvloop.run(run(args, settings, progress))
+
+
+def _supervise(argv: list[str], progress: Progress, folder: Path) -> int:
+    """Serve with several front ends. Each process parses the command line, as it would alone."""
+    from server.supervisor import Supervisor
+    from server.telemetry.log import use_json
+
+    def run_engines(folder: Path, link: front_ends.Link) -> int:
+        from server.engine.arguments import parse
+        from server.engine.launch import fork_engine_core
+
+        fork_engine_core()
+        args, settings = parse(argv)
+        progress.to_log = settings.observability.log_format == "json"
+        from server.engine.host import run
+
+        keep_imported()
+        return run(args, settings, folder, link, progress)
+
+    def run_front_end(mine: front_ends.FrontEnd) -> int:
+        import uvloop
+
+        from server.app import run
+        from server.engine.arguments import parse
+
+        args, settings = parse(argv)
+        progress.to_log = settings.observability.log_format == "json"
+        keep_imported()
+        report = progress if mine.is_first else _say_nothing
+        return uvloop.run(run(args, settings, report, mine))
+
+    from server.workers.process import keep_imported
+
+    if len(os.fsencode(folder)) > front_ends.MOST_PATH_BYTES:
+        raise CannotStart(f"the name of {folder} is too long for sockets; set TMPDIR")
+    folder.mkdir(mode=0o700)
+    if _logs_json(argv):
+        use_json()
+        progress.to_log = True
+    supervisor = Supervisor(
+        lambda folder, link: _child_status(progress, lambda: run_engines(folder, link)),
+        lambda mine: _child_status(progress, lambda: run_front_end(mine)),
+        folder,
+        progress,
+    )
+    return supervisor.run()
+
+
+def _child_status(progress: Progress, work: Callable[[], int]) -> NoReturn:
+    try:
+        status = _status(progress, work)
+    except SystemExit as end:  # invalid arguments
+        status = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    _end(status)
+
+
+def _logs_json(argv: list[str]) -> bool:
+    """Whether `--log-format json` is given, for a process that does not parse its flags."""
+    given = os.environ.get("SACCADE_LOG_FORMAT")
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") == "--log-format":
+            given = value if equals else following
+    return given == "json"
+
+
+def _say_nothing(_: str) -> None:
+    """Of several processes, one reports."""
 
 
 def _value(word: str) -> str:

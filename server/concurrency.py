@@ -239,6 +239,16 @@ def _quotas(groups: Path, root: Path) -> Iterator[float]:
             continue
 
 
+# How many processes of this kind share what the server may use.
+_processes = 1
+
+
+def share_memory(processes: int) -> None:
+    """This process is one of so many that share the memory: `usable_memory` is its part."""
+    global _processes
+    _processes = processes
+
+
 def usable_memory(groups: Path = _GROUPS, root: Path = _ROOT) -> int:
     """The memory in bytes: the machine's, or the lowest limit of a control group; see
     `usable_cores`."""
@@ -251,7 +261,7 @@ def usable_memory(groups: Path = _GROUPS, root: Path = _ROOT) -> int:
                 continue
             if limit.isdigit():  # and not "max"
                 found = min(found, int(limit))
-    return found
+    return found // _processes
 
 
 def _folders(groups: Path, root: Path, controller: str) -> Iterator[Path]:

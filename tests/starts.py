@@ -24,6 +24,7 @@ from typing import Any, NoReturn, cast
 import msgspec
 import setproctitle
 
+from server import front_ends, supervisor
 from server.engine.vllm_adapter import plugin
 from server.workers import environment, preload
 from server.workers.forkserver import ForkedProcess, Forkserver
@@ -182,7 +183,10 @@ def saccade(*words: str) -> None:
     from server import cli
 
     setproctitle.setproctitle(" ".join(("saccade", *words)))
-    fork_image_workers()
+    if front_ends.asked_for(words):
+        _fork_image_workers_of_front_ends()
+    else:
+        fork_image_workers()
     cli.main(list(words))
 
 
@@ -204,6 +208,18 @@ def fork_image_workers() -> None:
 
     ForkedForkserver.prepare()
     vars(pool)["Forkserver"] = ForkedForkserver
+
+
+def _fork_image_workers_of_front_ends() -> None:
+    """Let each front end that the supervisor starts begin with `fork_image_workers`."""
+    become = supervisor._become
+
+    def become_with_workers(name: str, *work: Any) -> NoReturn:
+        if name.startswith("FrontEnd"):
+            fork_image_workers()
+        become(name, *work)
+
+    vars(supervisor)["_become"] = become_with_workers
 
 
 def _set_environment(variables: Mapping[str, str]) -> None:

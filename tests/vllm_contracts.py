@@ -108,6 +108,47 @@ CONTRACTS = [
         ("self", "message", "engine"),
         calls=("return self.input_socket.send_multipart((engine,) + message, copy=False)",),
     ),
+    # Several front ends as clients of the same engines.
+    Contract(
+        "v1.engine.core_client",
+        "MPClient.__init__",
+        calls=(
+            "sync_input_socket = zmq.Socket.shadow(self.input_socket)",
+            "identity, payload = sync_input_socket.recv_multipart()",
+            "client_addresses.get('stats_update_address')",
+        ),
+    ),
+    Contract(
+        "v1.engine.core_client",
+        "_process_utility_output",
+        calls=("utility_results.pop(output.call_id)",),
+    ),
+    Contract("v1.engine.core_client", "AsyncMPClient.call_utility_all_async", ("self", "method")),
+    *_in("v1.engine.core_client", "AsyncMPClient.reset_mm_cache_async", "MPClient.shutdown"),
+    *_in("v1.engine.core_client", "MPClient.resources", "MPClient.utility_results"),
+    *_in("v1.engine.core_client", "BackgroundResources.engine_dead"),
+    Contract(
+        "v1.engine.core",
+        "EngineCore.__init__",
+        calls=("self.mm_receiver_cache = engine_receiver_cache_from_config(vllm_config)",),
+    ),
+    Contract(
+        "v1.engine.core",
+        "EngineCore.preprocess_add_request",
+        ("self", "request"),
+        calls=("self.mm_receiver_cache.get_and_update_features(request.mm_features)",),
+    ),
+    Contract("v1.engine.core", "EngineCore.abort_requests", ("self", "request_ids")),
+    *_in("v1.core.sched.scheduler", "Scheduler.requests"),
+    *_in("v1.request", "Request.client_index"),
+    *_in("v1.engine", "EngineCoreRequest.client_index"),
+    *_in("v1.engine.utils", "CoreEngineProcManager.failed_proc_name"),
+    *_in("v1.engine.utils", "CoreEngineProcManager.monitor_engine_liveness"),
+    Contract(
+        "v1.metrics.loggers",
+        "StatLoggerManager.record",
+        ("self", "scheduler_stats", "iteration_stats"),
+    ),
     # The two halves of the processor cache.
     Contract("multimodal.cache.lru", "LruKeyReplicatedSenderCache._cache"),
     Contract("multimodal.cache.base", "MultiModalProcessorOnlyCache._cache"),

@@ -21,6 +21,7 @@ from vllm.logger import configure_logging_from_args  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
 
+from server import front_ends  # noqa: E402
 from server import settings as config  # noqa: E402
 from server.settings import Settings  # noqa: E402
 from server.telemetry import log  # noqa: E402
@@ -79,9 +80,8 @@ def parse(argv: Sequence[str], command: str = "serve") -> tuple[Namespace, Setti
         )
     for attribute, flag in _UNSUPPORTED.items():
         if getattr(args, attribute, None):
-            parser.error(f"{flag} is not supported: Saccade runs one API server with one engine")
-    if (args.api_server_count or 1) > 1:
-        parser.error("--api-server-count: scale image processing with --image-workers instead")
+            parser.error(f"{flag} is not supported: Saccade serves HTTP, from one machine")
+    args.api_server_count = _front_ends(parser, args, command)
     if settings.observability.log_format == "json":
         given = getattr(args, "logging_config", None) or LoggingConfig()
         args.logging_config = replace(given, formatter="json")
@@ -102,6 +102,16 @@ def parse(argv: Sequence[str], command: str = "serve") -> tuple[Namespace, Setti
     except (ValueError, TypeError) as error:
         parser.error(str(error))
     return args, settings
+
+
+def _front_ends(parser: Any, args: Namespace, command: str) -> int:
+    """How many front ends there are: one by default."""
+    count: int = 1 if args.api_server_count is None else args.api_server_count
+    if not 1 <= count <= front_ends.MOST:
+        parser.error(f"{front_ends.FLAG} must be 1 to {front_ends.MOST}")
+    if count > 1 and command != "serve":
+        parser.error(f"{front_ends.FLAG}: `saccade {command}` has one process")
+    return count
 
 
 def _add_batch_flags(parser: Any) -> None:
@@ -139,7 +149,6 @@ def _choose_model(args: Namespace) -> None:
         # If whitespace is allowed in JSON, so small a model may write it without end.
         args.structured_outputs_config.backend = "xgrammar"
         args.structured_outputs_config.disable_any_whitespace = True
-    args.api_server_count = 1
     args.enable_prompt_tokens_details = True  # usage details, to which image tokens are added
 
 

@@ -4,9 +4,9 @@ import functools
 import io
 import os
 from argparse import Namespace
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ from server.engine.vllm_adapter import (
     item_tracker,
     processor_cache,
     quick_start,
+    several_clients,
     shared_segments,
     stat_logger,
 )
@@ -54,6 +55,7 @@ from server.engine.vllm_adapter.renderer import PooledRenderer
 from server.engine.vllm_adapter.send import Gate, Sender
 from server.engine.vllm_adapter.stall import fail_requests
 from server.errors import CannotStart, ImageTokenCap
+from server.front_ends import FrontEnd, control_address
 from server.imaging.encoded import ImageLimits, encoded
 from server.imaging.tokens import TokenRule
 from server.ingest.video import ClipDecoder
@@ -99,30 +101,43 @@ def fork_engine_core() -> None:
         core_fork.prepare()
 
 
-def prepare(args: Namespace, settings: Settings) -> PreparedEngine:
-    """Read the model's configuration and register Saccade's parts in place of vLLM's."""
+def prepare(args: Namespace, settings: Settings, mine: FrontEnd | None = None) -> PreparedEngine:
+    """Read the model's configuration and register Saccade's parts in place of vLLM's. `mine` is
+    this process, if it is one of several front ends."""
+    prepared = configured(args, settings, mine.count if mine is not None else 1)
+    model = prepared.config.model_config
+    if not model.supports_multimodal_inputs:
+        return prepared
+    workers = worker_spec(
+        model,
+        fast=settings.images.image_decode == "fast",
+        max_pixels=limits(settings).max_pixels,
+        pdf_page_timeout_s=settings.images.pdf_page_timeout_s,
+        max_memory_bytes=settings.images.image_worker_memory_mb * MIB,
+        sandbox=settings.images.worker_sandbox,
+    )
+    return replace(prepared, workers=workers)
+
+
+def configured(args: Namespace, settings: Settings, front_ends: int) -> PreparedEngine:
+    """`prepare` without what image workers need.
+
+    Raises:
+        CannotStart: these flags do not go with several front ends.
+    """
     os.environ["VLLM_MEDIA_CONNECTOR"] = connector.NAME
     RENDERER_REGISTRY.renderers["hf"] = ("server.engine.vllm_adapter.renderer", "PooledRenderer")
     engine_args = AsyncEngineArgs.from_cli_args(args)
     propagate_flash_late_interaction(args, engine_args)
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-    model = config.model_config
     clips.use_cpu_decoders(config)
     quick_start.register()
     stat_logger.register()
     core_sockets.install()
     processor_cache.install()
-    workers = None
-    if model.supports_multimodal_inputs:
-        workers = worker_spec(
-            model,
-            fast=settings.images.image_decode == "fast",
-            max_pixels=limits(settings).max_pixels,
-            pdf_page_timeout_s=settings.images.pdf_page_timeout_s,
-            max_memory_bytes=settings.images.image_worker_memory_mb * MIB,
-            sandbox=settings.images.worker_sandbox,
-        )
-    return PreparedEngine(config, engine_args, workers)
+    if front_ends > 1:
+        several_clients.adapt(config, front_ends)
+    return PreparedEngine(config, engine_args, None)
 
 
 def limits(settings: Settings) -> ImageLimits:
@@ -143,13 +158,14 @@ def clip_decoder(settings: Settings, forkserver: Forkserver) -> ClipDecoder:
     return ClipDecoder(clips.PREPARE, settings.videos, limits(settings).max_pixels, forkserver)
 
 
-def admission_limits(engine: AsyncLLM, settings: Settings) -> AdmissionLimits:
+def admission_limits(engine: AsyncLLM, settings: Settings, front_ends: int = 1) -> AdmissionLimits:
     """By default as many requests run as keep the engine busy, and some whose images are still
     fetched and decoded; others wait here, where their order is fair. Only a few wait in the engine,
     which needs them to fill its next batch in time. Requests of batches leave room for a few others
-    in the engine."""
+    in the engine. Each of several front ends has its part of the engine's places."""
     config = engine.vllm_config
-    seqs = config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size
+    places = config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size
+    seqs = -(-places // front_ends)
     ahead = seqs // 4 + _AHEAD_PER_WORKER * settings.images.image_workers
     admission = settings.admission
     return AdmissionLimits(
@@ -160,7 +176,8 @@ def admission_limits(engine: AsyncLLM, settings: Settings) -> AdmissionLimits:
         background=max(1, seqs - max(1, seqs // _SPARE_SHARE)),
         totals={
             Resource.MEDIA: _media_bytes(settings),
-            Resource.IMAGE_TOKENS: admission.max_running_image_tokens or _image_tokens(config),
+            Resource.IMAGE_TOKENS: admission.max_running_image_tokens
+            or _image_tokens(config) // front_ends,
         },
         engine_requests=config.scheduler_config.max_num_queued_reqs,
         group_share=admission.max_group_share,
@@ -207,27 +224,48 @@ def accepted_embeddings(engine: AsyncLLM) -> frozenset[str]:
     return frozenset(accepted)
 
 
-def add_embedding_cache(prepared: PreparedEngine, settings: Settings) -> ControlServer | None:
+def add_embedding_cache(
+    prepared: PreparedEngine, settings: Settings, mine: FrontEnd | None = None
+) -> ControlServer | None:
     """Configure the embedding cache; returns its control server, or None without a cache."""
-    config, caches = prepared.config, settings.caches
-    if config.model_config.supports_multimodal_inputs:
-        setup.size_gpu_tier(config, caches)
-    if not setup.is_wanted(config, caches):
+    if not _has_embedding_cache(prepared, settings):
         return None
-    control = ControlServer()
-    setup.configure(config, caches, control.address)
+    control = ControlServer(control_address(mine.folder, mine.index) if mine is not None else None)
+    setup.configure(prepared.config, settings.caches, [control.address])
     return control
+
+
+def configure_embedding_cache(
+    prepared: PreparedEngine, settings: Settings, controls: Sequence[str]
+) -> None:
+    """Configure the embedding cache, if there is one, for control servers in other processes."""
+    if _has_embedding_cache(prepared, settings):
+        setup.configure(prepared.config, settings.caches, controls)
+
+
+def _has_embedding_cache(prepared: PreparedEngine, settings: Settings) -> bool:
+    if prepared.config.model_config.supports_multimodal_inputs:
+        setup.size_gpu_tier(prepared.config, settings.caches)
+    return setup.is_wanted(prepared.config, settings.caches)
 
 
 @asynccontextmanager
 async def running(
-    prepared: PreparedEngine, settings: Settings, outcomes: Outcomes, gate: Gate
+    prepared: PreparedEngine,
+    settings: Settings,
+    outcomes: Outcomes,
+    gate: Gate,
+    mine: FrontEnd | None = None,
 ) -> AsyncIterator[tuple[AsyncLLM, Heartbeat]]:
     """Run the engine, from start to shutdown. `outcomes` follows its requests, which pass `gate`
-    before they are sent. Starting blocks the event loop, as in vLLM."""
+    before they are sent. Starting blocks the event loop, as in vLLM.
+
+    With `mine`, the engine was started by another process, and is only reached from here."""
     torch.set_num_threads(1)  # this process only moves data; workers and engine use the cores
-    engine = _started(prepared)
+    engine = _started(prepared, mine)
     try:
+        if mine is not None:
+            await several_clients.join(engine, mine)
         await engine.reset_mm_cache()  # waits for the warm-up, and drops its items
         outcomes.follow(engine)
         fail = functools.partial(fail_requests, engine)
@@ -247,16 +285,19 @@ async def running(
         engine.shutdown(timeout=prepared.config.shutdown_timeout)
 
 
-def _started(prepared: PreparedEngine) -> AsyncLLM:
+def _started(prepared: PreparedEngine, mine: FrontEnd | None) -> AsyncLLM:
     """Raises CannotStart if one of the engine's processes has left a reason for its end."""
+    options: dict[str, Any] = {} if mine is None else several_clients.options(mine)
     try:
-        return AsyncLLM.from_vllm_config(
-            vllm_config=prepared.config,
-            usage_context=UsageContext.OPENAI_API_SERVER,
-            enable_log_requests=prepared.engine_args.enable_log_requests,
-            aggregate_engine_logging=prepared.engine_args.aggregate_engine_logging,
-            disable_log_stats=prepared.engine_args.disable_log_stats,
-        )
+        with several_clients.reaching(mine):
+            return AsyncLLM.from_vllm_config(
+                vllm_config=prepared.config,
+                usage_context=UsageContext.OPENAI_API_SERVER,
+                enable_log_requests=prepared.engine_args.enable_log_requests,
+                aggregate_engine_logging=prepared.engine_args.aggregate_engine_logging,
+                disable_log_stats=prepared.engine_args.disable_log_stats,
+                **options,
+            )
     except RuntimeError:
         if (reason := shared_segments.reason()) is None:
             raise
@@ -277,12 +318,14 @@ class ImagePath:
     pooled: bool
 
 
-def caches_of(engine: AsyncLLM, embeddings: ControlServer | None, gate: Gate) -> EngineCaches:
+def caches_of(
+    engine: AsyncLLM, embeddings: ControlServer | None, gate: Gate, *, is_only: bool
+) -> EngineCaches:
     """The caches of a running engine."""
     features = _processor_cache(engine)
     if features is not None:
         metrics.features_bytes.set_function(lambda: features.size().bytes or 0)
-    return EngineCaches(engine, features, embeddings, gate)
+    return EngineCaches(engine, features, embeddings, gate, is_only=is_only)
 
 
 async def connect(

@@ -42,6 +42,9 @@ from vllm.entrypoints.serve.utils.api_utils import (
 from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
 from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 from vllm.plugins.endpoint_plugins.interface import attach_endpoint_plugins
+from vllm.reasoning import ReasoningParserManager
+from vllm.tool_parsers import ToolParserManager
+from vllm.utils.system_utils import set_ulimit
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.prometheus import get_prometheus_registry
@@ -69,6 +72,7 @@ __all__ = [
     "get_prometheus_registry",
     "get_uvicorn_log_config",
     "init_app_state",
+    "join_server",
     "lifespan",
     "load_aware_call",
     "metrics_header",
@@ -158,6 +162,15 @@ async def add_vllm_routes(app: FastAPI, args: Namespace, engine: AsyncLLM) -> No
     _read_plainly(ChatCompletionRequest)
     with entered(RequestContext(Record())):  # the warm-up renders without a client
         await init_app_state(engine, app.state, args, tasks)
+
+
+def join_server(args: Namespace) -> None:
+    """What `setup_server` does besides making the socket, for a process that is given one."""
+    if args.tool_parser_plugin:
+        ToolParserManager.import_tool_parser(args.tool_parser_plugin)
+    if args.reasoning_parser_plugin:
+        ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
+    set_ulimit()
 
 
 def _read_plainly(model: type[BaseModel]) -> None:

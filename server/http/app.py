@@ -40,6 +40,7 @@ from server.http import (
 )
 from server.http.byte_budget import ByteBudget
 from server.http.fail_fast import stop_at_first_error
+from server.http.peers import Peers
 from server.ingest.fetch_cache import FetchCache
 from server.ingest.files import FileStore
 from server.ingest.load import MediaLoader
@@ -111,7 +112,8 @@ _LOOK_AT_STARTS = frozenset(
 @dataclass(frozen=True)
 class Parts:
     """The services behind the app. `pool` and `loader` are None if the model takes no media,
-    `files` if the Files API is off."""
+    `files` if the Files API is off or another front end has them, `peers` if this is the only front
+    end."""
 
     engine: vllm_http.AsyncLLM
     heartbeat: Heartbeat
@@ -122,6 +124,7 @@ class Parts:
     loader: MediaLoader | None
     files: FileStore | None
     admission: Admission
+    peers: Peers | None = None
 
 
 async def build_app(
@@ -146,6 +149,7 @@ async def build_app(
     app.state.heartbeat = parts.heartbeat
     app.state.engine_caches = parts.caches
     app.state.fetch_cache = parts.fetch_cache
+    app.state.peers = parts.peers
     app.state.key_ring = key_ring
     app.state.draining = False
     routers = [routes.status, routes.conversations, routes.caches, files.router, batches.router]
@@ -153,7 +157,10 @@ async def build_app(
         routers.append(images.router)
     for router in routers:
         app.include_router(router)
-    app.router.routes += metrics_pages.routes(vllm_http.get_prometheus_registry())
+    app.router.routes += metrics_pages.routes(
+        vllm_http.get_prometheus_registry(),
+        parts.peers.whole_registry if parts.peers is not None else None,
+    )
     if docs and (swagger_ui := vllm_http.swagger_ui()) is not None:
         app.router.routes += pages.docs(swagger_ui)
     if settings.pages.playground:

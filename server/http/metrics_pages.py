@@ -5,9 +5,10 @@ import asyncio
 import gzip
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import parse_qs
 
 from fastapi import APIRouter, Request
@@ -102,10 +103,16 @@ class Pages:
         return page
 
 
-def routes(registry: CollectorRegistry) -> list[BaseRoute]:
+def routes(
+    registry: CollectorRegistry,
+    whole: Callable[[], Coroutine[Any, Any, CollectorRegistry]] | None = None,
+) -> list[BaseRoute]:
     """The routes in the place of vLLM's: `/metrics`, always as text, and all paths that start with
-    it, in the format that the client accepts."""
-    pages = Pages(lambda form: _written(registry, form))
+    it, in the format that the client accepts. `registry` is that of this process; where it is one
+    of several, `whole` gives that of all."""
+    pages = Pages(
+        (lambda form: _written(registry, form)) if whole is None else _written_by_all(whole)
+    )
     router = APIRouter()
 
     async def metrics(request: Request) -> Response:
@@ -122,6 +129,18 @@ def routes(registry: CollectorRegistry) -> list[BaseRoute]:
     others = Mount(PATH, negotiated)
     others.path_regex = re.compile(f"^{PATH}(?P<path>.+)$")
     return [*router.routes, others]
+
+
+def _written_by_all(
+    whole: Callable[[], Coroutine[Any, Any, CollectorRegistry]],
+) -> Callable[[Form], bytes]:
+    """What writes the metrics that `whole` gets on this event loop; called in a thread."""
+    loop = asyncio.get_running_loop()
+
+    def write(form: Form) -> bytes:
+        return _written(asyncio.run_coroutine_threadsafe(whole(), loop).result(), form)
+
+    return write
 
 
 class _Text(Response):

@@ -7,6 +7,7 @@ every error that is raised below it into a 500.
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from dataclasses import asdict
 from http import HTTPStatus
 from typing import Any
 
@@ -37,6 +38,7 @@ from server.errors import Unavailable, error_body
 from server.http import usage
 from server.http.errors import OF_VALIDATORS, unfit
 from server.http.keys import require_admin
+from server.http.peers import Peers
 from server.http.scope import context_of, document_of
 from server.http.stream import EventStream, TextEvents
 from server.ingest.fetch_cache import FetchCache
@@ -45,6 +47,8 @@ _RESPONSES = ("/v1/responses", "/v1/responses/render")
 # Items of a response's input that are validated at a time. One takes up to 0.1 ms, since pydantic
 # tries some thirty forms.
 _ITEMS_AT_A_TIME = 64
+# The caches that each of several front ends has; all engines' others are the same for all.
+_OF_FRONT_ENDS = frozenset({"features", "urls"})
 
 
 class ParsedRoute(APIRoute):
@@ -277,10 +281,21 @@ async def show_caches(raw_request: Request) -> dict[str, Any]:
     """Entries, bytes, hits and misses of each cache, and the tiers of the embedding cache."""
     engine_caches: EngineCaches = raw_request.app.state.engine_caches
     fetched: FetchCache | None = raw_request.app.state.fetch_cache
+    peers: Peers | None = raw_request.app.state.peers
     found = await engine_caches.report()
     if fetched is not None:
-        found["urls"] = fetched.stats()
+        found["urls"] = asdict(fetched.stats())
+    for theirs in await peers.caches() if peers is not None else ():
+        _add(found, theirs)
     return {"object": "cache", **found}
+
+
+def _add(found: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Add the caches that another front end has for itself."""
+    for cache in _OF_FRONT_ENDS & found.keys() & theirs.keys():
+        for name, value in theirs[cache].items():
+            if value is not None:
+                found[cache][name] = (found[cache][name] or 0) + value
 
 
 @caches.delete("")
@@ -293,4 +308,6 @@ async def clear_caches(raw_request: Request) -> dict[str, Any]:
     if fetched is not None:
         fetched.clear()
         cleared.append("urls")
+    if (peers := raw_request.app.state.peers) is not None:
+        await peers.clear_caches()
     return {"object": "cache.cleared", "cleared": cleared}

@@ -13,17 +13,21 @@ import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from server.concurrency import usable_memory
 from server.engine import vllm_http
+from server.front_ends import FrontEnd, Link
 from server.http.drain import close_port, cut, finish
-from server.http.observe import Observed
 from server.http.protocol import Connection, ConnectionLimits, ServerState
+from server.http.shared_port import SharedPort
 from server.settings import ConnectionSettings, Settings
 from server.telemetry.log import bound_access_log, bound_messages
+from server.telemetry.service import notify
 
 log = logging.getLogger("saccade")
 
@@ -63,9 +67,12 @@ class Server(uvicorn.Server):
     and in steps that lose no request behind a proxy."""
 
     on_started: Callable[[], None] = staticmethod(lambda: None)
+    on_announced: Callable[[], None] = staticmethod(lambda: None)
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, mine: FrontEnd | None = None) -> None:
+        """`mine`: this process, if others accept connections from the same socket."""
         super().__init__(config)
+        self._mine = mine
         self.server_state: ServerState = ServerState()
         self.cut_requests = 0
         """How many requests were cut off at the end."""
@@ -75,11 +82,16 @@ class Server(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        if self._mine is None:
+            await super().startup(sockets)
+        else:
+            await super().startup([])
+            ports: list[Any] = [SharedPort(sock, self._mine, self) for sock in sockets or ()]
+            self.servers = ports
         _spare_event_loop()
         self._checks = asyncio.create_task(self._check_connections())
         self.on_started()
-        _notify("READY=1")
+        notify("READY=1")
 
     def begin_drain(self, delay_s: float) -> None:
         """Stop in `delay_s`. Until then the port stays open for those who do not know yet that the
@@ -140,7 +152,7 @@ def _spare_event_loop() -> None:
         warnings.simplefilter("ignore", DeprecationWarning)
 
 
-def uvicorn_config(app: Observed, args: Namespace, settings: Settings) -> uvicorn.Config:
+def uvicorn_config(app: ASGIApp, args: Namespace, settings: Settings) -> uvicorn.Config:
     """The settings of uvicorn: vLLM's flags, and ours for logs and shutdown."""
     limits = connection_limits(settings.connections)
     config = uvicorn.Config(
@@ -182,10 +194,16 @@ def connection_limits(settings: ConnectionSettings) -> ConnectionLimits:
 
 
 async def serve(
-    server: Server, sock: socket.socket, engine: vllm_http.AsyncLLM, app: FastAPI, delay_s: float
+    server: Server,
+    sock: socket.socket,
+    engine: vllm_http.AsyncLLM,
+    app: FastAPI,
+    delay_s: float,
+    supervisor: Link | None = None,
 ) -> int:
     """Serve until a signal. The first lets running requests finish, the second does not wait. After
     SIGTERM the port stays open for `delay_s`, but not after SIGINT: that comes from a terminal.
+    Where there is a `supervisor`, it gets the signals, and says what to do.
 
     Returns the exit status: 1 if the engine has died, 3 if requests were cut off.
     """
@@ -195,13 +213,30 @@ async def serve(
             server.end_now()
             return
         app.state.draining = True
-        _notify("STOPPING=1")
+        notify("STOPPING=1")
         log.info("stopping: running requests may finish")
         server.begin_drain(delay_s)
 
+    def obey(link: Link) -> None:
+        received = link.receive()
+        if received is None:
+            loop.remove_reader(link)
+            return
+        do = received[0]["do"]
+        if do == "announce":
+            server.on_announced()
+        elif do == "end":
+            app.state.draining = True
+            server.end_now()
+        elif not app.state.draining:
+            stop(delay_s if do == "drain" else 0.0)
+
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGINT, stop, 0.0)
-    loop.add_signal_handler(signal.SIGTERM, stop, delay_s)
+    if supervisor is not None:
+        loop.add_reader(supervisor, obey, supervisor)
+    else:
+        loop.add_signal_handler(signal.SIGINT, stop, 0.0)
+        loop.add_signal_handler(signal.SIGTERM, stop, delay_s)
     bound_messages()
     watch = asyncio.create_task(_watch(server, engine))
     try:
@@ -221,15 +256,3 @@ async def _watch(server: Server, engine: vllm_http.AsyncLLM) -> None:
         await asyncio.sleep(_ENGINE_CHECK_INTERVAL_S)
     log.error("the engine has died; stopping")
     server.end_without_engine()
-
-
-def _notify(state: str) -> None:
-    """Tell systemd, if it asked for it (`Type=notify`; sd_notify(3))."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    if address.startswith("@"):  # an abstract socket
-        address = "\0" + address[1:]
-    # A supervisor that no longer listens must not stop the server.
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as line:
-        line.sendto(state.encode(), address)

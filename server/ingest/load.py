@@ -32,7 +32,7 @@ from server.errors import (
 from server.imaging.encoded import EncodedImage, encoded
 from server.ingest.expand import Expander, is_pdf
 from server.ingest.fetch import Fetcher
-from server.ingest.files import FileStore, files_disabled
+from server.ingest.files import FileReader, FileStore, files_disabled
 from server.request import payloads
 from server.request.budgets import Item
 from server.request.context import RequestContext
@@ -51,7 +51,7 @@ class MediaLoader:
         fetcher: Fetcher,
         limits: MediaLimits,
         local_path: str | None,
-        files: FileStore | None,
+        files: FileStore | FileReader | None,
         expander: Expander,
     ) -> None:
         """`local_path` is the folder that `file:` URLs may point into; None refuses them."""
@@ -67,7 +67,7 @@ class MediaLoader:
         return self._limits
 
     @property
-    def files(self) -> FileStore:
+    def files(self) -> FileStore | FileReader:
         """The store of uploaded files.
 
         Raises:

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from server.errors import EngineQueueFull, SaccadeError, ServerBusy, TooManyAnswers
 from server.request.budgets import Budgets, Holdings, Resource
 from server.request.limits import Quota, Usage, headers
+from server.request.shared_usage import SharedUsages
 from server.request.slots import Slots
 from server.telemetry import metrics
 from server.telemetry.record import Record
@@ -118,9 +119,13 @@ class Admission:
     """Gives permits."""
 
     def __init__(
-        self, limits: AdmissionLimits, engine_is_full: Callable[[], str | None] = lambda: None
+        self,
+        limits: AdmissionLimits,
+        engine_is_full: Callable[[], str | None] = lambda: None,
+        shared: SharedUsages | None = None,
     ) -> None:
-        """`engine_is_full` says why the engine takes no more requests; None if it does."""
+        """`engine_is_full` says why the engine takes no more requests; None if it does. `shared`:
+        where other front ends count what keys use."""
         self.limits = limits
         self.budgets = Budgets(limits.totals, limits.wait_s, lambda: self.slots.advance())
         most = limits.background
@@ -138,6 +143,7 @@ class Admission:
         )
         self.engine_requests = 0
         self._engine_is_full = engine_is_full
+        self._shared = shared
         self.service_times = ServiceTimes()
         self._rate = Rate(max(_MEASURED, 2 * limits.running))
         self._usages: dict[str, Usage] = {}
@@ -221,7 +227,8 @@ class Admission:
             if len(self._usages) >= _MOST_USAGES:
                 used = {name: each for name, each in self._usages.items() if not each.is_idle}
                 self._usages = used
-            found = self._usages[quota.name] = Usage(quota.limits)
+            cells = self._shared.cells(quota.name) if self._shared is not None else None
+            found = self._usages[quota.name] = Usage(quota.limits, cells)
         elif found.limits != quota.limits:
             found.change(quota.limits)
         return found

@@ -2,10 +2,11 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, MutableSequence
 from dataclasses import dataclass
 
 from server.errors import RateLimited
+from server.request.shared_usage import Cells, own_cells
 
 _MINUTE_S = 60.0
 
@@ -46,20 +47,24 @@ class Bucket:
     tokens are charged, whose number is known only after the answer.
     """
 
-    def __init__(self, per_minute: int) -> None:
+    def __init__(self, per_minute: int, state: MutableSequence[float], *, is_new: bool) -> None:
+        """`state` has its level, and when it had that. Unless the bucket `is_new`, another process
+        may have begun it."""
         self.per_minute = per_minute
-        self._level = float(per_minute)
-        self._at = time.monotonic()
+        self._state = state
+        if is_new or not state[1]:
+            state[0], state[1] = float(per_minute), time.monotonic()
 
     def left(self) -> float:
         """What may be taken now; negative while there is a debt."""
         now = time.monotonic()
-        refilled = self._level + (now - self._at) * self.per_minute / _MINUTE_S
-        self._level, self._at = min(float(self.per_minute), refilled), now
-        return self._level
+        state = self._state
+        refilled = state[0] + (now - state[1]) * self.per_minute / _MINUTE_S
+        state[0], state[1] = min(float(self.per_minute), refilled), now
+        return state[0]
 
     def take(self, amount: float) -> None:
-        self._level = self.left() - amount
+        self._state[0] = self.left() - amount
 
     def seconds_until(self, amount: float) -> float:
         """How long until the bucket holds `amount`."""
@@ -70,19 +75,28 @@ class Bucket:
 class Usage:
     """What one key or group has used, against its limits."""
 
-    def __init__(self, limits: Limits) -> None:
-        self.active = 0
+    def __init__(self, limits: Limits, cells: Cells | None = None) -> None:
+        """`cells`: where it is counted, if other processes count there too."""
+        self._cells = cells or own_cells()
         self._requests: Bucket | None = None
         self._tokens: Bucket | None = None
         self._image_tokens: Bucket | None = None
         self.change(limits)
 
+    @property
+    def active(self) -> int:
+        """Requests that wait or run now."""
+        return sum(self._cells.active)
+
     def change(self, limits: Limits) -> None:
         """Apply other limits from now on. A bucket whose limit is new begins full."""
         self.limits = limits
-        self._requests = _bucket(limits.requests_per_minute, self._requests)
-        self._tokens = _bucket(limits.tokens_per_minute, self._tokens)
-        self._image_tokens = _bucket(limits.image_tokens_per_minute, self._image_tokens)
+        requests, tokens, image_tokens = self._cells.buckets
+        self._requests = _bucket(limits.requests_per_minute, self._requests, requests)
+        self._tokens = _bucket(limits.tokens_per_minute, self._tokens, tokens)
+        self._image_tokens = _bucket(
+            limits.image_tokens_per_minute, self._image_tokens, image_tokens
+        )
 
     @property
     def is_idle(self) -> bool:
@@ -120,13 +134,13 @@ class Usage:
     def begin(self, *, counts: bool = True) -> None:
         """Count a request that has passed `check`. With `counts`, it is one of those that run at
         the same time."""
-        self.active += counts
+        self._cells.active[self._cells.mine] += counts
         if self._requests is not None:
             self._requests.take(1)
 
     def end(self, tokens: int, image_tokens: int, *, counts: bool = True) -> None:
         """Charge the tokens of a request that has ended."""
-        self.active -= counts
+        self._cells.active[self._cells.mine] -= counts
         if self._tokens is not None:
             self._tokens.take(tokens)
         if self._image_tokens is not None:
@@ -159,7 +173,9 @@ def headers(usages: Iterable[Usage]) -> list[tuple[bytes, bytes]]:
     return lines
 
 
-def _bucket(per_minute: int | None, before: Bucket | None) -> Bucket | None:
+def _bucket(
+    per_minute: int | None, before: Bucket | None, state: MutableSequence[float]
+) -> Bucket | None:
     if per_minute is None or (before is not None and before.per_minute == per_minute):
         return None if per_minute is None else before
-    return Bucket(per_minute)
+    return Bucket(per_minute, state, is_new=before is not None)

@@ -199,8 +199,8 @@ def test_unsupported_flags_are_listed_and_refused() -> None:
     from server.engine import arguments
 
     listed = first_cells((DOCS / "migration.md").read_text(), "Refused flags")
-    assert {*arguments._UNSUPPORTED.values(), "--api-server-count"} <= listed
-    values = {"--api-server-count": ["2"], "--grpc-port": ["9000"]}
+    assert {*arguments._UNSUPPORTED.values()} <= listed
+    values = {"--grpc-port": ["9000"]}
     for flag in listed:
         with pytest.raises(SystemExit) as refused:
             arguments.parse([flag, *values.get(flag, [])])

@@ -33,7 +33,7 @@ def plugin_changes() -> dict[str, Any]:
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     plugin.register()
     unasked, before = changed(), set(sys.modules)
-    plugin.ask(encoder_runs="ipc:///nonexistent/encoder")
+    plugin.ask(encoder_runs=("ipc:///nonexistent/encoder",))
     plugin.register()
     imported = set(sys.modules) - before
     cpu_waits.ask()

@@ -422,7 +422,7 @@ def test_new_limits_of_a_key_take_effect_and_keep_what_runs() -> None:
 def test_a_bucket_refills_and_can_be_in_debt(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    bucket = Bucket(60)
+    bucket = Bucket(60, [0.0, 0.0], is_new=True)
     bucket.take(90)
     assert (bucket.left(), bucket.seconds_until(1)) == (-30, 31)
     now = 31.0

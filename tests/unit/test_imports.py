@@ -10,7 +10,7 @@ SERVER = Path(__file__).parents[2] / "server"
 LAYERS = (
     ("cli", "__main__"),
     ("run_batch",),
-    ("app",),
+    ("app", "supervisor"),
     ("http",),
     ("batches",),
     ("engine",),
@@ -19,8 +19,9 @@ LAYERS = (
     ("workers",),
     ("imaging",),
     ("telemetry",),
+    ("shares",),
     ("settings",),
-    ("concurrency", "scratch"),
+    ("concurrency", "scratch", "front_ends"),
     ("errors",),
 )
 BELOW_THE_ENGINE = ("batches", "ingest", "request", "workers", "imaging", "telemetry")

@@ -53,7 +53,7 @@ class CacheOptions:
     transfer.
 
     Sizes are in bytes for one engine. `patience_s` is how long a request waits for the lower tiers;
-    `control` is the address of the server's control socket.
+    `controls` are the addresses of the control sockets, one in each front end of the server.
     """
 
     host_bytes: int
@@ -61,7 +61,7 @@ class CacheOptions:
     disk_bytes: int
     shared_url: str | None
     patience_s: float
-    control: str
+    controls: tuple[str, ...]
 
     def extra_config(self) -> dict[str, Any]:
         return asdict(self)
@@ -94,11 +94,15 @@ class EmbeddingCacheConnector(ECConnectorBase):
         self._reset_expected_until = 0.0
         reset_listeners.append(self._was_reset)
         engine = str(vllm_config.parallel_config.data_parallel_index)
-        self._control = ControlClient(options.control, engine, self._execute, self._snapshot)
+        self._controls = [
+            ControlClient(address, engine, self._execute, self._snapshot)
+            for address in options.controls
+        ]
 
     def shutdown(self) -> None:
         if self.role is ECConnectorRole.SCHEDULER:
-            self._control.stop()
+            for control in self._controls:
+                control.stop()
             self._store.close()
             self._store.arena.close()
 

@@ -26,6 +26,7 @@ from server.concurrency import cancel
 log = logging.getLogger("saccade.embeddings")
 
 _REPORT_INTERVAL_S = 1.0
+_REPEAT_INTERVAL_S = 10.0
 _ANSWER_TIMEOUT_S = 2.0
 # Commands that may wait for a busy engine; more are dropped.
 _MOST_WAITING = 10_000
@@ -84,9 +85,10 @@ class _Question(NamedTuple):
 class ControlServer:
     """The server's end. Create it before the engine starts; use it inside `async with`."""
 
-    def __init__(self) -> None:
-        self._directory = Path(tempfile.mkdtemp(prefix="saccade-"))
-        self.address = f"ipc://{self._directory}/embeddings"
+    def __init__(self, address: str | None = None) -> None:
+        """`address`: that which the connectors know already, by default a new one."""
+        self._directory = None if address else Path(tempfile.mkdtemp(prefix="saccade-"))
+        self.address = address or f"ipc://{self._directory}/embeddings"
         self.snapshots: dict[bytes, Snapshot] = {}
         self._numbers = itertools.count()
         self._asked: dict[int, _Question] = {}
@@ -109,7 +111,8 @@ class ControlServer:
     def close(self) -> None:
         self._socket.close()
         self._context.term()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
 
     def prefetch(self, images: Sequence[tuple[str, int]]) -> None:
         """Announce images that are needed soon: (name, tokens) of each. Does not wait."""
@@ -164,7 +167,8 @@ class ControlServer:
 
 
 class ControlClient:
-    """A connector's end: a thread that executes commands and reports changed counts."""
+    """A connector's end: a thread that executes commands and reports changed counts, and once in a
+    while unchanged ones, for a server's end that is new."""
 
     def __init__(
         self,
@@ -177,7 +181,7 @@ class ControlClient:
         self._snapshot = snapshot
         self._stopped = threading.Event()
         self._last: Snapshot | None = None
-        self._report_at = 0.0
+        self._report_at = self._repeat_at = 0.0
         args = (address, identity.encode())
         self._thread = threading.Thread(target=self._run, args=args, daemon=True)
         self._thread.start()
@@ -217,6 +221,8 @@ class ControlClient:
             return
         self._report_at = time.monotonic() + _REPORT_INTERVAL_S
         snapshot = self._snapshot()
-        if number is not None or snapshot != self._last:
+        is_due = time.monotonic() >= self._repeat_at
+        if number is not None or is_due or snapshot != self._last:
             self._last = snapshot
+            self._repeat_at = time.monotonic() + _REPEAT_INTERVAL_S
             socket.send(_encode(Reply(snapshot, number)))

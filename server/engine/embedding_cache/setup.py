@@ -1,6 +1,7 @@
 """Adds the embedding cache to vLLM's configuration before the engine starts."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,9 @@ def _obstacle(config: VllmConfig) -> str | None:
     return None
 
 
-def configure(config: VllmConfig, settings: CacheSettings, control: str) -> None:
-    """Configure vLLM to create the connector in each engine. `control` is the address of the
-    control server.
+def configure(config: VllmConfig, settings: CacheSettings, controls: Sequence[str]) -> None:
+    """Configure vLLM to create the connector in each engine. `controls` are the addresses of the
+    control servers, one in each front end.
 
     Call it after vLLM has checked its configuration: during that check, a transfer that receives
     embeddings would also allow clients to send them.
@@ -80,7 +81,7 @@ def configure(config: VllmConfig, settings: CacheSettings, control: str) -> None
         disk_bytes=int(settings.embedding_cache_disk_gb * GIB),
         shared_url=url.get_secret_value() if url is not None else None,
         patience_s=settings.embedding_cache_wait_s,
-        control=control,
+        controls=tuple(controls),
     )
     if config.ec_manager_config.encoder_cache_manager_cls is None:
         announced = AnnouncedEncoderCache

@@ -40,6 +40,18 @@ def ask() -> None:
     plugin.ask(image_work=f"/proc/{os.getpid()}/fd/{fd}")
 
 
+def path() -> str | None:
+    """The file that `ask` made, for `join`; None if it was not called."""
+    return plugin.asked().image_work
+
+
+def join(path: str) -> None:
+    """Tell the engines of another process, whose file is `path`."""
+    global _last_work
+    with open(path, "r+b") as file:
+        _last_work = memoryview(mmap.mmap(file.fileno(), mmap.PAGESIZE)).cast("d")
+
+
 def note_work() -> None:
     """Tell the engine's processes that an image worker is at work."""
     if _last_work is not None:

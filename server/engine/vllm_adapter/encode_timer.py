@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from typing import Any, Protocol
@@ -28,8 +28,8 @@ _encode = msgspec.msgpack.Encoder().encode
 Report = Callable[[EncoderRun], None]
 
 
-def watch(wrapper: Any, address: str) -> None:
-    """Have the encoder of a worker (vLLM's `WorkerWrapperBase`) report its runs to `address`.
+def watch(wrapper: Any, addresses: Sequence[str]) -> None:
+    """Have the encoder of a worker (vLLM's `WorkerWrapperBase`) report its runs to `addresses`.
 
     Only the first rank of an engine does; the others run the encoder at the same time.
     """
@@ -38,7 +38,8 @@ def watch(wrapper: Any, address: str) -> None:
     runner = wrapper.worker.model_runner
     encoder = _encoder(runner)
     if encoder is not None:
-        timer = _timer(runner.device, partial(send, connected(address)))
+        sockets = [connected(address) for address in addresses]
+        timer = _timer(runner.device, partial(send_to_all, sockets))
         encoder.timed_encoder_operation = timed(encoder.timed_encoder_operation, timer)
 
 
@@ -62,6 +63,12 @@ def send(socket: zmq.Socket[bytes], run: EncoderRun) -> None:
     """Never waits."""
     with suppress(zmq.Again):
         socket.send(_encode(run), zmq.NOBLOCK)
+
+
+def send_to_all(sockets: Sequence[zmq.Socket[bytes]], run: EncoderRun) -> None:
+    """Never waits. The front ends ignore runs for requests of others."""
+    for socket in sockets:
+        send(socket, run)
 
 
 class Timer(Protocol):

@@ -48,25 +48,31 @@ class EncodeTimes:
     cache had.
     """
 
-    def __init__(self, on_encode: OnEncode) -> None:
+    def __init__(self, on_encode: OnEncode, address: str | None = None) -> None:
+        """`address`: that at which the workers have been told to report, if it is known before;
+        else they are told to report to a new one."""
         self._on_encode = on_encode
+        self._address = address
         self._decoder = msgspec.msgpack.Decoder(EncoderRun)
         self._socket: Any = None
         self._stack = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> "EncodeTimes":
         async with contextlib.AsyncExitStack() as stack:
-            directory = tempfile.mkdtemp(prefix="saccade-")
-            stack.callback(shutil.rmtree, directory, ignore_errors=True)
+            address = self._address
+            if address is None:
+                directory = tempfile.mkdtemp(prefix="saccade-")
+                stack.callback(shutil.rmtree, directory, ignore_errors=True)
+                address = f"ipc://{directory}/encoder"
             context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
             stack.callback(context.destroy, linger=0)
             self._socket = socket = context.socket(zmq.PULL)
             stack.callback(self._close)
             socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
-            address = f"ipc://{directory}/encoder"
             socket.bind(address)
-            plugin.ask(encoder_runs=address)
-            stack.callback(plugin.ask, encoder_runs=None)
+            if self._address is None:
+                plugin.ask(encoder_runs=(address,))
+                stack.callback(plugin.ask, encoder_runs=())
             stack.push_async_callback(cancel, asyncio.create_task(self._read_regularly()))
             self._stack = stack.pop_all()
         return self
@@ -98,7 +104,7 @@ class EncodeTimes:
             socket.close()
 
 
-def register(address: str) -> None:
+def register(addresses: Sequence[str]) -> None:
     """Let the worker of this process, if it gets one, report the runs of its encoder."""
     if multiprocessing.parent_process() is None:
         return
@@ -114,7 +120,7 @@ def register(address: str) -> None:
         try:
             from server.engine.vllm_adapter.encode_timer import watch
 
-            watch(worker, address)
+            watch(worker, addresses)
         except Exception as error:
             log.warning("failed to time the encoder: %r", error)
         return execute_model(worker, scheduler_output)

@@ -26,11 +26,15 @@ class EngineCaches:
         features: ProcessorCache | None,
         embeddings: ControlServer | None,
         gate: Gate,
+        *,
+        is_only: bool = True,
     ) -> None:
+        """`is_only`: no other front end sends requests to the engine."""
         self._engine = engine
         self._features = features
         self._embeddings = embeddings
         self._gate = gate
+        self._is_only = is_only
 
     async def report(self) -> dict[str, Any]:
         """Sizes and counts, by cache and tier."""
@@ -62,7 +66,8 @@ class EngineCaches:
                 cleared.append("features")
             if await self._engine.reset_prefix_cache():
                 cleared.append("prefixes")
-            if idle and (self._embeddings is None or await self._embeddings.expect_reset()):
+            all_idle = idle and self._is_only
+            if all_idle and (self._embeddings is None or await self._embeddings.expect_reset()):
                 await self._engine.engine_core.reset_encoder_cache_async()
                 cleared.append("embeddings.gpu")
             if self._embeddings is not None:

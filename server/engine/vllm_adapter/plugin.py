@@ -31,8 +31,9 @@ class Changes(msgspec.Struct, frozen=True, omit_defaults=True):
         quick_start: start processes as `quick_start` does.
         json_logs: write logs as JSON.
         image_work: the file by which `cpu_waits` learns when there is image work.
-        encoder_runs: the address to which `encode_timer` reports.
+        encoder_runs: the addresses to which `encode_timer` reports.
         segments: what the names of segments in /dev/shm begin with.
+        clients: how many front ends an engine serves.
     """
 
     die_with_parent: bool = False
@@ -40,8 +41,9 @@ class Changes(msgspec.Struct, frozen=True, omit_defaults=True):
     quick_start: bool = False
     json_logs: bool = False
     image_work: str | None = None
-    encoder_runs: str | None = None
+    encoder_runs: tuple[str, ...] = ()
     segments: str | None = None
+    clients: int = 1
 
 
 def asked() -> Changes:
@@ -82,7 +84,11 @@ def register() -> None:
         from server.engine.vllm_adapter import cpu_waits
 
         cpu_waits.register(changes.image_work)
-    if changes.encoder_runs is not None:
+    if changes.clients > 1:
+        from server.engine.vllm_adapter import client_caches
+
+        client_caches.register(changes.clients)
+    if changes.encoder_runs:
         from server.engine.vllm_adapter import encode_timing
 
         encode_timing.register(changes.encoder_runs)

@@ -8,10 +8,12 @@ from server.ingest.files.disk import (
     UploadPurpose,
     files_disabled,
 )
+from server.ingest.files.reader import FileReader
 from server.ingest.files.store import FileStore, Quota
 
 __all__ = [
     "UPLOAD_PURPOSES",
+    "FileReader",
     "FileStore",
     "Purpose",
     "Quota",

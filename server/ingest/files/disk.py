@@ -22,12 +22,14 @@ from pathlib import Path
 from typing import Annotated, BinaryIO, Literal, get_args
 
 import msgspec
+from blake3 import blake3
 from msgspec import Meta
 
 from server.errors import (
     CannotStart,
     FilesDisabled,
     FileStorageFailed,
+    ImageTooLarge,
     ServerBusy,
     UnknownFile,
     busy_for_files,
@@ -45,6 +47,7 @@ _MAX_FILENAME_CHARS = 255
 _NS_PER_S = 1_000_000_000
 
 _GROUP = re.compile(r"[0-9a-f]{32}")
+_ID = re.compile(r"file-[0-9a-f]{32}")
 _PARTIAL = re.compile(r"[0-9a-f]{32}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _MAX_RECORD_BYTES = 64 * 1024
@@ -81,6 +84,31 @@ class StoredFile(msgspec.Struct, frozen=True):
         if self.expires_at is None:
             return None
         return min(self.expires_at - now, self.expires_at - self.created_at)
+
+
+_RECORDS = msgspec.json.Decoder(StoredFile)
+
+
+def group_name(group: str) -> str:
+    """The name of a group's folder: 32 hex digits, derived from the name of the group."""
+    return blake3(group.encode()).hexdigest()[:32]
+
+
+def read_whole(file: StoredFile, content: BinaryIO, max_bytes: int) -> bytes:
+    """Read the `content` of `file`, and close it. Blocks.
+
+    Raises:
+        FileStorageFailed
+        ImageTooLarge: it has more than `max_bytes`.
+    """
+    with content:
+        if file.size > max_bytes:
+            raise ImageTooLarge(f"the file has {file.size} bytes, the limit is {max_bytes} bytes")
+        try:
+            return content.read()
+        except OSError as error:
+            log.error("--files-dir: %s", error)
+            raise FileStorageFailed("the stored file cannot be read") from None
 
 
 def new_id() -> str:
@@ -189,13 +217,23 @@ class FileDisk:
             try:
                 with path.open("rb") as file:
                     text = file.read(_MAX_RECORD_BYTES)
-                record = msgspec.json.decode(text, type=StoredFile)
+                record = _RECORDS.decode(text)
                 if path.stem != record.id or not self.has_blob(folder.name, record):
                     raise ValueError("its blob is missing or has another size")
                 records.append(record)
             except (OSError, ValueError) as error:  # ValueError is also msgspec's
                 log.warning("ignoring stored file %s: %s", path, error)
         return sorted(records, key=lambda record: (record.created_ns, record.id))
+
+    def find_record(self, group: str, file_id: str) -> StoredFile | None:
+        """The record of a file; None if there is none, or a damaged one."""
+        if not _ID.fullmatch(file_id):
+            return None
+        try:
+            record = _RECORDS.decode(self._record(group, file_id).read_bytes())
+        except (OSError, ValueError):  # ValueError is also msgspec's
+            return None
+        return record if record.id == file_id else None
 
     def _remove_unused(self, folder: Path, used: set[str]) -> None:
         for path in (folder / "blobs").glob("*"):

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple, Self, TypeVar
 from blake3 import blake3
 
 from server.concurrency import cancel
-from server.errors import FileQuotaExceeded, FileStorageFailed, ImageTooLarge, SaccadeError
+from server.errors import FileQuotaExceeded, FileStorageFailed, SaccadeError
 from server.imaging.encoded import digest
 from server.ingest.clock import Clock
 from server.ingest.files.disk import (
@@ -24,7 +24,9 @@ from server.ingest.files.disk import (
     FileDisk,
     Purpose,
     StoredFile,
+    group_name,
     new_file,
+    read_whole,
     translated,
     unknown_file,
 )
@@ -137,7 +139,7 @@ class FileStore:
 
     def get(self, group: str, file_id: str) -> StoredFile:
         """Raises UnknownFile: never known to `group`, deleted or expired."""
-        return self._found(_folder(group), file_id)
+        return self._found(group_name(group), file_id)
 
     def listed(
         self,
@@ -156,7 +158,7 @@ class FileStore:
         """
         if after is not None:
             self.get(group, after)
-        index, now = self._groups.get(_folder(group), _Group()), self._clock.monotonic()
+        index, now = self._groups.get(group_name(group), _Group()), self._clock.monotonic()
         files = list(index.files.values())
         rest: Iterator[_Kept] = iter(files if order == "asc" else reversed(files))
         if after is not None:
@@ -178,7 +180,7 @@ class FileStore:
         Raises:
             UnknownFile, FileStorageFailed
         """
-        folder = _folder(group)
+        folder = group_name(group)
         file = self._found(folder, file_id)
         return file, self._disk.open_blob(folder, file)
 
@@ -190,16 +192,7 @@ class FileStore:
             ImageTooLarge: the file has more than `max_bytes`.
         """
         file, content = self.open(group, file_id)
-        with content:
-            if file.size > max_bytes:
-                raise ImageTooLarge(
-                    f"the file has {file.size} bytes, the limit is {max_bytes} bytes"
-                )
-            try:
-                return content.read()
-            except OSError as error:
-                log.error("--files-dir: %s", error)
-                raise FileStorageFailed("the stored file cannot be read") from None
+        return read_whole(file, content, max_bytes)
 
     def _found(self, folder: str, file_id: str) -> StoredFile:
         index = self._groups.get(folder)
@@ -227,11 +220,13 @@ class FileStore:
         Raises:
             FileQuotaExceeded, FileStorageFailed
         """
-        return await self._in_writer(self._put, _folder(group), data, filename, purpose, lifetime_s)
+        return await self._in_writer(
+            self._put, group_name(group), data, filename, purpose, lifetime_s
+        )
 
     async def delete(self, group: str, file_id: str) -> None:
         """Raises UnknownFile, FileStorageFailed."""
-        await self._in_writer(self._delete, _folder(group), file_id)
+        await self._in_writer(self._delete, group_name(group), file_id)
 
     # ------------------------------------------------------------------ for batches
 
@@ -241,7 +236,7 @@ class FileStore:
         Raises:
             UnknownFile, FileQuotaExceeded, FileStorageFailed
         """
-        return await self._in_writer(self._keep_input, _folder(group), file_id)
+        return await self._in_writer(self._keep_input, group_name(group), file_id)
 
     async def adopt(
         self, group: str, path: Path, filename: str, file_id: str, lifetime_s: int | None
@@ -252,7 +247,7 @@ class FileStore:
         Raises:
             FileStorageFailed
         """
-        await self._in_writer(self._adopt, _folder(group), path, filename, file_id, lifetime_s)
+        await self._in_writer(self._adopt, group_name(group), path, filename, file_id, lifetime_s)
 
     async def drop_inputs(self, but: Collection[str]) -> None:
         """Remove the files that were kept for batches that no longer need them: all but these."""
@@ -260,7 +255,7 @@ class FileStore:
 
     def folder(self, group: str) -> Path:
         """The folder of the batches of `group`, which may not exist."""
-        return self._disk.group_folder(_folder(group)) / "batches"
+        return self._disk.group_folder(group_name(group)) / "batches"
 
     def folders(self) -> list[Path]:
         """The folders of the batches of all groups, which may not exist."""
@@ -272,11 +267,11 @@ class FileStore:
 
     def log(self, group: str, nbytes: int) -> None:
         """Count bytes of results of unfinished batches; negative when they are gone."""
-        self._groups.setdefault(_folder(group), _Group()).logged += nbytes
+        self._groups.setdefault(group_name(group), _Group()).logged += nbytes
 
     def has_room(self, group: str) -> bool:
         """Whether more results of batches may be written for `group`."""
-        index = self._groups.get(_folder(group), _Group())
+        index = self._groups.get(group_name(group), _Group())
         nbytes, _ = self._totals()
         return all(
             quota.max_bytes is None or held < quota.max_bytes
@@ -420,11 +415,6 @@ class FileStore:
         nbytes, count = self._totals()
         metrics.file_bytes.set(nbytes)
         metrics.files.set(count)
-
-
-def _folder(group: str) -> str:
-    """The name of a group's folder: 32 hex digits, derived from the name of the group."""
-    return blake3(group.encode()).hexdigest()[:32]
 
 
 def _check(quota: Quota, nbytes: int, count: int, whose: str) -> None:

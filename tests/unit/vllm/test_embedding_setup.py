@@ -22,7 +22,7 @@ def test_vllm_creates_the_configured_connector(repository: Path) -> None:
     config = configured(repository)
     settings = CacheSettings(embedding_cache_gb=0.5, embedding_cache_dir=Path("cache"))
     assert setup.is_wanted(config, settings)
-    setup.configure(config, settings, "ipc://nowhere")
+    setup.configure(config, settings, ["ipc://nowhere"])
     transfer = config.ec_transfer_config
     assert transfer is not None
     assert transfer.is_ec_producer
@@ -39,7 +39,7 @@ def test_vllm_creates_the_configured_connector(repository: Path) -> None:
 def test_engines_divide_the_memory_between_them(repository: Path) -> None:
     config = configured(repository)
     config.parallel_config.data_parallel_size_local = 4
-    setup.configure(config, CacheSettings(embedding_cache_gb=1), "ipc://nowhere")
+    setup.configure(config, CacheSettings(embedding_cache_gb=1), ["ipc://nowhere"])
     assert config.ec_transfer_config is not None
     assert config.ec_transfer_config.ec_connector_extra_config["host_bytes"] == GIB // 4
 
@@ -47,7 +47,7 @@ def test_engines_divide_the_memory_between_them(repository: Path) -> None:
 def test_the_default_size_is_a_share_of_the_memory(repository: Path) -> None:
     config = configured(repository)
     assert setup.is_wanted(config, CacheSettings())
-    setup.configure(config, CacheSettings(), "ipc://nowhere")
+    setup.configure(config, CacheSettings(), ["ipc://nowhere"])
     assert config.ec_transfer_config is not None
     found = config.ec_transfer_config.ec_connector_extra_config["host_bytes"]
     assert found == min(32 * GIB, usable_memory() // 8)
