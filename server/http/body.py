@@ -17,7 +17,9 @@ from server.errors import RequestTimeout, RequestTooLarge, SaccadeError
 from server.http.byte_budget import ByteBudget, Share
 from server.http.errors import respond, with_length
 from server.http.headers import value_of
+from server.http.large_body import LEAST_BYTES, LargeBody
 from server.http.scope import (
+    connection_of,
     item_of,
     path_of,
     quotas_of,
@@ -29,9 +31,10 @@ from server.ingest.load import MediaLoader
 from server.request import context as contexts
 from server.request.admission import Admission, Permit
 from server.request.context import RequestContext, RetainedMedia
-from server.request.dialects import dialect_of
+from server.request.dialects import Dialect, dialect_of
 from server.request.read import SMALL_BODY_BYTES, ReadRequest, RequestReader
 from server.settings import HttpSettings
+from server.telemetry.record import Record
 from server.telemetry.stages import Stage
 
 # So many connections with a large body are read from in each iteration of the event loop, some
@@ -39,6 +42,8 @@ from server.telemetry.stages import Stage
 _READ_AT_A_TIME = 8
 # A body must reach the least rate after this time.
 _RATE_GRACE_S = 30.0
+# How often the rate of a large body is checked at least.
+_CHECK_INTERVAL_S = 5.0
 
 
 class _ClientLeft(Exception):
@@ -172,14 +177,14 @@ class BodyReader:
     async def _parse(self, scope: Scope, chunks: list[bytes]) -> ReadRequest | bytes:
         """The request that was read; the body itself if it is not JSON."""
         size = sum(map(len, chunks))
+        is_small = size < SMALL_BODY_BYTES
         if not size or not _is_json(scope):
-            return await _joined(chunks, size)
-        body = await _joined(chunks, size)
-        args = (body, dialect_of(path_of(scope)), record_of(scope))
-        del body  # `read` holds it as long as it is needed
-        if size < SMALL_BODY_BYTES:
-            return self._reader.read(*args)
-        return await in_thread(self._reader.read, *args)
+            return _joined(chunks) if is_small else await in_thread(_joined, chunks)
+        args = (chunks, dialect_of(path_of(scope)), record_of(scope))
+        return self._read_json(*args) if is_small else await in_thread(self._read_json, *args)
+
+    def _read_json(self, chunks: list[bytes], dialect: Dialect, record: Record) -> ReadRequest:
+        return self._reader.read(_joined(chunks), dialect, record)
 
     async def _body(self, read: ReadRequest, scope: Scope) -> bytes:
         """The body for the route, with handles in the place of media; empty if the route takes the
@@ -218,6 +223,27 @@ class BodyReader:
             self._check_rate(received, time.monotonic() - begin)
             if received > max(announced, SMALL_BODY_BYTES):  # sent in chunks, of unknown length
                 await share.grow(min(2 << received.bit_length(), max_bytes))
+            if (rest := _rest(scope, announced - received)) is not None:
+                with rest:
+                    chunks += await self._read_rest(rest, received, begin)
+                received = announced - rest.left
+
+    async def _read_rest(self, rest: LargeBody, received: int, begin: float) -> list[bytes]:
+        """The rest of a body, which began to arrive at `begin`. Ends early if the client leaves,
+        which the next message tells."""
+        chunks: list[bytes] = []
+        last = time.monotonic()
+        while rest.left and not rest.has_ended:
+            pieces = await rest.pieces(min(self._timeout_s, _CHECK_INTERVAL_S))
+            now = time.monotonic()
+            if pieces:
+                last = now
+            elif now - last >= self._timeout_s:
+                raise self._late()
+            received += sum(map(len, pieces))
+            chunks += pieces
+            self._check_rate(received, now - begin)
+        return chunks
 
     async def _next(self, receive: Receive) -> Message:
         """The next message. Most requests have arrived as a whole, and need no time limit."""
@@ -228,9 +254,10 @@ class BodyReader:
             async with asyncio.timeout(self._timeout_s):
                 return await step.rest()
         except TimeoutError:
-            raise RequestTimeout(
-                f"no data of the request body arrived for {self._timeout_s:g} s"
-            ) from None
+            raise self._late() from None
+
+    def _late(self) -> RequestTimeout:
+        return RequestTimeout(f"no data of the request body arrived for {self._timeout_s:g} s")
 
     def _check_rate(self, received: int, seconds: float) -> None:
         if seconds > _RATE_GRACE_S and received < self._min_rate * seconds:
@@ -239,12 +266,16 @@ class BodyReader:
             )
 
 
-async def _joined(chunks: list[bytes], size: int) -> bytes:
+def _rest(scope: Scope, left: int) -> LargeBody | None:
+    """To read the `left` bytes of a body past uvicorn; None if they have to come as messages."""
+    if left < LEAST_BYTES or (connection := connection_of(scope)) is None:
+        return None
+    return connection.rest_of_body(left)
+
+
+def _joined(chunks: list[bytes]) -> bytes:
     """Join the chunks, and clear them so that the body is not held twice."""
-    if size < SMALL_BODY_BYTES or len(chunks) == 1:
-        body = b"".join(chunks)
-    else:
-        body = await in_thread(b"".join, chunks)
+    body = b"".join(chunks)
     chunks.clear()
     return body
 

@@ -20,7 +20,14 @@ from server.errors import CODES, DeadlineExceeded, SaccadeError, ServerBusy, Una
 from server.http.answer import ID_HEADER, Answer
 from server.http.client import Client
 from server.http.errors import INTERNAL, as_clients
-from server.http.scope import Connection, item_of, set_direct_send, set_record, take_connection
+from server.http.scope import (
+    Connection,
+    item_of,
+    set_connection,
+    set_direct_send,
+    set_record,
+    take_connection,
+)
 from server.telemetry import log, metrics, tracing
 from server.telemetry.record import OUTCOMES, Record, Times
 from server.telemetry.stages import Stage
@@ -87,6 +94,8 @@ class Observed:
         record = self._record(scope)
         is_work = record.method == "POST"
         scope = self._scope(scope, record, is_work=is_work)
+        if connection is not None:
+            set_connection(scope, connection)
         record.deadline = self._deadline(scope, record)
         answer = Answer(record, send, server_timing=self._server_timing and is_work)
         if self._streams_directly:

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import httptools
 import uvicorn.server
 from uvicorn.protocols.http.httptools_impl import (
     STATUS_LINE,
@@ -28,6 +29,7 @@ from server.errors import (
     UrlTooLong,
     error_body,
 )
+from server.http.large_body import LargeBody
 from server.http.scope import set_connection
 from server.telemetry import metrics
 
@@ -42,6 +44,8 @@ _MAX_FRAMING_BYTES = 64 * 1024
 # kernel resets a connection that is closed with unread data.
 _LINGER_S = 2.0
 _MAX_LINGERING = 256
+# So many bodies at most are read past uvicorn, each of which takes a file descriptor.
+_MAX_LARGE_BODIES = 64
 # Together, refused clients are read from about once in this time: 50 MB a second.
 _LINGER_PAUSE_S = 0.005
 # A connection whose first request has not come after this is closed when the server drains.
@@ -57,6 +61,8 @@ class ServerState(uvicorn.server.ServerState):
     engine_has_died = False
     lingering = 0
     """Connections whose clients were refused, and may go on sending for a while."""
+    large_bodies = 0
+    """Bodies that are being read past uvicorn."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,9 @@ class Connection(HttpToolsProtocol):
         self._field_bytes = self._open_bytes = 0
         self._body_bytes = self._wire_bytes = 0
         self._unsent, self._unsent_since = 0, 0.0
+        self._large_body: LargeBody | None = None
+        # So many bytes of the body are left when a part of it was read past the parser.
+        self._past_parser = 0
 
     @property
     def engine_has_died(self) -> bool:
@@ -111,6 +120,8 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        if self._large_body is not None:
+            self._large_body.stop()
         if self._refused_at is not None:
             self.server_state.lingering -= 1
         if self.on_leaving is not None:
@@ -128,6 +139,8 @@ class Connection(HttpToolsProtocol):
             self.transport.pause_reading()
             pause_s = _LINGER_PAUSE_S * self.server_state.lingering
             self.loop.call_later(pause_s, self._read_on)
+            return
+        if self._past_parser and not (data := self._without_body(data)):
             return
         if self._head_since is None and (self.cycle is None or self.cycle.response_complete):
             self._head_since = self.loop.time()
@@ -148,6 +161,57 @@ class Connection(HttpToolsProtocol):
             self._refuse(
                 ClientError("the chunk headers and trailers take more bytes than the request body")
             )
+
+    # ------------------------------------------------------------------ large bodies
+
+    def rest_of_body(self, nbytes: int) -> LargeBody | None:
+        """Let the caller read the rest of the body, `nbytes`, past uvicorn. None if it cannot be
+        read in this way: the connection is encrypted, or there are many of them already. Call it
+        when `receive` has just returned all that had arrived."""
+        state, sock = self.server_state, self.transport.get_extra_info("socket")
+        if (
+            self.scheme != "http"
+            or sock is None
+            or self.transport.is_closing()
+            or self.cycle.body
+            or self.parser.should_upgrade()
+            or state.large_bodies >= _MAX_LARGE_BODIES
+        ):
+            return None
+        try:
+            body = LargeBody(sock.fileno(), nbytes, self._large_body_ended)
+        except OSError:
+            return None
+        self.flow.pause_reading()
+        state.large_bodies += 1
+        self._large_body = body
+        return body
+
+    def _large_body_ended(self, left: int) -> None:
+        """What comes now is the rest of the body, `left` bytes, and then the next request."""
+        self.server_state.large_bodies -= 1
+        self._large_body, self._past_parser = None, left
+        if self.transport.is_closing():
+            return
+        if not left:
+            self._end_past_parser()
+        elif self.cycle.response_complete:
+            self.flow.resume_reading()
+
+    def _without_body(self, data: bytes) -> bytes:
+        """Take what is left of the body from `data`; returns the rest, which is for the parser."""
+        body, data = data[: self._past_parser], data[self._past_parser :]
+        self._past_parser -= len(body)
+        self.on_body(body)
+        if not self._past_parser:
+            self._end_past_parser()
+        return data
+
+    def _end_past_parser(self) -> None:
+        """End a body whose end the parser has not seen: the next request gets another parser."""
+        self.on_message_complete()
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
 
     def _read_on(self) -> None:
         if not self.transport.is_closing():
@@ -239,6 +303,8 @@ class Connection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self._large_body is not None:
+            self.flow.pause_reading()
         if self._in_head:  # of a request that was sent before this answer
             self._head_since = self.loop.time()
 

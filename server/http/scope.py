@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from starlette.types import Scope, Send
 
+from server.http.large_body import LargeBody
 from server.request.admission import Turn
 from server.request.context import RequestContext
 from server.request.limits import Quota
@@ -120,14 +121,24 @@ class Connection(Protocol):
     def engine_has_died(self) -> bool:
         """Whether the server stops for this reason."""
 
+    def rest_of_body(self, nbytes: int) -> LargeBody | None:
+        """To read the rest of the request's body, `nbytes`, of which nothing has been received;
+        None if it has to come as messages."""
+
 
 def set_connection(scope: Scope, connection: Connection) -> None:
-    """Store the connection; it does so itself."""
+    """Store the connection."""
     scope[_CONNECTION] = connection
 
 
+def connection_of(scope: Scope) -> Connection | None:
+    """The connection of the request; None with another server."""
+    connection: Connection | None = scope.get(_CONNECTION)
+    return connection
+
+
 def take_connection(scope: Scope) -> Connection | None:
-    """The connection, which is in the scope no longer: else the two would wait for the garbage
-    collector. None with another server."""
+    """The connection, which is in the scope no longer: it knows this scope, and the two would wait
+    for the garbage collector. None with another server."""
     connection: Connection | None = scope.pop(_CONNECTION, None)
     return connection

@@ -2,9 +2,14 @@
 
 import asyncio
 import contextlib
+import functools
+import hashlib
 import http.client
 import json
+import os
+import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -33,14 +38,17 @@ JSON = (b"content-type", b"application/json")
 
 
 def app_of(
-    budget: ByteBudget, inner: ASGIApp = answer_ok, admission: Admission | None = None
+    budget: ByteBudget,
+    inner: ASGIApp = answer_ok,
+    admission: Admission | None = None,
+    settings: HttpSettings = SETTINGS.http,
 ) -> ASGIApp:
     """The layers of the server around an app that answers with the length of the body. With an
     `admission`, its requests need a permit."""
     admitted = () if admission is None else ("/x",)
     admission = admission or Admission(limits(wait_s=WAIT_S))
     app: ASGIApp = BodyReader(
-        inner, SETTINGS.http, reader(), None, None, {}, budget, (), admission, admitted
+        inner, settings, reader(), None, None, {}, budget, (), admission, admitted
     )
     return Observed(
         headers.SingleHeaders(app), server_timing=False, log_requests=False, traced=False
@@ -281,6 +289,91 @@ def test_a_body_that_trickles_in_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         client.settimeout(PATIENCE_S)
         status, _, document = answer(client)
         assert (status, document["error"]["code"]) == (408, "request_timeout")
+
+
+# ---------------------------------------------------------------------- large bodies
+
+
+async def answer_digest(scope: Any, receive: Any, send: Any) -> None:
+    """An app that answers with a hash of the body."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    answered = json.dumps(hashlib.sha256(body).hexdigest()).encode()
+    length = (b"content-length", b"%d" % len(answered))
+    await send({"type": "http.response.start", "status": 200, "headers": [length]})
+    await send({"type": "http.response.body", "body": answered})
+
+
+@pytest.mark.parametrize("past_uvicorn", [True, False])
+def test_large_bodies_arrive_as_they_were_sent_on_kept_and_pipelined_connections(
+    past_uvicorn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not past_uvicorn:
+        monkeypatch.setattr("server.http.protocol._MAX_LARGE_BODIES", 0)
+    budget = ByteBudget(16 * MIB, PATIENCE_S)
+    bodies = [os.urandom(size) for size in (MIB, 3 * MIB, 3 * MIB - 1, 300_000, 5)]
+    with serving(app_of(budget, answer_digest), SETTINGS) as port:
+        for pause_s in (0.0, 0.02):
+            with begun(port, len(bodies[0])) as client:
+                sender = threading.Thread(target=send_slowly, args=(client, bodies, pause_s))
+                sender.start()
+                received = b"".join(iter(functools.partial(client.recv, MIB), b""))
+                sender.join()
+            assert re.findall(rb'"([0-9a-f]{64})"', received) == [
+                hashlib.sha256(body).hexdigest().encode() for body in (*bodies, b"")
+            ]
+        until(lambda: budget.held == 0)
+
+
+def send_slowly(client: socket.socket, bodies: list[bytes], pause_s: float) -> None:
+    """Send a request for each body, without waiting for answers. The head of the first is sent."""
+    data = bodies[0] + b"".join(post_head(len(body)) + body for body in bodies[1:])
+    data += post_head(0, (b"connection", b"close"))
+    for at in range(0, len(data), 400_000):
+        client.sendall(data[at : at + 400_000])
+        time.sleep(pause_s)
+
+
+def test_more_large_bodies_than_are_read_past_uvicorn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.http.protocol._MAX_LARGE_BODIES", 2)
+    budget = ByteBudget(16 * MIB, PATIENCE_S)
+    with serving(app_of(budget), SETTINGS) as port, contextlib.ExitStack() as stack:
+        clients = [
+            stack.enter_context(begun(port, 2 * MIB, bytes(MIB // 2 + number)))
+            for number in range(5)
+        ]
+        until(lambda: budget.held == 10 * MIB)
+        for number, client in enumerate(clients):
+            client.sendall(bytes(2 * MIB - MIB // 2 - number))
+        for client in clients:
+            assert answer(client)[::2] == (200, 2 * MIB)
+
+
+def test_a_connection_is_of_use_after_a_body_that_was_too_slow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The rest of the body that was refused is not taken for a request."""
+    monkeypatch.setattr("server.http.body._CHECK_INTERVAL_S", 0.05)
+    monkeypatch.setattr("server.http.body._RATE_GRACE_S", 0.2)
+    fast = HttpSettings(max_request_bytes=3 * MIB, request_min_bytes_per_s=100 * MIB)
+    app = app_of(ByteBudget(4 * MIB, WAIT_S), settings=fast)
+    with serving(app, SETTINGS) as port, begun(port, 2 * MIB, bytes(MIB)) as client:
+        status, _, document = answer(client)
+        assert (status, document["error"]["code"]) == (408, "request_timeout")
+        client.sendall(bytes(MIB) + post_head(5) + b"12345")
+        assert answer(client)[::2] == (200, 5)
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_large_body_frees_its_share(
+    port: int, budget: ByteBudget
+) -> None:
+    for _ in range(10):
+        with begun(port, 3 * MIB, bytes(2 * MIB)):
+            until(lambda: budget.held == 3 * MIB)
+        until(lambda: budget.held == 0)
 
 
 # ---------------------------------------------------------------------- structure
