@@ -175,7 +175,10 @@ async def create_message(request: AnthropicMessagesRequest, raw_request: Request
             return EventStream(answer, load.until_end())
     if isinstance(answer, ErrorResponse):
         return _error(answer)
-    return JSONResponse(answer.model_dump(exclude_none=True))
+    body = answer.model_dump(exclude_none=True)
+    if raw_request.app.state.loader is not None:
+        usage.complete(body, context_of(raw_request.scope))
+    return JSONResponse(body)
 
 
 @conversations.post("/v1/messages/count_tokens")

@@ -1,8 +1,9 @@
 """Adds the tokens of images to the usage of an answer, and on request details of each image.
 
 vLLM writes the answers; this adds `image_tokens` next to its `cached_tokens`, in each of the three
-dialects, in bodies and in the events of streams. The route for chats calls `complete` while it has
-the answer at hand. The middleware completes all others, which vLLM has serialised.
+dialects, in bodies and in the events of streams. The routes for chats and messages call `complete`
+while they have the answer at hand. The middleware completes all others, which vLLM has serialised:
+those of responses, and the events of messages.
 """
 
 from collections.abc import Awaitable
@@ -16,7 +17,8 @@ from server.http.scope import context_of, direct_send, set_direct_send
 from server.imaging.tokens import View
 from server.request.context import RequestContext, ShownImage
 
-_PATHS = ("/v1/responses", "/v1/messages")
+_MESSAGES = "/v1/messages"
+_PATHS = ("/v1/responses", _MESSAGES)
 _DATA = b"data: {"
 _USAGE = b'"usage":'
 
@@ -34,7 +36,8 @@ class ImageUsage:
         context = context_of(scope)
         if (direct := direct_send(scope)) is not None:
             set_direct_send(scope, CompletingStream(context, direct).send)
-        await self._app(scope, receive, _Completing(context, send).send)
+        is_complete = scope["path"].endswith(_MESSAGES)
+        await self._app(scope, receive, _Completing(context, send, is_complete=is_complete).send)
 
 
 class CompletingStream:
@@ -54,9 +57,11 @@ class _Completing:
     """Passes an answer on, and parses only messages that have a usage: a whole answer, or an event
     of a stream."""
 
-    def __init__(self, request: RequestContext, send: Send) -> None:
+    def __init__(self, request: RequestContext, send: Send, *, is_complete: bool) -> None:
+        """`is_complete`: a whole answer is."""
         self._request = request
         self._send = send
+        self._is_complete = is_complete
         self._stream = CompletingStream(request, send)
         self._is_stream = False
         self._start: Message | None = None
@@ -66,7 +71,8 @@ class _Completing:
         if message["type"] == "http.response.start":
             kind = dict(message["headers"]).get(b"content-type", b"")
             self._is_stream = kind.startswith(b"text/event-stream")
-            if message["status"] == 200 and kind.startswith(b"application/json"):
+            is_whole = message["status"] == 200 and kind.startswith(b"application/json")
+            if is_whole and not self._is_complete:
                 return self._hold(message)
         elif self._start is not None:
             return self._collect(message)
