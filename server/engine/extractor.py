@@ -263,15 +263,16 @@ class _NativePatches:
         pixels = _resize(np.asarray(image), height, width)
         rows, columns = height // self.patch, width // self.patch
         merge, patch = self.merge, self.patch
-        source = pixels.reshape(
-            3, rows // merge, merge, patch, columns // merge, merge, patch
-        ).transpose(1, 4, 2, 5, 0, 3, 6)
+        # A line of a patch is copied as one item, and whole patches for the other frames.
+        line = np.dtype((np.void, patch))
+        shape = (3, rows // merge, merge, patch, columns // merge, merge)
+        source = pixels.view(line).reshape(shape).transpose(1, 4, 2, 5, 0, 3)
         out = np.empty(
             (rows // merge, columns // merge, merge, merge, 3, self.temporal, patch, patch),
             np.uint8,
         )
-        for frame in range(self.temporal):
-            out[:, :, :, :, :, frame] = source
+        out.view(line)[..., 0, :, 0] = source
+        out[..., 1:, :, :] = out[..., :1, :, :]
         grid = np.array([[1, rows, columns]], np.int64)
         return {
             "pixel_values": Array("uint8", out.reshape(rows * columns, -1)),
