@@ -97,7 +97,7 @@ class UnsupportedVideoFormat(ClientError):
 
 
 class VideoTooLarge(ClientError):
-    """The video exceeds the limit on bytes, on pixels, or on the memory of its frames."""
+    """The video exceeds a limit: on bytes, pixels, seconds, frames, or memory."""
 
     status = 413
     code = "video_too_large"

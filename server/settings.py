@@ -103,6 +103,23 @@ class VideoSettings(_Group):
     max_video_bytes: int = Field(
         256 * MIB, ge=1, description="Largest encoded video or audio clip, in bytes."
     )
+    max_video_pixels: int = Field(
+        8192 * 4320,
+        ge=1,
+        description="Most pixels of a frame of a video, by the size in its header.",
+    )
+    max_video_seconds: float = Field(
+        3600.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Longest video, by its header, in seconds.",
+    )
+    max_video_frames: int = Field(
+        216_000,
+        ge=1,
+        le=1 << 20,
+        description="Most frames of a video, by its header; few of them are decoded.",
+    )
     video_workers: int = Field(
         4, ge=1, le=1024, description="Videos and audio clips that are decoded at the same time."
     )

@@ -1,16 +1,19 @@
 """Videos and sounds for tests, and sandbox jobs that execute the command in their file."""
 
 import functools
+import importlib
 import os
 import signal
 import socket
 import struct
+import sys
 import tempfile
 import time
 import wave
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import cv2
 import msgspec
@@ -34,7 +37,7 @@ CONCAT = b"ffconcat version 1.0\nfile '/etc/passwd'\n"
 @functools.cache
 def video(
     suffix: str = ".mp4",
-    codec: str = "FFV1",
+    codec: str = "mp4v",
     *,
     frames: int = 8,
     size: tuple[int, int] = (64, 48),
@@ -50,7 +53,7 @@ def video(
 def of_frames(
     frames: Sequence[npt.NDArray[np.uint8]],
     suffix: str = ".mp4",
-    codec: str = "FFV1",
+    codec: str = "mp4v",
     fps: float = 1.0,
 ) -> bytes:
     """A video of uint8 frames (height, width, 3), BGR, in the container of `suffix`."""
@@ -110,6 +113,26 @@ def prepare(job: bytes) -> Callable[[bytes], Output]:
         return _COMMANDS[command](job, argument)
 
     return work
+
+
+def prepare_without_opencv(job: bytes) -> Callable[[bytes], Output]:
+    """As the server's, in a process that ends if OpenCV decodes a video."""
+    work = engine_clips().prepare(job)
+    opencv: Any = cv2
+    opencv.VideoCapture = lambda *_: os._exit(3)
+    return work
+
+
+def prepare_without_av(job: bytes) -> Callable[[bytes], Output]:
+    """As the server's, where the package av is not installed."""
+    modules: dict[str, Any] = sys.modules
+    modules["av"] = None
+    return engine_clips().prepare(job)
+
+
+def engine_clips() -> Any:
+    """The module of the server, which imports vLLM."""
+    return importlib.import_module("server.engine.clips")
 
 
 def _echo(job: bytes, argument: str) -> Output:

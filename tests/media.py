@@ -13,6 +13,7 @@ from PIL import Image
 from server.imaging import pdf as pdfs
 from server.imaging.decode import frame_count
 from server.imaging.encoded import EncodedImage, ImageLimits
+from server.imaging.video.limits import VideoLimits
 from server.ingest.expand import Expander
 from server.ingest.fetch import Fetcher, FetchSettings
 from server.ingest.files import FileStore
@@ -33,6 +34,7 @@ LIMITS = MediaLimits(
     pdf_dpi=144,
     image=ImageLimits(50 << 20, 100_000_000, 32_768, 200),
     max_clip_bytes=100_000,
+    video=VideoLimits(max_pixels=1_000_000, max_seconds=60, max_frames=1000),
 )
 MAX_JSON_BYTES = 1 << 20
 BOUNDS = BodyBounds(MAX_JSON_BYTES, values=300_000, depth=128, items=2048)

@@ -1,4 +1,4 @@
-"""Decodes videos and audio clips with vLLM's loaders in a child process.
+"""Decodes videos and audio clips in a child process. vLLM's loaders choose the frames.
 
 `video_options`, which reads how vLLM would decode a video, runs in the server; `prepare` in the
 child.
@@ -6,16 +6,16 @@ child.
 
 import functools
 import importlib
-import os
+import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from io import BytesIO
 from typing import Annotated, Any, Literal
 
 import cv2
 import msgspec
 import numpy as np
-from PIL import Image
+import numpy.typing as npt
+import pybase64
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -33,7 +33,13 @@ from server.errors import (
     SaccadeError,
     VideoTooLarge,
 )
-from server.imaging.containers import holds_pictures, refuse_references
+from server.imaging.containers import AudioContainer, holds_pictures, refuse_references
+from server.imaging.decode import DecodeOptions, warm_up
+from server.imaging.decode import decode as decode_picture
+from server.imaging.header import read as read_header
+from server.imaging.video import header as headers
+from server.imaging.video.limits import VideoLimits
+from server.imaging.video.track import MAX_FRAMES
 from server.ingest.video import (
     AudioAnswer,
     AudioJob,
@@ -48,9 +54,15 @@ logger = init_logger(__name__)
 
 PREPARE = "server.engine.clips:prepare"
 
-_FFMPEG_OPTIONS = "OPENCV_FFMPEG_CAPTURE_OPTIONS"
-# FFmpeg's names of the allowed containers; see `imaging.containers`.
-_DEMUXERS = {"mp4": "mov", "matroska": "matroska"}
+# FFmpeg's names of the containers of audio clips.
+_DEMUXERS: dict[AudioContainer, str] = {
+    "wav": "wav",
+    "flac": "flac",
+    "ogg": "ogg",
+    "mp3": "mp3",
+    "mp4": "mov",
+    "matroska": "matroska",
+}
 _MAX_COUNT = 1 << 16
 _GPU_OPTIONS = ("backend", "device", "hw_decoders", "pool_size", "timeout_sec")
 
@@ -165,26 +177,30 @@ def prepare(job: bytes) -> Callable[[bytes], Output]:
     """Import what a job needs and return the function that decodes; see `sandbox.Prepare`."""
     wanted = msgspec.msgpack.decode(job, type=VideoJob | PicturesJob | AudioJob)
     if isinstance(wanted, AudioJob):
-        return functools.partial(_audio, AudioMediaIO(audio_backend=wanted.backend))
-    os.environ["VLLM_MAX_IMAGE_PIXELS"] = str(wanted.max_pixels)
+        return _prepare_audio(wanted)
     module, _, name = wanted.sampling.loader.partition(":")
     loader = getattr(importlib.import_module(module), name)()
     if isinstance(wanted, PicturesJob):
-        Image.init()  # imports the plugins of all formats
-        return functools.partial(_pictures, wanted.sampling)
+        warm_up()
+        return functools.partial(_pictures, wanted)
     _prepare_decoder(loader, wanted)
     return functools.partial(_video, loader, wanted)
 
 
 def _prepare_decoder(loader: Any, job: VideoJob) -> None:
-    """Import what the loader would import late, and restrict FFmpeg to the file's container."""
-    given = os.environ.get(_FFMPEG_OPTIONS)
-    allowed = f"format_whitelist;{_DEMUXERS[job.container]}|protocol_whitelist;none"
-    os.environ[_FFMPEG_OPTIONS] = f"{given}|{allowed}" if given else allowed
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    cv2.getNumberOfCPUs()  # reads files at its first call
-    options = job.sampling.options
-    importlib.import_module(f"vllm.multimodal.video_decoders.{options.get('backend', 'opencv')}")
+    """Import what the loader would import late, and let it decode with this project's decoder
+    only."""
+    try:
+        frames = importlib.import_module("server.imaging.video.frames")
+    except ImportError:
+        raise ClientError(
+            "this server decodes no videos, since the package av is not installed; "
+            "pip install 'saccade[video]' adds it"
+        ) from None
+    module: Any = importlib.import_module("vllm.multimodal.video")
+    module.decode_video = functools.partial(_decode, frames.decode, job.max_pixels)
+    opencv: Any = cv2
+    opencv.VideoCapture = _refuse_opencv
     with suppress(Exception):  # some loaders import modules when they choose frames
         loader.compute_frames_index_to_sample(
             source=VideoSourceMetadata(total_frames_num=8, original_fps=2.0, duration=4.0),
@@ -192,11 +208,36 @@ def _prepare_decoder(loader: Any, job: VideoJob) -> None:
         )
 
 
+def _refuse_opencv(*_: Any) -> Any:
+    """In the place of OpenCV's own decoder, which guesses formats."""
+    raise InvalidVideo("the video cannot be decoded with the requested options")
+
+
+def _decode(
+    decode: Callable[..., npt.NDArray[np.uint8]],
+    max_pixels: int,
+    backend: str,
+    loader: Any,
+    data: bytes,
+    target: VideoTargetMetadata,
+    sampling: dict[str, Any],
+    _options: dict[str, Any],
+    *,
+    frame_recovery: bool,  # frames that are damaged are always replaced
+) -> tuple[npt.NDArray[np.uint8], VideoSourceMetadata, list[int], list[int]]:
+    """vLLM's `decode_video`, for all of its backends: the frames, what is told of the video, the
+    numbers of the frames that were wanted, and of those returned."""
+    header = headers.read(data)
+    VideoLimits(max_pixels, math.inf, MAX_FRAMES).check(header)
+    count, fps = header.frame_count, header.fps
+    source = loader._prepare_source(VideoSourceMetadata(count, fps, count / fps if fps else 0))
+    wanted = list(loader.compute_frames_index_to_sample(source=source, target=target, **sampling))
+    # vLLM's decoder with OpenCV returns a frame once.
+    numbers = sorted(set(wanted)) if backend == "opencv" else wanted
+    return decode(data, numbers, None, max_pixels), source, wanted, numbers
+
+
 def _video(loader: Any, job: VideoJob, data: bytes) -> Output:
-    if job.container == "mp4":
-        refuse_references(data)
-    if job.sampling.options.get("backend", "opencv") == "opencv":
-        _check_pictures(data, job.max_pixels)
     try:
         frames, metadata = loader.load_bytes(
             data, num_frames=job.sampling.num_frames, **job.sampling.options
@@ -206,34 +247,44 @@ def _video(loader: Any, job: VideoJob, data: bytes) -> Output:
     return _video_output(frames, metadata, data)
 
 
-def _check_pictures(data: bytes, max_pixels: int) -> None:
-    """Check the size of the frames, which FFmpeg reads when it opens the file. Raises InvalidVideo
-    or VideoTooLarge."""
-    stream: Any = BytesIO(data)  # OpenCV's types lack this overload
-    capture = cv2.VideoCapture(stream, cv2.CAP_FFMPEG, [])
-    if not capture.isOpened():
-        raise InvalidVideo("the video is damaged or has no frames")
-    width = int(capture.get(cv2.CAP_PROP_FRAME_WIDTH))
-    height = int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
-    if width < 1 or height < 1:
-        raise InvalidVideo("the video has no frames that can be decoded")
-    if width * height > max_pixels:
-        raise VideoTooLarge(
-            f"the video has {width}x{height} = {width * height} pixels per frame, "
-            f"the limit is {max_pixels} pixels"
-        )
+class _OwnPictures(ImageMediaIO):
+    """Decodes pictures as image workers do."""
+
+    def load_base64(self, media_type: str, data: str) -> Any:
+        """The picture in a base64 text."""
+        options = DecodeOptions(self.image_mode, self.rgba_background_color)
+        return decode_picture(pybase64.b64decode(data, validate=True), options).image
 
 
-def _pictures(sampling: VideoOptions, text: bytes) -> Output:
-    pieces = text.decode("latin-1")
-    if not all(holds_pictures(piece.encode()) for piece in pieces.split(",")):
-        raise InvalidVideo("the frames of the video must be JPEG, PNG or WebP pictures in base64")
-    io = VideoMediaIO(ImageMediaIO(**sampling.image), sampling.num_frames, **sampling.options)
+def _pictures(job: PicturesJob, text: bytes) -> Output:
+    _check_pictures(job, text)
+    sampling = job.sampling
+    io = VideoMediaIO(_OwnPictures(**sampling.image), sampling.num_frames, **sampling.options)
     try:
-        frames, metadata = io.load_base64("video/jpeg", pieces).media
+        frames, metadata = io.load_base64("video/jpeg", text.decode("latin-1")).media
     except Exception as error:
         raise _video_error(error) from error
     return _video_output(frames, metadata, text)
+
+
+def _check_pictures(job: PicturesJob, text: bytes) -> None:
+    """Check the headers of all pictures. Raises InvalidVideo or VideoTooLarge."""
+    total = 0
+    for piece in text.split(b","):
+        if not holds_pictures(piece):
+            raise InvalidVideo(
+                "the frames of the video must be JPEG, PNG or WebP pictures in base64"
+            )
+        try:
+            width, height = read_header(pybase64.b64decode(piece, validate=True)).size
+        except (ClientError, ValueError):
+            raise InvalidVideo("a frame of the video is damaged") from None
+        total += width * height
+        if width * height > job.max_pixels or total > job.max_total_pixels:
+            raise VideoTooLarge(
+                f"the frames of the video have too many pixels: the limit is {job.max_pixels} per "
+                f"frame and {job.max_total_pixels} in all"
+            )
 
 
 def _video_output(frames: Any, metadata: dict[str, Any], data: bytes) -> Output:
@@ -252,11 +303,26 @@ def _plain(value: Any) -> Any:
 
 
 def _video_error(error: Exception) -> SaccadeError:
-    if _is_out_of_memory(error):
+    if isinstance(error, ClientError):
+        return error
+    if isinstance(error, MemoryError):
         return VideoTooLarge("the frames of the video take more memory than the limit allows")
-    if isinstance(error, ImportError):
-        return ClientError("the requested video decoder is not installed")
     return InvalidVideo("the video could not be decoded with the requested options")
+
+
+# ---------------------------------------------------------------------- sound
+
+
+def _prepare_audio(job: AudioJob) -> Callable[[bytes], Output]:
+    """Name the container to FFmpeg, which guesses it otherwise."""
+    try:
+        av: Any = importlib.import_module("av")
+    except ImportError:
+        pass  # soundfile may be there
+    else:
+        options = {"protocol_whitelist": "none", "format_whitelist": _DEMUXERS[job.container]}
+        av.open = functools.partial(av.open, format=_DEMUXERS[job.container], options=options)
+    return functools.partial(_audio, AudioMediaIO(audio_backend=job.backend))
 
 
 def _audio(io: AudioMediaIO, data: bytes) -> Output:
@@ -267,12 +333,8 @@ def _audio(io: AudioMediaIO, data: bytes) -> Output:
     except ImportError:
         raise ClientError("this server has no decoder for audio clips") from None
     except Exception as error:
-        if _is_out_of_memory(error):
+        if isinstance(error, MemoryError):
             raise AudioTooLarge("the audio clip takes more memory than the limit allows") from error
         raise InvalidAudio("the audio clip is damaged or too long") from error
     answer = msgspec.msgpack.encode(AudioAnswer(rate), enc_hook=_plain)
     return Output(answer, [np.asarray(waveform, np.float32)])
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or getattr(error, "code", None) == cv2.Error.StsNoMem

@@ -58,6 +58,7 @@ from server.errors import CannotStart, ImageTokenCap
 from server.front_ends import FrontEnd, control_address
 from server.imaging.encoded import ImageLimits, encoded
 from server.imaging.tokens import TokenRule
+from server.imaging.video.limits import VideoLimits
 from server.ingest.video import ClipDecoder
 from server.request.admission import AdmissionLimits
 from server.request.budgets import Resource
@@ -153,9 +154,20 @@ def limits(settings: Settings) -> ImageLimits:
     )
 
 
+def video_limits(settings: Settings) -> VideoLimits:
+    """The limits for a video, by its header."""
+    videos, pixels = settings.videos, limits(settings).max_pixels
+    return VideoLimits(
+        max_pixels=min(videos.max_video_pixels, pixels),
+        max_seconds=videos.max_video_seconds,
+        max_frames=videos.max_video_frames,
+    )
+
+
 def clip_decoder(settings: Settings, forkserver: Forkserver) -> ClipDecoder:
     """The decoder of videos and audio clips, which runs in forks of the workers' forkserver."""
-    return ClipDecoder(clips.PREPARE, settings.videos, limits(settings).max_pixels, forkserver)
+    most = video_limits(settings).max_pixels
+    return ClipDecoder(clips.PREPARE, settings.videos, most, forkserver)
 
 
 def admission_limits(engine: AsyncLLM, settings: Settings, front_ends: int = 1) -> AdmissionLimits:
@@ -212,6 +224,7 @@ def media_limits(engine: AsyncLLM, settings: Settings) -> MediaLimits | None:
         pdf_dpi=images.pdf_dpi,
         image=limits(settings),
         max_clip_bytes=settings.videos.max_video_bytes,
+        video=video_limits(settings),
     )
 
 

@@ -29,7 +29,10 @@ from server.errors import (
     UnknownImage,
     VideoTooLarge,
 )
+from server.imaging.containers import holds_pictures
 from server.imaging.encoded import EncodedImage, encoded
+from server.imaging.video import header as headers
+from server.imaging.video.header import VideoHeader
 from server.ingest.expand import Expander, is_pdf
 from server.ingest.fetch import Fetcher
 from server.ingest.files import FileReader, FileStore, files_disabled
@@ -129,6 +132,7 @@ class MediaLoader:
             if ref.kind in ("video", "audio"):
                 if not isinstance(ref.source, SentBefore):
                     ref.data = await self._clip(ref, context)
+                    ref.video = await self._header(ref)
             elif isinstance(ref.source, SentBefore):
                 assert ref.uuid is not None
                 image = self._named.get(context.group, ref.uuid)
@@ -172,6 +176,18 @@ class MediaLoader:
             if ref.kind == "video":
                 raise VideoTooLarge(f"the video {limit}") from None
             raise AudioTooLarge(f"the audio clip {limit}") from None
+
+    async def _header(self, ref: MediaRef) -> VideoHeader | None:
+        """What the header of a video says; None for an audio clip, and for pictures.
+
+        Raises:
+            UnsupportedVideoFormat, InvalidVideo, VideoTooLarge
+        """
+        if ref.kind != "video" or holds_pictures(ref.data):
+            return None
+        header = await in_thread(headers.read, ref.data)
+        self._limits.video.check(header)
+        return header
 
     async def _bytes(self, ref: MediaRef, context: RequestContext, most: int) -> bytes:
         """The file of `ref`, for which the request holds memory from before it is loaded.

@@ -18,10 +18,11 @@ from server.errors import (
     MediaProcessingFailed,
     MediaProcessingTimeout,
     SaccadeError,
+    UnsupportedVideoFormat,
     VideoTooLarge,
     WorkerLost,
 )
-from server.imaging.containers import VideoContainer, audio_container, video_container
+from server.imaging.containers import AudioContainer, audio_container, video_container
 from server.settings import VideoSettings
 from server.workers.forkserver import Forkserver
 from server.workers.sandbox import (
@@ -37,10 +38,19 @@ from server.workers.sandbox import (
 T = TypeVar("T")
 
 _MIB = 1 << 20
+# What a picture takes while a series of them is decoded, with some to spare.
+_BYTES_PER_PIXEL = 8
 # Errors that a job may report by their code.
 _JOB_ERRORS: dict[str, type[SaccadeError]] = {
     error.code: error
-    for error in (AudioTooLarge, ClientError, InvalidAudio, InvalidVideo, VideoTooLarge)
+    for error in (
+        AudioTooLarge,
+        ClientError,
+        InvalidAudio,
+        InvalidVideo,
+        UnsupportedVideoFormat,
+        VideoTooLarge,
+    )
 }
 
 
@@ -57,21 +67,23 @@ class VideoOptions(msgspec.Struct, frozen=True):
 class VideoJob(msgspec.Struct, frozen=True, tag="video"):
     """Decode the file as `sampling` asks; a frame has at most `max_pixels`."""
 
-    container: VideoContainer
     sampling: VideoOptions
     max_pixels: int
 
 
 class PicturesJob(msgspec.Struct, frozen=True, tag="pictures"):
-    """Decode the file, which consists of comma-separated images in base64."""
+    """Decode the file, which consists of comma-separated images in base64: each of at most
+    `max_pixels`, and all together of `max_total_pixels`."""
 
     sampling: VideoOptions
     max_pixels: int
+    max_total_pixels: int
 
 
 class AudioJob(msgspec.Struct, frozen=True, tag="audio"):
     """Decode the file to a waveform, with the library that `backend` names."""
 
+    container: AudioContainer
     backend: str | None
 
 
@@ -135,7 +147,8 @@ class ClipDecoder:
             MediaProcessingTimeout, MediaProcessingFailed, WorkerLost
             ServerBusy: too many clips are waiting.
         """
-        job = VideoJob(video_container(data), options, self._max_pixels)
+        video_container(data)
+        job = VideoJob(options, self._max_pixels)
         return self._video(await self._run("video", job, data), data)
 
     async def load_pictures(self, text: bytes, options: VideoOptions) -> DecodedVideo:
@@ -143,7 +156,8 @@ class ClipDecoder:
 
         Raises: as `load_video` does.
         """
-        job = PicturesJob(options, self._max_pixels)
+        memory = self._settings.video_max_memory_mb * _MIB
+        job = PicturesJob(options, self._max_pixels, memory // _BYTES_PER_PIXEL)
         return self._video(await self._run("video", job, text), text)
 
     async def load_audio(self, data: bytes, backend: str | None = None) -> DecodedAudio:
@@ -154,8 +168,8 @@ class ClipDecoder:
             MediaProcessingTimeout, MediaProcessingFailed, WorkerLost
             ServerBusy: too many clips are waiting.
         """
-        audio_container(data)
-        output = await self._run("audio clip", AudioJob(backend), data)
+        job = AudioJob(audio_container(data), backend)
+        output = await self._run("audio clip", job, data)
         answer, waveform = _checked(output, AudioAnswer, "float32", 1)
         return DecodedAudio(waveform, answer.sample_rate)
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from server.imaging.encoded import EncodedImage, ImageLimits, ImageOptions
+from server.imaging.video.header import VideoHeader
+from server.imaging.video.limits import VideoLimits
 
 Kind = Literal["image", "file", "video", "audio"]
 
@@ -49,6 +51,7 @@ class MediaLimits:
         pdf_dpi: the resolution of pages in dots per inch.
         image: what one image or file may be.
         max_clip_bytes: the file of a video or an audio clip, in bytes.
+        video: what a video may be, by its header.
     """
 
     max_images: int
@@ -58,6 +61,7 @@ class MediaLimits:
     pdf_dpi: float
     image: ImageLimits
     max_clip_bytes: int
+    video: VideoLimits
 
 
 Source: TypeAlias = Inline | Remote | Uploaded | SentBefore
@@ -79,6 +83,7 @@ class MediaRef:
         images: what was loaded: one image, or one for each page or frame.
         data: what was loaded of a video or an audio clip: its file, or the base64 of the pictures
             that a video is sent as.
+        video: what the header of a video says; None if it is sent as pictures.
     """
 
     kind: Kind
@@ -90,3 +95,4 @@ class MediaRef:
     role: str | None = None
     images: list[EncodedImage] = field(default_factory=list)
     data: bytes = field(default=b"", repr=False)
+    video: VideoHeader | None = None

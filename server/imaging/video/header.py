@@ -1,6 +1,7 @@
 """What the header of a video file says, before anything is decoded."""
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,9 @@ from server.imaging.video import matroska, mp4
 from server.imaging.video.track import Codec, Container, Rotation, Track
 
 __all__ = ["Codec", "Container", "Rotation", "VideoHeader", "read", "read_track"]
+
+# Durations in files are whole numbers of ticks; a second has at most about so many.
+_MOST_TICKS = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +50,10 @@ class VideoHeader:
 
     @property
     def fps(self) -> float:
-        """Mean frames per second; 0 without a duration."""
-        return self.frame_count / self.duration_s if self.duration_s > 0 else 0.0
+        """Mean frames per second, as a quotient of whole numbers; 0 without a duration. Rules that
+        choose frames round down what they make of it."""
+        duration = Fraction(self.duration_s).limit_denominator(_MOST_TICKS)
+        return float(self.frame_count / duration) if duration > 0 else 0.0
 
 
 def read(data: bytes) -> VideoHeader:

@@ -120,6 +120,9 @@ def _timeline(
         raise damaged("none of its frames is shown")
     order = shown[np.argsort(ticks[shown], kind="stable")]
     seconds = (ticks[order] - ticks[order[0]]) * (scale / _NANOSECONDS)
+    even = np.arange(len(order)) * (entry.frame_ns / _NANOSECONDS)
+    if entry.frame_ns and np.abs(seconds - even).max() <= scale / _NANOSECONDS:
+        seconds = even  # a constant rate, whose times the file rounds
     span = float(seconds[-1])
     if blocks.last_duration:
         last = blocks.last_duration * scale / _NANOSECONDS

@@ -6,6 +6,7 @@ ISO/IEC 14496-12. The first enabled video track is read.
 import math
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 
 from server.errors import InvalidImage, InvalidVideo, UnsupportedVideoFormat
@@ -59,7 +60,7 @@ def _read(data: bytes) -> Track:
     _refuse_references(data, table)
     found = children(data, _box(table, b"stbl"))
     codec, size, configuration = _sample_entry(data, _box(found, b"stsd"))
-    parts = children(data, movie)
+    parts = {box.kind: box for box in _whole_boxes(data, movie)}
     timescale = _timescale(data, _box(track.media, b"mdhd"))
     media = sample_tables.read(data, found)
     edits = list(_edits(data, track.parts))
@@ -98,6 +99,12 @@ def _top(data: bytes) -> Iterator[Box]:
         start += size
 
 
+def _whole_boxes(data: bytes, parent: Box) -> Iterator[Box]:
+    """The boxes in `parent`, up to one that is cut or damaged."""
+    with suppress(InvalidImage, struct.error):
+        yield from boxes(data, parent)
+
+
 def _box(parts: dict[bytes, Box], kind: bytes) -> Box:
     if kind not in parts:
         raise damaged(f"it has no {kind.decode()} box")
@@ -122,7 +129,7 @@ class _Trak:
 
 
 def _chosen(data: bytes, movie: Box) -> _Trak:
-    tracks = [_Trak(data, box) for box in boxes(data, movie) if box.kind == b"trak"]
+    tracks = [_Trak(data, box) for box in _whole_boxes(data, movie) if box.kind == b"trak"]
     videos = [track for track in tracks if track.is_video]
     if not videos:
         raise damaged("it has no video track")
