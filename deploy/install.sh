@@ -1,6 +1,6 @@
 #!/bin/sh
 # Installs Saccade and its dependencies into a virtual environment: deploy/install.sh [DIR [EXTRAS]]
-# Besides EXTRAS (default: dev), it installs `gpu` if an NVIDIA driver is present, otherwise `cpu`.
+# Besides EXTRAS (default: dev), it installs `video`, and `gpu` if an NVIDIA driver is present, otherwise `cpu`.
 # With LOCK=FILE it installs the packages that FILE pins for a CPU, without Saccade itself.
 set -eu
 
@@ -19,7 +19,7 @@ torch_cpu_index='https://download.pytorch.org/whl/cpu'
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 if [ -z "${LOCK:-}" ] && [ -e /proc/driver/nvidia/version ]; then
-    pip install --quiet --editable clients/python --editable ".[gpu${extras:+,$extras}]"
+    pip install --quiet --editable clients/python --editable ".[gpu,video${extras:+,$extras}]"
     exit 0
 fi
 
@@ -37,7 +37,7 @@ fi
 # shellcheck disable=SC2086
 pip install --quiet $index "$torch_cpu"
 # shellcheck disable=SC2086
-pip install --quiet $index --editable clients/python --editable ".[cpu${extras:+,$extras}]"
+pip install --quiet $index --editable clients/python --editable ".[cpu,video${extras:+,$extras}]"
 
 # A dependency of a developer's tool, with which `import jsonschema`, and so each process of vLLM, takes
 # a second longer. The tool does without it.

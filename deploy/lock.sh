@@ -22,7 +22,7 @@ resolve() {
 
 # torchaudio and torchcodec are left out, as in install.sh: they are CUDA builds.
 resolve_cpu() {
-    echo "$torch_cpu" | resolve --extra cpu --python-version 3.11 --constraint - "$@" \
+    echo "$torch_cpu" | resolve --extra cpu --extra video --python-version 3.11 --constraint - "$@" \
         --no-emit-package torchaudio --no-emit-package torchcodec
 }
 {
@@ -32,10 +32,10 @@ resolve_cpu() {
 
 # vLLM's image has Python 3.12, vLLM and its dependencies. Only Saccade's other dependencies are
 # pinned, at versions that vLLM accepts.
-resolve --extra gpu --python-version 3.12 >"$scratch/all.txt"
+resolve --extra gpu --extra video --python-version 3.12 >"$scratch/all.txt"
 {
     echo "# Written by \`make lock\`: what Saccade needs besides vLLM."
-    resolve --python-version 3.12 --constraint "$scratch/all.txt"
+    resolve --extra video --python-version 3.12 --constraint "$scratch/all.txt"
 } >"$scratch/requirements-gpu.txt"
 
 {

@@ -8,8 +8,9 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 
-from tests import clips
+from tests import clips, hostile_videos
 from tests.conftest import Origin, Server
 from tests.pictures import data_url, encode, shape, text_part, user
 
@@ -123,10 +124,32 @@ def test_an_invalid_video_is_refused_at_once(web: httpx.Client, url: str, code: 
 
 
 def test_a_video_over_the_memory_or_time_limit_is_refused(web: httpx.Client, tight: Server) -> None:
-    wide, small = np.zeros((1024, 1024, 3), np.uint8), np.zeros((240, 320, 3), np.uint8)
+    wide = np.zeros((1024, 1024, 3), np.uint8)
     large = clips.of_frames([wide] * 64, ".mkv", "mp4v", fps=2)
     assert refusal(ask(web, mp4_url(large))) == "video_too_large"
-    long = clips.of_frames([small] * 30_000, ".mkv", "mp4v", fps=1000)
-    assert refusal(ask(web, mp4_url(long))) == "media_processing_timeout"
+    two = {"video": {"num_frames": 2}}
+    long = hostile_videos.repeated(500)
+    assert refusal(ask(web, mp4_url(long), media_io_kwargs=two)) == "media_processing_timeout"
     assert not tight.named("VideoDecoder")
     assert shown(ask(web, mp4_url(GOOD)))
+
+
+def test_hostile_videos_are_refused_with_our_codes(web: httpx.Client, tight: Server) -> None:
+    codes = {
+        name: refusal(ask(web, mp4_url(data))) for name, data in hostile_videos.foreign().items()
+    }
+    assert codes.pop("nothing") == "invalid_image_url"
+    assert set(codes.values()) == {"unsupported_video_format"}
+    for name, data in hostile_videos.lying().items():
+        large = name in ("10^9 samples", "65535x65535")
+        assert refusal(ask(web, mp4_url(data))) == ("video_too_large" if large else "invalid_video")
+    for data in hostile_videos.odd().values():
+        assert shown(ask(web, mp4_url(data)))
+    assert not tight.named("VideoDecoder")
+    assert shown(ask(web, mp4_url(GOOD)))
+
+
+def test_pictures_of_a_video_are_refused_by_their_headers(web: httpx.Client) -> None:
+    """A few kilobytes each, of 100 megapixels."""
+    large = base64.b64encode(encode(Image.new("1", (10_000, 10_000)), "PNG")).decode()
+    assert refusal(ask(web, "data:video/jpeg;base64," + ",".join([large] * 8))) == "video_too_large"

@@ -40,7 +40,7 @@ from server.workers.sandbox import (
     Sandbox,
     SandboxLimits,
 )
-from tests import clips, pictures
+from tests import clips, hostile_videos, pictures
 from tests.forked import FORKSERVER
 from tests.fuzz import media_mutations
 
@@ -483,6 +483,19 @@ def test_opencvs_ffmpeg_is_reached_by_no_loader(loader: str) -> None:
             "tests.clips:prepare_without_opencv", msgspec.msgpack.encode(job), VIDEOS["mp4"]
         )
         assert len(output.arrays[0]) > 0
+
+    run(test)
+
+
+def test_ten_minutes_in_4k_are_decoded_in_little_memory() -> None:
+    async def test() -> None:
+        data = hostile_videos.repeated(24_000, (3840, 2160), group=400, flat=True)
+        large = ClipDecoder(
+            PREPARE, VideoSettings(video_max_memory_mb=600), 3840 * 2160, FORKSERVER
+        )
+        video = await large.load_video(data, video_options(vllm_io(num_frames=8)))
+        assert video.frames.shape == (8, 2160, 3840, 3)
+        assert video.metadata["duration"] == pytest.approx(600, rel=1e-3)
 
     run(test)
 
