@@ -170,6 +170,20 @@ def use_cpu_decoders(config: VllmConfig) -> None:
         del options["video_backend"]
 
 
+def keep_ffmpeg_out() -> None:
+    """Let nothing open a file with FFmpeg in the server's own process, where vLLM would read the
+    sound of clips for some models and routes."""
+    try:
+        av: Any = importlib.import_module("av")
+    except ImportError:
+        return
+    av.open = _refuse_ffmpeg
+
+
+def _refuse_ffmpeg(*_: Any, **__: Any) -> Any:
+    raise ValueError("clips are decoded in separate processes only")
+
+
 # ---------------------------------------------------------------------- decoding, in the child
 
 

@@ -132,6 +132,7 @@ def configured(args: Namespace, settings: Settings, front_ends: int) -> Prepared
     propagate_flash_late_interaction(args, engine_args)
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     clips.use_cpu_decoders(config)
+    clips.keep_ffmpeg_out()
     quick_start.register()
     stat_logger.register()
     core_sockets.install()

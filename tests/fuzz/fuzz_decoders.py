@@ -6,9 +6,9 @@
 
 `--what jpeg`, the default: each input is read by the header reader and by the reduced JPEG decoder
 at both of its scales; every second one also as in a worker, which falls back to libjpeg. `--what
-media`: files of all formats and PDFs are decoded as in a worker; videos, each of which needs a
-process of its own, are tried by `tests/processes/vllm/test_video.py` alone. Compiled loops run with
-bounds checks (NUMBA_BOUNDSCHECK=1). Only a client error or a picture may come out.
+media`: files of all formats and PDFs are decoded as in a worker. `--what videos`: the headers of
+videos are read, and two frames of every second one decoded. Compiled loops run with bounds checks
+(NUMBA_BOUNDSCHECK=1). Only a client error or a picture may come out.
 
 Inputs are decoded in a child process. A finding is any other exception, the child's death, an input
 that takes longer than `--input-timeout-s`, or a child that grows beyond `--max-memory-mib`. The
@@ -32,7 +32,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import environment
-from tests.fuzz import jpeg_mutations, media_checks, media_mutations
+from server.errors import ClientError
+from server.imaging.video.frames import decode
+from server.imaging.video.header import read_track
+from tests.fuzz import jpeg_mutations, media_checks, media_mutations, video_mutations
 
 MAX_PIXELS = 1_000_000
 MAX_ADDRESS_SPACE_BYTES = 6 << 30
@@ -158,8 +161,36 @@ class _MediaChecks:
         self._counters[4] += media_checks.is_decoded(data)
 
 
-_CHECKS: dict[str, Any] = {"jpeg": _Checks, "media": _MediaChecks}
-_MUTATED = {"jpeg": jpeg_mutations.mutated, "media": media_mutations.mutated}
+class _VideoChecks:
+    """Reads the headers of videos, and decodes two frames of every second one."""
+
+    def __init__(self, counters: Any) -> None:
+        self._counters = counters
+
+    def check(self, data: bytes, whole: bool = True) -> None:
+        """
+        Raises:
+            Exception: anything but a client error.
+        """
+        self._counters[0] += 1
+        try:
+            track = read_track(data)
+            video_mutations.check(track, data)
+            self._counters[1] += 1
+            if whole:
+                last = len(track.timeline.frames) - 1
+                decode(data, [last // 2, last], (32, 16), MAX_PIXELS)
+                self._counters[4] += 1
+        except ClientError:
+            return
+
+
+_CHECKS: dict[str, Any] = {"jpeg": _Checks, "media": _MediaChecks, "videos": _VideoChecks}
+_MUTATED = {
+    "jpeg": jpeg_mutations.mutated,
+    "media": media_mutations.mutated,
+    "videos": video_mutations.mutated,
+}
 
 
 def _child(what: str, seed: int, first: int, at: Any, counters: Any, findings: Connection) -> None:

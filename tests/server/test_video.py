@@ -128,7 +128,7 @@ def test_a_video_over_the_memory_or_time_limit_is_refused(web: httpx.Client, tig
     large = clips.of_frames([wide] * 64, ".mkv", "mp4v", fps=2)
     assert refusal(ask(web, mp4_url(large))) == "video_too_large"
     two = {"video": {"num_frames": 2}}
-    long = hostile_videos.repeated(500)
+    long = hostile_videos.repeated(2000, (960, 540))
     assert refusal(ask(web, mp4_url(long), media_io_kwargs=two)) == "media_processing_timeout"
     assert not tight.named("VideoDecoder")
     assert shown(ask(web, mp4_url(GOOD)))
@@ -138,7 +138,6 @@ def test_hostile_videos_are_refused_with_our_codes(web: httpx.Client, tight: Ser
     codes = {
         name: refusal(ask(web, mp4_url(data))) for name, data in hostile_videos.foreign().items()
     }
-    assert codes.pop("nothing") == "invalid_image_url"
     assert set(codes.values()) == {"unsupported_video_format"}
     for name, data in hostile_videos.lying().items():
         large = name in ("10^9 samples", "65535x65535")

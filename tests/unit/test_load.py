@@ -4,6 +4,7 @@ import asyncio
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,10 @@ from server.errors import (
     TooManyImages,
     UnknownImage,
     UnsupportedImageFormat,
+    VideoTooLarge,
 )
 from server.imaging.encoded import ImageOptions
+from server.imaging.video.limits import VideoLimits
 from server.ingest.expand import Expander
 from server.ingest.fetch import Fetcher, FetchSettings
 from server.ingest.load import MediaLoader
@@ -30,6 +33,7 @@ from server.request import payloads
 from server.request.context import RequestContext
 from server.telemetry.record import Record
 from tests import pictures
+from tests.encoded_videos import video
 from tests.media import (
     LIMITS,
     InProcess,
@@ -235,6 +239,38 @@ def test_local_files_are_blocked_by_default(kind: str) -> None:
     with pytest.raises(ImageUrlBlocked) as refusal:
         prepare(chat(part))
     assert refusal.value.param == f"messages[0].content[0].{kind}_url"
+
+
+def video_part(data: bytes) -> dict[str, Any]:
+    return {"type": "video_url", "video_url": {"url": pictures.data_url(data, "video/mp4")}}
+
+
+def test_the_header_of_a_video_is_read() -> None:
+    (ref,) = prepare(chat(video_part(video()))).context.media
+    assert ref.data == video()
+    assert ref.video is not None
+    assert (ref.video.size, ref.video.frame_count) == ((64, 48), 12)
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        (VideoLimits(64 * 47, 60, 1000), "64x48 = 3072 pixels per frame, the limit is 3008 pixels"),
+        (VideoLimits(64 * 48, 0.4, 1000), r"takes 0\.5 s, the limit is 0\.4 s"),
+        (VideoLimits(64 * 48, 60, 11), "has 12 frames, the limit is 11"),
+    ],
+)
+def test_videos_beyond_a_limit_are_refused_by_their_header(
+    limits: VideoLimits, message: str
+) -> None:
+    strict = replace(LIMITS, video=limits)
+    loader = MediaLoader(
+        Fetcher(FetchSettings()), strict, None, None, Expander(InProcess(), LIMITS)
+    )
+    with pytest.raises(VideoTooLarge, match=message) as refusal:
+        prepare(chat(video_part(video())), loader=loader)
+    assert refusal.value.param == "messages[0].content[0].video_url"
+    assert refusal.value.status == 413
 
 
 class Counting(InProcess):

@@ -223,7 +223,7 @@ def test_zero_durations_give_a_rate_of_zero() -> None:
 
 
 def test_mutated_files_are_read_or_refused() -> None:
-    """`tests/fuzz/fuzz_decoders.py --what video-headers` goes on from here."""
+    """`tests/fuzz/fuzz_decoders.py --what videos` goes on from here."""
     read = 0
     for index in range(1500):
         data = video_mutations.mutated(SEED, index)
@@ -234,6 +234,21 @@ def test_mutated_files_are_read_or_refused() -> None:
         video_mutations.check(found, data)
         read += 1
     assert 300 < read < 1400
+
+
+def test_an_edit_to_the_end_is_followed_by_others() -> None:
+    """Once found by fuzzing: their frames were shown too early."""
+    found = header.read(with_edits(with_b_frames(), (0, 7200), (120, 7200)))
+    assert found.frame_count == 33
+    assert (np.diff(found.times) > 0).all()
+
+
+def test_negative_sizes_in_a_block_are_refused() -> None:
+    """Once found by fuzzing: a frame was looked for before the start of the file."""
+    whole = encode(scene(1), "vp8", "webm", muxing={"live": "1"})
+    contents = b"\x81\0\x28\x06\x02\x81\x01\0\0\0\0\0\0\x01\x10\x10\x10"
+    with pytest.raises(InvalidVideo):
+        matroska.read(whole + b"\xa3" + bytes([0x80 | len(contents)]) + contents)
 
 
 def test_readers_refuse_random_bytes() -> None:

@@ -104,7 +104,9 @@ def _edited(
                 frames.append(order[first:last])
                 times.append(sorted_times[first:last] + (at - edit.media_time))
                 own_end = int(times[-1][-1]) + int(media.durations[order[last - 1]])
-                end = min(own_end, at + length) if edit.duration else own_end
+                if not edit.duration:
+                    length = own_end - at
+                end = min(own_end, at + length)
         at = min(at + length, MAX_TICKS)
     if not frames:
         return None

@@ -303,6 +303,8 @@ def _laced(data: bytes, at: int, end: int, lacing: int) -> list[tuple[int, int]]
             at += width
         sizes.append(size)
     sizes.append(end - at - sum(sizes))
+    if min(sizes) < 0:
+        raise IndexError
     return list(zip(accumulate(sizes, initial=at), sizes, strict=False))
 
 
