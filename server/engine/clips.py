@@ -6,7 +6,6 @@ child.
 
 import functools
 import importlib
-import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Annotated, Any, Literal
@@ -14,7 +13,6 @@ from typing import Annotated, Any, Literal
 import cv2
 import msgspec
 import numpy as np
-import numpy.typing as npt
 import pybase64
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from vllm.config import VllmConfig
@@ -25,6 +23,7 @@ from vllm.multimodal.media.video import VideoMediaIO
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 from vllm.multimodal.video_decoders import VideoSourceMetadata, VideoTargetMetadata
 
+from server.engine.vllm_adapter import video_decoder
 from server.errors import (
     AudioTooLarge,
     ClientError,
@@ -37,9 +36,6 @@ from server.imaging.containers import AudioContainer, holds_pictures, refuse_ref
 from server.imaging.decode import DecodeOptions, warm_up
 from server.imaging.decode import decode as decode_picture
 from server.imaging.header import read as read_header
-from server.imaging.video import header as headers
-from server.imaging.video.limits import VideoLimits
-from server.imaging.video.track import MAX_FRAMES
 from server.ingest.video import (
     AudioAnswer,
     AudioJob,
@@ -211,8 +207,7 @@ def _prepare_decoder(loader: Any, job: VideoJob) -> None:
             "this server decodes no videos, since the package av is not installed; "
             "pip install 'saccade[video]' adds it"
         ) from None
-    module: Any = importlib.import_module("vllm.multimodal.video")
-    module.decode_video = functools.partial(_decode, frames.decode, job.max_pixels)
+    video_decoder.install(frames.decode, job.max_pixels)
     opencv: Any = cv2
     opencv.VideoCapture = _refuse_opencv
     with suppress(Exception):  # some loaders import modules when they choose frames
@@ -225,30 +220,6 @@ def _prepare_decoder(loader: Any, job: VideoJob) -> None:
 def _refuse_opencv(*_: Any) -> Any:
     """In the place of OpenCV's own decoder, which guesses formats."""
     raise InvalidVideo("the video cannot be decoded with the requested options")
-
-
-def _decode(
-    decode: Callable[..., npt.NDArray[np.uint8]],
-    max_pixels: int,
-    backend: str,
-    loader: Any,
-    data: bytes,
-    target: VideoTargetMetadata,
-    sampling: dict[str, Any],
-    _options: dict[str, Any],
-    *,
-    frame_recovery: bool,  # frames that are damaged are always replaced
-) -> tuple[npt.NDArray[np.uint8], VideoSourceMetadata, list[int], list[int]]:
-    """vLLM's `decode_video`, for all of its backends: the frames, what is told of the video, the
-    numbers of the frames that were wanted, and of those returned."""
-    header = headers.read(data)
-    VideoLimits(max_pixels, math.inf, MAX_FRAMES).check(header)
-    count, fps = header.frame_count, header.fps
-    source = loader._prepare_source(VideoSourceMetadata(count, fps, count / fps if fps else 0))
-    wanted = list(loader.compute_frames_index_to_sample(source=source, target=target, **sampling))
-    # vLLM's decoder with OpenCV returns a frame once.
-    numbers = sorted(set(wanted)) if backend == "opencv" else wanted
-    return decode(data, numbers, None, max_pixels), source, wanted, numbers
 
 
 def _video(loader: Any, job: VideoJob, data: bytes) -> Output:
