@@ -15,11 +15,15 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
-from benchmarks import photos
+from benchmarks import photos, videos
 
 MAX_TOKENS = 8
 _SEED = 20240607
 _HOT_PICTURES = 6
+_HOT_VIDEOS = 2
+# Frames per second with which a model that takes frames by time takes 8 of a video.
+_VIDEO_FPS = 0.27
+_VIDEO = "video/mp4"
 _WARM_UPS = 6
 _Ask = tuple[list[bytes], str]  # pictures and their media type
 
@@ -58,6 +62,8 @@ WORKLOADS = {
         Workload("12mp_webp", "one WebP of 4000x3000", 40),
         Workload("12mp_repeat", "one JPEG of 4000x3000; 80% are from a hot set of six", 100),
         Workload("documents", "four PNG pages of 1275x1650", 48),
+        Workload("video", "H.264 of 1920x1080, 30 s, 8 frames of which are shown", 12),
+        Workload("video_repeat", "the same; 80% are from a hot set of two", 24),
         Workload(
             "mixed",
             "text, small, fullhd, 12mp and 12mp_repeat 20% each, but documents 1 in 20",
@@ -86,6 +92,8 @@ class Bodies:
             "12mp_webp": partial(self._photos, 4000, 3000, 3, "WEBP"),
             "12mp_repeat": self._repeated_photo,
             "documents": self._pages,
+            "video": self._video,
+            "video_repeat": self._repeated_video,
         }
 
     def warm_up(self, workload: Workload) -> Batch:
@@ -94,6 +102,8 @@ class Bodies:
         asks = [self._ask[kind]() for kind in kinds for _ in range(_WARM_UPS)]
         if "12mp_repeat" in kinds:
             asks += [([picture], "image/jpeg") for picture in self._hot]
+        if "video_repeat" in kinds:
+            asks += [([video], _VIDEO) for video in self._hot_videos]
         return self._write(asks)
 
     def round(self, workload: Workload, requests: int) -> Batch:
@@ -132,6 +142,18 @@ class Bodies:
     def _hot(self) -> list[bytes]:
         return [self._photos(4000, 3000, 4)[0][0] for _ in range(_HOT_PICTURES)]
 
+    def _video(self) -> _Ask:
+        return [videos.stamp(self._bases.clip(self._random.randrange(2)), self._mark())], _VIDEO
+
+    def _repeated_video(self) -> _Ask:
+        if self._random.random() < 0.8:
+            return [self._random.choice(self._hot_videos)], _VIDEO
+        return self._video()
+
+    @cached_property
+    def _hot_videos(self) -> list[bytes]:
+        return [self._video()[0][0] for _ in range(_HOT_VIDEOS)]
+
     def _mark(self) -> str:
         return f"benchmark picture {self._random.getrandbits(64):016x}"
 
@@ -148,6 +170,11 @@ class _Bases:
             self._drawn[key] = photos.photo(width, height, seed, 88 + seed % 3, kind)
         return self._drawn[key]
 
+    def clip(self, seed: int) -> bytes:
+        if (key := ("clip", seed)) not in self._drawn:
+            self._drawn[key] = videos.clip(seed)
+        return self._drawn[key]
+
     def page(self, seed: int) -> bytes:
         if (seed,) not in self._drawn:
             self._drawn[seed,] = photos.page(1275, 1650, seed)
@@ -156,12 +183,12 @@ class _Bases:
 
 def _body(model: str, question: str, pictures: list[bytes], media_type: str) -> bytes:
     """Return the JSON of a streamed request; `ignore_eos` makes all answers of equal length."""
+    kind = "video_url" if media_type == _VIDEO else "image_url"
     content: list[dict[str, object]] = [
-        {"type": "image_url", "image_url": {"url": _data_url(picture, media_type)}}
-        for picture in pictures
+        {"type": kind, kind: {"url": _data_url(picture, media_type)}} for picture in pictures
     ]
     content.append({"type": "text", "text": question})
-    request = {
+    request: dict[str, object] = {
         "model": model,
         "messages": [{"role": "user", "content": content}],
         "max_tokens": MAX_TOKENS,
@@ -170,6 +197,8 @@ def _body(model: str, question: str, pictures: list[bytes], media_type: str) -> 
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+    if kind == "video_url":
+        request["media_io_kwargs"] = {"video": {"fps": _VIDEO_FPS}}
     return json.dumps(request).encode()
 
 

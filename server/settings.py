@@ -120,6 +120,12 @@ class VideoSettings(_Group):
         le=1 << 20,
         description="Most frames of a video, by its header; few of them are decoded.",
     )
+    max_video_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Most tokens of one video; its frames are shown smaller, and then fewer of "
+        "them, to fit.",
+    )
     video_workers: int = Field(
         4, ge=1, le=1024, description="Videos and audio clips that are decoded at the same time."
     )

@@ -417,6 +417,21 @@ CONTRACTS = [
         "BaseProcessingInfo._merge_and_resolve_mm_processor_kwargs",
     ),
     Contract("model_executor.models.qwen2_vl", "Qwen2VLProcessingInfo._get_vision_size"),
+    Contract(
+        "model_executor.models.llava_onevision",
+        "LlavaOnevisionProcessingInfo._get_num_frame_tokens",
+    ),
+    # Loaders of videos.
+    Contract(
+        "multimodal.video",
+        "VideoBackend.load_bytes",
+        ("cls", "data", "num_frames"),
+        calls=(
+            "decode_video(backend, cls, data, target, sampling_kwargs, backend_kwargs, "
+            "frame_recovery=frame_recovery)",
+        ),
+    ),
+    Contract("multimodal.video", "VideoLoader._prepare_source", ("cls", "source")),
     # Other processes of vLLM.
     Contract(
         "v1.worker.worker_base", "WorkerWrapperBase.execute_model", ("self", "scheduler_output")

@@ -12,21 +12,28 @@ from PIL import Image
 from vllm.multimodal.media import (
     MEDIA_CONNECTOR_REGISTRY,
     AudioMediaIO,
+    ImageMediaIO,
     MediaConnector,
     MediaIO,
     MediaWithBytes,
     VideoMediaIO,
 )
+from vllm.multimodal.video import get_video_loader_backend_for_processor
 
 from server.concurrency import in_thread
 from server.engine.clips import check_options, video_options
+from server.engine.video_sampling import choose
 from server.engine.vllm_adapter.processors import tensor
-from server.errors import InvalidImageUrl, SaccadeError, UnknownImage
+from server.engine.vllm_adapter.video_loaders import LoaderUnsupported
+from server.errors import ClientError, InvalidImageUrl, SaccadeError, UnknownImage
 from server.imaging.containers import holds_pictures
-from server.imaging.encoded import EncodedImage
+from server.imaging.encoded import EncodedImage, digest
+from server.imaging.sampling import SamplingOptions
+from server.imaging.video.encoded import EncodedVideo
 from server.ingest.video import ClipDecoder
 from server.request import context as contexts
 from server.request.context import Resolved
+from server.request.media import MediaRef
 from server.workers.jobs import DecodeIO, PixelsJob, encode_job
 from server.workers.pool import ImagePool
 
@@ -42,10 +49,12 @@ class HandleConnector(MediaConnector):
         pool: where images are decoded, for a renderer that takes pixels; None: they stay encoded,
             for a renderer that takes them so.
         clips: where videos and audio clips are decoded.
+        encodes_videos: whether videos stay encoded, for a renderer that takes them so.
     """
 
     pool: ClassVar[ImagePool | None] = None
     clips: ClassVar[ClipDecoder | None] = None
+    encodes_videos: ClassVar[bool] = False
 
     async def fetch_image_async(self, image_url: str, *, image_mode: str | None = "RGB") -> Any:
         """The image of a handle: an `EncodedImage`, or a Pillow image of `image_mode`.
@@ -62,7 +71,8 @@ class HandleConnector(MediaConnector):
         return await _decoded(self.pool, image, DecodeIO.of(given))
 
     async def fetch_video_async(self, video_url: str, **given: Any) -> Any:
-        """The frames and the metadata of the video of a handle, as vLLM's loader has them.
+        """The video of a handle: an `EncodedVideo`, or the frames and metadata, as vLLM's loader
+        has them.
 
         Raises:
             InvalidImageUrl: it is not a handle.
@@ -70,7 +80,25 @@ class HandleConnector(MediaConnector):
             SaccadeError: those of `ClipDecoder`.
         """
         check_options(self.media_io_kwargs.get("video") or {})
+        resolved = _resolved(video_url)
+        if self.encodes_videos and _is_encoded(resolved.ref):
+            video = await _encoded(resolved.ref, self._video_io(**given))
+            if video is not None:
+                return video
+        if resolved.ref.sampling != SamplingOptions():
+            raise ClientError("options of a video are not supported here", param=resolved.ref.path)
         return await super().fetch_video_async(video_url, **given)
+
+    def _video_io(
+        self, image_mode: str | None = "RGB", video_processor: str | None = None
+    ) -> VideoMediaIO:
+        """How vLLM would decode a video of this request."""
+        images = {"image_mode": image_mode, **(self.media_io_kwargs.get("image") or {})}
+        options = dict(self.media_io_kwargs.get("video") or {})
+        loader = get_video_loader_backend_for_processor(video_processor)
+        if "video_backend" not in options and loader:
+            options["video_backend"] = loader
+        return VideoMediaIO(ImageMediaIO(**images), **options)
 
     async def load_from_url_async(
         self, url: str, media_io: MediaIO[Any], *, fetch_timeout: int | None = None
@@ -89,6 +117,27 @@ class HandleConnector(MediaConnector):
     ) -> Any:
         """Refused: vLLM's servers do not load media in a way that blocks them."""
         raise SaccadeError("media cannot be loaded in this way")
+
+
+def _is_encoded(ref: MediaRef) -> bool:
+    """Whether the video of `ref` can stay encoded, and all others of its request too: those that
+    clients name by a uuid are vLLM's, and so are series of pictures."""
+    videos = [each for each in contexts.current().media if each.kind == "video"]
+    return all(each.video is not None and each.uuid is None for each in (ref, *videos))
+
+
+async def _encoded(ref: MediaRef, io: VideoMediaIO) -> EncodedVideo | None:
+    """The video with the frames that `io` takes of it; None if its loader must decode."""
+    assert ref.video is not None
+    try:
+        chosen = choose(ref.video, io, ref.sampling)
+    except LoaderUnsupported:
+        return None
+    except SaccadeError as error:
+        error.param = error.param or ref.path
+        raise
+    name = await in_thread(digest, ref.data)
+    return EncodedVideo(ref.data, name, ref.video, chosen, ref.sampling, ref.path)
 
 
 async def _clip(clips: ClipDecoder, data: bytes, media_io: MediaIO[Any]) -> Any:

@@ -8,6 +8,7 @@ only used if a check at start-up has shown that it returns the processor's outpu
 import contextlib
 import copy
 import functools
+import importlib
 import logging
 import warnings
 from collections.abc import Mapping
@@ -38,6 +39,15 @@ log = logging.getLogger("saccade.images")
 _CHECK_SIZES = ((640, 480), (2000, 1500), (97, 33), (31, 300))
 # The picture with which a resize rule is checked: its size, and that of its cells, in pixels.
 _LARGE_SIZE, _CELL = (2400, 1800), 2
+# What a loader tells of a video of two frames.
+_TWO_FRAMES = {
+    "total_num_frames": 2,
+    "fps": 1.0,
+    "duration": 2.0,
+    "video_backend": "opencv",
+    "frames_indices": [0, 1],
+    "do_sample_frames": False,
+}
 # Smaller arrays hold sizes and counts, not pixels.
 _FEW = 64
 # Features are alike if their mean difference is below this share of their standard deviation.
@@ -91,6 +101,7 @@ class ImageExtractor:
         self._fast = fast
         self._max_pixels = max_pixels
         self._pipeline = functools.lru_cache(maxsize=64)(self._build_pipeline)
+        self._warm: set[bytes] = set()
         self._import_all()
         # Checked here, before the fork, rather than once in each worker.
         if isinstance(rule := self._pipeline(encode_kwargs({})).rule, sizing.NativeResolution):
@@ -111,6 +122,9 @@ class ImageExtractor:
 
         with contextlib.suppress(Exception):  # the processor may need the whole prompt
             self._processed(Image.new("RGB", (64, 48)), {})
+        with contextlib.suppress(ImportError):  # without the library there are no videos
+            importlib.import_module("server.imaging.video.frames")
+        self.warm_up_videos({})
 
     def decode(
         self, data: bytes, job: PictureJob, animation: OpenAnimation | None = None
@@ -158,6 +172,28 @@ class ImageExtractor:
         patches = self._fused(decoded.image, job)
         features = patches.features(decoded.image, decoded.size) if patches is not None else None
         return features or self._processed(decoded.image, decode_kwargs(job.kwargs))
+
+    def warm_up_videos(self, kwargs: Mapping[str, Any]) -> None:
+        """Import and load what a video with these options needs, while files can be opened."""
+        encoded = encode_kwargs(kwargs)
+        if encoded in self._warm:
+            return
+        frames = np.zeros((2, 64, 64, 3), np.uint8)
+        with contextlib.suppress(Exception):  # the model may take no videos, or no such options
+            self.video_features(frames, _TWO_FRAMES, kwargs)
+        self._warm.add(encoded)
+
+    def video_features(
+        self, frames: npt.NDArray[np.uint8], metadata: Mapping[str, Any], kwargs: Mapping[str, Any]
+    ) -> dict[str, Feature]:
+        """The fields that vLLM's processor returns for one video, uint8 (frames, height, width, 3),
+        by name."""
+        from server.engine.vllm_adapter.processors import video_processed  # imports vLLM
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            outputs, fields = video_processed(self._processor, frames, metadata, kwargs)
+        return {name: _export(outputs[name]) for name in fields if outputs.get(name) is not None}
 
     def _fused(self, image: Image.Image, job: PictureJob) -> "_NativePatches | None":
         if not isinstance(job, ProcessJob) or image.mode != "RGB":
@@ -278,6 +314,16 @@ class _NativePatches:
             "pixel_values": Array("uint8", out.reshape(rows * columns, -1)),
             "image_grid_thw": Array("int64", grid),
         }
+
+
+def resized_frames(frames: npt.NDArray[np.uint8], size: sizing.Size) -> npt.NDArray[np.uint8]:
+    """Resize uint8 (frames, height, width, 3) bicubically to (width, height), one by one."""
+    if frames.shape[1:3] == (size[1], size[0]):
+        return frames
+    out = np.empty((len(frames), size[1], size[0], 3), np.uint8)
+    for place, frame in zip(out, frames, strict=True):
+        place[...] = _resize(frame, size[1], size[0]).transpose(1, 2, 0)
+    return out
 
 
 def _resize(pixels: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:

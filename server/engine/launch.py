@@ -1,6 +1,7 @@
 """Starts vLLM inside this process, with Saccade's renderer, media connector and send pipeline."""
 
 import functools
+import importlib.util
 import io
 import os
 from argparse import Namespace
@@ -17,6 +18,7 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
 from vllm.envs import disable_envs_cache, enable_envs_cache
+from vllm.inputs import MultiModalInput
 from vllm.logger import init_logger
 from vllm.multimodal.inputs import nested_tensors_equal
 from vllm.platforms import current_platform
@@ -25,13 +27,15 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from server.concurrency import usable_memory
-from server.engine import clips, connector
+from server.engine import clips, connector, video_extractor
 from server.engine.embedding_cache import setup
 from server.engine.embedding_cache.control import ControlServer
 from server.engine.extractor import worker_spec
 from server.engine.heartbeat import Heartbeat
 from server.engine.token_allocator import TokenAllocator
 from server.engine.token_rules import measured_rule, token_rule
+from server.engine.video_allocator import VideoAllocator
+from server.engine.video_token_rules import measured_video_rule, metadata_of, video_rule
 from server.engine.vllm_adapter import (
     core_fork,
     core_sockets,
@@ -42,6 +46,7 @@ from server.engine.vllm_adapter import (
     several_clients,
     shared_segments,
     stat_logger,
+    video_loaders,
 )
 from server.engine.vllm_adapter.engine_caches import EngineCaches, keep_item_limit
 from server.engine.vllm_adapter.outcomes import Outcomes
@@ -58,8 +63,10 @@ from server.errors import CannotStart, ImageTokenCap
 from server.front_ends import FrontEnd, control_address
 from server.imaging.encoded import ImageLimits, encoded
 from server.imaging.tokens import TokenRule
+from server.imaging.tokens.video import VideoRule
 from server.imaging.video.limits import VideoLimits
 from server.ingest.video import ClipDecoder
+from server.ingest.video_features import VideoExtractor
 from server.request.admission import AdmissionLimits
 from server.request.budgets import Resource
 from server.request.context import RequestContext, entered
@@ -137,6 +144,7 @@ def configured(args: Namespace, settings: Settings, front_ends: int) -> Prepared
     stat_logger.register()
     core_sockets.install()
     processor_cache.install()
+    video_loaders.install()
     if front_ends > 1:
         several_clients.adapt(config, front_ends)
     return PreparedEngine(config, engine_args, None)
@@ -374,10 +382,55 @@ async def connect(
         logger.warning("the image pool does not support this model; using vLLM's preprocessing")
         renderer.attach(settings, pool, allocator, pooled=False)
         fits = False
+    connector.HandleConnector.encodes_videos = fits and await _takes_videos(
+        renderer, allocator, decoder, settings
+    )
     seeks = settings.caches.embedding_cache_dir or settings.caches.embedding_cache_url
     if embeddings is not None and seeks:
         renderer.announce = embeddings.prefetch
     return ImagePath(encoded=True, pooled=fits)
+
+
+async def _takes_videos(
+    renderer: PooledRenderer, images: TokenAllocator, decoder: ClipDecoder, settings: Settings
+) -> bool:
+    """Attach the path of videos to `renderer`, if the model takes videos, and a child process and
+    vLLM give a test video the same tokens, placeholders and features."""
+    processor = renderer.get_mm_processor()
+    accepted = set(processor.info.allowed_mm_limits)
+    config = renderer.model_config.get_multimodal_config()
+    if "video" not in accepted or "audio" in accepted or config.enable_mm_embeds:
+        return False
+    if importlib.util.find_spec("av") is None:
+        return False
+
+    def make_rule(options: Mapping[str, Any]) -> VideoRule:
+        return video_rule(processor, options) or measured_video_rule(processor, options)
+
+    allocator = VideoAllocator(make_rule, images, settings.videos.max_video_tokens)
+    renderer.attach_videos(VideoExtractor(video_extractor.PREPARE, decoder), allocator)
+    if await _agrees_on_videos(renderer):
+        return True
+    logger.warning("child processes do not support videos of this model; using vLLM's processor")
+    renderer.detach_videos()
+    return False
+
+
+async def _agrees_on_videos(renderer: PooledRenderer) -> bool:
+    """The same as `_agrees`, of a video."""
+    processor = renderer.get_mm_processor()
+    text = processor.dummy_inputs.get_dummy_text({"video": 1})
+    prompt = renderer.get_tokenizer().encode(text, add_special_tokens=False)
+    noise = np.random.default_rng(0).integers(0, 256, (4, 122, 233, 3), dtype=np.uint8)
+    try:
+        with entered(RequestContext(Record())):
+            ours, theirs = renderer.both_ways_of_video(prompt, noise, metadata_of(range(4)))
+    except Exception:
+        logger.exception("the path of videos failed on the test video")
+        return False
+    finally:
+        renderer.clear_mm_cache()
+    return _equal(ours, theirs, "video")
 
 
 # A picture, (width, height), that the model must be able to show within the server's cap.
@@ -416,9 +469,14 @@ async def _agrees(renderer: PooledRenderer) -> bool:
         return False
     finally:
         renderer.clear_mm_cache()
+    return _equal(ours, theirs, "image")
+
+
+def _equal(ours: MultiModalInput, theirs: MultiModalInput, modality: str) -> bool:
+    """Whether two inputs of the engine have the same tokens and features."""
     if ours["prompt_token_ids"] != theirs["prompt_token_ids"]:
         return False
-    pairs = zip(ours["mm_kwargs"]["image"], theirs["mm_kwargs"]["image"], strict=True)
+    pairs = zip(ours["mm_kwargs"][modality], theirs["mm_kwargs"][modality], strict=True)
     return all(
         mine is not None
         and other is not None

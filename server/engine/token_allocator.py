@@ -22,6 +22,7 @@ from server.imaging.tokens import (
     detail_cap,
     kv_bytes_per_token,
 )
+from server.imaging.tokens.budget import Asking, asking
 from server.request.context import ShownImage
 
 if TYPE_CHECKING:
@@ -78,6 +79,11 @@ class TokenAllocator:
             return [None] * len(images)
         paths = [image.path for image in images]
         return list(await self._allocated(rule, sized, paths, budget))
+
+    def asking(self, sized: Sized, options: Mapping[str, Any]) -> list[Asking]:
+        """What each image asks of a budget that it shares with videos. May block."""
+        rule = self.rule(options)
+        return [asking(rule, size, self._cap_of(rule, size, asked)) for size, asked in sized]
 
     def limited(self, images: Sequence[EncodedImage], budget: int | None) -> bool:
         """Whether a cap or budget applies to any of these images."""
@@ -199,7 +205,19 @@ async def image_costs(
     if allocator is None:
         raise ClientError("the image tokens of this model cannot be computed in advance")
     allocations = await allocator.costs(sized, paths, budget)
-    bytes_per_token = _kv_bytes_per_token(engine.vllm_config)
+    return costs_of(engine, allocator, sized, allocations, with_views=with_views)
+
+
+def costs_of(
+    engine: "AsyncLLM",
+    allocator: TokenAllocator,
+    sized: Sized,
+    allocations: Sequence[TokenAllocation],
+    *,
+    with_views: bool,
+) -> list[ImageCost]:
+    """The cost of each picture with its allocation."""
+    bytes_per_token = kv_bytes_of_token(engine.vllm_config)
     return [
         ImageCost(
             ShownImage(
@@ -222,7 +240,7 @@ def patch_size(engine: "AsyncLLM") -> int | None:
     return found if isinstance(found, int) else None
 
 
-def _kv_bytes_per_token(config: "VllmConfig") -> int:
+def kv_bytes_of_token(config: "VllmConfig") -> int:
     """Bytes of KV cache for one token, over all layers and ranks. An upper bound for models that
     compress keys and values or keep only a window of them."""
     model, cache_dtype = config.model_config, config.cache_config.cache_dtype

@@ -1,15 +1,16 @@
-"""`POST /v1/images/tokens`: the cost of images in tokens, computed from their headers alone."""
+"""`POST /v1/images/tokens`: the cost of images and videos, computed from their headers alone."""
 
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from server.engine.token_allocator import image_costs, patch_size
+from server.engine.token_allocator import patch_size
+from server.engine.video_costs import encoded_videos, media_costs
 from server.engine.vllm_http import validate_json_request
 from server.errors import ClientError
 from server.http.scope import context_of
-from server.http.usage import detail, view_detail
+from server.http.usage import detail, video_detail, view_detail
 from server.imaging.encoded import ImageOptions, check_size
 from server.imaging.tokens import Detail
 from server.ingest.load import MediaLoader
@@ -47,7 +48,8 @@ class ImageTokensRequest(BaseModel):
 
 @router.post("/v1/images/tokens", dependencies=[Depends(validate_json_request)])
 async def image_tokens(body: ImageTokensRequest, raw_request: Request) -> dict[str, Any]:
-    """Tokens, processed size and KV cache of each image, in the order of the request.
+    """Tokens, processed size and KV cache of each image, in the order of the request; the same of
+    each video under `videos`, with its frames.
 
     Nothing is decoded and the model does not run.
     """
@@ -55,8 +57,12 @@ async def image_tokens(body: ImageTokensRequest, raw_request: Request) -> dict[s
     loader: MediaLoader = raw_request.app.state.loader
     if not context.media and not body.images:
         raise ClientError("the request has no images", param="messages")
+    engine = raw_request.app.state.engine_client
+    videos = encoded_videos(engine, [ref for ref in context.media if ref.kind == "video"])
     sized, paths = [], []
     for ref in context.media:
+        if ref.kind == "video":
+            continue
         if not ref.images:
             raise ClientError(f"a {ref.kind} part has no image tokens", param=ref.path)
         sized += [(image.size, image.options) for image in ref.images]
@@ -74,9 +80,8 @@ async def image_tokens(body: ImageTokensRequest, raw_request: Request) -> dict[s
         raise ClientError(
             f"include_views is for at most {_MOST_IMAGES_WITH_VIEWS} images", param="include_views"
         )
-    engine = raw_request.app.state.engine_client
-    costs = await image_costs(
-        engine, sized, paths, context.max_image_tokens, with_views=body.include_views
+    costs, clips = await media_costs(
+        engine, sized, paths, videos, context.max_image_tokens, with_views=body.include_views
     )
     rows: list[dict[str, Any]] = [
         {
@@ -91,11 +96,21 @@ async def image_tokens(body: ImageTokensRequest, raw_request: Request) -> dict[s
         patch = patch_size(engine)
         for row, cost in zip(rows, costs, strict=True):
             row |= {"patch_size": patch, "views": list(map(view_detail, cost.views))}
-    return {
-        "object": "list",
-        "data": rows,
-        "usage": {
-            "image_tokens": sum(row["tokens"] for row in rows),
-            "kv_bytes": sum(row["kv_bytes"] for row in rows),
-        },
+    video_rows = [
+        {
+            "index": index,
+            **video_detail(cost.shown),
+            "prompt_tokens": cost.prompt_tokens,
+            "kv_bytes": cost.kv_bytes,
+        }
+        for index, cost in enumerate(clips)
+    ]
+    usage = {
+        "image_tokens": sum(row["tokens"] for row in rows),
+        "kv_bytes": sum(row["kv_bytes"] for row in (*rows, *video_rows)),
     }
+    answer = {"object": "list", "data": rows, "usage": usage}
+    if video_rows:
+        usage["video_tokens"] = sum(row["tokens"] for row in video_rows)
+        answer["videos"] = video_rows
+    return answer

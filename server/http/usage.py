@@ -1,9 +1,9 @@
-"""Adds the tokens of images to the usage of an answer, and on request details of each image.
+"""Adds the tokens of images and videos to the usage of an answer, and on request details of each.
 
-vLLM writes the answers; this adds `image_tokens` next to its `cached_tokens`, in each of the three
-dialects, in bodies and in the events of streams. The routes for chats and messages call `complete`
-while they have the answer at hand. The middleware completes all others, which vLLM has serialised:
-those of responses, and the events of messages.
+vLLM writes the answers; this adds `image_tokens` and `video_tokens` next to its `cached_tokens`, in
+each of the three dialects, in bodies and in the events of streams. The routes for chats and
+messages call `complete` while they have the answer at hand. The middleware completes all others,
+which vLLM has serialised: those of responses, and the events of messages.
 """
 
 from collections.abc import Awaitable
@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.http.errors import with_length
 from server.http.scope import context_of, direct_send, set_direct_send
 from server.imaging.tokens import View
-from server.request.context import RequestContext, ShownImage
+from server.request.context import RequestContext, ShownImage, ShownVideo
 
 _MESSAGES = "/v1/messages"
 _PATHS = ("/v1/responses", _MESSAGES)
@@ -124,11 +124,14 @@ def complete(answer: dict[str, Any], request: RequestContext) -> bool:
     _complete_usage(answer["usage"], request)
     if request.include_image_details:
         answer["image_details"] = details(request)
+        if request.shown_videos:
+            answer["video_details"] = video_details(request)
     return True
 
 
 def _complete_usage(usage: dict[str, Any], request: RequestContext) -> None:
     image_tokens = sum(image.tokens for image in request.shown)
+    video_tokens = sum(video.tokens for video in request.shown_videos)
     if "prompt_tokens" in usage:
         holder = usage["prompt_tokens_details"] = usage.get("prompt_tokens_details") or {}
         if not request.shown:  # vLLM counts images that were sent as embeddings
@@ -137,9 +140,13 @@ def _complete_usage(usage: dict[str, Any], request: RequestContext) -> None:
         holder = usage["input_tokens_details"] = usage.get("input_tokens_details") or {}
     else:
         usage["image_tokens"] = image_tokens
+        if video_tokens:
+            usage["video_tokens"] = video_tokens
         return
     holder["cached_tokens"] = holder.get("cached_tokens") or 0
     holder["image_tokens"] = image_tokens
+    if video_tokens:
+        holder["video_tokens"] = video_tokens
 
 
 def details(request: RequestContext) -> list[dict[str, Any]]:
@@ -148,19 +155,49 @@ def details(request: RequestContext) -> list[dict[str, Any]]:
     `cached` is the last cached result that the image needed: "embedding" (the encoder did not run),
     "features" (the processor did not run), or "none".
     """
-    encoded = request.encoded or []
-    if len(encoded) != len(request.shown):
-        encoded = [True] * len(request.shown)
+    encoded = _encoded(request)[: len(request.shown)]
     return [
-        {"index": index, **detail(image), "cached": _cached(image, ran)}
+        {"index": index, **detail(image), "cached": _cached(image.cached, ran)}
         for index, (image, ran) in enumerate(zip(request.shown, encoded, strict=True))
     ]
 
 
-def _cached(image: ShownImage, encoder_ran: bool) -> str:
+def video_details(request: RequestContext) -> list[dict[str, Any]]:
+    """`video_details` of an answer, one for each video; `ShownVideo` explains the values, and
+    `details` what `cached` is."""
+    encoded = _encoded(request)[len(request.shown) :]
+    return [
+        {"index": index, **video_detail(video), "cached": _cached(video.cached, ran)}
+        for index, (video, ran) in enumerate(zip(request.shown_videos, encoded, strict=True))
+    ]
+
+
+def _encoded(request: RequestContext) -> list[bool]:
+    """For which images, and then for which videos, the encoder ran; for all, where that is not
+    known."""
+    count = len(request.shown) + len(request.shown_videos)
+    encoded = request.encoded or []
+    return encoded[:count] if len(encoded) >= count else [True] * count
+
+
+def _cached(features_were: bool, encoder_ran: bool) -> str:
     if not encoder_ran:
         return "embedding"
-    return "features" if image.cached else "none"
+    return "features" if features_were else "none"
+
+
+def video_detail(video: ShownVideo) -> dict[str, Any]:
+    """Sizes, frames and cost of one video."""
+    width, height = video.processed or (None, None)
+    return {
+        "width": video.size[0],
+        "height": video.size[1],
+        "processed_width": width,
+        "processed_height": height,
+        "frames": list(video.frames),
+        "times": list(video.times),
+        "tokens": video.tokens,
+    }
 
 
 def detail(image: ShownImage) -> dict[str, Any]:

@@ -4,6 +4,7 @@ The caller names the decoder, as "module:function"; this package does not import
 gets a `VideoJob`, a `PicturesJob` or an `AudioJob` in msgpack.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
@@ -135,6 +136,11 @@ class ClipDecoder:
             forkserver,
         )
 
+    @property
+    def max_pixels(self) -> int:
+        """Most pixels of a frame."""
+        return self._max_pixels
+
     def close(self) -> None:
         """Accept no more clips."""
         self._sandbox.close()
@@ -183,12 +189,29 @@ class ClipDecoder:
         job: VideoJob | PicturesJob | AudioJob,
         data: bytes,
     ) -> Output:
-        encoded = msgspec.msgpack.encode(job)
+        return await self.run(kind, self._prepare, msgspec.msgpack.encode(job), data)
+
+    async def run(
+        self,
+        kind: Literal["video", "audio clip"],
+        prepare: str,
+        job: bytes,
+        data: bytes,
+        began: Callable[[], None] = lambda: None,
+    ) -> Output:
+        """Run `job`, prepared by the "module:function" `prepare`, in a child process. `began` is
+        called when it is no longer waiting.
+
+        Raises:
+            ClientError, or another error that the job has raised.
+            MediaProcessingTimeout, MediaProcessingFailed, WorkerLost
+            ServerBusy: too many clips are waiting.
+        """
         try:
             try:
-                return await self._sandbox.run(self._prepare, encoded, data)
+                return await self._sandbox.run(prepare, job, data, began)
             except JobLost:  # as for pictures, a second attempt
-                return await self._sandbox.run(self._prepare, encoded, data)
+                return await self._sandbox.run(prepare, job, data, began)
         except JobLost as lost:
             if lost.ran_out:
                 raise MediaProcessingFailed(f"the {kind} takes more memory than there is") from None

@@ -14,6 +14,9 @@ import msgspec
 from cachetools import LRUCache
 
 from server.imaging.encoded import EncodedImage
+from server.imaging.sampling import ChosenFrames
+from server.imaging.tokens.video import VideoAllocation
+from server.imaging.video.encoded import EncodedVideo
 from server.request.admission import Permit
 from server.request.budgets import Holdings
 from server.request.media import MediaRef
@@ -34,6 +37,35 @@ class ShownImage(msgspec.Struct, frozen=True):
     region: tuple[float, float, float, float] | None
     frame: int = 0
     cached: bool = False
+
+
+class ShownVideo(msgspec.Struct, frozen=True):
+    """A video as the model sees it. Sizes are (width, height) in pixels.
+
+    `size` is that of a frame of the original, `processed` what the encoder gets of each. `frames`
+    are the numbers of its frames, from 0, and `times` their times in seconds. `tokens` are visual
+    tokens. `cached`: the features were already cached.
+    """
+
+    size: tuple[int, int]
+    frames: tuple[int, ...]
+    times: tuple[float, ...]
+    tokens: int
+    processed: tuple[int, int] | None
+    cached: bool = False
+
+    @classmethod
+    def of(
+        cls, video: EncodedVideo, chosen: ChosenFrames, allocation: VideoAllocation
+    ) -> "ShownVideo":
+        """`video` with the `chosen` of its frames, as it is allocated."""
+        return cls(
+            video.size,
+            chosen.indices,
+            video.times(chosen.indices),
+            allocation.tokens,
+            allocation.processed,
+        )
 
 
 class Resolved(NamedTuple):
@@ -75,8 +107,9 @@ class RequestContext:
         constraint: the field of the body that constrains the output, if one does.
         is_constrained: whether a prompt was sent to the engine with a constraint on the output.
         shown: the images of its prompt, in order; filled when the prompt is rendered.
-        encoded: for which of `shown` the vision encoder ran; None until the end of the answer, or
-            where that is not known.
+        shown_videos: the videos of its prompt, in order.
+        encoded: for which of `shown` and then of `shown_videos` the vision encoder ran; None until
+            the end of the answer, or where that is not known.
         retained: media of earlier requests, where vLLM keeps responses for later turns.
         permit: the right to work; None on routes that need none.
         writes_text: whether the route lets a stream of text write its events itself.
@@ -90,6 +123,7 @@ class RequestContext:
     constraint: str = "structured_outputs"
     is_constrained: bool = False
     shown: list[ShownImage] = field(default_factory=list)
+    shown_videos: list[ShownVideo] = field(default_factory=list)
     encoded: list[bool] | None = None
     retained: RetainedMedia | None = None
     permit: Permit | None = None

@@ -18,7 +18,7 @@ class Limits:
     Attributes:
         requests_per_minute: requests that begin.
         tokens_per_minute: tokens of prompts and answers.
-        image_tokens_per_minute: tokens of images in prompts.
+        image_tokens_per_minute: tokens of images and videos in prompts.
         concurrency: requests that wait or run at the same time.
         priority: for vLLM's priority scheduling; lower values come first.
         share: the weight of the group while requests wait; of a key it is not used.

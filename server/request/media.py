@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from server.imaging.encoded import EncodedImage, ImageLimits, ImageOptions
+from server.imaging.sampling import SamplingOptions
 from server.imaging.video.header import VideoHeader
 from server.imaging.video.limits import VideoLimits
 
@@ -83,6 +84,7 @@ class MediaRef:
         images: what was loaded: one image, or one for each page or frame.
         data: what was loaded of a video or an audio clip: its file, or the base64 of the pictures
             that a video is sent as.
+        sampling: what it asks of the frames of a video.
         video: what the header of a video says; None if it is sent as pictures.
     """
 
@@ -95,4 +97,5 @@ class MediaRef:
     role: str | None = None
     images: list[EncodedImage] = field(default_factory=list)
     data: bytes = field(default=b"", repr=False)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
     video: VideoHeader | None = None

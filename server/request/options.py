@@ -1,14 +1,23 @@
-"""What a media part asks for beside its bytes: `detail`, `max_tokens`, `frames`, `pages`."""
+"""What a media part asks for beside its bytes.
+
+An image: `detail`, `max_tokens`, `frames`; a file: `pages`; a video: `fps`, `num_frames`,
+`max_frames`, `start`, `end`, `max_tokens`.
+"""
 
 from collections.abc import Mapping
 from typing import Any, get_args
 
 from server.errors import ClientError
 from server.imaging.encoded import ImageOptions
+from server.imaging.sampling import SamplingOptions
 from server.imaging.tokens import Detail
 
 OPTIONS = ("detail", "max_tokens", "frames", "pages")
+VIDEO_OPTIONS = ("fps", "num_frames", "max_frames", "start", "end", "max_tokens")
 _MAX_PAGES = 10_000
+_MAX_FRAMES = 1 << 16
+_MAX_FPS = 1000
+_MAX_SECONDS = 1e7
 
 Frames = tuple[int, ...] | int | None
 
@@ -60,6 +69,47 @@ def pages_of(given: Mapping[str, Any], paths: Mapping[str, str]) -> tuple[int, .
         if len(pages) > _MAX_PAGES:
             raise _wrong("pages", f"must name at most {_MAX_PAGES} pages", paths)
     return tuple(pages)
+
+
+def sampling_options(given: Mapping[str, Any], paths: Mapping[str, str]) -> SamplingOptions:
+    """`VIDEO_OPTIONS` of `given`; `paths` has the place of each option in the request.
+
+    Raises:
+        ClientError: a value that the option does not take, or several options that exclude each
+            other; `param` names one.
+    """
+    counts = [name for name in ("fps", "num_frames", "max_frames") if name in given]
+    if len(counts) > 1:
+        raise _wrong(counts[1], f"cannot stand beside {counts[0]}", paths)
+    for name in ("num_frames", "max_frames"):
+        value = given.get(name)
+        if value is not None and not (is_positive(value) and value <= _MAX_FRAMES):
+            raise _wrong(name, f"must be an integer from 1 to {_MAX_FRAMES}", paths)
+    fps = _number("fps", given, paths, _MAX_FPS)
+    if fps == 0:
+        raise _wrong("fps", "must be above 0", paths)
+    start, end = (_number(name, given, paths, _MAX_SECONDS) for name in ("start", "end"))
+    if end is not None and end <= (start or 0):
+        raise _wrong("end", "must be after start", paths)
+    return SamplingOptions(
+        fps,
+        given.get("num_frames"),
+        given.get("max_frames"),
+        start,
+        end,
+        _max_tokens(given, paths),
+    )
+
+
+def _number(
+    name: str, given: Mapping[str, Any], paths: Mapping[str, str], most: float
+) -> float | None:
+    value = given.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= most:
+        raise _wrong(name, f"must be a number from 0 to {most:g}", paths)
+    return float(value)
 
 
 def is_positive(value: Any) -> bool:

@@ -116,6 +116,24 @@ image_preprocess = Histogram(
     "Time of the model's image processor for one image in a worker.",
     buckets=_STAGE_BUCKETS,
 )
+video_decode = Histogram(
+    "saccade_video_decode_seconds",
+    "Time of decoding the frames of one video.",
+    buckets=_LONG_BUCKETS,
+)
+video_preprocess = Histogram(
+    "saccade_video_preprocess_seconds",
+    "Time in the model's processor for one video.",
+    buckets=_LONG_BUCKETS,
+)
+video_tokens = Histogram(
+    "saccade_video_tokens", "Tokens of each video in a prompt.", buckets=_TOKEN_BUCKETS
+)
+video_frames = Histogram(
+    "saccade_video_frames",
+    "Frames of each video in a prompt.",
+    buckets=tuple(2.0**n for n in range(11)),
+)
 image_bytes = Histogram(
     "saccade_image_bytes", "Bytes of one image file as received.", buckets=_BYTE_BUCKETS
 )

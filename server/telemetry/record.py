@@ -16,7 +16,8 @@ _STAGES = tuple(Stage)
 
 
 class Prompt(msgspec.Struct, frozen=True):
-    """One prompt as sent to the engine: its number of tokens, of images, and of image tokens."""
+    """One prompt as sent to the engine: its tokens, its images, and the tokens of its images and
+    videos."""
 
     tokens: int
     images: int

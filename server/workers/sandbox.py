@@ -146,8 +146,11 @@ class Sandbox:
         """Accept no more jobs."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def run(self, prepare: str, job: bytes, data: bytes) -> Output:
-        """Run `job` on `data`, prepared by the "module:function" `prepare`; see `Prepare`.
+    async def run(
+        self, prepare: str, job: bytes, data: bytes, began: Callable[[], None] = lambda: None
+    ) -> Output:
+        """Run `job` on `data`, prepared by the "module:function" `prepare`; see `Prepare`. `began`
+        is called when a process is started.
 
         If the caller is cancelled, the process is killed.
 
@@ -162,6 +165,7 @@ class Sandbox:
             await self._slots.acquire()
         finally:
             self._waiting -= 1
+        began()
         call = _Call(prepare, job, self.limits.timeout_s, self.limits.max_memory_bytes)
         try:
             ours, theirs = socket.socketpair()

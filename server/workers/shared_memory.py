@@ -68,7 +68,7 @@ class ArrayWriter:
         self.nbytes = offset + array.nbytes
         return offset
 
-    def write(self, buffer: mmap.mmap) -> None:
+    def write(self, buffer: "mmap.mmap | npt.NDArray[np.uint8]") -> None:
         """Copy the arrays to their offsets in `buffer`."""
         offset = 0
         for array in self._arrays:

@@ -250,7 +250,7 @@ class Worker:
             else:
                 outputs = _pixels(decoded, job)
         writer = ArrayWriter()
-        features = {name: _describe(value, writer) for name, value in outputs.items()}
+        features = {name: describe(value, writer) for name, value in outputs.items()}
         with self._segments.taken(writer.nbytes) as (number, segment, is_new):
             writer.write(segment.map)
             reply = protocol.Done(
@@ -305,11 +305,12 @@ def _pixels(decoded: Decoded, job: PixelsJob) -> dict[str, Feature]:
     return {"pixels": Array(pixels.dtype.name, pixels)}
 
 
-def _describe(value: Feature, writer: ArrayWriter) -> protocol.FeatureSpec:
+def describe(value: Feature, writer: ArrayWriter) -> protocol.FeatureSpec:
+    """How a feature lies in the buffer of `writer`, to which its arrays are added."""
     if isinstance(value, Array):
         return protocol.ArraySpec(value.dtype, value.data.shape, writer.add(value.data))
     if isinstance(value, list | tuple):
-        return protocol.ListSpec([_describe(item, writer) for item in value])
+        return protocol.ListSpec([describe(item, writer) for item in value])
     if isinstance(value, int | float | str | None):
         return protocol.ValueSpec(value)
     raise TypeError(f"the image processor returned an unsupported type: {type(value).__name__}")

@@ -8,6 +8,7 @@ import pytest
 
 from server.errors import ClientError, InvalidFile, InvalidImageUrl
 from server.imaging.encoded import ImageOptions
+from server.imaging.sampling import SamplingOptions
 from server.request.media import Inline, MediaRef, Remote, SentBefore, Uploaded
 from tests.media import CHAT, EMBEDDINGS, chat, read
 
@@ -305,3 +306,36 @@ def test_the_error_for_an_empty_url_with_a_uuid_is_about_the_url() -> None:
     refusal = refused({"type": "image_url", "image_url": {"url": " "}, "uuid": "U"})
     assert isinstance(refusal, InvalidImageUrl)
     assert "empty" in refusal.message
+
+
+VIDEO = {"type": "video_url", "video_url": {"url": URL}}
+
+
+def test_options_of_a_video_are_read_beside_the_url_and_from_the_part() -> None:
+    beside = {"url": URL, "fps": 0.5, "start": 1, "max_tokens": 99}
+    found = only({"type": "video_url", "video_url": beside, "start": 9, "end": 2.5})
+    assert found.sampling == SamplingOptions(fps=0.5, start_s=1, end_s=2.5, max_tokens=99)
+    assert only({**VIDEO, "num_frames": 7}).sampling == SamplingOptions(num_frames=7)
+    assert only({**VIDEO, "max_frames": 7}).sampling == SamplingOptions(max_frames=7)
+    assert only(VIDEO).sampling == SamplingOptions()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"fps": 0}, {"fps": -1}, {"fps": True}, {"fps": "2"}, {"fps": 1001}, {"num_frames": 0},
+        {"num_frames": 2.0}, {"max_frames": -1}, {"max_frames": 1 << 17}, {"start": -1},
+        {"end": 0}, {"end": "1"}, {"max_tokens": 0},
+        {"start": 2, "end": 2}, {"fps": 2, "num_frames": 4}, {"num_frames": 4, "max_frames": 4},
+    ],
+)  # fmt: skip
+def test_the_error_for_an_invalid_option_of_a_video_names_it(options: dict[str, Any]) -> None:
+    refusal = refused({**VIDEO, **options})
+    assert refusal.param == f"messages[0].content[0].{list(options)[-1]}"
+
+
+def test_options_of_a_video_do_not_reach_the_chat_template() -> None:
+    found = read(chat({**VIDEO, "fps": 2, "start": 1, "note": "x"}))
+    found.context.bind("handle", found.context.media[0])
+    (part,) = json.loads(found.rewritten())["messages"][0]["content"]
+    assert part.keys() == {"type", "video_url", "note"}

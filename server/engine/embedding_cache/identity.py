@@ -52,6 +52,8 @@ def namespace(config: VllmConfig) -> str:
         "attention": _multimodal(model, "mm_encoder_attn_dtype"),
         "parallel": config.parallel_config.tensor_parallel_size,
     }
+    if rate := _multimodal(model, "video_pruning_rate"):
+        how["pruning"] = (rate, str(_multimodal(model, "video_pruning_method")))
     hasher.update(json.dumps(how, sort_keys=True, default=str).encode())
     if config.load_config.load_format == "dummy":
         hasher.update(f"dummy weights of seed {model.seed}".encode())

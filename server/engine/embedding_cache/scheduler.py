@@ -21,6 +21,8 @@ from server.engine.embedding_cache.tier import Counts, Spec
 from server.engine.embedding_cache.worker import DTYPE_NAMES, Orders, Report
 
 ENCODED = "saccade_encoded"
+# The modalities whose items are reported, in this order.
+_SHOWN = ("image", "video")
 
 
 @dataclass
@@ -157,7 +159,7 @@ class Scheduler:
     # ------------------------------------------------------------------ requests and counts
 
     def finished(self, request: Request) -> dict[str, Any] | None:
-        """For each image of `request`, whether the encoder ran for it."""
+        """For each image of `request`, and then for each video, whether the encoder ran for it."""
         progress = self._requests.pop(request.request_id, None)
         if progress is None or not request.mm_features:
             return None
@@ -167,8 +169,9 @@ class Scheduler:
             from_kv = place.offset + place.length <= progress.from_kv
             if computed and not from_kv and index not in progress.allocated:
                 self._gpu_counts.add("hits")
-        images = [i for i, item in enumerate(request.mm_features) if item.modality == "image"]
-        return {ENCODED: [index in progress.encoded for index in images]}
+        numbered = list(enumerate(request.mm_features))
+        media = [i for kind in _SHOWN for i, item in numbered if item.modality == kind]
+        return {ENCODED: [index in progress.encoded for index in media]}
 
     def forget_gpu(self) -> None:
         """vLLM has reset its encoder cache."""

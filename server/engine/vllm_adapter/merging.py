@@ -1,4 +1,4 @@
-"""Puts images that were processed one by one into their prompt.
+"""Puts images and videos that were processed one by one into their prompt.
 
 Most families replace one run of tokens for each image, always the same one. This is done here in a
 few steps. vLLM's planner, which does the rest, also knows alternatives, insertions, several
@@ -6,7 +6,7 @@ modalities and targets that are text.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +18,9 @@ from vllm.multimodal.processing.processor import MultiModalProcessingResult, Upd
 from server.engine.vllm_adapter.processors import Processor, Updates
 
 Items = Sequence[tuple[MultiModalKwargsItem | None, Updates]]
-"""Each image's features, if they are to be sent, and what it puts into the prompt."""
+"""The features of each item, if they are to be sent, and what it puts into the prompt."""
+Media = Mapping[str, Items]
+"""Items by their modality: "image", "video"."""
 
 # What vLLM's planner calls. A family that overrides one of these keeps the planner.
 _PLANNED = (
@@ -33,16 +35,17 @@ _PLANNED = (
 
 
 def merged(
-    processor: Processor, prompt: list[int], keys: list[str], items: Items
+    processor: Processor, prompt: list[int], keys: Mapping[str, list[str]], media: Media
 ) -> MultiModalInput:
-    """What the engine gets of a prompt. `keys` and `items` are those of its images, in order."""
+    """What the engine gets of a prompt. `keys` and `media` are those of its images and videos, in
+    order."""
     tokens = processor._postprocess_prompt(prompt)
-    placed = replaced(tokens, items) if _is_plain(type(processor)) else None
-    tokens, placeholders = planned(processor, tokens, keys, items) if placed is None else placed
+    placed = replaced(tokens, media) if _is_plain(type(processor)) else None
+    tokens, placeholders = planned(processor, tokens, keys, media) if placed is None else placed
     return mm_input(
         prompt_token_ids=tokens,
-        mm_kwargs=MultiModalKwargsItems({"image": [each for each, _ in items]}),
-        mm_hashes={"image": keys},
+        mm_kwargs=_kwargs(media),
+        mm_hashes=dict(keys),
         mm_placeholders=placeholders,
     )
 
@@ -52,11 +55,19 @@ def _is_plain(kind: type) -> bool:
     return all(getattr(kind, name) is getattr(BaseMultiModalProcessor, name) for name in _PLANNED)
 
 
+def _kwargs(media: Media) -> MultiModalKwargsItems:
+    kwargs: Any = {modality: [each for each, _ in items] for modality, items in media.items()}
+    return MultiModalKwargsItems(kwargs)
+
+
 def replaced(
-    prompt: list[int], items: Items
+    prompt: list[int], media: Media
 ) -> tuple[list[int], dict[str, list[PlaceholderRange]]] | None:
     """The tokens with images, and where these are; None unless each image replaces the same tokens,
-    and the prompt has them for each."""
+    and the prompt has them for each. The same for videos, but not for both."""
+    if len(media) != 1:
+        return None
+    ((modality, items),) = media.items()
     target = items[0][1][0].target if items and items[0][1] else None
     if not isinstance(target, list):
         return None
@@ -76,7 +87,7 @@ def replaced(
         tokens += content.full
         end = start + len(target)
     tokens += prompt[end:]
-    return tokens, {"image": ranges}
+    return tokens, {modality: ranges}
 
 
 def _matches(prompt: list[int], target: list[int]) -> Iterator[int]:
@@ -95,20 +106,24 @@ def _matches(prompt: list[int], target: list[int]) -> Iterator[int]:
 
 
 def planned(
-    processor: Processor, prompt: list[int], keys: list[str], items: Items
+    processor: Processor, prompt: list[int], keys: Mapping[str, list[str]], media: Media
 ) -> tuple[list[int], dict[str, list[PlaceholderRange]]]:
     """The same, by vLLM's planner."""
-    updates = [
-        [processor._recompute_cached_prompt_update(update, index) for update in item_updates]
-        for index, (_, item_updates) in enumerate(items)
-    ]
+    updates = {
+        modality: [
+            [processor._recompute_cached_prompt_update(update, index) for update in item_updates]
+            for index, (_, item_updates) in enumerate(items)
+        ]
+        for modality, items in media.items()
+    }
     result = MultiModalProcessingResult(
         prompt_ids=prompt,
-        kwargs=MultiModalKwargsItems({"image": [each for each, _ in items]}),
-        hashes={"image": keys},
-        prompt_updates={"image": updates},
+        kwargs=_kwargs(media),
+        hashes=dict(keys),
+        prompt_updates=updates,
     )
-    counts: Any = SimpleNamespace(get_all_counts=lambda: {"image": len(items)})
+    count = {modality: len(items) for modality, items in media.items()}
+    counts: Any = SimpleNamespace(get_all_counts=lambda: count)
     tokens, placeholders = processor._maybe_apply_prompt_updates(counts, result)
     return tokens, {
         modality: [found.to_range() for found in ranges]

@@ -151,9 +151,10 @@ def _answer_id(record: Record, name: str) -> str:
 
 
 def _prompt(request: EngineCoreRequest) -> Prompt:
-    images = [each for each in request.mm_features or () if each.modality == "image"]
-    tokens = sum(image.mm_position.get_num_embeds() for image in images)
-    return Prompt(len(request.prompt_token_ids or ()), len(images), tokens)
+    media = [each for each in request.mm_features or () if each.modality in ("image", "video")]
+    tokens = sum(each.mm_position.get_num_embeds() for each in media)
+    images = sum(each.modality == "image" for each in media)
+    return Prompt(len(request.prompt_token_ids or ()), images, tokens)
 
 
 def note(request: RequestContext | None, encoded: Sequence[bool]) -> None:

@@ -14,6 +14,8 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
@@ -70,6 +72,31 @@ def processed(
     return outputs, processor._get_mm_fields_config(outputs, options)
 
 
+def video_processed(
+    processor: Processor, frames: Any, metadata: Mapping[str, Any], options: Options
+) -> tuple[BatchFeature, Mapping[str, Any]]:
+    """What the Hugging Face processor makes of one video, uint8 (frames, height, width, 3), and how
+    vLLM divides it into fields, by name."""
+    items = processor.info.parse_mm_data({"video": [(frames, dict(metadata))]})
+    outputs = BatchFeature(dict(processor._apply_hf_processor_main(items, options)))
+    return outputs, processor._get_mm_fields_config(outputs, options)
+
+
+def video_item(
+    processor: Processor,
+    outputs: Mapping[str, Any],
+    frames: Any,
+    metadata: Mapping[str, Any],
+    options: Options,
+) -> tuple[MultiModalKwargsItem, Updates]:
+    """The features of one video as vLLM's item, and what they put into the prompt. `frames` may be
+    `blank_frames`."""
+    items = divided(outputs, fields_of(processor, outputs, options))
+    sized = processor.info.parse_mm_data({"video": [(frames, dict(metadata))]}, validate=False)
+    updates: Updates = processor._get_mm_prompt_updates(sized, options, items)["video"][0]
+    return items["video"][0], updates
+
+
 def configuration_files(config: ModelConfig) -> list[str]:
     """The files of the model, besides its weights, from which vLLM loads the processor."""
     folder = Path(get_non_weight_snapshot_path(config.model, revision=config.revision))
@@ -110,12 +137,24 @@ def updates_of(
     return updates
 
 
+def qwen_video_pixels(info: Any, options: Options) -> dict[str, int]:
+    """The fewest and the most pixels of a video: of each frame, or of all together."""
+    merged = info._merge_and_resolve_mm_processor_kwargs(options).get("videos_kwargs", {})
+    default = dict(info.get_hf_processor().video_processor.size)
+    return dict(info._get_vision_size(merged, default_size=default))
+
+
 def qwen_pixels(info: Any, options: Options) -> dict[str, int]:
     """The fewest ("shortest_edge") and the most ("longest_edge") pixels of a picture, for the
     Qwen-VL families."""
     merged = info._merge_and_resolve_mm_processor_kwargs(options).get("images_kwargs", {})
     default = dict(info.get_image_processor().size)
     return dict(info._get_vision_size(merged, default_size=default))
+
+
+def llava_frame_tokens(info: Any) -> int:
+    """The tokens of a frame of a video, for LLaVA-OneVision."""
+    return int(info._get_num_frame_tokens(image_width=1, image_height=1))
 
 
 # ---------------------------------------------------------------------- a prompt
@@ -175,6 +214,11 @@ def blank(size: Size) -> Image.Image:
     image._size = size
     image._mode = "RGB"
     return image
+
+
+def blank_frames(frames: int, size: Size) -> npt.NDArray[np.uint8]:
+    """Black frames that take no memory: uint8 (frames, height, width, 3)."""
+    return np.broadcast_to(np.uint8(0), (frames, size[1], size[0], 3))
 
 
 # ---------------------------------------------------------------------- of a renderer

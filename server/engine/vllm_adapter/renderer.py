@@ -6,6 +6,8 @@ What vLLM does in one thread for a whole prompt is done here image by image:
                                        ->  else pool.process(bytes)  ->  features
     prompt + features -> placeholders expanded -> engine input
 
+Videos take the same way, with a child process for each instead of the pool.
+
 Models whose processor looks at the prompt as a whole (`processors.is_image_by_image`) get decoded
 pictures from the pool, and keep vLLM's own preprocessing.
 """
@@ -28,6 +30,7 @@ from vllm.multimodal.inputs import MultiModalKwargsItem
 
 from server.concurrency import all_or_none
 from server.engine.token_allocator import TokenAllocator
+from server.engine.video_allocator import VideoAllocator
 from server.engine.vllm_adapter import processors
 from server.engine.vllm_adapter.conversation import ConversationRenderer
 from server.engine.vllm_adapter.items import ItemMaker
@@ -39,9 +42,12 @@ from server.engine.vllm_adapter.processors import (
     Updates,
     translated_errors,
 )
+from server.engine.vllm_adapter.video_jobs import VideoJob, video_item, video_job
 from server.errors import ClientError, ImageTokenCap, SaccadeError, UnknownImage
 from server.imaging.encoded import EncodedImage
 from server.imaging.tokens import TokenAllocation
+from server.imaging.video.encoded import EncodedVideo
+from server.ingest.video_features import VideoExtractor
 from server.request import context as requests
 from server.request.budgets import Item
 from server.request.context import RequestContext, ShownImage
@@ -89,6 +95,8 @@ class PooledRenderer(ConversationRenderer):
         self.allocator: Any = None
         self._fingerprint = b""
         self.announce: Announce | None = None
+        self._videos: VideoExtractor | None = None
+        self.video_allocator: Any = None
         self._vllm_process_multimodal = self._process_multimodal_async
         self._process_multimodal_async = self._process_media
 
@@ -120,6 +128,29 @@ class PooledRenderer(ConversationRenderer):
             model.get_multimodal_config().mm_processor_kwargs,
         )
         self._fingerprint = json.dumps(parts, sort_keys=True, default=str).encode()
+
+    def attach_videos(self, videos: VideoExtractor, allocator: VideoAllocator) -> None:
+        """Take encoded videos too, of which `videos` makes features. Call `attach` before."""
+        self._videos = videos
+        self.video_allocator = allocator
+
+    def detach_videos(self) -> None:
+        """Leave videos to vLLM's own processor."""
+        self._videos = None
+
+    def both_ways_of_video(
+        self, prompt: list[int], frames: Any, metadata: Mapping[str, Any]
+    ) -> tuple[MultiModalInput, MultiModalInput]:
+        """As `both_ways`, of a prompt with one video, uint8 (frames, height, width, 3). It is
+        processed here and not in a child process."""
+        processor = self.get_mm_processor()
+        outputs, _ = processors.video_processed(processor, frames, metadata, {})
+        height, width = frames.shape[1:3]
+        blank = processors.blank_frames(len(frames), (width, height))
+        item = processors.video_item(processor, outputs, blank, metadata, {})
+        ours = merged(processor, prompt, {"video": ["test"]}, {"video": [item]})
+        decoded = [(frames, dict(metadata))]
+        return ours, self._process_multimodal(prompt, {"video": decoded}, None, None)
 
     async def both_ways(
         self, prompt: list[int], image: EncodedImage, picture: Image.Image
@@ -155,13 +186,12 @@ class PooledRenderer(ConversationRenderer):
         *,
         skip_mm_cache: bool = False,
     ) -> MultiModalInput:
+        if _are(mm_data.get("video"), EncodedVideo) and self._videos is not None:
+            return await self._process_videos(
+                prompt, mm_data, mm_processor_kwargs, media_io_kwargs, skip_mm_cache=skip_mm_cache
+            )
         images = mm_data.get("image")  # a list, or a tensor of embeddings
-        if (
-            not isinstance(images, list)
-            or not images
-            or self._pool is None
-            or not all(isinstance(image, EncodedImage) for image in images)
-        ):
+        if self._pool is None or not _are(images, EncodedImage):
             return await self._vllm_process_multimodal(
                 prompt, mm_data, mm_uuids, mm_processor_kwargs, media_io_kwargs,
                 skip_mm_cache=skip_mm_cache,
@@ -208,9 +238,89 @@ class PooledRenderer(ConversationRenderer):
         process = self._process_here if skip_mm_cache else self._process_image
         items = await all_or_none(map(process, jobs))
         keys = [job.key for job in jobs]
-        rendered = merged(self.get_mm_processor(), prompt, keys, items)
+        rendered = merged(self.get_mm_processor(), prompt, {"image": keys}, {"image": items})
         self.update_mm_cache_stats()
         return rendered, [not item and not skip_mm_cache for item, _ in items]
+
+    async def _process_videos(
+        self,
+        prompt: list[int],
+        mm_data: Any,
+        mm_processor_kwargs: Mapping[str, object] | None,
+        media_io_kwargs: Mapping[str, Mapping[str, object]] | None,
+        *,
+        skip_mm_cache: bool,
+    ) -> MultiModalInput:
+        """The same of a prompt with videos, and perhaps images beside them."""
+        context = requests.current()
+        images, videos = mm_data.get("image") or [], mm_data["video"]
+        kwargs = dict(mm_processor_kwargs or {})
+        encode_kwargs(kwargs)
+        io = DecodeIO.of((media_io_kwargs or {}).get("image") or {})
+        assert self._videos is not None
+        sized = [(image.size, image.options) for image in images]
+        paths = [each.path for each in (*images, *videos)]
+        given = await self.video_allocator.allocate(
+            sized, videos, paths, context.max_image_tokens, kwargs
+        )
+        tokens = sum(each.tokens for each in (*given[0], *given[1]) if each is not None)
+        await context.holdings.take(Item.IMAGE_TOKENS, tokens)
+        most = self._videos.max_pixels
+        jobs: list[ImageJob | VideoJob] = [
+            self._job(context, *pair, kwargs, io) for pair in zip(images, given[0], strict=True)
+        ]
+        jobs += [
+            video_job(context, *pair, kwargs, self._fingerprint, most)
+            for pair in zip(videos, given[1], strict=True)
+        ]
+        if self.announce is not None and not skip_mm_cache:
+            self.announce([(job.key, job.allocation.tokens) for job in jobs if job.allocation])
+        process = self._process_here if skip_mm_cache else self._process_image
+        items = await all_or_none(map(process, jobs))
+        split = len(images)
+        keys = [job.key for job in jobs]
+        media = {"image": items[:split], "video": items[split:]}
+        by_kind = {"image": keys[:split], "video": keys[split:]}
+        if not images:
+            del media["image"], by_kind["image"]
+        rendered = merged(self.get_mm_processor(), prompt, by_kind, media)
+        self.update_mm_cache_stats()
+        cached = [not item and not skip_mm_cache for item, _ in items]
+        self._show(context, jobs, rendered, cached, kwargs)
+        return rendered
+
+    def _show(
+        self,
+        context: RequestContext,
+        jobs: Sequence[ImageJob | VideoJob],
+        rendered: Any,
+        cached: Sequence[bool],
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        """Note what the prompt holds of each image and video."""
+        images = [job for job in jobs if isinstance(job, ImageJob)]
+        videos = [job for job in jobs if isinstance(job, VideoJob)]
+        if images:
+            pictures = [job.image for job in images]
+            capped = self.allocator.limited(pictures, context.max_image_tokens)
+            places = _placeholders(rendered)
+            context.shown = self._shown(images, places, cached[: len(images)], capped=capped)
+            self._measure(images, context, kwargs)
+        capped = self.video_allocator.limited(
+            [job.video for job in videos], context.max_image_tokens
+        )
+        context.shown_videos = []
+        for job, place, was_cached in zip(
+            videos, _placeholders(rendered, "video"), cached[len(images) :], strict=True
+        ):
+            tokens = place.get_num_embeds()
+            if job.allocation is not None and tokens != job.allocation.tokens:
+                log.error("a video has %d tokens instead of %d", tokens, job.allocation.tokens)
+                if capped and tokens > job.allocation.tokens:
+                    raise ImageTokenCap("the model takes more tokens", param=job.video.path)
+            context.shown_videos.append(job.shown(tokens, cached=was_cached))
+            metrics.video_tokens.observe(tokens)
+            metrics.video_frames.observe(len(job.chosen.indices))
 
     def _job(
         self,
@@ -241,10 +351,12 @@ class PooledRenderer(ConversationRenderer):
         key = prefixed(hasher.hexdigest(), context.group)
         return ImageJob(context, image, allocation, key, work, kwargs)
 
-    async def _process_image(self, job: ImageJob) -> tuple[MultiModalKwargsItem, Updates]:
+    async def _process_image(
+        self, job: "ImageJob | VideoJob"
+    ) -> tuple[MultiModalKwargsItem, Updates]:
         cache = self.processor_cache
         item = PooledItem()
-        if job.image.data:
+        if isinstance(job, VideoJob) or job.image.data:
             item.refill = functools.partial(self._features_of, job)
         if cache is not None and (known := cache.updates(job.key)) is not None:
             _HITS.inc()
@@ -256,7 +368,9 @@ class PooledRenderer(ConversationRenderer):
             cache.remember(job.key, updates)
         return item, updates
 
-    async def _process_here(self, job: ImageJob) -> tuple[MultiModalKwargsItem, Updates]:
+    async def _process_here(
+        self, job: "ImageJob | VideoJob"
+    ) -> tuple[MultiModalKwargsItem, Updates]:
         """For requests that only count tokens: the features stay here."""
         cache = self._mm_processor_only_cache
         if cache is not None and cache.is_cached_item(job.key):
@@ -268,14 +382,29 @@ class PooledRenderer(ConversationRenderer):
             cache.get_and_update_item((kept, updates), job.key)
         return item, updates
 
-    async def _features_of(self, job: ImageJob) -> PooledItem:
+    async def _features_of(self, job: "ImageJob | VideoJob") -> PooledItem:
         item, _ = await self._process(job)
         return item
 
-    async def _process(self, job: ImageJob) -> tuple[PooledItem, Updates]:
+    async def _process(self, job: "ImageJob | VideoJob") -> tuple[PooledItem, Updates]:
+        if isinstance(job, VideoJob):
+            return video_item(self.get_mm_processor(), await self._features_of_video(job), job)
         features = await self._in_pool(job.key, job, job.work)
         assert self._items is not None
         return self._items.item(features, job.kwargs, job.work.kwargs)
+
+    async def _features_of_video(self, job: VideoJob) -> Features:
+        assert self._videos is not None
+        holdings, expected = job.context.holdings, job.most_bytes
+        await holdings.take(Item.FEATURES, expected)
+        try:
+            features = await self._videos.process(
+                job.key, job.video.data, job.work, job.context.record
+            )
+        except SaccadeError as error:  # all who wait for this video get the same one
+            raise type(error)(error.message, param=job.video.path) from None
+        holdings.note(Item.FEATURES, len(features.buffer) - expected)
+        return features
 
     async def _in_pool(self, key: str, job: ImageJob, work: PixelsJob | ProcessJob) -> Features:
         assert self._pool is not None
@@ -376,9 +505,14 @@ def _dropped(context: RequestContext) -> ClientError:
     )
 
 
-def _placeholders(rendered: Any) -> Sequence[Any]:
+def _are(items: Any, kind: type) -> bool:
+    """Whether `items` is a list of `kind`, and not empty."""
+    return isinstance(items, list) and bool(items) and all(isinstance(it, kind) for it in items)
+
+
+def _placeholders(rendered: Any, modality: str = "image") -> Sequence[Any]:
     """Where the images are in a prompt; nowhere, if they went into an encoder of its own."""
-    ranges: Sequence[Any] = rendered.get("mm_placeholders", {}).get("image", ())
+    ranges: Sequence[Any] = rendered.get("mm_placeholders", {}).get(modality, ())
     return ranges
 
 

@@ -1,7 +1,9 @@
-"""One budget of tokens for all images of a request."""
+"""One budget of tokens for all images and videos of a request."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from server.errors import ImageTokenCap
 from server.imaging.sizing import Size
@@ -10,7 +12,7 @@ from server.imaging.tokens.rule import TokenAllocation, TokenRule
 
 @dataclass(frozen=True)
 class Claim:
-    """One image's claim on the budget.
+    """The claim of one image, or of one video, on the budget.
 
     It takes `tokens` without a cap and `least` at the lowest possible cap. With fewer than
     min(`low`, `tokens`) it is of little use. `spend(cap)` gives the tokens it takes under a cap,
@@ -77,6 +79,37 @@ def _spent(claims: Sequence[Claim], caps: Sequence[int]) -> int:
     return sum(claim.spend(cap) for claim, cap in zip(claims, caps, strict=True))
 
 
+class Asking(NamedTuple):
+    """One image or video that shares the budget.
+
+    `allocate(cap)` gives its allocation, which has `tokens`, under a cap; `fewest()` is the lowest
+    cap that it can meet; `cap` is its own. `area` and `low` are as in `Claim`.
+    """
+
+    area: int
+    low: int
+    fewest: Callable[[], int]
+    allocate: Callable[[int | None], Any]
+    cap: int | None
+
+
+def allocate_all(asking: Sequence[Asking], budget: int | None) -> list[Any]:
+    """Allocate tokens to images and videos: each gets at most its cap, and all of them together at
+    most `budget`.
+
+    Raises:
+        ImageTokenCap: see `share`; and what `allocate` raises.
+    """
+    allocations = [each.allocate(each.cap) for each in asking]
+    if budget is None or sum(allocation.tokens for allocation in allocations) <= budget:
+        return allocations
+    claims = [
+        _claim(each, allocation.tokens)
+        for each, allocation in zip(asking, allocations, strict=True)
+    ]
+    return [each.allocate(cap) for each, cap in zip(asking, share(budget, claims), strict=True)]
+
+
 def allocate_together(
     rule: TokenRule, sizes: Sequence[Size], budget: int | None, caps: Sequence[int | None]
 ) -> list[TokenAllocation]:
@@ -86,24 +119,29 @@ def allocate_together(
     Raises:
         ImageTokenCap, ImageAspectRatio: see `TokenRule.allocate` and `share`.
     """
-    allocations = [rule.allocate(*size, cap) for size, cap in zip(sizes, caps, strict=True)]
-    if budget is None or sum(allocation.tokens for allocation in allocations) <= budget:
-        return allocations
-    claims = [
-        _claim(rule, size, allocation) for size, allocation in zip(sizes, allocations, strict=True)
-    ]
-    return [
-        rule.allocate(*size, cap) for size, cap in zip(sizes, share(budget, claims), strict=True)
-    ]
+    return allocate_all(
+        [asking(rule, size, cap) for size, cap in zip(sizes, caps, strict=True)], budget
+    )
 
 
-def _claim(rule: TokenRule, size: Size, allocation: TokenAllocation) -> Claim:
+def asking(rule: TokenRule, size: Size, cap: int | None) -> Asking:
+    """One image, given as upright (width, height)."""
     width, height = size
+    return Asking(
+        area=width * height,
+        low=rule.low,
+        fewest=functools.partial(rule.fewest, width, height),
+        allocate=functools.partial(rule.allocate, width, height),
+        cap=cap,
+    )
 
+
+def _claim(asking: Asking, tokens: int) -> Claim:
     def spend(cap: int) -> int:
-        return rule.allocate(width, height, cap).tokens
+        spent: int = asking.allocate(cap).tokens
+        return spent
 
-    return Claim(width * height, allocation.tokens, rule.fewest(width, height), rule.low, spend)
+    return Claim(asking.area, tokens, asking.fewest(), asking.low, spend)
 
 
 def kv_bytes_per_token(layers: int, kv_heads: int, head_dim: int, dtype_bytes: int) -> int:

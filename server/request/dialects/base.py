@@ -295,13 +295,7 @@ def reference(
     Raises:
         ClientError: a wrong option, or a wrong uuid.
     """
-    given: dict[str, Any] = {}
-    paths: dict[str, str] = {}
-    for holder in (*holders, part.node):
-        if isinstance(holder, dict):
-            for key in OPTIONS:
-                if holder.get(key) is not None and key not in given:
-                    given[key], paths[key] = holder[key], f"{_path_of(holder, part)}.{key}"
+    given, paths = given_options(OPTIONS, part, *holders)
     options = image_options(given, paths)
     key = "pages" if kind == "file" else "frames"
     frames = pages_of(given, paths) if kind == "file" else frames_of(given, paths)
@@ -311,6 +305,20 @@ def reference(
             f"a part with a uuid is one image: it cannot have {key}", param=paths[key]
         )
     return MediaRef(kind, path, source, options, frames, uuid, part.role)
+
+
+def given_options(
+    names: Sequence[str], part: Part, *holders: object
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Those of the options `names` that stand in `holders` or in the part, and their paths."""
+    given: dict[str, Any] = {}
+    paths: dict[str, str] = {}
+    for holder in (*holders, part.node):
+        if isinstance(holder, dict):
+            for key in names:
+                if holder.get(key) is not None and key not in given:
+                    given[key], paths[key] = holder[key], f"{_path_of(holder, part)}.{key}"
+    return given, paths
 
 
 def _path_of(holder: dict[str, Any], part: Part) -> str:

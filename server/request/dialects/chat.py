@@ -5,10 +5,12 @@
 | `image_url`, `input_image` | `image_url`: a URL or `{url, detail, ...}`; or a `file_id` |
 | `image_file` | `image_file`: `{file_id, detail, ...}` |
 | `file`, `input_file` | `file`: `{file_data or file_id, pages, ...}` |
-| `video_url`, `audio_url` | the URL, or `{url}` |
+| `video_url` | the URL, or `{url, fps, ...}` |
+| `audio_url` | the URL, or `{url}` |
 | `input_audio` | `input_audio`: `{data, format}` |
 
-`detail`, `max_tokens` and `frames` (of a file: `pages`) may stand beside the URL or in the part,
+`detail`, `max_tokens` and `frames` (of a file: `pages`; of a video: `fps`, `num_frames`,
+`max_frames`, `start`, `end` and `max_tokens`) may stand beside the URL or in the part,
 and so may the client's own name of an image, `uuid`, under which it can be sent without data again.
 """
 
@@ -24,6 +26,7 @@ from server.request.dialects.base import (
     Write,
     data_source,
     file_source,
+    given_options,
     read_bare_url,
     reference,
     sent_before,
@@ -32,7 +35,7 @@ from server.request.dialects.base import (
     uuid_of,
 )
 from server.request.media import Kind, MediaRef, SentBefore
-from server.request.options import OPTIONS
+from server.request.options import OPTIONS, VIDEO_OPTIONS, sampling_options
 
 _TEXTS = frozenset({"text", "input_text", "output_text", "refusal", "thinking", "tool_reference"})
 _EMBEDDINGS = frozenset({"image_embeds", "audio_embeds", "video_embeds", "prompt_embeds"})
@@ -56,7 +59,8 @@ def type_of(node: dict[str, Any]) -> object:
 
 def _writer(part: Part, kind: str) -> Write:
     """Writes a part of the type `{kind}_url` with the other keys of `part`."""
-    others = {key: value for key, value in part.node.items() if key not in _READ_KEYS}
+    read = _READ_KEYS.union(VIDEO_OPTIONS) if kind == "video" else _READ_KEYS
+    others = {key: value for key, value in part.node.items() if key not in read}
     key = f"{kind}_url"
     return lambda handle: {**others, "type": key, key: {"url": handle}}
 
@@ -111,7 +115,9 @@ def _read_clip(kind: Kind) -> Read:
         url = holder.get("url") if isinstance(holder, dict) else holder
         if url is None and uuid_of(part) is not None:
             return _clip_sent_before(kind, part)
-        ref = MediaRef(kind, path, source_of(url, part, path), uuid=uuid_of(part))
+        ref = MediaRef(kind, path, source_of(url, part, path), uuid=uuid_of(part), role=part.role)
+        if kind == "video":
+            ref.sampling = sampling_options(*given_options(VIDEO_OPTIONS, part, holder))
         return ref, _clip_writer(part, kind)
 
     return read

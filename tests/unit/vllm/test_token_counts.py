@@ -36,7 +36,7 @@ from server.imaging.sizing import Size
 from server.imaging.tokens import Count, TokenAllocation, TokenRule
 from server.workers.protocol import Features
 from server.workers.shared_memory import ArrayWriter, Segment
-from server.workers.worker import _describe
+from server.workers.worker import describe
 from tests import families
 
 Options = Mapping[str, Any]
@@ -236,15 +236,17 @@ def test_images_take_the_same_places_as_with_vllms_planner(model: str, checkpoin
         target = updates[0].target
         prompt += [*(target if isinstance(target, list) else []), 900002, 900003]
     for count in (1, 2, 3):
-        placed = replaced(prompt, items[:count])
+        media = {"image": items[:count]}
+        placed = replaced(prompt, media)
         if placed is not None and _is_plain(type(real)):
-            tokens, places = planned(real, prompt, ["a", "b", "c"][:count], items[:count])
+            tokens, places = planned(real, prompt, {"image": ["a", "b", "c"][:count]}, media)
             assert placed[0] == tokens
             assert list(map(described, placed[1]["image"])) == list(map(described, places["image"]))
-    assert replaced(prompt[:1], items) is None
+    media = {"image": items}
+    assert replaced(prompt[:1], media) is None
     if model.startswith("qwen"):
-        assert replaced(prompt, items) is not None
-        assert replaced(prompt[:-4], items) is None  # fewer places than images
+        assert replaced(prompt, media) is not None
+        assert replaced(prompt[:-4], media) is None  # fewer places than images
 
 
 def described(place: PlaceholderRange) -> Any:
@@ -266,7 +268,7 @@ def inserted(update: Any) -> Any:
 def shared(outputs: Mapping[str, Any], size: Size) -> Features:
     """What the Hugging Face processor returned, as the server gets it from a worker."""
     writer = ArrayWriter()
-    specs = {name: _describe(_export(value), writer) for name, value in outputs.items()}
+    specs = {name: describe(_export(value), writer) for name, value in outputs.items()}
     segment = Segment.create(max(1, writer.nbytes))
     writer.write(segment.map)
     buffer = (ctypes.c_char * segment.capacity).from_buffer(segment.map)

@@ -1,0 +1,157 @@
+"""Features of videos, from the file to vLLM's item, against vLLM's loader and processor."""
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from vllm.multimodal.media import ImageMediaIO, VideoMediaIO
+from vllm.multimodal.video import get_video_loader_backend_for_processor
+from vllm.transformers_utils.processor import get_video_processor_cls_name
+
+from server.engine import video_extractor
+from server.engine.extractor import ImageExtractor
+from server.engine.launch import same_data
+from server.engine.video_sampling import choose
+from server.engine.video_token_rules import video_rule
+from server.engine.vllm_adapter import processors, video_loaders
+from server.engine.vllm_adapter.video_jobs import VideoJob, video_item, video_job
+from server.errors import InvalidVideo, MediaProcessingFailed
+from server.imaging.encoded import digest
+from server.imaging.sampling import SamplingOptions
+from server.imaging.video import header
+from server.imaging.video.encoded import EncodedVideo
+from server.ingest import video_features
+from server.request.context import RequestContext
+from server.telemetry.record import Record
+from server.workers.protocol import ArraySpec
+from server.workers.sandbox import Output
+from tests import encoded_videos, families
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl")
+FILE = encoded_videos.video("h264", "mp4", 60, (320, 200))
+
+video_loaders.install()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@functools.cache
+def model(family: str, folder: Path) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    args = AsyncEngineArgs(
+        model=str(families.build(family, folder)), dtype="float32", max_model_len=4096
+    )
+    return args.create_model_config()
+
+
+@functools.cache
+def extractor(family: str, folder: Path) -> ImageExtractor:
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    processor = MULTIMODAL_REGISTRY.create_processor(model(family, folder))
+    return ImageExtractor(processor, fast=True, max_pixels=1 << 24)
+
+
+def processor(family: str, folder: Path) -> Any:
+    return extractor(family, folder)._processor
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+def media_io(family: str, folder: Path) -> VideoMediaIO:
+    name = get_video_processor_cls_name(model(family, folder))
+    loader = get_video_loader_backend_for_processor(name)
+    return VideoMediaIO(ImageMediaIO(), **({"video_backend": loader} if loader else {}))
+
+
+def job(family: str, folder: Path, cap: int | None = None, **asked: Any) -> VideoJob:
+    head = header.read(FILE)
+    options = SamplingOptions(**asked)
+    chosen = choose(head, media_io(family, folder), options)
+    video = EncodedVideo(FILE, digest(FILE), head, chosen, options, "messages[0].content[0]")
+    rule = video_rule(processor(family, folder), {})
+    assert rule is not None
+    allocation = rule.allocate(len(chosen.indices), *head.size, cap)
+    context = RequestContext(Record())
+    return video_job(context, video, allocation, {}, b"model", 1 << 24)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_features_and_placeholders_equal_vllms(family: str, folder: Path) -> None:
+    ours = job(family, folder)
+    output = video_extractor._process(extractor(family, folder), ours.work, FILE)
+    features = video_features._features(output, ours.work.size)
+    item, updates = video_item(processor(family, folder), features, ours)
+
+    frames, metadata = media_io(family, folder).load_bytes(FILE)
+    metadata = {**metadata, "do_sample_frames": False}
+    real = processor(family, folder)
+    outputs, _ = processors.video_processed(real, frames, metadata, {})
+    theirs, their_updates = processors.video_item(real, outputs, frames, metadata, {})
+    assert item.keys() == theirs.keys()
+    for name in theirs:
+        assert same_data(item[name].data, theirs[name].data), name
+    assert updates[0].content.full == their_updates[0].content.full
+    assert updates[0].target == their_updates[0].target
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_video_under_a_cap_has_the_tokens_of_its_plan(family: str, folder: Path) -> None:
+    for cap in (33, 70, 300):
+        ours = job(family, folder, cap, num_frames=9)
+        assert ours.allocation is not None
+        assert ours.allocation.tokens <= cap
+        output = video_extractor._process(extractor(family, folder), ours.work, FILE)
+        features = video_features._features(output, ours.work.size)
+        _, updates = video_item(processor(family, folder), features, ours)
+        content = updates[0].content
+        counted = len(content.full)
+        if content.is_embed is not None:
+            counted = int(content.is_embed(content.full).sum())
+        assert counted == ours.allocation.tokens
+
+
+def test_the_key_depends_on_frames_size_options_and_group(folder: Path) -> None:
+    same = job("qwen3_vl", folder)
+    assert same.key == job("qwen3_vl", folder).key
+    others = [
+        job("qwen3_vl", folder, num_frames=3),
+        job("qwen3_vl", folder, start_s=1.0),
+        job("qwen3_vl", folder, 100),
+    ]
+    assert len({same.key, *(other.key for other in others)}) == 4
+
+
+def test_a_damaged_file_and_a_wrong_size_are_refused(folder: Path) -> None:
+    work = job("qwen3_vl", folder).work
+    with pytest.raises(InvalidVideo, match="size in its header"):
+        video_extractor._process(
+            extractor("qwen3_vl", folder), msgspec.structs.replace(work, size=(64, 48)), FILE
+        )
+    table = FILE.index(b"moov") - 4
+    blank = FILE[:64] + bytes(table - 64) + FILE[table:]
+    with pytest.raises(InvalidVideo):
+        video_extractor._process(extractor("qwen3_vl", folder), work, blank)
+
+
+@pytest.mark.parametrize(("shape", "offset"), [((9,), 0), ((2,), 7), ((-1,), 0), ((4,), -1)])
+def test_arrays_outside_of_the_memory_are_refused(shape: tuple[int, ...], offset: int) -> None:
+    specs: Any = {"pixel_values": ArraySpec("uint8", shape, offset)}
+    answer = video_features.VideoFeaturesAnswer(specs, 0.0, 0.0)
+    data: Any = torch.zeros(8, dtype=torch.uint8).numpy()
+    with pytest.raises(MediaProcessingFailed):
+        video_features._features(Output(msgspec.msgpack.encode(answer), [data]), (8, 8))
