@@ -55,10 +55,15 @@ def ended_early(http: httpx.Client, before: Series) -> bool:
     return left(wait_for(http, over, 60)) >= 1
 
 
-def wait_for(http: httpx.Client, holds: Callable[[Series], bool], timeout_s: float = 20) -> Series:
+def wait_for(
+    http: httpx.Client,
+    holds: Callable[[Series], bool],
+    timeout_s: float = 20,
+    pause_s: float = 0.05,
+) -> Series:
     """Scrape until `holds` is true; raises AssertionError on timeout."""
     deadline = time.monotonic() + timeout_s
     while not holds(series := scrape(http)):
         assert time.monotonic() < deadline, "the metrics did not reach the expected values"
-        time.sleep(0.05)
+        time.sleep(pause_s)
     return series

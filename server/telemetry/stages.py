@@ -89,12 +89,14 @@ class ImageWork:
         given: when a worker got it.
         done: when the worker replied, or the pool gave up.
         preprocess_s: how long the model's processor took at the end, in seconds.
+        decoded: when the worker said that the image is decoded, which it says if that took long.
     """
 
     queued: float
     given: float | None = None
     done: float | None = None
     preprocess_s: float = 0.0
+    decoded: float | None = None
 
     def segments(self, since: float, until: float) -> Iterator[Segment]:
         """Yield its stages between `since` and `until`."""
@@ -112,7 +114,9 @@ class ImageWork:
         """The current stage of the image; None once it is done."""
         if self.done is not None:
             return None
-        return Stage.IMAGE_QUEUE if self.given is None else Stage.DECODE
+        if self.given is None:
+            return Stage.IMAGE_QUEUE
+        return Stage.DECODE if self.decoded is None else Stage.PREPROCESS
 
 
 @dataclass(eq=False)
@@ -164,7 +168,7 @@ class Timeline:
         if any(fetch.end is None for fetch in self._fetches):
             return Stage.FETCH
         found = {work.stage for _, work in self._works}
-        for stage in (Stage.IMAGE_QUEUE, Stage.DECODE):
+        for stage in (Stage.IMAGE_QUEUE, Stage.DECODE, Stage.PREPROCESS):
             if stage in found:
                 return stage
         return next((p for p in reversed(_PHASES) if p in self._phases), Stage.UPLOAD)

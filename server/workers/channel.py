@@ -54,6 +54,7 @@ class WorkerChannel:
         self._on_end = on_end
         # The ids of the jobs that the worker has not answered yet, in their order.
         self._job_ids: deque[int] = deque()
+        self._decoded_id: int | None = None
         self._input: Segment | None = None
         self._results: dict[int, Segment] = {}
         # Finalizers append to it from any thread.
@@ -164,6 +165,11 @@ class WorkerChannel:
             if self._job_ids or self.ready:
                 raise ProtocolError("unexpected Ready")
             self.ready = not self._killed
+            return reply, None
+        if isinstance(reply, protocol.Decoded):
+            if not self._job_ids or reply.id != self._job_ids[0] or reply.id == self._decoded_id:
+                raise ProtocolError(f"unexpected Decoded for job {reply.id}")
+            self._decoded_id = reply.id
             return reply, None
         expected = self._job_ids.popleft() if self._job_ids else None
         if reply.id != expected:

@@ -370,6 +370,7 @@ class ImagePool:
                 limit = self._settings.image_timeout_s
                 self._fail(task, ImageProcessingTimeout(f"the image took longer than {limit:g} s"))
             elif attempts < _ATTEMPTS:
+                task.work.decoded = None
                 self._queue.put_back(task)
             elif ending is Ending.CRASHED:
                 self._fail(task, ImageProcessingFailed("the image could not be processed"))

@@ -68,6 +68,13 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     confinement: Confinement = Confinement()
 
 
+class Decoded(msgspec.Struct, frozen=True, tag="decoded"):
+    """The picture of job `id` is decoded, and the processor begins: at most once before the reply,
+    and only if decoding took long."""
+
+    id: int
+
+
 class Done(msgspec.Struct, frozen=True, tag="done"):
     """Features of job `id` in segment `segment` of `capacity` bytes.
 
@@ -97,7 +104,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     ends: bool = False
 
 
-FromWorker: TypeAlias = Ready | Done | Failed
+FromWorker: TypeAlias = Ready | Decoded | Done | Failed
 
 encoder = msgspec.msgpack.Encoder()
 request_decoder = msgspec.msgpack.Decoder(WorkRequest)

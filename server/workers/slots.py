@@ -309,6 +309,10 @@ class WorkerSlots:
         )
 
     def _on_reply(self, slot: Slot, reply: protocol.FromWorker, features: Features | None) -> None:
+        if isinstance(reply, protocol.Decoded):
+            if slot.task is not None:
+                slot.task.work.decoded = time.monotonic()
+            return
         if not isinstance(reply, protocol.Ready):
             if isinstance(reply, protocol.Failed) and reply.ends:
                 slot.ending = Ending.GAVE_UP

@@ -60,6 +60,8 @@ _GROWTH_BYTES = 384 << 20
 _PILLOW_BLOCKS = 8
 # Memory that PDFium may take besides the bitmap: it holds all objects of a page.
 MAX_PDF_BYTES = 512 << 20
+# The server hears that a picture is decoded if that took so long. Else the result follows soon.
+_LONG_DECODE_S = 0.02
 # A worker that waits for so long for a picture returns the memory that it keeps.
 _IDLE_S = 10.0
 # Result segments that a worker keeps for the next pictures.
@@ -246,6 +248,8 @@ class Worker:
                 decoded = self._extractor.decode(data, job, animation)
             decoded_at, size = time.perf_counter(), decoded.image.size
             if isinstance(job, ProcessJob):
+                if decoded_at - started > _LONG_DECODE_S:
+                    self._send(protocol.Decoded(id_))
                 outputs = self._extractor.features(decoded, job)
             else:
                 outputs = _pixels(decoded, job)

@@ -82,10 +82,11 @@ def tight() -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def scarce() -> Iterator[Server]:
     """A server with one image worker and room for two requests, two that wait, and 80 image
-    tokens."""
+    tokens. Its steps are small, so that a long prompt takes many."""
     with serving(
         *("--max-running-requests", "2", "--max-waiting-requests", "2", "--image-workers", "1"),
         *("--max-num-queued-reqs", "6", "--max-running-image-tokens", "80"),
         *("--allowed-private-media", "127.0.0.1", "--max-model-len", "4096"),
+        *("--max-num-batched-tokens", "256"),
     ) as running:
         yield running

@@ -140,6 +140,64 @@ def test_in_the_queue_of_the_workers_and_while_a_worker_decodes(
     assert http.post(CHAT, json=chat(capped(encode(photo((90, 90))), 40))).status_code == 200
 
 
+def left_in(http: httpx.Client, before: Series) -> str | None:
+    """Wait for the end of a request; returns the stage in which its client left, if it did."""
+
+    def over(now: Series) -> str | None:
+        for (name, labels), count in now.items():
+            if name == CANCELLED and count > before[name, labels]:
+                return dict(labels)["stage"]
+        answered = value(now, "saccade_requests_total", outcome="answered")
+        is_over = answered > value(before, "saccade_requests_total", outcome="answered")
+        return "" if is_over else None
+
+    return over(wait_for(http, lambda now: over(now) is not None, 60)) or None
+
+
+def engine_tokens(now: Series) -> float:
+    """How many tokens the engine has read and written."""
+    names = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
+    return sum(count for (name, _), count in now.items() if name in names)
+
+
+def test_while_a_worker_preprocesses(scarce: Server, http: httpx.Client) -> None:
+    picture = chat(capped(encode(photo((64, 64)).resize((7000, 7000))), 60))
+    stage, delay_s = None, 0.2
+    while stage != "preprocess":  # how long decoding takes depends on the machine
+        before = scrape(http)
+        with sent(scarce, picture):
+            wait_for(http, lambda now: value(now, "saccade_image_workers_busy") == 1)
+            time.sleep(delay_s)
+        stage = left_in(http, before)
+        delay_s *= 1.25 if stage in ("image_queue", "decode") else 0.9
+        wait_for(http, is_idle)
+    now = wait_for(http, lambda now: value(now, "saccade_image_workers_busy") == 0)
+    assert engine_tokens(now) == engine_tokens(before)  # it was not sent
+
+
+def test_during_the_prefill(scarce: Server, http: httpx.Client) -> None:
+    stage, seed = None, 0
+    while stage != "prefill":  # on a slow machine, the answer may begin first
+        seed += 1
+        picture = capped(encode(photo((300, 300), seed)), 60)
+        before = scrape(http)
+        with sent(
+            scarce, chat(picture, text_part(3000 * "word "), max_tokens=500, ignore_eos=True)
+        ) as client:
+            wait_for(http, lambda now: in_engine(now) == 1, pause_s=0)
+            with scarce.engine_held():
+                time.sleep(1)  # by then, the server knows that the encoder ran
+                client.close()
+                stage = left_in(http, before)
+                wait_for(http, lambda now: value(now, "saccade_requests_running") == 0)
+        now = wait_for(http, is_idle)
+    assert engine_tokens(now) == engine_tokens(before)  # it was aborted
+
+
+def in_engine(now: Series) -> float:
+    return sum(count for (name, _), count in now.items() if name == "vllm:num_requests_running")
+
+
 def test_during_a_stream(scarce: Server, http: httpx.Client) -> None:
     noticed = False
     while not noticed:  # on a slow machine, the answer may end first
