@@ -31,6 +31,7 @@ from server.http.app import (
     Parts,
     batch_runner,
     build_app,
+    byte_budget,
     inner_client,
     model_name,
     observed,
@@ -54,6 +55,9 @@ from server.workers.process import keep_freed_memory, return_regularly
 _KEPT_HEAP_BYTES = 128 << 20
 # Disk space for files in a folder that the operator chose, and in the default folder, in GiB.
 _FILES_GB, _DEFAULT_FILES_GB = 10.0, 1.0
+# A group may have this share of the image workers, whatever its share of the engine is: a worker is
+# free again after some milliseconds.
+_LEAST_WORKER_SHARE = 0.5
 # Time limit for sending the last traces at shutdown.
 _TRACES_TIMEOUT_S = 5.0
 
@@ -87,7 +91,7 @@ async def run(
             peers, whole = parts.peers, cast(ASGIApp, outer)
             if peers is not None:
                 whole = peers.forwarding(outer, args.root_path or "")
-            config = http_server.uvicorn_config(whole, args, settings)
+            config = http_server.uvicorn_config(whole, args, settings, parts.bodies)
             server = http_server.Server(config, mine)
             app.state.server = server
             refresher = None
@@ -147,7 +151,7 @@ async def running(
             files = _files_of_first(settings)
         pool = None
         if prepared.workers is not None:
-            share = settings.admission.max_group_share
+            share = max(settings.admission.max_group_share, _LEAST_WORKER_SHARE)
             pool = ImagePool(prepared.workers, settings.images, cpu_waits.note_work, share)
             stack.callback(pool.stop_preload)
             pool.preload()

@@ -229,8 +229,9 @@ class HttpSettings(_Group):
         5.0,
         ge=0,
         allow_inf_nan=False,
-        description="Longest time that a body waits, without being read, for this memory before "
-        "its request gets a 503, in seconds.",
+        description="A body waits for this memory without being read. If it would wait longer than "
+        "this, by the measured rate, its request gets a 503 at once; and if it has waited 12 times "
+        "as long all the same. In seconds.",
     )
     fetch_timeout_s: float = Field(
         10.0, gt=0, description="Deadline for fetching one http(s) image, in seconds."
@@ -331,12 +332,13 @@ class AdmissionSettings(_Group):
         "503 at once, in seconds.",
     )
     max_group_share: float = Field(
-        0.5,
+        0.25,
         gt=0,
         le=1,
-        description="Most of the requests that run at the same time, of those in the engine, and "
-        "of the image workers, that may be of one group of API keys while another group has had a "
-        "request in the last 30 s, as a share; 1: no limit.",
+        description="Most of the requests that run at the same time, and of those in the engine, "
+        "that may be of one group of API keys while another group has had a request in the last "
+        "10 s, as a share; 1: no limit. Groups that wait at the same time divide all. Of the image "
+        "workers, half or this share.",
     )
     media_memory_gb: float | None = Field(
         None,

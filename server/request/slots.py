@@ -14,7 +14,7 @@ _RESERVED_SHARE = 8
 _QUIET_S = 5.0
 _BACKGROUND_SHARE = 8
 # A group counts as active for so long after it took a slot.
-_ACTIVE_S = 30.0
+_ACTIVE_S = 10.0
 
 
 class _Waiter(NamedTuple):
@@ -25,10 +25,10 @@ class _Waiter(NamedTuple):
 class Slots:
     """At most `count` slots are taken. A few more are reserved for groups that have none, so that
     a group with few requests does not wait for the end of another's. While another group is active,
-    a group takes at most `group_share` of the slots. When a group with fewer takes a slot, or will
-    soon, groups that have their share get none for `head_start_s`, or until it has no slot, but at
-    most half of the time. None are given while `is_closed` says so; when that changes, `advance`
-    has to be called.
+    a group takes at most `group_share` of the slots, or an equal part of all if several wait. When
+    a group with fewer takes a slot, or will soon, groups that have their share get none for
+    `head_start_s`, or until it has no slot, but at most half of the time. None are given while
+    `is_closed` says so; when that changes, `advance` has to be called.
 
     Work in the background waits in a queue of its own. It gets a slot only if nobody else waits or
     has a head start, and leaves some slots free, so that a request which arrives then begins at
@@ -53,6 +53,7 @@ class Slots:
         self.background: FairQueue[_Waiter] = FairQueue()
         self._reserved = max(1, count // _RESERVED_SHARE)
         self._by_group: Counter[str] = Counter()
+        self._waiting_by_group: Counter[str] = Counter()
         self._took_at: dict[str, float] = {}  # of active groups, the last to take a slot at the end
         self._head_start_s = head_start_s
         self._ahead: str | None = None  # the group that has a head start
@@ -104,6 +105,8 @@ class Slots:
     ) -> None:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         entry = queue.push(group, share, cost, _Waiter(group, turn))
+        waiting = self._waiting_by_group if queue is self.queue else Counter[str]()
+        waiting[group] += 1
         self.advance()  # those before it may be of a group that has its share
         try:
             await turn
@@ -113,6 +116,10 @@ class Slots:
             elif not turn.cancelled():  # it got its turn at the same moment
                 give_back(group)
             raise
+        finally:
+            waiting[group] -= 1
+            if not waiting[group]:
+                del waiting[group]
 
     def add(self, group: str) -> None:
         """Take a slot for `group` at once, even if there is none."""
@@ -203,7 +210,13 @@ class Slots:
         """Whether `group` may take no slot because another group is active."""
         if group in self._behind:
             return True
-        if self._by_group[group] < self._most_of_group or self._most_of_group == self.count:
+        if self._by_group[group] < self._most(group):
             return False
         others = (at for name, at in reversed(self._took_at.items()) if name != group)
         return len(self._by_group) > 1 or time.monotonic() - next(others, -math.inf) < _ACTIVE_S
+
+    def _most(self, group: str) -> int:
+        """The slots that `group` may take while another is active: its share; an equal part of all
+        if others wait as well, so that no slot stays free while several groups flood."""
+        waiting = len(self._waiting_by_group.keys() | {group})
+        return max(self._most_of_group, self.count // waiting if waiting > 1 else 0)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 # A group counts as active for so long after it asked for a picture.
-_ACTIVE_S = 30.0
+_ACTIVE_S = 10.0
 
 
 class GroupShare:

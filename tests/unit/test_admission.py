@@ -129,6 +129,28 @@ def test_a_group_takes_only_its_share_of_the_engine_while_another_is_active(
     asyncio.run(run())
 
 
+def test_groups_that_flood_together_divide_all_slots() -> None:
+    async def run() -> None:
+        places = slots.Slots(8, group_share=0.25)
+        asked = [asyncio.create_task(places.take("heavy", 1.0)) for _ in range(8)]
+        await settle()
+        assert places.taken == 8
+        asked += [asyncio.create_task(places.take("other", 1.0)) for _ in range(8)]
+        await settle()
+        asked += [asyncio.create_task(places.take("heavy", 1.0)) for _ in range(8)]
+        await settle()
+        for _ in range(8):
+            places.free("heavy")
+        await settle()
+        taken = [sum(task.done() for task in asked[at : at + 8]) for at in (8, 16)]
+        assert taken == [4, 4]
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+
+    asyncio.run(run())
+
+
 def test_a_group_with_few_requests_has_a_head_start_for_half_of_the_time_at_most() -> None:
     async def run() -> None:
         places = slots.Slots(8, group_share=0.5, head_start_s=0.4)
