@@ -120,7 +120,12 @@ class Turns:
     def __init__(self, most: int) -> None:
         self._most = self._left = most
         self._waiting: deque[asyncio.Future[None]] = deque()
-        self._renews = False
+        self._renews = self._gives_way = False
+
+    def give_way(self) -> None:
+        """There is other work: only one task passes in the next iteration."""
+        self._left = min(self._left, 1)
+        self._gives_way = True
 
     async def next(self) -> None:
         """Wait for a turn."""
@@ -139,7 +144,8 @@ class Turns:
 
     def _renew(self) -> None:
         self._renews = False
-        self._left = self._most
+        self._left = 1 if self._gives_way else self._most
+        self._gives_way = False
         while self._left and self._waiting:
             turn = self._waiting.popleft()
             if not turn.done():  # and its task was not cancelled

@@ -12,6 +12,7 @@ from typing import Any
 
 import uvloop
 
+from server.http.byte_budget import ByteBudget
 from server.http.server import Server, uvicorn_config
 from server.settings import ConnectionSettings, Settings
 from server.workers.process import die_with_parent
@@ -31,9 +32,11 @@ ARGS: dict[str, Any] = {
 
 
 @contextlib.contextmanager
-def serving(app: Any, settings: Settings, **args: Any) -> Iterator[int]:
+def serving(
+    app: Any, settings: Settings, bodies: ByteBudget | None = None, **args: Any
+) -> Iterator[int]:
     """Serve `app` in a thread; gives the port. `args` are flags of vLLM."""
-    config = uvicorn_config(app, Namespace(**ARGS | args), settings)
+    config = uvicorn_config(app, Namespace(**ARGS | args), settings, bodies)
     config.lifespan = "off"
     server = Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:

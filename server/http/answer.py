@@ -7,6 +7,7 @@ passed on without an additional coroutine.
 import asyncio
 import json
 import re
+import secrets
 import time
 from collections.abc import Awaitable, Iterable
 
@@ -23,6 +24,13 @@ ID_HEADER = b"x-request-id"
 _STREAMED_ERROR = re.compile(rb'(?:\A|\n\n)(?:data: {"error"|event: error|event: response\.failed)')
 # Bodies of errors have a few hundred bytes; longer ones are passed on as they are.
 _MAX_ERROR_BYTES = 64 * 1024
+_SAFE_ID = re.compile(rb"[A-Za-z0-9._:=+/-]{1,128}\Z")
+
+
+def request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """The id that the client gave its request, or a new one."""
+    given = next((value for name, value in headers if name == ID_HEADER), b"")
+    return given.decode() if _SAFE_ID.match(given) else secrets.token_hex(16)
 
 
 class Answer:

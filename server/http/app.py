@@ -124,6 +124,7 @@ class Parts:
     loader: MediaLoader | None
     files: FileStore | None
     admission: Admission
+    bodies: ByteBudget
     peers: Peers | None = None
 
 
@@ -234,7 +235,7 @@ async def _add_middleware(
         reader=parts.reader,
         loader=parts.loader,
         retained=RetainedMedia(int(settings.http.retained_media_gb * GIB)) if stored else None,
-        budget=byte_budget(settings.http),
+        budget=parts.bodies,
         limits={
             files.PATH: max(settings.images.max_image_bytes, settings.batches.batch_bytes)
             + files.MAX_OVERHEAD_BYTES

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.concurrency import Begun, Turns, in_thread
+from server.concurrency import Begun, in_thread
 from server.errors import RequestTimeout, RequestTooLarge, SaccadeError
 from server.http.byte_budget import ByteBudget, Share
 from server.http.errors import respond, with_length
@@ -37,9 +37,6 @@ from server.settings import HttpSettings
 from server.telemetry.record import Record
 from server.telemetry.stages import Stage
 
-# So many connections with a large body are read from in each iteration of the event loop, some
-# 64 KiB to 512 KiB each: a flood of bodies must not keep other requests waiting.
-_READ_AT_A_TIME = 8
 # A body must reach the least rate after this time.
 _RATE_GRACE_S = 30.0
 # How often the rate of a large body is checked at least.
@@ -83,7 +80,6 @@ class BodyReader:
         self._retained = retained
         self._limits = limits
         self._budget = budget
-        self._turns = Turns(_READ_AT_A_TIME)
         self._parsed = frozenset(parsed)
         self._admission = admission
         self._admitted = frozenset(admitted)
@@ -210,7 +206,7 @@ class BodyReader:
         begin = time.monotonic()
         while True:
             if received > SMALL_BODY_BYTES:
-                await self._turns.next()
+                await self._budget.turns.next()
             message = await self._next(receive)
             if message["type"] == "http.disconnect":
                 raise _ClientLeft

@@ -13,20 +13,29 @@ Bodies of batches take a quarter of the bytes at most, or one body, and none whi
 import asyncio
 from collections import deque
 
+from server.concurrency import Turns
 from server.errors import BodyMemoryFull
 from server.request.admission import Rate, whole_seconds
 from server.telemetry import metrics
 
 # The rate is measured over this many shares.
 _MEASURED = 16
+# A body that may wait is refused only after so many times the longest time for which one should:
+# its client has been patient, and the rate may have changed.
+_PATIENCE = 12
+# So many connections with a large body are read from in each iteration of the event loop, some
+# 64 KiB to 512 KiB each: a flood of bodies must not keep other requests waiting.
+_READ_AT_A_TIME = 8
 
 
 class ByteBudget:
     """`total` bytes. Shares are given in the order in which they were asked for."""
 
     def __init__(self, total: int, wait_timeout_s: float) -> None:
-        """`wait_timeout_s` is the longest time that a body waits for its share."""
+        """`wait_timeout_s` is the longest time for which a body should wait for its share."""
         self.total = total
+        self.turns = Turns(_READ_AT_A_TIME)
+        """Large bodies are read from in turns."""
         self.held = 0
         self._in_background = 0
         self._wait_timeout_s = wait_timeout_s
@@ -50,13 +59,14 @@ class ByteBudget:
         if not self._waiting and self.held + nbytes <= self.total:
             self.held += nbytes
             return
-        self._check_wait(nbytes)
+        if (full := self.refusal(nbytes)) is not None:
+            raise full
         granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         entry = (nbytes, granted)
         self._waiting.append(entry)
         self._waiting_bytes += nbytes
         try:
-            await asyncio.wait_for(asyncio.shield(granted), self._wait_timeout_s)
+            await asyncio.wait_for(asyncio.shield(granted), _PATIENCE * self._wait_timeout_s)
         except BaseException as error:
             if granted.done():  # granted at the last moment
                 self.give_back(nbytes)
@@ -83,14 +93,18 @@ class ByteBudget:
         self._in_background -= nbytes
         self.give_back(nbytes)
 
-    def _check_wait(self, nbytes: int) -> None:
-        """Raises BodyMemoryFull if these bytes would not become free in time."""
+    def refusal(self, nbytes: int) -> BodyMemoryFull | None:
+        """The refusal of a body of `nbytes` that is not worth waiting: they would not become free
+        in time."""
         needed = self.held + self._waiting_bytes + nbytes - self.total
+        if needed <= 0:
+            return None
         rate = self._rate.per_second()
         late_s = needed / rate - self._wait_timeout_s if rate else 0.0
         most = self.total if rate else max(self.total // 4, nbytes)
         if late_s > 0 or self._waiting_bytes + nbytes > most:
-            raise self._full(max(1.0, late_s))
+            return self._full(max(1.0, late_s))
+        return None
 
     def _full(self, seconds: float) -> BodyMemoryFull:
         error = BodyMemoryFull(

@@ -92,6 +92,11 @@ class OverloadLog:
 _overload = OverloadLog()
 
 
+def note_overload(error: SaccadeError) -> None:
+    """Log a refusal with status 503, or count it for the log."""
+    _overload.note(error)
+
+
 def dialect_of(path: str) -> Dialect:
     """The API whose error shape the path has."""
     is_anthropic = path == _ANTHROPIC_PATHS[0] or path.startswith(_ANTHROPIC_PATHS[1])
@@ -207,7 +212,7 @@ async def _answer_invalid(_: Request, error: Exception) -> JSONResponse:
 def respond(error: SaccadeError) -> JSONResponse:
     """The response for `error`, in OpenAI's shape."""
     if error.status == 503:
-        _overload.note(error)
+        note_overload(error)
     elif error.status >= 500 and error is not INTERNAL:
         log.warning("%s: %s", error.code, error.message)
     headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s else None

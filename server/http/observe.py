@@ -9,7 +9,6 @@ A failure to record a request is logged and does not affect its answer.
 import asyncio
 import logging
 import re
-import secrets
 import time
 from collections.abc import Iterable
 
@@ -17,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.concurrency import Turns
 from server.errors import CODES, DeadlineExceeded, SaccadeError, ServerBusy, Unavailable
-from server.http.answer import ID_HEADER, Answer
+from server.http.answer import ID_HEADER, Answer, request_id
 from server.http.client import Client
 from server.http.errors import INTERNAL, as_clients
 from server.http.scope import (
@@ -34,7 +33,6 @@ from server.telemetry.stages import Stage
 
 _log = logging.getLogger("saccade.observe")
 
-_SAFE_ID = re.compile(r"[A-Za-z0-9._:=+/-]{1,128}\Z")
 _PATH_LENGTH = 200
 # A client's own deadline in seconds, from the start of its request.
 _TIMEOUT_HEADER = b"x-request-timeout"
@@ -131,11 +129,10 @@ class Observed:
                 _log.exception("failed to record request %s", record.id)
 
     def _record(self, scope: Scope) -> Record:
-        given = next(iter(_ids(scope)), b"").decode("latin-1")
         path = scope["path"].removeprefix(self._root_path)[:_PATH_LENGTH]
         client = scope.get("client")
         return Record(
-            id=given if _SAFE_ID.match(given) else secrets.token_hex(16),
+            id=request_id(scope["headers"]),
             method=scope["method"],
             path=path,
             route=path if path in self._routes else None,

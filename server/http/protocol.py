@@ -5,9 +5,7 @@ connection whose client never reads its answer. This subclass limits all three. 
 error in OpenAI's shape, after which the connection is closed.
 """
 
-import json
-import uuid
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +25,9 @@ from server.errors import (
     SaccadeError,
     ServerBusy,
     UrlTooLong,
-    error_body,
 )
+from server.http import head_check
+from server.http.head_check import HeadCheck
 from server.http.large_body import LargeBody
 from server.http.scope import set_connection
 from server.telemetry import metrics
@@ -87,8 +86,12 @@ class Connection(HttpToolsProtocol):
     server_state: ServerState
     on_leaving: Callable[[], None] | None = None
 
-    def __init__(self, *args: Any, limits: ConnectionLimits, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, limits: ConnectionLimits, heads: HeadCheck | None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.url, self.headers = b"", []  # of a connection that is refused at once
+        self._heads = heads
         self._limits = limits
         self._max_header_bytes = limits.header_bytes
         self._max_header_fields = limits.header_fields
@@ -113,6 +116,8 @@ class Connection(HttpToolsProtocol):
         """Refuse the connection if there are too many."""
         super().connection_made(transport)
         self._head_since = self.loop.time()
+        if self._heads is not None:
+            self._heads.note_arrival()
         if len(self.connections) > self._limits.connections:
             self._refuse(ServerBusy("the server has too many connections"))
         elif self._takes_last_file(transport):
@@ -284,6 +289,8 @@ class Connection(HttpToolsProtocol):
             self._fail(ClientError("too many requests were sent without waiting for an answer"))
         self._in_head, self._in_body, self._had_request = False, True, True
         self._head_since = None
+        if self._is_refused():
+            return
         before = self.cycle
         super().on_headers_complete()
         if self.cycle is not before:
@@ -291,12 +298,26 @@ class Connection(HttpToolsProtocol):
         if self.server_state.drains:
             self.announce_end()
 
+    def _is_refused(self) -> bool:
+        """Whether the request is refused by its head."""
+        if self._refused_at is None and self._heads is not None:
+            is_next = self.cycle is None or self.cycle.response_complete
+            error = self._heads.refusal(self.parser.get_method(), self.headers)
+            if is_next and error is not None:
+                head_check.note(error)
+                self._refuse(error)
+        return self._refused_at is not None
+
     def on_body(self, body: bytes) -> None:
+        if self._refused_at is not None:
+            return
         self._body_bytes += len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._in_body = False
+        if self._refused_at is not None:
+            return
         super().on_message_complete()
         if not self.pipeline:  # else nothing more is to be read for now
             self.flow.resume_reading()  # to notice when the client leaves
@@ -343,7 +364,9 @@ class Connection(HttpToolsProtocol):
             cycle.message_event.set()
             if self.on_leaving is not None:
                 self.on_leaving()
-        self.transport.write(_answer(error, self.server_state.default_headers))
+        body, fields = head_check.answer(error, self.url, self.headers)
+        lines = b"".join(b"%s: %s\r\n" % f for f in (*self.server_state.default_headers, *fields))
+        self.transport.write(STATUS_LINE[error.status] + lines + b"\r\n" + body)
         crowded = len(
             self.connections
         ) > self._limits.connections + _MAX_LINGERING or self._takes_last_file(self.transport)
@@ -371,19 +394,3 @@ class _Cycle(RequestResponseCycle):
                 self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
             return DONE
         return super().send(message)
-
-
-def _answer(error: SaccadeError, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """A whole HTTP answer, the last of its connection."""
-    body = json.dumps(error_body(error.message, error.type, error.code)).encode()
-    fields = [
-        *headers,
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        (b"x-request-id", uuid.uuid4().hex.encode()),
-        (b"connection", b"close"),
-    ]
-    if error.retry_after_s:
-        fields.append((b"retry-after", str(error.retry_after_s).encode()))
-    lines = b"".join(b"%s: %s\r\n" % field for field in fields)
-    return STATUS_LINE[error.status] + lines + b"\r\n" + body

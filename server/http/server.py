@@ -22,7 +22,9 @@ from starlette.types import ASGIApp
 from server.concurrency import usable_memory
 from server.engine import vllm_http
 from server.front_ends import FrontEnd, Link
+from server.http.byte_budget import ByteBudget
 from server.http.drain import close_port, cut, finish
+from server.http.head_check import HeadCheck
 from server.http.protocol import Connection, ConnectionLimits, ServerState
 from server.http.shared_port import SharedPort
 from server.settings import ConnectionSettings, Settings
@@ -152,12 +154,18 @@ def _spare_event_loop() -> None:
         warnings.simplefilter("ignore", DeprecationWarning)
 
 
-def uvicorn_config(app: ASGIApp, args: Namespace, settings: Settings) -> uvicorn.Config:
-    """The settings of uvicorn: vLLM's flags, and ours for logs and shutdown."""
+def uvicorn_config(
+    app: ASGIApp, args: Namespace, settings: Settings, bodies: ByteBudget | None = None
+) -> uvicorn.Config:
+    """The settings of uvicorn: vLLM's flags, and ours for logs and shutdown. Requests whose bodies
+    would find no room in `bodies` are refused as soon as their heads are read."""
+    heads = None
+    if bodies is not None:
+        heads = HeadCheck(bodies, settings.http.max_request_bytes)
     limits = connection_limits(settings.connections)
     config = uvicorn.Config(
         app,
-        http=functools.partial(Connection, limits=limits),  # type: ignore[arg-type]
+        http=functools.partial(Connection, limits=limits, heads=heads),  # type: ignore[arg-type]
         loop="none",
         log_config=vllm_http.get_uvicorn_log_config(args) or uvicorn.config.LOGGING_CONFIG,
         log_level=args.uvicorn_log_level,

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 from starlette.types import ASGIApp
 
 from server.concurrency import Turns
@@ -66,19 +67,22 @@ def port(budget: ByteBudget) -> Iterator[int]:
         yield port
 
 
-def post_head(length: int | None, *more: tuple[bytes, bytes]) -> bytes:
+def post_head(length: int | None, *more: tuple[bytes, bytes], path: bytes = b"/x") -> bytes:
     framing = b"transfer-encoding: chunked" if length is None else b"content-length: %d" % length
     if b"content-type" not in [name.lower() for name, _ in more]:
         more = ((b"content-type", b"application/octet-stream"), *more)
     fields = b"".join(b"%s: %s\r\n" % field for field in more)
-    return b"POST /x HTTP/1.1\r\nhost: a\r\n" + framing + b"\r\n" + fields + b"\r\n"
+    line = b"POST %s HTTP/1.1\r\n" % path
+    return line + b"host: a\r\n" + framing + b"\r\n" + fields + b"\r\n"
 
 
 @contextlib.contextmanager
-def begun(port: int, length: int | None, body: bytes = b"", *more: Any) -> Iterator[socket.socket]:
+def begun(
+    port: int, length: int | None, body: bytes = b"", *more: Any, path: bytes = b"/x"
+) -> Iterator[socket.socket]:
     """A client that has sent the beginning of a request."""
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as client:
-        client.sendall(post_head(length, *more) + body)
+        client.sendall(post_head(length, *more, path=path) + body)
         yield client
 
 
@@ -200,6 +204,52 @@ def test_a_body_is_refused_at_once_when_as_much_waits_as_there_is() -> None:
         assert budget.waiting == 1
 
 
+@pytest.fixture
+def refusing(budget: ByteBudget) -> Iterator[int]:
+    """A server whose memory for bodies is taken; as many wait as may."""
+    with (
+        serving(app_of(budget), SETTINGS, budget) as port,
+        begun(port, 3 * MIB),
+        begun(port, 3 * MIB),
+    ):
+        until(lambda: budget.waiting == 1)
+        yield port
+
+
+def test_a_body_without_a_place_is_refused_by_its_head(refusing: int) -> None:
+    def refused() -> float:
+        return REGISTRY.get_sample_value("saccade_requests_total", {"outcome": "refused"}) or 0.0
+
+    before = refused()
+    with begun(refusing, 3 * MIB, b"", (b"X-Request-Id", b"mine")) as client:
+        status, given, document = answer(client)
+    assert (status, document["error"]["code"]) == (503, "body_memory_full")
+    assert int(given["retry-after"]) >= 1
+    assert given["x-request-id"] == "mine"
+    assert given["connection"] == "close"  # the layers of the app let it stay open
+    assert refused() == before + 1
+
+
+def test_a_client_that_is_still_sending_gets_the_refusal(refusing: int) -> None:
+    with begun(refusing, 3 * MIB, bytes(3 * MIB)) as client:
+        assert answer(client)[0] == 503
+
+
+def test_a_refusal_by_the_head_has_the_shape_of_its_api(refusing: int) -> None:
+    with begun(refusing, 3 * MIB, b"", path=b"/v1/messages?beta=true") as client:
+        document = answer(client)[2]
+    assert (document["type"], document["error"]["type"]) == ("error", "overloaded_error")
+
+
+def test_small_bodies_and_pages_of_other_sites_reach_the_app(refusing: int) -> None:
+    with begun(refusing, 1000, bytes(1000)) as client:
+        assert answer(client)[::2] == (200, 1000)
+    with begun(refusing, 3 * MIB, b"", (b"Origin", b"http://page")) as client:
+        status, given, _ = answer(client)
+    assert status == 503
+    assert "connection" not in given
+
+
 def test_while_the_rate_is_unknown_only_a_quarter_of_the_budget_may_wait() -> None:
     async def check() -> None:
         budget = ByteBudget(4 * MIB, PATIENCE_S)
@@ -273,6 +323,35 @@ def test_a_few_tasks_have_their_turn_in_each_iteration_of_the_event_loop() -> No
     asyncio.run(check())
     assert sorted(passed) == [0, 0, 1, 1, 3, 3, 4, 4]
     assert list(dict.fromkeys(passed)) == [0, 1, 3, 4]
+
+
+def test_tasks_give_way_to_other_work() -> None:
+    passed: list[int] = []
+
+    async def pass_often(turns: Turns, number: int) -> None:
+        while True:
+            await turns.next()
+            passed.append(number)
+
+    async def check() -> None:
+        turns = Turns(4)
+        tasks = [asyncio.create_task(pass_often(turns, number)) for number in range(8)]
+        for _ in range(5):
+            await asyncio.sleep(0)
+        turns.give_way()
+        await asyncio.sleep(0)  # those that have their turn already pass
+        before, most = len(passed), 0
+        for _ in range(20):
+            turns.give_way()
+            now = len(passed)
+            await asyncio.sleep(0)
+            most = max(most, len(passed) - now)
+        assert most == 1
+        assert len(passed) > before + 5  # and all the same go on
+        for task in tasks:
+            task.cancel()
+
+    asyncio.run(check())
 
 
 def test_a_body_that_trickles_in_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

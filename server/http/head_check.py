@@ -1,0 +1,76 @@
+"""Refuses requests by their heads, before anything else is done for them.
+
+A flood of large bodies is a flood of heads first. All layers of the app would take most of a
+millisecond for each, in which the event loop does nothing else. So the connection itself refuses a
+body that would find no room.
+"""
+
+import json
+from collections.abc import Sequence
+
+from server.errors import SaccadeError, error_body
+from server.http import errors
+from server.http.answer import request_id
+from server.http.byte_budget import ByteBudget
+from server.request.read import SMALL_BODY_BYTES
+from server.telemetry import metrics
+
+Headers = Sequence[tuple[bytes, bytes]]
+
+_WITH_BODY = frozenset({b"POST", b"PUT", b"PATCH"})
+_REFUSED = metrics.requests.labels("refused")
+
+
+class HeadCheck:
+    """What the connections know of the memory for bodies."""
+
+    def __init__(self, bodies: ByteBudget, max_bytes: int) -> None:
+        """Larger bodies than `max_bytes` are left to the app, which refuses them for good."""
+        self._bodies = bodies
+        self._max_bytes = max_bytes
+
+    def note_arrival(self) -> None:
+        """Somebody has connected, and is to be heard before more of the bodies is read."""
+        self._bodies.turns.give_way()
+
+    def refusal(self, method: bytes, headers: Headers) -> SaccadeError | None:
+        """Why a request is refused; None if it goes to the app. That also answers pages of other
+        sites, since browsers show them no error without the headers for it."""
+        if method not in _WITH_BODY:
+            return None
+        length = 0
+        for name, value in headers:
+            if name == b"content-length" and value.isdigit():
+                length = int(value)
+            elif name == b"origin":
+                return None
+        if not SMALL_BODY_BYTES < length <= self._max_bytes:
+            return None
+        return self._bodies.refusal(length)
+
+
+def note(error: SaccadeError) -> None:
+    """Count and log a refusal."""
+    _REFUSED.inc()
+    errors.note_overload(error)
+
+
+def answer(
+    error: SaccadeError, url: bytes, headers: Headers
+) -> tuple[bytes, list[tuple[bytes, bytes]]]:
+    """The body and the headers of the answer to a request whose head was not read to the end, or
+    was; `url` and `headers` are as far as they are known."""
+    body = json.dumps(error_body(error.message, error.type, error.code)).encode()
+    name = request_id(headers)
+    dialect = errors.dialect_of(url.partition(b"?")[0].decode("latin-1"))
+    if dialect != "openai" and (shaped := errors.shaped(body, error.status, dialect, name)):
+        body, _ = shaped
+    fields = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"x-request-id", name.encode()),
+        (b"connection", b"close"),
+    ]
+    if error.retry_after_s:
+        fields.append((b"retry-after", str(error.retry_after_s).encode()))
+    return body, fields
