@@ -19,21 +19,25 @@ from typing import Any, TypeAlias
 
 import uvloop
 
+from benchmarks.flood_burst import burst
+
 _CHATS = "/v1/chat/completions"
 _LINE = f"POST {_CHATS} HTTP/1.1\r\n".encode()
 _RECEIVE_BYTES = 1 << 16
-# What the kernel takes of a body at a time. With its default of some megabytes, this process would
-# copy for half a second before it sends the last of 500 heads and reads the first answer.
-_SEND_BUFFER_BYTES = 1 << 16
+_ANSWER_BYTES = 4096  # of an answer are looked at
+# What each request has of its own after each picture: 12 bytes, as base64.
+_OWN_BYTES, _OWN_BASE64 = 12, 16
 _U = b"u" * (1 << 16)
+_LONG_URL_BYTES = 30_000_000
+_FIRST_URL_BYTES = 10_000  # above the limit of the server
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What to do, `count` times at once, for at most `seconds`.
 
-    `flood` is a key of `FLOODS`; `parts` are files with the parts of a request's body, between
-    which each request gets some bytes of its own (base64), so that no cache hits.
+    `flood` is a key of `_BURSTS` or `_SLOW`; `parts` are files with the parts of a request's body,
+    between which each request gets some bytes of its own (base64), so that no cache hits.
     """
 
     port: int
@@ -47,7 +51,9 @@ class Plan:
 class Outcome:
     """What became of one of them: the status, or "" if there was none; the code of an error.
 
-    `answered_s`: seconds to the first byte of the answer. `ended`: how it ended: "closed" by the
+    `answered_s`: seconds from the moment when the server could know what it answers (the head was
+    sent, or so much of the URL that it is too long; the connection stood) to the first byte of the
+    answer. `ended`: how it ended: "closed" by the
     server, or "open" until the time was over.
     """
 
@@ -70,7 +76,6 @@ class Client:
 
     async def connect(self) -> None:
         self.socket.setblocking(False)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         await self._loop.sock_connect(self.socket, ("127.0.0.1", self._port))
         self._began = time.perf_counter()
 
@@ -88,7 +93,7 @@ class Client:
                 if self.outcome.answered_s is None:
                     self.outcome.answered_s = time.perf_counter() - self._began
                 self.outcome.received += len(received)
-                answer = (answer + received)[:4096]
+                answer = (answer + received)[:_ANSWER_BYTES]
                 _read_answer(answer, self.outcome)
         self.outcome.ended = "closed"
 
@@ -109,27 +114,14 @@ def _head(length: int) -> bytes:
     return _LINE + fields.encode()
 
 
-Flood: TypeAlias = Callable[[Client, list[bytes]], Awaitable[None]]
-
-
-async def _chat(client: Client, parts: list[bytes]) -> None:
-    pieces = [parts[0]]
-    for part in parts[1:]:
-        pieces += [base64.b64encode(os.urandom(12)), part]
-    head = _head(sum(map(len, pieces)))
-    await asyncio.gather(client.send(head, *pieces), client.receive())
-
-
-async def _announced(client: Client, parts: list[bytes]) -> None:
-    """Only the head of a chat: what is measured is not how fast this process sends a body."""
-    head = _head(sum(map(len, parts)))
-    await asyncio.gather(client.send(head), client.receive())
+Flood: TypeAlias = Callable[[Client], Awaitable[None]]
+Rest: TypeAlias = Callable[[int], list[bytes]]
 
 
 def _dribble(begin: bytes, piece: bytes, pause_s: float) -> Flood:
     """Send `begin`, and then `piece` again and again until the server closes the connection."""
 
-    async def flood(client: Client, parts: list[bytes]) -> None:
+    async def flood(client: Client) -> None:
         async def send() -> None:
             await client.send(begin)
             while client.outcome.ended != "closed":
@@ -141,35 +133,27 @@ def _dribble(begin: bytes, piece: bytes, pause_s: float) -> Flood:
     return flood
 
 
-async def _long_url(client: Client, parts: list[bytes]) -> None:
-    pieces = [b"GET /", *[_U] * (30_000_000 // len(_U)), b" HTTP/1.1\r\n\r\n"]
-    await asyncio.gather(client.send(*pieces), client.receive())
-
-
-async def _idle(client: Client, parts: list[bytes]) -> None:
+async def _idle(client: Client) -> None:
     await client.receive()
 
 
-async def _never_reads(client: Client, parts: list[bytes]) -> None:
+async def _never_reads(client: Client) -> None:
     client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     request = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
     await client.send(*[request] * 32)
     await asyncio.Event().wait()
 
 
-FLOODS: dict[str, Flood] = {
-    "chat": _chat,
-    "announced": _announced,
+_SLOW: dict[str, Flood] = {
     "slow_body": _dribble(_head(10_000_000), b" " * 100, 1.0),
     "slow_headers": _dribble(_LINE, b"x: y\r\n", 1.0),
     "endless_headers": _dribble(_LINE, b"x: " + b"y" * 65_536 + b"\r\n", 0.0),
-    "long_url": _long_url,
     "idle": _idle,
     "never_reads": _never_reads,
 }
 
 
-async def drive(plan: Plan, parts: list[bytes]) -> list[Outcome]:
+async def _drive(plan: Plan) -> list[Outcome]:
     """Start all clients at once, and end those that are left when the time is over."""
     clients = [Client(plan.port) for _ in range(plan.count)]
 
@@ -177,7 +161,7 @@ async def drive(plan: Plan, parts: list[bytes]) -> list[Outcome]:
         with contextlib.suppress(TimeoutError, OSError):
             async with asyncio.timeout(plan.seconds):
                 await client.connect()
-                await FLOODS[plan.flood](client, parts)
+                await _SLOW[plan.flood](client)
 
     await asyncio.gather(*map(one, clients))
     for client in clients:
@@ -185,12 +169,64 @@ async def drive(plan: Plan, parts: list[bytes]) -> list[Outcome]:
     return [client.outcome for client in clients]
 
 
+def _chat(parts: list[bytes]) -> tuple[bytes, Rest]:
+    length = sum(map(len, parts)) + _OWN_BASE64 * (len(parts) - 1)
+
+    def rest(number: int) -> list[bytes]:
+        pieces = [parts[0]]
+        for part in parts[1:]:
+            pieces += [base64.b64encode(os.urandom(_OWN_BYTES)), part]
+        return pieces
+
+    return _head(length), rest
+
+
+def _announced(parts: list[bytes]) -> tuple[bytes, Rest]:
+    """Only the head of a chat."""
+    head, _ = _chat(parts)
+    return head, lambda number: []
+
+
+def _long_url(parts: list[bytes]) -> tuple[bytes, Rest]:
+    pieces = [*[_U] * (_LONG_URL_BYTES // len(_U)), b" HTTP/1.1\r\n\r\n"]
+    return b"GET /" + _U[:_FIRST_URL_BYTES], lambda number: pieces
+
+
+# What each request sends first, and then, by its number.
+_BURSTS: dict[str, Callable[[list[bytes]], tuple[bytes, Rest]]] = {
+    "chat": _chat,
+    "announced": _announced,
+    "long_url": _long_url,
+}
+
+
+def _burst(plan: Plan, parts: list[bytes]) -> list[Outcome]:
+    outcomes = [Outcome() for _ in range(plan.count)]
+    answers = [b""] * plan.count
+
+    def note(number: int, seconds: float, received: bytes) -> None:
+        outcome = outcomes[number]
+        if not received:
+            outcome.ended = "closed"
+            return
+        if outcome.answered_s is None:
+            outcome.answered_s = seconds
+        outcome.received += len(received)
+        answers[number] = (answers[number] + received)[:_ANSWER_BYTES]
+
+    first, rest = _BURSTS[plan.flood](parts)
+    burst(plan.port, [first] * plan.count, rest, plan.seconds, note)
+    for outcome, answer in zip(outcomes, answers, strict=True):
+        _read_answer(answer, outcome)
+    return outcomes
+
+
 def main() -> None:
     """Read the plan, carry it out, and print what became of it."""
     fields: dict[str, Any] = json.load(sys.stdin)
     plan = Plan(**fields)
     parts = [Path(part).read_bytes() for part in plan.parts]
-    outcomes = uvloop.run(drive(plan, parts))
+    outcomes = _burst(plan, parts) if plan.flood in _BURSTS else uvloop.run(_drive(plan))
     json.dump([dataclasses.asdict(outcome) for outcome in outcomes], sys.stdout)
 
 

@@ -3,7 +3,8 @@
     python -m benchmarks.floods --output FILE [--only NAME,...]
 
 Each flood is a number of requests or connections that all begin at the same time. Memory is that of
-all processes of the server (PSS): before, at the peak, and some time after each flood.
+all processes of the server (PSS): before, at the peak, and some time after each flood. Floods that
+FILE has already stay there, so that they can be measured in several runs.
 """
 
 import argparse
@@ -53,32 +54,32 @@ def _large_bmp() -> list[bytes]:
 
 FLOODS = {
     "photos": Flood(
-        "500 chats with a JPEG of 12 MP", "chat", 500, 60, lambda: [photos.photo(4000, 3000, 1)]
+        "500 chats with a JPEG of 12 MP", "chat", 500, 40, lambda: [photos.photo(4000, 3000, 1)]
     ),
     "large_pngs": Flood(
         "500 chats with a PNG of 100 MP",
         "chat",
         500,
-        60,
+        40,
         lambda: [large_pictures.makers()["PNG RGB 8"]()],
     ),
-    "large_bodies": Flood("500 chats with a body of 49 MB", "chat", 500, 60, _large_bmp),
+    "large_bodies": Flood("500 chats with a body of 49 MB", "chat", 500, 40, _large_bmp),
     "announced_bodies": Flood(
-        "500 heads that announce a body of 49 MB", "announced", 500, 60, _large_bmp
+        "500 heads that announce a body of 49 MB", "announced", 500, 10, _large_bmp
     ),
     "many_pictures": Flood(
         "500 chats with 20 JPEGs of 1920x1080",
         "chat",
         500,
-        60,
+        40,
         lambda: 20 * [photos.photo(1920, 1080, 1)],
     ),
-    "slow_bodies": Flood("500 bodies at 100 bytes/s", "slow_body", 500, 60),
-    "slow_headers": Flood("500 heads of a field per second", "slow_headers", 500, 60),
-    "endless_headers": Flood("100 heads without an end", "endless_headers", 100, 60),
-    "long_urls": Flood("100 URLs of 30 MB", "long_url", 100, 60),
-    "idle": Flood("9,000 idle connections", "idle", 9000, 40),
-    "never_reads": Flood("500 clients that never read 32 large answers", "never_reads", 500, 90),
+    "slow_bodies": Flood("500 bodies at 100 bytes/s", "slow_body", 500, 40),
+    "slow_headers": Flood("500 heads of a field per second", "slow_headers", 500, 30),
+    "endless_headers": Flood("100 heads without an end", "endless_headers", 100, 10),
+    "long_urls": Flood("100 URLs of 30 MB", "long_url", 100, 10),
+    "idle": Flood("10,000 idle connections", "idle", 10_000, 30),
+    "never_reads": Flood("500 clients that never read 32 large answers", "never_reads", 500, 30),
 }
 
 
@@ -97,12 +98,14 @@ def main() -> None:
                 print(name, json.dumps(rows[name]), flush=True)
         finally:
             server.stop()
+    before = json.loads(options.output.read_text()) if options.output.exists() else {}
+    rows = before.get("floods", {}) | rows
     result = {
         "what": "floods",
         "command": command,
         **environment.describe(),
         "settle_s": options.settle_s,
-        "floods": rows,
+        "floods": {name: rows[name] for name in FLOODS if name in rows},
     }
     options.output.write_text(json.dumps(result, indent=1) + "\n")
 

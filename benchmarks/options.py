@@ -13,6 +13,8 @@ from benchmarks.environment import commit
 from benchmarks.workloads import WORKLOADS, Workload
 
 ROOT = Path(__file__).resolve().parent.parent
+# Options that are in the name of the result file.
+_MARKS = ("stub_encoder", "stub_engine", "control", "baseline", "observed", "unadmitted_baseline")
 
 
 def parse() -> argparse.Namespace:
@@ -62,8 +64,15 @@ def parse() -> argparse.Namespace:
         metavar="SHARE",
         help="our server logs requests as JSON, traces this share, and is scraped every 5 s",
     )
+    add(
+        "--unadmitted-baseline",
+        action="store_true",
+        help="in the baseline, no request needs a permit",
+    )
     add("--output", type=Path, help="result file; default: benchmarks/results/<date>-<name>")
     options = parser.parse_args()
+    if options.unadmitted_baseline and not options.baseline:
+        parser.error("--unadmitted-baseline needs a --baseline")
     options.stub_encoder |= options.stub_engine
     options.output = options.output or _default_output(options)
     return options
@@ -129,11 +138,7 @@ def _common_flags(options: argparse.Namespace) -> list[str]:
 
 def _default_output(options: argparse.Namespace) -> Path:
     name = Path(options.model).name
-    marks = [
-        mark
-        for mark in ("stub_encoder", "stub_engine", "control", "baseline", "observed")
-        if getattr(options, mark)
-    ]
+    marks = [mark for mark in _MARKS if getattr(options, mark)]
     if options.image_decode:
         marks.append(options.image_decode)
     stem = "-".join([datetime.date.today().isoformat(), name, *marks]).replace("_", "-")

@@ -26,6 +26,7 @@ from benchmarks.trace_sink import trace_sink
 from benchmarks.workloads import WORKLOADS, Batch, Bodies, Workload
 
 _STUB_FOLDER = Path(__file__).resolve().parent / "stub_encoder"
+_STUB_ADMISSION_FOLDER = _STUB_FOLDER.parent / "stub_admission"
 _REQUEST_TIMEOUT = 120.0
 _ROUND_LIMIT = 900.0
 _DISTURBED = 0.1
@@ -75,9 +76,7 @@ def _servers(options: argparse.Namespace, folder: Path) -> Iterator[tuple[Server
         env["OTEL_TRACES_SAMPLER_ARG"] = str(options.observed)
     if options.stub_encoder:
         env["STUB_ENCODER_REPORT"] = str(folder)
-        env["PYTHONPATH"] = os.pathsep.join(
-            filter(None, (str(_STUB_FOLDER), env.get("PYTHONPATH")))
-        )
+        env = _with_plugin(env, _STUB_FOLDER)
     ports = free_port(), free_port()
     ours_ready = "/health" if options.control else "/ready"
     if options.stub_engine:
@@ -102,7 +101,7 @@ def _servers(options: argparse.Namespace, folder: Path) -> Iterator[tuple[Server
             plain_command,
             ports[1],
             "/health",
-            env,
+            _with_plugin(env, _STUB_ADMISSION_FOLDER) if options.unadmitted_baseline else env,
             folder / "plain.log",
             folder=options.baseline or command_line.ROOT,
         )
@@ -110,6 +109,12 @@ def _servers(options: argparse.Namespace, folder: Path) -> Iterator[tuple[Server
         for server in (ours, plain):
             server.wait_ready()
         yield ours, plain
+
+
+def _with_plugin(env: dict[str, str], folder: Path) -> dict[str, str]:
+    """`env` with the plugin in `folder`, which vLLM finds on the path."""
+    before = env.get("PYTHONPATH")
+    return env | {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), before)))}
 
 
 def _try_out(
