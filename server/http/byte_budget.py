@@ -24,8 +24,8 @@ _MEASURED = 16
 # its client has been patient, and the rate may have changed.
 _PATIENCE = 12
 # So many connections with a large body are read from in each iteration of the event loop, some
-# 64 KiB to 512 KiB each: a flood of bodies must not keep other requests waiting.
-_READ_AT_A_TIME = 8
+# 256 KiB each: a flood of bodies must not keep other requests waiting.
+_READ_AT_A_TIME = 4
 
 
 class ByteBudget:

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import httpx
 import openai
 import pytest
+from PIL import Image
 
 from tests.conftest import STOP_TIMEOUT_S, Origin, Server, assert_nothing_is_left
 from tests.pictures import data_url, encode, photo, text_part, user
@@ -161,11 +162,13 @@ def engine_tokens(now: Series) -> float:
 
 
 def test_while_a_worker_preprocesses(scarce: Server, http: httpx.Client) -> None:
-    picture = chat(capped(encode(photo((64, 64)).resize((7000, 7000))), 60))
-    stage, delay_s = None, 0.2
+    large = encode(photo((70, 70)).resize((7000, 7000), Image.Resampling.NEAREST))
+    stage, delay_s, tries = None, 0.2, 0
     while stage != "preprocess":  # how long decoding takes depends on the machine
+        tries += 1
+        picture = capped(large + b"%d" % tries, 60)  # which no cache has
         before = scrape(http)
-        with sent(scarce, picture):
+        with sent(scarce, chat(picture)):
             wait_for(http, lambda now: value(now, "saccade_image_workers_busy") == 1)
             time.sleep(delay_s)
         stage = left_in(http, before)
