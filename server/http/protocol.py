@@ -141,9 +141,7 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Parse what arrived; refuse the request if it exceeds a limit."""
         if self._refused_at is not None:
-            self.transport.pause_reading()
-            pause_s = _LINGER_PAUSE_S * self.server_state.lingering
-            self.loop.call_later(pause_s, self._read_on)
+            self._pause_lingering()
             return
         if self._past_parser and not (data := self._without_body(data)):
             return
@@ -167,6 +165,10 @@ class Connection(HttpToolsProtocol):
                 ClientError("the chunk headers and trailers take more bytes than the request body")
             )
 
+    def _pause_lingering(self) -> None:
+        self.transport.pause_reading()
+        pause_s = _LINGER_PAUSE_S * self.server_state.lingering
+        self.loop.call_later(pause_s, self._read_on)
     # ------------------------------------------------------------------ large bodies
 
     def rest_of_body(self, nbytes: int) -> LargeBody | None:
@@ -306,6 +308,7 @@ class Connection(HttpToolsProtocol):
             if is_next and error is not None:
                 head_check.note(error)
                 self._refuse(error)
+                self._pause_lingering()
         return self._refused_at is not None
 
     def on_body(self, body: bytes) -> None:
