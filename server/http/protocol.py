@@ -308,7 +308,8 @@ class Connection(HttpToolsProtocol):
             if is_next and error is not None:
                 head_check.note(error)
                 self._refuse(error)
-                self._pause_lingering()
+                if not self.transport.is_closing():
+                    self._pause_lingering()
         return self._refused_at is not None
 
     def on_body(self, body: bytes) -> None:
