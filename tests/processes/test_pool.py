@@ -30,6 +30,7 @@ from server.errors import (
 from server.settings import ImageSettings
 from server.telemetry import metrics
 from server.telemetry.record import Record
+from server.telemetry.stages import Stage
 from server.workers import pool as pools
 from server.workers import slots
 from server.workers.channel import WorkerChannel
@@ -726,6 +727,29 @@ def one_page_pdf(content: bytes) -> bytes:
     for number, item in enumerate(objects, 1):
         body += b"%d 0 obj\n%s\nendobj\n" % (number, item)
     return body + b"trailer<</Root 1 0 R>>\n%%EOF"
+
+
+def test_work_is_abandoned_while_the_processor_runs(tmp_path: Path) -> None:
+    decoded, never = tmp_path / "decoded", tmp_path / "never"
+    picture = b"wait-for " + bytes(never) + HELD + bytes(decoded)
+
+    async def check() -> None:
+        async with running(image_workers=1) as pool:
+            (worker,) = pool.worker_pids
+            record = Record()
+            work = asyncio.create_task(pool.process("a", picture, JOB, record))
+            await until(decoded.with_suffix(".begun").exists)
+            assert record.timeline.stage() is Stage.DECODE
+            await asyncio.sleep(0.1)
+            decoded.touch()
+            await until(lambda: record.timeline.stage() is Stage.PREPROCESS)
+            work.cancel()
+            await until(lambda: pool.worker_pids not in ([], [worker]))
+            assert not psutil.pid_exists(worker)
+            assert pool.decode_pixels == 0
+            await process(pool, "b", b"fine")
+
+    run(check)
 
 
 def test_abandoned_slow_work_is_stopped_by_replacing_its_worker() -> None:

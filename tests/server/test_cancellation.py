@@ -14,7 +14,6 @@ from urllib.parse import urlsplit
 import httpx
 import openai
 import pytest
-from PIL import Image
 
 from tests.conftest import STOP_TIMEOUT_S, Origin, Server, assert_nothing_is_left
 from tests.pictures import data_url, encode, photo, text_part, user
@@ -159,24 +158,6 @@ def engine_tokens(now: Series) -> float:
     """How many tokens the engine has read and written."""
     names = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
     return sum(count for (name, _), count in now.items() if name in names)
-
-
-def test_while_a_worker_preprocesses(scarce: Server, http: httpx.Client) -> None:
-    large = encode(photo((70, 70)).resize((7000, 7000), Image.Resampling.NEAREST))
-    assert http.post(CHAT, json=chat(capped(large, 60))).status_code == 200
-    stage, delay_s, tries = None, 0.2, 0
-    while stage != "preprocess":  # how long decoding takes depends on the machine
-        tries += 1
-        picture = capped(large + b"%d" % tries, 60)  # which no cache has
-        before = scrape(http)
-        with sent(scarce, chat(picture)):
-            time.sleep(delay_s)
-        stage = left_in(http, before)
-        print(tries, stage, delay_s)
-        delay_s *= 1.25 if stage in ("upload", "admission", "image_queue", "decode") else 0.9
-        wait_for(http, is_idle)
-    now = wait_for(http, lambda now: value(now, "saccade_image_workers_busy") == 0)
-    assert engine_tokens(now) == engine_tokens(before)  # it was not sent
 
 
 def test_during_the_prefill(scarce: Server, http: httpx.Client) -> None:
