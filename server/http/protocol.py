@@ -316,14 +316,6 @@ class Connection(HttpToolsProtocol):
         if self._refused_at is not None:
             return
         self._body_bytes += len(body)
-        cycle: Any = self.cycle
-        if cycle is not None and not cycle.response_complete:
-            # uvicorn collects pieces in a `bytearray`, and copies them from there. Almost always
-            # there is one piece, of up to 256 KiB, which it passes on as it is if it is `bytes`.
-            if not cycle.body:
-                cycle.body, body = body, b""
-            elif isinstance(cycle.body, bytes):
-                cycle.body = bytearray(cycle.body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
