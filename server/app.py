@@ -203,6 +203,7 @@ async def running(
             loader=loader,
             files=store,
             admission=admission,
+            bodies=byte_budget(settings.http),
             peers=_peers(mine, engine) if mine is not None else None,
         )
 

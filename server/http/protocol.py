@@ -169,6 +169,7 @@ class Connection(HttpToolsProtocol):
         self.transport.pause_reading()
         pause_s = _LINGER_PAUSE_S * self.server_state.lingering
         self.loop.call_later(pause_s, self._read_on)
+
     # ------------------------------------------------------------------ large bodies
 
     def rest_of_body(self, nbytes: int) -> LargeBody | None:
