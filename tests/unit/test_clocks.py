@@ -15,6 +15,8 @@ NEED_WALL_CLOCK = {
     "ingest/files/store.py FileStore._kept": "how long a file lives on, after a restart as well",
     "ingest/files/store.py FileStore._keep_input": "as `_kept`, for the input of a batch",
     "ingest/files/store.py FileStore._adopt": "as `_put`, for the results of a batch",
+    "ingest/files/reader.py FileReader.__init__": "the clock of `get`",
+    "ingest/files/reader.py FileReader.get": "whether a file has expired, as in the store",
     "batches/store.py BatchStore.__init__": "the clock of `create` and `change`",
     "batches/store.py BatchStore.create": "a client learns when its batch was made and expires",
     "batches/store.py BatchStore.change": "a client learns when its batch began and ended",
