@@ -194,6 +194,33 @@ def note_statistics(engine: AsyncLLM) -> Callable[[], dict[str, float]]:
     return lambda: dict(updated)
 
 
+async def _answer(engine: AsyncLLM) -> None:
+    """Wait until the engines answer a question; they may be busy for longer than `_ANSWER_S`, and
+    what is sent before they have connected again is lost.
+
+    Raises:
+        CannotStart
+    """
+    asked: set[asyncio.Task[bool]] = set()
+    try:
+        for _ in range(_ATTEMPTS):
+            asked.add(asyncio.create_task(engine.is_sleeping()))
+            answered, _ = await asyncio.wait(
+                asked, timeout=_ANSWER_S, return_when=asyncio.FIRST_COMPLETED
+            )
+            for each in answered:
+                each.result()
+            if answered:
+                return
+    except EngineDeadError:
+        raise CannotStart("the engine has died") from None
+    finally:
+        for each in asked:
+            each.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+    raise CannotStart("the engine does not answer")
+
+
 async def join(engine: AsyncLLM, mine: FrontEnd) -> None:
     """Become the client that the engines know, and drop what another one has left under the same
     index. From now on, the end of the engines is noticed.
@@ -211,15 +238,6 @@ async def join(engine: AsyncLLM, mine: FrontEnd) -> None:
             core.shutdown()
 
     loop.add_reader(mine.engines.alive, lose)
-    for _ in range(_ATTEMPTS):
-        try:  # what is sent before the engines have connected again is lost
-            await asyncio.wait_for(engine.is_sleeping(), _ANSWER_S)
-            break
-        except TimeoutError:
-            continue
-        except EngineDeadError:
-            raise CannotStart("the engine has died") from None
-    else:
-        raise CannotStart("the engine does not answer")
+    await _answer(engine)
     await core.call_utility_all_async("forget_client", mine.index)
     core.reset_mm_cache_async = lambda: core.call_utility_all_async("forget_items", mine.index)
