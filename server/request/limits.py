@@ -176,6 +176,9 @@ def headers(usages: Iterable[Usage]) -> list[tuple[bytes, bytes]]:
 def _bucket(
     per_minute: int | None, before: Bucket | None, state: MutableSequence[float]
 ) -> Bucket | None:
-    if per_minute is None or (before is not None and before.per_minute == per_minute):
-        return None if per_minute is None else before
+    if per_minute is None:
+        state[1] = 0.0
+        return None
+    if before is not None and before.per_minute == per_minute:
+        return before
     return Bucket(per_minute, state, is_new=before is not None)
