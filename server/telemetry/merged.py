@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 _COUNTED = frozenset({"counter", "histogram", "summary"})
 # Gauges that are the same in all, or of which one value counts.
 _GREATEST = frozenset({"saccade_devices", "python_info"})
-_LEAST = frozenset({"saccade_ready", "process_start_time_seconds"})
+_LEAST = frozenset({"saccade_ready", "saccade_image_worker_sandbox", "process_start_time_seconds"})
 # Counts of the engines, which each front end gets.
 _OF_ENGINES = "saccade_embedding_cache_"
 # Of vLLM's gauges, the engines' last report counts, which only one front end has got.
