@@ -24,7 +24,7 @@ from server.engine.vllm_adapter.engine_queue import EngineQueue
 from server.engine.vllm_adapter.outcomes import Outcomes
 from server.engine.vllm_adapter.send import Gate
 from server.errors import CannotStart
-from server.front_ends import FrontEnd, encoder_address
+from server.front_ends import FrontEnd, encoder_address, usage_lock
 from server.http import keys
 from server.http import server as http_server
 from server.http.app import (
@@ -177,11 +177,15 @@ async def running(
         limits = launch.media_limits(engine, settings)
         embeds = launch.accepted_embeddings(engine)
         engine_queue = EngineQueue(engine)
-        front_ends = mine.count if mine is not None else 1
+        front_ends, shared = 1, None
+        if mine is not None:
+            front_ends = mine.count
+            lock = usage_lock(mine.folder)
+            shared = SharedUsages(mine.usage, lock, mine.index, mine.count)
         admission = Admission(
             launch.admission_limits(engine, settings, front_ends),
             engine_queue.why_full,
-            _shared_usages(mine) if mine is not None else None,
+            shared,
         )
         reader = RequestReader(limits, embeds, body_bounds(settings.http))
         loader = None
@@ -206,14 +210,6 @@ async def running(
             bodies=byte_budget(settings.http),
             peers=_peers(mine, engine) if mine is not None else None,
         )
-
-
-def _shared_usages(mine: FrontEnd) -> SharedUsages:
-    lock = mine.folder / "usage.lock"
-    shared = SharedUsages(mine.usage, lock, mine.index, mine.count)
-    if mine.was_restarted:
-        shared.forget_mine()
-    return shared
 
 
 def _peers(mine: FrontEnd, engine: vllm_http.AsyncLLM) -> Peers:

@@ -177,6 +177,9 @@ def _run(argv: list[str], progress: Progress, command: str) -> int:
         fork_engine_core()
     args, settings = parse(argv, command)
     progress.to_log = settings.observability.log_format == "json"
+    if args.api_server_count > 1:
+        flag = f"{front_ends.FLAG} {args.api_server_count}"
+        raise CannotStart(f"write the flag for several front ends as {flag}")
     if command == "run-batch":
         from server.run_batch import run
     else:

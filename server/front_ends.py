@@ -32,16 +32,17 @@ _MAX_MESSAGE_BYTES = 1 << 16
 
 def asked_for(words: Sequence[str]) -> bool:
     """Whether a command line of `serve` asks for several front ends, as far as can be told without
-    vLLM's parser: a wrong number is left to that."""
-    given = "1"
+    vLLM's parser: a wrong number is left to that. As there, a flag counts more than a file of
+    flags, whose name is a word of its own."""
+    given = in_file = None
     for word, following in zip(words, [*words[1:], ""], strict=False):
         name, equals, value = word.partition("=")
-        name = name.replace("_", "-")
-        if name in _SPELLINGS:
+        if name.replace("_", "-") in _SPELLINGS:
             given = value if equals else following
-        elif name == _CONFIG and given == "1":
-            given = _in_config(Path(value if equals else following))
-    return given.isdigit() and int(given) > 1
+        elif word == _CONFIG:
+            in_file = _in_config(Path(following))
+    found = given or in_file or "1"
+    return found.isdigit() and int(found) > 1
 
 
 def _in_config(path: Path) -> str:
@@ -132,10 +133,6 @@ class FrontEnd:
     def is_first(self) -> bool:
         return self.index == 0
 
-    @property
-    def was_restarted(self) -> bool:
-        return bool(self.restarts[self.index])
-
     def share(self, total: int) -> int:
         """This one's part of `total`, at least 1."""
         return max(1, total // self.count + (self.index < total % self.count))
@@ -161,6 +158,11 @@ def control_address(folder: Path, index: int) -> str:
 def encoder_address(folder: Path, index: int) -> str:
     """Where vLLM's workers report runs of the encoder to a front end."""
     return f"ipc://{folder}/encoder-{index}"
+
+
+def usage_lock(folder: Path) -> Path:
+    """What `request.shared_usage` locks."""
+    return folder / "usage.lock"
 
 
 def shared_numbers(count: int) -> memoryview:

@@ -24,6 +24,7 @@ import setproctitle
 
 from server import front_ends
 from server.front_ends import Engines, FrontEnd, Link
+from server.request.shared_usage import SharedUsages
 from server.telemetry.service import notify
 from server.workers.process import die_with_parent
 
@@ -126,6 +127,8 @@ class Supervisor:
         return child
 
     def _host_work(self, link: Link) -> int:
+        # A terminal's SIGINT would end the engines, which the front ends need for their answers.
+        os.setpgrp()
         return self._run_engines(self._folder, link)
 
     def _start_front_end(self, index: int) -> None:
@@ -249,6 +252,8 @@ class Supervisor:
         assert child.status is not None
         self._loads[index] = front_ends.NOT_ACCEPTING
         if self._is_ending:
+            if self._is_announced and not child.is_ready:
+                return  # it was being started again, and was killed
             self._worst = max(self._worst, child.status if child.status >= 0 else _ENGINE_DIED)
             return
         if not self._is_announced or child.status == _ENGINE_DIED:
@@ -264,6 +269,9 @@ class Supervisor:
             return
         log.error("front end %d has ended with %s; starting it again", index, how)
         self._restarts[index] += 1
+        assert self._usage is not None
+        lock = front_ends.usage_lock(self._folder)
+        SharedUsages(self._usage, lock, index, self._count).forget_mine()
         self._start_front_end(index)
 
     def _give_up(self, status: int) -> None:

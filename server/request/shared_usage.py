@@ -68,7 +68,7 @@ class SharedUsages:
         return own_cells()
 
     def forget_mine(self) -> None:
-        """No requests run here: another one in this place was killed."""
+        """No requests run here: the one in this place was killed."""
         for at in range(0, self._slots * self._slot_bytes, self._slot_bytes):
             if self._name(at) != _NO_NAME:
                 self._cells(at).active[self._mine] = 0

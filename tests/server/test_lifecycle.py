@@ -486,6 +486,7 @@ REFUSED: dict[str, tuple[dict[str, str], int, str]] = {
     "serve --image-workers none": ({}, 2, "image_workers"),
     "serve": ({"SACCADE_IMAGE_WORKRES": "2"}, 2, "SACCADE_IMAGE_WORKRES"),
     "serve --headless": ({}, 2, "--headless is not supported"),
+    "serve --api-server-c 2": ({}, 1, "write the flag for several front ends as"),
     "serve --api-server-count 65": ({}, 2, "--api-server-count must be 1 to 64"),
     "run-batch -i a -o b --api-server-count 2": ({}, 2, "has one process"),
     "sevre": ({}, 2, "No such command 'sevre'"),

@@ -54,7 +54,11 @@ def test_a_file_of_flags_may_ask_for_them(tmp_path: Path) -> None:
         config.write_text(text)
         assert front_ends.asked_for(["--config", str(config)]) == found
     config.write_text("api-server-count: 2")
-    assert not front_ends.asked_for(["--api-server-count", "1", "--config", "absent.yaml"])
+    assert not front_ends.asked_for(["--config", "absent.yaml"])
+    for words in (["--api-server-count", "1"], ["-asc=1"]):  # vLLM prefers the command line
+        assert not front_ends.asked_for([*words, "--config", str(config)])
+        assert not front_ends.asked_for(["--config", str(config), *words])
+    assert not front_ends.asked_for([f"--config={config}"]), "vLLM does not read it"
 
 
 def front_end(folder: Path, index: int, count: int) -> FrontEnd:
@@ -124,6 +128,19 @@ def test_limits_are_counted_together(tmp_path: Path) -> None:
         one.check()
 
 
+@pytest.mark.parametrize("is_only", [True, False])
+def test_a_limit_that_is_set_again_begins_full(tmp_path: Path, is_only: bool) -> None:
+    limits = Limits(requests_per_minute=1)
+    cells = None if is_only else usages(mmap.mmap(-1, 1 << 16), tmp_path)[0].cells("key")
+    usage = Usage(limits, cells)
+    usage.begin()
+    with pytest.raises(RateLimited):
+        usage.check()
+    usage.change(Limits())
+    usage.change(limits)
+    usage.check()
+
+
 def test_limits_of_several_names_are_apart(tmp_path: Path) -> None:
     one, other = usages(mmap.mmap(-1, 1 << 16), tmp_path)
     names = [f"key {number}" for number in range(200)]
@@ -176,7 +193,59 @@ def test_processes_take_the_same_slots(tmp_path: Path) -> None:
     os.close(fd)
 
 
+# ---------------------------------------------------------------------- supervisor
+
+# Two front ends that do nothing. The second one is killed while it has requests; when it is started
+# again, it ends the server.
+SUPERVISED = """
+import os, signal, socket, sys, time
+from pathlib import Path
+from server.front_ends import usage_lock
+from server.request.shared_usage import SharedUsages
+from server.supervisor import Supervisor
+
+def engines(folder, link):
+    alive, dead = os.pipe()
+    message = {"address": "", "count": 2, "stats": None, "image_work": None}
+    with socket.socket() as listening:
+        link.send(message, [listening.fileno(), alive])
+    link.receive()
+    return 0
+
+def front_end(mine):
+    active = SharedUsages(mine.usage, usage_lock(mine.folder), mine.index, 2).cells("key").active
+    is_again = mine.restarts[mine.index] > 0
+    if is_again:
+        print(list(active), flush=True)
+        os.kill(os.getppid(), signal.SIGTERM)
+        signal.pause()
+    active[mine.index] = 3 + mine.index
+    mine.link.send({"hello": []})
+    if mine.index == 0:
+        assert mine.link.receive()[0] == {"do": "announce"}
+        mine.peer_socket(0).touch()
+    else:
+        while not mine.peer_socket(0).exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    assert mine.link.receive()[0] == {"do": "drain"}
+    return 0
+
+sys.exit(Supervisor(engines, front_end, Path(sys.argv[1]), lambda _: None).run())
+"""
+
+
+def test_requests_of_one_that_was_killed_are_forgotten_before_it_is_back(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SUPERVISED, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "[3, 0]\n"), ended.stderr
+    assert "front end 1 has ended with signal 9; starting it again" in ended.stderr
+
+
 # ---------------------------------------------------------------------- metrics
+
+
+SANDBOX = "saccade_image_worker_sandbox"
 
 
 def page(generation: int, updated: float, counted: float, gauges: float) -> merged.Page:
@@ -186,7 +255,7 @@ def page(generation: int, updated: float, counted: float, gauges: float) -> merg
         counted
     )
     Histogram("seconds", "Time.", buckets=(1, 2), registry=registry).observe(1.5)
-    for name in ("saccade_waiting", "saccade_ready", "saccade_devices"):
+    for name in ("saccade_waiting", "saccade_ready", "saccade_devices", SANDBOX):
         Gauge(name, "A number.", registry=registry).set(gauges)
     Gauge("vllm:running", "Of the engine.", ["engine"], registry=registry).labels("0").set(gauges)
     return merged.Page(generation, {"0": updated}, merged.families(registry.collect()))
@@ -210,6 +279,7 @@ def test_metrics_are_joined_by_what_they_mean() -> None:
     assert found["seconds_sum"] == 3
     assert found["saccade_waiting"] == 5
     assert found["saccade_ready"] == 1
+    assert found[SANDBOX] == 1
     assert found["saccade_devices"] == 4
     assert found["vllm:running"] == 1, "the first one has the engine's last report"
     assert found["saccade_front_ends"] == 2

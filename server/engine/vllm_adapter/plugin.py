@@ -33,7 +33,7 @@ class Changes(msgspec.Struct, frozen=True, omit_defaults=True):
         image_work: the file by which `cpu_waits` learns when there is image work.
         encoder_runs: the addresses to which `encode_timer` reports.
         segments: what the names of segments in /dev/shm begin with.
-        clients: how many front ends an engine serves.
+        clients: how many front ends an engine serves that its own process did not start; 0 if none.
     """
 
     die_with_parent: bool = False
@@ -43,7 +43,7 @@ class Changes(msgspec.Struct, frozen=True, omit_defaults=True):
     image_work: str | None = None
     encoder_runs: tuple[str, ...] = ()
     segments: str | None = None
-    clients: int = 1
+    clients: int = 0
 
 
 def asked() -> Changes:
@@ -84,7 +84,7 @@ def register() -> None:
         from server.engine.vllm_adapter import cpu_waits
 
         cpu_waits.register(changes.image_work)
-    if changes.clients > 1:
+    if changes.clients:
         from server.engine.vllm_adapter import client_caches
 
         client_caches.register(changes.clients)
