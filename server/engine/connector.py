@@ -22,12 +22,12 @@ from vllm.multimodal.video import get_video_loader_backend_for_processor
 
 from server.concurrency import in_thread
 from server.engine.clips import check_options, video_options
-from server.engine.video_sampling import choose
+from server.engine.video_sampling import encoded_video
 from server.engine.vllm_adapter.processors import tensor
 from server.engine.vllm_adapter.video_loaders import LoaderUnsupported
 from server.errors import ClientError, InvalidImageUrl, SaccadeError, UnknownImage
 from server.imaging.containers import holds_pictures
-from server.imaging.encoded import EncodedImage, digest
+from server.imaging.encoded import EncodedImage
 from server.imaging.sampling import SamplingOptions
 from server.imaging.video.encoded import EncodedVideo
 from server.ingest.video import ClipDecoder
@@ -128,16 +128,10 @@ def _is_encoded(ref: MediaRef) -> bool:
 
 async def _encoded(ref: MediaRef, io: VideoMediaIO) -> EncodedVideo | None:
     """The video with the frames that `io` takes of it; None if its loader must decode."""
-    assert ref.video is not None
     try:
-        chosen = choose(ref.video, io, ref.sampling)
+        return await in_thread(encoded_video, ref, io)
     except LoaderUnsupported:
         return None
-    except SaccadeError as error:
-        error.param = error.param or ref.path
-        raise
-    name = await in_thread(digest, ref.data)
-    return EncodedVideo(ref.data, name, ref.video, chosen, ref.sampling, ref.path)
 
 
 async def _clip(clips: ClipDecoder, data: bytes, media_io: MediaIO[Any]) -> Any:

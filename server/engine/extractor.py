@@ -316,14 +316,9 @@ class _NativePatches:
         }
 
 
-def resized_frames(frames: npt.NDArray[np.uint8], size: sizing.Size) -> npt.NDArray[np.uint8]:
-    """Resize uint8 (frames, height, width, 3) bicubically to (width, height), one by one."""
-    if frames.shape[1:3] == (size[1], size[0]):
-        return frames
-    out = np.empty((len(frames), size[1], size[0], 3), np.uint8)
-    for place, frame in zip(out, frames, strict=True):
-        place[...] = _resize(frame, size[1], size[0]).transpose(1, 2, 0)
-    return out
+def resized(frame: npt.NDArray[np.uint8], size: sizing.Size) -> npt.NDArray[np.uint8]:
+    """Resize uint8 (height, width, 3) bicubically to (width, height)."""
+    return _resize(frame, size[1], size[0]).transpose(1, 2, 0)
 
 
 def _resize(pixels: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:

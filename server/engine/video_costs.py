@@ -1,5 +1,6 @@
 """What videos would cost, computed from their headers alone; the model does not run."""
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,9 +17,10 @@ from server.engine.token_allocator import (
     kv_bytes_of_token,
 )
 from server.engine.video_allocator import VideoAllocator
-from server.engine.video_sampling import choose
+from server.engine.video_sampling import encoded_video
 from server.engine.vllm_adapter.video_loaders import LoaderUnsupported
-from server.errors import ClientError, SaccadeError
+from server.errors import ClientError
+from server.imaging.tokens.video import VideoAllocation, VideoRule
 from server.imaging.video.encoded import EncodedVideo
 from server.request.context import ShownVideo
 from server.request.media import MediaRef
@@ -38,7 +40,8 @@ class VideoCost:
 
 
 def encoded_videos(engine: "AsyncLLM", refs: Sequence[MediaRef]) -> list[EncodedVideo]:
-    """The videos of a request with the frames that the model would get.
+    """The videos of a request with the frames that the model would get. The time grows with their
+    size.
 
     Raises:
         ClientError: a request with these videos would fail in the same way, or the tokens of a
@@ -57,19 +60,15 @@ def encoded_videos(engine: "AsyncLLM", refs: Sequence[MediaRef]) -> list[Encoded
 
 
 def _encoded(ref: MediaRef, io: VideoMediaIO) -> EncodedVideo:
+    if ref.video is None:
+        raise _unknown(ref.path)
     try:
-        if ref.video is None:
-            raise _unknown()
-        chosen = choose(ref.video, io, ref.sampling)
+        return encoded_video(ref, io)
     except LoaderUnsupported:
         raise _unknown(ref.path) from None
-    except SaccadeError as error:
-        error.param = error.param or ref.path
-        raise
-    return EncodedVideo(ref.data, "", ref.video, chosen, ref.sampling, ref.path)
 
 
-def _unknown(path: str | None = None) -> ClientError:
+def _unknown(path: str) -> ClientError:
     return ClientError("the tokens of this video cannot be computed in advance", param=path)
 
 
@@ -93,18 +92,21 @@ async def media_costs(
         raise _unknown(videos[0].path)
     places = [*paths, *(video.path for video in videos)]
     pictures, clips = await allocator.costs(sized, videos, places, budget)
-    found = []
-    for video, allocation in zip(videos, clips, strict=True):
-        chosen = video.chosen.limited(allocation.frames, allocation.frames)
-        prompt_tokens = allocator.rule({}).prompt_tokens(allocation, _times(chosen.metadata))
-        found.append(
-            VideoCost(
-                ShownVideo.of(video, chosen, allocation),
-                prompt_tokens,
-                prompt_tokens * kv_bytes_of_token(engine.vllm_config),
-            )
-        )
+    rule, kv_bytes = allocator.rule({}), kv_bytes_of_token(engine.vllm_config)
+    found = [
+        await asyncio.to_thread(_cost, rule, kv_bytes, *pair)
+        for pair in zip(videos, clips, strict=True)
+    ]
     return costs_of(engine, renderer.allocator, sized, pictures, with_views=with_views), found
+
+
+def _cost(
+    rule: VideoRule, kv_bytes: int, video: EncodedVideo, allocation: VideoAllocation
+) -> VideoCost:
+    """The time grows with the number of frames. `kv_bytes` are those of one token."""
+    chosen = video.chosen.limited(allocation.frames, allocation.frames)
+    tokens = rule.prompt_tokens(allocation, _times(chosen.metadata))
+    return VideoCost(ShownVideo.of(video, chosen, allocation), tokens, tokens * kv_bytes)
 
 
 def _times(metadata: dict[str, Any]) -> list[float]:

@@ -5,7 +5,6 @@ The child is a fork of the workers' forkserver, which has the processor loaded.
 
 import functools
 import importlib
-import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +13,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from server.engine.extractor import ImageExtractor, resized_frames
+from server.engine.extractor import ImageExtractor, resized
 from server.errors import InvalidVideo, SaccadeError, VideoTooLarge
-from server.imaging.sampling import pieces
+from server.imaging.video import header
 from server.ingest.video_features import VideoFeaturesAnswer, VideoFeaturesJob
 from server.workers import preload
 from server.workers.jobs import decode_kwargs
@@ -28,8 +27,6 @@ PREPARE = "server.engine.video_extractor:prepare"
 
 # Decodes with PyAV, which the server itself never imports.
 _FRAMES = "server.imaging.video.frames"
-# Frames that are decoded at their full size at a time, in bytes.
-_CHUNK_BYTES = 32 << 20
 
 
 def prepare(job: bytes) -> Callable[[bytes], Output]:
@@ -66,20 +63,10 @@ def _process(extractor: ImageExtractor, job: VideoFeaturesJob, data: bytes) -> O
 
 
 def _decoded(job: VideoFeaturesJob, data: bytes) -> npt.NDArray[np.uint8]:
-    """The frames of a job at the size that the processor gets: uint8 (frames, height, width, 3).
-    At any time, few of them are held at their full size."""
+    """The frames of a job at the size that the processor gets: uint8 (frames, height, width, 3)."""
+    if header.read(data).size != job.size:
+        raise InvalidVideo("the frames of the video do not have the size in its header")
     decode = importlib.import_module(_FRAMES).decode
-    numbers = sorted(set(job.indices))
-    width, height = job.size
-    width_out, height_out = job.resize or job.size
-    most = max(_CHUNK_BYTES // (3 * math.prod(job.size)), 1)
-    different = np.empty((len(numbers), height_out, width_out, 3), np.uint8)
-    for start, piece in pieces(numbers, most if job.resize else len(numbers)):
-        frames = decode(data, piece, None, job.max_pixels)
-        if frames.shape[1:3] != (height, width):
-            raise InvalidVideo("the frames of the video do not have the size in its header")
-        different[start : start + len(piece)] = resized_frames(frames, (width_out, height_out))
-    if len(numbers) == len(job.indices):
-        return different
-    places = {number: place for place, number in enumerate(numbers)}
-    return different[[places[number] for number in job.indices]]
+    resize = functools.partial(resized, size=job.resize) if job.resize else None
+    frames: npt.NDArray[np.uint8] = decode(data, job.indices, job.resize, job.max_pixels, resize)
+    return frames

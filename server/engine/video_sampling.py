@@ -5,7 +5,6 @@ loaders have these rules; a part of a request may ask for less.
 """
 
 from collections.abc import Mapping
-from fractions import Fraction
 from typing import Any
 
 from vllm.logger import init_logger
@@ -13,16 +12,32 @@ from vllm.multimodal.media.video import VideoMediaIO
 from vllm.multimodal.video_decoders import VideoSourceMetadata
 
 from server.engine.vllm_adapter.video_loaders import loaded
-from server.errors import ClientError, InvalidVideo
+from server.errors import ClientError, InvalidVideo, SaccadeError
+from server.imaging.encoded import digest
 from server.imaging.sampling import ChosenFrames, SamplingOptions, span, spread
+from server.imaging.video.encoded import EncodedVideo
 from server.imaging.video.header import VideoHeader
+from server.request.media import MediaRef
 
 logger = init_logger(__name__)
 
 # What vLLM's loaders raise for videos and options that they do not take.
 _REFUSALS = (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError)
-# Durations in files are whole numbers of ticks, of which a second has at most so many.
-_MOST_TICKS = 1 << 20
+
+
+def encoded_video(ref: MediaRef, io: VideoMediaIO) -> EncodedVideo:
+    """The video of `ref` with the frames that the loader of `io` takes of it. The time grows with
+    the size of the file and the number of its frames.
+
+    Raises: as `choose` does; `param` is the path of the part.
+    """
+    assert ref.video is not None
+    try:
+        chosen = choose(ref.video, io, ref.sampling)
+    except SaccadeError as error:
+        error.param = error.param or ref.path
+        raise
+    return EncodedVideo(ref.data, digest(ref.data), ref.video, chosen, ref.sampling, ref.path)
 
 
 def choose(header: VideoHeader, io: VideoMediaIO, asked: SamplingOptions) -> ChosenFrames:
@@ -70,14 +85,5 @@ def _options(io: VideoMediaIO, asked: SamplingOptions) -> tuple[int, Mapping[str
 
 def _source(header: VideoHeader, frames: int) -> VideoSourceMetadata:
     """What vLLM's decoder would tell of `frames` frames of the video."""
-    fps = _fps(header)
+    fps = header.fps
     return VideoSourceMetadata(frames, fps, frames / fps if fps > 0 else 0)
-
-
-def _fps(header: VideoHeader) -> float:
-    """Frames per second as a quotient of whole numbers, as FFmpeg has it: the loaders round down
-    what they make of it."""
-    if header.duration_s <= 0:
-        return 0.0
-    duration = Fraction(header.duration_s).limit_denominator(_MOST_TICKS)
-    return float(header.frame_count / duration) if duration else 0.0

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from vllm.multimodal.processing import cached_encode
 
-from server.engine.extractor import resized_frames
+from server.engine.extractor import resized
 from server.engine.vllm_adapter import processors
 from server.errors import InvalidVideo
 from server.imaging.sizing import Size
@@ -130,12 +130,11 @@ def _resizes_alike(rule: QwenVideoTokens | FrameTokens, processor: Any, options:
     for frames, width, height in _CHECKED[:2]:
         noise = random.integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
         target = rule.allocate(frames, width, height).processed
-        whole, resized = (
-            _features(processor, each, options) for each in (noise, resized_frames(noise, target))
-        )
-        if whole.keys() != resized.keys():
+        before = np.stack([resized(frame, target) for frame in noise])
+        theirs, ours = (_features(processor, each, options) for each in (noise, before))
+        if theirs.keys() != ours.keys():
             return False
-        if not all(torch.equal(whole[name], resized[name]) for name in whole):
+        if not all(torch.equal(theirs[name], ours[name]) for name in theirs):
             return False
     return True
 

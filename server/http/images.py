@@ -1,5 +1,6 @@
 """`POST /v1/images/tokens`: the cost of images and videos, computed from their headers alone."""
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -58,7 +59,8 @@ async def image_tokens(body: ImageTokensRequest, raw_request: Request) -> dict[s
     if not context.media and not body.images:
         raise ClientError("the request has no images", param="messages")
     engine = raw_request.app.state.engine_client
-    videos = encoded_videos(engine, [ref for ref in context.media if ref.kind == "video"])
+    refs = [ref for ref in context.media if ref.kind == "video"]
+    videos = await asyncio.to_thread(encoded_videos, engine, refs) if refs else []
     sized, paths = [], []
     for ref in context.media:
         if ref.kind == "video":

@@ -1,6 +1,6 @@
 """What a request asks of the frames of a video; pure arithmetic on their numbers and times."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
@@ -67,9 +67,3 @@ def span(
     first = 0 if start_s is None else int(np.searchsorted(times, start_s))
     last = len(times) if end_s is None else int(np.searchsorted(times, end_s))
     return first, last
-
-
-def pieces(items: Sequence[T], most: int) -> Iterator[tuple[int, Sequence[T]]]:
-    """`items` in pieces of at most `most`, each with the place of its first item."""
-    for start in range(0, len(items), most):
-        yield start, items[start : start + most]

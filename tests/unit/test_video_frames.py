@@ -93,6 +93,21 @@ def test_frames_are_shrunk_to_a_size(rotation: int) -> None:
     assert np.abs(small.astype(int) - wanted).mean() < 4
 
 
+@pytest.mark.parametrize("rotation", [0, 90])
+def test_each_frame_is_resized_as_it_comes(rotation: int) -> None:
+    data = encode(scene(4, (384, 256)), rotation=rotation)
+    shapes = []
+
+    def halved(frame: Frames) -> Frames:
+        shapes.append(frame.shape)
+        return frame[::2, ::2]
+
+    whole = decode(data, [0, 2])
+    size = (whole.shape[2] // 2, whole.shape[1] // 2)
+    np.testing.assert_array_equal(decode(data, [0, 2], size, resize=halved), whole[:, ::2, ::2])
+    assert shapes == [whole.shape[1:]] * 2
+
+
 def test_odd_sizes_are_decoded() -> None:
     frames = scene(4, (63, 47))
     data = encode(frames, "vp9", "webm")

@@ -4,8 +4,8 @@ The samples are found by this project's readers of containers; the library gets 
 a decoder that is named to it. Its own readers and protocols are not used.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import av
 import numpy as np
@@ -16,7 +16,7 @@ from server.errors import InvalidVideo
 from server.imaging.sizing import Size
 from server.imaging.video import hdr
 from server.imaging.video.header import read_track
-from server.imaging.video.track import Codec, Track
+from server.imaging.video.track import Codec, Rotation, Track
 
 _DECODERS: dict[Codec, str] = {
     "h264": "h264",
@@ -26,6 +26,9 @@ _DECODERS: dict[Codec, str] = {
     "av1": "libdav1d",
     "mpeg4": "mpeg4",
 }
+Resize: TypeAlias = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]
+"""From one frame, uint8 (height, width, 3), to the same of another size."""
+
 # H.264 and H.265 hold back at most this many frames until their order is known.
 _MOST_REORDERED = 16
 # Bytes that FFmpeg may read beyond the end of its input.
@@ -37,13 +40,19 @@ _SHRINKING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.
 
 
 def decode(
-    data: bytes, indices: Sequence[int], size: Size | None = None, max_pixels: int = 1 << 26
+    data: bytes,
+    indices: Sequence[int],
+    size: Size | None = None,
+    max_pixels: int = 1 << 26,
+    resize: Resize | None = None,
 ) -> npt.NDArray[np.uint8]:
-    """The frames `indices` of a video, counted from 0 in the order shown, each at `size`.
+    """The frames `indices` of a video, counted from 0 in the order shown, each at `size`. At any
+    time, one of them is held at its full size.
 
     Args:
         size: (width, height) in pixels, after rotation; None: as in the header.
         max_pixels: most pixels of a decoded frame, whatever the header says.
+        resize: makes `size` of a frame of the header's size; None: the library does.
 
     Returns:
         uint8 (indices, height, width, 3), RGB, upright. A frame that is damaged is replaced with
@@ -56,15 +65,15 @@ def decode(
     """
     track = read_track(data)
     wanted = track.timeline.frames[np.asarray(indices, np.int64)]
-    width, height = track.coded_size
-    if size is not None:
-        width, height = size if track.rotation in (0, 180) else size[::-1]
-    upright = (width, height) if track.rotation in (0, 180) else (height, width)
-    result = np.empty((len(wanted), upright[1], upright[0], 3), np.uint8)
+    width, height = size or _turned(track.coded_size, track.rotation)
+    result = np.empty((len(wanted), height, width, 3), np.uint8)
     found = np.zeros(len(wanted), np.bool_)
-    convert = _Converter((width, height))
+    own = track.coded_size if resize else _turned((width, height), track.rotation)
+    convert = _Converter(own)
     for sample, frame in _frames(data, track, set(wanted.tolist()), max_pixels):
         picture = np.rot90(convert(frame), -track.rotation // 90)
+        if resize is not None:
+            picture = resize(np.ascontiguousarray(picture))
         places = wanted == sample
         result[places], found[places] = picture, True
     if not found.any():
@@ -73,6 +82,11 @@ def decode(
     for missing in np.flatnonzero(~found):
         result[missing] = result[decoded[np.abs(decoded - missing).argmin()]]
     return result
+
+
+def _turned(size: Size, rotation: Rotation) -> Size:
+    """`size` as it is after a rotation, or before."""
+    return size if rotation in (0, 180) else size[::-1]
 
 
 def _frames(

@@ -25,6 +25,7 @@ from server.imaging.sampling import SamplingOptions
 from server.imaging.video import header
 from server.imaging.video.encoded import EncodedVideo
 from server.ingest import video_features
+from server.ingest.video_features import VideoFeaturesJob
 from server.request.context import RequestContext
 from server.telemetry.record import Record
 from server.workers.protocol import ArraySpec
@@ -146,6 +147,19 @@ def test_a_damaged_file_and_a_wrong_size_are_refused(folder: Path) -> None:
     blank = FILE[:64] + bytes(table - 64) + FILE[table:]
     with pytest.raises(InvalidVideo):
         video_extractor._process(extractor("qwen3_vl", folder), work, blank)
+
+
+def test_a_large_frame_that_is_damaged_is_replaced() -> None:
+    """All frames are decoded in one pass, however large they are."""
+    size = (3072, 2048)
+    data = bytearray(encoded_videos.encode(encoded_videos.scene(4, size), "vp8", "webm"))
+    samples = header.read_track(bytes(data)).samples
+    start, length = int(samples.offsets[3]), int(samples.sizes[3])
+    data[start + 1 : start + length] = b"\xff" * (length - 1)
+    small = VideoFeaturesJob((0, 1, 2, 3), size, (96, 64), {}, b"", 1 << 24)
+    frames = video_extractor._decoded(small, bytes(data))
+    assert frames.shape == (4, 64, 96, 3)
+    assert (frames[3] == frames[2]).all()
 
 
 @pytest.mark.parametrize(("shape", "offset"), [((9,), 0), ((2,), 7), ((-1,), 0), ((4,), -1)])
