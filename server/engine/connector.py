@@ -86,7 +86,11 @@ class HandleConnector(MediaConnector):
             if video is not None:
                 return video
         if resolved.ref.sampling != SamplingOptions():
-            raise ClientError("options of a video are not supported here", param=resolved.ref.path)
+            raise ClientError(
+                "options of a video are supported neither beside a uuid, nor for pictures sent as "
+                "a video, nor by all models",
+                param=resolved.ref.path,
+            )
         return await super().fetch_video_async(video_url, **given)
 
     def _video_io(

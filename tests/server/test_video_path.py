@@ -143,3 +143,10 @@ def test_a_part_without_frames_is_refused(http: httpx.Client) -> None:
     response = http.post("/v1/chat/completions", json=body)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "messages[0].content[0].video_url"
+
+
+def test_a_video_that_vllm_preprocesses_takes_no_options(http: httpx.Client) -> None:
+    body = {"model": MODEL, "messages": user({**clip(num_frames=2), "uuid": "three"}, WHAT)}
+    error = http.post("/v1/chat/completions", json=body).json()["error"]
+    assert error["param"] == "messages[0].content[0].video_url"
+    assert "beside a uuid" in error["message"]
