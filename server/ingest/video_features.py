@@ -22,6 +22,20 @@ from server.telemetry.stages import ImageWork
 from server.workers.protocol import ArraySpec, Features, FeatureSpec, ListSpec
 from server.workers.sandbox import Output
 
+# Of one number, by the names of types that processors return.
+_ITEM_BYTES = {
+    "bool": 1,
+    "uint8": 1,
+    "int8": 1,
+    "int16": 2,
+    "float16": 2,
+    "bfloat16": 2,
+    "int32": 4,
+    "float32": 4,
+    "int64": 8,
+    "float64": 8,
+}
+
 
 class VideoFeaturesJob(msgspec.Struct, frozen=True):
     """Decode frames of a video file and run the model's processor on them.
@@ -132,11 +146,11 @@ def _features(output: Output, size: Size) -> Features:
 
 
 def _check(spec: FeatureSpec, nbytes: int) -> None:
-    """Raises ValueError if an array does not lie within `nbytes` bytes."""
+    """Raises ValueError if an array is not within `nbytes` bytes, or its type is unknown."""
     if isinstance(spec, ListSpec):
         for item in spec.items:
             _check(item, nbytes)
     elif isinstance(spec, ArraySpec):
-        count = math.prod(spec.shape)
-        if min(spec.shape, default=0) < 0 or spec.offset < 0 or spec.offset + count > nbytes:
+        size = math.prod(spec.shape) * _ITEM_BYTES.get(spec.dtype, nbytes + 1)
+        if min(spec.shape, default=0) < 0 or spec.offset < 0 or spec.offset + size > nbytes:
             raise ValueError

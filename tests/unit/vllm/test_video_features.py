@@ -162,9 +162,21 @@ def test_a_large_frame_that_is_damaged_is_replaced() -> None:
     assert (frames[3] == frames[2]).all()
 
 
-@pytest.mark.parametrize(("shape", "offset"), [((9,), 0), ((2,), 7), ((-1,), 0), ((4,), -1)])
-def test_arrays_outside_of_the_memory_are_refused(shape: tuple[int, ...], offset: int) -> None:
-    specs: Any = {"pixel_values": ArraySpec("uint8", shape, offset)}
+@pytest.mark.parametrize(
+    ("dtype", "shape", "offset"),
+    [
+        ("uint8", (9,), 0),
+        ("uint8", (2,), 7),
+        ("uint8", (-1,), 0),
+        ("uint8", (4,), -1),
+        ("float32", (3,), 0),
+        ("no type", (1,), 0),
+    ],
+)
+def test_arrays_outside_of_the_memory_are_refused(
+    dtype: str, shape: tuple[int, ...], offset: int
+) -> None:
+    specs: Any = {"pixel_values": ArraySpec(dtype, shape, offset)}
     answer = video_features.VideoFeaturesAnswer(specs, 0.0, 0.0)
     data: Any = torch.zeros(8, dtype=torch.uint8).numpy()
     with pytest.raises(MediaProcessingFailed):
