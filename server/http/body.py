@@ -16,13 +16,14 @@ from server.concurrency import Begun, in_thread
 from server.errors import RequestTimeout, RequestTooLarge, SaccadeError
 from server.http.byte_budget import ByteBudget, Share
 from server.http.errors import respond, with_length
-from server.http.headers import value_of
+from server.http.headers import length_in, value_of
 from server.http.large_body import LEAST_BYTES, LargeBody
 from server.http.scope import (
     connection_of,
     item_of,
     path_of,
     quotas_of,
+    receives_directly,
     record_of,
     set_context,
     set_document,
@@ -196,8 +197,7 @@ class BodyReader:
     ) -> list[bytes]:
         """The chunks of the whole body. Memory grows with the bytes that arrive, but `share` has
         the announced length from the start: if it grew too, bodies would wait for one another."""
-        given = value_of(scope, b"content-length")
-        announced = int(given) if given.isdigit() else 0
+        announced = length_in(value_of(scope, b"content-length"))
         _check(announced, max_bytes)
         if announced > SMALL_BODY_BYTES:
             await share.grow(announced)
@@ -219,7 +219,7 @@ class BodyReader:
             self._check_rate(received, time.monotonic() - begin)
             if received > max(announced, SMALL_BODY_BYTES):  # sent in chunks, of unknown length
                 await share.grow(min(2 << received.bit_length(), max_bytes))
-            if (rest := _rest(scope, announced - received)) is not None:
+            if (rest := _rest(scope, receive, announced - received)) is not None:
                 with rest:
                     chunks += await self._read_rest(rest, received, begin)
                 received = announced - rest.left
@@ -262,11 +262,12 @@ class BodyReader:
             )
 
 
-def _rest(scope: Scope, left: int) -> LargeBody | None:
+def _rest(scope: Scope, receive: Receive, left: int) -> LargeBody | None:
     """To read the `left` bytes of a body past uvicorn; None if they have to come as messages."""
-    if left < LEAST_BYTES or (connection := connection_of(scope)) is None:
+    if left < LEAST_BYTES or not receives_directly(scope, receive):
         return None
-    return connection.rest_of_body(left)
+    connection = connection_of(scope)
+    return connection.rest_of_body(left) if connection is not None else None
 
 
 def _joined(chunks: list[bytes]) -> bytes:

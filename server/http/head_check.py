@@ -12,6 +12,7 @@ from server.errors import SaccadeError, error_body
 from server.http import errors
 from server.http.answer import request_id
 from server.http.byte_budget import ByteBudget
+from server.http.headers import length_in
 from server.request.read import SMALL_BODY_BYTES
 from server.telemetry import metrics
 
@@ -40,8 +41,8 @@ class HeadCheck:
             return None
         length = 0
         for name, value in headers:
-            if name == b"content-length" and value.isdigit():
-                length = int(value)
+            if name == b"content-length":
+                length = length_in(value)
             elif name == b"origin":
                 return None
         if not SMALL_BODY_BYTES < length <= self._max_bytes:

@@ -25,6 +25,8 @@ _SINGLE = frozenset(
     }
 )
 _SINGLE_PREFIX = b"x-request-"
+# The parser refuses lengths from 2**64 on.
+_LENGTH_DIGITS = 20
 
 
 def value_of(scope: Scope, name: bytes) -> bytes:
@@ -34,6 +36,12 @@ def value_of(scope: Scope, name: bytes) -> bytes:
             found: bytes = value
             return found
     return b""
+
+
+def length_in(value: bytes) -> int:
+    """The number of bytes that a `Content-Length` announces; 0 if it is no number. The parser
+    accepts any number of zeros before it, but Python does not."""
+    return int(value[-_LENGTH_DIGITS:]) if value.isdigit() else 0
 
 
 class SingleHeaders:

@@ -12,6 +12,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.http.headers import length_in
 from server.telemetry.histogram import Histogram
 
 # Handlers of so many paths are kept, without those that have parameters: they are countless.
@@ -136,8 +137,7 @@ class HttpMetrics(PrometheusInstrumentatorMiddleware):
 
 
 def _length(headers: Any) -> int:
-    given = next((value for name, value in headers if name == b"content-length"), b"0")
-    return int(given) if given.isdigit() else 0
+    return length_in(next((value for name, value in headers if name == b"content-length"), b""))
 
 
 def _nothing(_: object) -> None:

@@ -24,6 +24,7 @@ from server.http.scope import (
     item_of,
     set_connection,
     set_direct_send,
+    set_receive,
     set_record,
     take_connection,
 )
@@ -100,12 +101,14 @@ class Observed:
             set_direct_send(scope, answer.send)
         aborts = record.path in self._aborted
         client = Client(receive, record, answer, connection if aborts else None)
+        receive = client.receive
+        set_receive(scope, receive)
         if is_work:
             metrics.requests_in_flight.inc()
         try:
             if is_work:
                 await self._turns.next()
-            await self._app(scope, client.receive, answer.send)
+            await self._app(scope, receive, answer.send)
             if answer.was_cancelled:
                 await answer.fail(_reason(connection))
         except asyncio.CancelledError:

@@ -334,6 +334,11 @@ class Connection(HttpToolsProtocol):
         if self._in_head:  # of a request that was sent before this answer
             self._head_since = self.loop.time()
 
+    def handle_websocket_upgrade(self) -> None:
+        """Begin a websocket, unless the request was refused."""
+        if self._refused_at is None:
+            super().handle_websocket_upgrade()
+
     # ------------------------------------------------------------------ refusals
 
     def _fail(self, error: SaccadeError) -> None:
@@ -355,7 +360,9 @@ class Connection(HttpToolsProtocol):
 
     def _refuse(self, error: SaccadeError) -> None:
         """Send `error` and no longer read requests. Only close the connection if another answer is
-        under way."""
+        under way. Does nothing if a request was refused before: more may have come with it."""
+        if self._refused_at is not None:
+            return
         self._refused_at = self.loop.time()
         self.server_state.lingering += 1
         self._unset_keepalive_if_required()

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from starlette.types import Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from server.http.large_body import LargeBody
 from server.request.admission import Turn
@@ -18,6 +18,7 @@ _CONTEXT = "saccade.context"
 _DOCUMENT = "saccade.document"
 _QUOTAS = "saccade.quotas"
 _SEND = "saccade.send"
+_RECEIVE = "saccade.receive"
 _ITEM = "saccade.item"
 
 
@@ -37,6 +38,17 @@ def record_of(scope: Scope) -> Record:
 def group_of(scope: Scope) -> str:
     """The group of API keys that the request belongs to; "" where keys are in no groups."""
     return record_of(scope).key_group or ""
+
+
+def set_receive(scope: Scope, receive: Receive) -> None:
+    """Store how messages are received that come from the connection as they are."""
+    scope[_RECEIVE] = receive
+
+
+def receives_directly(scope: Scope, receive: Receive) -> bool:
+    """Whether no layer in between, such as middleware of users, reads or changes what `receive`
+    returns."""
+    return scope.get(_RECEIVE) is receive
 
 
 def set_context(scope: Scope, context: RequestContext) -> None:

@@ -25,6 +25,7 @@ from server.http import headers
 from server.http.body import BodyReader
 from server.http.byte_budget import ByteBudget
 from server.http.observe import Observed
+from server.http.protocol import Connection, ServerState
 from server.request.admission import Admission
 from server.settings import HttpSettings, Settings
 from tests.admission import limits
@@ -36,6 +37,7 @@ WAIT_S = 0.5
 PATIENCE_S = 30.0
 SETTINGS = Settings(http=HttpSettings(max_request_bytes=3 * MIB, request_read_timeout_s=PATIENCE_S))
 JSON = (b"content-type", b"application/json")
+INVERTED = bytes(range(255, -1, -1))
 
 
 def app_of(
@@ -241,6 +243,45 @@ def test_a_refusal_by_the_head_has_the_shape_of_its_api(refusing: int) -> None:
     assert (document["type"], document["error"]["type"]) == ("error", "overloaded_error")
 
 
+REFUSED_WITH_ITS_BODY = post_head(150_000) + bytes(150_000)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        REFUSED_WITH_ITS_BODY + b"no HTTP\r\n\r\n",
+        REFUSED_WITH_ITS_BODY + b"GET /" + b"u" * 100_000 + b" HTTP/1.1\r\n\r\n",
+        REFUSED_WITH_ITS_BODY * 2,
+        post_head(150_000, (b"Connection", b"upgrade"), (b"Upgrade", b"websocket"))
+        + bytes(150_000),
+    ],
+)
+def test_a_connection_is_refused_once(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever comes with the request that is refused by its head."""
+    states: list[ServerState] = []
+    made = Connection.connection_made
+
+    def noted(self: Connection, transport: Any) -> None:
+        states.append(self.server_state)
+        made(self, transport)
+
+    monkeypatch.setattr(Connection, "connection_made", noted)
+    budget = ByteBudget(4 * MIB, PATIENCE_S)
+    with (
+        serving(app_of(budget), SETTINGS, budget) as port,
+        begun(port, 3 * MIB),
+        begun(port, 3 * MIB),
+    ):
+        until(lambda: budget.waiting == 1)
+        for _ in range(10):
+            with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as client:
+                client.sendall(sent)
+                received = b"".join(iter(functools.partial(client.recv, MIB), b""))
+            assert received.startswith(b"HTTP/1.1 503 ")
+            assert received.count(b"HTTP/1.1 ") == 1
+        until(lambda: states[0].lingering == 0)
+
+
 def test_small_bodies_and_pages_of_other_sites_reach_the_app(refusing: int) -> None:
     with begun(refusing, 1000, bytes(1000)) as client:
         assert answer(client)[::2] == (200, 1000)
@@ -407,6 +448,27 @@ def test_large_bodies_arrive_as_they_were_sent_on_kept_and_pipelined_connections
         until(lambda: budget.held == 0)
 
 
+def test_middleware_that_changes_bodies_sees_all_of_large_ones() -> None:
+    budget = ByteBudget(16 * MIB, PATIENCE_S)
+    reads = app_of(budget, answer_digest)
+    assert isinstance(reads, Observed)
+    inner = reads._app
+
+    async def inverting(scope: Any, receive: Any, send: Any) -> None:
+        async def changed() -> Any:
+            message = await receive()
+            return {**message, "body": message.get("body", b"").translate(INVERTED)}
+
+        await inner(scope, changed, send)
+
+    reads._app = inverting
+    body = os.urandom(2 * MIB)
+    with serving(reads, SETTINGS) as port, begun(port, len(body)) as client:
+        client.sendall(body)
+        digest = hashlib.sha256(body.translate(INVERTED)).hexdigest()
+        assert answer(client)[::2] == (200, digest)
+
+
 def send_slowly(client: socket.socket, bodies: list[bytes], pause_s: float) -> None:
     """Send a request for each body, without waiting for answers. The head of the first is sent."""
     data = bodies[0] + b"".join(post_head(len(body)) + body for body in bodies[1:])
@@ -496,6 +558,14 @@ def test_a_header_that_must_be_single_may_not_be_repeated(port: int, name: bytes
         status, _, document = answer(client)
     assert (status, document["error"]["code"]) == (400, "invalid_request")
     assert name.decode().lower() in document["error"]["message"]
+
+
+@pytest.mark.parametrize("more", [(), ((b"Origin", b"http://page"),)])
+def test_a_length_may_begin_with_zeros(port: int, more: tuple[tuple[bytes, bytes], ...]) -> None:
+    lengths = b"content-length: " + b"0" * 5000 + b"5"
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as client:
+        client.sendall(post_head(5, *more).replace(b"content-length: 5", lengths) + b"12345")
+        assert answer(client)[::2] == (200, 5)
 
 
 def test_other_headers_may_be_repeated(port: int) -> None:
