@@ -1,6 +1,7 @@
 """Videos for tests, encoded with FFmpeg, and what FFmpeg reads from them."""
 
 import functools
+import os
 import struct
 import tempfile
 from collections.abc import Callable, Sequence
@@ -63,6 +64,7 @@ def encode(
     `colors` sets fields of the encoder's context.
     """
     encoder = ENCODERS[codec]
+    policy, priority = os.sched_getscheduler(0), os.sched_getparam(0)
     shown = times if times is not None else [index / 25 for index in range(len(frames))]
     with (
         tempfile.NamedTemporaryFile() as file,  # some options of containers open it a second time
@@ -88,6 +90,8 @@ def encode(
             output.mux(stream.encode(frame))
         output.mux(stream.encode(None))
         output.close()
+        # SVT-AV1 makes its caller a real-time thread if it may, and nothing else would run.
+        os.sched_setscheduler(0, policy, priority)
         return Path(file.name).read_bytes()
 
 
