@@ -118,7 +118,7 @@ def _agrees(rule: VideoRule, processor: Any, options: Options) -> bool:
             got = rule.allocate(frames, width, height, cap)
             size = got.resize or (width, height)
             counted = count(processor, got.frames, size, {**options, **got.options})
-            times = [float(time) for time in range(got.frames)]
+            times = [float(start) for start in range(got.frames)]
             if counted != (got.tokens, rule.prompt_tokens(got, times)):
                 return False
     return True
