@@ -1,10 +1,11 @@
 """Videos for tests, encoded with FFmpeg, and what FFmpeg reads from them."""
 
+import contextlib
 import functools
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
@@ -46,6 +47,16 @@ def scene(count: int, size: tuple[int, int] = (64, 48), seed: int = 0) -> Frames
     return frames
 
 
+@contextlib.contextmanager
+def same_scheduling() -> Iterator[None]:
+    """SVT-AV1 makes its caller a real-time thread if it may; nothing else would run then."""
+    policy, priority = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, priority)
+
+
 def encode(
     frames: Frames,
     codec: str = "h264",
@@ -64,9 +75,9 @@ def encode(
     `colors` sets fields of the encoder's context.
     """
     encoder = ENCODERS[codec]
-    policy, priority = os.sched_getscheduler(0), os.sched_getparam(0)
     shown = times if times is not None else [index / 25 for index in range(len(frames))]
     with (
+        same_scheduling(),
         tempfile.NamedTemporaryFile() as file,  # some options of containers open it a second time
         av.open(file.name, "w", format=container, container_options=muxing or {}) as output,
     ):
@@ -90,8 +101,6 @@ def encode(
             output.mux(stream.encode(frame))
         output.mux(stream.encode(None))
         output.close()
-        # SVT-AV1 makes its caller a real-time thread if it may, and nothing else would run.
-        os.sched_setscheduler(0, policy, priority)
         return Path(file.name).read_bytes()
 
 
