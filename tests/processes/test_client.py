@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import threading
 import time
@@ -381,9 +382,25 @@ def test_a_conversation_has_one_session(server: Server, client: Client) -> None:
     client.ask("?", pictures.encode(pictures.shape("red")))
     asked = [r for r in server.requests if r[0] == "/v1/chat/completions"]
     sessions = [headers["x-session-id"] for _, headers, _ in asked]
+    assert sessions == [headers["x-smg-routing-key"] for _, headers, _ in asked]
+    assert sessions[0] == hashlib.sha256(PHOTO).hexdigest()[:32]
     assert sessions[0] == sessions[1] == sessions[2] != sessions[3]
     roles = [message["role"] for message in asked[1][2]["messages"]]
     assert roles == ["system", "user", "assistant", "user"]
+
+
+def test_a_request_without_pictures_has_no_session(server: Server, client: Client) -> None:
+    client.ask("?")
+    headers = server.requests[-1][1]
+    assert not {"x-session-id", "x-smg-routing-key"} & set(headers)
+
+
+@pytest.mark.parametrize("name", ["x-session-id", "X-SMG-Routing-Key"])
+def test_the_callers_session_wins(server: Server, name: str) -> None:
+    with Client(server.url, model="m", headers={name: "mine"}) as client:
+        client.ask("?", PHOTO)
+    headers = server.requests[-1][1]
+    assert (headers["x-session-id"], headers["x-smg-routing-key"]) == ("mine", "mine")
 
 
 @pytest.mark.parametrize(("status", "asked"), [(503, 2), (429, 2), (404, 1)])

@@ -1,6 +1,9 @@
 """The client's pictures, documents, videos and boxes, without a server."""
 
+import base64
+import hashlib
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -177,8 +180,17 @@ class Server:
 def prepare(
     preparer: Preparer, server: Server | None, *items: Any, budget: int | None = None
 ) -> Prepared:
+    return prepare_all(preparer, server, [{"role": "user", "content": [*items, "what?"]}], budget)
+
+
+def prepare_all(
+    preparer: Preparer,
+    server: Server | None,
+    messages: list[dict[str, Any]],
+    budget: int | None = None,
+) -> Prepared:
     flow = preparer.prepare(
-        [{"role": "user", "content": [*items, "what?"]}],
+        messages,
         is_saccade=server is not None,
         ask=server.costs if server else None,
         budget=budget,
@@ -227,6 +239,26 @@ def test_a_budget_is_asked_about_for_all_pictures_together() -> None:
     assert sent_sizes(prepare(Preparer(90), server, JPEG, media.picture(url), budget=64)) == [
         (1200, 900)
     ]
+
+
+EXAMPLES = json.loads((Path(__file__).parents[2] / "clients" / "session_keys.json").read_text())
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example["what"])
+def test_a_conversation_has_the_session_that_all_clients_give_it(example: dict[str, Any]) -> None:
+    for server in (None, Server(100)):
+        prepared = prepare_all(Preparer(90), server, example["messages"])
+        assert prepared.session == example["key"]
+
+
+def test_a_picture_has_one_session_in_whatever_form_it_is_given(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(PNG)
+    url = "data:image/png;base64," + base64.b64encode(PNG).decode()
+    part = {"type": "image_url", "image_url": {"url": url}}
+    given = (PNG, path, media.picture(url), media.picture(PNG, detail="low"), part)
+    found = [prepare(Preparer(90), Server(100), each, JPEG).session for each in given]
+    assert found == [hashlib.sha256(PNG).hexdigest()[:32]] * len(given)
 
 
 def test_details_are_in_pixels_of_the_callers_picture() -> None:

@@ -13,7 +13,7 @@ from cachetools import LRUCache
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
-from saccade_client import DEFAULT_URL, __version__, shrink
+from saccade_client import DEFAULT_URL, __version__, affinity, shrink
 from saccade_client.answers import Answer, ImageCost, ModelCard, UploadedFile
 from saccade_client.errors import (
     ApiError,
@@ -230,8 +230,13 @@ class Core:
             return json.dumps({**body, "messages": prepared.written(names, known)}).encode()
 
         content = yield Work(written)
-        headers = {"X-Session-ID": prepared.session} if prepared.session else {}
+        headers = self._routing(prepared.session)
         return (yield from self._post("chat/completions", content, headers, "stream" in body))
+
+    def _routing(self, session: str | None) -> dict[str, str]:
+        """The session, for routers; none for OpenAI, which has no use for it."""
+        is_openai = self._host == _OPENAI_HOST
+        return {} if is_openai else affinity.headers(session, self.settings.headers)
 
     # ------------------------------------------------------------------ costs and uploads
 

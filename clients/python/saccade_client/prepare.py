@@ -4,7 +4,6 @@ media loaded -> sizes -> the server's cost of each -> resized where the model se
 """
 
 import base64
-import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Any
 from cachetools import LRUCache
 from PIL import Image
 
-from saccade_client import shrink
+from saccade_client import affinity, shrink
 from saccade_client.answers import ImageCost, ShownImage
 from saccade_client.flow import Flow, Work
 from saccade_client.media import Detail, Document, Media, Picture, Video, media, rendered
@@ -45,7 +44,7 @@ class Prepared:
     # Each medium with its place: a list of parts, and the index in it.
     placed: list[tuple[list[Any], int, Media]] = field(default_factory=list)
     encoded: dict[int, Encoded] = field(default_factory=dict)  # by the index in `placed`
-    session: str | None = None
+    session: str | None = None  # see `affinity`
 
     def names(self) -> frozenset[str]:
         """Names of the pictures that have bytes and are one image to the model. Takes time."""
@@ -181,15 +180,15 @@ def _loaded(messages: Sequence[MessageLike], is_saccade: bool) -> Prepared:
         for item in content:
             if isinstance(item, Mapping):
                 parts.append(item)
+                prepared.session = prepared.session or affinity.of_part(item)
             elif isinstance(item, str):
                 parts.append({"type": "text", "text": item})
             else:
                 for medium in _accepted(media(item), is_saccade):
+                    prepared.session = prepared.session or affinity.of_medium(medium)
                     prepared.placed.append((parts, len(parts), medium))
                     parts.append(None)
         prepared.messages.append({**message, "content": parts})
-    if prepared.placed:
-        prepared.session = _session(prepared.placed[0][2])
     return prepared
 
 
@@ -273,16 +272,6 @@ def _in_original(shown: ShownImage, encoded: Encoded | None) -> ShownImage:
     left, top, right, bottom = shown.region
     region = (left * across, top * down, right * across, bottom * down)
     return shown.model_copy(update={"width": width, "height": height, "region": region})
-
-
-def _session(medium: Media) -> str:
-    """Names a conversation by its first medium, so that a balancer can send all of it to the server
-    that has the medium in its cache."""
-    source = medium.data if isinstance(medium, Document) else medium.source
-    if isinstance(source, Image.Image):
-        source = source.tobytes()
-    source = source or getattr(medium, "file_id", None) or ""
-    return hashlib.sha256(source if isinstance(source, bytes) else source.encode()).hexdigest()[:32]
 
 
 def _data_url(kind: str, data: bytes) -> str:

@@ -1,5 +1,6 @@
 import OpenAI, { toFile, type ClientOptions as OpenAIOptions } from "openai";
 
+import { routingHeaders } from "./affinity.js";
 import { Answer, type Completion, type ImageCost, type ShownImage } from "./answers.js";
 import { sha256 } from "./bytes.js";
 import { refusal, SaccadeError, UnexpectedAnswer, UnusableMedia } from "./errors.js";
@@ -261,7 +262,8 @@ export class Client {
   #headers({ session }: Prepared): Record<string, string> {
     if (this.#isOpenAI) return {};
     const deadline = { "X-Request-Timeout": String(this.openai.timeout / 1000) };
-    return session === undefined ? deadline : { ...deadline, "X-Session-ID": session };
+    const given = this.openai["_options"]?.defaultHeaders ?? {};
+    return { ...deadline, ...routingHeaders(session, given) };
   }
 
   // -------------------------------------------------------------------- the server

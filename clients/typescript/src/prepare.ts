@@ -5,6 +5,7 @@ import type OpenAI from "openai";
 
 import * as ours from "#platform";
 
+import { keyOf, sourceOf } from "./affinity.js";
 import type { Region, ShownImage } from "./answers.js";
 import { dataUrl, sha256, type Bytes } from "./bytes.js";
 import { UnusableMedia } from "./errors.js";
@@ -48,7 +49,7 @@ interface Placed {
 export class Prepared {
   readonly messages: OpenAI.ChatCompletionMessageParam[] = [];
   readonly placed: Placed[] = [];
-  /** A hash of the first medium, by which balancers send a conversation to one server. */
+  /** By which routers send a conversation to one server. */
   session: string | undefined;
 
   constructor(readonly isSaccade: boolean) {}
@@ -148,6 +149,7 @@ const MIN_BYTES = 64 * 1024;
 /** Copies of the messages, with the media of their contents read. */
 async function loaded(messages: readonly Message[], isSaccade: boolean): Promise<Prepared> {
   const prepared = new Prepared(isSaccade);
+  let first: Bytes | string | undefined;
   for (const message of messages) {
     const { content } = message;
     if (!Array.isArray(content)) {
@@ -157,18 +159,20 @@ async function loaded(messages: readonly Message[], isSaccade: boolean): Promise
     const parts: unknown[] = [];
     for (const item of content as readonly ContentItem[]) {
       if (typeof item === "string") parts.push({ type: "text", text: item });
-      else if (isPart(item)) parts.push(item);
-      else {
+      else if (isPart(item)) {
+        first ??= sourceOf(item);
+        parts.push(item);
+      } else {
         const medium = await media(item);
         const placed = { parts, at: parts.length, medium, content: await medium.content() };
+        first ??= placed.content ?? medium.file_id ?? "";
         prepared.placed.push(placed);
         parts.push(undefined);
       }
     }
     prepared.messages.push({ ...message, content: parts } as OpenAI.ChatCompletionMessageParam);
   }
-  const first = prepared.placed[0];
-  if (first !== undefined) prepared.session = await sessionOf(first);
+  if (first !== undefined) prepared.session = await keyOf(first);
   return prepared;
 }
 
@@ -261,10 +265,4 @@ function inOriginal(shown: ShownImage, encoded: Encoded | undefined): ShownImage
   const [left, top, right, bottom] = shown.region;
   const region: Region = [left * across, top * down, right * across, bottom * down];
   return { ...shown, width, height, region };
-}
-
-async function sessionOf({ medium, content }: Placed): Promise<string | undefined> {
-  const source = content ?? medium.file_id ?? "";
-  const data = typeof source === "string" ? new TextEncoder().encode(source) : source;
-  return (await sha256(data))?.slice(0, 32);
 }

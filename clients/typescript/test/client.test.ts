@@ -138,10 +138,26 @@ test("a conversation sends a picture once, and its session", async () => {
   const questions = sent.filter(({ url }) => url.endsWith(CHAT));
   for (const { headers } of questions) {
     assert.equal(headers.get("x-session-id"), hash.slice(0, 32));
+    assert.equal(headers.get("x-smg-routing-key"), hash.slice(0, 32));
     assert.equal(headers.get("x-request-timeout"), "600");
     assert.equal(headers.get("authorization"), null);
   }
   assert.ok(bodies(sent, CHAT)[1]!.includes(`"uuid":"sha256-${hash}"`));
+});
+
+test("a request without pictures has no session, and the caller's wins", async () => {
+  const found: unknown[] = [];
+  for (const defaultHeaders of [{}, { "x-session-id": "mine" }, { "X-SMG-Routing-Key": "mine" }]) {
+    const [client, sent] = recorded({ defaultHeaders });
+    for (const pictures of [[], path("red.png")]) {
+      await client.ask(WHAT, pictures, { max_tokens: 1 });
+      const { headers } = sent.at(-1)!;
+      found.push(["x-session-id", "x-smg-routing-key"].map((name) => headers.get(name)));
+    }
+  }
+  const key = createHash("sha256").update(await bytes("red.png")).digest("hex").slice(0, 32);
+  const mine = ["mine", "mine"];
+  assert.deepEqual(found, [[null, null], [key, key], mine, mine, mine, mine]);
 });
 
 test("a picture that the server forgot is sent again", async () => {

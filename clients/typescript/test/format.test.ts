@@ -1,11 +1,13 @@
-// What the first bytes of a picture tell, and boxes: without a server.
+// What the first bytes of a picture tell, sessions and boxes: without a server.
 import assert from "node:assert/strict";
+import { readFile } from "node:fs/promises";
 import { test } from "node:test";
 
-import { findBoxes, toOriginal } from "saccade-client";
+import { findBoxes, toOriginal, type Message } from "saccade-client";
 import sharp from "sharp";
 
 import { formatOf } from "../dist/format.js";
+import { prepare } from "../dist/prepare.js";
 
 const SIZE = { width: 30, height: 20 };
 const drawn = (channels: 3 | 4 = 3) => sharp({ create: { ...SIZE, channels, background: "red" } });
@@ -84,4 +86,19 @@ test("a box is mapped to the original by what was shown", () => {
   assert.deepEqual(toOriginal(inPixels, { ...shrunk, region: [0, 0, 50, 50] }, null), {
     ...{ left: 25, top: 0, right: 50, bottom: 5 },
   });
+});
+
+test("conversations have the sessions that both clients give them", async () => {
+  const file = new URL("../../session_keys.json", import.meta.url);
+  const examples = JSON.parse(await readFile(file, "utf8")) as {
+    what: string;
+    messages: Message[];
+    key: string | null;
+  }[];
+  assert.ok(examples.length > 5);
+  const [targets, budget, signal] = [undefined, undefined, undefined];
+  for (const { what, messages, key } of examples) {
+    const options = { isSaccade: true, quality: 90, targets, budget, signal };
+    assert.equal((await prepare(messages, options)).session ?? null, key, what);
+  }
 });
