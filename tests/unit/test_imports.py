@@ -10,7 +10,7 @@ SERVER = Path(__file__).parents[2] / "server"
 LAYERS = (
     ("cli", "__main__"),
     ("run_batch",),
-    ("app", "supervisor"),
+    ("app", "supervisor", "scale"),
     ("http",),
     ("batches",),
     ("engine",),

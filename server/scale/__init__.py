@@ -1,0 +1,1 @@
+"""Several servers as one: which of them gets a request."""
