@@ -127,7 +127,10 @@ class VideoSettings(_Group):
         "them, to fit.",
     )
     video_workers: int = Field(
-        4, ge=1, le=1024, description="Videos and audio clips that are decoded at the same time."
+        default_factory=usable_cores,
+        ge=1,
+        le=1024,
+        description="Videos and audio clips that are decoded at the same time, each in a process.",
     )
     video_queue: int = Field(
         256, ge=1, description="Videos and audio clips that may wait before requests get a 503."

@@ -44,7 +44,7 @@ from server.ingest.video import (
     VideoJob,
     VideoOptions,
 )
-from server.workers.sandbox import Output
+from server.workers.sandbox import Data, Output
 
 logger = init_logger(__name__)
 
@@ -183,8 +183,13 @@ def _refuse_ffmpeg(*_: Any, **__: Any) -> Any:
 # ---------------------------------------------------------------------- decoding, in the child
 
 
-def prepare(job: bytes) -> Callable[[bytes], Output]:
+def prepare(job: bytes) -> Callable[[Data], Output]:
     """Import what a job needs and return the function that decodes; see `sandbox.Prepare`."""
+    work = _prepared(job)
+    return lambda data: work(data[:])  # libraries want bytes
+
+
+def _prepared(job: bytes) -> Callable[[bytes], Output]:
     wanted = msgspec.msgpack.decode(job, type=VideoJob | PicturesJob | AudioJob)
     if isinstance(wanted, AudioJob):
         return _prepare_audio(wanted)

@@ -124,6 +124,8 @@ class ImageExtractor:
             self._processed(Image.new("RGB", (64, 48)), {})
         with contextlib.suppress(ImportError):  # without the library there are no videos
             importlib.import_module("server.imaging.video.frames")
+        # What the child process of a video runs.
+        importlib.import_module("server.engine.video_extractor")
         self.warm_up_videos({})
 
     def decode(

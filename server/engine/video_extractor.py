@@ -7,7 +7,7 @@ import functools
 import importlib
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -19,7 +19,7 @@ from server.imaging.video import header
 from server.ingest.video_features import VideoFeaturesAnswer, VideoFeaturesJob
 from server.workers import preload
 from server.workers.jobs import decode_kwargs
-from server.workers.sandbox import Output
+from server.workers.sandbox import Data, Output
 from server.workers.shared_memory import ArrayWriter
 from server.workers.worker import describe
 
@@ -29,7 +29,7 @@ PREPARE = "server.engine.video_extractor:prepare"
 _FRAMES = "server.imaging.video.frames"
 
 
-def prepare(job: bytes) -> Callable[[bytes], Output]:
+def prepare(job: bytes) -> Callable[[Data], Output]:
     """Import what a job needs and return the function that does it; see `sandbox.Prepare`."""
     wanted = msgspec.msgpack.decode(job, type=VideoFeaturesJob)
     extractor: Any = preload.loaded()[1]
@@ -39,10 +39,10 @@ def prepare(job: bytes) -> Callable[[bytes], Output]:
     return functools.partial(_process, extractor, wanted)
 
 
-def _process(extractor: ImageExtractor, job: VideoFeaturesJob, data: bytes) -> Output:
+def _process(extractor: ImageExtractor, job: VideoFeaturesJob, data: Data) -> Output:
     started = time.perf_counter()
     try:
-        frames = _decoded(job, data)
+        frames = _decoded(job, cast("bytes", data))
         decoded = time.perf_counter()
         outputs = extractor.video_features(frames, job.metadata, decode_kwargs(job.kwargs))
     except MemoryError:

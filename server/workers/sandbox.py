@@ -37,6 +37,7 @@ from server.workers.forkserver import ForkedProcess, Forkserver, ForkserverLost
 from server.workers.process import (
     KILLED,
     has_worked,
+    keep_freed_memory,
     mapped_bytes,
     out_of_memory_kills,
     processor_seconds,
@@ -50,6 +51,10 @@ _START_TIMEOUT_S = 120.0
 _WRITE_BYTES = 1 << 30
 _LENGTH = struct.Struct("<Q")
 _M_ARENA_MAX = -8
+# Beside the server and the engine, a child gets a tenth of a processor that they want.
+_NICENESS = 10
+# Freed heap that a child keeps: several buffers of a frame.
+_KEPT_HEAP_BYTES = 64 << 20
 # FFmpeg's limit for the threads of a decoder.
 _MAX_THREADS = 16
 
@@ -74,9 +79,11 @@ class Output:
     arrays: list[npt.NDArray[Any]] = field(default_factory=list)
 
 
+# The data of a job in the child: a mapping, which reads as bytes do. `data[:]` is a copy.
+Data: TypeAlias = bytes | mmap.mmap
 # Takes an encoded job, imports modules and opens files for it, and returns the function that runs
 # it on the data. That function is called when the limits are in place and nothing can be opened.
-Prepare: TypeAlias = Callable[[bytes], Callable[[bytes], Output]]
+Prepare: TypeAlias = Callable[[bytes], Callable[[Data], Output]]
 
 
 class JobTimedOut(Exception):
@@ -192,10 +199,9 @@ def _run(forkserver: Forkserver, call: _Call, data: bytes, caller: socket.socket
     with contextlib.ExitStack() as opened:
         opened.enter_context(caller)
         source, result = opened.enter_context(_memfd()), opened.enter_context(_memfd())
+        _write(source, memoryview(data), 0)
         encoded = msgspec.msgpack.encode(call)
-        head = _LENGTH.pack(len(encoded)) + encoded
-        _write(source, memoryview(head), 0)
-        _write(source, memoryview(data), len(head))
+        _write(source, memoryview(encoded + _LENGTH.pack(len(encoded))), len(data))
         memory_kills = out_of_memory_kills()
         ready, child_ready = os.pipe()
         with os.fdopen(ready, "rb") as reader, os.fdopen(child_ready, "wb") as writer:
@@ -303,11 +309,8 @@ def _main(fds: list[int]) -> None:
     """Entry point of the child process."""
     source, result, ready = fds
     start_child("SACCADE::VideoDecoder")
-    with mmap.mmap(source, 0, access=mmap.ACCESS_READ) as file:
-        (length,) = _LENGTH.unpack_from(file)
-        start = _LENGTH.size + length
-        call = msgspec.msgpack.decode(file[_LENGTH.size : start], type=_Call)
-        data = file[start:]
+    os.nice(_NICENESS)
+    call, data = _received(source)
     module, _, name = call.prepare.partition(":")
     prepare: Prepare = getattr(importlib.import_module(module), name)
     reply: _Done | _Failed
@@ -324,10 +327,21 @@ def _main(fds: list[int]) -> None:
     _put(result, reply, arrays)
 
 
+def _received(source: int) -> tuple[_Call, Data]:
+    """The call and its data, which stand in a file in the reverse order: the data can be mapped
+    then, since it begins with a page."""
+    size = os.fstat(source).st_size
+    (length,) = _LENGTH.unpack(os.pread(source, _LENGTH.size, size - _LENGTH.size))
+    end = size - _LENGTH.size - length
+    call = msgspec.msgpack.decode(os.pread(source, length, end), type=_Call)
+    return call, mmap.mmap(source, end, access=mmap.ACCESS_READ) if end else b""
+
+
 def _confine(call: _Call) -> None:
     """Confine this process and set its limits, which it cannot raise again."""
     if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(_M_ARENA_MAX, 1)  # each thread's arena would reserve 64 MiB of address space
+    keep_freed_memory(_KEPT_HEAP_BYTES)
     cores = min(len(os.sched_getaffinity(0)), _MAX_THREADS)
     seconds = math.ceil(call.timeout_s * cores) + 1
     lower_limit(resource.RLIMIT_AS, mapped_bytes() + call.max_memory_bytes)

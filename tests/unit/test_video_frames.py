@@ -2,6 +2,7 @@
 
 import functools
 import io
+import re
 from typing import Any
 
 import cv2
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from server.errors import InvalidVideo
-from server.imaging.video import header
+from server.imaging.video import header, references
 from server.imaging.video.frames import decode
 from tests.encoded_videos import X265_ALONE, Frames, encode, scene, seen
 
@@ -32,6 +33,10 @@ CLIPS: dict[str, dict[str, Any]] = {
     "H.265 with open groups": {
         "codec": "hevc",
         "options": {"x265-params": f"{GOPS.format(1)}:{X265_ALONE}"},
+    },
+    "H.265 in sub-layers": {
+        "codec": "hevc",
+        "options": {"x265-params": f"temporal-layers=1:bframes=4:{X265_ALONE}"},
     },
     "H.265 10 bits": {"codec": "hevc", "pixels": "yuv420p10le"},
     "VP8": {"codec": "vp8", "container": "webm"},
@@ -66,6 +71,55 @@ def test_frames_equal_opencvs(name: str) -> None:
 @pytest.mark.parametrize("indices", [[29], [0, 29], [7, 8, 9], [23, 6, 15, 6]])
 def test_chosen_frames_equal_those_of_the_whole_video(name: str, indices: list[int]) -> None:
     np.testing.assert_array_equal(decode(clip(name), indices), opencv(clip(name))[indices])
+
+
+@pytest.mark.parametrize("name", ["H.264", "H.265", "H.265 in sub-layers"])
+def test_frames_that_no_other_one_needs_are_not_given_to_the_decoder(name: str) -> None:
+    track = header.read_track(clip(name))
+    last = int(track.timeline.frames[-1])
+    given = [sample for sample, _ in references.needed(clip(name), track, 0, last, {last})]
+    assert last in given
+    assert len(given) <= 0.7 * COUNT
+
+
+def test_a_frame_is_kept_that_only_a_higher_sub_layer_needs() -> None:
+    """Each frame refers to the one before it. Frame 5 says that none of its sub-layer does."""
+    plain = encode(scene(8, SIZE), "hevc", options={"x265-params": f"bframes=0:ref=1:{X265_ALONE}"})
+    data = bytearray(plain)
+    samples = header.read_track(plain).samples
+    starts = samples.offsets + 4
+    assert data[starts[5]] >> 1 == data[starts[7]] >> 1 == 1
+    data[starts[5]] = 0
+    for start in starts[6:]:
+        data[start + 1] = 2
+    np.testing.assert_array_equal(decode(bytes(data), [7]), decode(plain, [7]))
+    track = header.read_track(bytes(data))
+    given = [sample for sample, _ in references.needed(bytes(data), track, 0, 5, {4})]
+    assert given == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["H.264", "H.264 with open groups", "VP8"])
+def test_a_file_says_how_many_frames_a_decoder_holds_back(name: str) -> None:
+    found = references.reordered(header.read_track(clip(name)))
+    assert found == (0 if name == "VP8" else 2)
+
+
+def test_frames_of_a_file_that_is_wrong_about_their_order_are_found() -> None:
+    """A decoder that holds back too few frames loses some. The times of the file are those of
+    decoding here, and the stream does not say how many frames come too early."""
+    plain = clip("H.264 with closed groups")
+    sets = header.read_track(plain).configuration
+    bits = "".join(f"{byte:08b}" for byte in sets)
+    # bitstream_restriction_flag with the fields that x264 writes behind it.
+    at = re.search("1111(?=(0001[01]{3}){2}(011|010))", bits)
+    assert at is not None
+    changed = bits[: at.start()] + "0" + bits[at.start() + 1 :]
+    data = plain.replace(sets, bytes(int(changed[i : i + 8], 2) for i in range(0, len(bits), 8)))
+    data = data.replace(b"ctts", b"free").replace(b"edts", b"free")
+    track = header.read_track(data)
+    assert references.reordered(track) == 0
+    shown = header.read_track(plain).timeline.frames  # the samples in the order shown
+    np.testing.assert_array_equal(decode(data, shown), decode(plain, range(COUNT)))
 
 
 def test_av1_is_decoded() -> None:

@@ -14,7 +14,7 @@ from av.video.reformatter import ColorTrc, Interpolation, VideoReformatter
 
 from server.errors import InvalidVideo
 from server.imaging.sizing import Size
-from server.imaging.video import hdr
+from server.imaging.video import hdr, references
 from server.imaging.video.header import read_track
 from server.imaging.video.track import Codec, Rotation, Track
 
@@ -27,10 +27,9 @@ _DECODERS: dict[Codec, str] = {
     "mpeg4": "mpeg4",
 }
 Resize: TypeAlias = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]
-"""From one frame, uint8 (height, width, 3), to the same of another size."""
+"""From one frame, uint8 (height, width, 3), to the same of another size. The order of the colours
+must not matter."""
 
-# H.264 and H.265 hold back at most this many frames until their order is known.
-_MOST_REORDERED = 16
 # Bytes that FFmpeg may read beyond the end of its input.
 _PADDING = 64
 _HDR: dict[int, hdr.Transfer] = {ColorTrc.SMPTE2084: "pq", ColorTrc.ARIB_STD_B67: "hlg"}
@@ -74,8 +73,8 @@ def decode(
         picture = np.rot90(convert(frame), -track.rotation // 90)
         if resize is not None:
             picture = resize(np.ascontiguousarray(picture))
-        places = wanted == sample
-        result[places], found[places] = picture, True
+        for place in np.flatnonzero(wanted == sample):
+            result[place], found[place] = picture[:, :, ::-1], True
     if not found.any():
         raise InvalidVideo("none of the chosen frames of the video can be decoded")
     decoded = np.flatnonzero(found)
@@ -92,48 +91,46 @@ def _turned(size: Size, rotation: Rotation) -> Size:
 def _frames(
     data: bytes, track: Track, wanted: set[int], max_pixels: int
 ) -> Iterator[tuple[int, av.VideoFrame]]:
-    """The frames of those samples, each with the number of its sample."""
-    context = _decoder(track, max_pixels)
-    for first, last in _spans(track, sorted(wanted)):
-        for sample in range(first, last + 1):
-            # A frame that no other one refers to need not be decoded. (dav1d takes this only once.)
-            if track.codec != "av1":
-                context.skip_frame = "DEFAULT" if sample in wanted else "NONREF"
+    """The frames of those samples, each with the number of its sample.
+
+    The fewer frames a decoder holds back, the fewer buffers it fills in turn, which its processor's
+    cache holds then. Where the file is wrong about the order, frames are missing and are decoded
+    again.
+    """
+    missing = set(wanted)
+    for reordered in sorted({references.reordered(track), references.MOST_REORDERED}):
+        context = _decoder(track, max_pixels, reordered)
+        for sample, frame in _decoded(context, data, track, frozenset(missing)):
+            missing.discard(sample)
+            yield sample, frame
+        if not missing or track.codec != "h264":
+            return
+
+
+def _decoded(
+    context: av.VideoCodecContext, data: bytes, track: Track, wanted: frozenset[int]
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    for first, last in references.spans(track, wanted):
+        for sample, whole in references.needed(data, track, first, last, wanted):
+            if track.codec != "av1":  # dav1d takes this only once
+                context.skip_frame = "DEFAULT" if whole else "NONREF"
             yield from _chosen(context, _packet(data, track, sample), wanted)
         yield from _chosen(context, None, wanted)
         context.flush_buffers()
 
 
-def _decoder(track: Track, max_pixels: int) -> av.VideoCodecContext:
+def _decoder(track: Track, max_pixels: int, reordered: int) -> av.VideoCodecContext:
     context: Any = av.CodecContext.create(_DECODERS[track.codec], "r")
     context.thread_count = 1
     context.options = {"max_pixels": str(max_pixels)}
-    if track.codec in ("h264", "hevc"):
-        context.options |= {"has_b_frames": str(_MOST_REORDERED)}
+    if track.codec == "h264":
+        context.options |= {"has_b_frames": str(reordered)}
     configuration = track.configuration
     if track.codec == "mpeg4":
         # It reads text up to its end, and PyAV does not clear the memory behind these bytes.
         configuration += bytes(_PADDING)
     context.extradata = configuration or None
     return context  # type: ignore[no-any-return]
-
-
-def _spans(track: Track, wanted: Sequence[int]) -> list[tuple[int, int]]:
-    """Ranges of samples to decode, (first, last), each from a keyframe to a wanted sample."""
-    keyframes = np.flatnonzero(track.samples.keyframes)
-    shown = np.full(len(track.samples), -1, np.int64)
-    shown[track.timeline.frames[::-1]] = np.arange(len(track.timeline.frames))[::-1]
-    spans: list[tuple[int, int]] = []
-    for sample in wanted:
-        index = int(np.searchsorted(keyframes, sample, "right")) - 1
-        # A frame that is decoded after a keyframe but shown before it may need earlier ones.
-        while index > 0 and shown[keyframes[index]] > shown[sample]:
-            index -= 1
-        first = int(keyframes[index]) if index >= 0 else 0
-        while spans and first <= spans[-1][1]:
-            first = min(first, spans.pop()[0])
-        spans.append((first, sample))
-    return spans
 
 
 def _packet(data: bytes, track: Track, sample: int) -> "av.Packet[Any]":
@@ -148,7 +145,7 @@ def _packet(data: bytes, track: Track, sample: int) -> "av.Packet[Any]":
 
 
 def _chosen(
-    context: av.VideoCodecContext, packet: "av.Packet[Any] | None", wanted: set[int]
+    context: av.VideoCodecContext, packet: "av.Packet[Any] | None", wanted: frozenset[int]
 ) -> Iterator[tuple[int, av.VideoFrame]]:
     try:
         frames = context.decode(packet)
@@ -160,7 +157,7 @@ def _chosen(
 
 
 class _Converter:
-    """Turns decoded frames into arrays of RGB at (width, height)."""
+    """Turns decoded frames into arrays of BGR at (width, height)."""
 
     def __init__(self, size: Size) -> None:
         self._size = size
@@ -170,9 +167,9 @@ class _Converter:
         """uint8 (height, width, 3). HDR is reduced to the range of sRGB."""
         transfer = _HDR.get(frame.color_trc)
         if transfer is not None:
-            return hdr.to_srgb(self._converted(frame, "rgb48le"), transfer)
+            return hdr.to_srgb(self._converted(frame, "rgb48le"), transfer)[:, :, ::-1]
         # As OpenCV: the rounding of another order of colours differs.
-        return self._converted(frame, "bgr24")[:, :, ::-1]
+        return self._converted(frame, "bgr24")
 
     def _converted(self, frame: av.VideoFrame, pixels: str) -> npt.NDArray[Any]:
         width, height = self._size
