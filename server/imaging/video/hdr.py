@@ -21,10 +21,19 @@ _TO_BT709 = np.array(
     [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], np.float32
 )
 _STEPS = 4095
+# Rows that are converted at a time, so that the floats of a frame do not exist all at once.
+_ROWS = 64
 
 
 def to_srgb(frame: npt.NDArray[np.uint16], transfer: Transfer) -> npt.NDArray[np.uint8]:
     """A frame of BT.2020 primaries, uint16 (height, width, 3), as uint8 of sRGB, same shape."""
+    result = np.empty(frame.shape, np.uint8)
+    for top in range(0, len(frame), _ROWS):
+        result[top : top + _ROWS] = _converted(frame[top : top + _ROWS], transfer)
+    return result
+
+
+def _converted(frame: npt.NDArray[np.uint16], transfer: Transfer) -> npt.NDArray[np.uint8]:
     light = _light(transfer)[frame]
     if transfer == "hlg":  # the gamma of a display applies to the luminance of a pixel
         luminance = light @ np.array([0.2627, 0.6780, 0.0593], np.float32)
