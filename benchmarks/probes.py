@@ -7,7 +7,7 @@ import time
 from types import TracebackType
 
 from benchmarks import environment
-from benchmarks.processes import Server, proportional, resident
+from benchmarks.processes import Server, private, proportional, resident
 
 _HEALTH_INTERVAL = 0.05
 _MEMORY_INTERVAL = 0.5
@@ -114,11 +114,15 @@ class MemoryProbe(_Probe):
     Under load, this would stall the server. So only the resident memory is read under load, which
     costs nothing, and the PSS afterwards. The peak is the PSS plus the amount by which the resident
     memory exceeded its final value.
+
+    Of processes that have started meanwhile, such as the children that decode videos, only their
+    private memory counts: nearly all of the rest is that of the process they are forks of.
     """
 
     def __init__(self, server: Server) -> None:
         super().__init__(server, _MEMORY_INTERVAL)
-        self._most_resident = 0
+        self._most = 0
+        self._first = set(server.pids())
         self.peak = 0
 
     def __exit__(
@@ -128,8 +132,12 @@ class MemoryProbe(_Probe):
         trace: TracebackType | None,
     ) -> None:
         super().__exit__(kind, error, trace)
-        pids = self._server.pids()
-        self.peak = proportional(pids) + max(0, self._most_resident - resident(pids))
+        self.peak = proportional(self._server.pids()) + max(0, self._most - self._now())
 
     def look(self) -> None:
-        self._most_resident = max(self._most_resident, resident(self._server.pids()))
+        self._most = max(self._most, self._now())
+
+    def _now(self) -> int:
+        pids = self._server.pids()
+        started = [pid for pid in pids if pid not in self._first]
+        return resident([pid for pid in pids if pid in self._first]) + private(started)

@@ -210,10 +210,19 @@ def resident(pids: list[int]) -> int:
 
 def proportional(pids: list[int]) -> int:
     """Return the processes' memory in bytes (PSS); a page that n processes share counts 1/n."""
+    return _rolled_up(pids, ("Pss:",))
+
+
+def private(pids: list[int]) -> int:
+    """Return the sum of the processes' memory that no other process shares, in bytes."""
+    return _rolled_up(pids, ("Private_Clean:", "Private_Dirty:"))
+
+
+def _rolled_up(pids: list[int], names: tuple[str, ...]) -> int:
     total = 0
     for pid in pids:
         for line in _read(pid, "smaps_rollup").splitlines():
-            if line.startswith("Pss:"):
+            if line.startswith(names):
                 total += int(line.split()[1]) * 1024
     return total
 

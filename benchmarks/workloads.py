@@ -63,7 +63,8 @@ WORKLOADS = {
         Workload("12mp_repeat", "one JPEG of 4000x3000; 80% are from a hot set of six", 100),
         Workload("documents", "four PNG pages of 1275x1650", 48),
         Workload("video", "H.264 of 1920x1080, 30 s, 8 frames of which are shown", 12),
-        Workload("video_repeat", "the same; 80% are from a hot set of two", 24),
+        Workload("video_phone", "the same as phones make it: a keyframe each second", 12),
+        Workload("video_repeat", "as video; 80% are from a hot set of two", 24),
         Workload(
             "mixed",
             "text, small, fullhd, 12mp and 12mp_repeat 20% each, but documents 1 in 20",
@@ -93,6 +94,7 @@ class Bodies:
             "12mp_repeat": self._repeated_photo,
             "documents": self._pages,
             "video": self._video,
+            "video_phone": partial(self._video, "phone"),
             "video_repeat": self._repeated_video,
         }
 
@@ -142,8 +144,9 @@ class Bodies:
     def _hot(self) -> list[bytes]:
         return [self._photos(4000, 3000, 4)[0][0] for _ in range(_HOT_PICTURES)]
 
-    def _video(self) -> _Ask:
-        return [videos.stamp(self._bases.clip(self._random.randrange(2)), self._mark())], _VIDEO
+    def _video(self, kind: str = "usual") -> _Ask:
+        clip = self._bases.clip(self._random.randrange(2), kind)
+        return [videos.stamp(clip, self._mark())], _VIDEO
 
     def _repeated_video(self) -> _Ask:
         if self._random.random() < 0.8:
@@ -170,9 +173,9 @@ class _Bases:
             self._drawn[key] = photos.photo(width, height, seed, 88 + seed % 3, kind)
         return self._drawn[key]
 
-    def clip(self, seed: int) -> bytes:
-        if (key := ("clip", seed)) not in self._drawn:
-            self._drawn[key] = videos.clip(seed)
+    def clip(self, seed: int, kind: str) -> bytes:
+        if (key := (kind, seed)) not in self._drawn:
+            self._drawn[key] = videos.clip(seed, kind)
         return self._drawn[key]
 
     def page(self, seed: int) -> bytes:
