@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _ENGINE_TITLES = ("VLLM::EngineCore", "VLLM::Worker")
+_IMAGE_WORK_TITLES = ("SACCADE::ImageWorker", "SACCADE::Forkserver", "SACCADE::Template")
 _FRONT_END_TITLE = "SACCADE::FrontEnd"
 _TICK = 1 / os.sysconf("SC_CLK_TCK")
 _ROOT = Path(__file__).resolve().parent.parent
@@ -256,7 +257,7 @@ def _role(title: str) -> str:
         return "engine core"
     if title.startswith("VLLM::Worker"):
         return "engine worker"
-    if title.startswith("SACCADE::ImageWorker") or "forkserver" in title:
+    if title.startswith(_IMAGE_WORK_TITLES) or "forkserver" in title:
         return "image workers"
     return "other"
 

@@ -17,6 +17,8 @@ _TITLES = (
     ("SACCADE::VideoDecoder", "video decoders"),
     ("VLLM::EngineCore", "engine core"),
     ("VLLM::Worker", "engine worker"),
+    ("SACCADE::Forkserver", "forkserver"),
+    ("SACCADE::Template", "forkserver's template"),
     ("forkserver", "forkserver"),
     ("resource_tracker", "resource tracker"),
 )

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from server import __version__, front_ends
+from server import __version__, clean_start, front_ends
 from server.errors import CannotStart
 
 log = logging.getLogger("saccade")
@@ -40,9 +40,9 @@ def main(argv: list[str] | None = None) -> None:
         if rest in (["-h"], ["--help"]):
             _show_flags()
         else:
-            _serve(rest)
+            _serve(command, rest, is_whole=argv is None)
     elif command == "run-batch":
-        _serve(rest, command)
+        _serve(command, rest, is_whole=argv is None)
     elif command == "demo":
         from server.demo.command import main as demo
 
@@ -67,12 +67,12 @@ class _Interrupted(KeyboardInterrupt):
 class Progress:
     """Reports each stage of the start-up as a line on standard error or in the log."""
 
-    def __init__(self) -> None:
-        self._started = time.monotonic()
+    def __init__(self, started: float | None = None) -> None:
+        self.started = time.monotonic() if started is None else started
         self.to_log = False
 
     def __call__(self, text: str) -> None:
-        elapsed = time.monotonic() - self._started
+        elapsed = time.monotonic() - self.started
         if self.to_log:
             log.info(text, extra={"elapsed_s": round(elapsed, 1)})
         else:
@@ -98,16 +98,38 @@ def _show_flags() -> None:
     parser.print_help()
 
 
-def _serve(argv: list[str], command: str = "serve") -> None:
+def _serve(command: str, argv: list[str], *, is_whole: bool) -> None:
     """Serve until a signal, or answer the requests in a file; exit with status 2 on invalid
-    arguments."""
+    arguments. `is_whole`: this process does nothing else, and may become a new program."""
     progress = Progress()
     _interruptible()
     _quiet_libraries()
     os.environ.setdefault("OTEL_SERVICE_NAME", "saccade")
     # All metrics are in this process; this variable would make the library write them to files.
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
+    is_help = _is_help(argv)
+    if not is_help and "json" not in (os.environ.get("SACCADE_LOG_FORMAT"), *map(_value, argv)):
+        progress(f"Saccade {__version__}: loading vLLM")
+    if is_whole and not is_help:
+        clean_start.restart(command, argv, progress.started)
     _end(_status(progress, lambda: _run(argv, progress, command)))
+
+
+def resume(file: int, started: float) -> None:
+    """Go on with `_serve` in the program of `clean_start`: `file` has what is secret."""
+    progress = Progress(started)
+    _interruptible()
+    clean_start.begin()
+    _end(_status(progress, lambda: _load_and_run(file, progress)))
+
+
+def _load_and_run(file: int, progress: Progress) -> int:
+    _load()
+    from server.workers import template
+
+    template.prepare(file)
+    command, argv = clean_start.take(file)
+    return _run(argv, progress, command)
 
 
 def _status(progress: Progress, work: Callable[[], int]) -> int:
@@ -152,11 +174,20 @@ def _quiet_libraries() -> None:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
+def _load() -> None:
+    """Import what every process of the server needs, also for `fork_engine_core`."""
+    from server.workers.process import import_uncollected
+
+    import_uncollected()
+    import server.engine.launch  # noqa: F401
+
+
+def _is_help(argv: list[str]) -> bool:
+    return any(word.startswith(("-h", "--help")) for word in argv)
+
+
 def _run(argv: list[str], progress: Progress, command: str) -> int:
-    is_text = "json" not in (os.environ.get("SACCADE_LOG_FORMAT"), *map(_value, argv))
-    is_help = any(word.startswith(("-h", "--help")) for word in argv)
-    if is_text and not is_help:
-        progress(f"Saccade {__version__}: loading vLLM")
+    is_help = _is_help(argv)
     from server.workers.process import import_uncollected, keep_imported
 
     import_uncollected()

@@ -1,8 +1,8 @@
 """Servers and engines that start as forks of a process which has imported the server and vLLM.
 
-`saccade serve` imports vLLM three times: in the server, in the forkserver of its image workers and
-in vLLM's worker. Here these are forks of one process, the template, which takes most of the
-processor time out of a start. Otherwise they are what they are in `saccade serve`.
+`saccade serve` imports vLLM twice: in the server and in vLLM's worker. Here these are forks of one
+process, the template, which takes most of the processor time out of a start. Otherwise they are
+what they are in `saccade serve`, except that the server has its environment from the start.
 """
 
 import atexit
@@ -19,24 +19,19 @@ import threading
 from collections.abc import Mapping
 from multiprocessing.context import ForkContext, ForkProcess
 from pathlib import Path
-from typing import Any, NoReturn, cast
 
-import msgspec
 import setproctitle
 
-from server import front_ends, supervisor
 from server.engine.vllm_adapter import plugin
-from server.workers import environment, preload
-from server.workers.forkserver import ForkedProcess, Forkserver
+from server.workers import template as workers
+from server.workers.forked_process import ForkedProcess
+from server.workers.forkserver import Forkserver
 from server.workers.forkserver_process import run
 from server.workers.process import die_with_parent, import_uncollected, keep_imported
-from server.workers.worker import WorkerSpec
-from tests.forked import Fork
 
 # The engines of all servers compute in one thread each. vLLM would bind them all to one core.
 ENGINES = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 _ROOT = Path(__file__).parents[1]
-_MAX_MESSAGE_BYTES = 1 << 20
 _RUN_TIMEOUT_S = 240
 # What the server, its engine core, vLLM's worker and the image workers import when they start.
 _MODULES = (
@@ -183,10 +178,7 @@ def saccade(*words: str) -> None:
     from server import cli
 
     setproctitle.setproctitle(" ".join(("saccade", *words)))
-    if front_ends.asked_for(words):
-        _fork_image_workers_of_front_ends()
-    else:
-        fork_image_workers()
+    workers.prepare()
     cli.main(list(words))
 
 
@@ -200,26 +192,6 @@ def plain_vllm(*words: str) -> None:
     quick_start.register()
     sys.argv[1:] = words
     main()
-
-
-def fork_image_workers() -> None:
-    """Fork the forkserver of this process's image workers, before there are threads."""
-    from server.workers import pool
-
-    ForkedForkserver.prepare()
-    vars(pool)["Forkserver"] = ForkedForkserver
-
-
-def _fork_image_workers_of_front_ends() -> None:
-    """Let each front end that the supervisor starts begin with `fork_image_workers`."""
-    become = supervisor._become
-
-    def become_with_workers(name: str, *work: Any) -> NoReturn:
-        if name.startswith("FrontEnd"):
-            fork_image_workers()
-        become(name, *work)
-
-    vars(supervisor)["_become"] = become_with_workers
 
 
 def _set_environment(variables: Mapping[str, str]) -> None:
@@ -247,48 +219,3 @@ def _fork_workers() -> None:
     vars(context)["Process"] = _Worker
     del quick_start._PROCESSES[multiproc_executor.__name__]
     vars(multiproc_executor)["get_mp_context"] = lambda: context
-
-
-class ForkedForkserver(Forkserver):
-    """The forkserver of image workers as a fork, made before this process has threads. If it ends,
-    the next one is executed."""
-
-    _waiting: tuple[int, socket.socket] | None = None
-
-    @classmethod
-    def prepare(cls) -> None:
-        """Make the fork."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        if (pid := os.fork()) == 0:
-            ours.close()
-            cls._wait(theirs)
-        theirs.close()
-        cls._waiting = pid, ours
-
-    def _execute(self, control: socket.socket) -> "subprocess.Popen[bytes]":
-        waiting, ForkedForkserver._waiting = self._waiting, None
-        if waiting is None:
-            return super()._execute(control)
-        pid, connection = waiting
-        variables = environment.without_secrets(os.environ)
-        message = msgspec.msgpack.encode((variables, self._spec))
-        with connection:
-            socket.send_fds(connection, [message], [control.fileno()])
-        return cast(Any, Fork(pid))
-
-    @staticmethod
-    def _wait(connection: socket.socket) -> NoReturn:
-        try:
-            die_with_parent()
-            message, fds, _, _ = socket.recv_fds(connection, _MAX_MESSAGE_BYTES, 1)
-            if message:
-                connection.close()
-                variables, spec = msgspec.msgpack.decode(
-                    message, type=tuple[dict[str, str], WorkerSpec | None]
-                )
-                _set_environment(variables)
-                if spec is not None:
-                    preload.load(spec)
-                run(socket.socket(fileno=fds[0]))
-        finally:
-            os._exit(0)

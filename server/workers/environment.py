@@ -1,16 +1,22 @@
 """The environment variables that processes for untrusted files get: none with a secret.
 
 Their memory is what an exploited decoder can read, so variables are passed by a list of what
-libraries need, not withheld by a list of what is secret.
+libraries need, not withheld by a list of what is secret. The server itself starts with these only
+where such processes are forked from it (`server.clean_start`).
 """
 
+import os
 import re
+import sys
+import tempfile
 from collections.abc import Mapping
 
 _NAMES = frozenset(
     (
+        "COLUMNS",
         "CUDA_HOME",
         "CUDA_VISIBLE_DEVICES",
+        "FORCE_COLOR",
         "GLIBC_TUNABLES",
         "HOME",
         "LANG",
@@ -18,8 +24,10 @@ _NAMES = frozenset(
         "LD_LIBRARY_PATH",
         "LD_PRELOAD",
         "LOGNAME",
+        "NO_COLOR",
         "PATH",
         "TEMP",
+        "TERM",
         "TMP",
         "TMPDIR",
         "TOKENIZERS_PARALLELISM",
@@ -31,16 +39,25 @@ _NAMES = frozenset(
 )
 # The variables of Python and of libraries that decode and preprocess.
 _PREFIXES = (
+    "ATEN_",
+    "COVERAGE_",
+    "DNNL_",
+    "GOMP_",
     "HF_",
     "KMP_",
     "LC_",
     "MALLOC_",
     "MKL_",
+    "NPY_",
     "NUMBA_",
     "OMP_",
+    "ONEDNN_",
     "OPENBLAS_",
     "OPENCV_",
+    "PROTOCOL_BUFFERS_",
     "PYTHON",
+    "PYTORCH_",
+    "RAYON_",
     "TORCH",
     "TRANSFORMERS_",
     "VLLM_",
@@ -49,11 +66,41 @@ _PREFIXES = (
 _SECRET = re.compile(r"(?:^|_)(?:AUTH|CREDENTIALS?|KEYS?|PASS|PASSWORD|SECRETS?|TOKENS?)(?:_|$)")
 
 
+# Variables of the Hugging Face library for its token: a place and a switch. It reads them when it
+# is imported, and a process for untrusted files gets other values.
+_OF_HUB = frozenset({"HF_TOKEN_PATH", "HF_HUB_DISABLE_IMPLICIT_TOKEN"})
+_NO_TOKEN = {"HF_TOKEN_PATH": "/dev/null", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
+# Secrets that no library reads when it is imported.
+_READ_LATER = frozenset({"HF_TOKEN", "VLLM_API_KEY"})
+
+
 def without_secrets(variables: Mapping[str, str]) -> dict[str, str]:
     """Those of the server's `variables` that a process for untrusted files gets."""
     kept = {name: value for name, value in variables.items() if _is_passed(name, value)}
     # The Hugging Face library would otherwise read the token that `hf auth login` has stored.
-    return kept | {"HF_TOKEN_PATH": "/dev/null", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
+    return kept | _NO_TOKEN
+
+
+def for_imports(variables: Mapping[str, str]) -> dict[str, str] | None:
+    """Those of the server's `variables` that it needs to import its libraries. None if a variable
+    may be secret that a library may read when it is imported."""
+    kept = {}
+    for name, value in variables.items():
+        if name in _OF_HUB or _is_passed(name, value):
+            kept[name] = value
+        elif name.startswith(_PREFIXES) and name not in _READ_LATER:
+            return None
+    return kept
+
+
+def become_without_secrets(variables: Mapping[str, str]) -> None:
+    """Give this process, a fork for untrusted files, the environment `variables`, which
+    `without_secrets` has returned."""
+    os.environ.clear()
+    os.environ.update(variables)
+    tempfile.tempdir = None  # it is one of the variables
+    if (constants := sys.modules.get("huggingface_hub.constants")) is not None:
+        vars(constants).update({**_NO_TOKEN, "HF_HUB_DISABLE_IMPLICIT_TOKEN": True})
 
 
 def _is_passed(name: str, value: str) -> bool:

@@ -1,9 +1,6 @@
 """The server's side of the forkserver: starts it, and starts worker processes through it."""
 
-import contextlib
 import os
-import select
-import signal
 import socket
 import subprocess
 import sys
@@ -12,22 +9,20 @@ from collections.abc import Sequence
 
 import msgspec
 
-from server.workers import environment
+from server.workers import environment, template
 from server.workers.confinement import SandboxMode
+from server.workers.forked_process import ForkedProcess
 from server.workers.forkserver_process import (
     MAX_FDS,
     MAX_MESSAGE_BYTES,
-    STATUS,
     Fork,
     Forked,
     encoder,
     forked_decoder,
 )
+from server.workers.template import TemplateFork
 from server.workers.worker import WorkerSpec
 
-_JOIN_TIMEOUT_S = 5.0
-# A process closes its socket some milliseconds before it is over.
-_EXIT_TIMEOUT_S = 1.0
 # A forkserver answers its first request when it has loaded the libraries. Later answers take some
 # milliseconds; one that hangs is killed, and its children end with it.
 _LOAD_TIMEOUT_S, _FORK_TIMEOUT_S = 600.0, 30.0
@@ -41,62 +36,6 @@ _PROGRAM = (
 
 class ForkserverLost(Exception):
     """The forkserver has died or hangs, so no process can be started now."""
-
-
-class ForkedProcess:
-    """A process that the forkserver has forked. Call `end` at last."""
-
-    def __init__(self, pid: int, status: int, pidfd: int | None) -> None:
-        """`status` is the descriptor of the pipe that carries the exit status."""
-        self.pid = pid
-        self.sentinel = status
-        """Readable when the process has ended, or the forkserver."""
-        self._pidfd = pidfd
-        self._exit_code: int | None = None
-        self._is_over = False
-        # Held while a descriptor is used to kill, so that it is not closed meanwhile.
-        self._lock = threading.Lock()
-        self._is_closed = False
-
-    def exit_code(self, timeout_s: float = _EXIT_TIMEOUT_S) -> int | None:
-        """The exit status of a process that ends, negative for a signal; None if it is unknown: it
-        goes on, or the forkserver that would report it is over. Blocks."""
-        if not self._is_over and not self._is_closed and _is_readable(self.sentinel, timeout_s):
-            if status := os.read(self.sentinel, STATUS.size):
-                (self._exit_code,) = STATUS.unpack(status)
-            self._is_over = True
-        return self._exit_code
-
-    def kill(self) -> None:
-        """Kill the process at once. Does not block, and may be called from any thread."""
-        with self._lock, contextlib.suppress(ProcessLookupError):
-            if self._is_closed:
-                return
-            if self._pidfd is not None:  # unlike a pid, never refers to a later process
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-            elif not self._is_over:
-                os.kill(self.pid, signal.SIGKILL)
-
-    def end(self) -> None:
-        """Kill the process, wait until it has exited and close the descriptors. Blocks."""
-        self.exit_code(0)
-        self.kill()
-        self.exit_code(_JOIN_TIMEOUT_S)
-        with self._lock:
-            if not self._is_closed:
-                self._is_closed = True
-                self._close()
-
-    def _close(self) -> None:
-        os.close(self.sentinel)
-        if self._pidfd is not None:
-            os.close(self._pidfd)
-
-
-def _is_readable(fd: int, timeout_s: float) -> bool:
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(timeout_s * 1e3))
 
 
 class WorkerProcess(ForkedProcess):
@@ -117,7 +56,7 @@ class Forkserver:
 
     def __init__(self, spec: WorkerSpec | None) -> None:
         self._spec = spec
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | TemplateFork | None = None
         self._control: socket.socket | None = None
         self._has_answered = False
         # Held while a process is started; the forkserver starts one after the other anyway.
@@ -197,7 +136,7 @@ class Forkserver:
             self._has_answered = False
             self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
-                self._process = self._execute(theirs)
+                self._process = template.start(self._spec, theirs) or self._execute(theirs)
             if self._was_closed():  # meanwhile, so that `close` did not see this process
                 self._process.kill()
         return self._control

@@ -1,9 +1,10 @@
 """The forkserver: a process that has everything loaded, and forks a worker when the server asks.
 
-It is executed, not forked, with the environment of `environment.without_secrets`: neither its
-memory nor that of the workers ever contains a key. The server sends a `Fork` with descriptors over
-a socket and gets a `Forked` with two: a pipe that carries the exit status, and a pidfd if the
-system has them. The forkserver ends when the server closes the socket.
+It is executed with the environment of `environment.without_secrets`, or forked from a process that
+has no secret (`template`): neither its memory nor that of the workers ever contains a key. The
+server sends a `Fork` with descriptors over a socket and gets a `Forked` with two: a pipe that
+carries the exit status, and a pidfd if the system has them. The forkserver ends when the server
+closes the socket.
 """
 
 import contextlib
@@ -64,6 +65,11 @@ def main(control: int) -> None:
     """Entry point of the executed process. The spec is on standard input."""
     with open(_STDIN, "rb", closefd=False) as file:
         spec = msgspec.msgpack.decode(file.read(), type=WorkerSpec | None)
+    serve(control, spec)
+
+
+def serve(control: int, spec: WorkerSpec | None) -> None:
+    """Load `spec`, and fork processes until the other end of `control` is closed."""
     if spec is not None:
         preload.load(spec)
     run(socket.socket(fileno=control))

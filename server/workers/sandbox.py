@@ -33,7 +33,8 @@ import numpy.typing as npt
 from server.errors import SaccadeError, ServerBusy
 from server.workers import preload
 from server.workers.confinement import confine, lower_limit
-from server.workers.forkserver import ForkedProcess, Forkserver, ForkserverLost
+from server.workers.forked_process import ForkedProcess
+from server.workers.forkserver import Forkserver, ForkserverLost
 from server.workers.process import (
     KILLED,
     has_worked,

@@ -24,7 +24,7 @@ from server.request.dialects import dialect_of
 from server.request.read import RequestReader
 from server.telemetry.record import Record
 from server.workers.pool import ImagePool
-from tests import families, pictures, starts
+from tests import families, pictures
 from tests.media import BOUNDS, CHAT
 from tests.starts import template
 
@@ -194,12 +194,13 @@ def check(family: str, directory: str, stubs: str) -> None:
     from vllm.model_executor.models import registry
 
     from server.engine.vllm_adapter import core_fork
+    from server.workers import template as workers
 
     sys.path.insert(0, stubs)
     os.environ["PYTHONPATH"] = stubs  # for an executed forkserver
     # Otherwise vLLM starts a process to inspect each model class that is new to it.
     registry._run_in_subprocess = lambda look: look()
-    starts.fork_image_workers()
+    workers.prepare()
     core_fork.prepare()
     asyncio.run(check_family(family, Path(directory)))
 

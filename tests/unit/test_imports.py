@@ -8,7 +8,7 @@ from pathlib import Path
 SERVER = Path(__file__).parents[2] / "server"
 # From the top down; a package may import those below it.
 LAYERS = (
-    ("cli", "__main__"),
+    ("cli", "clean_start", "__main__"),
     ("run_batch",),
     ("app", "supervisor", "scale"),
     ("http",),
