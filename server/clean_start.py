@@ -28,7 +28,7 @@ _PROGRAM = (
 )
 _ROOM_BYTES = 4096
 _SECRET_FLAG = re.compile(
-    r"--[a-z-]*(?:key|keys|token|password|secret|headers?|url)(?:=|$)", re.IGNORECASE
+    r"--[a-z_-]*(?:key|keys|token|password|secret|headers?|url)(?:=|$)", re.IGNORECASE
 )
 
 
