@@ -8,6 +8,7 @@ has: they are sent again.
 
 import heapq
 import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -149,6 +150,7 @@ class Done:
 
     came_s: float
     took_s: float
+    work_s: float
     was_hit: bool
     replica: str
     attempts: int
@@ -171,7 +173,7 @@ class Fleet:
         self._hit_s, self._miss_s = hit_s, miss_s
         self._random = Random(seed)
         self._replicas: list[Replica] = []
-        self._finishing: list[tuple[float, int, Replica, bool, int]] = []
+        self._finishing: list[tuple[float, int, Replica, float, bool, int]] = []
         self._count = 0
         for n, speed in enumerate(speeds):
             self.add(f"replica-{n}", speed)
@@ -205,19 +207,19 @@ class Fleet:
         self._count += 1
         replica.ongoing[self._count] = (came_s, picture)
         self._state.running[place] += 1
-        ends = (replica.free_at_s, self._count, replica, was_hit, attempts)
+        ends = (replica.free_at_s, self._count, replica, work_s, was_hit, attempts)
         heapq.heappush(self._finishing, ends)
 
     def done(self, until_s: float) -> Iterator[Done]:
         """Requests that end until then."""
         while self._finishing and self._finishing[0][0] <= until_s:
-            at_s, number, replica, was_hit, attempts = heapq.heappop(self._finishing)
+            at_s, number, replica, work_s, was_hit, attempts = heapq.heappop(self._finishing)
             if number not in replica.ongoing:
                 continue  # its replica was killed
             came_s, _ = replica.ongoing.pop(number)
             replica.served += 1
             self._state.running[self._places[replica.name]] -= 1
-            yield Done(came_s, at_s - came_s, was_hit, replica.name, attempts)
+            yield Done(came_s, at_s - came_s, work_s, was_hit, replica.name, attempts)
 
 
 # Something that happens at a time, in seconds, to the fleet; returns requests to be sent again.
@@ -240,16 +242,19 @@ def run(fleet: Fleet, trace: Sequence[Request], events: Sequence[Event] = ()) ->
 
 
 def summary(done: Sequence[Done], replicas: int, *, since_s: float = 0.0) -> dict[str, float]:
-    """The answers to requests that came since then: by default, all."""
+    """Of the answers to requests that came since then, by default of all: the hit rate, the
+    requests and the work of the replica with most of them, and how long they took."""
     counted = [each for each in done if each.came_s >= since_s]
-    times = np.array([each.took_s for each in counted])
-    served: dict[str, int] = {}
+    requests: Counter[str] = Counter()
+    work: dict[str, float] = defaultdict(float)
     for each in counted:
-        served[each.replica] = served.get(each.replica, 0) + 1
-    p50, p99 = np.percentile(times, (50, 99))
+        requests[each.replica] += 1
+        work[each.replica] += each.work_s
+    p50, p99 = np.percentile([each.took_s for each in counted], (50, 99))
     return {
         "hit_rate": round(sum(each.was_hit for each in counted) / len(counted), 4),
-        "hottest_over_mean": round(max(served.values()) * replicas / len(counted), 3),
+        "hottest_over_mean": round(max(requests.values()) * replicas / len(counted), 3),
+        "busiest_over_mean": round(max(work.values()) * replicas / sum(work.values()), 3),
         "p50_s": round(float(p50), 3),
         "p99_s": round(float(p99), 3),
     }

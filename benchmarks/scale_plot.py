@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 _SHOWN = (
     ("hit_rate", "hit rate", False),
-    ("hottest_over_mean", "hottest / mean", True),
+    ("busiest_over_mean", "work of the busiest / mean", True),
     ("p99_s", "p99, s", True),
 )
 

@@ -7,6 +7,7 @@ from random import Random
 import numpy as np
 import pytest
 
+from benchmarks import fleet_model
 from server.scale.routing import Replicas, Rule, choose, less_busy
 
 KEYS = [f"picture {n}" for n in range(4000)]
@@ -108,3 +109,46 @@ def test_only_the_keys_of_a_new_replica_move(count: int) -> None:
     moved = [to for was, to in zip(before, after, strict=True) if was != to]
     assert set(moved) == {f"replica-{count}"}
     assert len(moved) / len(KEYS) == pytest.approx(1 / (count + 1), rel=0.5)
+
+
+# ---------------------------------------------------------------------- in the simulation
+
+
+def half_hot(replicas: int) -> list[fleet_model.Request]:
+    """Half of the requests are about one picture."""
+    rate = fleet_model.LOAD * replicas / fleet_model.mean_work_s()
+    trace = fleet_model.zipf_trace(replicas, 100, rate)
+    return [(at_s, "hot" if n % 2 else picture) for n, (at_s, picture) in enumerate(trace)]
+
+
+def p99_s(policy: str, replicas: int) -> float:
+    fleet = fleet_model.Fleet([1.0] * replicas, fleet_model.POLICIES[policy])
+    return fleet_model.summary(fleet_model.run(fleet, half_hot(replicas)), replicas)["p99_s"]
+
+
+@pytest.mark.parametrize("replicas", [10, 30])
+def test_a_popular_picture_overloads_no_replica(replicas: int) -> None:
+    by_load = p99_s("power of two", replicas)
+    assert p99_s("bounded hash", replicas) < 1.5 * by_load
+    assert p99_s("hash", replicas) > 5 * by_load
+
+
+def test_every_request_is_answered_though_a_replica_is_killed() -> None:
+    trace = half_hot(3)
+    killed_s, back_s = trace[100][0], trace[200][0]
+
+    def back(fleet: fleet_model.Fleet) -> list[fleet_model.Request]:
+        fleet.add("replica-0", now_s=back_s)
+        return []
+
+    events = ((killed_s, lambda fleet: fleet.kill("replica-0")), (back_s, back))
+    fleet = fleet_model.Fleet([1.0] * 3, fleet_model.POLICIES["bounded hash"])
+    done = fleet_model.run(fleet, trace, events)
+    assert sorted(each.came_s for each in done) == [at_s for at_s, _ in trace]
+    meanwhile = [
+        each.replica
+        for each in done
+        if killed_s < each.came_s and each.came_s + each.took_s < back_s
+    ]
+    assert set(meanwhile) == {"replica-1", "replica-2"}
+    assert "replica-0" in {each.replica for each in done if each.came_s > back_s}
