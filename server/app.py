@@ -88,10 +88,12 @@ async def run(
         async with running(args, settings, report, mine) as parts:
             app = await build_app(args, settings, parts, key_ring)
             outer = observed(app, args, settings)
-            peers, whole = parts.peers, cast(ASGIApp, outer)
+            peers, whole, root_path = parts.peers, cast(ASGIApp, outer), args.root_path or ""
+            passes_on: Callable[[str], bool] = lambda path: False  # noqa: E731
             if peers is not None:
-                whole = peers.forwarding(outer, args.root_path or "")
-            config = http_server.uvicorn_config(whole, args, settings, parts.bodies)
+                whole = peers.forwarding(outer, root_path)
+                passes_on = functools.partial(peers.passes_on, root_path=root_path)
+            config = http_server.uvicorn_config(whole, args, settings, parts.bodies, passes_on)
             server = http_server.Server(config, mine)
             app.state.server = server
             refresher = None

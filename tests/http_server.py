@@ -6,7 +6,7 @@ import resource
 import socket
 import threading
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -33,10 +33,14 @@ ARGS: dict[str, Any] = {
 
 @contextlib.contextmanager
 def serving(
-    app: Any, settings: Settings, bodies: ByteBudget | None = None, **args: Any
+    app: Any,
+    settings: Settings,
+    bodies: ByteBudget | None = None,
+    is_passed_on: Callable[[str], bool] = lambda path: False,
+    **args: Any,
 ) -> Iterator[int]:
     """Serve `app` in a thread; gives the port. `args` are flags of vLLM."""
-    config = uvicorn_config(app, Namespace(**ARGS | args), settings, bodies)
+    config = uvicorn_config(app, Namespace(**ARGS | args), settings, bodies, is_passed_on)
     config.lifespan = "off"
     server = Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -7,6 +7,7 @@ The permit is taken when all media of a request are known, and ends with its ans
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Collection, Mapping
 
@@ -40,8 +41,10 @@ from server.telemetry.stages import Stage
 
 # A body must reach the least rate after this time.
 _RATE_GRACE_S = 30.0
-# How often the rate of a large body is checked at least.
+# How often the rate of a large body is checked at least, and how often while its client may be
+# silent: what has arrived is known only then.
 _CHECK_INTERVAL_S = 5.0
+_CHECKS_OF_SILENCE = 4
 
 
 class _ClientLeft(Exception):
@@ -97,19 +100,27 @@ class BodyReader:
 
     async def _answer(self, share: Share, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            is_item = item_of(scope) is not None
-            if path_of(scope) in self._admitted and not is_item:  # refused before its body is read
-                self._admission.check(record_of(scope), quotas_of(scope))
-            max_bytes = min(self._max_bytes, self._limits.get(path_of(scope), self._max_bytes))
-            chunks = await self._read(scope, receive, max_bytes, share)
-            record_of(scope).timeline.begin(Stage.ADMISSION, time.monotonic())
-            read = await self._parse(scope, chunks)
+            with self._arriving(scope):
+                max_bytes = min(self._max_bytes, self._limits.get(path_of(scope), self._max_bytes))
+                chunks = await self._read(scope, receive, max_bytes, share)
+                record_of(scope).timeline.begin(Stage.ADMISSION, time.monotonic())
+                read = await self._parse(scope, chunks)
         except SaccadeError as error:
             await respond(error)(scope, receive, send)
         except _ClientLeft:
             pass
         else:
             await self._admit(read, share, scope, receive, send)
+
+    def _arriving(self, scope: Scope) -> contextlib.AbstractContextManager[None]:
+        """The request arrives during the block. It is refused here, before its body is read, if it
+        would have to wait too long for a permit."""
+        if path_of(scope) not in self._admitted or item_of(scope) is not None:
+            return contextlib.nullcontext()
+        self._admission.check(record_of(scope), quotas_of(scope))
+        if not _is_large(scope):
+            return contextlib.nullcontext()
+        return self._admission.arriving(record_of(scope))
 
     async def _admit(
         self, read: ReadRequest | bytes, share: Share, scope: Scope, receive: Receive, send: Send
@@ -125,16 +136,19 @@ class BodyReader:
             await respond(error)(scope, receive, send)
 
     def _permit(self, read: ReadRequest | bytes, scope: Scope) -> Permit:
-        record, quotas = record_of(scope), quotas_of(scope)
         item = item_of(scope)
-        turn = item.turn if item is not None else None
-        if isinstance(read, bytes):
-            return self._admission.permit(record, quotas, turn=turn)
-        engine_requests = 1
-        if self._admission.limits.engine_requests is not None:
-            engine_requests = read.engine_requests
+        cost, engine_requests = 1.0, 1
+        if not isinstance(read, bytes):
+            cost += len(read.context.media)
+            if self._admission.limits.engine_requests is not None:
+                engine_requests = read.engine_requests
         return self._admission.permit(
-            record, quotas, 1.0 + len(read.context.media), engine_requests, turn
+            record_of(scope),
+            quotas_of(scope),
+            cost,
+            engine_requests,
+            item.turn if item is not None else None,
+            was_let_in=_is_large(scope),
         )
 
     async def _load_and_pass(
@@ -229,8 +243,9 @@ class BodyReader:
         which the next message tells."""
         chunks: list[bytes] = []
         last = time.monotonic()
+        wait_s = min(self._timeout_s / _CHECKS_OF_SILENCE, _CHECK_INTERVAL_S)
         while rest.left and not rest.has_ended:
-            pieces = await rest.pieces(min(self._timeout_s, _CHECK_INTERVAL_S))
+            pieces = await rest.pieces(wait_s)
             now = time.monotonic()
             if pieces:
                 last = now
@@ -260,6 +275,10 @@ class BodyReader:
             raise RequestTimeout(
                 f"the request body arrived at less than {self._min_rate} bytes per second"
             )
+
+
+def _is_large(scope: Scope) -> bool:
+    return length_in(value_of(scope, b"content-length")) > SMALL_BODY_BYTES
 
 
 def _rest(scope: Scope, receive: Receive, left: int) -> LargeBody | None:

@@ -6,7 +6,7 @@ body that would find no room.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from server.errors import SaccadeError, error_body
 from server.http import errors
@@ -25,16 +25,23 @@ _REFUSED = metrics.requests.labels("refused")
 class HeadCheck:
     """What the connections know of the memory for bodies."""
 
-    def __init__(self, bodies: ByteBudget, max_bytes: int) -> None:
-        """Larger bodies than `max_bytes` are left to the app, which refuses them for good."""
+    def __init__(
+        self,
+        bodies: ByteBudget,
+        max_bytes: int,
+        is_passed_on: Callable[[str], bool] = lambda path: False,
+    ) -> None:
+        """Larger bodies than `max_bytes` are left to the app, which refuses them for good; those
+        whose path `is_passed_on` are to the process that gets them."""
         self._bodies = bodies
         self._max_bytes = max_bytes
+        self._is_passed_on = is_passed_on
 
     def note_arrival(self) -> None:
         """Somebody has connected, and is to be heard before more of the bodies is read."""
         self._bodies.turns.give_way()
 
-    def refusal(self, method: bytes, headers: Headers) -> SaccadeError | None:
+    def refusal(self, method: bytes, url: bytes, headers: Headers) -> SaccadeError | None:
         """Why a request is refused; None if it goes to the app. That also answers pages of other
         sites, since browsers show them no error without the headers for it."""
         if method not in _WITH_BODY:
@@ -47,7 +54,8 @@ class HeadCheck:
                 return None
         if not SMALL_BODY_BYTES < length <= self._max_bytes:
             return None
-        return self._bodies.refusal(length)
+        refused = self._bodies.refusal(length)
+        return None if refused is None or self._is_passed_on(_path_of(url)) else refused
 
 
 def note(error: SaccadeError) -> None:
@@ -63,7 +71,7 @@ def answer(
     was; `url` and `headers` are as far as they are known."""
     body = json.dumps(error_body(error.message, error.type, error.code)).encode()
     name = request_id(headers)
-    dialect = errors.dialect_of(url.partition(b"?")[0].decode("latin-1"))
+    dialect = errors.dialect_of(_path_of(url))
     if dialect != "openai" and (shaped := errors.shaped(body, error.status, dialect, name)):
         body, _ = shaped
     fields = [
@@ -75,3 +83,7 @@ def answer(
     if error.retry_after_s:
         fields.append((b"retry-after", str(error.retry_after_s).encode()))
     return body, fields
+
+
+def _path_of(url: bytes) -> str:
+    return url.partition(b"?")[0].decode("latin-1")

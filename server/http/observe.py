@@ -114,7 +114,8 @@ class Observed:
         except asyncio.CancelledError:
             if not client.forgive_cancelling():
                 await answer.fail(_reason(connection))
-                raise
+                if connection is None:  # else this is all that the task does
+                    raise
         except Exception as error:
             if record.left_in is None and not client.is_late:
                 _log.exception("request %s failed: %s %s", record.id, record.method, record.path)

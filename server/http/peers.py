@@ -7,6 +7,7 @@ passed on to the first one: uploaded files and batches, which have one owner, an
 
 import asyncio
 import contextlib
+import functools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict
@@ -167,7 +168,19 @@ class Peers:
 
     def forwarding(self, app: ASGIApp, root_path: str) -> ASGIApp:
         """`app`, but with the first front end for what is its own."""
-        return app if self.mine.is_first else _Forward(app, self._to_first, root_path)
+        return (
+            app
+            if self.mine.is_first
+            else _Forward(
+                app, self._to_first, functools.partial(self.passes_on, root_path=root_path)
+            )
+        )
+
+    def passes_on(self, path: str, root_path: str) -> bool:
+        """Whether the first front end gets the requests for `path`, bodies included."""
+        below = path.removeprefix(root_path)
+        is_its = any(below == each or below.startswith(each + "/") for each in OF_FIRST)
+        return is_its and not self.mine.is_first
 
     def _to_first(self) -> aiohttp.ClientSession:
         return self._session(0, aiohttp.ClientTimeout(None))
@@ -236,15 +249,18 @@ class _Forward:
     """Passes some requests to the first front end, bytes as they are, and the answers back."""
 
     def __init__(
-        self, app: ASGIApp, to_first: Callable[[], aiohttp.ClientSession], root_path: str
+        self,
+        app: ASGIApp,
+        to_first: Callable[[], aiohttp.ClientSession],
+        passes_on: Callable[[str], bool],
     ) -> None:
         self._app = app
         self._to_first = to_first
-        self._root_path = root_path
+        self._passes_on = passes_on
         self._session: aiohttp.ClientSession | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not self._is_for_first(scope["path"]):
+        if scope["type"] != "http" or not self._passes_on(scope["path"]):
             await self._app(scope, receive, send)
             return
         if self._session is None:
@@ -263,10 +279,6 @@ class _Forward:
                 raise
             log.warning("the first front end does not answer: %r", error)
             await respond(ServerBusy(_UNREACHABLE))(scope, receive, send)
-
-    def _is_for_first(self, path: str) -> bool:
-        below = path.removeprefix(self._root_path)
-        return any(below == each or below.startswith(each + "/") for each in OF_FIRST)
 
     async def _pass_on(
         self, session: aiohttp.ClientSession, scope: Scope, receive: Receive, send: Send

@@ -5,6 +5,9 @@ connection whose client never reads its answer. This subclass limits all three. 
 error in OpenAI's shape, after which the connection is closed.
 """
 
+import contextlib
+import os
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +65,26 @@ class ServerState(uvicorn.server.ServerState):
     """Connections whose clients were refused, and may go on sending for a while."""
     large_bodies = 0
     """Bodies that are being read past uvicorn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._paused: deque[Connection] = deque()
+        self._is_reading = False
+
+    def read_later(self, connection: "Connection") -> None:
+        """Read what a refused client sends when it is its turn. All share one timer, since a flood
+        of refusals would otherwise have one for each."""
+        self._paused.append(connection)
+        if not self._is_reading:
+            self._is_reading = True
+            connection.loop.call_later(_LINGER_PAUSE_S, self._read_next)
+
+    def _read_next(self) -> None:
+        connection = self._paused.popleft()
+        connection.read_on()
+        self._is_reading = bool(self._paused)
+        if self._is_reading:
+            connection.loop.call_later(_LINGER_PAUSE_S, self._read_next)
 
 
 @dataclass(frozen=True)
@@ -167,8 +190,7 @@ class Connection(HttpToolsProtocol):
 
     def _pause_lingering(self) -> None:
         self.transport.pause_reading()
-        pause_s = _LINGER_PAUSE_S * self.server_state.lingering
-        self.loop.call_later(pause_s, self._read_on)
+        self.server_state.read_later(self)
 
     # ------------------------------------------------------------------ large bodies
 
@@ -221,7 +243,8 @@ class Connection(HttpToolsProtocol):
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
 
-    def _read_on(self) -> None:
+    def read_on(self) -> None:
+        """Read from the connection again, unless it is closed."""
         if not self.transport.is_closing():
             self.transport.resume_reading()
 
@@ -305,7 +328,7 @@ class Connection(HttpToolsProtocol):
         """Whether the request is refused by its head."""
         if self._refused_at is None and self._heads is not None:
             is_next = self.cycle is None or self.cycle.response_complete
-            error = self._heads.refusal(self.parser.get_method(), self.headers)
+            error = self._heads.refusal(self.parser.get_method(), self.url, self.headers)
             if is_next and error is not None:
                 head_check.note(error)
                 self._refuse(error)
@@ -378,7 +401,7 @@ class Connection(HttpToolsProtocol):
                 self.on_leaving()
         body, fields = head_check.answer(error, self.url, self.headers)
         lines = b"".join(b"%s: %s\r\n" % f for f in (*self.server_state.default_headers, *fields))
-        self.transport.write(STATUS_LINE[error.status] + lines + b"\r\n" + body)
+        self._send_now(STATUS_LINE[error.status] + lines + b"\r\n" + body)
         crowded = len(
             self.connections
         ) > self._limits.connections + _MAX_LINGERING or self._takes_last_file(self.transport)
@@ -386,6 +409,17 @@ class Connection(HttpToolsProtocol):
             self.transport.write_eof()
         else:  # also with TLS
             self.transport.close()
+
+    def _send_now(self, data: bytes) -> None:
+        """Send `data`, past uvloop if nothing was sent before: it sends only after it has handled
+        all that has arrived, which may be hundreds of heads."""
+        sock = self.transport.get_extra_info("socket")
+        is_first = self.cycle is None
+        if is_first and self.scheme == "http" and sock is not None:
+            with contextlib.suppress(OSError):
+                data = data[os.write(sock.fileno(), data) :]
+        if data:
+            self.transport.write(data)
 
 
 class _Cycle(RequestResponseCycle):

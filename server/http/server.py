@@ -155,13 +155,18 @@ def _spare_event_loop() -> None:
 
 
 def uvicorn_config(
-    app: ASGIApp, args: Namespace, settings: Settings, bodies: ByteBudget | None = None
+    app: ASGIApp,
+    args: Namespace,
+    settings: Settings,
+    bodies: ByteBudget | None = None,
+    is_passed_on: Callable[[str], bool] = lambda path: False,
 ) -> uvicorn.Config:
     """The settings of uvicorn: vLLM's flags, and ours for logs and shutdown. Requests whose bodies
-    would find no room in `bodies` are refused as soon as their heads are read."""
+    would find no room in `bodies` are refused as soon as their heads are read, unless another
+    process gets them: their path `is_passed_on`."""
     heads = None
     if bodies is not None:
-        heads = HeadCheck(bodies, settings.http.max_request_bytes)
+        heads = HeadCheck(bodies, settings.http.max_request_bytes, is_passed_on)
     limits = connection_limits(settings.connections)
     config = uvicorn.Config(
         app,

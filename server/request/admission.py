@@ -19,10 +19,11 @@ while no other request waits, and then a permit with this turn, which is never r
 """
 
 import asyncio
+import contextlib
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from server.errors import EngineQueueFull, SaccadeError, ServerBusy, TooManyAnswers
@@ -91,6 +92,11 @@ class Rate:
         self._last = self.per_second()
         self._done.clear()
 
+    @property
+    def mean(self) -> float:
+        """The mean cost of what ended lately; 1 if nothing did."""
+        return sum(cost for _, cost in self._done) / len(self._done) if self._done else 1.0
+
     def per_second(self) -> float | None:
         """The rate; None if it is not known yet."""
         if len(self._done) < self._done.maxlen // 4:  # type: ignore[operator]
@@ -142,6 +148,7 @@ class Admission:
             most_background=most,
         )
         self.engine_requests = 0
+        self._arriving: Counter[str] = Counter()  # by group
         self._engine_is_full = engine_is_full
         self._shared = shared
         self.service_times = ServiceTimes()
@@ -157,13 +164,15 @@ class Admission:
         cost: float = 1.0,
         engine_requests: int = 1,
         turn: "Turn | None" = None,
+        was_let_in: bool = False,
     ) -> "Permit":
         """A permit for a request, to be used with `async with`.
 
         `quotas` are those of its key. `cost` says how much work it is, compared with others, and
         `engine_requests` how many the engine will get for it. The tokens that `record` has at the
         end are charged to the quotas. With a `turn`, the request is one of a batch: it need not
-        wait, and the quotas are charged but not held against it.
+        wait, and the quotas are charged but not held against it. `was_let_in`: `check` has let it
+        wait, and it was `arriving` since.
 
         Raises:
             RateLimited: the key is over one of its limits.
@@ -171,7 +180,20 @@ class Admission:
             TooManyAnswers: the engine would always refuse the request.
             ServerBusy: the queue is full, or the request would wait too long.
         """
-        return Permit(self, record, quotas, cost, engine_requests, turn)
+        return Permit(self, record, quotas, cost, engine_requests, turn, was_let_in)
+
+    @contextlib.contextmanager
+    def arriving(self, record: Record) -> Iterator[None]:
+        """The large body of a request is read during the block. For the next of its group, it
+        counts as one that waits; it is not refused later because others were faster."""
+        group = record.key_group or ""
+        self._arriving[group] += 1
+        try:
+            yield
+        finally:
+            self._arriving[group] -= 1
+            if not self._arriving[group]:
+                del self._arriving[group]
 
     async def background_turn(self, group: str, quotas: Sequence[Quota] = ()) -> "Turn":
         """Wait until a request of a batch of `group` may begin: when no other request waits, and
@@ -189,7 +211,12 @@ class Admission:
         return max((self.usage(quota).half_full_in() for quota in quotas), default=0.0)
 
     def check(
-        self, record: Record, quotas: Sequence[Quota], engine_requests: int = 1
+        self,
+        record: Record,
+        quotas: Sequence[Quota],
+        engine_requests: int = 1,
+        *,
+        was_let_in: bool = False,
     ) -> list[Usage]:
         """The usages of `quotas`, if a request could have a permit or wait for it. Raises as
         `permit`. It may be called as soon as the key is known, since nothing is counted."""
@@ -199,7 +226,7 @@ class Admission:
                 usage.check()
             self.check_engine(engine_requests)
             group = record.key_group or ""
-            if not self.slots.has_room(group):
+            if not (was_let_in or self._has_room(group)):
                 self._check_wait(group, record.deadline)
         except SaccadeError:
             record.headers += headers(usages)
@@ -254,18 +281,26 @@ class Admission:
             self.end(cost, lambda: self.slots.free(group))
             raise self._busy("the request would not be answered before its deadline", 0.0)
 
+    def _has_room(self, group: str) -> bool:
+        free = self.limits.running - self.slots.taken
+        return self._arriving[group] < max(1, free) and self.slots.has_room(group)
+
     def _check_wait(self, group: str, deadline: float | None) -> None:
         rate, queue = self._rate.per_second(), self.slots.queue
-        if len(queue) >= self.limits.waiting:
+        free = max(0, self.limits.running - self.slots.taken)
+        arriving = max(0, self._arriving[group] - free)  # that will have to wait
+        if len(queue) + arriving >= self.limits.waiting:
             seconds = queue.cost / rate if rate else 1.0
             if (resource := self.budgets.short_of) is not None:
                 full = self.budgets.error(resource)
                 full.retry_after_s = whole_seconds(seconds)
                 raise full
-            raise self._busy(f"{len(queue)} requests wait already, which is the limit", seconds)
+            waiting = len(queue) + arriving
+            raise self._busy(f"{waiting} requests wait already, which is the limit", seconds)
         if not rate:
             return
-        wait_s = queue.cost_before(queue.start_of(group)) / rate
+        before = queue.cost_before(queue.start_of(group))
+        wait_s = (before + arriving * self._rate.mean) / rate
         most_s = self.limits.wait_s
         if deadline is not None:
             longest_s = self.service_times.quantile(_MOST)
@@ -318,6 +353,7 @@ class Permit:
         cost: float,
         engine_requests: int,
         turn: Turn | None = None,
+        was_let_in: bool = False,
     ) -> None:
         self.holdings = Holdings(admission.budgets)
         self._engine_requests = engine_requests
@@ -326,6 +362,7 @@ class Permit:
         self._quotas = quotas
         self._cost = cost
         self._turn = turn
+        self._was_let_in = was_let_in
         self._usages: list[Usage] = []
         self._share = max((quota.limits.share for quota in quotas), default=1.0)
         self._group = record.key_group or ""
@@ -336,7 +373,9 @@ class Permit:
     async def __aenter__(self) -> "Permit":
         record = self._record
         if self._turn is None:
-            usages = self._admission.check(record, self._quotas, self._engine_requests)
+            usages = self._admission.check(
+                record, self._quotas, self._engine_requests, was_let_in=self._was_let_in
+            )
             for usage in usages:
                 usage.begin()
         else:  # which has begun them

@@ -30,7 +30,7 @@ _SETTLE_S = 0.1
 _RESTART_DELAYS_S = (0.0, 0.1, 0.5, 2.0, 5.0)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)  # Python's errors contain a `repr`, which would copy `data`
 class Task:
     """An encoded job on one file, and the result that all its callers wait for.
 

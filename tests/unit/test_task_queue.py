@@ -100,3 +100,15 @@ def test_a_task_is_removed_once(key: str) -> None:
     assert len(queue) == 1
     queue.clear()
     assert (len(queue), list(queue), queue.next()) == (0, [], None)
+
+
+def test_to_look_for_a_task_does_not_copy_its_data() -> None:
+    class Data(bytes):
+        def __repr__(self) -> str:
+            raise AssertionError("takes a tenth of a second for a large file")
+
+    result: Any = asyncio.Future(loop=LOOP)
+    gone = Task("gone", Data(), b"", result, ImageWork(0.0))
+    queue = Queue()
+    queue.add("other")
+    assert not queue.remove(gone)

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import http.client
 import json
+import logging
 import os
 import re
 import socket
@@ -24,6 +25,7 @@ from server.errors import BodyMemoryFull
 from server.http import headers
 from server.http.body import BodyReader
 from server.http.byte_budget import ByteBudget
+from server.http.large_body import LargeBody
 from server.http.observe import Observed
 from server.http.protocol import Connection, ServerState
 from server.request.admission import Admission
@@ -128,6 +130,26 @@ def test_a_request_that_gets_no_permit_is_refused_before_its_body_arrives(
         assert (status, document["error"]["code"]) == (503, "engine_queue_full")
         assert int(given["retry-after"]) >= 1
         assert budget.held == 0
+
+
+def test_large_bodies_that_arrive_count_as_waiting_and_are_not_refused_later(
+    budget: ByteBudget,
+) -> None:
+    gate = Admission(limits(running=1, waiting=1))
+    app = app_of(budget, admission=gate)
+    with serving(app, SETTINGS) as port, begun(port, MIB) as first, begun(port, MIB) as second:
+        until(lambda: budget.held == 2 * MIB)
+        with begun(port, MIB) as third:
+            status, _, document = answer(third)
+        assert (status, document["error"]["code"]) == (503, "server_busy")
+        gate.slots.add("")  # another request was faster
+        second.sendall(bytes(MIB))
+        first.sendall(bytes(MIB))
+        until(lambda: len(gate.slots.queue) == 2)  # more than may wait, but both were let in
+        with begun(port, 1000, bytes(1000)) as small:
+            assert answer(small)[0] == 503
+        gate.end(1.0, lambda: gate.slots.free(""))
+        assert [answer(client)[0] for client in (first, second)] == [200, 200]
 
 
 def test_a_body_without_a_place_is_not_read_until_it_has_one() -> None:
@@ -291,6 +313,20 @@ def test_small_bodies_and_pages_of_other_sites_reach_the_app(refusing: int) -> N
     assert "connection" not in given
 
 
+def test_a_body_for_another_process_takes_no_place_here(budget: ByteBudget) -> None:
+    async def passing_on(scope: Any, receive: Any, send: Any) -> None:
+        await (answer_ok if scope["path"] == "/v1/files" else app_of(budget))(scope, receive, send)
+
+    with (
+        serving(passing_on, SETTINGS, budget, is_passed_on="/v1/files".__eq__) as port,
+        begun(port, 3 * MIB),
+        begun(port, 3 * MIB),
+    ):
+        until(lambda: budget.waiting == 1)
+        with begun(port, MIB, bytes(MIB), path=b"/v1/files?x=1") as client:
+            assert answer(client)[::2] == (200, MIB)
+
+
 def test_while_the_rate_is_unknown_only_a_quarter_of_the_budget_may_wait() -> None:
     async def check() -> None:
         budget = ByteBudget(4 * MIB, PATIENCE_S)
@@ -409,6 +445,43 @@ def test_a_body_that_trickles_in_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         client.settimeout(PATIENCE_S)
         status, _, document = answer(client)
         assert (status, document["error"]["code"]) == (408, "request_timeout")
+
+
+def test_a_silent_body_is_refused_soon_after_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes too late to wake the reader does not begin the time anew by much."""
+    asked: list[float] = []
+    pieces = LargeBody.pieces
+
+    async def noted(self: LargeBody, wait_s: float) -> list[bytes]:
+        asked.append(wait_s)
+        return await pieces(self, wait_s)
+
+    monkeypatch.setattr(LargeBody, "pieces", noted)
+    impatient = HttpSettings(max_request_bytes=3 * MIB, request_read_timeout_s=0.4)
+    app = app_of(ByteBudget(4 * MIB, WAIT_S), settings=impatient)
+    with serving(app, SETTINGS) as port, begun(port, 2 * MIB, bytes(MIB)) as client:
+        status, _, document = answer(client)
+    assert (status, document["error"]["code"]) == (408, "request_timeout")
+    assert max(asked) == 0.1
+
+
+def test_a_request_that_is_cut_off_leaves_no_traceback(
+    budget: ByteBudget, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def hang(*_: Any) -> None:
+        await asyncio.Event().wait()
+
+    logged = logging.getLogger("uvicorn.error")
+    with serving(app_of(budget, hang), SETTINGS, shutdown_timeout=0.1) as port:
+        logged.addHandler(caplog.handler)  # uvicorn's loggers do not propagate
+        client = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S)
+        client.sendall(post_head(3) + b"abc")
+        time.sleep(0.2)
+    logged.removeHandler(caplog.handler)
+    with client:
+        status, _, document = answer(client)
+    assert (status, document["error"]["code"]) == (503, "server_busy")
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 # ---------------------------------------------------------------------- large bodies
