@@ -92,7 +92,7 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--warm-up-s", type=float, default=240)
+    parser.add_argument("--warm-up-s", type=float, default=360)
     parser.add_argument("--settle-s", type=float, default=60)
     parser.add_argument("--concurrency", type=int, default=3, help="clients at a time")
     parser.add_argument("--pause-s", type=float, default=0.2, help="of a client between requests")
