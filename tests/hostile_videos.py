@@ -1,37 +1,32 @@
 """Videos that attack a decoder: other containers and codecs, and files whose headers lie."""
 
+import contextlib
 import functools
+import re
 import struct
 from io import BytesIO
 from typing import Any
 
 import av
-import numpy as np
 
-from server.imaging.video.header import read_track
 from tests import clips
-from tests.encoded_videos import encode, scene, video, with_box
+from tests.encoded_videos import scene, video, with_box
 
 _IN_STBL = (b"moov", b"trak", b"mdia", b"minf", b"stbl")
-# Containers that FFmpeg writes, each with a codec that it takes.
-_CONTAINERS = {
-    "asf": "mpeg4",
-    "avi": "mpeg4",
-    "flv": "flv1",
-    "h264": "libx264",
-    "ivf": "libvpx",
-    "m4v": "mpeg4",
-    "mpeg": "mpeg1video",
-    "mpegts": "mpeg2video",
-    "mxf": "mpeg2video",
-    "nut": "ffv1",
-    "rawvideo": "rawvideo",
-    "rm": "rv20",
-    "swf": "flv1",
-    "vob": "mpeg2video",
-    "wtv": "mpeg2video",
-    "yuv4mpegpipe": "rawvideo",
-}
+# Formats that FFmpeg both writes and reads, but for those that are accepted, devices, network
+# protocols, and those that need an encoder that is not there.
+_FORMATS = re.findall(
+    r"\w+",
+    """
+    ac3 adx aiff alaw amr apm apng argo_asf asf ast au avi caf dfpwm eac3 f32be f32le f64be
+    f64le fits flac flv g722 g726 g726le gif gxf h261 h263 h264 hevc image2pipe ircam ivf kvag
+    m4v mjpeg mp3 mpeg mpegts mpjpeg mulaw mxf nut obu ogg rawvideo rm roq rso s16be s16le s24be
+    s24le s32be s32le s8 sbc smjpeg sox spdif swf tta u16be u16le u24be u24le u32be u32le u8
+    vidc voc w64 wav wsaud wtv wv yuv4mpegpipe
+    """,
+)
+# Of formats for speech and video calls, in Hz.
+_LOW_RATE = 8000
 # What allowed containers may call other codecs: MagicYUV, HuffYUV, FFV1, Motion JPEG, PNG, ProRes,
 # Animation, MPEG-2, H.263, Cinepak, VC-1, Sorenson, DNxHD, CineForm, encrypted or no names.
 _CODES = (
@@ -42,17 +37,38 @@ _NAMES = (b"V_FFV", b"V_SNO", b"V_MJP", b"V_UNC", b"V_MS/", b"A_AAC")
 _MANIFEST = b'<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011"><BaseURL>http://x/'
 
 
-def _written(container: str, codec: str) -> bytes:
-    """A video of three frames."""
-    file = BytesIO()
-    with av.open(file, "w", format=container) as output:
-        stream: Any = output.add_stream(codec, rate=25)
-        stream.width, stream.height, stream.pix_fmt = 176, 144, "yuv420p"
-        for pixel in scene(3, (176, 144)):
-            frame = av.VideoFrame.from_ndarray(pixel, format="rgb24").reformat(format="yuv420p")
-            output.mux(stream.encode(frame))
-        output.mux(stream.encode(None))
-    return file.getvalue()
+def _written(name: str) -> bytes:
+    """A video of three frames in a format, or a tenth of a second of silence if it takes none."""
+    for write in (_write_video, _write_silence):
+        file = BytesIO()
+        with contextlib.suppress(ValueError, av.FFmpegError):
+            with av.open(file, "w", format=name) as output:
+                write(output)
+            return file.getvalue()
+    raise AssertionError(f"FFmpeg does not write {name}")
+
+
+def _write_video(output: Any) -> None:
+    stream = output.add_stream(output.default_video_codec, rate=25)
+    formats = stream.codec_context.codec.video_formats
+    stream.width, stream.height = 176, 144
+    stream.pix_fmt = formats[0].name if formats else "yuv420p"
+    for pixel in scene(3, (176, 144)):
+        frame = av.VideoFrame.from_ndarray(pixel, format="rgb24")
+        output.mux(stream.encode(frame.reformat(format=stream.pix_fmt)))
+    output.mux(stream.encode(None))
+
+
+def _write_silence(output: Any) -> None:
+    codec = output.default_audio_codec
+    is_low = codec.startswith(("amr", "g7", "adpcm_g7"))
+    stream = output.add_stream(codec, rate=_LOW_RATE if is_low else 48_000)
+    stream.layout = "mono"
+    frame = av.AudioFrame(format="s16", layout="mono", samples=4608)
+    frame.rate = stream.rate
+    frame.planes[0].update(bytes(2 * 4608))
+    output.mux(stream.encode(frame))
+    output.mux(stream.encode(None))
 
 
 @functools.cache
@@ -61,7 +77,7 @@ def foreign() -> dict[str, bytes]:
     mp4, webm = video(), video("vp8", "webm")
     at = _entry(mp4)
     return {
-        **{name: _written(name, codec) for name, codec in _CONTAINERS.items()},
+        **{name: _written(name) for name in _FORMATS},
         **{repr(code): mp4[:at] + code + mp4[at + 4 :] for code in _CODES},
         **{repr(name): webm.replace(b"V_VP8", name) for name in _NAMES},
         "session description": clips.SDP,
@@ -76,6 +92,15 @@ def foreign() -> dict[str, bytes]:
 def _entry(mp4: bytes) -> int:
     """Where the name of the codec stands."""
     return mp4.index(b"avc1", mp4.index(b"stsd"))
+
+
+def _nested(kind: bytes, depth: int, outermost: bytes | None = None) -> bytes:
+    """Boxes of which each holds the next one."""
+    sizes = range(8 * depth, 0, -8)
+    kinds = [outermost or kind, *[kind] * (depth - 1)]
+    return b"".join(
+        struct.pack(">I4s", size, name) for size, name in zip(sizes, kinds, strict=True)
+    )
 
 
 def _table(name: bytes, *entries: int) -> bytes:
@@ -94,6 +119,8 @@ def lying() -> dict[str, bytes]:
         "chunks behind the file": _table(b"stco", 1, 2**32 - 1),
         "65535x65535": wide,
         "frames of zeros": mp4[:media] + bytes(900) + mp4[media + 900 :],
+        "moov in moov": mp4[:32] + _nested(b"moov", 60_000),
+        "tracks in tracks": mp4[:32] + _nested(b"trak", 1000, b"moov"),
         "boxes in boxes": mp4[:32] + struct.pack(">I4s", 0, b"moov") * 100_000,
         "fragments without end": mp4[:32] + struct.pack(">I4s", 8, b"moof") * 100_000,
         "elements without end": webm[:200] + b"\xec\x80" * 400_000,
@@ -111,25 +138,3 @@ def odd() -> dict[str, bytes]:
         "durations of 2^32": _table(b"stts", 1, 12, 2**32 - 1),
         "chunks of 2^32 samples": _table(b"stsc", 1, 1, 2**32 - 1, 1),
     }
-
-
-def repeated(
-    times: int, size: tuple[int, int] = (1920, 1080), group: int = 1 << 30, flat: bool = False
-) -> bytes:
-    """A WebM file whose second frame follows `times` times, 40 in a second, with a keyframe after
-    each `group` of them. `flat` frames are black, and small."""
-    frames = np.zeros((2, size[1], size[0], 3), np.uint8)
-    if not flat:
-        frames[:] = scene(1, size)
-    data = encode(frames, "vp8", "webm", muxing={"live": "1"})
-    samples = read_track(data).samples
-    key, other = (
-        data[start : start + length]
-        for start, length in zip(samples.offsets.tolist(), samples.sizes.tolist(), strict=True)
-    )
-    found = [data]
-    for index in range(2, 2 + times):
-        block = b"\x81\0\0" + (b"\0" + other if index % group else b"\x80" + key)
-        found.append(b"\x1f\x43\xb6\x75\xff\xe7\x84" + struct.pack(">I", index * 25))
-        found.append(b"\xa3" + struct.pack(">I", 0x10000000 | len(block)) + block)
-    return b"".join(found)

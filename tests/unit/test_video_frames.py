@@ -12,7 +12,7 @@ import pytest
 from server.errors import InvalidVideo
 from server.imaging.video import header, references
 from server.imaging.video.frames import decode
-from tests.encoded_videos import X265_ALONE, Frames, encode, scene, seen
+from tests.encoded_videos import X265_ALONE, Frames, encode, scene, seen, stripped
 
 SIZE = (96, 64)
 COUNT = 30
@@ -160,6 +160,16 @@ def test_each_frame_is_resized_as_it_comes(rotation: int) -> None:
     size = (whole.shape[2] // 2, whole.shape[1] // 2)
     np.testing.assert_array_equal(decode(data, [0, 2], size, resize=halved), whole[:, ::2, ::2])
     assert shapes == [whole.shape[1:]] * 2
+
+
+@pytest.mark.parametrize("codec", ["h264", "vp8"])
+def test_samples_without_their_first_byte_are_decoded(codec: str) -> None:
+    same = scene(1, SIZE).repeat(6, axis=0)
+    plain = encode(same, codec, "matroska", options={"g": "1" if codec == "vp8" else "3"})
+    data = stripped(plain, b"V_VP8" if codec == "vp8" else b"V_MPEG4/ISO/AVC")
+    if codec == "vp8":  # or the bit that says that a frame is shown would be that of another byte
+        assert not data[header.read_track(data).samples.offsets[0]] & 0x10
+    np.testing.assert_array_equal(decode(data, range(6)), decode(plain, range(6)))
 
 
 def test_odd_sizes_are_decoded() -> None:

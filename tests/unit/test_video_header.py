@@ -1,5 +1,6 @@
 """The header reader of videos agrees with FFmpeg, refuses damaged files, and does bounded work."""
 
+import contextlib
 import functools
 import random
 import struct
@@ -12,7 +13,7 @@ import pytest
 from server.errors import ClientError, InvalidVideo, UnsupportedVideoFormat, VideoTooLarge
 from server.imaging.video import header, matroska, mp4
 from server.imaging.video.track import MAX_FRAMES
-from tests import clips
+from tests import clips, hostile_videos
 from tests.encoded_videos import encode, scene, seen, video, with_box, with_edits
 from tests.fuzz import video_mutations
 
@@ -153,6 +154,20 @@ def test_blocks_of_several_frames_are_read(lacing: int, table: bytes) -> None:
 def test_other_containers_are_refused(data: bytes) -> None:
     with pytest.raises(UnsupportedVideoFormat, match="MP4, MOV, Matroska, WebM"):
         header.read(data)
+
+
+@pytest.mark.parametrize("name", hostile_videos.foreign())
+def test_no_other_format_that_ffmpeg_reads_is_accepted(name: str) -> None:
+    with pytest.raises(UnsupportedVideoFormat):
+        header.read(hostile_videos.foreign()[name])
+
+
+@pytest.mark.parametrize("name", hostile_videos.lying())
+def test_files_that_lie_are_refused_or_their_frames_are(name: str) -> None:
+    """Where the header holds, all of its samples lie in the file."""
+    data = hostile_videos.lying()[name]
+    with contextlib.suppress(InvalidVideo, VideoTooLarge):
+        video_mutations.check(header.read_track(data), data)
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def _timeline(
     data: bytes, samples: Samples, blocks: _Blocks, entry: _Description, scale: int
 ) -> Timeline:
     ticks = np.array(blocks.times, np.float64)
-    shown = np.flatnonzero(_is_shown(data, samples, entry.codec))
+    shown = np.flatnonzero(_is_shown(data, samples, entry))
     if not len(shown):
         raise damaged("none of its frames is shown")
     order = shown[np.argsort(ticks[shown], kind="stable")]
@@ -133,14 +133,16 @@ def _timeline(
     return Timeline(order, seconds, span + last)
 
 
-def _is_shown(data: bytes, samples: Samples, codec: Codec) -> npt.NDArray[np.bool_]:
+def _is_shown(data: bytes, samples: Samples, entry: _Description) -> npt.NDArray[np.bool_]:
     """Which samples have a frame that is shown: VP8 and VP9 have some for reference only."""
     content = np.frombuffer(data, np.uint8)
     first = content[samples.offsets]
+    if entry.prefix:
+        first = np.full(len(samples), entry.prefix[0])
     shown = np.ones(len(samples), np.bool_)
-    if codec == "vp8":
+    if entry.codec == "vp8":
         shown = first & 0x10 != 0
-    if codec == "vp9":
+    if entry.codec == "vp9":
         last = content[samples.offsets + samples.sizes - 1]
         is_several = last & 0xE0 == 0xC0
         is_profile_3 = first & 0x30 == 0x30

@@ -16,7 +16,7 @@ from server.engine import video_extractor
 from server.engine.extractor import ImageExtractor
 from server.engine.launch import same_data
 from server.engine.video_sampling import choose
-from server.engine.video_token_rules import video_rule
+from server.engine.video_token_rules import measured_video_rule, video_rule
 from server.engine.vllm_adapter import processors, video_loaders
 from server.engine.vllm_adapter.video_jobs import VideoJob, video_item, video_job
 from server.errors import InvalidVideo, MediaProcessingFailed
@@ -47,20 +47,20 @@ def one_thread() -> Iterator[None]:
 
 
 @functools.cache
-def model(family: str, folder: Path) -> Any:
+def model(family: str, folder: Path, **more: Any) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     args = AsyncEngineArgs(
-        model=str(families.build(family, folder)), dtype="float32", max_model_len=4096
+        model=str(families.build(family, folder)), dtype="float32", max_model_len=4096, **more
     )
     return args.create_model_config()
 
 
 @functools.cache
-def extractor(family: str, folder: Path) -> ImageExtractor:
+def extractor(family: str, folder: Path, **more: Any) -> ImageExtractor:
     from vllm.multimodal import MULTIMODAL_REGISTRY
 
-    processor = MULTIMODAL_REGISTRY.create_processor(model(family, folder))
+    processor = MULTIMODAL_REGISTRY.create_processor(model(family, folder, **more))
     return ImageExtractor(processor, fast=True, max_pixels=1 << 24)
 
 
@@ -93,14 +93,36 @@ def job(family: str, folder: Path, cap: int | None = None, **asked: Any) -> Vide
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_features_and_placeholders_equal_vllms(family: str, folder: Path) -> None:
-    ours = job(family, folder)
-    output = video_extractor._process(extractor(family, folder), ours.work, FILE)
-    features = video_features._features(output, ours.work.size)
-    item, updates = video_item(processor(family, folder), features, ours)
+    assert_equal_to_vllm(job(family, folder), extractor(family, folder), media_io(family, folder))
 
-    frames, metadata = media_io(family, folder).load_bytes(FILE)
+
+@pytest.mark.parametrize(
+    ("family", "method"), [("qwen2_5_vl", "evs"), ("qwen3_vl", "evs"), ("qwen3_vl", "vidcom2")]
+)
+def test_a_video_whose_tokens_are_pruned_equals_vllms(
+    family: str, method: str, folder: Path
+) -> None:
+    pruning = extractor(family, folder, video_pruning_rate=0.5, video_pruning_method=method)
+    assert video_rule(pruning._processor, {}) is None
+    rule = measured_video_rule(pruning._processor, {})
+    whole = job(family, folder)
+    assert whole.allocation is not None
+    allocation = rule.allocate(len(whole.chosen.indices), *whole.video.size)
+    assert allocation.tokens < 0.75 * whole.allocation.tokens
+    ours = video_job(whole.context, whole.video, allocation, {}, b"model", 1 << 24)
+    tokens = assert_equal_to_vllm(ours, pruning, media_io(family, folder))
+    assert tokens == allocation.tokens
+
+
+def assert_equal_to_vllm(ours: VideoJob, extracting: ImageExtractor, io: VideoMediaIO) -> int:
+    """The number of tokens of the video."""
+    real = extracting._processor
+    output = video_extractor._process(extracting, ours.work, FILE)
+    features = video_features._features(output, ours.work.size)
+    item, updates = video_item(real, features, ours)
+
+    frames, metadata = io.load_bytes(FILE)
     metadata = {**metadata, "do_sample_frames": False}
-    real = processor(family, folder)
     outputs, _ = processors.video_processed(real, frames, metadata, {})
     theirs, their_updates = processors.video_item(real, outputs, frames, metadata, {})
     assert item.keys() == theirs.keys()
@@ -108,6 +130,14 @@ def test_features_and_placeholders_equal_vllms(family: str, folder: Path) -> Non
         assert same_data(item[name].data, theirs[name].data), name
     assert updates[0].content.full == their_updates[0].content.full
     assert updates[0].target == their_updates[0].target
+    return tokens_of(updates)
+
+
+def tokens_of(updates: processors.Updates) -> int:
+    content = updates[0].content
+    if content.is_embed is None:
+        return len(content.full)
+    return int(content.is_embed(content.full).sum())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -119,11 +149,7 @@ def test_a_video_under_a_cap_has_the_tokens_of_its_plan(family: str, folder: Pat
         output = video_extractor._process(extractor(family, folder), ours.work, FILE)
         features = video_features._features(output, ours.work.size)
         _, updates = video_item(processor(family, folder), features, ours)
-        content = updates[0].content
-        counted = len(content.full)
-        if content.is_embed is not None:
-            counted = int(content.is_embed(content.full).sum())
-        assert counted == ours.allocation.tokens
+        assert tokens_of(updates) == ours.allocation.tokens
 
 
 def test_the_key_depends_on_frames_size_options_and_group(folder: Path) -> None:
