@@ -13,16 +13,16 @@ from tests import clips
 from tests.encoded_videos import scene, video, with_box
 
 _IN_STBL = (b"moov", b"trak", b"mdia", b"minf", b"stbl")
-# Formats that FFmpeg both writes and reads, but for those that are accepted, devices, network
-# protocols, and those that need an encoder that is not there.
+# Formats that FFmpeg both writes and reads, but for those that are accepted, pictures, devices,
+# network protocols, and those that need an encoder that is not there.
 _FORMATS = re.findall(
     r"\w+",
     """
-    ac3 adx aiff alaw amr apm apng argo_asf asf ast au avi caf dfpwm eac3 f32be f32le f64be
-    f64le fits flac flv g722 g726 g726le gif gxf h261 h263 h264 hevc image2pipe ircam ivf kvag
-    m4v mjpeg mp3 mpeg mpegts mpjpeg mulaw mxf nut obu ogg rawvideo rm roq rso s16be s16le s24be
-    s24le s32be s32le s8 sbc smjpeg sox spdif swf tta u16be u16le u24be u24le u32be u32le u8
-    vidc voc w64 wav wsaud wtv wv yuv4mpegpipe
+    ac3 adx aiff alaw amr apm argo_asf asf ast au avi caf dfpwm eac3 f32be f32le f64be f64le
+    fits flac flv g722 g726 g726le gxf h261 h263 h264 hevc ircam ivf kvag m4v mp3 mpeg mpegts
+    mpjpeg mulaw mxf nut obu ogg rawvideo rm roq rso s16be s16le s24be s24le s32be s32le s8 sbc
+    smjpeg sox spdif swf tta u16be u16le u24be u24le u32be u32le u8 vidc voc w64 wav wsaud wtv
+    wv yuv4mpegpipe
     """,
 )
 # Of formats for speech and video calls, in Hz.

@@ -52,8 +52,8 @@ _START_TIMEOUT_S = 120.0
 _WRITE_BYTES = 1 << 30
 _LENGTH = struct.Struct("<Q")
 _M_ARENA_MAX = -8
-# Beside the server and the engine, a child gets a tenth of a processor that they want.
-_NICENESS = 10
+# A child gets a quarter of a processor that the server or the engine wants too.
+_NICENESS = 5
 # Freed heap that a child keeps: several buffers of a frame.
 _KEPT_HEAP_BYTES = 64 << 20
 # FFmpeg's limit for the threads of a decoder.
