@@ -93,7 +93,9 @@ async def run(
             if peers is not None:
                 whole = peers.forwarding(outer, root_path)
                 passes_on = functools.partial(peers.passes_on, root_path=root_path)
-            config = http_server.uvicorn_config(whole, args, settings, parts.bodies, passes_on)
+            config = http_server.uvicorn_config(
+                whole, args, settings, parts.bodies, passes_on, outer.turns
+            )
             server = http_server.Server(config, mine)
             app.state.server = server
             refresher = None

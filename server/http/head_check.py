@@ -8,6 +8,7 @@ body that would find no room.
 import json
 from collections.abc import Callable, Sequence
 
+from server.concurrency import Turns
 from server.errors import SaccadeError, error_body
 from server.http import errors
 from server.http.answer import request_id
@@ -30,16 +31,22 @@ class HeadCheck:
         bodies: ByteBudget,
         max_bytes: int,
         is_passed_on: Callable[[str], bool] = lambda path: False,
+        begun: Turns | None = None,
     ) -> None:
         """Larger bodies than `max_bytes` are left to the app, which refuses them for good; those
-        whose path `is_passed_on` are to the process that gets them."""
+        whose path `is_passed_on` are to the process that gets them. Requests begin in the turns
+        `begun`."""
         self._bodies = bodies
         self._max_bytes = max_bytes
         self._is_passed_on = is_passed_on
+        self._begun = begun
 
     def note_arrival(self) -> None:
-        """Somebody has connected, and is to be heard before more of the bodies is read."""
+        """Somebody has connected, and is to be heard before many others begin or more of the bodies
+        is read: others wait for a refusal."""
         self._bodies.turns.give_way()
+        if self._begun is not None:
+            self._begun.give_way()
 
     def refusal(self, method: bytes, url: bytes, headers: Headers) -> SaccadeError | None:
         """Why a request is refused; None if it goes to the app. That also answers pages of other

@@ -82,7 +82,8 @@ class Observed:
         self._aborted = frozenset(aborted)
         self._request_timeout_s = request_timeout_s
         self._streams_directly = streams_directly
-        self._turns = Turns(_BEGUN_AT_A_TIME)
+        self.turns = Turns(_BEGUN_AT_A_TIME)
+        """Requests begin in turns."""
         self._tracing = tracing.Tracing() if traced else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -107,7 +108,7 @@ class Observed:
             metrics.requests_in_flight.inc()
         try:
             if is_work:
-                await self._turns.next()
+                await self.turns.next()
             await self._app(scope, receive, answer.send)
             if answer.was_cancelled:
                 await answer.fail(_reason(connection))

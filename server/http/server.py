@@ -19,7 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from server.concurrency import usable_memory
+from server.concurrency import Turns, usable_memory
 from server.engine import vllm_http
 from server.front_ends import FrontEnd, Link
 from server.http.byte_budget import ByteBudget
@@ -160,13 +160,14 @@ def uvicorn_config(
     settings: Settings,
     bodies: ByteBudget | None = None,
     is_passed_on: Callable[[str], bool] = lambda path: False,
+    begun: Turns | None = None,
 ) -> uvicorn.Config:
     """The settings of uvicorn: vLLM's flags, and ours for logs and shutdown. Requests whose bodies
     would find no room in `bodies` are refused as soon as their heads are read, unless another
-    process gets them: their path `is_passed_on`."""
+    process gets them: their path `is_passed_on`. Requests begin in the turns `begun`."""
     heads = None
     if bodies is not None:
-        heads = HeadCheck(bodies, settings.http.max_request_bytes, is_passed_on)
+        heads = HeadCheck(bodies, settings.http.max_request_bytes, is_passed_on, begun)
     limits = connection_limits(settings.connections)
     config = uvicorn.Config(
         app,

@@ -25,6 +25,7 @@ from server.errors import BodyMemoryFull
 from server.http import headers
 from server.http.body import BodyReader
 from server.http.byte_budget import ByteBudget
+from server.http.head_check import HeadCheck
 from server.http.large_body import LargeBody
 from server.http.observe import Observed
 from server.http.protocol import Connection, ServerState
@@ -400,6 +401,23 @@ def test_a_few_tasks_have_their_turn_in_each_iteration_of_the_event_loop() -> No
     asyncio.run(check())
     assert sorted(passed) == [0, 0, 1, 1, 3, 3, 4, 4]
     assert list(dict.fromkeys(passed)) == [0, 1, 3, 4]
+
+
+def test_clients_that_connect_are_heard_before_many_requests_begin(budget: ByteBudget) -> None:
+    async def check() -> None:
+        begun, passed = Turns(8), list[int]()
+
+        async def begin(number: int) -> None:
+            await begun.next()
+            passed.append(number)
+
+        HeadCheck(budget, MIB, begun=begun).note_arrival()
+        tasks = [asyncio.create_task(begin(number)) for number in range(8)]
+        await asyncio.sleep(0)
+        assert passed == [0]
+        await asyncio.gather(*tasks)
+
+    asyncio.run(check())
 
 
 def test_tasks_give_way_to_other_work() -> None:
