@@ -6,7 +6,8 @@
 # make vllm-next   report what the newest vLLM would break; never fails
 # make docs    build the documentation into site/
 # make examples   install what clients/examples needs, in .venv/examples
-# make lock    pin what the container images and the examples install
+# make routers   install the routers that the tests start, in .venv/routers
+# make lock    pin what the container images, the examples and the routers install
 # make sbom    write what the container images install to build/sbom-*.json, in CycloneDX format
 # make image-check   build the Dockerfile's cpu target without Docker and run it; needs root and Debian
 VENV  ?= .venv
@@ -28,7 +29,7 @@ FOLDERS = tests/unit
 # A process takes the next group of tests when it is free; see tests/conftest.py.
 GROUPS = --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: setup serve examples test test-fast without-vllm with-vllm lint types audit check benchmark vllm-next docs lock sbom image-check clean
+.PHONY: setup serve examples routers test test-fast without-vllm with-vllm lint types audit check benchmark vllm-next docs lock sbom image-check clean
 .DEFAULT_GOAL := serve
 
 setup: $(VENV)/.installed
@@ -48,7 +49,15 @@ $(VENV)/examples/.installed: clients/examples/requirements.txt | setup
 	$(VENV)/bin/uv pip sync --quiet --python $(VENV)/examples/bin/python $<
 	@touch $@
 
-test: setup examples
+# They need other versions of packages than vLLM does, too.
+routers: $(VENV)/routers/.installed
+
+$(VENV)/routers/.installed: deploy/routers/requirements.txt | setup
+	$(VENV)/bin/uv venv --quiet --allow-existing --python $(VENV)/bin/python $(VENV)/routers
+	$(VENV)/bin/uv pip sync --quiet --python $(VENV)/routers/bin/python $<
+	@touch $@
+
+test: setup examples routers
 	@deploy/test_services.sh $(VENV)/services
 	@$(VENV)/bin/python -m tests.kubernetes_tools $(VENV)/services/bin
 	@$(VENV)/bin/python -m tests.node

@@ -1,7 +1,8 @@
 #!/bin/sh
 # Pins the packages of the images in deploy/requirements-cpu.txt and deploy/requirements-gpu.txt: the
 # newest versions that fit pyproject.toml, with the hashes of their files. pip installs no other files.
-# clients/examples/requirements.txt pins what the examples need in the same way.
+# clients/examples/requirements.txt and deploy/routers/requirements.txt pin what the examples need, and
+# the routers that the tests start, in the same way.
 # `make lock` runs this script.
 set -eu
 
@@ -44,5 +45,12 @@ resolve --extra gpu --extra video --python-version 3.12 >"$scratch/all.txt"
         --universal --python-version 3.11 clients/examples/requirements.in
 } >"$scratch/examples.txt"
 
+{
+    echo "# Written by \`make lock\` from requirements.in: the routers that the tests start."
+    "$uv" pip compile --quiet --no-header --no-annotate --generate-hashes \
+        --universal --python-version 3.11 deploy/routers/requirements.in
+} >"$scratch/routers.txt"
+
 mv "$scratch"/requirements-*.txt deploy/
+mv "$scratch/routers.txt" deploy/routers/requirements.txt
 mv "$scratch/examples.txt" clients/examples/requirements.txt

@@ -259,9 +259,75 @@ def test_a_post_that_reached_a_backend_is_not_retried(
     one.hangs_up = two.hangs_up = True
     with start(kind, one.address, two.address).client() as client:
         answer = client.post("/v1/chat/completions", json={})
-    assert answer.status_code in (502, 503)
-    assert answer.json()["error"]["type"] == "server_error"
+    assert answer.status_code == 503
+    assert answer.headers["Retry-After"] == {"haproxy": "1", "nginx": "5"}[kind]
+    assert answer.json()["error"]["code"] == "unavailable"
     assert len(one.requests + two.requests) == 1
+
+
+def test_a_key_always_gets_the_same_backend(
+    kind: str, start: MakeProxy, backends: tuple[Backend, Backend]
+) -> None:
+    with start(kind, *(one.address for one in backends)).client() as client:
+        for n in range(60):
+            headers = {"X-Session-ID": f"key {n % 20}", "X-Request-Id": f"{n}"}
+            client.post("/v1/chat/completions", json={}, headers=headers)
+    one, two = ({got["X-Session-ID"] for _, got in backend.requests} for backend in backends)
+    assert one
+    assert two
+    assert not one & two
+    assert all(len(backend.requests) % 3 == 0 for backend in backends)
+
+
+def test_the_load_of_a_backend_is_bounded_by_haproxy_alone(
+    kind: str, start: MakeProxy, backends: tuple[Backend, Backend]
+) -> None:
+    """Twelve requests with one key are running."""
+    for one in backends:
+        one.may_answer.clear()
+    running = start(kind, *(one.address for one in backends))
+
+    def ask() -> None:
+        with running.client() as client:
+            client.post("/v1/chat/completions", json={}, headers={"X-Session-ID": "popular"})
+
+    threads = [threading.Thread(target=ask) for _ in range(12)]
+    for number, thread in enumerate(threads, 1):
+        thread.start()
+        eventually(lambda: sum(len(one.requests) for one in backends) == number)  # noqa: B023
+    loads = sorted(len(one.requests) for one in backends)
+    assert loads == {"haproxy": [5, 7], "nginx": [0, 12]}[kind]
+    for one in backends:
+        one.may_answer.set()
+    for thread in threads:
+        thread.join()
+
+
+def test_the_keys_of_a_backend_that_is_down_go_to_the_other(
+    kind: str, start: MakeProxy, backends: tuple[Backend, Backend]
+) -> None:
+    one, _ = backends
+    keys = [f"key {n}" for n in range(12)]
+    with start(kind, one.address, f"127.0.0.1:{free_port()}").client() as client:
+        for key in keys:
+            answer = client.post("/v1/responses", json={}, headers={"X-Session-ID": key})
+            assert answer.status_code == 200
+    assert [got["X-Session-ID"] for _, got in one.requests] == keys
+
+
+def test_haproxy_sends_a_small_request_to_another_server_after_a_503(
+    start: MakeProxy, backends: tuple[Backend, Backend]
+) -> None:
+    one, two = backends
+    one.refuses = True
+    small, large = {"prompt": "?"}, {"prompt": "?" * 40_000}
+    with start("haproxy", one.address, two.address).client() as client:
+        statuses = [
+            client.post("/v1/completions", json=body).status_code
+            for body in (small, small, large, large)
+        ]
+    assert statuses[:2] == [200, 200]
+    assert sorted(statuses[2:]) == [200, 503]
 
 
 def test_a_request_without_a_backend_gets_a_retryable_error(kind: str, start: MakeProxy) -> None:

@@ -2,7 +2,7 @@
 
 It is a hash of the conversation's first picture, PDF or video: of the file's bytes where the client
 has them, or else of the URL or the `file_id`. `clients/session_keys.json` has examples, which both
-clients are tested with. The key is for routing only: a server never reads it.
+clients are tested with. The key is for routing only: a server decides nothing by it.
 """
 
 import base64
