@@ -7,6 +7,7 @@ has: they are sent again.
 """
 
 import heapq
+import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -239,6 +240,20 @@ def run(fleet: Fleet, trace: Sequence[Request], events: Sequence[Event] = ()) ->
         done += fleet.done(at_s)
         fleet.ask(picture, at_s, at_s)
     return [*done, *fleet.done(math.inf)]
+
+
+def run_closed(fleet: Fleet, pictures: Sequence[str], clients: int) -> list[Done]:
+    """All answers if each client asks about the next picture when its last request is answered."""
+    done: list[Done] = []
+    left = iter(pictures)
+    for picture in itertools.islice(left, clients):
+        fleet.ask(picture, 0.0, 0.0)
+    while (answer := next(fleet.done(math.inf), None)) is not None:
+        done.append(answer)
+        if picture := next(left, ""):
+            now_s = answer.came_s + answer.took_s
+            fleet.ask(picture, now_s, now_s)
+    return done
 
 
 def summary(done: Sequence[Done], replicas: int, *, since_s: float = 0.0) -> dict[str, float]:

@@ -34,7 +34,7 @@ from server.scale.routing import Replicas
 
 _ROOT = Path(__file__).resolve().parent.parent
 _SIZES = (2, 4, 10, 30, 100, 300, 1000)
-_EACH = 400  # requests for each replica
+_EACH = 300  # requests for each replica
 _SLOW = 0.5
 _KEYS = 20_000
 _TRACES = {"zipf": zipf_trace, "sessions": session_trace}
