@@ -86,14 +86,12 @@ class Backend:
     """A server that records its requests and answers `{}` when it `may_answer`.
 
     While it `streams`, it sends one event before it waits; while it `hangs_up`, nothing at all.
-    While it `refuses`, it answers 503.
     """
 
     address: str = ""
     is_ready: bool = True
     hangs_up: bool = False
     streams: bool = False
-    refuses: bool = False
     may_answer: threading.Event = field(default_factory=threading.Event)
     requests: list[tuple[str, Message]] = field(default_factory=list)
 
@@ -130,7 +128,7 @@ def backend() -> Iterator[Backend]:
             elif noted.hangs_up:
                 self.close_connection = True
             else:
-                self._answer(503 if noted.refuses else 200)
+                self._answer(200)
 
         def _answer(self, status: int) -> None:
             self.send_response(status)

@@ -315,21 +315,6 @@ def test_the_keys_of_a_backend_that_is_down_go_to_the_other(
     assert [got["X-Session-ID"] for _, got in one.requests] == keys
 
 
-def test_haproxy_sends_a_small_request_to_another_server_after_a_503(
-    start: MakeProxy, backends: tuple[Backend, Backend]
-) -> None:
-    one, two = backends
-    one.refuses = True
-    small, large = {"prompt": "?"}, {"prompt": "?" * 40_000}
-    with start("haproxy", one.address, two.address).client() as client:
-        statuses = [
-            client.post("/v1/completions", json=body).status_code
-            for body in (small, small, large, large)
-        ]
-    assert statuses[:2] == [200, 200]
-    assert sorted(statuses[2:]) == [200, 503]
-
-
 def test_a_request_without_a_backend_gets_a_retryable_error(kind: str, start: MakeProxy) -> None:
     closed = [f"127.0.0.1:{free_port()}" for _ in range(2)]
     with start(kind, *closed).client() as client:
