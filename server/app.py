@@ -117,7 +117,7 @@ async def run(
                     if runner is not None:
                         app.state.batches = await stack.enter_async_context(runner)
                     if peers is not None:
-                        answering = peers.answering(outer, parts.caches, parts.fetch_cache)
+                        answering = peers.answering(outer, parts.caches, parts.fetch_cache, server)
                         await stack.enter_async_context(answering)
                     return await http_server.serve(
                         server,
@@ -151,8 +151,10 @@ async def running(
         files: FileStore | FileReader | None
         if mine is None or mine.is_first:
             files = store = await stack.enter_async_context(_file_store(settings, report))
+            if mine is not None:
+                _tell_of_files(mine, store is not None)
         else:
-            files = _files_of_first(settings)
+            files = _files_of_first(settings, mine)
         pool = None
         if prepared.workers is not None:
             share = max(settings.admission.max_group_share, _LEAST_WORKER_SHARE)
@@ -258,12 +260,20 @@ def _fetcher(args: Namespace, settings: Settings) -> Fetcher:
         raise CannotStart(str(error)) from None
 
 
-def _files_of_first(settings: Settings) -> FileReader | None:
-    """The files that the first front end has."""
+def _tell_of_files(mine: FrontEnd, has_files: bool) -> None:
+    marker = mine.files_marker()
+    if has_files:
+        marker.touch()
+    else:
+        marker.unlink(missing_ok=True)
+
+
+def _files_of_first(settings: Settings, mine: FrontEnd) -> FileReader | None:
+    """The files that the first front end has, if its folder can be used."""
     if not settings.files.files:
         return None
     try:
-        return FileReader(_files_folder(settings))
+        return FileReader(_files_folder(settings), marker=mine.files_marker())
     except CannotStart:  # there is no folder
         return None
 

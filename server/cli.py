@@ -247,7 +247,8 @@ def _supervise(argv: list[str], progress: Progress, folder: Path) -> int:
         progress.to_log = settings.observability.log_format == "json"
         keep_imported()
         report = progress if mine.is_first else _say_nothing
-        return uvloop.run(run(args, settings, report, mine))
+        status = uvloop.run(run(args, settings, report, mine))
+        return front_ends.ENGINES_LOST if status == 1 else status
 
     from server.workers.process import keep_imported
 

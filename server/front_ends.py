@@ -25,6 +25,8 @@ _SPELLINGS = frozenset({FLAG, "-asc"})
 _CONFIG = "--config"
 # In a YAML file of flags.
 _IN_CONFIG = re.compile(r"^\s*[\"']?api[-_]server[-_]count[\"']?\s*:\s*(\S+)", re.MULTILINE)
+# The exit status of a front end whose engines have died.
+ENGINES_LOST = 4
 # The load of a front end that accepts no connections.
 NOT_ACCEPTING = 2**31 - 1
 _MAX_MESSAGE_BYTES = 1 << 16
@@ -136,6 +138,10 @@ class FrontEnd:
     def share(self, total: int) -> int:
         """This one's part of `total`, at least 1."""
         return max(1, total // self.count + (self.index < total % self.count))
+
+    def files_marker(self) -> Path:
+        """Exists while the first front end has uploaded files."""
+        return self.folder / "has-files"
 
     def peer_socket(self, index: int) -> Path:
         """Where a front end answers the others."""

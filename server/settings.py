@@ -266,7 +266,8 @@ class HttpSettings(_Group):
         gt=0,
         description="Longest time without a sign of life from the engine, in seconds; then "
         "`/health` and `/ready` return a 503, and so do running and new requests. Longer than any "
-        "step of the engine.",
+        "step of the engine. One of several front ends that is silent for so long is killed and "
+        "started again.",
     )
     drain_delay_s: float = Field(
         5.0,

@@ -1,8 +1,8 @@
 """The supervisor of several front ends: starts the engine host and the front ends, and ends them.
 
 It has one thread and uses no library that starts others, so that it can fork at any time: a front
-end that has ended without being asked to is started again, while the others go on. If the engines
-have ended, or a front end cannot be started, everything ends.
+end that has ended without being asked to is started again, while the others go on. One that hangs
+is killed. If the engines have ended, or a front end cannot be started, everything ends.
 """
 
 import contextlib
@@ -35,6 +35,9 @@ _ENGINE_DIED = 1
 # A front end that ends so many times in so many seconds is not started again.
 _MOST_RESTARTS = 5
 _RESTARTS_WITHIN_S = 300.0
+# How often each front end is asked for a sign of life. Of a pause between two checks so much counts
+# as silence: after a longer one, this process has not run either.
+_CHECK_S, _MOST_COUNTED_S = 1.0, 2.0
 # Memory for the limits of API keys.
 _USAGE_BYTES = 4 << 20
 
@@ -51,6 +54,8 @@ class _Child:
     link: Link
     is_ready: bool = False
     status: int | None = None
+    is_asked: bool = False
+    silent_s: float = 0.0
 
 
 class Supervisor:
@@ -84,6 +89,8 @@ class Supervisor:
         self._failed = 0
         self._worst = 0
         self._ended_at: list[float] = []
+        self._stall_s = 0.0
+        self._checked_at = time.monotonic()
 
     def run(self) -> int:
         """Returns the exit status: that of what could not start, 1 if the engines have died or a
@@ -92,12 +99,13 @@ class Supervisor:
             self._selector.register(signals, selectors.EVENT_READ, signals)
             self._host = self._start("EngineHost", self._host_work)
             while self._children:
-                for key, _ in self._selector.select():
+                for key, _ in self._selector.select(_CHECK_S):
                     if isinstance(key.data, _Signals):
                         for number in key.data.taken():
                             self._stop(number)
                     elif isinstance(key.data, _Child):
                         self._attend(key.data, is_over=key.fd == key.data.process)
+                self._check_front_ends()
         if not self._is_announced and self._stops:
             raise KeyboardInterrupt
         return self._failed or self._worst
@@ -186,6 +194,9 @@ class Supervisor:
         if child is self._host:
             self._take_engines(message, files)
             return
+        if "alive" in message:
+            child.is_asked, child.silent_s = False, 0.0
+            return
         child.is_ready = True
         assert self._engines is not None
         hello = {bytes.fromhex(name): bytes.fromhex(text) for name, text in message["hello"]}
@@ -202,6 +213,7 @@ class Supervisor:
         self._listening = socket.socket(fileno=listening)
         self._engines = Engines(message["address"], message["stats"], message["image_work"], alive)
         self._count = message["count"]
+        self._stall_s = message["stall_s"]
         self._loads = front_ends.shared_numbers(self._count)
         self._restarts = front_ends.shared_numbers(self._count)
         self._usage = mmap.mmap(-1, _USAGE_BYTES)
@@ -209,6 +221,26 @@ class Supervisor:
         for index in range(self._count):
             if not self._is_ending:
                 self._start_front_end(index)
+
+    def _check_front_ends(self) -> None:
+        """Kill those that have been silent for too long."""
+        now = time.monotonic()
+        passed_s = now - self._checked_at
+        if passed_s < _CHECK_S:
+            return
+        self._checked_at = now
+        for index, child in self._front_ends.items():
+            if not child.is_ready or child.status is not None:
+                continue
+            if not child.is_asked:
+                child.is_asked = child.link.send({"do": "answer"})
+                continue
+            child.silent_s += min(passed_s, _MOST_COUNTED_S)
+            if child.silent_s >= self._stall_s:
+                log.error(
+                    "front end %d has not answered for %g s; killing it", index, self._stall_s
+                )
+                _kill(child)
 
     # ------------------------------------------------------------------ ends
 
@@ -246,6 +278,9 @@ class Supervisor:
         self._is_ending = True
         if not self._is_announced:
             self._kill_all()
+        for child in self._front_ends.values():
+            if child.status is None and not child.is_ready:  # it waits for them
+                _kill(child)
 
     def _note_end_of_front_end(self, child: _Child) -> None:
         index = next(place for place, each in self._front_ends.items() if each is child)
@@ -254,10 +289,11 @@ class Supervisor:
         if self._is_ending:
             if self._is_announced and not child.is_ready:
                 return  # it was being started again, and was killed
-            self._worst = max(self._worst, child.status if child.status >= 0 else _ENGINE_DIED)
+            self._worst = max(self._worst, _reported(child.status))
             return
-        if not self._is_announced or child.status == _ENGINE_DIED:
-            self._give_up(child.status if child.status > 0 else _ENGINE_DIED)
+        cannot_start = not child.is_ready and child.status > 0
+        if not self._is_announced or cannot_start or child.status == front_ends.ENGINES_LOST:
+            self._give_up(_reported(child.status) or _ENGINE_DIED)
             return
         now = time.monotonic()
         recent = [each for each in self._ended_at if now - each < _RESTARTS_WITHIN_S]
@@ -292,6 +328,11 @@ class Supervisor:
     def _kill_all(self) -> None:
         for child in self._children:
             _kill(child)
+
+
+def _reported(status: int) -> int:
+    """The server's exit status for that of a front end that has ended by itself or by a signal."""
+    return status if status >= 0 and status != front_ends.ENGINES_LOST else _ENGINE_DIED
 
 
 def _kill(child: _Child) -> None:

@@ -254,13 +254,28 @@ def _await_ready(server: Server) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         for line in server.log:
-            if match := re.search(r"ready: .* on (https?://\S+)", line):
+            if match := re.search(r"ready: .* on (https?://\S+|unix:\S+)", line):
                 server.url = match[1]
                 return
         if server.process.poll() is not None:
             break
         time.sleep(0.1)
     raise RuntimeError("the server did not come up:\n" + "".join(server.log[-60:]))
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a self-signed certificate for 127.0.0.1, `cert.pem`, and its key, `key.pem`."""
+    folder = tmp_path_factory.mktemp("tls")
+    key, cert = folder / "key.pem", folder / "cert.pem"
+    subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    kind = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    subprocess.run(
+        ["openssl", "req", *kind, "-keyout", key, "-out", cert, "-days", "2", *subject],
+        check=True,
+        capture_output=True,
+    )
+    return folder
 
 
 @pytest.fixture(scope="session")

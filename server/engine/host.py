@@ -61,6 +61,7 @@ def run(
                 "count": count,
                 "stats": coordinator.get_stats_publish_address() if coordinator else None,
                 "image_work": cpu_waits.path(),
+                "stall_s": settings.http.engine_stall_timeout_s,
             }
             link.send(message, [listening.fileno(), alive])
             listening.close()

@@ -27,6 +27,7 @@ from server.errors import ServerBusy
 from server.front_ends import FrontEnd
 from server.http import batches, files, metrics_pages
 from server.http.errors import respond
+from server.http.server import Server
 from server.ingest.fetch_cache import FetchCache
 from server.telemetry import merged
 
@@ -68,9 +69,10 @@ class Peers:
 
     @contextlib.asynccontextmanager
     async def answering(
-        self, app: ASGIApp, caches: EngineCaches, fetched: FetchCache | None
+        self, app: ASGIApp, caches: EngineCaches, fetched: FetchCache | None, outer: Server
     ) -> AsyncIterator[None]:
-        """Answer the others, and let `app` answer what they pass on."""
+        """Answer the others, and let `app` answer what they pass on. At the end, such requests may
+        finish within the drain time-out of `outer`, the server for clients, unless it must end."""
         path = self.mine.peer_socket(self.mine.index)
         path.unlink(missing_ok=True)  # that of a front end that was killed
         config = uvicorn.Config(
@@ -91,8 +93,9 @@ class Peers:
             yield
         finally:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_ANSWER_S):
-                    while server.server_state.tasks:  # noqa: ASYNC110 - uvicorn offers no event
+                async with asyncio.timeout(outer.left_to_drain_s()):
+                    # uvicorn offers no event
+                    while server.server_state.tasks and not outer.server_state.must_end:  # noqa: ASYNC110
                         await asyncio.sleep(_POLL_S)
             await cancel(task)
 
@@ -183,7 +186,8 @@ class Peers:
         return is_its and not self.mine.is_first
 
     def _to_first(self) -> aiohttp.ClientSession:
-        return self._session(0, aiohttp.ClientTimeout(None))
+        # An answer may take as long as an upload: the supervisor ends a first one that hangs.
+        return self._session(0, aiohttp.ClientTimeout(None, sock_connect=_ANSWER_S))
 
 
 class _Server(uvicorn.Server):

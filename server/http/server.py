@@ -78,6 +78,7 @@ class Server(uvicorn.Server):
         self.server_state: ServerState = ServerState()
         self.cut_requests = 0
         """How many requests were cut off at the end."""
+        self._drains_until: float | None = None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -126,7 +127,7 @@ class Server(uvicorn.Server):
             limit_s: float = self.config.timeout_graceful_shutdown or 0
             if self.server_state.engine_has_died:
                 limit_s = min(limit_s, _DEAD_ENGINE_DRAIN_S)
-            until = asyncio.get_running_loop().time() + limit_s
+            until = self._drains_until = asyncio.get_running_loop().time() + limit_s
             if not await finish(self.server_state, until):
                 self.cut_requests = await cut(self.server_state)
             if self.cut_requests:
@@ -134,6 +135,12 @@ class Server(uvicorn.Server):
             await self.lifespan.shutdown()
         finally:
             self._checks.cancel()
+
+    def left_to_drain_s(self) -> float:
+        """How long running requests may still take, in seconds, once the port is closed."""
+        if self._drains_until is None:
+            return 0.0
+        return max(0.0, self._drains_until - asyncio.get_running_loop().time())
 
     async def _check_connections(self) -> None:
         while True:
@@ -237,7 +244,9 @@ async def serve(
             loop.remove_reader(link)
             return
         do = received[0]["do"]
-        if do == "announce":
+        if do == "answer":
+            link.send({"alive": True})
+        elif do == "announce":
             server.on_announced()
         elif do == "end":
             app.state.draining = True

@@ -76,7 +76,7 @@ class MediaLoader:
         Raises:
             FilesDisabled: the server has none.
         """
-        if self._files is None:
+        if self._files is None or (isinstance(self._files, FileReader) and not self._files.is_on):
             raise files_disabled()
         return self._files
 

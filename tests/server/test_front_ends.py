@@ -4,11 +4,13 @@ import contextlib
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -298,11 +300,24 @@ def test_ctrl_c_ends_all_after_their_answers(server: Server) -> None:
     assert_nothing_is_left(children)
 
 
-def test_the_end_of_the_engine_ends_all() -> None:
-    with serving("--api-server-count", "2", "--max-model-len", "1024") as server:
+def test_several_engines_answer_over_tls_and_a_unix_socket_and_the_end_of_one_ends_all(
+    certificate: Path, tmp_path: Path
+) -> None:
+    with serving(
+        *("--api-server-count", "2", "--data-parallel-size", "2", "--max-model-len", "1024"),
+        *("--ssl-keyfile", str(certificate / "key.pem"), "--uds", str(tmp_path / "socket")),
+        *("--ssl-certfile", str(certificate / "cert.pem")),
+    ) as server:
+        trusted = ssl.create_default_context(cafile=certificate / "cert.pem")
+        over = httpx.HTTPTransport(verify=trusted, uds=str(tmp_path / "socket"))
+        with httpx.Client(transport=over, base_url="https://127.0.0.1") as client:
+            answers = {text_of(ask(client, image_part(RED), WHAT)) for _ in range(4)}
+            assert len(answers) == 1
+            assert value(scrape(client), "saccade_front_ends") == 2
         children = server.children()
-        engine = next(each for each in server.named("VLLM::EngineCore"))
-        engine.kill()
+        engines = server.named("VLLM::EngineCore")
+        assert len(engines) == 2
+        engines[0].kill()
         assert server.process.wait(STOP_TIMEOUT_S) == 1
         assert "the engine has died" in "".join(server.log)
         assert_nothing_is_left(children)

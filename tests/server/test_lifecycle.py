@@ -25,6 +25,7 @@ from server.scratch import remove_left
 from tests import pictures
 from tests.conftest import STOP_TIMEOUT_S, Origin, Server, assert_nothing_is_left, serving
 from tests.pictures import image_part, shape, text_part, user
+from tests.process_memory import memory_with
 from tests.scrape import Series, value, wait_for
 from tests.server.conftest import FLAG
 from tests.starts import template
@@ -33,21 +34,6 @@ ASK = user(image_part(pictures.encode(shape("red"))), text_part("What is in the 
 REQUEST = {"model": "my-model", "messages": ASK, "temperature": 0}
 KEY = {"Authorization": "Bearer secret"}
 MAX_BODY = 200_000
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a self-signed certificate for 127.0.0.1, `cert.pem`, and its key, `key.pem`."""
-    folder = tmp_path_factory.mktemp("tls")
-    key, cert = folder / "key.pem", folder / "cert.pem"
-    subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
-    kind = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    subprocess.run(
-        ["openssl", "req", *kind, "-keyout", key, "-out", cert, "-days", "2", *subject],
-        check=True,
-        capture_output=True,
-    )
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +80,15 @@ def test_a_tls_server_answers_only_with_a_valid_key(secured: Server, web: httpx.
     assert answer.json()["choices"][0]["message"]["content"] == "a red circle"
     assert answer.headers["X-Request-Id"]
     assert web.get("/health").status_code == 200
+
+
+def test_image_workers_come_from_a_process_without_the_key(secured: Server) -> None:
+    (forkserver,) = secured.named("SACCADE::Forkserver")
+    (template,) = secured.named("SACCADE::Template")
+    assert forkserver.ppid() == template.pid
+    assert template.ppid() == secured.process.pid
+    for process in (forkserver, template):
+        assert set(memory_with(process.pid, ["my-model"])) == set()
 
 
 @pytest.mark.parametrize(

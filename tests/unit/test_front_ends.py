@@ -206,7 +206,7 @@ from server.supervisor import Supervisor
 
 def engines(folder, link):
     alive, dead = os.pipe()
-    message = {"address": "", "count": 2, "stats": None, "image_work": None}
+    message = {"address": "", "count": 2, "stats": None, "image_work": None, "stall_s": 4.0}
     with socket.socket() as listening:
         link.send(message, [listening.fileno(), alive])
     link.receive()
@@ -228,7 +228,9 @@ def front_end(mine):
         while not mine.peer_socket(0).exists():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
-    assert mine.link.receive()[0] == {"do": "drain"}
+    while (do := mine.link.receive()[0]) != {"do": "drain"}:
+        assert do == {"do": "answer"}
+        mine.link.send({"alive": True})
     return 0
 
 sys.exit(Supervisor(engines, front_end, Path(sys.argv[1]), lambda _: None).run())
@@ -240,6 +242,43 @@ def test_requests_of_one_that_was_killed_are_forgotten_before_it_is_back(tmp_pat
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stdout) == (0, "[3, 0]\n"), ended.stderr
     assert "front end 1 has ended with signal 9; starting it again" in ended.stderr
+
+
+# The second one hangs; when it is started again, it fails, and when it is started once more, too.
+FAILING = """
+def front_end(mine):
+    before = mine.restarts[mine.index]
+    if before == 2:
+        return 1
+    mine.link.send({"hello": []})
+    while True:
+        do = mine.link.receive()[0]["do"]
+        if do == "announce":
+            mine.peer_socket(0).touch()
+        elif do == "answer":
+            if mine.index == 1 and mine.peer_socket(0).exists():
+                if before == 1:
+                    return 1
+                signal.raise_signal(signal.SIGSTOP)
+            mine.link.send({"alive": True})
+        else:
+            return 0
+"""
+
+
+def test_one_that_hangs_or_fails_is_started_again_unless_it_fails_at_its_start(
+    tmp_path: Path,
+) -> None:
+    before, after = SUPERVISED.index("def front_end"), SUPERVISED.index("sys.exit(")
+    program = SUPERVISED[:before] + FAILING + SUPERVISED[after:]
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1, ended.stderr
+    assert ended.stderr.splitlines() == [
+        "front end 1 has not answered for 4 s; killing it",
+        "front end 1 has ended with signal 9; starting it again",
+        "front end 1 has ended with status 1; starting it again",
+    ]
 
 
 # ---------------------------------------------------------------------- metrics

@@ -136,6 +136,7 @@ def _wait(connection: socket.socket, parent: int, blocked: set[int | signal.Sign
         # The first call needs the environment of the start to find the memory of the title.
         setproctitle.setproctitle("SACCADE::EngineCoreFork")
         die_with_parent(parent)
+        os.setpgrp()  # a terminal's Ctrl-C would end it, but running requests may finish
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)

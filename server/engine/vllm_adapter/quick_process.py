@@ -1,5 +1,7 @@
 """A process that imports without garbage collection."""
 
+import contextlib
+import os
 import sys
 from multiprocessing.context import SpawnProcess
 from typing import Any
@@ -17,6 +19,9 @@ class QuickProcess(SpawnProcess):
 
     def run(self) -> None:
         keep_imported()
+        # A terminal's Ctrl-C would end it, but running requests may finish.
+        with contextlib.suppress(OSError):  # it leads its session
+            os.setpgrp()
         try:
             super().run()
         except Exception:

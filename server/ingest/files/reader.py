@@ -11,9 +11,16 @@ class FileReader:
     """Reads what the `FileStore` of another process on this machine has below `root`. Each call
     reads the disk."""
 
-    def __init__(self, root: Path, clock: Clock = time) -> None:
+    def __init__(self, root: Path, clock: Clock = time, marker: Path | None = None) -> None:
+        """`marker`: a file that exists while the other process has its store."""
+        self._marker = marker
         self._disk = FileDisk(root)
         self._clock = clock
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the other process has its store."""
+        return self._marker is None or self._marker.exists()
 
     def get(self, group: str, file_id: str) -> StoredFile:
         """Raises UnknownFile: never known to `group`, deleted or expired."""
