@@ -18,8 +18,9 @@ import pytest
 import redis
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests import encoded_videos
 from tests.conftest import Server, assert_nothing_is_left, serving
-from tests.pictures import TOKEN_PIXELS, encode, image_part, photo, text_part, user
+from tests.pictures import TOKEN_PIXELS, data_url, encode, image_part, photo, text_part, user
 from tests.redis_server import RedisServer, redis_server
 from tests.scrape import FRESH
 from tests.server import middlewares
@@ -40,9 +41,11 @@ PICTURES = [noise(8, 8, seed) for seed in range(14)]
 LARGE, OTHER_LARGE = noise(20, 15, 99), noise(20, 15, 98)
 # Long enough that reads do not time out on a busy machine.
 PATIENT = ("--embedding-cache-wait-s", "30")
+# Else the GPU has room for the largest video.
+_SMALL_VIDEO = {"count": 1, "num_frames": 2, "width": 64, "height": 64}
 SMALL_GPU = (
     *("--max-num-batched-tokens", "600", "--max-model-len", "4096", "--admin-key", "admin"),
-    *("--limit-mm-per-prompt", '{"video": 0}'),  # else the GPU has room for the largest video
+    *("--limit-mm-per-prompt", json.dumps({"video": _SMALL_VIDEO})),
 )
 
 
@@ -99,6 +102,12 @@ def ask(web: httpx.Client, *pictures: bytes, text: str = "What is it?", **more: 
     response = web.post("/v1/chat/completions", json=body)
     assert response.status_code == 200, response.text
     return response.json()
+
+
+def ask_about_clip(web: httpx.Client, text: str) -> Any:
+    url = data_url(encoded_videos.video("h264", "mp4", 50, (320, 240)), "video/mp4")
+    clip = {"type": "video_url", "video_url": {"url": url, "num_frames": 4}}
+    return ask(web, messages=user(text_part(text), clip))
 
 
 def stages(answer: Any) -> list[str]:
@@ -379,6 +388,8 @@ class Killed:
 
     children: list[psutil.Process]
     answers: list[Any]
+    of_pictures: list[Path]
+    about_clip: Any
 
 
 @pytest.fixture(scope="module")
@@ -387,10 +398,13 @@ def killed(folder: Path, store: RedisServer, cached: Server) -> Killed:
         web.delete("/v1/cache", headers=ADMIN).raise_for_status()
         answers = ask_all(web)
         stored_by_all(web, store, len(PICTURES))
+        of_pictures = sorted(folder.rglob("*.safetensors"))
+        about_clip = ask_about_clip(web, "What moves?")
+        stored_by_all(web, store, len(PICTURES) + 1)
     children = cached.children()
     assert cached.named("VLLM::EngineCore")
     cached.process.kill()
-    return Killed(children, answers)
+    return Killed(children, answers, of_pictures, about_clip)
 
 
 def test_sigkill_leaves_no_child_process(killed: Killed) -> None:
@@ -400,7 +414,7 @@ def test_sigkill_leaves_no_child_process(killed: Killed) -> None:
 @pytest.fixture(scope="module")
 def replica(folder: Path, store: RedisServer, killed: Killed) -> Iterator[httpx.Client]:
     """A server without a memory tier; half of the entries are on disk, and all are in Redis."""
-    for path in sorted(folder.rglob("*.safetensors"))[::2]:
+    for path in killed.of_pictures[::2]:
         path.unlink()
     more = ("--encoder-cache-tokens", "5000", "--trust-request-mm-kwargs")
     flags = tiers(folder, store, "--embedding-cache-gb", "0", *PATIENT, *more)
@@ -416,6 +430,16 @@ def test_a_replica_loads_every_embedding(replica: httpx.Client, killed: Killed) 
     found = counts(replica)
     assert found["disk"]["hits"] == found["shared"]["hits"] == len(PICTURES) // 2
     assert encoder_runs(replica) == 0
+
+
+def test_a_replica_loads_the_embedding_of_a_video(replica: httpx.Client, killed: Killed) -> None:
+    assert [clip["cached"] for clip in killed.about_clip["video_details"]] == ["none"]
+    before, runs = counts(replica), encoder_runs(replica)
+    again = ask_about_clip(replica, "What moves?")
+    assert [clip["cached"] for clip in again["video_details"]] == ["embedding"]
+    assert logprobs(again) == logprobs(killed.about_clip)
+    assert counts(replica)["disk"]["hits"] == before["disk"]["hits"] + 1
+    assert encoder_runs(replica) == runs
 
 
 def test_resetting_the_encoder_cache_closes_the_persistent_tiers(replica: httpx.Client) -> None:
