@@ -120,6 +120,13 @@ class VideoSettings(_Group):
         le=1 << 20,
         description="Most frames of a video, by its header; few of them are decoded.",
     )
+    max_video_frames_shown: int = Field(
+        2048,
+        ge=1,
+        le=1 << 16,
+        description="Most frames of a video that the model gets, and most pictures of one that is "
+        "sent as pictures.",
+    )
     max_video_tokens: int | None = Field(
         None,
         ge=1,

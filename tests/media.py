@@ -34,6 +34,7 @@ LIMITS = MediaLimits(
     pdf_dpi=144,
     image=ImageLimits(50 << 20, 100_000_000, 32_768, 200),
     max_clip_bytes=100_000,
+    max_shown_frames=40,
     video=VideoLimits(max_pixels=1_000_000, max_seconds=60, max_frames=1000),
 )
 MAX_JSON_BYTES = 1 << 20

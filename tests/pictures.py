@@ -73,6 +73,16 @@ def data_url(data: bytes, mime: str = "image/png") -> str:
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"
 
 
+def series_url(*files: bytes) -> str:
+    """The URL of a video that is sent as these JPEG pictures."""
+    return "data:video/jpeg;base64," + ",".join(base64.b64encode(each).decode() for each in files)
+
+
+def video_part(url: str, **options: Any) -> dict[str, Any]:
+    """A chat part with the video at `url`."""
+    return {"type": "video_url", "video_url": {"url": url, **options}}
+
+
 def image_part(data: bytes, **more: Any) -> dict[str, Any]:
     """A chat part with the image file `data`."""
     return {"type": "image_url", "image_url": {"url": data_url(data)}, **more}

@@ -6,14 +6,14 @@ child.
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 import cv2
 import msgspec
 import numpy as np
-import pybase64
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -32,10 +32,10 @@ from server.errors import (
     SaccadeError,
     VideoTooLarge,
 )
-from server.imaging.containers import AudioContainer, holds_pictures, refuse_references
+from server.imaging.containers import AudioContainer, refuse_references
 from server.imaging.decode import DecodeOptions, warm_up
 from server.imaging.decode import decode as decode_picture
-from server.imaging.header import read as read_header
+from server.imaging.video import pictures
 from server.ingest.video import (
     AudioAnswer,
     AudioJob,
@@ -116,8 +116,9 @@ class _Options(BaseModel):
     ] = None
 
 
-def check_options(options: Mapping[str, Any]) -> None:
-    """Check `media_io_kwargs.video` against the options of vLLM's loaders.
+def check_options(options: Mapping[str, Any], max_frames: int) -> None:
+    """Check `media_io_kwargs.video` against the options of vLLM's loaders. `max_frames`: how many
+    frames a video may show.
 
     Raises:
         ClientError: a value has the wrong type or is out of range; `param` names it.
@@ -131,6 +132,10 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise ClientError(
             f"{path} must be {field.description if field else 'a JSON value'}", param=path
         ) from None
+    for name in ("num_frames", "max_frames"):
+        if (options.get(name) or 0) > max_frames:
+            path = f"media_io_kwargs.video.{name}"
+            raise ClientError(f"{path} must be at most {max_frames}", param=path)
     loader = options.get("video_backend")
     if loader is not None and loader not in VIDEO_LOADER_REGISTRY.name2class:
         path = "media_io_kwargs.video.video_backend"
@@ -238,43 +243,37 @@ def _video(loader: Any, job: VideoJob, data: bytes) -> Output:
 
 
 class _OwnPictures(ImageMediaIO):
-    """Decodes pictures as image workers do."""
+    """Decodes pictures as image workers do. `load_base64` gets the number of one of `pictures`."""
+
+    pictures: Sequence[bytes] = ()
 
     def load_base64(self, media_type: str, data: str) -> Any:
-        """The picture in a base64 text."""
         options = DecodeOptions(self.image_mode, self.rgba_background_color)
-        return decode_picture(pybase64.b64decode(data, validate=True), options).image
+        return decode_picture(self.pictures[int(data)], options).image
 
 
-def _pictures(job: PicturesJob, text: bytes) -> Output:
-    _check_pictures(job, text)
-    sampling = job.sampling
-    io = VideoMediaIO(_OwnPictures(**sampling.image), sampling.num_frames, **sampling.options)
+def _pictures(job: PicturesJob, data: bytes) -> Output:
+    found, sampling = pictures.unpack(data), job.sampling
+    _check_pictures(job, found)
+    images = _OwnPictures(**sampling.image)
+    images.pictures = found
+    io = VideoMediaIO(images, sampling.num_frames, **sampling.options)
     try:
-        frames, metadata = io.load_base64("video/jpeg", text.decode("latin-1")).media
+        frames, metadata = io.load_base64("video/jpeg", ",".join(map(str, range(len(found))))).media
     except Exception as error:
         raise _video_error(error) from error
-    return _video_output(frames, metadata, text)
+    return _video_output(frames, metadata, data)
 
 
-def _check_pictures(job: PicturesJob, text: bytes) -> None:
+def _check_pictures(job: PicturesJob, found: Sequence[bytes]) -> None:
     """Check the headers of all pictures. Raises InvalidVideo or VideoTooLarge."""
-    total = 0
-    for piece in text.split(b","):
-        if not holds_pictures(piece):
-            raise InvalidVideo(
-                "the frames of the video must be JPEG, PNG or WebP pictures in base64"
-            )
-        try:
-            width, height = read_header(pybase64.b64decode(piece, validate=True)).size
-        except (ClientError, ValueError):
-            raise InvalidVideo("a frame of the video is damaged") from None
-        total += width * height
-        if width * height > job.max_pixels or total > job.max_total_pixels:
-            raise VideoTooLarge(
-                f"the frames of the video have too many pixels: the limit is {job.max_pixels} per "
-                f"frame and {job.max_total_pixels} in all"
-            )
+    header = pictures.read(found)
+    pixels = math.prod(header.size)
+    if pixels > job.max_pixels or pixels * header.frame_count > job.max_total_pixels:
+        raise VideoTooLarge(
+            f"the frames of the video have too many pixels: the limit is {job.max_pixels} per "
+            f"frame and {job.max_total_pixels} in all"
+        )
 
 
 def _video_output(frames: Any, metadata: dict[str, Any], data: bytes) -> Output:

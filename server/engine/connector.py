@@ -5,6 +5,7 @@ media are loaded already. Nothing else is loaded: a URL that reaches vLLM stood 
 belongs, and is refused.
 """
 
+from contextlib import suppress
 from typing import Any, ClassVar
 
 from blake3 import blake3
@@ -12,24 +13,26 @@ from PIL import Image
 from vllm.multimodal.media import (
     MEDIA_CONNECTOR_REGISTRY,
     AudioMediaIO,
-    ImageMediaIO,
     MediaConnector,
     MediaIO,
     MediaWithBytes,
     VideoMediaIO,
 )
-from vllm.multimodal.video import get_video_loader_backend_for_processor
 
 from server.concurrency import in_thread
 from server.engine.clips import check_options, video_options
 from server.engine.video_sampling import encoded_video
 from server.engine.vllm_adapter.processors import tensor
 from server.engine.vllm_adapter.video_loaders import LoaderUnsupported
-from server.errors import ClientError, InvalidImageUrl, SaccadeError, UnknownImage
-from server.imaging.containers import holds_pictures
+from server.errors import (
+    ClientError,
+    InvalidImageUrl,
+    SaccadeError,
+    UnknownImage,
+    UnsupportedVideoFormat,
+)
 from server.imaging.encoded import EncodedImage
 from server.imaging.sampling import SamplingOptions
-from server.imaging.video.encoded import EncodedVideo
 from server.ingest.video import ClipDecoder
 from server.request import context as contexts
 from server.request.context import Resolved
@@ -50,11 +53,15 @@ class HandleConnector(MediaConnector):
             for a renderer that takes them so.
         clips: where videos and audio clips are decoded.
         encodes_videos: whether videos stay encoded, for a renderer that takes them so.
+        max_shown_frames: frames of a video that the model may get.
+        max_video_tokens: the server's cap for the tokens of a video.
     """
 
     pool: ClassVar[ImagePool | None] = None
     clips: ClassVar[ClipDecoder | None] = None
     encodes_videos: ClassVar[bool] = False
+    max_shown_frames: ClassVar[int] = 1
+    max_video_tokens: ClassVar[int | None] = None
 
     async def fetch_image_async(self, image_url: str, *, image_mode: str | None = "RGB") -> Any:
         """The image of a handle: an `EncodedImage`, or a Pillow image of `image_mode`.
@@ -64,7 +71,9 @@ class HandleConnector(MediaConnector):
             UnknownImage: it was only named by its uuid, and there are no bytes to decode.
             SaccadeError: those of `ImagePool.process`.
         """
-        image = _resolved(image_url).image
+        ref, image = _resolved(image_url)
+        if ref.kind == "video":
+            raise ClientError("this model takes no video here", param=ref.path)
         if self.pool is None or image is None:
             return image
         given = {"image_mode": image_mode, **(self.media_io_kwargs.get("image") or {})}
@@ -72,37 +81,36 @@ class HandleConnector(MediaConnector):
 
     async def fetch_video_async(self, video_url: str, **given: Any) -> Any:
         """The video of a handle: an `EncodedVideo`, or the frames and metadata, as vLLM's loader
-        has them.
+        has them; None if it is only named by its uuid, which vLLM knows then.
 
         Raises:
             InvalidImageUrl: it is not a handle.
             ClientError: an option in `media_io_kwargs` is out of range.
             SaccadeError: those of `ClipDecoder`.
         """
-        check_options(self.media_io_kwargs.get("video") or {})
-        resolved = _resolved(video_url)
-        if self.encodes_videos and _is_encoded(resolved.ref):
-            video = await _encoded(resolved.ref, self._video_io(**given))
-            if video is not None:
-                return video
-        if resolved.ref.sampling != SamplingOptions():
-            raise ClientError(
-                "options of a video are supported neither beside a uuid, nor for pictures sent as "
-                "a video, nor by all models",
-                param=resolved.ref.path,
-            )
-        return await super().fetch_video_async(video_url, **given)
+        options = self.media_io_kwargs.get("video") or {}
+        check_options(options, self.max_shown_frames)
+        ref = _resolved(video_url).ref
+        if self.encodes_videos:
+            processor, most = given.get("video_processor"), self.max_shown_frames
+            with suppress(LoaderUnsupported):
+                return await in_thread(encoded_video, ref, options, processor, most)
+        self._check_uncapped(ref)
+        return await super().fetch_video_async(video_url, **given) if ref.data else None
 
-    def _video_io(
-        self, image_mode: str | None = "RGB", video_processor: str | None = None
-    ) -> VideoMediaIO:
-        """How vLLM would decode a video of this request."""
-        images = {"image_mode": image_mode, **(self.media_io_kwargs.get("image") or {})}
-        options = dict(self.media_io_kwargs.get("video") or {})
-        loader = get_video_loader_backend_for_processor(video_processor)
-        if "video_backend" not in options and loader:
-            options["video_backend"] = loader
-        return VideoMediaIO(ImageMediaIO(**images), **options)
+    def _check_uncapped(self, ref: MediaRef) -> None:
+        """Refuse caps and options of a video that vLLM preprocesses, which knows none of them."""
+        why = "which this model does not support"
+        if self.encodes_videos:
+            why = "which media_io_kwargs.video.video_backend does not support"
+        if ref.sampling != SamplingOptions():
+            raise ClientError(f"the part has options of a video, {why}", param=ref.path)
+        if contexts.current().max_image_tokens is not None:
+            raise ClientError(
+                f"max_image_tokens limits the tokens of videos, {why}", param="max_image_tokens"
+            )
+        if self.max_video_tokens is not None:
+            raise ClientError(f"the server limits the tokens of videos, {why}", param=ref.path)
 
     async def load_from_url_async(
         self, url: str, media_io: MediaIO[Any], *, fetch_timeout: int | None = None
@@ -111,7 +119,7 @@ class HandleConnector(MediaConnector):
         ref = _resolved(url).ref
         assert self.clips is not None
         try:
-            return await _clip(self.clips, ref.data, media_io)
+            return await _clip(self.clips, ref, media_io)
         except SaccadeError as error:
             error.param = error.param or ref.path
             raise
@@ -123,28 +131,16 @@ class HandleConnector(MediaConnector):
         raise SaccadeError("media cannot be loaded in this way")
 
 
-def _is_encoded(ref: MediaRef) -> bool:
-    """Whether the video of `ref` can stay encoded, and all others of its request too: those that
-    clients name by a uuid are vLLM's, and so are series of pictures."""
-    videos = [each for each in contexts.current().media if each.kind == "video"]
-    return all(each.video is not None and each.uuid is None for each in (ref, *videos))
-
-
-async def _encoded(ref: MediaRef, io: VideoMediaIO) -> EncodedVideo | None:
-    """The video with the frames that `io` takes of it; None if its loader must decode."""
-    try:
-        return await in_thread(encoded_video, ref, io)
-    except LoaderUnsupported:
-        return None
-
-
-async def _clip(clips: ClipDecoder, data: bytes, media_io: MediaIO[Any]) -> Any:
+async def _clip(clips: ClipDecoder, ref: MediaRef, media_io: MediaIO[Any]) -> Any:
+    data, form = ref.data, ref.video.form if ref.video is not None else None
     if isinstance(media_io, AudioMediaIO):
         return tuple(await clips.load_audio(data, media_io.audio_backend))
     if not isinstance(media_io, VideoMediaIO):
         raise SaccadeError("media of this kind cannot be loaded")
+    if form == "animation":
+        raise UnsupportedVideoFormat("this model takes no animated picture as a video")
     options = video_options(media_io)
-    if holds_pictures(data):
+    if form == "pictures":
         return MediaWithBytes(tuple(await clips.load_pictures(data, options)), data)
     return MediaWithBytes(tuple(await clips.load_video(data, options)), data)
 

@@ -233,6 +233,7 @@ def media_limits(engine: AsyncLLM, settings: Settings) -> MediaLimits | None:
         pdf_dpi=images.pdf_dpi,
         image=limits(settings),
         max_clip_bytes=settings.videos.max_video_bytes,
+        max_shown_frames=settings.videos.max_video_frames_shown,
         video=video_limits(settings),
     )
 
@@ -371,6 +372,8 @@ async def connect(
     takes_encoded = isinstance(renderer, PooledRenderer) and not renderer.use_unified_vision_chunk
     connector.HandleConnector.pool = None if takes_encoded else pool
     connector.HandleConnector.clips = decoder
+    connector.HandleConnector.max_shown_frames = settings.videos.max_video_frames_shown
+    connector.HandleConnector.max_video_tokens = settings.videos.max_video_tokens
     if isinstance(renderer, PooledRenderer):
         renderer.keep_typed_placeholders()
     if not takes_encoded:
@@ -385,6 +388,8 @@ async def connect(
     connector.HandleConnector.encodes_videos = fits and await _takes_videos(
         renderer, allocator, decoder, settings
     )
+    if settings.videos.max_video_tokens and not connector.HandleConnector.encodes_videos:
+        logger.warning("--max-video-tokens: videos are refused, since vLLM preprocesses them")
     seeks = settings.caches.embedding_cache_dir or settings.caches.embedding_cache_url
     if embeddings is not None and seeks:
         renderer.announce = embeddings.prefetch

@@ -1,12 +1,10 @@
 """What videos would cost, computed from their headers alone; the model does not run."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm.multimodal.media import ImageMediaIO, VideoMediaIO
-from vllm.multimodal.video import get_video_loader_backend_for_processor
 from vllm.transformers_utils.processor import get_video_processor_cls_name
 
 from server.engine.token_allocator import (
@@ -39,9 +37,9 @@ class VideoCost:
     kv_bytes: int
 
 
-def encoded_videos(engine: "AsyncLLM", refs: Sequence[MediaRef]) -> list[EncodedVideo]:
-    """The videos of a request with the frames that the model would get. The time grows with their
-    size.
+def encoded_videos(engine: "AsyncLLM", refs: Sequence[MediaRef], most: int) -> list[EncodedVideo]:
+    """The videos of a request with the frames that the model would get; `most`: frames that a video
+    may show. The time grows with their frames.
 
     Raises:
         ClientError: a request with these videos would fail in the same way, or the tokens of a
@@ -51,19 +49,16 @@ def encoded_videos(engine: "AsyncLLM", refs: Sequence[MediaRef]) -> list[Encoded
         return []
     model = engine.model_config
     config = model.get_multimodal_config()
-    options = dict(config.media_io_kwargs.get("video") or {})
-    loader = get_video_loader_backend_for_processor(get_video_processor_cls_name(model))
-    if "video_backend" not in options and loader:
-        options["video_backend"] = loader
-    io = VideoMediaIO(ImageMediaIO(), **options)
-    return [_encoded(ref, io) for ref in refs]
+    options = config.media_io_kwargs.get("video") or {}
+    video_processor = get_video_processor_cls_name(model)
+    return [_encoded(ref, options, video_processor, most) for ref in refs]
 
 
-def _encoded(ref: MediaRef, io: VideoMediaIO) -> EncodedVideo:
-    if ref.video is None:
-        raise _unknown(ref.path)
+def _encoded(
+    ref: MediaRef, options: Mapping[str, Any], video_processor: str | None, most: int
+) -> EncodedVideo:
     try:
-        return encoded_video(ref, io)
+        return encoded_video(ref, options, video_processor, most)
     except LoaderUnsupported:
         raise _unknown(ref.path) from None
 

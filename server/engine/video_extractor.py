@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from server.engine.extractor import ImageExtractor, resized
 from server.errors import InvalidVideo, SaccadeError, VideoTooLarge
-from server.imaging.video import header
+from server.imaging.video import header, stills
+from server.imaging.video.header import Form
 from server.ingest.video_features import VideoFeaturesAnswer, VideoFeaturesJob
 from server.workers import preload
 from server.workers.jobs import decode_kwargs
@@ -27,6 +28,10 @@ PREPARE = "server.engine.video_extractor:prepare"
 
 # Decodes with PyAV, which the server itself never imports.
 _FRAMES = "server.imaging.video.frames"
+_OPENERS: dict[Form, Callable[[bytes, int, tuple[int, int, int]], stills.DecodeFrame]] = {
+    "pictures": stills.of_pictures,
+    "animation": stills.of_animation,
+}
 
 
 def prepare(job: bytes) -> Callable[[Data], Output]:
@@ -35,7 +40,8 @@ def prepare(job: bytes) -> Callable[[Data], Output]:
     extractor: Any = preload.loaded()[1]
     assert isinstance(extractor, ImageExtractor)
     extractor.warm_up_videos(decode_kwargs(wanted.kwargs))
-    importlib.import_module(_FRAMES)
+    if wanted.form not in _OPENERS:
+        importlib.import_module(_FRAMES)
     return functools.partial(_process, extractor, wanted)
 
 
@@ -64,9 +70,12 @@ def _process(extractor: ImageExtractor, job: VideoFeaturesJob, data: Data) -> Ou
 
 def _decoded(job: VideoFeaturesJob, data: bytes) -> npt.NDArray[np.uint8]:
     """The frames of a job at the size that the processor gets: uint8 (frames, height, width, 3)."""
+    resize = functools.partial(resized, size=job.resize) if job.resize else None
+    if (opener := _OPENERS.get(job.form)) is not None:
+        decode_frame = opener(data, job.max_pixels, job.background)
+        return stills.frames(decode_frame, job.indices, job.size, job.resize, resize)
     if header.read(data).size != job.size:
         raise InvalidVideo("the frames of the video do not have the size in its header")
     decode = importlib.import_module(_FRAMES).decode
-    resize = functools.partial(resized, size=job.resize) if job.resize else None
     frames: npt.NDArray[np.uint8] = decode(data, job.indices, job.resize, job.max_pixels, resize)
     return frames

@@ -178,7 +178,8 @@ def _qwen_rule(processor: Any, options: Options, *, together: bool) -> QwenVideo
         return None
     size = processors.qwen_video_pixels(processor.info, options)
     factor = videos.patch_size * videos.merge_size
-    return QwenVideoTokens(factor, size["shortest_edge"], size["longest_edge"], together)
+    fewest, most = size["shortest_edge"], size["longest_edge"]
+    return QwenVideoTokens(factor, fewest, most, videos.merge_size, together)
 
 
 def _llava_onevision(processor: Any, options: Options) -> FrameTokens:

@@ -1,6 +1,7 @@
 """`POST /v1/images/tokens`: the cost of images and videos, computed from their headers alone."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -14,7 +15,9 @@ from server.http.scope import context_of
 from server.http.usage import detail, video_detail, view_detail
 from server.imaging.encoded import ImageOptions, check_size
 from server.imaging.tokens import Detail
+from server.imaging.video.encoded import EncodedVideo
 from server.ingest.load import MediaLoader
+from server.request.media import MediaLimits, MediaRef
 
 router = APIRouter()
 
@@ -47,6 +50,12 @@ class ImageTokensRequest(BaseModel):
     include_views: bool = False
 
 
+async def _videos(engine: Any, refs: Sequence[MediaRef], limits: MediaLimits) -> list[EncodedVideo]:
+    if not refs:
+        return []
+    return await asyncio.to_thread(encoded_videos, engine, refs, limits.max_shown_frames)
+
+
 @router.post("/v1/images/tokens", dependencies=[Depends(validate_json_request)])
 async def image_tokens(body: ImageTokensRequest, raw_request: Request) -> dict[str, Any]:
     """Tokens, processed size and KV cache of each image, in the order of the request; the same of
@@ -60,7 +69,7 @@ async def image_tokens(body: ImageTokensRequest, raw_request: Request) -> dict[s
         raise ClientError("the request has no images", param="messages")
     engine = raw_request.app.state.engine_client
     refs = [ref for ref in context.media if ref.kind == "video"]
-    videos = await asyncio.to_thread(encoded_videos, engine, refs) if refs else []
+    videos = await _videos(engine, refs, loader.limits)
     sized, paths = [], []
     for ref in context.media:
         if ref.kind == "video":

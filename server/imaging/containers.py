@@ -47,6 +47,11 @@ def video_container(data: bytes) -> VideoContainer:
     return container
 
 
+def has_video_container(data: bytes) -> bool:
+    """Whether `data` is in a container of videos. Pictures and audio clips may be, too."""
+    return _with_pictures(data) is not None
+
+
 def audio_container(data: bytes) -> AudioContainer:
     """The container of an audio clip, which may also be a video with sound.
 

@@ -35,7 +35,8 @@ class ChosenFrames(NamedTuple):
 
     Attributes:
         indices: their numbers in the video, ascending; a frame may occur twice.
-        metadata: what the model's loader tells the processor of the video and these frames.
+        metadata: what the processor is told of the video and these frames; "frames_indices" has a
+            number for each of them, which is its time at "fps".
     """
 
     indices: tuple[int, ...]
@@ -45,9 +46,14 @@ class ChosenFrames(NamedTuple):
         """`most` of the frames, evenly spaced; or `least`, with the last one repeated."""
         if least <= len(self.indices) <= most:
             return self
-        indices = spread(self.indices, most)
-        indices += indices[-1:] * (least - len(indices))
-        return ChosenFrames(tuple(indices), {**self.metadata, "frames_indices": indices})
+        told = _resized(self.metadata["frames_indices"], len(self.indices), len(self.indices))
+        indices, shown = (_resized(each, least, most) for each in (self.indices, told))
+        return ChosenFrames(tuple(indices), {**self.metadata, "frames_indices": shown})
+
+
+def _resized(items: Sequence[T], least: int, most: int) -> list[T]:
+    kept = spread(items, most)
+    return kept + kept[-1:] * (least - len(kept))
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:

@@ -6,6 +6,7 @@ All parts of a request load concurrently. The first failure, or the end of the r
 others.
 """
 
+import asyncio
 import math
 import os
 import stat
@@ -13,37 +14,53 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 from urllib.parse import unquote, urlsplit
 
-from blake3 import blake3
 from cachetools import LRUCache
+from msgspec import structs
 
-from server.concurrency import all_or_none, in_thread
+from server.concurrency import all_or_none, copied, in_thread
 from server.errors import (
     AudioTooLarge,
+    ClientError,
     ImageFetchFailed,
     ImageTooLarge,
     ImageUrlBlocked,
+    InvalidFile,
     SaccadeError,
     TooManyImages,
     UnknownImage,
     VideoTooLarge,
 )
-from server.imaging.containers import holds_pictures
 from server.imaging.encoded import EncodedImage, encoded
-from server.imaging.video import header as headers
-from server.imaging.video.header import VideoHeader
+from server.imaging.sampling import SamplingOptions
 from server.ingest.expand import Expander, is_pdf
 from server.ingest.fetch import Fetcher
 from server.ingest.files import FileReader, FileStore, files_disabled
+from server.ingest.videos import LoadedVideo, NamedVideos, is_video, key_of, of_file, of_pictures
 from server.request import payloads
 from server.request.budgets import Item
 from server.request.context import RequestContext
-from server.request.media import Inline, MediaLimits, MediaRef, Remote, SentBefore, Uploaded
+from server.request.media import (
+    Inline,
+    MediaLimits,
+    MediaRef,
+    Pictures,
+    Remote,
+    SentBefore,
+    Single,
+    Source,
+    Uploaded,
+)
 from server.telemetry import metrics
 
 # Most images that clients may name by uuid without sending them again.
 _REMEMBERED_NAMES = 100_000
+# Pictures of one video that are loaded at the same time.
+_PICTURES_AT_ONCE = 8
+# As many bytes as identify the format of a file.
+_MAGIC_BYTES = 64
 
 
 class MediaLoader:
@@ -64,6 +81,7 @@ class MediaLoader:
         self._files = files
         self._expander = expander
         self._named = NamedImages()
+        self._named_videos = NamedVideos()
 
     @property
     def limits(self) -> MediaLimits:
@@ -92,35 +110,49 @@ class MediaLoader:
         self._check_count(media)
 
     async def check_upload(self, data: memoryview, context: RequestContext) -> None:
-        """Check a file before it is stored, by the rules for images and PDFs.
+        """Check a file before it is stored, by the rules for images, PDFs and videos.
 
         Raises:
             ClientError: a request with this file would be refused too.
         """
-        await self._expander.check_upload(data, context.record)
+        if not is_video(bytes(data[:_MAGIC_BYTES])):
+            await self._expander.check_upload(data, context.record)
+            return
+        most = self._limits.max_clip_bytes
+        if not self._limits.max_clips.get("video"):
+            raise ClientError("this model takes no video input")
+        if len(data) > most:
+            raise _too_large("video", most)
+        await in_thread(of_file, await in_thread(copied, data), self._limits.video)
 
     def _check_uploads(self, context: RequestContext) -> None:
         """Refuse unknown files before anything is fetched."""
         for ref in context.media:
-            if isinstance(ref.source, Uploaded):
+            for uploaded in uploads(ref.source):
                 try:
-                    self.files.get(context.group, ref.source.file_id)
+                    self.files.get(context.group, uploaded.file_id)
                 except SaccadeError as error:
                     error.param = ref.path
                     raise
 
     def _check_count(self, media: list[MediaRef]) -> None:
         images, most = 0, self._limits.max_images
+        videos, most_videos = 0, self._limits.max_clips.get("video", 0)
         for ref in media:
             images += len(ref.images)
+            videos += ref.kind == "video"
+            if videos > most_videos:
+                raise TooManyImages(
+                    f"the request has more than {most_videos} video parts, which is the limit",
+                    param=ref.path,
+                )
             if images > most:
                 raise TooManyImages(
                     f"the request has more than {most} images, which is the limit", param=ref.path
                 )
 
-    def _expected_bytes(self, ref: MediaRef, context: RequestContext, most: int) -> int:
-        """How large the file of `ref` may be, in bytes."""
-        source = ref.source
+    def _expected_bytes(self, source: Single, context: RequestContext, most: int) -> int:
+        """How large the file of `source` may be, in bytes."""
         if isinstance(source, Inline):
             return min(most, len(source.text))
         if isinstance(source, Uploaded):
@@ -129,10 +161,11 @@ class MediaLoader:
 
     async def _load(self, ref: MediaRef, context: RequestContext) -> None:
         try:
-            if ref.kind in ("video", "audio"):
+            if ref.kind == "video":
+                await self._video(ref, context)
+            elif ref.kind == "audio":
                 if not isinstance(ref.source, SentBefore):
-                    ref.data = await self._clip(ref, context)
-                    ref.video = await self._header(ref)
+                    ref.data = await self._audio(ref, context)
             elif isinstance(ref.source, SentBefore):
                 assert ref.uuid is not None
                 image = self._named.get(context.group, ref.uuid)
@@ -145,8 +178,15 @@ class MediaLoader:
         ref.source = None  # frees the body, since payloads are views of it
 
     async def _images(self, ref: MediaRef, context: RequestContext) -> list[EncodedImage]:
-        is_small = isinstance(ref.source, Inline) and payloads.is_small(ref.source.text)
-        data = await self._bytes(ref, context, self._limits.image.max_bytes)
+        """The images of a part; none if its file turns out to be a video."""
+        source = single(ref)
+        is_small = isinstance(source, Inline) and payloads.is_small(source.text)
+        data = await self._bytes(source, context, self._most_bytes(ref))
+        if ref.kind == "file" and is_video(data):
+            await self._found_video(ref, data, context)
+            return []
+        if structs.replace(ref.sampling, max_tokens=None) != SamplingOptions():
+            raise InvalidFile("the file is no video, and has options of one")
         metrics.image_bytes.observe(len(data))
         if is_pdf(data):
             images = await self._expander.pages(data, ref, context.record)
@@ -160,51 +200,102 @@ class MediaLoader:
             self._named.put(context.group, ref.uuid, images)
         return images
 
-    async def _clip(self, ref: MediaRef, context: RequestContext) -> bytes:
-        """Raises as `_bytes` does, but VideoTooLarge or AudioTooLarge for ImageTooLarge."""
-        most, source = self._limits.max_clip_bytes, ref.source
+    def _most_bytes(self, ref: MediaRef) -> int:
+        """How large the file of an image or a file part may be. An uploaded file, and one in the
+        body, may be a video."""
+        limits = self._limits
+        if ref.kind == "file" and not isinstance(ref.source, Remote):
+            return max(limits.image.max_bytes, limits.max_clip_bytes)
+        return limits.image.max_bytes
+
+    async def _found_video(self, ref: MediaRef, data: bytes, context: RequestContext) -> None:
+        """Let a file part be the video that its file is."""
+        if ref.frames is not None:
+            raise InvalidFile("the file is a video and has no pages")
+        ref.kind = "video"
+        if not self._limits.max_clips.get("video"):
+            raise ClientError("this model takes no video input")
+        if len(data) > self._limits.max_clip_bytes:
+            raise _too_large("video", self._limits.max_clip_bytes)
+        self._place(ref, await in_thread(of_file, data, self._limits.video), context)
+
+    async def _video(self, ref: MediaRef, context: RequestContext) -> None:
+        """Load a video. Raises as `_bytes` does, but VideoTooLarge for ImageTooLarge, and
+        UnsupportedVideoFormat, InvalidVideo or UnknownImage."""
+        source, limits = ref.source, self._limits
+        if isinstance(source, SentBefore):
+            assert ref.uuid is not None
+            self._place(ref, self._named_videos.get(context.group, ref.uuid), context)
+            return
         try:
-            if ref.kind == "video" and isinstance(source, Inline):
-                await context.holdings.take(Item.FILES, len(source.text))
-                found = await in_thread(payloads.pictures, source.text, most)
-                if found is not None:
-                    return found
-                context.holdings.note(Item.FILES, -len(source.text))
-            return await self._bytes(ref, context, most)
+            if isinstance(source, Pictures):
+                pictures = await self._pictures(source.frames, context)
+            elif (listed := await self._listed(single(ref), context)) is not None:
+                pictures = listed
+            else:
+                pictures = [await self._bytes(single(ref), context, limits.max_clip_bytes)]
         except ImageTooLarge:
-            limit = f"has more than {most} bytes, which is the limit"
-            if ref.kind == "video":
-                raise VideoTooLarge(f"the video {limit}") from None
-            raise AudioTooLarge(f"the audio clip {limit}") from None
+            raise _too_large("video", limits.max_clip_bytes) from None
+        if len(pictures) == 1 and not isinstance(source, Pictures):
+            loaded = await in_thread(of_file, pictures[0], limits.video)
+        else:
+            loaded = await in_thread(of_pictures, pictures, limits.video)
+        self._place(ref, loaded, context)
 
-    async def _header(self, ref: MediaRef) -> VideoHeader | None:
-        """What the header of a video says; None for an audio clip, and for pictures.
+    def _place(self, ref: MediaRef, video: LoadedVideo, context: RequestContext) -> None:
+        ref.data, ref.digest, ref.video = video.data, video.digest, video.header
+        if ref.uuid is not None and video.data:
+            self._named_videos.put(context.group, ref.uuid, video)
 
-        Raises:
-            UnsupportedVideoFormat, InvalidVideo, VideoTooLarge
-        """
-        if ref.kind != "video" or holds_pictures(ref.data):
+    async def _listed(self, source: Single, context: RequestContext) -> list[bytes] | None:
+        """The pictures that are listed in the text of `source`; None if it has no such list."""
+        if not isinstance(source, Inline):
             return None
-        header = await in_thread(headers.read, ref.data)
-        self._limits.video.check(header)
-        return header
+        held = _Held(context, len(source.text))
+        await context.holdings.take(Item.FILES, held.nbytes)
+        found = await in_thread(payloads.pictures, source.text, self._limits.max_clip_bytes)
+        held.become(sum(map(len, found or ())))
+        return found
 
-    async def _bytes(self, ref: MediaRef, context: RequestContext, most: int) -> bytes:
-        """The file of `ref`, for which the request holds memory from before it is loaded.
+    async def _pictures(self, frames: Sequence[Single], context: RequestContext) -> list[bytes]:
+        """The files of a video's pictures, which are loaded some at a time."""
+        most, at_once = self._limits.max_clip_bytes, asyncio.Semaphore(_PICTURES_AT_ONCE)
+        loaded = 0
+
+        async def load(source: Single) -> bytes:
+            nonlocal loaded
+            async with at_once:
+                data = await self._bytes(source, context, self._limits.image.max_bytes)
+            loaded += len(data)
+            if loaded > most:
+                raise _too_large("video", most)
+            return data
+
+        return await all_or_none([load(source) for source in frames])
+
+    async def _audio(self, ref: MediaRef, context: RequestContext) -> bytes:
+        """Raises as `_bytes` does, but AudioTooLarge for ImageTooLarge."""
+        most = self._limits.max_clip_bytes
+        try:
+            return await self._bytes(single(ref), context, most)
+        except ImageTooLarge:
+            raise _too_large("audio clip", most) from None
+
+    async def _bytes(self, source: Single, context: RequestContext, most: int) -> bytes:
+        """The file of `source`, for which the request holds memory from before it is loaded.
 
         Raises InvalidImageUrl, ImageUrlBlocked, ImageFetchFailed, ImageFetchTimeout,
         ImageTooLarge, UnknownFile, FilesDisabled, FileStorageFailed or MediaMemoryFull."""
-        held = _Held(context, self._expected_bytes(ref, context, most))
-        with _Timed(context, ref.source):
+        held = _Held(context, self._expected_bytes(source, context, most))
+        with _Timed(context, source):
             await context.holdings.take(Item.FILES, held.nbytes)
-            data = await self._read_source(ref, context, most, held)
+            data = await self._read_source(source, context, most, held)
         held.become(len(data))
         return data
 
     async def _read_source(
-        self, ref: MediaRef, context: RequestContext, most: int, held: "_Held"
+        self, source: Single, context: RequestContext, most: int, held: "_Held"
     ) -> bytes:
-        source = ref.source
         if isinstance(source, Inline):
             if payloads.is_small(source.text):
                 return payloads.decode(source.text, most)
@@ -212,7 +303,6 @@ class MediaLoader:
         if isinstance(source, Uploaded):
             read = self.files.read
             return await in_thread(read, context.group, source.file_id, most)
-        assert isinstance(source, Remote)
         if source.url[:5].lower() == "file:":
             return await in_thread(self._read_local, source.url, most)
         return await self._fetcher.fetch(source.url, context.group, most, held.become)
@@ -241,6 +331,23 @@ class MediaLoader:
         if len(data) > max_bytes:
             raise ImageTooLarge(f"the image has more than {max_bytes} bytes, which is the limit")
         return data
+
+
+def single(ref: MediaRef) -> Single:
+    """The source of a part that has one file."""
+    assert isinstance(ref.source, Single)
+    return ref.source
+
+
+def uploads(source: Source | None) -> list[Uploaded]:
+    """The uploaded files of a part."""
+    frames = source.frames if isinstance(source, Pictures) else (source,)
+    return [each for each in frames if isinstance(each, Uploaded)]
+
+
+def _too_large(kind: Literal["video", "audio clip"], most: int) -> ClientError:
+    error = VideoTooLarge if kind == "video" else AudioTooLarge
+    return error(f"the {kind} has more than {most} bytes, which is the limit")
 
 
 class _Held:
@@ -293,15 +400,11 @@ class NamedImages:
     def put(self, group: str, uuid: str, images: Sequence[EncodedImage]) -> None:
         """Remember the image that `uuid` names, unless it names several."""
         if len(images) == 1:
-            self._images[_key(group, uuid)] = replace(images[0], data=b"", path="")
+            self._images[key_of(group, uuid)] = replace(images[0], data=b"", path="")
 
     def get(self, group: str, uuid: str) -> EncodedImage:
         """Raises UnknownImage if `group` has sent nothing under `uuid`."""
-        image = self._images.get(_key(group, uuid))
+        image = self._images.get(key_of(group, uuid))
         if image is None:
             raise UnknownImage("the part has no image data, and its uuid is unknown")
         return image
-
-
-def _key(group: str, uuid: str) -> bytes:
-    return blake3(f"{group}\n{uuid}".encode()).digest()

@@ -73,7 +73,7 @@ class VideoJob(msgspec.Struct, frozen=True, tag="video"):
 
 
 class PicturesJob(msgspec.Struct, frozen=True, tag="pictures"):
-    """Decode the file, which consists of comma-separated images in base64: each of at most
+    """Decode the file, which is what `pictures.pack` makes of images: each of at most
     `max_pixels`, and all together of `max_total_pixels`."""
 
     sampling: VideoOptions
@@ -157,14 +157,14 @@ class ClipDecoder:
         job = VideoJob(options, self._max_pixels)
         return self._video(await self._run("video", job, data), data)
 
-    async def load_pictures(self, text: bytes, options: VideoOptions) -> DecodedVideo:
-        """Decode a video that was sent as comma-separated images in base64.
+    async def load_pictures(self, data: bytes, options: VideoOptions) -> DecodedVideo:
+        """Decode a video that was sent as pictures, which `pictures.pack` has joined.
 
         Raises: as `load_video` does.
         """
         memory = self._settings.video_max_memory_mb * _MIB
         job = PicturesJob(options, self._max_pixels, memory // _BYTES_PER_PIXEL)
-        return self._video(await self._run("video", job, text), text)
+        return self._video(await self._run("video", job, data), data)
 
     async def load_audio(self, data: bytes, backend: str | None = None) -> DecodedAudio:
         """Decode the audio file `data`, at its own sample rate.

@@ -15,6 +15,7 @@ import msgspec
 
 from server.errors import MediaProcessingFailed
 from server.imaging.sizing import Size
+from server.imaging.video.header import Form
 from server.ingest.video import ClipDecoder
 from server.telemetry import metrics
 from server.telemetry.record import Record
@@ -47,6 +48,8 @@ class VideoFeaturesJob(msgspec.Struct, frozen=True):
         metadata: what the processor is told of the video.
         kwargs: keyword arguments of the processor; see `jobs.encode_kwargs`.
         max_pixels: most pixels of a frame.
+        form: what the file is.
+        background: the colour under transparent pixels, where frames are pictures.
     """
 
     indices: tuple[int, ...]
@@ -55,6 +58,8 @@ class VideoFeaturesJob(msgspec.Struct, frozen=True):
     metadata: dict[str, Any]
     kwargs: bytes
     max_pixels: int
+    form: Form = "mp4"
+    background: tuple[int, int, int] = (255, 255, 255)
 
 
 class VideoFeaturesAnswer(msgspec.Struct, frozen=True):

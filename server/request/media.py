@@ -52,6 +52,7 @@ class MediaLimits:
         pdf_dpi: the resolution of pages in dots per inch.
         image: what one image or file may be.
         max_clip_bytes: the file of a video or an audio clip, in bytes.
+        max_shown_frames: frames of a video that the model may get.
         video: what a video may be, by its header.
     """
 
@@ -62,10 +63,21 @@ class MediaLimits:
     pdf_dpi: float
     image: ImageLimits
     max_clip_bytes: int
+    max_shown_frames: int
     video: VideoLimits
 
 
-Source: TypeAlias = Inline | Remote | Uploaded | SentBefore
+Single: TypeAlias = Inline | Remote | Uploaded
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The frames of a video, in their order."""
+
+    frames: tuple[Single, ...]
+
+
+Source: TypeAlias = Single | SentBefore | Pictures
 
 
 @dataclass(eq=False)
@@ -82,10 +94,11 @@ class MediaRef:
         uuid: the client's own name for the image, under which it may be sent again without data.
         role: that of the message that it stands in, where it has one.
         images: what was loaded: one image, or one for each page or frame.
-        data: what was loaded of a video or an audio clip: its file, or the base64 of the pictures
-            that a video is sent as.
+        data: what was loaded of a video or an audio clip: its file, or what `pictures.pack` makes
+            of a video's pictures; empty if it was only named by its uuid.
+        digest: BLAKE3 of the file of a video, in hexadecimal.
         sampling: what it asks of the frames of a video.
-        video: what the header of a video says; None if it is sent as pictures.
+        video: what the header of a video says; None before it is loaded.
     """
 
     kind: Kind
@@ -97,5 +110,6 @@ class MediaRef:
     role: str | None = None
     images: list[EncodedImage] = field(default_factory=list)
     data: bytes = field(default=b"", repr=False)
+    digest: str = ""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     video: VideoHeader | None = None

@@ -170,20 +170,26 @@ def decode(text: str | memoryview, max_bytes: int) -> bytes:
         return _bounded(_decoded_leniently(bytes(raw), text), max_bytes)
 
 
-def pictures(text: str | memoryview, max_bytes: int) -> bytes | None:
-    """The base64 of the pictures that a video is sent as, with commas between them; None if `text`
-    is anything else.
+def pictures(text: str | memoryview, max_bytes: int) -> list[bytes] | None:
+    """The pictures that a video is sent as, in base64 with commas between them; None if `text` is
+    anything else.
 
     Raises:
         InvalidImageUrl: it is neither a `data:` URL nor base64.
-        ImageTooLarge: more than `max_bytes`.
+        ImageTooLarge: more than `max_bytes` in all.
     """
     raw = _ascii(text)
     if bytes(raw[:5]).lower() == b"data:":
         _, raw = _split(raw)
     if not holds_pictures(raw):
         return None
-    return _unescaped(_bounded(bytes(raw), max_bytes), text)
+    if len(raw) // 4 * 3 > 2 * max_bytes + 2:
+        raise _too_large(max_bytes)
+    found = []
+    for piece in _unescaped(bytes(raw), text).split(b","):
+        found.append(decode(memoryview(piece), max_bytes))
+        max_bytes -= len(found[-1])
+    return found
 
 
 def _ascii(text: str | memoryview) -> memoryview:

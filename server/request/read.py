@@ -16,7 +16,7 @@ from server.request.bounds import BodyBounds, check_items, check_text
 from server.request.context import RequestContext
 from server.request.dialects import Dialect, Found
 from server.request.dialects.base import counted_as
-from server.request.media import MediaLimits, MediaRef
+from server.request.media import MediaLimits, MediaRef, Pictures
 from server.request.numbers import check_integers
 from server.request.options import is_positive
 from server.request.payloads import MIN_PAYLOAD_BYTES, Payloads, parse
@@ -189,12 +189,26 @@ def check_counts(media: Sequence[MediaRef], limits: MediaLimits | None) -> None:
         most = most_media(limits).get(kind, 0)
         if not most:
             raise ClientError(f"this model takes no {kind} input", param=ref.path)
+        check_frames(ref, limits)
         counts[kind] = counts.get(kind, 0) + 1
         if counts[kind] > most:
             what = "images" if kind == "image" else f"{kind} parts"
             raise TooManyImages(
                 f"the request has more than {most} {what}, which is the limit", param=ref.path
             )
+
+
+def check_frames(ref: MediaRef, limits: MediaLimits | None) -> None:
+    """Raises ClientError if a video asks for more frames, or is sent as more pictures, than one may
+    show."""
+    most = limits.max_shown_frames if limits is not None else 0
+    sampling, source = ref.sampling, ref.source
+    if max(sampling.num_frames or 0, sampling.max_frames or 0) > most:
+        raise ClientError(f"the model gets at most {most} frames of a video", param=ref.path)
+    if isinstance(source, Pictures) and len(source.frames) > most:
+        raise TooManyImages(
+            f"the video has more than {most} pictures, which is the limit", param=ref.path
+        )
 
 
 def take_request_options(document: MutableMapping[str, Any], context: RequestContext) -> bool:

@@ -13,15 +13,18 @@ import pytest
 
 from saccade_client import Client, errors
 from server.engine.arguments import DEMO_MODEL
-from tests import node, pictures
+from tests import encoded_videos, node, pictures
 from tests.conftest import START_TIMEOUT_S, STOP_TIMEOUT_S
-from tests.pictures import image_part, shape, text_part, user
+from tests.pictures import data_url, image_part, shape, text_part, user, video_part
 from tests.starts import template
 
 pytestmark = pytest.mark.group("server")  # all tests compare with this server
 RED, BLUE = (pictures.encode(shape(color)) for color in ("red", "blue"))
 PHOTO = pictures.encode(pictures.photo((900, 700)), "PNG")
 WHAT = text_part("Describe the image.")
+H264 = encoded_videos.video("h264", "mp4", 75, (320, 240))
+VP9 = encoded_videos.video("vp9", "matroska", 50, (256, 256))
+SERIES = [pictures.encode(shape(color), "JPEG") for color in ("red", "blue", "red", "green")]
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +72,9 @@ def _up(client: httpx.Client) -> bool:
         user(image_part(RED, uuid="a"), WHAT),
         user(text_part("hello")),
         [{"role": "system", "content": "be brief"}, *user(WHAT, image_part(BLUE))],
+        user(video_part(data_url(H264, "video/mp4")), WHAT),
+        user(image_part(BLUE), {**video_part(data_url(VP9, "video/webm")), "uuid": "b"}, WHAT),
+        user(video_part(pictures.series_url(*SERIES)), WHAT),
     ],
 )
 def test_answers_equal_those_of_plain_vllm(

@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests import clips, hostile_videos
 from tests.conftest import Origin, Server
-from tests.pictures import data_url, encode, shape, text_part, user
+from tests.pictures import data_url, encode, shape, text_part, user, video_part
 
 WHAT = text_part("What is in the video?")
 RED, BLUE = (np.asarray(shape(color))[:, :, ::-1] for color in ("red", "blue"))
@@ -24,12 +24,10 @@ def web(tight: Server) -> Iterator[httpx.Client]:
         yield client
 
 
-def ask(web: httpx.Client, url: str, name: str | None = None, **more: Any) -> httpx.Response:
-    """`name`: the client's own for the video, which leaves its preprocessing to vLLM."""
-    video = {"type": "video_url", "video_url": {"url": url}, "uuid": name}
+def ask(web: httpx.Client, url: str, **more: Any) -> httpx.Response:
     body = {
         "model": "saccade-tiny",
-        "messages": user(WHAT, video),
+        "messages": user(WHAT, video_part(url)),
         "temperature": 0,
         "max_tokens": 8,
     }
@@ -127,7 +125,8 @@ def test_an_invalid_video_is_refused_at_once(web: httpx.Client, url: str, code: 
 def test_a_video_over_the_memory_limit_is_refused(web: httpx.Client, tight: Server) -> None:
     wide = np.zeros((1024, 1024, 3), np.uint8)
     large = clips.of_frames([wide] * 64, ".mkv", "mp4v", fps=2)
-    assert refusal(ask(web, mp4_url(large), "large")) == "video_too_large"
+    by_vllm = {"media_io_kwargs": {"video": {"video_backend": "nemotron_vl"}}}
+    assert refusal(ask(web, mp4_url(large), **by_vllm)) == "video_too_large"
     assert not tight.named("VideoDecoder")
     assert shown(ask(web, mp4_url(GOOD)))
 

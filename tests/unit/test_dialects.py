@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ import pytest
 from server.errors import ClientError, InvalidFile, InvalidImageUrl
 from server.imaging.encoded import ImageOptions
 from server.imaging.sampling import SamplingOptions
-from server.request.media import Inline, MediaRef, Remote, SentBefore, Uploaded
-from tests.media import CHAT, EMBEDDINGS, chat, read
+from server.request.media import Inline, MediaRef, Pictures, Remote, SentBefore, Uploaded
+from tests.media import CHAT, EMBEDDINGS, LIMITS, chat, read
 
 URL = "https://example.com/a.png"
 ID = "file-" + "0" * 32
@@ -42,6 +43,20 @@ SOURCES = [
     (CHAT, {"type": "file", "file": {"file_data": "AA=="}}, "file", Inline("AA==")),
     (CHAT, {"type": "file", "file": {"file_id": ID}}, "file", Uploaded(ID)),
     (CHAT, {"type": "video_url", "video_url": {"url": URL}}, "video_url", Remote(URL)),
+    (CHAT, {"type": "video_url", "video_url": URL}, "video_url", Remote(URL)),
+    (CHAT, {"type": "video_url", "video_url": {"file_id": ID}}, "video_url", Uploaded(ID)),
+    (CHAT, {"type": "input_video", "video_url": URL}, "video_url", Remote(URL)),
+    (CHAT, {"type": "input_video", "input_video": {"data": "AA==", "format": "mp4"}},
+     "input_video", Inline("AA==")),
+    (CHAT, {"type": "input_video", "file_id": ID}, "", Uploaded(ID)),
+    (CHAT, {"type": "video", "video": URL}, "video", Remote(URL)),
+    (CHAT, {"video": [URL, {"url": URL}, {"type": "image", "image": URL}, {"file_id": ID}]},
+     "video", Pictures((Remote(URL), Remote(URL), Remote(URL), Uploaded(ID)))),
+    (CHAT, {"type": "file", "file": {"file_data": "AA==", "filename": "a.MP4"}}, "file",
+     Inline("AA==")),
+    (RESPONSES, {"type": "input_video", "video_url": URL}, "video_url", Remote(URL)),
+    (RESPONSES, {"type": "input_file", "file_url": URL, "filename": "a.webm"}, "", Remote(URL)),
+    (MESSAGES, {"type": "video", "source": {"type": "url", "url": URL}}, "source", Remote(URL)),
     (CHAT, {"type": "audio_url", "audio_url": {"url": URL}}, "audio_url", Remote(URL)),
     (CHAT, {"type": "input_audio", "input_audio": {"data": "AA==", "format": "wav"}},
      "input_audio", Inline("AA==")),
@@ -309,6 +324,33 @@ def test_the_error_for_an_empty_url_with_a_uuid_is_about_the_url() -> None:
 
 
 VIDEO = {"type": "video_url", "video_url": {"url": URL}}
+VIDEOS = [
+    (CHAT, VIDEO),
+    (CHAT, {"type": "video", "video": [URL]}),
+    (CHAT, {"type": "input_video", "input_video": {"data": "AA=="}}),
+    (CHAT, {"type": "file", "file": {"file_data": "data:video/mp4;base64,AA=="}}),
+    (CHAT, {"type": "file", "file": {"file_id": ID, "format": "video/mp4"}}),
+    (RESPONSES, {"type": "input_file", "file_data": "AA==", "filename": "a.mov"}),
+    (MESSAGES, {"type": "document",
+                "source": {"type": "base64", "media_type": "video/mp4", "data": "AA=="}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("route", "part"), VIDEOS)
+def test_every_video_is_refused_where_the_model_takes_none(
+    route: str, part: dict[str, Any]
+) -> None:
+    refusal = refused(part, route, limits=replace(LIMITS, max_clips={}))
+    assert refusal.message == "this model takes no video input"
+    assert (refusal.param or "").startswith(("messages[0].content[0]", "input[0].content[0]"))
+
+
+@pytest.mark.parametrize("name", ["num_frames", "max_frames"])
+def test_the_frames_of_a_video_are_limited(name: str) -> None:
+    most = LIMITS.max_shown_frames
+    assert only({**VIDEO, name: most}).kind == "video"
+    assert f"at most {most} frames" in refused({**VIDEO, name: most + 1}).message
+    assert "pictures" in refused({"type": "video", "video": [URL] * (most + 1)}).message
 
 
 def test_options_of_a_video_are_read_beside_the_url_and_from_the_part() -> None:

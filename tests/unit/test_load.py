@@ -25,6 +25,7 @@ from server.errors import (
     VideoTooLarge,
 )
 from server.imaging.encoded import ImageOptions
+from server.imaging.sampling import SamplingOptions
 from server.imaging.video.limits import VideoLimits
 from server.ingest.expand import Expander
 from server.ingest.fetch import Fetcher, FetchSettings
@@ -250,6 +251,47 @@ def test_the_header_of_a_video_is_read() -> None:
     assert ref.data == video()
     assert ref.video is not None
     assert (ref.video.size, ref.video.frame_count) == ((64, 48), 12)
+
+
+def test_a_file_part_is_a_video_if_its_file_is_one() -> None:
+    url = pictures.data_url(video(), "application/octet-stream")
+    part = {"type": "file", "file": {"file_data": url, "fps": 3, "max_tokens": 90}}
+    (ref,) = prepare(chat(part)).context.media
+    assert (ref.kind, ref.images, ref.data) == ("video", [], video())
+    assert ref.sampling == SamplingOptions(fps=3, max_tokens=90)
+    part["file"]["pages"] = "1"
+    with pytest.raises(InvalidFile, match="no pages"):
+        prepare(chat(part))
+
+
+def test_a_file_that_is_a_video_is_refused_where_the_model_takes_none() -> None:
+    limits = replace(LIMITS, max_clips={})
+    loader = MediaLoader(
+        Fetcher(FetchSettings()), limits, None, None, Expander(InProcess(), limits)
+    )
+    part = {"type": "file", "file": {"file_data": pictures.data_url(video(), "image/png")}}
+    with pytest.raises(ClientError, match="takes no video") as refusal:
+        prepare(chat(part), loader=loader)
+    assert refusal.value.param == "messages[0].content[0].file"
+
+
+def test_files_that_are_videos_count_as_videos() -> None:
+    part = {"type": "file", "file": {"file_data": pictures.data_url(video(), "a/b")}}
+    with pytest.raises(TooManyImages, match="more than 2 video parts"):
+        prepare(chat(part, video_part(video()), part))
+
+
+def test_a_named_video_is_known_without_its_file_in_its_group() -> None:
+    loader = media_loader()
+    sent = {**video_part(video()), "uuid": "U"}
+    (first,) = prepare(chat(sent), loader=loader).context.media
+    again = chat({"type": "video_url", "video_url": {"max_tokens": 9}, "uuid": "U"})
+    (ref,) = prepare(again, loader=loader).context.media
+    assert (ref.data, ref.digest, ref.video) == (b"", first.digest, first.video)
+    other = read(again).context
+    other.record.key_group = "other"
+    with pytest.raises(UnknownImage):
+        asyncio.run(loader.load(other))
 
 
 @pytest.mark.parametrize(

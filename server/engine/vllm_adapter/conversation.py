@@ -22,6 +22,7 @@ from server.engine.vllm_adapter import typed_placeholders
 from server.engine.vllm_adapter.typed_placeholders import TypedPlaceholders
 from server.errors import ClientError, SaccadeError
 from server.request import context as requests
+from server.request.context import RequestContext
 
 log = logging.getLogger("saccade.engine")
 
@@ -110,6 +111,7 @@ class ConversationRenderer(HfRenderer):
             raise _unfit(error) from error
 
     async def _rendered(self, messages: Any, params: ChatParams) -> Any:
+        messages = _with_videos(messages)
         marked = self._typed.mark(messages)
         options = self._typed.mark(params.chat_template_kwargs)
         if marked is messages and options is params.chat_template_kwargs:
@@ -169,6 +171,31 @@ class ConversationRenderer(HfRenderer):
         if (offsets := tokens.get("prompt_token_offsets")) is not None:
             tokens["prompt_token_offsets"] = [offsets[place] for place in origin]
         return tokens
+
+
+def _with_videos(messages: Any) -> Any:
+    """`messages` with parts of videos in the place of those images that are videos: vLLM takes none
+    on some routes, and of a file only its bytes may tell that it is one."""
+    context = requests.current()
+    if not any(ref.kind == "video" for ref in context.media):
+        return messages
+    return [
+        {**message, "content": [_as_video(part, context) for part in content]}
+        if isinstance(message, dict) and isinstance(content := message.get("content"), list)
+        else message
+        for message in messages
+    ]
+
+
+def _as_video(part: Any, context: RequestContext) -> Any:
+    holder = part.get("image_url") if isinstance(part, dict) else None
+    url = holder.get("url") if isinstance(holder, dict) else holder
+    found = context.resolve(url) if isinstance(url, str) else None
+    if found is None or found.ref.kind != "video":
+        return part
+    named = {} if found.ref.uuid is None else {"uuid": found.ref.uuid}
+    others = {key: value for key, value in part.items() if key not in ("image_url", "detail")}
+    return {**others, **named, "type": "video_url", "video_url": {"url": url}}
 
 
 def _unfit(error: Exception) -> ClientError:

@@ -202,6 +202,8 @@ class PooledRenderer(ConversationRenderer):
         io = DecodeIO.of((media_io_kwargs or {}).get("image") or {})
         allocations = await self.allocator.allocate(images, context.max_image_tokens, kwargs)
         tokens = sum(allocation.tokens for allocation in allocations if allocation is not None)
+        if self._pooled and not skip_mm_cache:
+            self._check_length(tokens)
         await context.holdings.take(Item.IMAGE_TOKENS, tokens)
         pooled = self._pooled and set(mm_data) == {"image"}
         if not pooled:
@@ -264,13 +266,15 @@ class PooledRenderer(ConversationRenderer):
             sized, videos, paths, context.max_image_tokens, kwargs
         )
         tokens = sum(each.tokens for each in (*given[0], *given[1]) if each is not None)
+        if not skip_mm_cache:
+            self._check_length(tokens)
         await context.holdings.take(Item.IMAGE_TOKENS, tokens)
         most = self._videos.max_pixels
         jobs: list[ImageJob | VideoJob] = [
             self._job(context, *pair, kwargs, io) for pair in zip(images, given[0], strict=True)
         ]
         jobs += [
-            video_job(context, *pair, kwargs, self._fingerprint, most)
+            video_job(context, *pair, kwargs, self._fingerprint, most, io.background)
             for pair in zip(videos, given[1], strict=True)
         ]
         if self.announce is not None and not skip_mm_cache:
@@ -288,6 +292,20 @@ class PooledRenderer(ConversationRenderer):
         cached = [not item and not skip_mm_cache for item, _ in items]
         self._show(context, jobs, rendered, cached, kwargs)
         return rendered
+
+    def _check_length(self, tokens: int) -> None:
+        """Refuse media that cannot fit into a prompt, before they are decoded.
+
+        Raises:
+            ClientError: they take more `tokens` than a prompt may have.
+        """
+        most = self.model_config.max_model_len
+        if tokens > most:
+            raise ClientError(
+                f"the images and videos take {tokens} tokens, and the model takes {most} in all; "
+                "send fewer of them, or set max_image_tokens",
+                param=requests.current().media[0].path,
+            )
 
     def _show(
         self,
@@ -356,7 +374,7 @@ class PooledRenderer(ConversationRenderer):
     ) -> tuple[MultiModalKwargsItem, Updates]:
         cache = self.processor_cache
         item = PooledItem()
-        if isinstance(job, VideoJob) or job.image.data:
+        if (job.video if isinstance(job, VideoJob) else job.image).data:
             item.refill = functools.partial(self._features_of, job)
         if cache is not None and (known := cache.updates(job.key)) is not None:
             _HITS.inc()
@@ -395,6 +413,11 @@ class PooledRenderer(ConversationRenderer):
 
     async def _features_of_video(self, job: VideoJob) -> Features:
         assert self._videos is not None
+        if not job.video.data:
+            raise UnknownImage(
+                "a video named by its uuid is no longer cached; send it again",
+                param=job.video.path,
+            )
         holdings, expected = job.context.holdings, job.most_bytes
         await holdings.take(Item.FEATURES, expected)
         try:

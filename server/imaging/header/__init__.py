@@ -17,7 +17,7 @@ from server.errors import InvalidImage, UnsupportedImageFormat
 from server.imaging.header import avif, gif, heif, jpeg, png, tiff, webp
 from server.imaging.header.base import ImageHeader, damaged
 
-__all__ = ["FORMATS", "ImageHeader", "read"]
+__all__ = ["FORMATS", "ImageHeader", "is_known", "read"]
 
 # The values of `ImageHeader.format`, which are Pillow's names of the formats.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
@@ -69,6 +69,11 @@ def read(data: bytes) -> ImageHeader:
     if not data:
         raise InvalidImage("the image is empty")
     reader = _reader(data)
+    if reader is None:
+        raise UnsupportedImageFormat(
+            "the data is not an image in a supported format "
+            "(JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, HEIC/HEIF)"
+        )
     try:
         header = reader(data)
     except (struct.error, IndexError):
@@ -78,7 +83,12 @@ def read(data: bytes) -> ImageHeader:
     return header
 
 
-def _reader(data: bytes) -> Callable[[bytes], ImageHeader]:
+def is_known(data: bytes) -> bool:
+    """Whether `data` is in one of the formats, by its magic bytes."""
+    return _reader(data) is not None
+
+
+def _reader(data: bytes) -> Callable[[bytes], ImageHeader] | None:
     for magic, reader in _MAGIC:
         if data.startswith(magic):
             return reader
@@ -88,7 +98,4 @@ def _reader(data: bytes) -> Callable[[bytes], ImageHeader]:
         return avif.read
     if data[4:8] == b"ftyp" and data[8:12] in heif.BRANDS:
         return heif.read
-    raise UnsupportedImageFormat(
-        "the data is not an image in a supported format "
-        "(JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, HEIC/HEIF)"
-    )
+    return None

@@ -44,6 +44,10 @@ class VideoAllocation(msgspec.Struct, frozen=True):
     options: Mapping[str, JSON] = msgspec.field(default_factory=dict)
     """`mm_processor_kwargs` for this video, which override those of the request."""
 
+    grid: tuple[int, int, int] | None = None
+    """Pairs of frames, rows and columns of patches that the processor makes of the video; None
+    where the rule does not tell."""
+
 
 class VideoRule(Protocol):
     """How one family of models counts and caps the tokens of a video. `least_frames`: of fewer
@@ -90,6 +94,7 @@ class QwenVideoTokens:
     of `factor`, and each square of `factor` x `factor` pixels of a grid is one token. `min_pixels`
     and `max_pixels` are for each frame; `together`: for all frames together (Qwen3-VL).
 
+    `merge`: patches along each side of a token.
     `alike`: frames may be resized to their target before the processor runs, with the same result.
     `time_tokens`: the number of text tokens before each grid, from its time in seconds, which
     Qwen3-VL writes into the prompt with a tag before and after the grid; None: there are none.
@@ -98,6 +103,7 @@ class QwenVideoTokens:
     factor: int
     min_pixels: int
     max_pixels: int
+    merge: int = 2
     together: bool = False
     alike: bool = True
     time_tokens: Callable[[float], int] | None = None
@@ -121,7 +127,8 @@ class QwenVideoTokens:
         squares, grids = self._squares(size), math.ceil(frames / 2)
         if cap is None or grids * squares <= cap:
             stays = self.alike and self._natural(frames, *size) == size
-            return VideoAllocation(grids * squares, frames, size, size if stays else None)
+            resize, grid = size if stays else None, self._grid(frames, size)
+            return VideoAllocation(grids * squares, frames, size, resize, grid=grid)
         if cap < 1:
             raise _cap_too_low(1, cap)
         grids = min(grids, max(cap // min(FLOOR, squares), 1))
@@ -129,9 +136,8 @@ class QwenVideoTokens:
         each = max(1, min(cap // grids, squares, self._most_squares(frames)))
         rule = NativeResolution(self.factor, self.factor**2, squares * self.factor**2)
         size = QwenTokens(rule).allocate(width, height, each).processed
-        return VideoAllocation(
-            grids * self._squares(size), frames, size, size, self._options(frames, size)
-        )
+        tokens, options = grids * self._squares(size), self._options(frames, size)
+        return VideoAllocation(tokens, frames, size, size, options, self._grid(frames, size))
 
     def prompt_tokens(self, allocation: VideoAllocation, times: Sequence[float]) -> int:
         if self.time_tokens is None:
@@ -140,6 +146,10 @@ class QwenVideoTokens:
         pairs = zip(padded[::2], padded[1::2], strict=True)
         stamps = [self.time_tokens((first + second) / 2) for first, second in pairs]
         return allocation.tokens + sum(stamps) + 2 * len(stamps)
+
+    def _grid(self, frames: int, size: Size) -> tuple[int, int, int]:
+        columns, rows = (side * self.merge // self.factor for side in size)
+        return math.ceil(frames / 2), rows, columns
 
     def _most_squares(self, frames: int) -> int:
         count = round(frames / 2) * 2 if self.together else 1

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,10 @@ from server.imaging.sizing import Size
 from server.imaging.video import matroska, mp4
 from server.imaging.video.track import Codec, Container, Rotation, Track
 
-__all__ = ["Codec", "Container", "Rotation", "VideoHeader", "read", "read_track"]
+__all__ = ["Codec", "Container", "Form", "Rotation", "VideoHeader", "read", "read_track"]
+
+Form: TypeAlias = Container | Literal["animation", "pictures"]
+"""A container; an animated GIF or WebP picture; or pictures, as `pictures.pack` joins them."""
 
 # Durations in files are whole numbers of ticks; a second has at most about so many.
 _MOST_TICKS = 1 << 20
@@ -19,11 +23,11 @@ _MOST_TICKS = 1 << 20
 
 @dataclass(frozen=True, eq=False)
 class VideoHeader:
-    """The first video track of a file.
+    """The first video track of a file, an animation, or a series of pictures.
 
     Attributes:
-        container: ISO-BMFF (MP4, MOV) or Matroska (WebM).
-        codec: how its frames are encoded.
+        form: ISO-BMFF ("mp4", also MOV), Matroska (also WebM), or what else it is.
+        codec: how its frames are encoded; None: as pictures.
         coded_size: (width, height) of a decoded frame in pixels.
         rotation: clockwise, in degrees, from a decoded frame to one that is shown.
         times: float64 (frames,): when each frame is shown, ascending, in seconds; the first is
@@ -31,8 +35,8 @@ class VideoHeader:
         duration_s: from the first frame to the end of the last one, in seconds.
     """
 
-    container: Container
-    codec: Codec
+    form: Form
+    codec: Codec | None
     coded_size: Size
     rotation: Rotation
     times: npt.NDArray[np.float64]
@@ -66,7 +70,7 @@ def read(data: bytes) -> VideoHeader:
     """
     track = read_track(data)
     return VideoHeader(
-        container=track.container,
+        form=track.container,
         codec=track.codec,
         coded_size=track.coded_size,
         rotation=track.rotation,

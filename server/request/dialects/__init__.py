@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from server.request.dialects import chat, messages, responses
-from server.request.dialects.base import ContentList, Dialect, Found, Slot
+from server.request.dialects.base import ContentList, Dialect, Found, Part, Slot, Write
+from server.request.media import MediaRef
 
 __all__ = ["Dialect", "Found", "Slot", "dialect_of"]
 
@@ -24,10 +25,20 @@ def _lists(document: Mapping[str, Any]) -> Iterator[ContentList]:
     yield from responses.RESPONSES.lists(document)
 
 
+def _read_video(part: Part) -> tuple[MediaRef, Write]:
+    """A `video` of either API."""
+    return messages.read_video(part) if "source" in part.node else chat.read_video(part)
+
+
 # What a count of tokens takes: the messages of any of them.
 ANY = Dialect(
     _lists,
-    {**messages.MESSAGES.media, **responses.RESPONSES.media, **chat.CHAT.media},
+    {
+        **messages.MESSAGES.media,
+        **responses.RESPONSES.media,
+        **chat.CHAT.media,
+        "video": _read_video,
+    },
     messages.MESSAGES.texts | responses.RESPONSES.texts | chat.CHAT.texts,
     chat.type_of,
     special=messages.MESSAGES.special,

@@ -5,7 +5,7 @@
 | `image_url`, `input_image` | `image_url`: a URL or `{url, detail, ...}`; or a `file_id` |
 | `image_file` | `image_file`: `{file_id, detail, ...}` |
 | `file`, `input_file` | `file`: `{file_data or file_id, pages, ...}` |
-| `video_url` | the URL, or `{url, fps, ...}` |
+| `video_url`, `input_video`, `video` | see `videos` |
 | `audio_url` | the URL, or `{url}` |
 | `input_audio` | `input_audio`: `{data, format}` |
 
@@ -25,8 +25,6 @@ from server.request.dialects.base import (
     Read,
     Write,
     data_source,
-    file_source,
-    given_options,
     read_bare_url,
     reference,
     sent_before,
@@ -34,15 +32,17 @@ from server.request.dialects.base import (
     uploaded,
     uuid_of,
 )
-from server.request.media import Kind, MediaRef, SentBefore
-from server.request.options import OPTIONS, VIDEO_OPTIONS, sampling_options
+from server.request.dialects.videos import VIDEO_KEYS, VIDEO_READ_KEYS, file_reference, video_of
+from server.request.media import MediaRef, SentBefore
+from server.request.options import OPTIONS
 
 _TEXTS = frozenset({"text", "input_text", "output_text", "refusal", "thinking", "tool_reference"})
 _EMBEDDINGS = frozenset({"image_embeds", "audio_embeds", "video_embeds", "prompt_embeds"})
 # Of a part without a type, the key that tells what it is, in vLLM's order.
 _TELLING_KEYS = (
     "image_url", "image_file", "image_pil", "image_embeds", "audio_embeds", "video_embeds",
-    "prompt_embeds", "audio_url", "input_audio", "video_url", "file", "tool_reference",
+    "prompt_embeds", "audio_url", "input_audio", "video_url", "input_video", "video", "file",
+    "tool_reference",
 )  # fmt: skip
 # What is read of a media part. Its other keys go on to the chat template, as in vLLM.
 _READ_KEYS = frozenset({*_TELLING_KEYS, *OPTIONS, "type", "uuid", "file_id", "file_data",
@@ -59,7 +59,7 @@ def type_of(node: dict[str, Any]) -> object:
 
 def _writer(part: Part, kind: str) -> Write:
     """Writes a part of the type `{kind}_url` with the other keys of `part`."""
-    read = _READ_KEYS.union(VIDEO_OPTIONS) if kind == "video" else _READ_KEYS
+    read = _READ_KEYS.union(VIDEO_READ_KEYS) if kind == "video" else _READ_KEYS
     others = {key: value for key, value in part.node.items() if key not in read}
     key = f"{kind}_url"
     return lambda handle: {**others, "type": key, key: {"url": handle}}
@@ -98,29 +98,32 @@ def read_file(part: Part) -> tuple[MediaRef, Write]:
     holder, path = part.node.get("file"), f"{part.path}.file"
     if not isinstance(holder, dict):
         raise InvalidFile("the file part has no file", param=path)
-    source = file_source(holder, part, path)
-    return reference("file", path, source, part, holder), _writer(part, "image")
+    return _file(file_reference("file", holder, part), part)
 
 
 def read_input_file(part: Part) -> tuple[MediaRef, Write]:
     """An `input_file` part, whose keys stand in the part itself."""
-    source = file_source(part.node, part, part.path)
-    return reference("file", part.path, source, part), _writer(part, "image")
+    return _file(file_reference(None, part.node, part), part)
 
 
-def _read_clip(kind: Kind) -> Read:
-    def read(part: Part) -> tuple[MediaRef, Write]:
-        key = f"{kind}_url"
-        holder, path = part.node.get(key), f"{part.path}.{key}"
-        url = holder.get("url") if isinstance(holder, dict) else holder
-        if url is None and uuid_of(part) is not None:
-            return _clip_sent_before(kind, part)
-        ref = MediaRef(kind, path, source_of(url, part, path), uuid=uuid_of(part), role=part.role)
-        if kind == "video":
-            ref.sampling = sampling_options(*given_options(VIDEO_OPTIONS, part, holder))
-        return ref, _clip_writer(part, kind)
+def _file(ref: MediaRef, part: Part) -> tuple[MediaRef, Write]:
+    """The renderer turns an image that is a video into one."""
+    write = _writer(part, "image")
+    return ref, _clip_writer(part, "video") if ref.kind == "video" else write
 
-    return read
+
+def read_video(part: Part) -> tuple[MediaRef, Write]:
+    """A part with a video; see `videos`."""
+    return video_of(part), _clip_writer(part, "video")
+
+
+def _read_audio_url(part: Part) -> tuple[MediaRef, Write]:
+    holder, path = part.node.get("audio_url"), f"{part.path}.audio_url"
+    url = holder.get("url") if isinstance(holder, dict) else holder
+    if url is None and uuid_of(part) is not None:
+        return _audio_sent_before(part)
+    ref = MediaRef("audio", path, source_of(url, part, path), uuid=uuid_of(part), role=part.role)
+    return ref, _clip_writer(part, "audio")
 
 
 def read_input_audio(part: Part) -> tuple[MediaRef, Write]:
@@ -128,7 +131,7 @@ def read_input_audio(part: Part) -> tuple[MediaRef, Write]:
     holder, path = part.node.get("input_audio"), f"{part.path}.input_audio"
     data = holder.get("data") if isinstance(holder, dict) else None
     if data in (None, "") and uuid_of(part) is not None:
-        return _clip_sent_before("audio", part)
+        return _audio_sent_before(part)
     if not isinstance(holder, dict):
         raise InvalidImageUrl("the part must have an input_audio object", param=path)
     source = data_source(data, part, f"{path}.data")
@@ -141,9 +144,9 @@ def _clip_writer(part: Part, kind: str) -> Write:
     return write if uuid is None else lambda handle: {**write(handle), "uuid": uuid}
 
 
-def _clip_sent_before(kind: Kind, part: Part) -> tuple[MediaRef, Write]:
-    ref = MediaRef(kind, f"{part.path}.uuid", SentBefore(), uuid=uuid_of(part))
-    node = {"type": f"{kind}_url", f"{kind}_url": None, "uuid": uuid_of(part)}
+def _audio_sent_before(part: Part) -> tuple[MediaRef, Write]:
+    ref = MediaRef("audio", f"{part.path}.uuid", SentBefore(), uuid=uuid_of(part))
+    node = {"type": "audio_url", "audio_url": None, "uuid": uuid_of(part)}
     return ref, lambda _: node
 
 
@@ -179,8 +182,8 @@ MEDIA: Mapping[str, Read] = {
     "image_file": read_image_file,
     "file": read_file,
     "input_file": read_input_file,
-    "video_url": _read_clip("video"),
-    "audio_url": _read_clip("audio"),
+    **dict.fromkeys(VIDEO_KEYS, read_video),
+    "audio_url": _read_audio_url,
     "input_audio": read_input_audio,
 }
 CHAT = Dialect(_lists("messages"), MEDIA, _TEXTS, type_of, _EMBEDDINGS)

@@ -3,7 +3,8 @@
 | block | its media |
 | --- | --- |
 | `image` | `source`: base64, a URL, or the id of a file |
-| `document` | the same, of a PDF; or a text, which becomes text blocks |
+| `document` | the same, of a PDF or a video; or a text, which becomes text blocks |
+| `video` | the same, of a video |
 
 They stand in the content of messages, and in that of `tool_result` blocks. Anthropic takes no
 images in system prompts, and neither does vLLM's translation of them.
@@ -22,9 +23,12 @@ from server.request.dialects.base import (
     Slot,
     Write,
     anthropic_source,
+    given_options,
     reference,
 )
+from server.request.dialects.videos import says_video, video_reference
 from server.request.media import Kind, MediaRef
+from server.request.options import VIDEO_OPTIONS, sampling_options
 
 _TEXTS = frozenset({
     "text", "thinking", "redacted_thinking", "tool_use", "tool_reference", "tool_addition",
@@ -38,9 +42,15 @@ def _write(handle: str) -> dict[str, Any]:
 
 def _reader(kind: Kind) -> Read:
     def read(part: Part) -> tuple[MediaRef, Write]:
-        source = anthropic_source(part.node.get("source"), part)
-        path = f"{part.path}.source"
-        return reference(kind, path, source, part, part.node.get("source")), _write
+        holder = part.node.get("source")
+        source = anthropic_source(holder, part)
+        media_type = holder.get("media_type") if isinstance(holder, dict) else None
+        if kind == "video" or (kind == "file" and says_video(media_type)):
+            return video_reference("source", source, part, holder), _write
+        ref = reference(kind, f"{part.path}.source", source, part, holder)
+        if kind == "file":
+            ref.sampling = sampling_options(*given_options(VIDEO_OPTIONS, part, holder))
+        return ref, _write
 
     return read
 
@@ -101,7 +111,12 @@ def _lists(document: Mapping[str, Any]) -> Iterator[ContentList]:
             yield ContentList(at, content, role if isinstance(role, str) else None)
 
 
-_MEDIA: Mapping[str, Read] = {"image": _reader("image"), "document": _reader("file")}
+read_video = _reader("video")
+_MEDIA: Mapping[str, Read] = {
+    "image": _reader("image"),
+    "document": _reader("file"),
+    "video": read_video,
+}
 MESSAGES = Dialect(
     _lists,
     _MEDIA,

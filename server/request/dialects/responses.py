@@ -4,6 +4,7 @@
 | --- | --- |
 | `input_image` | `image_url`: a URL; or `file_id` |
 | `input_file` | `file_data`, `file_url` or `file_id` |
+| `input_video`, `video_url`, `video` | see `videos` |
 
 They stand in the `content` of messages in `input`, and in the `output` of tool calls.
 """
@@ -17,10 +18,9 @@ from server.request.dialects.base import (
     Part,
     Read,
     Write,
-    file_source,
-    reference,
 )
 from server.request.dialects.chat import read_image, type_of
+from server.request.dialects.videos import VIDEO_KEYS, file_reference, video_of
 from server.request.media import MediaRef
 
 _TEXTS = frozenset({
@@ -44,8 +44,12 @@ def _read_image(part: Part) -> tuple[MediaRef, Write]:
 
 
 def _read_file(part: Part) -> tuple[MediaRef, Write]:
-    source = file_source(part.node, part, part.path)
-    return reference("file", part.path, source, part), _write
+    return file_reference(None, part.node, part), _write
+
+
+def _read_video(part: Part) -> tuple[MediaRef, Write]:
+    """vLLM takes no videos here, so it gets an image, which the renderer turns into a video."""
+    return video_of(part), _write
 
 
 def _lists(document: Mapping[str, Any]) -> Iterator[ContentList]:
@@ -124,5 +128,6 @@ _MEDIA: Mapping[str, Read] = {
     "input_image": _read_image,
     "image_url": _read_image,
     "input_file": _read_file,
+    **dict.fromkeys(VIDEO_KEYS, _read_video),
 }
 RESPONSES = Dialect(_lists, _MEDIA, _TEXTS, type_of, complete=complete)

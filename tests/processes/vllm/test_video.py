@@ -30,6 +30,7 @@ from server.errors import (
     WorkerLost,
 )
 from server.imaging.containers import audio_container, refuse_references, video_container
+from server.imaging.video.pictures import pack
 from server.ingest.video import ClipDecoder, VideoJob, VideoOptions
 from server.settings import VideoSettings
 from server.workers.forkserver import Forkserver
@@ -399,7 +400,7 @@ def test_frames_sent_as_pictures_equal_vllms() -> None:
         text = ",".join(base64.b64encode(each).decode() for each in encoded)
         io = vllm_io(num_frames=8, fps=2, total_num_frames=20, frames_indices=[0, 10])
         theirs = io.load_base64("video/jpeg", text)
-        ours = await decoder().load_pictures(text.encode(), video_options(io))
+        ours = await decoder().load_pictures(pack(encoded), video_options(io))
         np.testing.assert_array_equal(ours.frames, theirs.media[0])
         assert ours.metadata == theirs.media[1]
 
@@ -473,9 +474,10 @@ def test_the_error_for_a_damaged_mp4_file_is_the_decoders() -> None:
     assert "refers" not in found.message
 
 
-@pytest.mark.parametrize("text", [b"", b"AAAA", b"!", base64.b64encode(clips.SDP), b"/9j/,AAAA"])
-def test_invalid_pictures_of_a_video_are_refused(text: bytes) -> None:
-    assert type(refusal(lambda decoder: decoder.load_pictures(text, OPTIONS))) is InvalidVideo
+@pytest.mark.parametrize("files", [[], [b""], [clips.SDP], [b"\xff\xd8\xff"]])
+def test_invalid_pictures_of_a_video_are_refused(files: list[bytes]) -> None:
+    refused = refusal(lambda decoder: decoder.load_pictures(pack(files), OPTIONS))
+    assert type(refused) is InvalidVideo
 
 
 @functools.cache

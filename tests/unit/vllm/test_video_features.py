@@ -1,11 +1,13 @@
 """Features of videos, from the file to vLLM's item, against vLLM's loader and processor."""
 
 import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from vllm.multimodal.media import ImageMediaIO, VideoMediaIO
@@ -79,16 +81,18 @@ def media_io(family: str, folder: Path) -> VideoMediaIO:
     return VideoMediaIO(ImageMediaIO(), **({"video_backend": loader} if loader else {}))
 
 
-def job(family: str, folder: Path, cap: int | None = None, **asked: Any) -> VideoJob:
-    head = header.read(FILE)
+def job(
+    family: str, folder: Path, cap: int | None = None, file: bytes = FILE, **asked: Any
+) -> VideoJob:
+    head = header.read(file)
     options = SamplingOptions(**asked)
     chosen = choose(head, media_io(family, folder), options)
-    video = EncodedVideo(FILE, digest(FILE), head, chosen, options, "messages[0].content[0]")
+    video = EncodedVideo(file, digest(file), head, chosen, options, "messages[0].content[0]")
     rule = video_rule(processor(family, folder), {})
     assert rule is not None
     allocation = rule.allocate(len(chosen.indices), *head.size, cap)
     context = RequestContext(Record())
-    return video_job(context, video, allocation, {}, b"model", 1 << 24)
+    return video_job(context, video, allocation, {}, b"model", 1 << 24, (255, 255, 255))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -138,6 +142,55 @@ def tokens_of(updates: processors.Updates) -> int:
     if content.is_embed is None:
         return len(content.full)
     return int(content.is_embed(content.full).sum())
+
+
+def seconds(family: str, folder: Path, work: VideoJob) -> list[float]:
+    """The times that the processor writes into the prompt."""
+    output = video_extractor._process(extractor(family, folder), work.work, work.video.data)
+    features = video_features._features(output, work.work.size)
+    _, updates = video_item(processor(family, folder), features, work)
+    text = processor(family, folder).info.get_tokenizer().decode(updates[0].content.full)
+    return [float(found) for found in re.findall(r"<([0-9.]+) seconds>", text)]
+
+
+def test_the_prompt_has_the_true_times_of_a_variable_rate(folder: Path) -> None:
+    """Two seconds at 20 frames a second, and four at 2."""
+    times = [*(index / 20 for index in range(40)), *(2 + index / 2 for index in range(8))]
+    file = encoded_videos.encode(encoded_videos.scene(48), times=times)
+    work = job("qwen3_vl", folder, file=file, num_frames=12)
+    shown = work.video.times(work.chosen.indices)
+    assert shown == pytest.approx([times[index] for index in work.chosen.indices])
+    middles = [(first + second) / 2 for first, second in zip(shown[::2], shown[1::2], strict=True)]
+    assert seconds("qwen3_vl", folder, work) == pytest.approx(middles, abs=0.051)
+    by_mean_rate = [index * 6 / 48 for index in work.chosen.indices]
+    assert np.abs(np.array(shown) - by_mean_rate).max() > 1
+
+
+@pytest.mark.parametrize("codec", ["h264", "vp9"])
+def test_a_constant_rate_is_told_as_by_vllm(folder: Path, codec: str) -> None:
+    """Matroska rounds times to milliseconds."""
+    container = "mp4" if codec == "h264" else "matroska"
+    times = [index * 1001 / 30_000 for index in range(90)]
+    file = encoded_videos.encode(encoded_videos.scene(90), codec, container, times=times)
+    work = job("qwen3_vl", folder, file=file)
+    assert work.chosen.metadata["frames_indices"] == list(work.chosen.indices)
+    assert work.chosen.metadata["fps"] == pytest.approx(29.97, abs=0.1)
+
+
+def test_features_of_another_size_than_planned_are_refused(folder: Path) -> None:
+    work = job("qwen3_vl", folder)
+    output = video_extractor._process(extractor("qwen3_vl", folder), work.work, FILE)
+    features = video_features._features(output, work.work.size)
+    grid = features.arrays(processors.tensor)["video_grid_thw"]  # over the shared memory
+    pairs, rows, columns = grid[0].tolist()
+    for other in ([pairs, columns, rows * 2], [-pairs, -rows, columns], [1 << 40, rows, columns]):
+        grid[0] = torch.tensor(other)
+        with pytest.raises(MediaProcessingFailed):
+            video_item(processor("qwen3_vl", folder), features, work)
+    grid[0] = torch.tensor([pairs, rows, columns])
+    del features.specs["video_grid_thw"]
+    with pytest.raises(MediaProcessingFailed):
+        video_item(processor("qwen3_vl", folder), features, work)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

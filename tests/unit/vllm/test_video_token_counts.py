@@ -105,7 +105,7 @@ def test_a_cap_takes_pixels_down_to_the_floor_and_then_frames() -> None:
 def test_a_video_of_extreme_shape_is_refused() -> None:
     for together in (False, True):
         with pytest.raises(ImageAspectRatio):
-            QwenVideoTokens(28, 1, 1 << 30, together).allocate(4, 28_000, 28)
+            QwenVideoTokens(28, 1, 1 << 30, together=together).allocate(4, 28_000, 28)
 
 
 def test_measured_tokens_keep_a_cap(checkpoints: Path) -> None:
