@@ -166,7 +166,7 @@ class PdfTooComplex(ClientError):
 
 
 class UnknownImage(ClientError):
-    """The part has only a uuid, and no image is known under it."""
+    """The part has only a uuid, and no image or video is known under it."""
 
     code = "unknown_image"
 

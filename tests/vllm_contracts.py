@@ -432,6 +432,18 @@ CONTRACTS = [
         ),
     ),
     Contract("multimodal.video", "VideoLoader._prepare_source", ("cls", "source")),
+    Contract(
+        "multimodal.media.video",
+        "VideoMediaIO.load_base64",
+        ("self", "media_type", "data"),
+        (
+            "data.split",
+            "load_frame(frame_data)",
+            '"frames_indices": frames_indices',
+            '"fps": fps',
+            '"duration": duration',
+        ),
+    ),
     # Other processes of vLLM.
     Contract(
         "v1.worker.worker_base", "WorkerWrapperBase.execute_model", ("self", "scheduler_output")

@@ -3,10 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from blake3 import blake3
-from cachetools import LRUCache
-
-from server.errors import ClientError, InvalidVideo, UnknownImage
+from server.errors import ClientError, InvalidVideo
 from server.imaging import header as image_headers
 from server.imaging.containers import has_video_container
 from server.imaging.encoded import digest
@@ -15,10 +12,6 @@ from server.imaging.video import header as headers
 from server.imaging.video.header import VideoHeader
 from server.imaging.video.limits import VideoLimits
 
-# The headers of videos that clients may name by uuid without sending them again: their times take
-# most of it.
-_REMEMBERED_BYTES = 32 << 20
-_ENTRY_BYTES = 1024
 _ANIMATED = ("GIF", "WEBP")
 
 
@@ -73,36 +66,3 @@ def _is_animated(picture: bytes) -> bool:
         return header.animated and header.format in _ANIMATED
     except ClientError as error:
         raise InvalidVideo(f"the picture sent as a video: {error.message}") from None
-
-
-class NamedVideos:
-    """The videos that were sent under a uuid, without their files.
-
-    A uuid names bytes that the same group has sent; it is never used as the key of a cache.
-    """
-
-    def __init__(self) -> None:
-        self._videos: LRUCache[bytes, LoadedVideo]
-        self._videos = LRUCache(_REMEMBERED_BYTES, getsizeof=_size_of)
-
-    def put(self, group: str, uuid: str, video: LoadedVideo) -> None:
-        """Remember the video that `uuid` names, unless its header is too large."""
-        named = LoadedVideo(b"", video.digest, video.header)
-        if _size_of(named) <= self._videos.maxsize:
-            self._videos[key_of(group, uuid)] = named
-
-    def get(self, group: str, uuid: str) -> LoadedVideo:
-        """Raises UnknownImage if `group` has sent nothing under `uuid`."""
-        video = self._videos.get(key_of(group, uuid))
-        if video is None:
-            raise UnknownImage("the part has no video, and its uuid is unknown")
-        return video
-
-
-def _size_of(video: LoadedVideo) -> int:
-    return _ENTRY_BYTES + video.header.times.nbytes
-
-
-def key_of(group: str, uuid: str) -> bytes:
-    """The key of a uuid, which may be long, in a group of API keys."""
-    return blake3(f"{group}\n{uuid}".encode()).digest()

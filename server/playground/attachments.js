@@ -42,6 +42,9 @@ export async function attach(file, name = file.name) {
  * be drawn on a canvas. */
 export const release = (attachment) => URL.revokeObjectURL(attachment.url);
 
+// Larger clips are sent once, with the question, and not before to count their tokens.
+const COUNTED_BYTES = 16 << 20;
+
 export const isSeen = (attachment) => attachment.kind === "image" || attachment.kind === "pdf";
 
 function dataUrl(blob) {
@@ -84,19 +87,33 @@ export async function partOf(attachment, choices) {
   return partWith(attachment, choices, attachment.data);
 }
 
-/** The answer of `/v1/images/tokens`, whose `data` is also in `rows`, a list for each attachment. */
+const isCounted = (each) => each.kind === "video" && each.blob.size <= COUNTED_BYTES;
+
+/** The answer of `/v1/images/tokens`, whose `data` is also in `rows`, a list for each attachment, and
+ * whose `videos` are in `clips`. Of some models, the tokens of clips are not known in advance. */
 export async function costsOf(attachments, choices, signal) {
-  const seen = attachments.filter(isSeen);
-  if (!seen.length) return null;
+  const clips = attachments.filter(isCounted);
+  if (!clips.length) return costs(attachments.filter(isSeen), [], choices, signal);
+  try {
+    return await costs(attachments.filter(isSeen), clips, choices, signal);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    return costs(attachments.filter(isSeen), [], choices, signal);
+  }
+}
+
+async function costs(seen, clips, choices, signal) {
+  if (!seen.length && !clips.length) return null;
   const body = { include_views: true };
   if (choices.budget) body.max_image_tokens = choices.budget;
-  if (seen.every((each) => each.kind === "image" && each.width)) {
+  if (!clips.length && seen.every((each) => each.kind === "image" && each.width)) {
     body.images = seen.map(({ width, height }) => ({ width, height, ...options(choices) }));
   } else {
-    const content = await Promise.all(seen.map((each) => partOf(each, choices)));
+    const content = await Promise.all([...seen, ...clips].map((each) => partOf(each, choices)));
     body.messages = [{ role: "user", content }];
   }
   const answer = await postJson("v1/images/tokens", body, signal);
+  answer.clips = new Map(clips.map((each, index) => [each.id, answer.videos[index]]));
   const left = [...answer.data];
   answer.rows = new Map();
   for (const each of seen) {

@@ -287,11 +287,7 @@ export class Composer {
     }
     for (const each of mine) {
       const rows = this.costs?.rows.get(each.id) ?? [];
-      each.costLabel.textContent = rows.length
-        ? plural(sum(rows, "tokens"), "token")
-        : each.kind === "video" || each.kind === "audio"
-          ? "counted when sent"
-          : "";
+      each.costLabel.textContent = priceOf(each, rows, this.costs?.clips.get(each.id));
       each.row = rows[0];
       each.rowCount = rows.length;
       this.on.price(each);
@@ -309,11 +305,11 @@ export class Composer {
       return;
     }
     const usage = this.costs?.usage;
-    this.cost.title = usage ? "Tokens of the pictures, and the KV cache that they will occupy" : "";
+    this.cost.title = usage ? "Tokens of the pictures and clips, and the KV cache that they will occupy" : "";
     this.cost.replaceChildren(
       ...(usage
         ? [
-            h("b", {}, plural(usage.image_tokens, "token")),
+            h("b", {}, plural(usage.image_tokens + (usage.video_tokens ?? 0), "token")),
             h("span", {}, ` · ${bytes(usage.kv_bytes)} of KV cache`),
           ]
         : []),
@@ -326,6 +322,12 @@ export class Composer {
       )
       .join("; ");
   }
+}
+
+function priceOf({ kind }, rows, clip) {
+  if (rows.length) return plural(sum(rows, "tokens"), "token");
+  if (clip) return `${plural(clip.tokens, "token")}, ${plural(clip.frames.length, "frame")}`;
+  return kind === "video" || kind === "audio" ? "counted when sent" : "";
 }
 
 const sum = (rows, name) => rows.reduce((total, row) => total + row[name], 0);

@@ -24,7 +24,7 @@ const HINTS = {
   none: "Choose a picture to see it as the model does.",
   image: "The browser cannot show this file, but the model sees it.",
   pdf: "The server draws the pages. This is the grid of the first.",
-  video: "The server picks the frames of a clip, and counts their tokens when it is sent.",
+  video: "The server picks the frames of a clip by the model's rule.",
   audio: "The model hears a sound, and its tokens are counted when it is sent.",
 };
 

@@ -303,7 +303,7 @@ def test_several_pictures_pages_and_clips(page: Page) -> None:
     page.get_by_role("button", name="Remove pages.pdf").click()
     page.get_by_role("button", name="New conversation").click()
     page.get_by_role("button", name="motion").click()
-    expect(page.locator(".tray")).to_contain_text("counted when sent")
+    expect(page.locator(".tray")).to_contain_text(re.compile(r"\d+ tokens, \d+ frames"))
     assert ask(page, "In which direction does the circle move?") == "right"
 
 
