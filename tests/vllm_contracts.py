@@ -437,11 +437,9 @@ CONTRACTS = [
         "VideoMediaIO.load_base64",
         ("self", "media_type", "data"),
         (
-            "data.split",
-            "load_frame(frame_data)",
-            '"frames_indices": frames_indices',
-            '"fps": fps',
-            '"duration": duration',
+            "np.asarray(load_frame(frame_data)) for frame_data in frame_parts",
+            "'fps': fps, 'duration': duration",
+            "'frames_indices': frames_indices",
         ),
     ),
     # Other processes of vLLM.

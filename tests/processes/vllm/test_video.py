@@ -557,6 +557,8 @@ def test_a_decoder_process_that_cannot_start_is_reported() -> None:
         ("fps", -3),
         ("fps", float("nan")),
         ("fps", "2"),
+        ("num_frames", 2049),
+        ("max_frames", 2049),
         ("max_frames", 0),
         ("frame_recovery", 1),
         ("backend", "gstreamer"),
@@ -568,14 +570,14 @@ def test_a_decoder_process_that_cannot_start_is_reported() -> None:
 )
 def test_options_out_of_range_are_refused(name: str, value: Any) -> None:
     with pytest.raises(ClientError) as refused:
-        check_options({name: value})
+        check_options({name: value}, 2048)
     assert refused.value.param == f"media_io_kwargs.video.{name}"
     assert "pydantic" not in refused.value.message
 
 
 def _is_accepted(options: dict[str, Any]) -> bool:
     try:
-        check_options(options)
+        check_options(options, 2048)
     except ClientError:
         return False
     return True
