@@ -177,7 +177,8 @@ def _with_videos(messages: Any) -> Any:
     """`messages` with parts of videos in the place of those images that are videos: vLLM takes none
     on some routes, and of a file only its bytes may tell that it is one."""
     context = requests.current()
-    if not any(ref.kind == "video" for ref in context.media):
+    has_videos = any(ref.kind == "video" for ref in context.media)
+    if not has_videos and context.retained is None:  # earlier turns may have some
         return messages
     return [
         {**message, "content": [_as_video(part, context) for part in content]}
