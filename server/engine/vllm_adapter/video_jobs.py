@@ -73,7 +73,7 @@ def video_job(
     kwargs: Mapping[str, Any],
     fingerprint: bytes,
     max_pixels: int,
-    background: tuple[int, int, int],
+    background: tuple[int, int, int] = _WHITE,
 ) -> VideoJob:
     """What a child process has to do for `video`. Its key is the hash of the file's bytes, of what
     is done with them, and of the model, prefixed with the group of the request."""

@@ -25,11 +25,11 @@ def of_pictures(data: bytes, max_pixels: int, background: Color) -> DecodeFrame:
 
 def of_animation(data: bytes, max_pixels: int, background: Color) -> DecodeFrame:
     """Decodes the frames of an animation, in ascending order."""
-    animation = OpenAnimation()
+    animation, file = OpenAnimation(), bytes(data)  # it may be a mapping of shared memory
 
     def frame(index: int) -> Image.Image:
         options = DecodeOptions("RGB", background, max_pixels, index)
-        return decode(data, options, animation=animation).image
+        return decode(file, options, animation=animation).image
 
     return frame
 

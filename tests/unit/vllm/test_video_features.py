@@ -92,7 +92,7 @@ def job(
     assert rule is not None
     allocation = rule.allocate(len(chosen.indices), *head.size, cap)
     context = RequestContext(Record())
-    return video_job(context, video, allocation, {}, b"model", 1 << 24, (255, 255, 255))
+    return video_job(context, video, allocation, {}, b"model", 1 << 24)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
