@@ -5,7 +5,7 @@ media are loaded already. Nothing else is loaded: a URL that reaches vLLM stood 
 belongs, and is refused.
 """
 
-from contextlib import suppress
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from blake3 import blake3
@@ -18,6 +18,7 @@ from vllm.multimodal.media import (
     MediaWithBytes,
     VideoMediaIO,
 )
+from vllm.multimodal.video import get_video_loader_backend_for_processor
 
 from server.concurrency import in_thread
 from server.engine.clips import check_options, video_options
@@ -93,16 +94,16 @@ class HandleConnector(MediaConnector):
         ref = _resolved(video_url).ref
         if self.encodes_videos:
             processor, most = given.get("video_processor"), self.max_shown_frames
-            with suppress(LoaderUnsupported):
+            try:
                 return await in_thread(encoded_video, ref, options, processor, most)
+            except LoaderUnsupported:
+                _check_own_loader(options, processor)
         self._check_uncapped(ref)
         return await super().fetch_video_async(video_url, **given) if ref.data else None
 
     def _check_uncapped(self, ref: MediaRef) -> None:
         """Refuse caps and options of a video that vLLM preprocesses, which knows none of them."""
         why = "which this model does not support"
-        if self.encodes_videos:
-            why = "which media_io_kwargs.video.video_backend does not support"
         if ref.sampling != SamplingOptions():
             raise ClientError(f"the part has options of a video, {why}", param=ref.path)
         if contexts.current().max_image_tokens is not None:
@@ -129,6 +130,15 @@ class HandleConnector(MediaConnector):
     ) -> Any:
         """Refused: vLLM's servers do not load media in a way that blocks them."""
         raise SaccadeError("media cannot be loaded in this way")
+
+
+def _check_own_loader(options: Mapping[str, Any], video_processor: str | None) -> None:
+    """Refuse a loader of another model that reads files itself: this model's processor takes not
+    all that it tells. Raises ClientError."""
+    asked = options.get("video_backend")
+    if asked not in (None, get_video_loader_backend_for_processor(video_processor)):
+        path = "media_io_kwargs.video.video_backend"
+        raise ClientError(f"{path} must be a loader that suits this model", param=path)
 
 
 async def _clip(clips: ClipDecoder, ref: MediaRef, media_io: MediaIO[Any]) -> Any:

@@ -51,13 +51,13 @@ def _process(extractor: ImageExtractor, job: VideoFeaturesJob, data: Data) -> Ou
         frames = _decoded(job, cast("bytes", data))
         decoded = time.perf_counter()
         outputs = extractor.video_features(frames, job.metadata, decode_kwargs(job.kwargs))
-    except MemoryError:
-        raise VideoTooLarge(
-            "the frames of the video take more memory than the limit allows"
-        ) from None
     except SaccadeError:
         raise
     except Exception as error:
+        if _ran_out(error):
+            raise VideoTooLarge(
+                "the frames of the video take more memory than the limit allows"
+            ) from None
         raise InvalidVideo("the model's processor cannot process this video") from error
     writer = ArrayWriter()
     specs = {name: describe(value, writer) for name, value in outputs.items()}
@@ -66,6 +66,11 @@ def _process(extractor: ImageExtractor, job: VideoFeaturesJob, data: Data) -> Ou
     preprocess_s = time.perf_counter() - decoded
     answer = VideoFeaturesAnswer(specs, decoded - started, preprocess_s)
     return Output(msgspec.msgpack.encode(answer), [buffer])
+
+
+def _ran_out(error: Exception) -> bool:
+    """Whether memory ran out; OpenCV and torch have no classes for it."""
+    return isinstance(error, MemoryError) or "memory" in str(error) or "allocate" in str(error)
 
 
 def _decoded(job: VideoFeaturesJob, data: bytes) -> npt.NDArray[np.uint8]:

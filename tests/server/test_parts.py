@@ -14,7 +14,17 @@ import pytest
 from tests import hostile_pdfs
 from tests.conftest import Origin, Server
 from tests.media import file_part, pdf
-from tests.pictures import data_url, encode, image_part, photo, shape, text_part, user
+from tests.pictures import (
+    data_url,
+    encode,
+    image_part,
+    photo,
+    series_url,
+    shape,
+    text_part,
+    user,
+    video_part,
+)
 from tests.scrape import FRESH
 
 MODEL = "saccade-tiny"
@@ -280,12 +290,11 @@ def test_a_picture_dropped_by_the_template_is_refused_with_its_param(http: httpx
     assert response.status_code == 200, response.text
 
 
-def test_a_processor_failure_is_refused_with_its_param(http: httpx.Client) -> None:
-    """This model takes no one-frame video; vLLM's error would show the arrays of the clip."""
-    frame = base64.b64encode(encode(photo((64, 64)), "JPEG")).decode()
-    clip = {"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{frame}"}}
+def test_a_frame_that_no_processor_takes_is_refused_with_its_param(http: httpx.Client) -> None:
+    clip = video_part(series_url(encode(photo((804, 4)), "JPEG")))
     error = refusal(post(http, CHAT, clip, WHAT))
     assert error["param"] == "messages[0].content[0].video_url"
+    assert error["code"] == "image_aspect_ratio"
 
 
 def test_json_escapes_in_keys_are_decoded(http: httpx.Client) -> None:

@@ -27,9 +27,6 @@ CLIP = encoded_videos.video("h264", "mp4", 75, (320, 240))  # 3 s
 OTHER = encoded_videos.video("vp9", "matroska", 50, (256, 256))
 
 
-BY_VLLM = {"media_io_kwargs": {"video": {"video_backend": "nemotron_vl"}}}
-
-
 def clip(data: bytes = CLIP, **options: Any) -> dict[str, Any]:
     return video_part(data_url(data, "video/mp4"), **options)
 
@@ -158,14 +155,6 @@ def refusal(http: httpx.Client, *parts: dict[str, Any], **more: Any) -> tuple[st
 
 
 PART = "messages[0].content[0]"
-
-
-def test_a_video_that_vllm_preprocesses_takes_neither_options_nor_caps(http: httpx.Client) -> None:
-    assert ask(http, clip(), WHAT, **BY_VLLM)["usage"]
-    options = refusal(http, clip(num_frames=2), **BY_VLLM)
-    assert options == ("invalid_request", f"{PART}.video_url")
-    budget = refusal(http, clip(), **BY_VLLM, max_image_tokens=500)
-    assert budget == ("invalid_request", "max_image_tokens")
 
 
 def test_caps_hold_for_a_named_video_and_for_pictures(http: httpx.Client) -> None:
