@@ -26,6 +26,7 @@ _ZMQ_POLL = os.path.join("zmq", "sugar", "poll.py")
 _COMMANDS = {
     "serve": "Serve a model (default: the embedded demo model) over the OpenAI API.",
     "run-batch": "Answer the requests in a file, without a server.",
+    "plan": "Tell what a model costs on a GPU: tokens, memory, times, cost of an image.",
     "demo": "Write sample pictures with questions, and ask a server about them.",
 }
 
@@ -43,6 +44,8 @@ def main(argv: list[str] | None = None) -> None:
             _serve(command, rest, is_whole=argv is None)
     elif command == "run-batch":
         _serve(command, rest, is_whole=argv is None)
+    elif command == "plan":
+        _plan(rest)
     elif command == "demo":
         from server.demo.command import main as demo
 
@@ -130,6 +133,23 @@ def _load_and_run(file: int, progress: Progress) -> int:
     template.prepare(file)
     command, argv = clean_start.take(file)
     return _run(argv, progress, command)
+
+
+def _plan(argv: list[str]) -> NoReturn:
+    """Print a plan; exit with status 1 if there is none, and 2 on invalid arguments."""
+    _quiet_libraries()
+    from server.errors import CannotPlan
+    from server.plan import run
+
+    status = 0
+    try:
+        run(argv)
+    except (OSError, CannotPlan) as error:
+        print(f"saccade plan: {error}", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        status = 130
+    _end(status)
 
 
 def _status(progress: Progress, work: Callable[[], int]) -> int:

@@ -414,6 +414,10 @@ class CannotStart(Exception):
     """The server cannot start with these settings on this machine or with this model."""
 
 
+class CannotPlan(Exception):
+    """The planner cannot tell what this model costs."""
+
+
 def error_classes(root: type[SaccadeError] = SaccadeError) -> Iterator[type[SaccadeError]]:
     """Yield every error class, each before its subclasses."""
     yield root

@@ -478,6 +478,38 @@ CONTRACTS = [
     Contract("v1.engine.output_processor", "RequestOutputCollector.put", ("self", "output")),
     Contract("v1.engine.output_processor", "RequestState.queue"),
     Contract("v1.core.encoder_cache_manager", "EncoderCacheManager.reset", ("self",)),
+    # The planner.
+    Contract(
+        "v1.core.kv_cache_utils",
+        "get_kv_cache_configs",
+        ("vllm_config", "kv_cache_specs", "available_memory"),
+    ),
+    Contract(
+        "v1.core.kv_cache_utils",
+        "get_max_concurrency_for_kv_cache_config",
+        ("vllm_config", "kv_cache_config"),
+    ),
+    Contract(
+        "v1.kv_cache_interface", "KVCacheSpec.max_memory_usage_bytes", ("self", "vllm_config")
+    ),
+    *_in("v1.kv_cache_interface", "KVCacheSpec.page_size_bytes"),
+    *_in("config.cache", "CacheConfig.kv_cache_layout"),
+    Contract("model_executor.model_loader.utils", "initialize_model", ("vllm_config",)),
+    Contract(
+        "model_executor.layers.attention_layer_base",
+        "AttentionLayerBase.get_kv_cache_spec",
+        ("self", "vllm_config"),
+    ),
+    Contract(
+        "distributed.parallel_state",
+        "init_distributed_environment",
+        ("world_size", "rank", "distributed_init_method", "local_rank", "backend"),
+    ),
+    Contract(
+        "distributed.parallel_state",
+        "ensure_model_parallel_initialized",
+        ("tensor_model_parallel_size", "pipeline_model_parallel_size"),
+    ),
 ]
 
 

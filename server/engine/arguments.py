@@ -2,7 +2,7 @@
 
 import os
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,21 +52,28 @@ _UNSUPPORTED = {
 _DESCRIPTIONS = {
     "serve": "Serve MODEL (default: the embedded demo model) over the OpenAI API.",
     "run-batch": "Answer the requests in a file with MODEL (default: the embedded demo model).",
+    "plan": "Tell what MODEL costs on a GPU, from its configuration alone.",
 }
+# The command whose flags MODEL takes.
+_FLAGS_OF = {"serve": "serve", "run-batch": "run-batch", "plan": "serve"}
 
 
-def parse(argv: Sequence[str], command: str = "serve") -> tuple[Namespace, Settings]:
+def parse(
+    argv: Sequence[str], command: str = "serve", add_flags: Callable[[Any], None] | None = None
+) -> tuple[Namespace, Settings]:
     """Parse the command line of a command into vLLM's arguments and Saccade's settings. Exits with
-    status 2 if they are invalid."""
+    status 2 if they are invalid. `add_flags` adds the command's own to a parser."""
     parser = FlexibleArgumentParser(  # type: ignore[no-untyped-call]
         prog=f"saccade {command}",
         usage=f"saccade {command} {_FILES.get(command, '')}[MODEL] [flags]",
-        description=f"{_DESCRIPTIONS[command]} Takes every flag of `vllm {command}`; list them "
-        "with --help=all, or a section with --help=ModelConfig.",
+        description=f"{_DESCRIPTIONS[command]} Takes every flag of `vllm {_FLAGS_OF[command]}`; "
+        "list them with --help=all, or a section with --help=ModelConfig.",
     )
     make_arg_parser(parser)
     if command == "run-batch":
         _add_batch_flags(parser)
+    if add_flags:
+        add_flags(parser)
     parser.set_defaults(model=None)
     config.add_flags(parser)
     args = parser.parse_args(list(argv))
@@ -95,7 +102,7 @@ def parse(argv: Sequence[str], command: str = "serve") -> tuple[Namespace, Setti
     # Each takes the event loop some time; vLLM allows 16384.
     os.environ.setdefault("VLLM_MAX_N_SEQUENCES", _MAX_CHOICES)
     _choose_model(args)
-    if current_platform.is_cpu():
+    if current_platform.is_cpu() and command != "plan":
         _fit_to_cpu(args, _flags_in(argv))
     try:
         validate_parsed_serve_args(args)

@@ -233,8 +233,12 @@ def costs_of(
 
 def patch_size(engine: "AsyncLLM") -> int | None:
     """The side of a patch of the vision encoder, in pixels; None if the configuration has none."""
-    vision = getattr(engine.model_config.hf_config, "vision_config", None)
-    found = getattr(vision, "patch_size", None)
+    return patch_side(getattr(engine.model_config.hf_config, "vision_config", None))
+
+
+def patch_side(vision_config: Any) -> int | None:
+    """The same, of the configuration of a vision encoder."""
+    found = getattr(vision_config, "patch_size", None)
     if isinstance(found, list | tuple):  # (height, width), which are equal
         found = found[0]
     return found if isinstance(found, int) else None

@@ -3,6 +3,9 @@
 import base64
 import importlib.util
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -399,3 +402,24 @@ def test_a_cap_below_the_models_minimum_stops_the_start_up(tmp_path: Path) -> No
     assert "cannot start" in done.stderr
     assert "at least 64 tokens for this image, and the cap is 5" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_plan_agrees_with_the_running_engine(http: httpx.Client, server: Server) -> None:
+    """Its requests at once are what vLLM computed for its longest request, and its image tokens
+    those of the API."""
+    info = re.search(r"^vllm:cache_config_info{(.*)} ", http.get("/metrics").text, re.M)
+    assert info is not None
+    engine = dict(re.findall(r'(\w+)="([^"]*)"', info[1]))
+    words = ["--gpu", "l4", "--dtype", "float32", "--block-size", engine["block_size"]]
+    length = int(http.get("/v1/models").json()["data"][0]["max_model_len"])
+    request = ["--image", "500x300", "--prompt", "1000", "--output", "1"]
+    answer = http.post("/v1/images/tokens", json={"images": [{"width": 500, "height": 300}]}).json()
+    tokens = answer["usage"]["prompt_tokens"]
+    request[-1] = str(length - tokens - 1000)
+    memory = ["--kv-cache-memory-bytes", str(1 << 30)]
+    command = [sys.executable, "-m", "server", "plan", *words, *request, *memory, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
+    plan = json.loads(done.stdout)["plans"][0]
+    assert plan["image_tokens"] == tokens
+    assert plan["tokens"] == length
+    assert plan["concurrency"] == pytest.approx(float(engine["kv_cache_max_concurrency"]), abs=1e-9)

@@ -9,11 +9,12 @@ SERVER = Path(__file__).parents[2] / "server"
 # From the top down; a package may import those below it.
 LAYERS = (
     ("cli", "clean_start", "__main__"),
-    ("run_batch",),
+    ("run_batch", "plan"),
     ("app", "supervisor", "scale"),
     ("http",),
     ("batches",),
     ("engine",),
+    ("planner",),
     ("ingest",),
     ("request",),
     ("workers",),
@@ -24,7 +25,7 @@ LAYERS = (
     ("concurrency", "scratch", "front_ends"),
     ("errors",),
 )
-BELOW_THE_ENGINE = ("batches", "ingest", "request", "workers", "imaging", "telemetry")
+BELOW_THE_ENGINE = ("batches", "planner", "ingest", "request", "workers", "imaging", "telemetry")
 
 
 @functools.cache
