@@ -135,8 +135,26 @@ def _load_and_run(file: int, progress: Progress) -> int:
     return _run(argv, progress, command)
 
 
-def _plan(argv: list[str]) -> NoReturn:
+def _show_flags_of_plan() -> None:
+    import argparse
+
+    from server.planner.flags import add_flags
+
+    parser = argparse.ArgumentParser(
+        prog="saccade plan",
+        usage="saccade plan [MODEL] --gpu NAME [flags]",
+        description="Tell what MODEL (default: the embedded demo model) costs on a GPU, from its "
+        "configuration alone. Takes every flag of `saccade serve` besides its own.",
+    )
+    add_flags(parser)
+    parser.print_help()
+
+
+def _plan(argv: list[str]) -> None:
     """Print a plan; exit with status 1 if there is none, and 2 on invalid arguments."""
+    if argv in (["-h"], ["--help"]):
+        _show_flags_of_plan()
+        return
     _quiet_libraries()
     from server.errors import CannotPlan
     from server.plan import run

@@ -31,7 +31,8 @@ _GPU_BLOCK = 16
 # The side of a patch, in pixels, where a configuration does not tell.
 _PATCH = 14
 _CHOSEN = ("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_top_k")
-_WIDTHS = ("hidden_size", "embed_dim", "width")
+# In Qwen2-VL, `hidden_size` is the width of what the encoder returns.
+_WIDTHS = ("embed_dim", "hidden_size", "width")
 _DEPTHS = ("num_hidden_layers", "depth", "layers", "num_layers")
 _FEED_FORWARD = ("intermediate_size", "mlp_dim")
 
@@ -78,7 +79,8 @@ def _config(args: Namespace) -> "VllmConfig":
     engine.kv_cache_dtype = "auto"
     engine.block_size = engine.block_size or _GPU_BLOCK
     engine.enforce_eager = True
-    return engine.create_engine_config()
+    config: VllmConfig = engine.create_engine_config()
+    return config
 
 
 def _token_rule(model: "ModelConfig") -> TokenRule | None:
@@ -113,12 +115,12 @@ def _language(
 ) -> Language:
     modules = [module for module in model.modules() if id(module) in inside]
     text, heads = config.model_config.hf_text_config, config.model_config
+    dtype: Any = heads.dtype  # resolved, though its type allows names
     embeddings = [module for module in modules if isinstance(module, VocabParallelEmbedding)]
     tables = [table for table in embeddings if not isinstance(table, ParallelLMHead)]
     heads_of_output = [table for table in embeddings if isinstance(table, ParallelLMHead)]
     separate = bool(heads_of_output) and not getattr(text, "tie_word_embeddings", False)
-    experts = _experts(model, inside, config.model_config)
-    active = _expert_macs(experts, heads.dtype.itemsize) if experts else 0
+    experts, active = _experts(model, inside, config.model_config)
     width = heads.get_num_attention_heads(config.parallel_config) * heads.get_head_size()
     output = heads_of_output or tables
     return Language(
@@ -130,7 +132,7 @@ def _language(
         hidden=heads.get_hidden_size(),
         intermediate=_number(text, ("moe_intermediate_size", *_FEED_FORWARD)),
         vocabulary=heads.get_vocab_size(),
-        itemsize=heads.dtype.itemsize,
+        itemsize=dtype.itemsize,
         experts=experts,
     )
 
@@ -145,11 +147,15 @@ def _attention(specs: dict[str, KVCacheSpec], width: int) -> tuple[Attention, ..
     return tuple(Attention(layers, width, window) for window, layers in windows.items())
 
 
-def _experts(model: nn.Module, inside: set[int], config: "ModelConfig") -> Experts | None:
+def _experts(
+    model: nn.Module, inside: set[int], config: "ModelConfig"
+) -> tuple[Experts | None, int]:
+    """The experts, and the multiplications of those that compute a token. (Of weights of 4 bits,
+    which lie two in a byte, half are counted.)"""
     count = config.get_num_experts()
     chosen = _number(config.hf_text_config, _CHOSEN)
     if not count or not chosen:
-        return None
+        return None, 0
     found = [
         parameter
         for name, module in model.named_modules()
@@ -158,12 +164,8 @@ def _experts(model: nn.Module, inside: set[int], config: "ModelConfig") -> Exper
         if parameter.dim() > 1 and parameter.shape[0] == count
     ]
     size = sum(parameter.numel() * parameter.element_size() for parameter in found)
-    return Experts(size, count, chosen) if size else None
-
-
-def _expert_macs(experts: Experts, itemsize: int) -> int:
-    """Those of the chosen experts; quantized weights count as fewer than they are."""
-    return experts.weight_bytes // itemsize * experts.chosen // experts.count
+    active = sum(parameter.numel() for parameter in found) * chosen // count
+    return (Experts(size, count, chosen), active) if size else (None, 0)
 
 
 # ---------------------------------------------------------------------- the vision encoder
@@ -200,12 +202,8 @@ def _encoder_attention(vision: Any) -> tuple[Attention, ...]:
     """All layers see all patches, but for those that a configuration like Qwen2.5-VL's limits to
     windows."""
     width, depth = _number(vision, _WIDTHS), _number(vision, _DEPTHS)
-    if vision is not None and getattr(vision, "embed_dim", 0):
-        width = int(vision.embed_dim)
-    window, whole = (
-        getattr(vision, "window_size", None),
-        getattr(vision, "fullatt_block_indexes", None),
-    )
+    window = getattr(vision, "window_size", None)
+    whole = getattr(vision, "fullatt_block_indexes", None)
     if not window or whole is None:
         return (Attention(depth, width),)
     inside = (window // (patch_side(vision) or _PATCH)) ** 2

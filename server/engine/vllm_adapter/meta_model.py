@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,8 +23,9 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 def build(config: VllmConfig) -> tuple[nn.Module, dict[str, KVCacheSpec]]:
     """The model of `config`, with its weights on the device "meta", and what each of its layers
     keeps in the KV cache. Needs a tensor-parallel size of 1."""
+    dtype: Any = config.model_config.dtype  # resolved, though its type allows names
     with _alone(config), torch.device("meta"):
-        with set_default_torch_dtype(config.model_config.dtype):
+        with set_default_torch_dtype(dtype):
             model = initialize_model(config)
         layers = get_layers_from_vllm_config(config, AttentionLayerBase)  # type: ignore[type-abstract]
         specs = {name: layer.get_kv_cache_spec(config) for name, layer in layers.items()}

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from server.engine.arguments import DEMO_MODEL, parse
 from server.engine.model_shape import PlannedModel, read
 from server.errors import CannotPlan
-from server.plan import _add_flags, plans
+from server.plan import plans
+from server.planner.flags import add_flags
 from server.planner.shape import Attention
 
 GIB, MIB, KIB = 1 << 30, 1 << 20, 1 << 10
@@ -39,7 +40,7 @@ def model(folder: Path, **changes: Any) -> Path:
 
 
 def asked(*words: object) -> Namespace:
-    args, _ = parse([*map(str, words), "--gpu", "h100"], "plan", _add_flags)
+    args, _ = parse([*map(str, words), "--gpu", "h100"], "plan", add_flags)
     return args
 
 
@@ -101,7 +102,7 @@ def test_the_demo_model_weighs_what_its_file_holds() -> None:
 
 def test_variants_of_a_request() -> None:
     words = (DEMO_MODEL, "--image", "640x480", "--images", "2", "--gpu", "l4", "--prompt", "20")
-    args, settings = parse([*map(str, words)], "plan", _add_flags)
+    args, settings = parse([*map(str, words)], "plan", add_flags)
     found = read(args)
     variants = dict(plans(found.shape, found.make_rule(), args, settings))
     whole = variants.pop("as asked")
@@ -116,13 +117,13 @@ def test_variants_of_a_request() -> None:
 
 
 def test_a_request_longer_than_the_model_is_refused() -> None:
-    args, settings = parse([str(DEMO_MODEL), "--gpu", "l4", "--prompt", "9000"], "plan", _add_flags)
+    args, settings = parse([str(DEMO_MODEL), "--gpu", "l4", "--prompt", "9000"], "plan", add_flags)
     with pytest.raises(CannotPlan, match="9,200 tokens, and the model takes 8,192"):
         plans(read(args).shape, None, args, settings)
 
 
 def test_a_text_model_takes_no_pictures(llama: PlannedModel) -> None:
-    args, settings = parse([str(DEMO_MODEL), "--gpu", "l4", "--image", "9x9"], "plan", _add_flags)
+    args, settings = parse([str(DEMO_MODEL), "--gpu", "l4", "--image", "9x9"], "plan", add_flags)
     with pytest.raises(CannotPlan, match="takes no pictures"):
         plans(llama.shape, llama.make_rule(), args, settings)
 
@@ -140,7 +141,7 @@ def test_wrong_arguments_are_named(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:
-        parse([str(DEMO_MODEL), *words], "plan", _add_flags)
+        parse([str(DEMO_MODEL), *words], "plan", add_flags)
     assert end.value.code == 2
     assert message in capsys.readouterr().err
 
