@@ -1,6 +1,7 @@
 """The documentation builds without warnings, loads nothing from other hosts, and shows commands
 that work."""
 
+import argparse
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import pytest
 import typer
 
 from saccade_client import cli
+from server.planner.flags import add_flags
 from tests.conftest import Server
 
 ROOT = Path(__file__).parents[2]
@@ -161,12 +163,19 @@ def test_quick_start_serve_commands_parse(parser: Any) -> None:
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
 def test_flags_named_on_a_page_exist(page: Path, parser: Any) -> None:
-    known = set(parser._option_string_actions) | FOREIGN_FLAGS | client_flags()
+    known = set(parser._option_string_actions) | FOREIGN_FLAGS | client_flags() | plan_flags()
     text = page.read_text()
     named = {flag for span in _INLINE_FLAGS.findall(text) for flag in _FLAG.findall(span)}
     for command in commands_of(text):
         named |= {word.partition("=")[0] for word in command if word.startswith("--")}
     assert named - known == set()
+
+
+def plan_flags() -> set[str]:
+    """The flags of `saccade plan` that are not of `saccade serve`."""
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    return set(parser._option_string_actions)
 
 
 def client_flags() -> set[str]:

@@ -414,7 +414,7 @@ def test_a_plan_agrees_with_the_running_engine(http: httpx.Client, server: Serve
     length = int(http.get("/v1/models").json()["data"][0]["max_model_len"])
     request = ["--image", "500x300", "--prompt", "1000", "--output", "1"]
     answer = http.post("/v1/images/tokens", json={"images": [{"width": 500, "height": 300}]}).json()
-    tokens = answer["usage"]["prompt_tokens"]
+    tokens = answer["data"][0]["prompt_tokens"]
     request[-1] = str(length - tokens - 1000)
     memory = ["--kv-cache-memory-bytes", str(1 << 30)]
     command = [sys.executable, "-m", "server", "plan", *words, *request, *memory, "--json"]
