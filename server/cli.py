@@ -19,6 +19,7 @@ from server.errors import CannotStart
 
 log = logging.getLogger("saccade")
 
+_STDOUT, _STDERR = 1, 2
 _REPEAT_S = 0.2
 _ZMQ_POLL = os.path.join("zmq", "sugar", "poll.py")
 
@@ -104,8 +105,13 @@ def _show_flags() -> None:
 def _serve(command: str, argv: list[str], *, is_whole: bool) -> None:
     """Serve until a signal, or answer the requests in a file; exit with status 2 on invalid
     arguments. `is_whole`: this process does nothing else, and may become a new program."""
+    _open_standard_files()
     progress = Progress()
     _interruptible()
+    _end(_status(progress, lambda: _begin(command, argv, progress, is_whole=is_whole)))
+
+
+def _begin(command: str, argv: list[str], progress: Progress, *, is_whole: bool) -> int:
     _quiet_libraries()
     os.environ.setdefault("OTEL_SERVICE_NAME", "saccade")
     # All metrics are in this process; this variable would make the library write them to files.
@@ -115,18 +121,18 @@ def _serve(command: str, argv: list[str], *, is_whole: bool) -> None:
         progress(f"Saccade {__version__}: loading vLLM")
     if is_whole and not is_help:
         clean_start.restart(command, argv, progress.started)
-    _end(_status(progress, lambda: _run(argv, progress, command)))
+    return _run(argv, progress, command)
 
 
 def resume(file: int, started: float) -> None:
     """Go on with `_serve` in the program of `clean_start`: `file` has what is secret."""
     progress = Progress(started)
     _interruptible()
-    clean_start.begin()
     _end(_status(progress, lambda: _load_and_run(file, progress)))
 
 
 def _load_and_run(file: int, progress: Progress) -> int:
+    clean_start.begin()
     _load()
     from server.workers import template
 
@@ -197,6 +203,16 @@ def _end(status: int) -> NoReturn:
         with contextlib.suppress(OSError):  # the disk with the log is full
             stream.flush()
     os._exit(status)
+
+
+def _open_standard_files() -> None:
+    """Open those that are closed. Other files would get their descriptors, perhaps a client's
+    connection, and with it what libraries print."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    sys.stdout = sys.stdout or open(_STDOUT, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(_STDERR, "w", closefd=False)  # noqa: SIM115
 
 
 def _quiet_libraries() -> None:

@@ -32,6 +32,39 @@ def test_an_interrupted_start_does_not_wait_for_threads() -> None:
     assert "stopped during start-up" in ended.stderr
 
 
+def test_a_signal_while_the_server_becomes_another_program_stops_the_start() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "server", "serve", "--port", "0"], stderr=subprocess.PIPE, text=True
+    )
+    with process:
+        assert process.stderr is not None
+        assert "loading vLLM" in process.stderr.readline()
+        process.terminate()
+        errors = process.stderr.read()
+    assert "Traceback" not in errors
+    assert "stopped during start-up" in errors
+    assert process.returncode == 130
+
+
+OPENS_A_FILE = """
+import os, sys
+from server import cli
+
+cli._open_standard_files()
+file = os.open("/", os.O_RDONLY)
+print("lost", file=sys.stderr)
+print(file > 2)
+for fd in (0, 2):
+    print(os.readlink(f"/proc/self/fd/{fd}"), os.get_inheritable(fd))
+"""
+
+
+def test_standard_files_that_are_closed_are_opened() -> None:
+    command = ["sh", "-c", 'exec "$0" -c "$1" <&- 2>&-', sys.executable, OPENS_A_FILE]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60)
+    assert done.stdout == "True\n/dev/null True\n/dev/null True\n"
+
+
 # What a command line imports: {words: modules that would make it slow}.
 LIGHT = {
     "--version": "typer|pydantic|httpx|vllm|torch",
