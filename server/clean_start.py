@@ -14,6 +14,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -39,7 +40,7 @@ def restart(command: str, words: Sequence[str], started: float) -> None:
     Signals that stop the start are blocked until `begin`.
     """
     variables = environment.for_imports(os.environ)
-    if variables is None or not _is_for_cpu():
+    if variables is None or _is_watched() or not _is_for_cpu():
         return
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     with contextlib.suppress(OSError), os.fdopen(_memory_file(), "wb") as file:
@@ -63,6 +64,13 @@ def restart(command: str, words: Sequence[str], started: float) -> None:
 
 def _memory_file() -> int:
     return os.memfd_create("saccade-start", 0)  # stays open in the next program
+
+
+def _is_watched() -> bool:
+    """Whether something else is in this process that the next program would lack, such as a
+    debugger, a profiler or an agent for tracing."""
+    is_traced = sys.gettrace() is not None or sys.getprofile() is not None
+    return is_traced or threading.active_count() > 1
 
 
 def _is_for_cpu() -> bool:

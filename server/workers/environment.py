@@ -70,6 +70,45 @@ _SECRET = re.compile(r"(?:^|_)(?:AUTH|CREDENTIALS?|KEYS?|PASS|PASSWORD|SECRETS?|
 # is imported, and a process for untrusted files gets other values.
 _OF_HUB = frozenset({"HF_TOKEN_PATH", "HF_HUB_DISABLE_IMPLICIT_TOKEN"})
 _NO_TOKEN = {"HF_TOKEN_PATH": "/dev/null", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
+# What else libraries read when they are imported, or when a program begins, and may matter to the
+# server: certificates, switches, and the places of files.
+_READ_AT_START = frozenset(
+    (
+        "CC",
+        "CXX",
+        "DISABLE_TELEMETRY",
+        "DO_NOT_TRACK",
+        "HUGGINGFACE_ASSETS_CACHE",
+        "HUGGINGFACE_CO_STAGING",
+        "HUGGINGFACE_HUB_CACHE",
+        "LD_AUDIT",
+        "LD_BIND_NOW",
+        "OPENSSL_CONF",
+        "OPENSSL_FORCE_FIPS_MODE",
+        "OPENSSL_MODULES",
+        "OTEL_PROPAGATORS",
+        "OTEL_PYTHON_CONTEXT",
+        "SSLKEYLOGFILE",
+        "SSL_CERT_DIR",
+        "SSL_CERT_FILE",
+        "THP_MEM_ALLOC_ENABLE",
+    )
+)
+_PREFIXES_AT_START = (
+    "GRPC_",
+    "KINETO_",
+    "MIMALLOC_",
+    "MKLDNN_",
+    "NUMPY_",
+    "PILLOW_",
+    "PROMETHEUS_",
+    "PYDANTIC_",
+    "RAY_",
+    "RUST_",
+    "TCMALLOC_",
+    "TRITON_",
+)
+_LIMIT_OF_SPANS = re.compile(r"OTEL_(?:[A-Z]+_)*LIMIT")
 # Secrets that no library reads when it is imported.
 _READ_LATER = frozenset({"HF_TOKEN", "VLLM_API_KEY"})
 
@@ -86,7 +125,7 @@ def for_imports(variables: Mapping[str, str]) -> dict[str, str] | None:
     may be secret that a library may read when it is imported."""
     kept = {}
     for name, value in variables.items():
-        if name in _OF_HUB or _is_passed(name, value):
+        if name in _OF_HUB or _is_passed(name, value) or _is_read_at_start(name, value):
             kept[name] = value
         elif name.startswith(_PREFIXES) and name not in _READ_LATER:
             return None
@@ -106,6 +145,16 @@ def become_without_secrets(variables: Mapping[str, str]) -> None:
 def _is_passed(name: str, value: str) -> bool:
     if name in _NAMES:
         return True
+    return name.startswith(_PREFIXES) and not _may_be_secret(name, value)
+
+
+def _is_read_at_start(name: str, value: str) -> bool:
+    if name in _READ_AT_START or _LIMIT_OF_SPANS.fullmatch(name):
+        return True
+    return name.startswith(_PREFIXES_AT_START) and not _may_be_secret(name, value)
+
+
+def _may_be_secret(name: str, value: str) -> bool:
     # A URL may contain a password: scheme://user:password@host.
     has_password = "://" in value and "@" in value
-    return name.startswith(_PREFIXES) and not _SECRET.search(name) and not has_password
+    return has_password or _SECRET.search(name) is not None

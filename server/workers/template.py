@@ -164,8 +164,11 @@ def _fork(control: socket.socket, fds: list[int]) -> None:
         with contextlib.suppress(OSError):  # an old kernel, or a container without
             files.append(os.pidfd_open(pid))
             opened.callback(os.close, files[-1])
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(answer)) as connection:
-            socket.send_fds(connection, [str(pid).encode()], files)
+        try:
+            with socket.socket(fileno=os.dup(answer)) as connection:
+                socket.send_fds(connection, [str(pid).encode()], files)
+        except OSError:  # the server has another forkserver by now
+            os.kill(pid, signal.SIGKILL)
 
 
 def _become(control: int, start_file: int, parent: int) -> NoReturn:

@@ -141,6 +141,26 @@ def test_a_template_that_cannot_answer_is_not_waited_for(monkeypatch: pytest.Mon
         assert template.start(None, control) is None
 
 
+def test_a_forkserver_that_comes_too_late_is_killed() -> None:
+    def forkservers() -> list[int]:
+        template.prepare()
+        (above,) = psutil.Process().children()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        above.suspend()
+        template._ANSWER_TIMEOUT_S = 0.1
+        assert template.start(None, theirs) is None
+        above.resume()
+        template._ANSWER_TIMEOUT_S = 30.0
+        second = template.start(None, theirs)
+        assert second is not None
+        late = [each for each in above.children() if each.pid != second.pid]
+        left = [each.pid for each in late if not has_ended(each)]
+        ours.close()
+        return left
+
+    assert in_fork(forkservers) == []
+
+
 def test_a_fork_for_untrusted_files_does_not_read_the_token_of_the_hub(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("hf_stored")
 
@@ -161,6 +181,40 @@ def test_a_fork_for_untrusted_files_does_not_read_the_token_of_the_hub(tmp_path:
 )
 def test_variables_that_imports_may_read_are_not_withheld(variables: dict[str, str]) -> None:
     assert environment.for_imports({"PATH": "/bin", **variables}) is None
+
+
+def test_what_imports_read_is_there_without_secrets() -> None:
+    read = {
+        "SSL_CERT_FILE": "/etc/own-ca.pem",
+        "OPENSSL_CONF": "/etc/fips.cnf",
+        "HUGGINGFACE_HUB_CACHE": "/models",
+        "DO_NOT_TRACK": "1",
+        "PROMETHEUS_DISABLE_CREATED_SERIES": "true",
+        "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT": "8",
+    }
+    secret = {
+        "OTEL_EXPORTER_OTLP_HEADERS": "authorization=a",
+        "RAY_REDIS_PASSWORD": "b",
+        "PROMETHEUS_URL": "http://user:c@host",
+    }
+    assert environment.for_imports(read | secret) == read
+
+
+# A thread that is not in the next program, such as an agent's.
+WITH_A_THREAD = """
+import threading
+from server import clean_start
+
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+clean_start.restart("serve", ["--no-such-flag"], 0.0)
+print("goes on")
+"""
+
+
+def test_a_process_in_which_something_else_runs_is_not_replaced() -> None:
+    command = [sys.executable, "-c", WITH_A_THREAD]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "goes on\n"
 
 
 def test_secrets_that_no_import_reads_are_withheld() -> None:
