@@ -80,9 +80,10 @@ class ServerState(uvicorn.server.ServerState):
             connection.loop.call_later(_LINGER_PAUSE_S, self._read_next)
 
     def _read_next(self) -> None:
-        connection = self._paused.popleft()
-        connection.read_on()
-        self._is_reading = bool(self._paused)
+        self._is_reading = False
+        while self._paused and not self._is_reading:
+            connection = self._paused.popleft()
+            self._is_reading = connection.read_on()  # else it is closed, and another's turn
         if self._is_reading:
             connection.loop.call_later(_LINGER_PAUSE_S, self._read_next)
 
@@ -243,10 +244,12 @@ class Connection(HttpToolsProtocol):
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
 
-    def read_on(self) -> None:
-        """Read from the connection again, unless it is closed."""
-        if not self.transport.is_closing():
-            self.transport.resume_reading()
+    def read_on(self) -> bool:
+        """Read from the connection again, unless it is closed; returns whether it is not."""
+        if self.transport.is_closing():
+            return False
+        self.transport.resume_reading()
+        return True
 
     def check(self, now: float) -> None:
         """Close the connection if its client is too slow. `now` is the time of the event loop."""

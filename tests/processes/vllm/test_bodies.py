@@ -22,7 +22,7 @@ from starlette.types import ASGIApp
 
 from server.concurrency import Turns
 from server.errors import BodyMemoryFull
-from server.http import headers
+from server.http import headers, protocol
 from server.http.body import BodyReader
 from server.http.byte_budget import ByteBudget
 from server.http.head_check import HeadCheck
@@ -269,6 +269,32 @@ def test_a_refusal_by_the_head_has_the_shape_of_its_api(refusing: int) -> None:
 REFUSED_WITH_ITS_BODY = post_head(150_000) + bytes(150_000)
 
 
+@pytest.fixture
+def states(monkeypatch: pytest.MonkeyPatch) -> list[ServerState]:
+    """What the connections of a server share, once for each connection."""
+    found: list[ServerState] = []
+    made = Connection.connection_made
+
+    def noted(self: Connection, transport: Any) -> None:
+        found.append(self.server_state)
+        made(self, transport)
+
+    monkeypatch.setattr(Connection, "connection_made", noted)
+    return found
+
+
+def test_refused_connections_are_forgotten_when_they_are_closed(
+    states: list[ServerState], refusing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "_LINGER_PAUSE_S", 0.5)
+    monkeypatch.setattr(protocol, "_LINGER_S", 0.1)
+    for _ in range(100):
+        with begun(refusing, 3 * MIB) as client:
+            assert answer(client)[0] == 503
+    until(lambda: states[0].lingering == 0)
+    until(lambda: not states[0]._paused)  # one after the other would take most of a minute
+
+
 @pytest.mark.parametrize(
     "sent",
     [
@@ -279,16 +305,8 @@ REFUSED_WITH_ITS_BODY = post_head(150_000) + bytes(150_000)
         + bytes(150_000),
     ],
 )
-def test_a_connection_is_refused_once(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_connection_is_refused_once(sent: bytes, states: list[ServerState]) -> None:
     """Whatever comes with the request that is refused by its head."""
-    states: list[ServerState] = []
-    made = Connection.connection_made
-
-    def noted(self: Connection, transport: Any) -> None:
-        states.append(self.server_state)
-        made(self, transport)
-
-    monkeypatch.setattr(Connection, "connection_made", noted)
     budget = ByteBudget(4 * MIB, PATIENCE_S)
     with (
         serving(app_of(budget), SETTINGS, budget) as port,
