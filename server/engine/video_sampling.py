@@ -26,6 +26,8 @@ logger = init_logger(__name__)
 
 # What vLLM's loaders raise for videos and options that they do not take.
 _REFUSALS = (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError)
+# Moments at which a loader looks for a frame. Some step through all of them, in Python.
+_MOST_MOMENTS = 1 << 20
 # A processor computes times as if all frames took equally long. If one is then off by more than
 # this, in seconds, it is told numbers of thousandths of a second in the place of frames.
 _MOST_OFF_S = 0.01
@@ -116,7 +118,8 @@ def choose(header: VideoHeader, io: VideoMediaIO, asked: SamplingOptions) -> Cho
     as the request asks for them.
 
     Raises:
-        ClientError: no frame is shown between `start` and `end`, or the loader refuses the options.
+        ClientError: no frame is shown between `start` and `end`, the loader refuses the options, or
+            it would look for far more frames than there are.
         InvalidVideo: the loader takes no frame.
         LoaderUnsupported
     """
@@ -124,8 +127,13 @@ def choose(header: VideoHeader, io: VideoMediaIO, asked: SamplingOptions) -> Cho
     if last <= first:
         raise ClientError("the video has no frame between start and end")
     num_frames, options = _options(io, asked)
+    source = _source(header, last - first)
+    if (options.get("fps") or 0) * source.duration > _MOST_MOMENTS:
+        raise ClientError(
+            f"fps asks for more than {_MOST_MOMENTS} moments of the video, which is the limit"
+        )
     try:
-        found, told = loaded(io.video_loader, _source(header, last - first), num_frames, options)
+        found, told = loaded(io.video_loader, source, num_frames, options)
     except _REFUSALS as error:
         logger.debug("the loader refused a video", exc_info=error)
         raise ClientError("the video cannot be sampled with these options") from None

@@ -33,6 +33,7 @@ from server.ingest.named import NamedImages, NamedVideos
 from server.ingest.sources import SourceReader
 from server.ingest.videos import LoadedVideo, is_video, of_file, of_pictures
 from server.request import payloads
+from server.request.budgets import Item
 from server.request.context import RequestContext
 from server.request.media import (
     Inline,
@@ -199,17 +200,30 @@ class MediaLoader:
         try:
             if isinstance(source, Pictures):
                 pictures = await self._pictures(source.frames, context)
-            elif (listed := await self._sources.listed(single(ref), context, most)) is not None:
-                pictures = listed
             else:
-                pictures = [await self._sources.read(single(ref), context, most)]
+                pictures = await self._listed_or_file(single(ref), context)
         except ImageTooLarge:
             raise _too_large("video", most) from None
         if len(pictures) == 1 and not isinstance(source, Pictures):
             loaded = await in_thread(of_file, pictures[0], limits)
         else:
-            loaded = await in_thread(of_pictures, pictures, limits)
+            loaded = await self._packed(pictures, context)
         self._place(ref, loaded, context)
+
+    async def _listed_or_file(self, source: Single, context: RequestContext) -> list[bytes]:
+        """The pictures that are listed in the text of `source`; or else its file alone."""
+        most, pictures = self._limits.max_clip_bytes, self._limits.max_shown_frames
+        listed = await self._sources.listed(source, context, most, pictures)
+        return [await self._sources.read(source, context, most)] if listed is None else listed
+
+    async def _packed(self, pictures: list[bytes], context: RequestContext) -> LoadedVideo:
+        """The video of these pictures, which are in memory twice for a moment."""
+        nbytes = sum(map(len, pictures))
+        await context.holdings.take(Item.FILES, nbytes)
+        try:
+            return await in_thread(of_pictures, pictures, self._limits.video)
+        finally:
+            context.holdings.note(Item.FILES, -nbytes)
 
     def _place(self, ref: MediaRef, video: LoadedVideo, context: RequestContext) -> None:
         ref.data, ref.digest, ref.video = video.data, video.digest, video.header

@@ -52,15 +52,15 @@ class SourceReader:
         return data
 
     async def listed(
-        self, source: Single, context: RequestContext, most: int
+        self, source: Single, context: RequestContext, most: int, most_pictures: int
     ) -> list[bytes] | None:
         """The pictures that are listed in the text of `source`, of at most `most` bytes together;
-        None if it has no such list. Raises as `read` does."""
+        None if it has no such list. Raises as `read` does, and TooManyImages."""
         if not isinstance(source, Inline):
             return None
         held = _Held(context, len(source.text))
         await context.holdings.take(Item.FILES, held.nbytes)
-        found = await in_thread(payloads.pictures, source.text, most)
+        found = await in_thread(payloads.pictures, source.text, most, most_pictures)
         held.become(sum(map(len, found or ())))
         return found
 

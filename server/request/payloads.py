@@ -10,13 +10,14 @@ it stands where no media belongs, is put back.
 import re
 import secrets
 from collections.abc import Iterator
+from itertools import islice, pairwise
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
 import msgspec
 import pybase64
 
-from server.errors import ClientError, ImageTooLarge, InvalidImageUrl
+from server.errors import ClientError, ImageTooLarge, InvalidImageUrl, TooManyImages
 from server.imaging.containers import holds_pictures
 
 # Shorter payloads stay where they are: parsing them costs less than taking them out.
@@ -35,6 +36,7 @@ _TOKEN_PREFIX = "saccade-payload-"  # noqa: S105 - not a secret
 _MAX_HEADER_BYTES = 512
 # JSON escapes that may stand inside of base64: line breaks, tabs and slashes.
 _OTHER_ESCAPE = re.compile(rb"\\[^nrt/]")
+_COMMA = re.compile(b",")
 _BLANKS = b" \t\r\n\f\v"
 _STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
 _UTF8_BOM = b"\xef\xbb\xbf"
@@ -170,24 +172,28 @@ def decode(text: str | memoryview, max_bytes: int) -> bytes:
         return _bounded(_decoded_leniently(bytes(raw), text), max_bytes)
 
 
-def pictures(text: str | memoryview, max_bytes: int) -> list[bytes] | None:
+def pictures(text: str | memoryview, max_bytes: int, most: int) -> list[bytes] | None:
     """The pictures that a video is sent as, in base64 with commas between them; None if `text` is
     anything else.
 
     Raises:
         InvalidImageUrl: it is neither a `data:` URL nor base64.
         ImageTooLarge: more than `max_bytes` in all.
+        TooManyImages: more than `most` pictures.
     """
     raw = _ascii(text)
     if bytes(raw[:5]).lower() == b"data:":
         _, raw = _split(raw)
-    if not holds_pictures(raw):
+    if not holds_pictures(_unescaped(bytes(raw[:_MAX_HEADER_BYTES]), text)):
         return None
     if len(raw) // 4 * 3 > 2 * max_bytes + 2:
         raise _too_large(max_bytes)
+    commas = [match.start() for match in islice(_COMMA.finditer(raw), most)]
+    if len(commas) == most:
+        raise TooManyImages(f"the video has more than {most} pictures, which is the limit")
     found = []
-    for piece in _unescaped(bytes(raw), text).split(b","):
-        found.append(decode(memoryview(piece), max_bytes))
+    for start, end in pairwise((-1, *commas, len(raw))):
+        found.append(decode(raw[start + 1 : end], max_bytes))
         max_bytes -= len(found[-1])
     return found
 

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from server.ingest.expand import Expander
 from server.ingest.fetch import Fetcher, FetchSettings
 from server.ingest.load import MediaLoader
 from server.request import payloads
+from server.request.budgets import Budgets, Holdings, Item, Resource
 from server.request.context import RequestContext
 from server.telemetry.record import Record
 from tests import pictures
@@ -292,6 +294,29 @@ def test_a_named_video_is_known_without_its_file_in_its_group() -> None:
     other.record.key_group = "other"
     with pytest.raises(UnknownImage):
         asyncio.run(loader.load(other))
+
+
+class Peak(Budgets):
+    """Notes the most memory that was held at a time."""
+
+    most = 0
+
+    def add(self, item: Item, amount: int) -> None:
+        super().add(item, amount)
+        self.most = max(self.most, self.held[Resource.MEDIA])
+
+
+def test_the_memory_for_the_pictures_of_a_video_is_held_while_they_are_joined() -> None:
+    budgets = Peak({Resource.MEDIA: 1 << 20, Resource.IMAGE_TOKENS: 0}, 1.0)
+    files = [pictures.encode(pictures.shape(color), "JPEG") for color in ("red", "blue")]
+    series = [pictures.data_url(file, "image/jpeg") for file in files]
+    context = read(chat({"type": "video", "video": series})).context
+    permit: Any = SimpleNamespace(holdings=Holdings(budgets))
+    context.permit = permit
+    asyncio.run(media_loader().load(context))
+    nbytes = sum(map(len, files))
+    assert budgets.held[Resource.MEDIA] == nbytes
+    assert budgets.most >= 2 * nbytes
 
 
 @pytest.mark.parametrize(

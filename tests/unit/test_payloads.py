@@ -6,7 +6,7 @@ from urllib.parse import quote, quote_from_bytes
 
 import pytest
 
-from server.errors import ImageTooLarge, InvalidImageUrl
+from server.errors import ImageTooLarge, InvalidImageUrl, TooManyImages
 from server.request import payloads
 
 # With characters that differ between the alphabets.
@@ -104,3 +104,17 @@ def test_a_payload_over_the_limit_is_refused(text: str) -> None:
         payloads.decode(text, 1000)
     with pytest.raises(ImageTooLarge):
         payloads.decode(text, len(DATA) - 1)
+
+
+def test_pictures_of_a_video_stand_in_one_text() -> None:
+    pictures = [b"\xff\xd8\xff" + bytes([number]) * 30 for number in range(4)]
+    listed = ",".join(base64.b64encode(picture).decode() for picture in pictures)
+    for text in (listed, "data:video/jpeg;base64," + listed):
+        assert payloads.pictures(text, LIMIT, 4) == pictures
+        escaped = memoryview(text.replace("/", "\\/").encode())  # as it stands in JSON
+        assert payloads.pictures(escaped, LIMIT, 4) == pictures
+        with pytest.raises(TooManyImages, match="more than 3 pictures"):
+            payloads.pictures(text, LIMIT, 3)
+        with pytest.raises(ImageTooLarge):
+            payloads.pictures(text, sum(map(len, pictures)) - 1, 4)
+    assert payloads.pictures(B64, LIMIT, 4) is None

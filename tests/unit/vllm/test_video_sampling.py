@@ -82,6 +82,13 @@ def chosen(frames: int, rate: float, name: str = "qwen3_vl", **asked: Any) -> Ch
     return choose(header(frames, rate), loader(name), SamplingOptions(**asked))
 
 
+def test_a_rate_at_which_a_loader_would_step_through_millions_of_moments_is_refused() -> None:
+    long, options = header(7200, 2.0), {"fps": 10_000, "max_duration": 10_000}
+    with pytest.raises(ClientError, match="fps asks for more than 1048576 moments"):
+        choose(long, loader("opencv_dynamic", **options), ASKED)
+    assert choose(long, loader("opencv_dynamic", fps=200, max_duration=10_000), ASKED).indices
+
+
 def test_a_request_sets_the_rate_of_the_models_rule() -> None:
     assert chosen(80, 8).indices == chosen(80, 8, fps=2.0).indices
     assert len(chosen(80, 8, fps=4.0).indices) == 40
