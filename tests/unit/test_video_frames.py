@@ -22,6 +22,7 @@ CLIPS: dict[str, dict[str, Any]] = {
     "H.264 in Matroska": {"container": "matroska"},
     "H.264 with closed groups": {"options": {"x264-params": GOPS.format(0)}},
     "H.264 with open groups": {"options": {"x264-params": GOPS.format(1)}},
+    "H.264 refreshed piece by piece": {"options": {"x264-params": "intra-refresh=1:keyint=8"}},
     "H.264 in fragments": {
         "muxing": {"movflags": "frag_keyframe+empty_moov"},
         "options": {"g": "7"},

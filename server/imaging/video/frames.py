@@ -110,7 +110,7 @@ def _frames(
 def _decoded(
     context: av.VideoCodecContext, data: bytes, track: Track, wanted: frozenset[int]
 ) -> Iterator[tuple[int, av.VideoFrame]]:
-    for first, last in references.spans(track, wanted):
+    for first, last in references.spans(data, track, wanted):
         for sample, whole in references.needed(data, track, first, last, wanted):
             if track.codec != "av1":  # dav1d takes this only once
                 context.skip_frame = "DEFAULT" if whole else "NONREF"

@@ -21,6 +21,11 @@ _MAX_UNITS = 64
 # Types of units that belong to the picture alone. H.264: slices (but none of a key picture),
 # delimiters and filling; H.265: slices, delimiters and filling.
 _AVC_SLICES, _AVC_OTHERS = range(1, 5), (9, 12)
+_AVC_SLICE = 1
+# Types of slices without references, modulo 5.
+_AVC_INTRA = (2, 4)
+# Of a unit, for its type and the first two numbers of a slice.
+_HEAD_BYTES = 8
 _HEVC_SLICES, _HEVC_OTHERS = range(10), (35, 38)
 
 
@@ -34,9 +39,11 @@ class _Picture:
     is_alone: bool = False
 
 
-def spans(track: Track, wanted: Collection[int]) -> list[tuple[int, int]]:
+def spans(data: bytes, track: Track, wanted: Collection[int]) -> list[tuple[int, int]]:
     """Ranges of samples to decode, (first, last), each from a keyframe to a wanted sample."""
     keyframes = np.flatnonzero(track.samples.keyframes)
+    if track.codec == "h264":
+        keyframes = keyframes[[not _refreshes(data, track, int(each)) for each in keyframes]]
     shown = _shown(track)
     found: list[tuple[int, int]] = []
     for sample in sorted(wanted):
@@ -49,6 +56,27 @@ def spans(track: Track, wanted: Collection[int]) -> list[tuple[int, int]]:
             first = min(first, found.pop()[0])
         found.append((first, sample))
     return found
+
+
+def _refreshes(data: bytes, track: Track, sample: int) -> bool:
+    """Whether a keyframe of H.264 is none, but the frame from which on the picture is refreshed
+    piece by piece: its slices refer to earlier frames."""
+    heads = _heads(data, track, sample, 4)
+    kinds = [_slice_type(head[1:]) for head in heads if head[0] & 31 == _AVC_SLICE]
+    return any(kind is not None and kind % 5 not in _AVC_INTRA for kind in kinds)
+
+
+def _slice_type(head: bytes) -> int | None:
+    """The second number of a slice's header; None if it takes more than `head`."""
+    bits = "".join(f"{byte:08b}" for byte in head)
+    at, number = 0, None
+    for _ in range(2):
+        zeros = bits.find("1", at) - at
+        end = at + 2 * zeros + 1
+        if zeros < 0 or end > len(bits):
+            return None
+        number, at = int(bits[at + zeros : end], 2) - 1, end
+    return number
 
 
 def reordered(track: Track) -> int:
@@ -94,10 +122,11 @@ def _is_unused(data: bytes, track: Track, sample: int) -> bool:
     """Whether a sample of H.264 has a picture that no other one refers to, and nothing else."""
     heads = _heads(data, track, sample, 4)
     is_unused = False
-    for (head,) in heads:
-        if head & 31 in _AVC_SLICES and not head & 0x60:
+    for head in heads:
+        kind = head[0] & 31
+        if kind in _AVC_SLICES and not head[0] & 0x60:
             is_unused = True
-        elif head & 31 not in _AVC_OTHERS:
+        elif kind not in _AVC_OTHERS:
             return False
     return is_unused
 
@@ -134,19 +163,19 @@ def _hevc_picture(data: bytes, track: Track, sample: int) -> _Picture:
 
 
 def _heads(data: bytes, track: Track, sample: int, width_at: int) -> Sequence[bytes]:
-    """The first bytes of the units in a sample, one for H.264 and two for H.265; none if it is not
-    made of them, or of too many. The configuration says at `width_at` how lengths are written."""
+    """The first bytes of the units in a sample; none if it is not made of them, or of too many. The
+    configuration says at `width_at` how lengths are written."""
     if len(track.configuration) <= width_at or track.prefix:
         return ()
-    width, length = (track.configuration[width_at] & 3) + 1, 1 if track.codec == "h264" else 2
+    width, least = (track.configuration[width_at] & 3) + 1, 1 if track.codec == "h264" else 2
     at = int(track.samples.offsets[sample])
     end = at + int(track.samples.sizes[sample])
     found: list[bytes] = []
     while at < end and len(found) < _MAX_UNITS:
         size = int.from_bytes(data[at : at + width])
         at += width
-        if size < length:
+        if size < least:
             return ()
-        found.append(data[at : at + length])
+        found.append(data[at : at + min(size, _HEAD_BYTES)])
         at += size
     return found if at == end else ()
