@@ -133,36 +133,43 @@ def test_an_image_uuid_is_scoped_to_its_group(web: httpx.Client) -> None:
 
 
 def video(color: str, uuid: str) -> dict[str, Any]:
-    """A video of two equal frames, which vLLM caches by its uuid alone."""
+    """A video of two equal frames."""
     frame = pictures.data_url(pictures.encode(shape(color), "JPEG")).partition(",")[2]
     url = f"data:video/jpeg;base64,{frame},{frame}"
     return {"type": "video_url", "video_url": {"url": url}, "uuid": uuid}
 
 
 def test_a_video_uuid_is_scoped_to_its_group(web: httpx.Client) -> None:
-    """vLLM caches videos by uuid, whatever their content."""
-    ask = {"logprobs": True, "max_tokens": 4}
+    named = {"type": "video_url", "video_url": None, "uuid": "clip"}
 
-    def answer(key: str, color: str) -> Any:
-        return post(web, key, body(video(color, "clip"), WHAT, **ask))["choices"][0]["logprobs"]
+    def answer(key: str, part: Any) -> str:
+        return text_of(post(web, key, body(part, WHAT, max_tokens=4)))
 
-    red, blue = answer(A, "red"), answer(B, "blue")
+    red = answer(A, video("red", "clip"))
+    for key in (B, FLAG):
+        response = web.post("/v1/chat/completions", json=body(named, WHAT), headers=bearer(key))
+        assert response.json()["error"]["code"] == "unknown_image"
+    blue = answer(B, video("blue", "clip"))
     assert red != blue
-    assert answer(A, "blue") == red  # within a group, a uuid keeps its first video
-    assert answer(FLAG, "blue") == blue
+    assert answer(A2, named) == red
+    assert answer(B, named) == blue
+    assert answer(A, video("blue", "clip")) == blue  # it is the key of no cache
 
 
 def test_a_rendered_video_uuid_is_scoped_to_its_group(web: httpx.Client) -> None:
     """Rendering has its own cache and returns its contents to clients."""
 
-    def features(key: str, color: str) -> Any:
+    def features(key: str, color: str) -> tuple[Any, Any]:
         document = body(video(color, "film"), WHAT)
-        return post(web, key, document, "/v1/chat/completions/render")["features"]["kwargs_data"]
+        found = post(web, key, document, "/v1/chat/completions/render")["features"]
+        return found["kwargs_data"], found["mm_hashes"]
 
-    red, blue = features(A, "red"), features(B, "blue")
+    (red, red_key), (blue, blue_key) = features(A, "red"), features(B, "blue")
     assert red != blue
-    assert features(A2, "blue") == red
-    assert features(FLAG, "blue") == blue
+    assert features(A2, "red") == (red, red_key)
+    same, other_key = features(A, "blue")
+    assert same == blue
+    assert other_key != blue_key
 
 
 def test_features_sent_under_another_groups_hash_do_not_reach_that_group(web: httpx.Client) -> None:
