@@ -20,6 +20,7 @@ from server.imaging.video.header import Form
 from server.ingest.video_features import VideoFeaturesAnswer, VideoFeaturesJob
 from server.workers import preload
 from server.workers.jobs import decode_kwargs
+from server.workers.process import bounded_memory
 from server.workers.sandbox import Data, Output
 from server.workers.shared_memory import ArrayWriter
 from server.workers.worker import describe
@@ -28,6 +29,8 @@ PREPARE = "server.engine.video_extractor:prepare"
 
 # Decodes with PyAV, which the server itself never imports.
 _FRAMES = "server.imaging.video.frames"
+# What two small frames take at most, whatever options of the processor a request has.
+_WARM_UP_BYTES = 1 << 30
 _OPENERS: dict[Form, Callable[[bytes, int, tuple[int, int, int]], stills.DecodeFrame]] = {
     "pictures": stills.of_pictures,
     "animation": stills.of_animation,
@@ -39,7 +42,8 @@ def prepare(job: bytes) -> Callable[[Data], Output]:
     wanted = msgspec.msgpack.decode(job, type=VideoFeaturesJob)
     extractor: Any = preload.loaded()[1]
     assert isinstance(extractor, ImageExtractor)
-    extractor.warm_up_videos(decode_kwargs(wanted.kwargs))
+    with bounded_memory(_WARM_UP_BYTES):  # the sandbox sets its limits later
+        extractor.warm_up_videos(decode_kwargs(wanted.kwargs))
     if wanted.form not in _OPENERS:
         importlib.import_module(_FRAMES)
     return functools.partial(_process, extractor, wanted)

@@ -7,9 +7,11 @@ import functools
 import gc
 import mmap
 import os
+import resource
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import setproctitle
@@ -185,6 +187,19 @@ def out_of_memory_kills() -> int:
                 if name == "oom_kill":
                     return int(count)
     return 0
+
+
+@contextlib.contextmanager
+def bounded_memory(nbytes: int) -> Iterator[None]:
+    """This process can map at most `nbytes` more meanwhile; Python raises MemoryError then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    bound = mapped_bytes() + nbytes
+    limit = bound if soft == resource.RLIM_INFINITY else min(soft, bound)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def mapped_bytes() -> int:

@@ -228,6 +228,22 @@ def test_a_damaged_file_and_a_wrong_size_are_refused(folder: Path) -> None:
         video_extractor._process(extractor("qwen3_vl", folder), work, blank)
 
 
+def test_options_are_tried_within_bounded_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The child process imports what they need before its own limits hold."""
+
+    def take_much(self: ImageExtractor, kwargs: Any) -> None:
+        np.empty(3 << 30, np.uint8)
+
+    monkeypatch.setattr(ImageExtractor, "warm_up_videos", take_much)
+    loaded = (None, extractor("qwen3_vl", folder))
+    monkeypatch.setattr(video_extractor.preload, "loaded", lambda: loaded)
+    with pytest.raises(MemoryError):
+        video_extractor.prepare(msgspec.msgpack.encode(job("qwen3_vl", folder).work))
+    take_much(loaded[1], {})  # and no longer
+
+
 def test_a_large_frame_that_is_damaged_is_replaced() -> None:
     """All frames are decoded in one pass, however large they are."""
     size = (3072, 2048)
