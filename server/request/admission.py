@@ -22,11 +22,12 @@ import asyncio
 import contextlib
 import math
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from server.errors import EngineQueueFull, SaccadeError, ServerBusy, TooManyAnswers
+from server.request.arrivals import Arrivals
 from server.request.budgets import Budgets, Holdings, Resource
 from server.request.limits import Quota, Usage, headers
 from server.request.shared_usage import SharedUsages
@@ -46,6 +47,8 @@ _WAIT_MARGIN = 1.5
 _HEAD_START_S = 0.1
 # Usages that would not be missed are looked for when there are this many.
 _MOST_USAGES = 10_000
+# A body that takes longer to arrive no longer counts as a request that waits.
+_ARRIVAL_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ class Admission:
             most_background=most,
         )
         self.engine_requests = 0
-        self._arriving: Counter[str] = Counter()  # by group
+        self._arrivals = Arrivals(_ARRIVAL_S)
         self._engine_is_full = engine_is_full
         self._shared = shared
         self.service_times = ServiceTimes()
@@ -182,18 +185,11 @@ class Admission:
         """
         return Permit(self, record, quotas, cost, engine_requests, turn, was_let_in)
 
-    @contextlib.contextmanager
-    def arriving(self, record: Record) -> Iterator[None]:
+    def arriving(self, record: Record) -> contextlib.AbstractContextManager[None]:
         """The large body of a request is read during the block. For the next of its group, it
-        counts as one that waits; it is not refused later because others were faster."""
-        group = record.key_group or ""
-        self._arriving[group] += 1
-        try:
-            yield
-        finally:
-            self._arriving[group] -= 1
-            if not self._arriving[group]:
-                del self._arriving[group]
+        counts as one that waits, for some seconds; it is not refused later because others were
+        faster."""
+        return self._arrivals.one(record.key_group or "")
 
     async def background_turn(self, group: str, quotas: Sequence[Quota] = ()) -> "Turn":
         """Wait until a request of a batch of `group` may begin: when no other request waits, and
@@ -283,12 +279,12 @@ class Admission:
 
     def _has_room(self, group: str) -> bool:
         free = self.limits.running - self.slots.taken
-        return self._arriving[group] < max(1, free) and self.slots.has_room(group)
+        return self._arrivals.count(group) < max(1, free) and self.slots.has_room(group)
 
     def _check_wait(self, group: str, deadline: float | None) -> None:
         rate, queue = self._rate.per_second(), self.slots.queue
         free = max(0, self.limits.running - self.slots.taken)
-        arriving = max(0, self._arriving[group] - free)  # that will have to wait
+        arriving = max(0, self._arrivals.count(group) - free)  # that will have to wait
         if len(queue) + arriving >= self.limits.waiting:
             seconds = queue.cost / rate if rate else 1.0
             if (resource := self.budgets.short_of) is not None:
