@@ -22,6 +22,7 @@ from server.engine.vllm_adapter import cpu_waits, plugin, several_clients
 from server.engine.vllm_adapter.encode_timing import EncodeTimes
 from server.engine.vllm_adapter.engine_queue import EngineQueue
 from server.engine.vllm_adapter.outcomes import Outcomes
+from server.engine.vllm_adapter.remote_core import RemoteEngines
 from server.engine.vllm_adapter.send import Gate
 from server.errors import CannotStart
 from server.front_ends import FrontEnd, encoder_address, usage_lock
@@ -136,15 +137,19 @@ async def run(
 
 @contextlib.asynccontextmanager
 async def running(
-    args: Namespace, settings: Settings, report: Report, mine: FrontEnd | None = None
+    args: Namespace,
+    settings: Settings,
+    report: Report,
+    mine: FrontEnd | None = None,
+    remote: RemoteEngines | None = None,
 ) -> AsyncIterator[Parts]:
     """Start the engine, the image pool and the fetcher concurrently; stop them in reverse order.
-    One of several front ends, `mine`, starts no engine."""
+    One of several front ends, `mine`, starts no engine, nor does the front of `remote` engines."""
     if mine is None:
         report(f"reading the model {model_name(args)}")
     elif mine.engines.image_work is not None:
         cpu_waits.join(mine.engines.image_work)
-    prepared = launch.prepare(args, settings, mine)
+    prepared = launch.prepare(args, settings, mine, remote)
     async with contextlib.AsyncExitStack() as stack:
         fetcher = await stack.enter_async_context(_fetcher(args, settings))
         store: FileStore | None = None
@@ -161,9 +166,11 @@ async def running(
             pool = ImagePool(prepared.workers, settings.images, cpu_waits.note_work, share)
             stack.callback(pool.stop_preload)
             pool.preload()
-        if mine is None:
+        if mine is None and remote is None:
             report(f"starting the engine on {prepared.config.device_config.device_type}")
-        embeddings = launch.add_embedding_cache(prepared, settings, mine)
+        embeddings = None
+        if remote is None:  # else it is theirs
+            embeddings = launch.add_embedding_cache(prepared, settings, mine)
         if embeddings is not None:
             await stack.enter_async_context(embeddings)
             stack.enter_context(metrics.embedding_cache(embeddings.snapshots))
@@ -174,7 +181,9 @@ async def running(
         engine, heartbeat = await stack.enter_async_context(
             launch.running(prepared, settings, outcomes, gate, mine)
         )
-        engine_caches = launch.caches_of(engine, embeddings, gate, is_only=mine is None)
+        engine_caches = launch.caches_of(
+            engine, embeddings, gate, is_only=mine is None and remote is None
+        )
         if pool is not None:
             report(f"starting {settings.images.image_workers} image workers")
             await stack.enter_async_context(pool)
@@ -183,13 +192,15 @@ async def running(
         limits = launch.media_limits(engine, settings)
         embeds = launch.accepted_embeddings(engine)
         engine_queue = EngineQueue(engine)
-        front_ends, shared = 1, None
+        front_ends, engines, shared = 1, 1, None
+        if remote is not None:
+            front_ends, engines = remote.fronts, remote.most
         if mine is not None:
             front_ends = mine.count
             lock = usage_lock(mine.folder)
             shared = SharedUsages(mine.usage, lock, mine.index, mine.count)
         admission = Admission(
-            launch.admission_limits(engine, settings, front_ends),
+            launch.admission_limits(engine, settings, front_ends, engines),
             engine_queue.why_full,
             shared,
         )
@@ -215,6 +226,7 @@ async def running(
             admission=admission,
             bodies=byte_budget(settings.http),
             peers=_peers(mine, engine) if mine is not None else None,
+            engines=remote.transport.count if remote is not None else None,
         )
 
 

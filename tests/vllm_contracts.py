@@ -149,6 +149,48 @@ CONTRACTS = [
         "StatLoggerManager.record",
         ("self", "scheduler_stats", "iteration_stats"),
     ),
+    # Engines in other processes.
+    Contract(
+        "v1.engine.core_client",
+        "EngineCoreClient.make_async_mp_client",
+        ("vllm_config", "executor_class", "log_stats"),
+        calls=("return AsyncMPClient(*client_args, renderer=renderer)",),
+    ),
+    Contract(
+        "v1.engine.core_client",
+        "MPClient._apply_ready_response",
+        ("self", "payload"),
+        calls=(
+            "self._effective_attention_block_sizes.add",
+            "self._kv_event_sources[response.data_parallel_rank]",
+        ),
+    ),
+    Contract(
+        "v1.engine.core_client",
+        "AsyncMPClient._send_input",
+        calls=("(request_type.value, *self.encoder.encode(request))",),
+    ),
+    Contract(
+        "v1.engine.core_client", "AsyncMPClient.abort_requests_async", ("self", "request_ids")
+    ),
+    Contract("v1.engine.core_client", "AsyncMPClient.call_utility_async", ("self", "method")),
+    Contract("v1.engine.core_client", "AsyncMPClient.get_supported_tasks_async", ("self",)),
+    Contract("v1.engine.core_client", "AsyncMPClient.get_output_async", ("self",)),
+    Contract("v1.engine.core_client", "AsyncMPClient.is_sleeping_async", ("self",)),
+    *_in("v1.engine.core_client", "MPClient.core_engine"),
+    *_in(
+        "v1.engine",
+        "EngineCoreOutputs.outputs",
+        "EngineCoreOutputs.scheduler_stats",
+        "EngineCoreOutputs.timestamp",
+        "EngineCoreOutputs.weight_version",
+    ),
+    Contract("v1.serial_utils", "MsgpackDecoder.decode", ("self", "bufs")),
+    Contract(
+        "multimodal.cache.factories",
+        "_get_cache_type",
+        calls=("parallel_config._api_process_count == 1", "mm_config.mm_processor_cache_gb <= 0"),
+    ),
     # The two halves of the processor cache.
     Contract("multimodal.cache.lru", "LruKeyReplicatedSenderCache._cache"),
     Contract("multimodal.cache.base", "MultiModalProcessorOnlyCache._cache"),

@@ -43,6 +43,7 @@ from server.engine.vllm_adapter import (
     item_tracker,
     processor_cache,
     quick_start,
+    remote_core,
     several_clients,
     shared_segments,
     stat_logger,
@@ -56,6 +57,7 @@ from server.engine.vllm_adapter.processors import (
     is_image_by_image,
     keep_groups_apart,
 )
+from server.engine.vllm_adapter.remote_core import RemoteEngines
 from server.engine.vllm_adapter.renderer import PooledRenderer
 from server.engine.vllm_adapter.send import Gate, Sender
 from server.engine.vllm_adapter.stall import fail_requests
@@ -92,11 +94,12 @@ _SPARE_SHARE = 8
 @dataclass(frozen=True)
 class PreparedEngine:
     """The configuration of an engine that has not started. `workers` is None for text-only
-    models."""
+    models, `remote` if the engine is not one of other processes."""
 
     config: VllmConfig
     engine_args: AsyncEngineArgs
     workers: WorkerSpec | None
+    remote: RemoteEngines | None = None
 
 
 def fork_engine_core() -> None:
@@ -109,10 +112,19 @@ def fork_engine_core() -> None:
         core_fork.prepare()
 
 
-def prepare(args: Namespace, settings: Settings, mine: FrontEnd | None = None) -> PreparedEngine:
+def prepare(
+    args: Namespace,
+    settings: Settings,
+    mine: FrontEnd | None = None,
+    remote: RemoteEngines | None = None,
+) -> PreparedEngine:
     """Read the model's configuration and register Saccade's parts in place of vLLM's. `mine` is
-    this process, if it is one of several front ends."""
+    this process, if it is one of several front ends; `remote` are its engines, if they are those of
+    other machines."""
     prepared = configured(args, settings, mine.count if mine is not None else 1)
+    if remote is not None:
+        remote_core.adapt_front(prepared.config)
+        prepared = replace(prepared, remote=remote)
     model = prepared.config.model_config
     if not model.supports_multimodal_inputs:
         return prepared
@@ -179,13 +191,16 @@ def clip_decoder(settings: Settings, forkserver: Forkserver) -> ClipDecoder:
     return ClipDecoder(clips.PREPARE, settings.videos, most, forkserver)
 
 
-def admission_limits(engine: AsyncLLM, settings: Settings, front_ends: int = 1) -> AdmissionLimits:
+def admission_limits(
+    engine: AsyncLLM, settings: Settings, front_ends: int = 1, engines: int = 1
+) -> AdmissionLimits:
     """By default as many requests run as keep the engine busy, and some whose images are still
     fetched and decoded; others wait here, where their order is fair. Only a few wait in the engine,
     which needs them to fill its next batch in time. Requests of batches leave room for a few others
-    in the engine. Each of several front ends has its part of the engine's places."""
+    in the engine. Each of several front ends has its part of the places of all engines."""
     config = engine.vllm_config
-    places = config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size
+    engines *= config.parallel_config.data_parallel_size
+    places = config.scheduler_config.max_num_seqs * engines
     seqs = -(-places // front_ends)
     ahead = seqs // 4 + _AHEAD_PER_WORKER * settings.images.image_workers
     admission = settings.admission
@@ -198,7 +213,7 @@ def admission_limits(engine: AsyncLLM, settings: Settings, front_ends: int = 1) 
         totals={
             Resource.MEDIA: _media_bytes(settings),
             Resource.IMAGE_TOKENS: admission.max_running_image_tokens
-            or _image_tokens(config) // front_ends,
+            or _image_tokens(config, engines) // front_ends,
         },
         engine_requests=config.scheduler_config.max_num_queued_reqs,
         group_share=admission.max_group_share,
@@ -210,12 +225,11 @@ def _media_bytes(settings: Settings) -> int:
     return int(usable_memory() * _MEDIA_SHARE_OF_MEMORY if given is None else given * GIB)
 
 
-def _image_tokens(config: VllmConfig) -> int:
-    """The default for the image tokens of running requests."""
+def _image_tokens(config: VllmConfig, engines: int) -> int:
+    """The default for the image tokens of running requests in `engines`."""
     cache = config.cache_config
     tokens = (cache.num_gpu_blocks or 0) * cache.block_size
-    replicas = config.parallel_config.data_parallel_size
-    return max(_KV_CACHES * tokens * replicas, config.model_config.max_model_len)
+    return max(_KV_CACHES * tokens * engines, config.model_config.max_model_len)
 
 
 def media_limits(engine: AsyncLLM, settings: Settings) -> MediaLimits | None:
@@ -286,6 +300,7 @@ async def running(
     With `mine`, the engine was started by another process, and is only reached from here."""
     torch.set_num_threads(1)  # this process only moves data; workers and engine use the cores
     engine = _started(prepared, mine)
+    remote_core.join(engine)
     try:
         if mine is not None:
             await several_clients.join(engine, mine)
@@ -312,7 +327,7 @@ def _started(prepared: PreparedEngine, mine: FrontEnd | None) -> AsyncLLM:
     """Raises CannotStart if one of the engine's processes has left a reason for its end."""
     options: dict[str, Any] = {} if mine is None else several_clients.options(mine)
     try:
-        with several_clients.reaching(mine):
+        with several_clients.reaching(mine), remote_core.reaching(prepared.remote):
             return AsyncLLM.from_vllm_config(
                 vllm_config=prepared.config,
                 usage_context=UsageContext.OPENAI_API_SERVER,

@@ -7,6 +7,7 @@ observe -> single headers -> vLLM's middleware (CORS, its check of keys) -> keys
 import asyncio
 import platform
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastapi import FastAPI, Request
@@ -113,7 +114,7 @@ _LOOK_AT_STARTS = frozenset(
 class Parts:
     """The services behind the app. `pool` and `loader` are None if the model takes no media,
     `files` if the Files API is off or another front end has them, `peers` if this is the only front
-    end."""
+    end. `engines` tells how many there are, if other processes have started them."""
 
     engine: vllm_http.AsyncLLM
     heartbeat: Heartbeat
@@ -126,6 +127,7 @@ class Parts:
     admission: Admission
     bodies: ByteBudget
     peers: Peers | None = None
+    engines: Callable[[], int] | None = None
 
 
 async def build_app(
@@ -151,6 +153,7 @@ async def build_app(
     app.state.engine_caches = parts.caches
     app.state.fetch_cache = parts.fetch_cache
     app.state.peers = parts.peers
+    app.state.engines = parts.engines
     app.state.key_ring = key_ring
     app.state.draining = False
     routers = [routes.status, routes.conversations, routes.caches, files.router, batches.router]

@@ -53,6 +53,7 @@ _ANTHROPIC_TYPES = {
 _ENGINE_FAULTS = {
     "EngineCore encountered an issue": "the engine has died",
     "EngineCore does not answer": "the engine does not answer",
+    "EngineCore is gone": "the engine of this request has ended",
 }
 # A message that begins with the name of a field.
 _FIELD_FIRST = re.compile(

@@ -260,6 +260,8 @@ def unreadiness(state: State) -> str | None:
         return "the engine has died"
     if state.heartbeat.stalled:
         return "the engine does not answer"
+    if state.engines is not None and not state.engines():
+        return "there is no engine"
     if state.image_pool is not None and not state.image_pool.ready:
         return "no image worker is available"
     return None

@@ -41,7 +41,7 @@ _ENGINE_CHECK_INTERVAL_S = 1.0
 # fetch an image, cannot succeed, and are cut off after this time.
 _DEAD_ENGINE_DRAIN_S = 2.0
 # In every answer. Nothing of this API is meant to be shown in a page of others, or to be cached.
-_SECURITY_HEADERS = [
+SECURITY_HEADERS = [
     ("X-Content-Type-Options", "nosniff"),
     ("X-Frame-Options", "DENY"),
     ("Content-Security-Policy", "frame-ancestors 'none'"),
@@ -192,7 +192,7 @@ def uvicorn_config(
         ssl_ca_certs=args.ssl_ca_certs,
         ssl_cert_reqs=args.ssl_cert_reqs,
         ssl_ciphers=args.ssl_ciphers or "TLSv1",
-        headers=_SECURITY_HEADERS,
+        headers=SECURITY_HEADERS,
         server_header=False,
     )
     bound_access_log()

@@ -59,6 +59,11 @@ def ask(**changes: Any) -> None:
     os.environ[_VARIABLE] = msgspec.json.encode(changed).decode()
 
 
+def forget() -> None:
+    """Ask for nothing."""
+    os.environ.pop(_VARIABLE, None)
+
+
 def register() -> None:
     """Entry point of the group `vllm.general_plugins`."""
     changes = asked()

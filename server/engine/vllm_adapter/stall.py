@@ -1,4 +1,4 @@
-"""Ends the requests of an engine that does not answer: it hangs, or was stopped."""
+"""Ends requests whose engine does not answer: it hangs, was stopped, or has ended."""
 
 from typing import Any
 
@@ -25,3 +25,14 @@ async def fail_requests(engine: AsyncLLM) -> None:
         if state.queue is not None:
             state.queue.put(EngineStalled())
     await engine.abort([*outputs.parent_requests, *states], internal=True)
+
+
+async def fail_request(engine: AsyncLLM, request_id: str, error: EngineDeadError) -> None:
+    """Fail one of the engine's requests with `error`, and its other answers if `n` is above 1."""
+    outputs: Any = engine.output_processor
+    if (state := outputs.request_states.get(request_id)) is None:
+        return
+    if state.queue is not None:
+        state.queue.put(error)
+    parent = state.parent_req
+    await engine.abort(request_id if parent is None else parent.request_id, internal=True)
