@@ -3,6 +3,7 @@ runs."""
 
 import atexit
 import contextlib
+import importlib.util
 import logging
 import os
 import signal
@@ -26,6 +27,7 @@ _ZMQ_POLL = os.path.join("zmq", "sugar", "poll.py")
 # The server's own commands, with their descriptions; the others are the client's.
 _COMMANDS = {
     "serve": "Serve a model (default: the embedded demo model) over the OpenAI API.",
+    "deploy": "Serve a model on Ray Serve, as replicas of front ends and engines (experimental).",
     "run-batch": "Answer the requests in a file, without a server.",
     "plan": "Tell what a model costs on a GPU: tokens, memory, times, cost of an image.",
     "demo": "Write sample pictures with questions, and ask a server about them.",
@@ -45,6 +47,8 @@ def main(argv: list[str] | None = None) -> None:
             _serve(command, rest, is_whole=argv is None)
     elif command == "run-batch":
         _serve(command, rest, is_whole=argv is None)
+    elif command == "deploy":
+        _serve(command, rest, is_whole=False)  # the processes of Ray open files
     elif command == "plan":
         _plan(rest)
     elif command == "demo":
@@ -245,6 +249,8 @@ def _run(argv: list[str], progress: Progress, command: str) -> int:
     from server.workers.process import import_uncollected, keep_imported
 
     import_uncollected()
+    if command == "deploy":
+        return _deploy(argv, progress)
     import uvloop
 
     from server.engine.arguments import parse
@@ -272,6 +278,17 @@ def _run(argv: list[str], progress: Progress, command: str) -> int:
 
     keep_imported()
     return uvloop.run(run(args, settings, progress))
+
+
+def _deploy(argv: list[str], progress: Progress) -> int:
+    """Serve on Ray Serve. The processes of Ray do the work."""
+    if importlib.util.find_spec("ray") is None:
+        raise CannotStart("Ray is not installed: pip install 'saccade[ray]'")
+    from server.scale.command import run
+    from server.workers.process import keep_imported
+
+    keep_imported()
+    return run(argv, progress)
 
 
 def _supervise(argv: list[str], progress: Progress, folder: Path) -> int:

@@ -502,6 +502,29 @@ class PageSettings(_Group):
     )
 
 
+class DeploySettings(_Group):
+    """Replicas on Ray Serve, for `saccade deploy`."""
+
+    front_replicas: int = Field(
+        1, ge=1, description="Fronts, or the fewest if there may be more: HTTP and images, on CPUs."
+    )
+    front_max_replicas: int | None = Field(
+        None, ge=1, description="Most fronts, by the requests in progress (default: as many)."
+    )
+    front_cpus: int = Field(
+        1,
+        ge=1,
+        description="CPUs that a front reserves on its node; the default for --image-workers.",
+    )
+    engine_replicas: int = Field(
+        1, ge=1, description="Engines, or the fewest if there may be more."
+    )
+    engine_max_replicas: int | None = Field(
+        None, ge=1, description="Most engines, by the requests in progress (default: as many)."
+    )
+    engine_cpus: int = Field(1, ge=1, description="CPUs that an engine reserves on its node.")
+
+
 class _LeafEnvironment(PydanticBaseSettingsSource):
     """Reads `SACCADE_<SETTING>` for each setting of every group."""
 
@@ -538,6 +561,7 @@ class Settings(BaseSettings):
     access: AccessSettings = AccessSettings()
     observability: ObservabilitySettings = ObservabilitySettings()
     pages: PageSettings = PageSettings()
+    deploy: DeploySettings = DeploySettings()
 
     @classmethod
     def settings_customise_sources(

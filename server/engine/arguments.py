@@ -23,7 +23,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
 
 from server import front_ends  # noqa: E402
 from server import settings as config  # noqa: E402
-from server.settings import Settings  # noqa: E402
+from server.settings import DeploySettings, Settings  # noqa: E402
 from server.telemetry import log  # noqa: E402
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo"
@@ -51,11 +51,12 @@ _UNSUPPORTED = {
 
 _DESCRIPTIONS = {
     "serve": "Serve MODEL (default: the embedded demo model) over the OpenAI API.",
+    "deploy": "Serve MODEL (default: the embedded demo model) on Ray Serve.",
     "run-batch": "Answer the requests in a file with MODEL (default: the embedded demo model).",
     "plan": "Tell what MODEL costs on a GPU, from its configuration alone.",
 }
 # The command whose flags MODEL takes.
-_FLAGS_OF = {"serve": "serve", "run-batch": "run-batch", "plan": "serve"}
+_FLAGS_OF = {"serve": "serve", "deploy": "serve", "run-batch": "run-batch", "plan": "serve"}
 
 
 def parse(
@@ -89,6 +90,8 @@ def parse(
         if getattr(args, attribute, None):
             parser.error(f"{flag} is not supported: Saccade serves HTTP, from one machine")
     args.api_server_count = _front_ends(parser, args, command)
+    if command != "deploy" and settings.deploy != DeploySettings():
+        parser.error(f"replicas: `saccade {command}` has none, but `saccade deploy`")
     if settings.observability.log_format == "json":
         given = getattr(args, "logging_config", None) or LoggingConfig()
         args.logging_config = replace(given, formatter="json")
