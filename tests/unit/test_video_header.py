@@ -50,7 +50,7 @@ def assert_equal_to_ffmpeg(data: bytes, most_off_s: float = 1e-6) -> header.Vide
 def test_frame_times_and_sizes_equal_ffmpegs(codec: str, container: str) -> None:
     found = assert_equal_to_ffmpeg(video(codec, container))
     assert found.codec == codec
-    assert found.container == ("mp4" if container in ("mp4", "mov") else "matroska")
+    assert found.form == ("mp4" if container in ("mp4", "mov") else "matroska")
     assert found.fps == pytest.approx(25)
     assert found.duration_s == pytest.approx(12 / 25)
 
