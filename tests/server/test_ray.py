@@ -91,8 +91,28 @@ def answers(url: str) -> dict[str, str]:
             answer = ask(client, *options.pop("parts"), **options)
             assert answer.status_code == 200, answer.text
             lines = [line for line in answer.text.splitlines() if not line.startswith(":")]
-            found[name] = IDS.sub("", "\n".join(lines))
+            found[name] = joined(lines) if "stream" in options else IDS.sub("", "\n".join(lines))
     return found
+
+
+def joined(lines: list[str]) -> str:
+    """What a stream says, however many tokens came in each of its events."""
+    events = [line.removeprefix("data: ") for line in lines if line]
+    assert events.pop() == "[DONE]"
+    said: dict[str, Any] = {"content": "", "arguments": "", "role": None, "names": [], "ends": []}
+    for event in map(json.loads, events):
+        said |= {"model": event["model"], "usage": event.get("usage")}
+        for choice in event["choices"]:
+            delta, end = choice["delta"], choice["finish_reason"]
+            said["role"] = said["role"] or delta.get("role")
+            said["content"] += delta.get("content") or ""
+            said["ends"] += [end] if end else []
+            for call in delta.get("tool_calls") or ():
+                called = call["function"]
+                said["names"] += [called["name"]] if called.get("name") else []
+                said["arguments"] += called.get("arguments") or ""
+    assert said["content"] or said["arguments"]
+    return json.dumps(said)
 
 
 @contextlib.contextmanager
