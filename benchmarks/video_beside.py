@@ -24,6 +24,7 @@ from typing import Any
 import httpx
 
 from benchmarks import environment, videos
+from benchmarks.chats import MODEL_NAME
 from benchmarks.measure import in_process, milliseconds
 from benchmarks.open_load import Outcome, Plan, Source
 from benchmarks.processes import Server, free_port, private
@@ -89,7 +90,7 @@ class Bench:
                 path.write_bytes(videos.stamp(clip, f"clip {self._number}"))
                 parts.insert(0, {"type": "video_url", "video_url": {"url": path.as_uri()}})
                 parts[0]["video_url"]["num_frames"] = 8
-            body = {"model": "saccade-tiny", "max_tokens": 1, "temperature": 0}
+            body = {"model": MODEL_NAME, "max_tokens": 1, "temperature": 0}
             found.append(str(self._folder / f"{self._number}.json"))
             message = {"role": "user", "content": parts}
             Path(found[-1]).write_text(json.dumps({**body, "messages": [message]}))
@@ -159,7 +160,7 @@ def _start(folder: Path, options: argparse.Namespace) -> Server:
         env["VLLM_CPU_OMP_THREADS_BIND"] = options.engine_cores
     command = [sys.executable, "-m", "server", "serve", "server/demo", *options.flags.split()]
     flags = ["--port", str(port), "--max-model-len", "4096", "--disable-uvicorn-access-log"]
-    flags += ["--allowed-local-media-path", str(folder)]
+    flags += ["--allowed-local-media-path", str(folder), "--served-model-name", MODEL_NAME]
     return Server("ours", [*command, *flags], port, "/ready", env, folder / "ours.log")
 
 
