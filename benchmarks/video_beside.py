@@ -92,7 +92,7 @@ class Bench:
                 path.write_bytes(videos.stamp(clip, f"clip {self._number}"))
                 parts.insert(0, {"type": "video_url", "video_url": {"url": path.as_uri()}})
                 parts[0]["video_url"]["num_frames"] = 8
-            body = {"model": MODEL_NAME, "max_tokens": 4, "temperature": 0, "stream": True}
+            body = {"model": MODEL_NAME, "max_tokens": 1, "stream": True}
             found.append(str(self._folder / f"{self._number}.json"))
             message = {"role": "user", "content": parts}
             Path(found[-1]).write_text(json.dumps({**body, "messages": [message]}))
