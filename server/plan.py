@@ -63,14 +63,12 @@ def plans(
     machine = _machine(args)
     workload = _workload(rule, sizes, args, settings, args.image_budget)
     _check_length(workload, shape)
-    asked = "as asked"
-    found = [(asked, plan(shape, workload, machine))]
     fp8 = with_fp8(shape)
     if str(args.kv_cache_dtype).startswith("fp8"):
         if fp8 is None:
             raise CannotPlan("the size of this model's KV cache in 8 bits is not known")
         shape, fp8 = fp8, None
-        found = [(asked, plan(shape, workload, machine))]
+    found = [("as asked", plan(shape, workload, machine))]
     if fp8:
         found.append(("KV cache in FP8", plan(fp8, workload, machine)))
     for share in _SHARES[1:] if sizes else ():

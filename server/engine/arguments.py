@@ -38,10 +38,10 @@ _CPU_DEFAULTS: dict[str, tuple[str, object]] = {
 }
 _CPU_KV_CACHE_GIB = "1"
 _CPU_MAX_MODEL_LEN = 8192
-# Flags for several of vLLM's API processes, or for none.
 # The most answers to one request (`n`), as in OpenAI's API.
 _MAX_CHOICES = "128"
 _FILES = {"run-batch": "-i FILE -o FILE "}
+# Flags for several of vLLM's API processes, or for none.
 _UNSUPPORTED = {
     "headless": "--headless",
     "grpc": "--grpc",
