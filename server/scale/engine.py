@@ -16,6 +16,7 @@ from server.engine.heartbeat import Heartbeat
 from server.engine.vllm_adapter import plugin, remote_core
 from server.engine.vllm_adapter.core_host import CoreHost
 from server.engine.vllm_adapter.remote_core import Frames, Hello
+from server.scale.features import received
 from server.scratch import Scratch
 
 log = logging.getLogger("saccade.engine")
@@ -62,8 +63,11 @@ class Engine:
     async def run(
         self, request_id: str, frames: Frames, *, key: str
     ) -> AsyncGenerator[list[Frames], None]:
-        """Answer a request; `key` is for the router. See `CoreHost.run`."""
-        async with contextlib.aclosing(self._host.run(request_id, frames)) as messages:
+        """Answer a request; `frames` are a front's `Sender.arguments`, and `key` is for the router.
+        See `CoreHost.run`."""
+        answers = self._host.run(request_id, await received(frames))
+        del frames
+        async with contextlib.aclosing(answers) as messages:
             async for found in messages:
                 yield found
 

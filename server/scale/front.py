@@ -18,6 +18,7 @@ from server.engine.vllm_adapter.remote_core import RemoteEngines
 from server.http import keys
 from server.http.app import batch_runner, build_app, inner_client, observed
 from server.scale.entrance import Entrance
+from server.scale.features import store_share
 from server.scale.handles import Handles
 from server.scale.replicas import Replicas, settings_of_front
 from server.scratch import Scratch
@@ -38,8 +39,8 @@ class Front:
         plugin.ask(segments=scratch.id, die_with_parent=True)
         args, settings = parse(argv, "deploy")
         settings = settings_of_front(settings)
-        transport = Handles(engines)
         wanted = Replicas.of(settings.deploy)
+        transport = Handles(engines, store_share(wanted.most_fronts))
         remote = RemoteEngines(
             transport, await transport.hello(), most=wanted.most_engines, fronts=wanted.fronts
         )

@@ -3,22 +3,24 @@
 from collections.abc import AsyncGenerator
 from typing import Any
 
-import numpy as np
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from server.engine.vllm_adapter.remote_core import EngineLost, Frames, Hello
 from server.scale import known
+from server.scale.features import Sender
 
 # Failures of a call that concern the engine, and not the request.
 _LOST = (RayError, RayServeException)
 
 
 class Handles:
-    """A `Transport` to the replicas of one deployment of `Engine`."""
+    """A `Transport` to the replicas of one deployment of `Engine`. `most_bytes`: how much of the
+    node's object store features may take that were sent."""
 
-    def __init__(self, engines: DeploymentHandle[Any]) -> None:
+    def __init__(self, engines: DeploymentHandle[Any], most_bytes: int) -> None:
+        self._sender = Sender(most_bytes)
         self._engines: Any = engines
         self._streams: Any = engines.options(stream=True)
 
@@ -33,10 +35,9 @@ class Handles:
     async def send(
         self, request_id: str, frames: Frames, key: str
     ) -> AsyncGenerator[list[Frames], None]:
-        # Ray passes arrays through its object store without a copy for the reader.
-        arrays = [np.frombuffer(frame, np.uint8) for frame in frames]
-        response = self._streams.run.remote(request_id, arrays, key=key)
-        del arrays, frames
+        arguments = await self._sender.arguments(frames)
+        response = self._streams.run.remote(request_id, arguments, key=key)
+        del arguments, frames
         has_ended = False
         try:
             async for messages in response:

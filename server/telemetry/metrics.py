@@ -189,6 +189,12 @@ images_joined = Counter(
 features_evicted = Counter(
     "saccade_features_evicted_total", "Images whose features were evicted from the feature cache."
 )
+features_to_engines = Counter(
+    "saccade_features_to_engines_bytes_total",
+    "On Ray Serve, bytes of features in requests to engines: stored in Ray's object store for this "
+    "request (stored), or by reference to what was stored before (reused).",
+    ["how"],
+)
 features_bytes = Gauge("saccade_features_bytes", "Bytes of image features that the engine holds.")
 fetch_cache_requests = Counter(
     "saccade_fetch_cache_requests_total",
@@ -218,6 +224,7 @@ for _metric, _values in (
     (image_fetch, SOURCES),
     (image_tokens, CAPS),
     (image_lookups, ("hit", "miss")),
+    (features_to_engines, ("stored", "reused")),
     (fetch_cache_requests, ("hit", "revalidated", "miss", "bypass")),
 ):
     for _value in _values:

@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from server.engine.arguments import DEMO_MODEL
 from tests.conftest import OF_SERVERS, STOP_TIMEOUT_S, Server, assert_nothing_is_left, serving
@@ -245,6 +246,7 @@ def test_a_picture_returns_to_the_engine_that_has_its_embedding(
     client: httpx.Client, engines: Any
 ) -> None:
     before = {load.pid: load.total for load in loads(engines)}
+    sent = sent_to_engines(client)
     pictures = [image_part(encode(photo((160, 120), seed), "JPEG")) for seed in range(100, 120)]
     for turn in range(2):
         for picture in pictures:
@@ -254,6 +256,21 @@ def test_a_picture_returns_to_the_engine_that_has_its_embedding(
     rises = [load.total - before[load.pid] for load in loads(engines)]
     assert sum(rises) == 2 * len(pictures)
     assert all(rise and rise % 2 == 0 for rise in rises)
+    # Of each patch one frame, and of each picture once.
+    patches = 160 * 128 * 3 * len(pictures)
+    assert [now - then for now, then in zip(sent_to_engines(client), sent, strict=True)] == [
+        patches,
+        patches,
+    ]
+
+
+def sent_to_engines(client: httpx.Client) -> list[int]:
+    """Bytes of features that were put into the store, and that were there already."""
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    samples = [sample for family in families for sample in family.samples]
+    name = "saccade_features_to_engines_bytes_total"
+    found = {each.labels["how"]: int(each.value) for each in samples if each.name == name}
+    return [found["stored"], found["reused"]]
 
 
 def test_a_client_that_leaves_ends_its_request_in_the_engine(

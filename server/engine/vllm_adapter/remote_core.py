@@ -6,7 +6,8 @@ that vLLM would send, and the outputs come back as the bytes that its engine cor
 front end does stays here: it renders, detokenizes, and looks for stop strings.
 
 The engines keep no features of images (no vLLM cache has several readers), so each request carries
-those of its images. The front keeps features to send them again without computing them.
+those of its images. The front keeps features to send them again without computing them, and tells
+the transport which ones these are (`item_frames`).
 """
 
 import asyncio
@@ -24,8 +25,9 @@ from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient, MPClient
 from vllm.v1.engine.exceptions import EngineDeadError
-from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+from vllm.v1.serial_utils import MsgpackDecoder
 
+from server.engine.vllm_adapter.item_frames import ItemFrames
 from server.engine.vllm_adapter.stall import fail_request
 from server.errors import CannotStart
 
@@ -34,7 +36,8 @@ log = logging.getLogger("saccade.engine")
 _POLL_S = 0.2
 
 Frames = Sequence[Any]
-"""A message: buffers, the first of which says how to read the others."""
+"""A message: buffers, the first of which says how to read the others. To an engine, some of them
+may be in `Features`."""
 
 
 class Hello(msgspec.Struct, frozen=True):
@@ -160,7 +163,7 @@ class RemoteCore(EngineCoreClient):
         self.vllm_config = vllm_config
         self.resources = SimpleNamespace(engine_dead=False)
         self.engine_ranks_managed = [0]
-        self.encoder = MsgpackEncoder()
+        self.encoder = ItemFrames(vllm_config.model_config)
         self._decoder = MsgpackDecoder(EngineCoreOutputs)
         self._remote = remote
         self._transport = remote.transport
@@ -187,7 +190,7 @@ class RemoteCore(EngineCoreClient):
         """Raises EngineLost if there is no engine."""
         if not self._transport.count():
             raise EngineLost
-        frames = self.encoder.encode(request)
+        frames = self.encoder.frames(request)
         following = self._follow(request.request_id, frames, key_of(request))
         # Answers to one HTTP request are requests of their own: a transport may find the id of that
         # one in the context, and take two for the same.
