@@ -11,6 +11,7 @@ from typing import Any
 import kubernetes_validate
 import yaml
 
+from tests import custom_kinds
 from tests.services import program
 
 Manifest = dict[str, Any]
@@ -71,8 +72,14 @@ def check_schema(manifest: Manifest) -> None:
     """Check that the kind has all these fields and that their values are valid.
 
     Raises:
-        kubernetes_validate.ValidationError, ValueError: it is invalid; the message names the field.
+        kubernetes_validate.ValidationError, jsonschema.ValidationError, ValueError: it is invalid;
+            the message names the field.
     """
+    if custom_kinds.is_known(manifest["kind"]):
+        custom_kinds.check(manifest)
+        for name, template in custom_kinds.templates(manifest):
+            check_schema(_deployment(name, template))
+        return
     custom = _custom_kinds().get(manifest["kind"])
     if custom is None:
         for version in VERSIONS:
@@ -102,7 +109,16 @@ def one(manifests: Sequence[Manifest], kind: str, name: str = "saccade") -> Mani
 
 def pods(manifests: Sequence[Manifest]) -> list[Manifest]:
     """The `spec` of each pod that would be created."""
-    return [m["spec"]["template"]["spec"] for m in manifests if m["kind"] == "Deployment"]
+    found = [m["spec"]["template"]["spec"] for m in manifests if m["kind"] == "Deployment"]
+    for manifest in manifests:
+        found += [template["spec"] for _, template in custom_kinds.templates(manifest)]
+    return found
+
+
+def _deployment(name: str, template: Manifest) -> Manifest:
+    """A deployment of these pods, for which there is a schema."""
+    spec = {"selector": {"matchLabels": template["metadata"]["labels"]}, "template": template}
+    return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name}, "spec": spec}
 
 
 def server(manifests: Sequence[Manifest]) -> Manifest:

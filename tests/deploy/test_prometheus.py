@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests import promtool
 from tests.conftest import Origin, Server
@@ -343,3 +344,12 @@ def test_every_query_of_dashboard_and_alerts_has_a_value(
     rules = [rule for group in states for rule in group["rules"]]
     assert len(rules) >= len(alerts())
     assert {rule["health"] for rule in rules} <= {"ok", "unknown"}, rules
+
+
+def test_metrics_that_routers_read_exist(http: httpx.Client) -> None:
+    """llm-d's endpoint picker chooses by these (deploy/kubernetes/overlays/llm-d)."""
+    families = text_string_to_metric_families(http.get("/metrics", headers=FRESH).text)
+    found = {sample.name: sample for family in families for sample in family.samples}
+    for name in ("num_requests_waiting", "num_requests_running", "kv_cache_usage_perc"):
+        assert found[f"vllm:{name}"].value >= 0
+    assert {"block_size", "num_gpu_blocks"} <= found["vllm:cache_config_info"].labels.keys()
