@@ -186,6 +186,7 @@ CONTRACTS = [
         "EngineCoreOutputs.weight_version",
     ),
     Contract("v1.serial_utils", "MsgpackDecoder.decode", ("self", "bufs")),
+    Contract("v1.serial_utils", "MsgpackEncoder._encode_mm_item", ("self", "item")),
     Contract(
         "multimodal.cache.factories",
         "_get_cache_type",
