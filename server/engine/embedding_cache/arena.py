@@ -1,19 +1,23 @@
 """A region of shared memory of fixed size, allocated in pages.
 
 It is anonymous (memfd), so it needs no space in /dev/shm and is freed with its processes. The
-kernel allocates memory when a page is first written.
+kernel allocates memory when a page is first written. An arena may be in memory of another process,
+which outlives this one; then a directory beside it says what it holds.
 """
 
 import bisect
 import contextlib
 import mmap
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-PAGE_BYTES = 64 * 1024
-
-# The place of an entry: (offset, length) in bytes of each piece, in order.
-Extents = tuple[tuple[int, int], ...]
+from server.engine.embedding_cache.directory import (
+    PAGE_BYTES,
+    Directory,
+    Extents,
+    size_for,
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,17 @@ class FreePages:
         ]
         return taken
 
+    def occupy(self, taken: Iterable[tuple[int, int]]) -> None:
+        """Allocate these runs, none of which overlap, of pages that are all free."""
+        runs, at = [], 0
+        for first, count in sorted(taken):
+            self.free -= count
+            if first > at:
+                runs.append((at, first - at))
+            at = first + count
+        end = sum(self._runs[-1]) if self._runs else 0
+        self._runs = [*runs, (at, end - at)] if end > at else runs
+
     def give_back(self, first: int, count: int) -> None:
         """Free a run and join it with its free neighbours."""
         self.free += count
@@ -72,18 +87,47 @@ class FreePages:
             self._runs.insert(at, (first, count))
 
 
-class Arena:
-    """The region, in the process that created it. Calls must not be concurrent; access to its
-    memory may be."""
+class LastingMemory:
+    """Memory for an arena of `nbytes`, as long as this process lives or `close` is called."""
 
     def __init__(self, nbytes: int) -> None:
         pages = nbytes // PAGE_BYTES
-        self.nbytes = pages * PAGE_BYTES
         self._fd = os.memfd_create("saccade-embeddings")
-        os.ftruncate(self._fd, max(self.nbytes, mmap.PAGESIZE))
-        self._map = mmap.mmap(self._fd, max(self.nbytes, mmap.PAGESIZE))
+        os.ftruncate(self._fd, max(pages * PAGE_BYTES + size_for(pages), mmap.PAGESIZE))
+
+    @property
+    def path(self) -> str:
+        """The file by which other processes of the same user find it."""
+        return f"/proc/{os.getpid()}/fd/{self._fd}"
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class Arena:
+    """The region, in the process that allocates in it. Calls must not be concurrent; access to its
+    memory may be.
+
+    Attributes:
+        directory: what another process will find here, if the memory outlives this one; else None.
+    """
+
+    def __init__(self, nbytes: int, path: str | None = None) -> None:
+        """`path`: that of the `LastingMemory` of `nbytes` that it is in. Nothing in it is allocated
+        until `occupy` is called."""
+        pages = nbytes // PAGE_BYTES
+        self.nbytes = pages * PAGE_BYTES
+        if path is None:
+            self._fd = os.memfd_create("saccade-embeddings")
+            os.ftruncate(self._fd, max(self.nbytes, mmap.PAGESIZE))
+        else:
+            self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self._map = mmap.mmap(self._fd, os.fstat(self._fd).st_size)
         self._memory = memoryview(self._map)
         self._pages = FreePages(pages)
+        self.directory: Directory | None = None
+        if path is not None and pages:
+            self.directory = Directory(self._fd, self._memory, self.nbytes)
 
     @property
     def name(self) -> ArenaName:
@@ -104,6 +148,12 @@ class Arena:
             extents.append((first * PAGE_BYTES, length))
             left -= length
         return tuple(extents)
+
+    def occupy(self, places: Iterable[Extents]) -> None:
+        """Allocate these places, in an arena in which nothing is allocated yet."""
+        self._pages.occupy(
+            (offset // PAGE_BYTES, _pages(length)) for place in places for offset, length in place
+        )
 
     def free(self, extents: Extents) -> None:
         """Free an allocation."""

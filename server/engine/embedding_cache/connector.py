@@ -54,6 +54,7 @@ class CacheOptions:
 
     Sizes are in bytes for one engine. `patience_s` is how long a request waits for the lower tiers;
     `controls` are the addresses of the control sockets, one in each front end of the server.
+    `host_memory` is the file of the `LastingMemory` with the host tier, if it outlives the engine.
     """
 
     host_bytes: int
@@ -62,6 +63,7 @@ class CacheOptions:
     shared_url: str | None
     patience_s: float
     controls: tuple[str, ...]
+    host_memory: str | None = None
 
     def extra_config(self) -> dict[str, Any]:
         return asdict(self)
@@ -89,7 +91,8 @@ class EmbeddingCacheConnector(ECConnectorBase):
             self._worker = Worker()
             return
         options = CacheOptions(**vllm_config.ec_transfer_config.ec_connector_extra_config)
-        self._store = EmbeddingStore(Arena(options.host_bytes), _tiers(vllm_config, options))
+        arena = Arena(options.host_bytes, options.host_memory)
+        self._store = EmbeddingStore(arena, _tiers(vllm_config, options))
         self._scheduler = Scheduler(vllm_config, self._store, options.patience_s)
         self._reset_expected_until = 0.0
         reset_listeners.append(self._was_reset)

@@ -22,6 +22,7 @@ import zmq
 import zmq.asyncio
 
 from server.concurrency import cancel
+from server.engine.embedding_cache.arena import LastingMemory
 
 log = logging.getLogger("saccade.embeddings")
 
@@ -83,7 +84,13 @@ class _Question(NamedTuple):
 
 
 class ControlServer:
-    """The server's end. Create it before the engine starts; use it inside `async with`."""
+    """The server's end. Create it before the engine starts; use it inside `async with`.
+
+    Attributes:
+        memory: that of the host tier, if it outlives the engine. It is closed with this.
+    """
+
+    memory: LastingMemory | None = None
 
     def __init__(self, address: str | None = None) -> None:
         """`address`: that which the connectors know already, by default a new one."""
@@ -111,6 +118,8 @@ class ControlServer:
     def close(self) -> None:
         self._socket.close()
         self._context.term()
+        if self.memory is not None:
+            self.memory.close()
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
 

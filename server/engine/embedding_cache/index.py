@@ -11,7 +11,8 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from server.engine.embedding_cache.arena import Arena, Extents, size_on_pages
+from server.engine.embedding_cache.arena import Arena, size_on_pages
+from server.engine.embedding_cache.directory import Extents, Record
 from server.engine.embedding_cache.tier import Spec
 
 K = TypeVar("K", bound=Hashable)
@@ -107,7 +108,8 @@ class Entry:
 
 class Index:
     """The entries of an arena by key. Calls must not be concurrent. An entry's room is freed when
-    the entry was removed and has no pins."""
+    the entry was removed and has no pins. READY entries are in the arena's directory, if it has
+    one; those that are there at the start are READY."""
 
     def __init__(self, arena: Arena, clock: Callable[[], float] = time.monotonic) -> None:
         self.arena = arena
@@ -115,6 +117,16 @@ class Index:
         self._clock = clock
         self._entries: dict[str, Entry] = {}
         self._order: S3Fifo[str] = S3Fifo()
+        self._directory = arena.directory
+        if self._directory is not None:
+            self._adopt(list(self._directory.records()))
+
+    def _adopt(self, records: list[Record]) -> None:
+        """Take over what another process has left in the arena."""
+        self.arena.occupy(record.extents for record in records)
+        for key, spec, extents in records:
+            self._entries[key] = Entry(key, spec, extents, State.READY, self._clock())
+            self._order.add(key)
 
     def get(self, key: str) -> Entry | None:
         return self._entries.get(key)
@@ -146,6 +158,8 @@ class Index:
         """Set an entry to READY or ABSENT; it may be evicted from now on."""
         entry.state, entry.since = state, self._clock()
         self._order.add(entry.key)
+        if state is State.READY and self._directory is not None:
+            self._directory.note(Record(entry.key, entry.spec, entry.extents))
 
     def make(self, entry: Entry) -> None:
         """Set an ABSENT entry to MADE; it cannot be evicted until it is settled."""
@@ -160,6 +174,8 @@ class Index:
     def forget(self, entry: Entry) -> None:
         del self._entries[entry.key]
         self._order.discard(entry.key)
+        if entry.state is State.READY and self._directory is not None:
+            self._directory.drop(entry.extents)
         if not entry.pins:
             self.arena.free(entry.extents)
 
@@ -172,6 +188,10 @@ class Index:
         for entry in list(self._entries.values()):
             self.forget(entry)
         self._order.clear()
+
+    def leave_directory(self) -> None:
+        """Change nothing more in the arena's directory."""
+        self._directory = None
 
     def size(self) -> dict[str, int]:
         """The number of READY `entries` and their `bytes`, and the arena's `max_bytes`."""

@@ -9,6 +9,7 @@ from vllm.config import ECTransferConfig, EncoderCacheManagerConfig, VllmConfig
 from vllm.platforms import current_platform
 
 from server.concurrency import usable_memory
+from server.engine.embedding_cache.arena import LastingMemory
 from server.engine.embedding_cache.connector import (
     AnnouncedEncoderCache,
     CacheOptions,
@@ -65,23 +66,32 @@ def _obstacle(config: VllmConfig) -> str | None:
     return None
 
 
-def configure(config: VllmConfig, settings: CacheSettings, controls: Sequence[str]) -> None:
+def lasting_memory(config: VllmConfig, settings: CacheSettings) -> LastingMemory:
+    """Memory for the host tier of the only engine that outlives it."""
+    return LastingMemory(_arena_bytes(config, settings))
+
+
+def configure(
+    config: VllmConfig,
+    settings: CacheSettings,
+    controls: Sequence[str],
+    memory: LastingMemory | None = None,
+) -> None:
     """Configure vLLM to create the connector in each engine. `controls` are the addresses of the
-    control servers, one in each front end.
+    control servers, one in each front end. `memory`: where the host tier is, if not in the engine.
 
     Call it after vLLM has checked its configuration: during that check, a transfer that receives
     embeddings would also allow clients to send them.
     """
-    engines = config.parallel_config.data_parallel_size_local or 1
-    host = _host_bytes(settings) // engines
     url = settings.embedding_cache_url
     options = CacheOptions(
-        host_bytes=host or _STAGING_BYTES,
+        host_bytes=_arena_bytes(config, settings),
         disk_directory=_text(settings.embedding_cache_dir),
         disk_bytes=int(settings.embedding_cache_disk_gb * GIB),
         shared_url=url.get_secret_value() if url is not None else None,
         patience_s=settings.embedding_cache_wait_s,
         controls=tuple(controls),
+        host_memory=memory.path if memory is not None else None,
     )
     if config.ec_manager_config.encoder_cache_manager_cls is None:
         announced = AnnouncedEncoderCache
@@ -134,6 +144,11 @@ def _embedding_bytes(config: VllmConfig) -> int:
     layers = 1 + sum(len(found or ()) for found in levels)
     item: int = getattr(model.dtype, "itemsize", 4)
     return layers * int(model.get_inputs_embeds_size()) * item
+
+
+def _arena_bytes(config: VllmConfig, settings: CacheSettings) -> int:
+    engines = config.parallel_config.data_parallel_size_local or 1
+    return _host_bytes(settings) // engines or _STAGING_BYTES
 
 
 def _host_bytes(settings: CacheSettings) -> int:

@@ -267,10 +267,11 @@ class EmbeddingStore:
             self._writing.notify_all()
 
     def detach(self) -> None:
-        """Delete all entries in memory, and stop using the lower tiers."""
+        """Delete all entries in memory, and stop using the lower tiers and the directory."""
         with self._lock:
             self._tiers = ()
             self._index.clear()
+            self._index.leave_directory()
 
     def snapshot(self) -> dict[str, dict[str, Any]]:
         """Counts and sizes by tier."""
@@ -285,6 +286,7 @@ class EmbeddingStore:
         """Wait up to `_FLUSH_LIMIT_S` for pending writes, and stop."""
         with self._writing:
             self._writing.wait_for(lambda: not (self._writes or self._clears), _FLUSH_LIMIT_S)
+            self._index.leave_directory()  # the next process shall find the entries
         self.detach()
         for executor in itertools.chain(self._readers, self._writers):
             executor.shutdown(wait=False, cancel_futures=True)

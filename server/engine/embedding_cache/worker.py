@@ -14,7 +14,8 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.platforms import current_platform
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
-from server.engine.embedding_cache.arena import ArenaName, Extents, attach
+from server.engine.embedding_cache.arena import ArenaName, attach
+from server.engine.embedding_cache.directory import Extents
 from server.engine.embedding_cache.tier import Spec
 
 log = logging.getLogger("saccade.embeddings")
