@@ -178,7 +178,7 @@ async def running(
         reports = encoder_address(mine.folder, mine.index) if mine is not None else None
         times = await stack.enter_async_context(EncodeTimes(outcomes.encoded, reports))
         outcomes.read_reports = times.read
-        engine, heartbeat = await stack.enter_async_context(
+        engine, heartbeat, restarts = await stack.enter_async_context(
             launch.running(prepared, settings, outcomes, gate, mine)
         )
         engine_caches = launch.caches_of(
@@ -203,6 +203,7 @@ async def running(
             launch.admission_limits(engine, settings, front_ends, engines),
             engine_queue.why_full,
             shared,
+            restarts.refusal if restarts is not None else lambda: None,
         )
         reader = RequestReader(limits, embeds, body_bounds(settings.http))
         loader = None
@@ -217,6 +218,7 @@ async def running(
         yield Parts(
             engine=engine,
             heartbeat=heartbeat,
+            restarts=restarts,
             caches=engine_caches,
             fetch_cache=fetcher.cache,
             pool=pool,

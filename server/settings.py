@@ -276,6 +276,23 @@ class HttpSettings(_Group):
         "step of the engine. One of several front ends that is silent for so long is killed and "
         "started again.",
     )
+    restart_engine: bool = Field(
+        False,
+        description="Start the engine again in the same server when it has died, instead of ending "
+        "the server: running requests get a 503, and embeddings in host memory stay.",
+    )
+    max_engine_restarts: int = Field(
+        3,
+        ge=1,
+        description="How often `--restart-engine` starts the engine within "
+        "`--engine-restart-window-s`; when it dies once more, the server ends.",
+    )
+    engine_restart_window_s: float = Field(
+        3600.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="The time for which `--max-engine-restarts` counts, in seconds.",
+    )
     drain_delay_s: float = Field(
         5.0,
         ge=0,

@@ -102,6 +102,7 @@ def _app() -> Any:
     app.include_router(routes.status)
     app.state.engine_client = SimpleNamespace(errored=False)
     app.state.heartbeat = SimpleNamespace(stalled=False)
+    app.state.restarts = None
     app.state.engines = None
     app.state.image_pool = None
     app.state.draining = False

@@ -144,6 +144,17 @@ CONTRACTS = [
     *_in("v1.engine", "EngineCoreRequest.client_index"),
     *_in("v1.engine.utils", "CoreEngineProcManager.failed_proc_name"),
     *_in("v1.engine.utils", "CoreEngineProcManager.monitor_engine_liveness"),
+    # Another core for an engine whose core has died.
+    Contract(
+        "v1.engine.utils",
+        "launch_core_engines",
+        ("vllm_config", "executor_class", "log_stats", "addresses"),
+    ),
+    *_in("v1.engine.utils", "CoreEngineProcManager.processes", "CoreEngineProcManager.shutdown"),
+    *_in("v1.engine.core_client", "BackgroundResources.engine_manager"),
+    *_in("v1.engine.core_client", "MPClient.start_engine_core_monitor"),
+    *_in("v1.engine.async_llm", "AsyncLLM.engine_core", "AsyncLLM.output_handler"),
+    *_in("v1.engine.async_llm", "AsyncLLM._run_output_handler"),
     Contract(
         "v1.metrics.loggers",
         "StatLoggerManager.record",

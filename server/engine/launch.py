@@ -1,5 +1,6 @@
 """Starts vLLM inside this process, with Saccade's renderer, media connector and send pipeline."""
 
+import copy
 import functools
 import importlib.util
 import io
@@ -32,12 +33,14 @@ from server.engine.embedding_cache import setup
 from server.engine.embedding_cache.control import ControlServer
 from server.engine.extractor import worker_spec
 from server.engine.heartbeat import Heartbeat
+from server.engine.restarts import Restarts
 from server.engine.token_allocator import TokenAllocator
 from server.engine.token_rules import measured_rule, token_rule
 from server.engine.video_allocator import VideoAllocator
 from server.engine.video_token_rules import measured_video_rule, metadata_of, video_rule
 from server.engine.vllm_adapter import (
     core_fork,
+    core_restart,
     core_sockets,
     item_encoder,
     item_tracker,
@@ -73,7 +76,7 @@ from server.request.admission import AdmissionLimits
 from server.request.budgets import Resource
 from server.request.context import RequestContext, entered
 from server.request.media import MediaLimits
-from server.settings import GIB, MIB, Settings
+from server.settings import GIB, MIB, HttpSettings, Settings
 from server.telemetry import metrics
 from server.telemetry.record import Record
 from server.workers.forkserver import Forkserver
@@ -143,7 +146,7 @@ def configured(args: Namespace, settings: Settings, front_ends: int) -> Prepared
     """`prepare` without what image workers need.
 
     Raises:
-        CannotStart: these flags do not go with several front ends.
+        CannotStart: these flags do not go with several front ends, or with `--restart-engine`.
     """
     os.environ["VLLM_MEDIA_CONNECTOR"] = connector.NAME
     RENDERER_REGISTRY.renderers["hf"] = ("server.engine.vllm_adapter.renderer", "PooledRenderer")
@@ -157,6 +160,8 @@ def configured(args: Namespace, settings: Settings, front_ends: int) -> Prepared
     core_sockets.install()
     processor_cache.install()
     video_loaders.install()
+    if settings.http.restart_engine:
+        core_restart.adapt(config, front_ends)
     if front_ends > 1:
         several_clients.adapt(config, front_ends)
     return PreparedEngine(config, engine_args, None)
@@ -268,7 +273,10 @@ def add_embedding_cache(
     if not _has_embedding_cache(prepared, settings):
         return None
     control = ControlServer(control_address(mine.folder, mine.index) if mine is not None else None)
-    setup.configure(prepared.config, settings.caches, [control.address])
+    memory = None
+    if settings.http.restart_engine:
+        memory = control.memory = setup.lasting_memory(prepared.config, settings.caches)
+    setup.configure(prepared.config, settings.caches, [control.address], memory)
     return control
 
 
@@ -293,12 +301,15 @@ async def running(
     outcomes: Outcomes,
     gate: Gate,
     mine: FrontEnd | None = None,
-) -> AsyncIterator[tuple[AsyncLLM, Heartbeat]]:
+) -> AsyncIterator[tuple[AsyncLLM, Heartbeat, Restarts | None]]:
     """Run the engine, from start to shutdown. `outcomes` follows its requests, which pass `gate`
-    before they are sent. Starting blocks the event loop, as in vLLM.
+    before they are sent. Starting blocks the event loop, as in vLLM. With `--restart-engine`, the
+    third result starts it again when it has died.
 
     With `mine`, the engine was started by another process, and is only reached from here."""
     torch.set_num_threads(1)  # this process only moves data; workers and engine use the cores
+    can_restart = settings.http.restart_engine and prepared.remote is None
+    before = copy.deepcopy(prepared.config) if can_restart else None
     engine = _started(prepared, mine)
     remote_core.join(engine)
     try:
@@ -309,15 +320,18 @@ async def running(
         fail = functools.partial(fail_requests, engine)
         heartbeat = Heartbeat(engine.is_sleeping, settings.http.engine_stall_timeout_s, fail)
         Parameters(engine, settings.constraints, heartbeat)
-        Sender(engine, _processor_cache(engine), outcomes, gate)
+        sender = Sender(engine, _processor_cache(engine), outcomes, gate)
         item_encoder.install(engine)
         keep_groups_apart(engine.renderer)
         if engine.renderer.mm_processor is not None:
             item_tracker.install(engine.renderer)
         keep_item_limit(engine)
         enable_envs_cache()  # as in vLLM's other processes: each request reads many of them
+        restarts = None
+        if before is not None:
+            restarts = _restarts(engine, before, settings.http, sender)
         async with heartbeat:
-            yield engine, heartbeat
+            yield engine, heartbeat, restarts
     finally:
         disable_envs_cache()
         engine.shutdown(timeout=prepared.config.shutdown_timeout)
@@ -340,6 +354,22 @@ def _started(prepared: PreparedEngine, mine: FrontEnd | None) -> AsyncLLM:
         if (reason := shared_segments.reason()) is None:
             raise
         raise CannotStart(reason) from None
+
+
+def _restarts(
+    engine: AsyncLLM, config: VllmConfig, settings: HttpSettings, sender: Sender
+) -> Restarts:
+    def attach(engine: AsyncLLM) -> None:
+        item_encoder.install(engine)
+        sender.attach()
+
+    starter = core_restart.CoreStarter(engine, config, attach)
+    return Restarts(
+        lambda: engine.errored,
+        starter.start_again,
+        settings.max_engine_restarts,
+        settings.engine_restart_window_s,
+    )
 
 
 def _processor_cache(engine: AsyncLLM) -> ProcessorCache | None:

@@ -22,6 +22,7 @@ from server.batches.store import BatchStore
 from server.concurrency import usable_memory
 from server.engine import vllm_http
 from server.engine.heartbeat import Heartbeat
+from server.engine.restarts import Restarts
 from server.engine.vllm_adapter.engine_caches import EngineCaches
 from server.http import (
     batches,
@@ -112,12 +113,14 @@ _LOOK_AT_STARTS = frozenset(
 
 @dataclass(frozen=True)
 class Parts:
-    """The services behind the app. `pool` and `loader` are None if the model takes no media,
-    `files` if the Files API is off or another front end has them, `peers` if this is the only front
-    end. `engines` tells how many there are, if other processes have started them."""
+    """The services behind the app. `restarts` is None if a dead engine ends the server, `pool` and
+    `loader` if the model takes no media, `files` if the Files API is off or another front end has
+    them, `peers` if this is the only front end. `engines` tells how many there are, if other
+    processes have started them."""
 
     engine: vllm_http.AsyncLLM
     heartbeat: Heartbeat
+    restarts: Restarts | None
     caches: EngineCaches
     fetch_cache: FetchCache | None
     pool: ImagePool | None
@@ -150,6 +153,7 @@ async def build_app(
     app.state.max_batch_bytes = settings.batches.batch_bytes
     app.state.batches = None
     app.state.heartbeat = parts.heartbeat
+    app.state.restarts = parts.restarts
     app.state.engine_caches = parts.caches
     app.state.fetch_cache = parts.fetch_cache
     app.state.peers = parts.peers

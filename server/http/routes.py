@@ -19,6 +19,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.datastructures import State
 
 from server import __version__
+from server.engine import restarts
 from server.engine.vllm_adapter.engine_caches import EngineCaches
 from server.engine.vllm_adapter.text_stream import TextStream
 from server.engine.vllm_http import (
@@ -234,8 +235,10 @@ class _Load:
 
 @status.get("/health")
 async def health(request: Request) -> Response:
-    """200 while the engine is alive and moves, 503 when it has died or has not answered for long.
-    Cheap enough for liveness probes."""
+    """200 while the engine is alive and moves, 503 when it has died or has not answered for long;
+    while it is started again, the server is alive. Cheap enough for liveness probes."""
+    if _is_starting_again(request.app.state):
+        return Response(status_code=200)
     try:
         await request.app.state.engine_client.check_health()
     except EngineDeadError:
@@ -256,6 +259,8 @@ def unreadiness(state: State) -> str | None:
     """Why requests cannot be served now; None if they can."""
     if state.draining:
         return "the server is shutting down"
+    if _is_starting_again(state):
+        return restarts.MESSAGE
     if state.engine_client.errored:
         return "the engine has died"
     if state.heartbeat.stalled:
@@ -265,6 +270,11 @@ def unreadiness(state: State) -> str | None:
     if state.image_pool is not None and not state.image_pool.ready:
         return "no image worker is available"
     return None
+
+
+def _is_starting_again(state: State) -> bool:
+    found: restarts.Restarts | None = state.restarts
+    return found is not None and found.under_way
 
 
 @status.get("/version")

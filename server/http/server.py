@@ -19,8 +19,9 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from server.concurrency import Turns, usable_memory
+from server.concurrency import Turns, cancel, usable_memory
 from server.engine import vllm_http
+from server.engine.restarts import Restarts
 from server.front_ends import FrontEnd, Link
 from server.http.byte_budget import ByteBudget
 from server.http.drain import close_port, cut, finish
@@ -261,21 +262,25 @@ async def serve(
         loop.add_signal_handler(signal.SIGINT, stop, 0.0)
         loop.add_signal_handler(signal.SIGTERM, stop, delay_s)
     bound_messages()
-    watch = asyncio.create_task(_watch(server, engine))
+    watch = asyncio.create_task(_watch(server, engine, app.state.restarts))
     try:
         await server.serve(sockets=[sock])
     finally:
-        watch.cancel()
+        await cancel(watch)
     if engine.errored:
         return _ENGINE_DIED
     return _REQUESTS_CUT if server.cut_requests else 0
 
 
-async def _watch(server: Server, engine: vllm_http.AsyncLLM) -> None:
-    """Stop the server when its engine has died, so that its supervisor starts another."""
-    if vllm_http.stays_up_without_engine():
+async def _watch(server: Server, engine: vllm_http.AsyncLLM, restarts: Restarts | None) -> None:
+    """Stop the server when its engine has died, so that its supervisor starts another; with
+    `restarts`, only when it cannot be started again."""
+    if restarts is None and vllm_http.stays_up_without_engine():
         return
-    while not engine.errored:  # noqa: ASYNC110 - the engine offers nothing to wait for
-        await asyncio.sleep(_ENGINE_CHECK_INTERVAL_S)
+    while True:
+        while not engine.errored:  # noqa: ASYNC110 - the engine offers nothing to wait for
+            await asyncio.sleep(_ENGINE_CHECK_INTERVAL_S)
+        if restarts is None or not await restarts.again():
+            break
     log.error("the engine has died; stopping")
     server.end_without_engine()

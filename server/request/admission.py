@@ -26,7 +26,13 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from server.errors import EngineQueueFull, SaccadeError, ServerBusy, TooManyAnswers
+from server.errors import (
+    EngineQueueFull,
+    SaccadeError,
+    ServerBusy,
+    TooManyAnswers,
+    Unavailable,
+)
 from server.request.arrivals import Arrivals
 from server.request.budgets import Budgets, Holdings, Resource
 from server.request.limits import Quota, Usage, headers
@@ -132,9 +138,11 @@ class Admission:
         limits: AdmissionLimits,
         engine_is_full: Callable[[], str | None] = lambda: None,
         shared: SharedUsages | None = None,
+        engine_is_away: Callable[[], Unavailable | None] = lambda: None,
     ) -> None:
         """`engine_is_full` says why the engine takes no more requests; None if it does. `shared`:
-        where other front ends count what keys use."""
+        where other front ends count what keys use. `engine_is_away` is the error for all requests
+        while there is no engine."""
         self.limits = limits
         self.budgets = Budgets(limits.totals, limits.wait_s, lambda: self.slots.advance())
         most = limits.background
@@ -153,6 +161,7 @@ class Admission:
         self.engine_requests = 0
         self._arrivals = Arrivals(_ARRIVAL_S)
         self._engine_is_full = engine_is_full
+        self._engine_is_away = engine_is_away
         self._shared = shared
         self.service_times = ServiceTimes()
         self._rate = Rate(max(_MEASURED, 2 * limits.running))
@@ -182,6 +191,7 @@ class Admission:
             EngineQueueFull: the engine would refuse the request now.
             TooManyAnswers: the engine would always refuse the request.
             ServerBusy: the queue is full, or the request would wait too long.
+            Unavailable: there is no engine now.
         """
         return Permit(self, record, quotas, cost, engine_requests, turn, was_let_in)
 
@@ -230,8 +240,10 @@ class Admission:
         return usages
 
     def check_engine(self, requests: int) -> None:
-        """Raises EngineQueueFull if the engine would refuse this many requests more, and
-        TooManyAnswers if it always would."""
+        """Raises EngineQueueFull if the engine would refuse this many requests more,
+        TooManyAnswers if it always would, and Unavailable if there is none."""
+        if (away := self._engine_is_away()) is not None:
+            raise away
         most = self.limits.engine_requests
         if most and requests > most:
             raise TooManyAnswers(
@@ -264,6 +276,7 @@ class Admission:
         Raises:
             ServerBusy: it has waited so long that few requests would be answered before its
                 deadline.
+            Unavailable: the engine has gone meanwhile.
         """
         if self.slots.take_now(group):
             return
@@ -272,6 +285,9 @@ class Admission:
             await self.slots.take(group, share, cost)
         finally:
             metrics.admission_wait.observe(time.monotonic() - since)
+        if (away := self._engine_is_away()) is not None:
+            self.slots.free(group)
+            raise away
         shortest_s = self.service_times.quantile(_FEW)
         if deadline is not None and time.monotonic() + shortest_s > deadline:
             self.end(cost, lambda: self.slots.free(group))

@@ -93,6 +93,9 @@ request_seconds = Histogram(
 )
 ready = Gauge("saccade_ready", "1 while the server is ready, as /ready reports.")
 build = Info("saccade_build", "Versions, device and model.")
+engine_restarts = Counter(
+    "saccade_engine_restarts_total", "How often the engine was started again after it had died."
+)
 devices = Gauge("saccade_devices", "Accelerators used by the engine; on a CPU, its processes.")
 
 # ---------------------------------------------------------------------- images

@@ -331,13 +331,17 @@ def check_refused(response: httpx.Response, *codes: str) -> None:
 
 
 @contextlib.contextmanager
-def pictures_sent(server: Server) -> Iterator[list[httpx.Response]]:
-    """Clients that send pictures which are not cached, until the port is closed; the answers so
-    far, all of which there are at the end."""
+def pictures_sent(
+    server: Server, stop: threading.Event | None = None
+) -> Iterator[list[httpx.Response]]:
+    """Clients that send pictures which are not cached, until the port is closed or `stop` is set;
+    the answers so far, all of which there are at the end."""
     answers: list[httpx.Response] = []
 
     def send(client_number: int) -> None:
         for number in itertools.count():
+            if stop is not None and stop.is_set():
+                return
             picture = pictures.encode(pictures.photo((300 + number, 200), client_number))
             body = {**LONG, "messages": user(image_part(picture)), "max_tokens": 2}
             with client_of(server) as client:  # a new connection: no other ends when it is used

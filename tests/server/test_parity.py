@@ -99,7 +99,7 @@ async def rig(model: Path, decode: str = "exact") -> AsyncIterator[Rig]:
         embeddings = launch.add_embedding_cache(prepared, settings)
         assert embeddings is not None
         await stack.enter_async_context(embeddings)
-        engine, _ = await stack.enter_async_context(
+        engine, *_ = await stack.enter_async_context(
             launch.running(prepared, settings, Outcomes(), Gate())
         )
         envs.disable_envs_cache()  # `render` changes an environment variable

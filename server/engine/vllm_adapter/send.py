@@ -9,6 +9,7 @@ from typing import Any
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from server.engine.vllm_adapter.outcomes import Outcomes
 from server.engine.vllm_adapter.processor_cache import ProcessorCache
@@ -62,7 +63,11 @@ class Sender:
         self._engine = engine
         outputs: Any = engine.output_processor
         self._states = outputs.request_states
-        core: Any = engine.engine_core
+        self.attach()
+
+    def attach(self) -> None:
+        """Take the place in the client of the core that the engine has now."""
+        core: Any = self._engine.engine_core
         self._send_to_core = core.add_request_async
         core.add_request_async = self.send
 
@@ -71,12 +76,16 @@ class Sender:
 
         Raises:
             RetryableRequestError: see `Settled`.
+            EngineDeadError: the request has failed with the engine while it waited here.
         """
         context = requests.current()
+        is_followed = request.request_id in self._states
         try:
             if context.permit is not None:
                 await context.permit.enter_engine(request.request_id)
             async with self._gate:
+                if is_followed and request.request_id not in self._states:
+                    raise EngineDeadError  # else the engine would work for nobody
                 keep_in_group(request, context.group)
                 self._outcomes.sending(request, context)
                 if self._cache is None or not request.mm_features:

@@ -51,6 +51,16 @@ def reason() -> str | None:
     return None
 
 
+def remove_all(prefix: str) -> None:
+    """Remove the segments that killed processes have left, by the prefix of `register`. Call it
+    while no process of vLLM runs that would have any."""
+    for path in Path(_FOLDER).glob(f"{prefix}_*"):
+        with contextlib.suppress(OSError):
+            segment = shared_memory.SharedMemory(path.name)
+            segment.close()
+            segment.unlink()  # and the tracker of resources no longer looks for it
+
+
 def _reason_file() -> Path:
     return Path(tempfile.gettempdir(), f"{_module._SHM_NAME_PREFIX.strip('/')}cannot-start")
 

@@ -1,5 +1,6 @@
 """Ends requests whose engine does not answer: it hangs, was stopped, or has ended."""
 
+from collections.abc import Callable
 from typing import Any
 
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -17,13 +18,15 @@ class EngineStalled(EngineDeadError):
         Exception.__init__(self, MESSAGE)
 
 
-async def fail_requests(engine: AsyncLLM) -> None:
+async def fail_requests(
+    engine: AsyncLLM, make_error: Callable[[], EngineDeadError] = EngineStalled
+) -> None:
     """Fail all requests that the engine has, and drop them there in case that it goes on."""
     outputs: Any = engine.output_processor
     states = outputs.request_states
     for state in list(states.values()):
         if state.queue is not None:
-            state.queue.put(EngineStalled())
+            state.queue.put(make_error())
     await engine.abort([*outputs.parent_requests, *states], internal=True)
 
 
