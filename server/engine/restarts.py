@@ -30,11 +30,13 @@ class Restarts:
         start: Callable[[], Awaitable[None]],
         most: int,
         within_s: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`start` starts the engine again, at most `most` times within `within_s` seconds."""
         self.given_up = False
         self._is_dead = is_dead
         self._start = start
+        self._clock = clock
         self._within_s = within_s
         self._most = most
         self._began: deque[float] = deque(maxlen=most)
@@ -52,7 +54,7 @@ class Restarts:
         error = Unavailable(MESSAGE)
         left_s = self._last_took_s
         if self._began:
-            left_s -= time.monotonic() - self._began[-1]
+            left_s -= self._clock() - self._began[-1]
         error.retry_after_s = round(min(_MAX_RETRY_AFTER_S, max(_OVERDUE_S, left_s)))
         return error
 
@@ -60,7 +62,7 @@ class Restarts:
         """Start the dead engine again, and once more if that fails; returns whether it runs. It
         does not when this happened too often."""
         while True:
-            now = time.monotonic()
+            now = self._clock()
             if len(self._began) == self._most and now - self._began[0] < self._within_s:
                 break
             self._began.append(now)
@@ -71,7 +73,7 @@ class Restarts:
             except Exception:
                 log.exception("failed to start the engine again")
                 continue
-            self._last_took_s = time.monotonic() - now
+            self._last_took_s = self._clock() - now
             log.warning("the engine runs again, after %.1f s", self._last_took_s)
             return True
         self.given_up = True
