@@ -2,10 +2,10 @@
 
     python -m benchmarks.video_beside --output FILE
 
-Text requests arrive at random times, alone and while clients send one new 4K clip of 30 s after the
-other. Their answers have one token, so that the time of an answer is that of its first token. At
-last, a 4K clip of ten minutes is decoded. The memory is the private one of the processes that
-decode: what they do not share with the process they are forks of.
+Text requests arrive at random times, alone and while each of some clients sends one new 4K clip of
+30 s after the other. Their answers have one token, so that the time of an answer is that of its
+first token. At last, a 4K clip of ten minutes is decoded. The memory is the private one of the
+processes that decode: what they do not share with the process they are forks of.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from benchmarks.processes import Server, free_port, private
 _TIMEOUT_S = 120.0
 _POLL_S = 0.05
 _MIB = 1 << 20
-_CLIENTS = 4
+_STUB = str(Path(__file__).resolve().parent / "stub_encoder")
 
 
 class Bench:
@@ -52,7 +52,7 @@ class Bench:
         sources = [Source("text", "none", texts, options.seconds, options.rate)]
         if clip is not None:
             clips = self._bodies(options.clips, clip)
-            sources.append(Source("clips", "none", clips, options.seconds, clients=_CLIENTS))
+            sources.append(Source("clips", "none", clips, options.seconds, clients=options.clients))
         with self._watched():
             printed = in_process("benchmarks.open_load", Plan(self._server.port, sources, 120.0))
         outcomes = [Outcome(**fields) for fields in json.loads(printed)]
@@ -132,6 +132,7 @@ def main() -> None:
             print(json.dumps(rounds[-1]), flush=True)
         result = {
             "what": "text requests beside 4K videos",
+            "stubbed": ["vision encoder"] if options.stub_encoder else [],
             "options": {key: value for key, value in vars(options).items() if key != "output"},
             **environment.describe(),
             "rounds": rounds,
@@ -158,6 +159,8 @@ def _start(folder: Path, options: argparse.Namespace) -> Server:
     env = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
     if options.engine_cores:
         env["VLLM_CPU_OMP_THREADS_BIND"] = options.engine_cores
+    if options.stub_encoder:
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, (_STUB, env.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "server", "serve", "server/demo", *options.flags.split()]
     flags = ["--port", str(port), "--max-model-len", "4096", "--disable-uvicorn-access-log"]
     flags += ["--allowed-local-media-path", str(folder), "--served-model-name", MODEL_NAME]
@@ -169,9 +172,11 @@ def _options() -> argparse.Namespace:
     add = parser.add_argument
     add("--output", type=Path, required=True)
     add("--flags", default="", help="more flags for the server, as one string")
+    add("--stub-encoder", action="store_true", help="use a stub of the vision encoder")
     add("--engine-cores", default="1", help="cores for the model's threads")
     add("--rate", type=float, default=4.0, help="text requests per second")
     add("--seconds", type=float, default=12.0, help="duration of each measurement")
+    add("--clients", type=int, default=1, help="clips that are sent at a time")
     add("--clips", type=int, default=40, help="most clips of a measurement")
     add("--rounds", type=int, default=3)
     return parser.parse_args()

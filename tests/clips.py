@@ -8,6 +8,7 @@ import socket
 import struct
 import sys
 import tempfile
+import threading
 import time
 import wave
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ import numpy.typing as npt
 
 from server.errors import InvalidVideo
 from server.ingest.video import VideoAnswer
+from server.workers import spare_time
 from server.workers.sandbox import Output
 from tests import intrusions
 
@@ -173,6 +175,16 @@ def _spin(job: bytes, argument: str) -> Output:
         pass
 
 
+def _spare(job: bytes, argument: str) -> Output:
+    """Hang in a step that is run in spare time."""
+    spare_time._MIN_SHARE = 0  # the machine may be busy
+    spare = spare_time.SpareTime()
+    while spare.run(threading.get_ident) == threading.get_ident():
+        pass
+    spare.run(time.sleep, 600)
+    return Output(job)
+
+
 def _die(job: bytes, argument: str) -> Output:
     os.kill(os.getpid(), signal.SIGSEGV)
     return Output(job)
@@ -209,6 +221,7 @@ _COMMANDS: dict[str, Callable[[bytes, str], Output]] = {
     "hang": _hang,
     "rest": _rest,
     "spin": _spin,
+    "spare": _spare,
     "die": _die,
     "grow": _grow,
     "open": _open,

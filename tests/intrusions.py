@@ -21,6 +21,7 @@ _COLUMN = {"x86_64": 0, "aarch64": 1}.get(platform.machine(), 0)
 _TIOCSTI, _F_SETOWN = 0x5412, 8
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
 _PTRACE_PEEKDATA = 2
+_NO_PROCESS = 0x7FFFFFFF
 _CLONE_NEWUSER, _CLONE_FS = 0x10000000, 0x200
 
 
@@ -111,6 +112,12 @@ PROCESSES: dict[str, Callable[[int], object]] = {
     "the server's limits": _limit_at_a_round_address,
     "the server's cores": lambda server: os.sched_setaffinity(server, os.sched_getaffinity(server)),
     "the server's priority": lambda server: os.setpriority(os.PRIO_PROCESS, server, 0),
+    "another's scheduling": lambda server: os.sched_setscheduler(
+        _NO_PROCESS, os.SCHED_IDLE, os.sched_param(0)
+    ),
+    "its own scheduling": lambda server: os.sched_setscheduler(
+        0, os.SCHED_OTHER, os.sched_param(0)
+    ),
     "kcmp": lambda server: _call((312, 272), os.getpid(), server, 0, 0, 0),
 }
 KERNEL: dict[str, Callable[[int], object]] = {

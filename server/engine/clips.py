@@ -45,6 +45,7 @@ from server.ingest.video import (
     VideoOptions,
 )
 from server.workers.sandbox import Data, Output
+from server.workers.spare_time import SpareTime
 
 logger = init_logger(__name__)
 
@@ -217,7 +218,8 @@ def _prepare_decoder(loader: Any, job: VideoJob) -> None:
             "this server decodes no videos, since the package av is not installed; "
             "pip install 'saccade[video]' adds it"
         ) from None
-    video_decoder.install(frames.decode, job.max_pixels)
+    decode = functools.partial(frames.decode, run=SpareTime().run)
+    video_decoder.install(decode, job.max_pixels)
     opencv: Any = cv2
     opencv.VideoCapture = _refuse_opencv
     with suppress(Exception):  # some loaders import modules when they choose frames

@@ -23,6 +23,7 @@ from server.workers.jobs import decode_kwargs
 from server.workers.process import bounded_memory
 from server.workers.sandbox import Data, Output
 from server.workers.shared_memory import ArrayWriter
+from server.workers.spare_time import SpareTime
 from server.workers.worker import describe
 
 PREPARE = "server.engine.video_extractor:prepare"
@@ -51,10 +52,12 @@ def prepare(job: bytes) -> Callable[[Data], Output]:
 
 def _process(extractor: ImageExtractor, job: VideoFeaturesJob, data: Data) -> Output:
     started = time.perf_counter()
+    spare = SpareTime()
     try:
-        frames = _decoded(job, cast("bytes", data))
+        frames = _decoded(job, cast("bytes", data), spare)
         decoded = time.perf_counter()
-        outputs = extractor.video_features(frames, job.metadata, decode_kwargs(job.kwargs))
+        kwargs = decode_kwargs(job.kwargs)
+        outputs = spare.run(extractor.video_features, frames, job.metadata, kwargs)
     except SaccadeError:
         raise
     except Exception as error:
@@ -77,14 +80,18 @@ def _ran_out(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "memory" in str(error) or "allocate" in str(error)
 
 
-def _decoded(job: VideoFeaturesJob, data: bytes) -> npt.NDArray[np.uint8]:
+def _decoded(job: VideoFeaturesJob, data: bytes, spare: SpareTime) -> npt.NDArray[np.uint8]:
     """The frames of a job at the size that the processor gets: uint8 (frames, height, width, 3)."""
     resize = functools.partial(resized, size=job.resize) if job.resize else None
     if (opener := _OPENERS.get(job.form)) is not None:
         decode_frame = opener(data, job.max_pixels, job.background)
-        return stills.frames(decode_frame, job.indices, job.size, job.resize, resize)
+        return stills.frames(
+            lambda index: spare.run(decode_frame, index), job.indices, job.size, job.resize, resize
+        )
     if header.read(data).size != job.size:
         raise InvalidVideo("the frames of the video do not have the size in its header")
     decode = importlib.import_module(_FRAMES).decode
-    frames: npt.NDArray[np.uint8] = decode(data, job.indices, job.resize, job.max_pixels, resize)
+    frames: npt.NDArray[np.uint8] = decode(
+        data, job.indices, job.resize, job.max_pixels, resize, spare.run
+    )
     return frames

@@ -68,6 +68,7 @@ _CALLS: dict[str, tuple[int | None, int | None]] = {
     "gettid": (186, 178),
     "sched_yield": (24, 124),
     "sched_getaffinity": (204, 123),
+    "sched_setscheduler": (144, 119),
     "getcpu": (309, 168),
     "exit": (60, 93),
     "exit_group": (231, 94),
@@ -162,17 +163,18 @@ _FCNTL = (0, 1, 2, 3, 4, 1030, 1033, 1034)
 # Stands for the id of the process, which the forkserver does not know.
 _ITSELF = 0x7FFFFFFE
 # Conditions on the arguments of calls that are otherwise too powerful.
-_CONDITIONS: dict[str, _Condition] = {
-    "clone": _Flags(0, _THREAD_FLAGS, _CLONE_THREAD),
-    "kill": _Values(0, (_ITSELF,)),
-    "tgkill": _Values(0, (_ITSELF,)),
-    "prctl": _Values(0, (_PR_SET_NAME, _PR_GET_NAME)),
-    "prlimit64": _Values(2, (0,)),  # a null pointer: it only asks
-    "fcntl": _Values(1, _FCNTL),
-    "ioctl": _Values(1, (_TCGETS, _FIONBIO, _FIONCLEX, _FIOCLEX)),
-    "memfd_create": _Flags(1, _MEMFD_FLAGS),
-    "open": _Flags(1, _READING),
-    "openat": _Flags(2, _READING),
+_CONDITIONS: dict[str, list[_Condition]] = {
+    "clone": [_Flags(0, _THREAD_FLAGS, _CLONE_THREAD)],
+    "kill": [_Values(0, (_ITSELF,))],
+    "tgkill": [_Values(0, (_ITSELF,))],
+    "prctl": [_Values(0, (_PR_SET_NAME, _PR_GET_NAME))],
+    "prlimit64": [_Values(2, (0,))],  # a null pointer: it only asks
+    "fcntl": [_Values(1, _FCNTL)],
+    "ioctl": [_Values(1, (_TCGETS, _FIONBIO, _FIONCLEX, _FIOCLEX))],
+    "memfd_create": [_Flags(1, _MEMFD_FLAGS)],
+    "open": [_Flags(1, _READING)],
+    "openat": [_Flags(2, _READING)],
+    "sched_setscheduler": [_Values(0, (0,)), _Values(1, (os.SCHED_IDLE,))],  # the calling thread
 }
 
 
@@ -223,9 +225,10 @@ def _template(opens_files: bool) -> bytes:
         _do(_JUMP, 1),
         _do(_RETURN, _ALLOW),
     ]
-    for name, condition in _CONDITIONS.items():
+    for name, conditions in _CONDITIONS.items():
         if (number := numbers.get(name)) is not None:
-            checks = _checks(condition)
+            checks = [check for each in conditions for check in _checks(each)]
+            checks.append(_do(_RETURN, _ALLOW))
             filter_ += [_do(_IF_EQUAL, number, if_false=len(checks)), *checks]
     filter_ += [
         _do(_IF_LEAST, _X32, if_true=1),
@@ -237,7 +240,7 @@ def _template(opens_files: bool) -> bytes:
 
 
 def _checks(condition: _Condition) -> list[bytes]:
-    """Instructions that allow or refuse the call. Both machines are little-endian."""
+    """Instructions that refuse the call or go on behind them. Both machines are little-endian."""
     low = _ARGUMENTS + 8 * condition.number
     checks = [
         _do(_LOAD, low + 4),
@@ -255,7 +258,7 @@ def _checks(condition: _Condition) -> list[bytes]:
         checks.append(
             _do(_IF_ANY_BIT, condition.given, if_true=1) if condition.given else _do(_JUMP, 1)
         )
-    return [*checks, _refuse(errno.EPERM), _do(_RETURN, _ALLOW)]
+    return [*checks, _refuse(errno.EPERM)]
 
 
 def _machine() -> _Machine:

@@ -30,6 +30,9 @@ Resize: TypeAlias = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]
 """From one frame, uint8 (height, width, 3), to the same of another size. The order of the colours
 must not matter."""
 
+Run: TypeAlias = Callable[..., Any]
+"""Calls a function, its first argument, with the others. Steps of some milliseconds get there."""
+
 # Bytes that FFmpeg may read beyond the end of its input.
 _PADDING = 64
 _HDR: dict[int, hdr.Transfer] = {ColorTrc.SMPTE2084: "pq", ColorTrc.ARIB_STD_B67: "hlg"}
@@ -44,6 +47,7 @@ def decode(
     size: Size | None = None,
     max_pixels: int = 1 << 26,
     resize: Resize | None = None,
+    run: Run = lambda step, *args: step(*args),
 ) -> npt.NDArray[np.uint8]:
     """The frames `indices` of a video, counted from 0 in the order shown, each at `size`. At any
     time, one of them is held at its full size.
@@ -52,6 +56,7 @@ def decode(
         size: (width, height) in pixels, after rotation; None: as in the header.
         max_pixels: most pixels of a decoded frame, whatever the header says.
         resize: makes `size` of a frame of the header's size; None: the library does.
+        run: runs each step, such as the decoding of a sample.
 
     Returns:
         uint8 (indices, height, width, 3), RGB, upright. A frame that is damaged is replaced with
@@ -69,10 +74,10 @@ def decode(
     found = np.zeros(len(wanted), np.bool_)
     own = track.coded_size if resize else _turned((width, height), track.rotation)
     convert = _Converter(own)
-    for sample, frame in _frames(data, track, set(wanted.tolist()), max_pixels):
-        picture = np.rot90(convert(frame), -track.rotation // 90)
+    for sample, frame in _frames(data, track, set(wanted.tolist()), max_pixels, run):
+        picture = np.rot90(run(convert, frame), -track.rotation // 90)
         if resize is not None:
-            picture = resize(np.ascontiguousarray(picture))
+            picture = run(resize, np.ascontiguousarray(picture))
         for place in np.flatnonzero(wanted == sample):
             result[place], found[place] = picture[:, :, ::-1], True
     if not found.any():
@@ -89,7 +94,7 @@ def _turned(size: Size, rotation: Rotation) -> Size:
 
 
 def _frames(
-    data: bytes, track: Track, wanted: set[int], max_pixels: int
+    data: bytes, track: Track, wanted: set[int], max_pixels: int, run: Run
 ) -> Iterator[tuple[int, av.VideoFrame]]:
     """The frames of those samples, each with the number of its sample.
 
@@ -100,7 +105,7 @@ def _frames(
     missing = set(wanted)
     for reordered in sorted({references.reordered(track), references.MOST_REORDERED}):
         context = _decoder(track, max_pixels, reordered)
-        for sample, frame in _decoded(context, data, track, frozenset(missing)):
+        for sample, frame in _decoded(context, data, track, frozenset(missing), run):
             missing.discard(sample)
             yield sample, frame
         if not missing or track.codec != "h264":
@@ -108,14 +113,14 @@ def _frames(
 
 
 def _decoded(
-    context: av.VideoCodecContext, data: bytes, track: Track, wanted: frozenset[int]
+    context: av.VideoCodecContext, data: bytes, track: Track, wanted: frozenset[int], run: Run
 ) -> Iterator[tuple[int, av.VideoFrame]]:
     for first, last in references.spans(data, track, wanted):
         for sample, whole in references.needed(data, track, first, last, wanted):
             if track.codec != "av1":  # dav1d takes this only once
                 context.skip_frame = "DEFAULT" if whole else "NONREF"
-            yield from _chosen(context, _packet(data, track, sample), wanted)
-        yield from _chosen(context, None, wanted)
+            yield from run(_chosen, context, _packet(data, track, sample), wanted)
+        yield from run(_chosen, context, None, wanted)
         context.flush_buffers()
 
 
@@ -146,14 +151,12 @@ def _packet(data: bytes, track: Track, sample: int) -> "av.Packet[Any]":
 
 def _chosen(
     context: av.VideoCodecContext, packet: "av.Packet[Any] | None", wanted: frozenset[int]
-) -> Iterator[tuple[int, av.VideoFrame]]:
+) -> list[tuple[int, av.VideoFrame]]:
     try:
         frames = context.decode(packet)
     except av.FFmpegError:
-        return  # a damaged frame; later ones may be whole
-    for frame in frames:
-        if frame.pts in wanted:
-            yield frame.pts, frame
+        return []  # a damaged frame; later ones may be whole
+    return [(frame.pts, frame) for frame in frames if frame.pts in wanted]
 
 
 class _Converter:

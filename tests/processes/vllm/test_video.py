@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import functools
 import itertools
 import os
@@ -345,6 +346,29 @@ def decoders() -> list[psutil.Process]:
         except (psutil.Error, IndexError):
             continue
     return found
+
+
+def test_a_job_takes_the_time_that_no_other_process_wants() -> None:
+    async def test() -> None:
+        jobs = sandbox()
+        work = asyncio.create_task(jobs.run(COMMANDED, b"", b"spare"))
+        while os.SCHED_IDLE not in {
+            os.sched_getscheduler(thread.id)
+            for decoder in decoders()
+            for thread in threads(decoder)
+        }:
+            await asyncio.sleep(0.01)
+        work.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await work
+
+    run(test)
+
+
+def threads(process: psutil.Process) -> list[Any]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.threads()
+    return []
 
 
 def test_jobs_beyond_the_queue_limit_are_refused_at_once() -> None:

@@ -1,0 +1,67 @@
+"""Steps of a job that run in the time that no other process wants."""
+
+import os
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from server.workers import spare_time
+from server.workers.spare_time import SpareTime
+
+
+class Clock:
+    """The time, and what this process used of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.wall = self.used = 100.0
+        times = SimpleNamespace(monotonic=lambda: self.wall, process_time=lambda: self.used)
+        monkeypatch.setattr(spare_time, "time", times)
+
+    def pass_(self, wall: float, used: float) -> None:
+        self.wall += wall
+        self.used += used
+
+
+def thread_and_class() -> tuple[int, int]:
+    return threading.get_ident(), os.sched_getscheduler(0)
+
+
+def test_steps_run_in_spare_time_while_the_job_gets_a_third_of_a_core(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock(monkeypatch)
+    spare = SpareTime()
+    own = thread_and_class()
+    assert spare.run(thread_and_class) == own  # nothing is known of the machine yet
+    clock.pass_(wall=1.0, used=0.5)
+    thread, class_ = spare.run(thread_and_class)
+    assert (thread == own[0], class_) == (False, os.SCHED_IDLE)
+    clock.pass_(wall=1.0, used=0.0)
+    assert spare.run(thread_and_class) == own
+    clock.pass_(wall=1.0, used=1.0)
+    assert spare.run(thread_and_class) == (thread, class_)
+    assert thread_and_class() == own
+
+
+def test_where_the_class_is_refused_steps_run_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    spare = SpareTime()
+    clock.pass_(wall=1.0, used=1.0)
+    thread, class_ = spare.run(thread_and_class)
+    assert thread != threading.get_ident()
+    assert class_ == os.sched_getscheduler(0)
+
+
+def test_a_step_gets_its_arguments_and_its_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    spare = SpareTime()
+    for used in (0.0, 1.0):
+        clock.pass_(wall=1.0, used=used)
+        assert spare.run(int, "11", base=2) == 3
+        with pytest.raises(ZeroDivisionError):
+            spare.run(lambda: 1 // 0)
