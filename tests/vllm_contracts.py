@@ -78,6 +78,12 @@ CONTRACTS = [
         "v1.engine.output_processor",
         "OutputProcessor.process_outputs",
         ("self", "engine_core_outputs"),
+        calls=("self.do_tracing(engine_core_output, req_state, iteration_stats)",),
+    ),
+    Contract(
+        "v1.engine.output_processor",
+        "OutputProcessor.do_tracing",
+        ("self", "engine_core_output", "req_state", "iteration_stats"),
     ),
     *_in(
         "v1.engine.output_processor",
@@ -333,7 +339,7 @@ CONTRACTS = [
     Contract(
         "v1.metrics.loggers",
         "PrometheusStatLogger.__init__",
-        calls=("self._histogram_cls(",),
+        calls=("self._histogram_cls(", "self._counter_cls(", "self._gauge_cls("),
     ),
     Contract(
         "renderers.base",
@@ -367,6 +373,23 @@ CONTRACTS = [
         calls=("context = get_mp_context()", "context.Process(target=WorkerProc.worker_main"),
     ),
     # Streamed answers.
+    Contract(
+        "entrypoints.anthropic.serving",
+        "AnthropicServingMessages.message_stream_converter",
+        ("self", "generator"),
+    ),
+    Contract(
+        "entrypoints.anthropic.serving",
+        "AnthropicServingMessages.create_messages",
+        ("self", "request", "raw_request"),
+        calls=("return self.message_stream_converter(generator)",),
+    ),
+    Contract("entrypoints.anthropic.serving", "_build_anthropic_usage", ("usage",)),
+    Contract(
+        "entrypoints.anthropic.serving",
+        "_to_anthropic_stop_reason",
+        ("finish_reason", "stop_reason", "tool_used", "tool_complete"),
+    ),
     Contract(
         "entrypoints.openai.chat_completion.serving",
         "OpenAIServingChat.chat_completion_stream_generator",

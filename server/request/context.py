@@ -137,6 +137,12 @@ class RequestContext:
         return self.permit.holdings if self.permit is not None else Holdings()
 
     @property
+    def may_be_encoded(self) -> bool:
+        """Whether an encoder may run for the request: for its media, or for those of earlier
+        turns."""
+        return bool(self.media) or self.retained is not None
+
+    @property
     def group(self) -> str:
         """The group of API keys that the request belongs to; "" where keys are in no groups."""
         return self.record.key_group or ""

@@ -5,10 +5,13 @@ The engine's own spans join the trace, because it receives the request with our 
 Attribute names follow OpenTelemetry's semantic conventions for HTTP and generative AI.
 """
 
+import functools
 import threading
 from collections.abc import Mapping, Sequence
 
 from opentelemetry import propagate, trace
+from opentelemetry.context import Context
+from opentelemetry.propagators.textmap import TextMapPropagator
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode
@@ -18,6 +21,7 @@ from server import __version__
 from server.telemetry.record import Record, Times
 
 _CONTEXT_HEADERS = (b"traceparent", b"tracestate")
+_NO_CONTEXT = Context()
 _OPERATIONS = {
     "/v1/chat/completions": "chat",
     "/v1/messages": "chat",
@@ -46,14 +50,18 @@ class Tracing:
 
     def start(self, record: Record, scope: Scope) -> Scope:
         """Start the request's span, in the trace that its headers name; returns `scope` with
-        headers that name the span as the parent."""
+        headers that name the span as the parent, if it is sampled: else the engine has nothing to
+        trace (`is_untraced`)."""
+        given = _context_headers(scope)
         record.span = self._tracer.start_span(
             record.method,
-            context=propagate.extract(_context_headers(scope)),
+            context=propagate.extract(given) if given else _NO_CONTEXT,
             kind=SpanKind.SERVER,
             start_time=record.epoch_ns,
         )
         record.trace_id = _trace_id(record.span.get_span_context())
+        if is_untraced(record):
+            return scope
         carried: dict[str, str] = {}
         propagate.inject(carried, trace.set_span_in_context(record.span))
         kept = [item for item in scope["headers"] if item[0].lower() not in _CONTEXT_HEADERS]
@@ -120,14 +128,26 @@ def given_trace_id(scope: Scope) -> str | None:
     return _trace_id(trace.get_current_span(context).get_span_context())
 
 
+def is_untraced(record: Record) -> bool:
+    """Whether the request has a span that is not sampled."""
+    return record.span is not None and not record.span.get_span_context().trace_flags.sampled
+
+
 def _context_headers(scope: Scope) -> dict[str, str]:
     """The trace context in a request's headers; repeated ones are joined (RFC 9110, 5.3)."""
     given: dict[str, str] = {}
+    fields = _fields_of(propagate.get_global_textmap())
     for raw, value in scope["headers"]:
-        if (name := raw.decode("latin-1")) in propagate.get_global_textmap().fields:
-            text = value.decode("latin-1")
+        if raw in fields:
+            name, text = raw.decode("latin-1"), value.decode("latin-1")
             given[name] = f"{given[name]},{text}" if name in given else text
     return given
+
+
+@functools.cache
+def _fields_of(propagator: TextMapPropagator) -> frozenset[bytes]:
+    """The names of the headers that `propagator` reads. It makes the set anew each time."""
+    return frozenset(field.encode("latin-1") for field in propagator.fields)
 
 
 def _trace_id(context: SpanContext) -> str | None:

@@ -22,6 +22,7 @@ from server.request.budgets import Item
 from server.request.context import RequestContext
 from server.telemetry.record import Prompt, Record
 from server.telemetry.stages import Stage
+from server.telemetry.tracing import is_untraced
 
 log = logging.getLogger("saccade.engine")
 
@@ -47,6 +48,7 @@ class Outcomes:
         outputs.process_outputs = functools.partial(
             self._process, outputs.process_outputs, outputs.request_states
         )
+        outputs.do_tracing = functools.partial(self._trace, outputs.do_tracing)
 
     def encoded(self, request_ids: Sequence[str], start: float, end: float) -> None:
         """The vision encoder ran for these requests."""
@@ -77,12 +79,13 @@ class Outcomes:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        self.read_reports()
         # vLLM drops a state with its last output. Requests that were aborted have none.
         followed = [
             (output, states.get(output.request_id), self._contexts.get(output.request_id))
             for output in outputs
         ]
+        if any(context is None or context.may_be_encoded for _, _, context in followed):
+            self.read_reports()
         for output, state, context in followed:
             if output.ec_transfer_params and ENCODED in output.ec_transfer_params:
                 note(context, output.ec_transfer_params[ENCODED])
@@ -99,6 +102,15 @@ class Outcomes:
         except Exception:  # raised here, it would end the engine
             log.exception("failed to record the progress of requests")
         return result
+
+    def _trace(
+        self, trace: Callable[..., None], output: EngineCoreOutput, *args: Any, **kwargs: Any
+    ) -> None:
+        """Let vLLM make its span of a request that has ended, unless the request is not sampled:
+        vLLM would find that out only after it has made the span."""
+        context = self._contexts.get(output.request_id)
+        if context is None or not is_untraced(context.record):
+            trace(output, *args, **kwargs)
 
 
 def _explain(output: EngineCoreOutput, state: Any, context: RequestContext | None) -> None:

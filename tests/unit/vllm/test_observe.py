@@ -8,6 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.sampling import TraceIdRatioBased
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.v1.engine import FinishReason
 
@@ -117,6 +119,24 @@ def test_the_trace_id_is_recorded_even_if_tracing_is_off(value: str, trace_id: s
 def test_several_tracestate_headers_are_joined() -> None:
     headers = [(b"tracestate", b"a=1"), (b"x", b"y"), (b"tracestate", b"b=2")]
     assert tracing._context_headers({"headers": headers}) == {"tracestate": "a=1,b=2"}
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_engine_traces_requests_that_are_sampled(share: float) -> None:
+    provider = TracerProvider(sampler=TraceIdRatioBased(share))
+    spans: Any = tracing.Tracing.__new__(tracing.Tracing)
+    spans._tracer = provider.get_tracer("test")
+    context = RequestContext(Record())
+    scope = spans.start(context.record, {"type": "http", "headers": [(b"x", b"y")]})
+    named = [name for name, _ in scope["headers"]]
+    assert named == ([b"x", b"traceparent"] if share else [b"x"])
+    assert context.record.trace_id is not None
+
+    outcomes, traced = Outcomes(), []
+    outcomes._contexts["r"] = context
+    for request_id in ("r", "of nobody"):
+        outcomes._trace(lambda output, *_: traced.append(output.request_id), Output(request_id, []))  # type: ignore[arg-type]
+    assert traced == (["r"] if share else []) + ["of nobody"]
 
 
 @dataclass
