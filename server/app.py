@@ -131,6 +131,7 @@ async def run(
             finally:
                 if refresher is not None:
                     refresher.stop()
+                outer.flush()
                 if args.otlp_traces_endpoint is not None:
                     await asyncio.to_thread(tracing.close, _TRACES_TIMEOUT_S)
 

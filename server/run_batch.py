@@ -148,7 +148,8 @@ async def _run(
             registry = vllm_http.get_prometheus_registry()
             start_http_server(args.port, args.host or "0.0.0.0", registry)  # noqa: S104
         app = await build_app(args, settings, parts, KeyRing(None, [], None))
-        client = inner_client(observed(app, args, settings), args, settings, parts)
+        outer = observed(app, args, settings)
+        client = inner_client(outer, args, settings, parts)
         loop = ItemLoop(
             lines,
             results,
@@ -156,8 +157,11 @@ async def _run(
             lambda number: request_id(batch_id, number),
             lambda: None,
         )
-        async with _progress(report, results, len(lines)):
-            return await _until_over(asyncio.create_task(loop.run()), parts)
+        try:
+            async with _progress(report, results, len(lines)):
+                return await _until_over(asyncio.create_task(loop.run()), parts)
+        finally:
+            outer.flush()
 
 
 async def _until_over(work: asyncio.Task[None], parts: Parts) -> int:

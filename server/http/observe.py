@@ -1,9 +1,9 @@
 """The outermost layer: gives each request an id and a record, and answers when it fails.
 
 The id is the client's `X-Request-Id`, or a new one, and is in every answer. After the answer was
-sent, the record becomes metrics, a line in the log and a trace. The stages of a request are in the
-header `Server-Timing` of an answer that is sent whole, and in a comment at the end of a stream.
-A failure to record a request is logged and does not affect its answer.
+sent, the record becomes metrics, a trace and, a moment later, a line in the log. The stages of a
+request are in the header `Server-Timing` of an answer that is sent whole, and in a comment at the
+end of a stream. A failure to record a request is logged and does not affect its answer.
 """
 
 import asyncio
@@ -77,7 +77,7 @@ class Observed:
         self._root_path = root_path
         self._routes = frozenset(routes)
         self._server_timing = server_timing
-        self._log_requests = log_requests
+        self._log = log.RequestLog() if log_requests else None
         self._unlogged = frozenset(unlogged)
         self._aborted = frozenset(aborted)
         self._request_timeout_s = request_timeout_s
@@ -181,8 +181,13 @@ class Observed:
             _measure(record, times)
         if record.span is not None and self._tracing is not None:
             self._tracing.finish(record, times)
-        if self._log_requests and not self._is_quiet(record):
-            log.write(record, times)
+        if self._log is not None and not self._is_quiet(record):
+            self._log.add(record, times)
+
+    def flush(self) -> None:
+        """Write what is not in the log yet, at the end."""
+        if self._log is not None:
+            self._log.flush()
 
     def _is_quiet(self, record: Record) -> bool:
         if record.path in self._unlogged:

@@ -90,6 +90,7 @@ class Front:
                 started.set_result(Entrance(cast(ASGIApp, outer)))
                 await self._stop.wait()
                 built.state.draining = True
+                outer.flush()
 
 
 def _report(text: str) -> None:

@@ -21,6 +21,7 @@ NEED_WALL_CLOCK = {
     "batches/store.py BatchStore.create": "a client learns when its batch was made and expires",
     "batches/store.py BatchStore.change": "a client learns when its batch began and ended",
     "batches/runner.py BatchRunner._run": "until when a batch may run, after a restart as well",
+    "telemetry/log.py _second": "a line of the log says when a request ended",
     "telemetry/record.py Record": "a trace says when a request began; spans count from there",
     "engine/vllm_adapter/conversation.py ConversationRenderer.render_chat_async": "vLLM's "
     "`arrival_time`, by which it orders requests",
