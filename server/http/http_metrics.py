@@ -2,6 +2,7 @@
 more: with every answer, the library resolves the route once more and makes objects for the request,
 the response and their headers."""
 
+from collections.abc import Awaitable
 from timeit import default_timer
 from typing import Any
 
@@ -92,11 +93,11 @@ class HttpMetrics(PrometheusInstrumentatorMiddleware):
         handler = self._handler(scope)
         start: Message | None = None
 
-        async def noting(message: Message) -> None:
+        def noting(message: Message) -> Awaitable[None]:
             nonlocal start
             if start is None:
                 start = message
-            await send(message)
+            return send(message)
 
         try:
             await self.app(scope, receive, noting)
