@@ -30,6 +30,8 @@ from vllm.entrypoints.openai.chat_completion.protocol import (
     ChatCompletionResponse,
 )
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, ResponsesResponse
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX
@@ -49,7 +51,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-from server.engine.vllm_adapter import text_stream
+from server.engine.vllm_adapter import messages_stream, text_stream
 from server.request.context import RequestContext, entered
 from server.telemetry.record import Record
 
@@ -66,6 +68,9 @@ __all__ = [
     "EngineDeadError",
     "ErrorResponse",
     "OpenAIServingChat",
+    "OpenAIServingResponses",
+    "ResponsesRequest",
+    "ResponsesResponse",
     "add_vllm_middleware",
     "add_vllm_routes",
     "api_keys",
@@ -158,7 +163,13 @@ async def add_vllm_routes(app: FastAPI, args: Namespace, engine: AsyncLLM) -> No
     register_api_routers(args, app, tasks, engine.model_config)
     attach_endpoint_plugins(app, tasks)
     init_exception_handler(app)
-    text_stream.install()
+    messages_stream.install()
+    text_stream.install(
+        {
+            OpenAIServingChat: text_stream.TextStream,
+            AnthropicServingMessages: messages_stream.MessagesStream,
+        }
+    )
     _read_plainly(ChatCompletionRequest)
     with entered(RequestContext(Record())):  # the warm-up renders without a client
         await init_app_state(engine, app.state, args, tasks)

@@ -1,7 +1,6 @@
 """Assembles the app: routes, and the layers around them.
 
-observe -> single headers -> vLLM's middleware (CORS, its check of keys) -> keys -> body -> usage
--> routes
+observe -> single headers -> vLLM's middleware (CORS, its check of keys) -> keys -> body -> routes
 """
 
 import asyncio
@@ -38,7 +37,6 @@ from server.http import (
     observe,
     pages,
     routes,
-    usage,
 )
 from server.http.byte_budget import ByteBudget
 from server.http.fail_fast import stop_at_first_error
@@ -101,7 +99,6 @@ _LOOK_AT_STARTS = frozenset(
         headers.__name__,
         http_metrics.__name__,
         keys.__name__,
-        usage.__name__,  # provides its own way past it
         "starlette.middleware.cors",
         "vllm.entrypoints.serve.elastic_ep.middleware",
         "vllm.entrypoints.serve.middleware.authenticate",
@@ -231,10 +228,7 @@ async def _add_middleware(
     app: FastAPI, args: Namespace, settings: Settings, parts: Parts, key_ring: keys.KeyRing
 ) -> None:
     """Add the layers around the routes. One that is added later wraps those before: a request
-    passes vLLM's (keys, CORS), the groups of keys, the body reader, the usage, and then its route.
-    """
-    if parts.loader is not None:  # else there are no images
-        app.add_middleware(usage.ImageUsage)
+    passes vLLM's (keys, CORS), the groups of keys, the body reader, and then its route."""
     stored = vllm_http.paths_that_keep_bodies()
     app.add_middleware(
         body.BodyReader,

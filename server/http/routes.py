@@ -7,10 +7,12 @@ every error that is raised below it into a 500.
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import aclosing
 from dataclasses import asdict
 from http import HTTPStatus
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -30,6 +32,9 @@ from server.engine.vllm_http import (
     EngineDeadError,
     ErrorResponse,
     OpenAIServingChat,
+    OpenAIServingResponses,
+    ResponsesRequest,
+    ResponsesResponse,
     metrics_header,
     validate_json_request,
     vllm_version,
@@ -43,8 +48,9 @@ from server.http.peers import Peers
 from server.http.scope import context_of, document_of
 from server.http.stream import EventStream, TextEvents
 from server.ingest.fetch_cache import FetchCache
+from server.request.context import RequestContext
 
-_RESPONSES = ("/v1/responses", "/v1/responses/render")
+_RENDER_RESPONSES = "/v1/responses/render"
 # Items of a response's input that are validated at a time. One takes up to 0.1 ms, since pydantic
 # tries some thirty forms.
 _ITEMS_AT_A_TIME = 64
@@ -120,9 +126,11 @@ def _shifted(loc: tuple[int | str, ...], start: int) -> tuple[int | str, ...]:
 
 
 def take_documents(app: FastAPI) -> None:
-    """Let vLLM's routes for responses take the parsed document as well."""
+    """Let vLLM's route that renders responses take the parsed document as well."""
     for place, route in enumerate(app.router.routes):
-        if isinstance(route, APIRoute) and route.path in _RESPONSES and route.dependant.body_params:
+        if not isinstance(route, APIRoute) or route.path != _RENDER_RESPONSES:
+            continue
+        if route.dependant.body_params:
             app.router.routes[place] = ParsedRoute(
                 route.path,
                 route.endpoint,
@@ -167,18 +175,59 @@ async def create_chat_completion(request: ChatCompletionRequest, raw_request: Re
     return JSONResponse(body, headers=metrics_header(load_format))
 
 
+@conversations.post("/v1/responses", responses=_STREAMED)
+async def create_response(request: ResponsesRequest, raw_request: Request) -> Response:
+    """Answer a conversation in the dialect of OpenAI's responses, whole or streamed."""
+    state = raw_request.app.state
+    serving: OpenAIServingResponses | None = state.openai_serving_responses
+    if serving is None:
+        raise NotImplementedError("the model does not support responses")
+    context = context_of(raw_request.scope) if state.loader is not None else None
+    with _Load(state) as load:
+        answer = await serving.create_responses(request, raw_request)
+        if isinstance(answer, AsyncGenerator):
+            return EventStream(_events_of_response(answer, context), load.until_end())
+    if isinstance(answer, ErrorResponse):
+        return _error(answer)
+    body = answer.model_dump(mode="json", by_alias=True)
+    if context is not None:
+        usage.complete(body, context)
+    return JSONResponse(body)
+
+
+async def _events_of_response(
+    events: AsyncGenerator[Any, None], context: RequestContext | None
+) -> AsyncGenerator[str, None]:
+    """The `events` as text; the usage is completed with the images of `context`, if it is given."""
+    async with aclosing(events):
+        async for event in events:
+            answer = getattr(event, "response", None)
+            if context is None or not isinstance(answer, ResponsesResponse) or answer.usage is None:
+                data = event.model_dump_json(by_alias=True)
+            else:
+                body = event.model_dump(mode="json", by_alias=True)
+                usage.complete(body["response"], context)
+                data = msgspec.json.encode(body).decode()
+            yield f"event: {event.type}\ndata: {data}\n\n"
+
+
 @conversations.post("/v1/messages", responses=_STREAMED)
 async def create_message(request: AnthropicMessagesRequest, raw_request: Request) -> Response:
     """Answer a conversation in Anthropic's dialect, whole or streamed."""
-    with _Load(raw_request.app.state) as load:
-        answer = await _messages(raw_request).create_messages(request, raw_request)
+    state = raw_request.app.state
+    context = context_of(raw_request.scope) if state.loader is not None else None
+    with _Load(state) as load:
+        context_of(raw_request.scope).writes_text = True
+        answer: Any = await _messages(raw_request).create_messages(request, raw_request)
+        if isinstance(answer, TextStream):
+            return TextEvents(answer, context, 0, load.until_end())
         if isinstance(answer, AsyncGenerator):
-            return EventStream(answer, load.until_end())
+            return EventStream(answer, load.until_end(), context)
     if isinstance(answer, ErrorResponse):
         return _error(answer)
     body = answer.model_dump(exclude_none=True)
-    if raw_request.app.state.loader is not None:
-        usage.complete(body, context_of(raw_request.scope))
+    if context is not None:
+        usage.complete(body, context)
     return JSONResponse(body)
 
 

@@ -1,43 +1,22 @@
 """Adds the tokens of images and videos to the usage of an answer, and on request details of each.
 
 vLLM writes the answers; this adds `image_tokens` and `video_tokens` next to its `cached_tokens`, in
-each of the three dialects, in bodies and in the events of streams. The routes for chats and
-messages call `complete` while they have the answer at hand. The middleware completes all others,
-which vLLM has serialised: those of responses, and the events of messages.
+each of the three dialects. The routes call `complete` while they have the answer at hand. Streams
+of chats and messages that vLLM has serialised pass a `CompletingStream`, which finds the two events
+or so that have a usage.
 """
 
 from collections.abc import Awaitable
 from typing import Any
 
 import msgspec
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Send
 
-from server.http.errors import with_length
-from server.http.scope import context_of, direct_send, set_direct_send
 from server.imaging.tokens import View
 from server.request.context import RequestContext, ShownImage, ShownVideo
 
-_MESSAGES = "/v1/messages"
-_PATHS = ("/v1/responses", _MESSAGES)
 _DATA = b"data: {"
 _USAGE = b'"usage":'
-
-
-class ImageUsage:
-    """Middleware around the routes of conversations whose answers vLLM serialises."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].endswith(_PATHS):
-            await self._app(scope, receive, send)
-            return
-        context = context_of(scope)
-        if (direct := direct_send(scope)) is not None:
-            set_direct_send(scope, CompletingStream(context, direct).send)
-        is_complete = scope["path"].endswith(_MESSAGES)
-        await self._app(scope, receive, _Completing(context, send, is_complete=is_complete).send)
 
 
 class CompletingStream:
@@ -53,68 +32,25 @@ class CompletingStream:
         return self._send(message)
 
 
-class _Completing:
-    """Passes an answer on, and parses only messages that have a usage: a whole answer, or an event
-    of a stream."""
-
-    def __init__(self, request: RequestContext, send: Send, *, is_complete: bool) -> None:
-        """`is_complete`: a whole answer is."""
-        self._request = request
-        self._send = send
-        self._is_complete = is_complete
-        self._stream = CompletingStream(request, send)
-        self._is_stream = False
-        self._start: Message | None = None
-        self._body = bytearray()
-
-    def send(self, message: Message) -> Awaitable[None]:
-        if message["type"] == "http.response.start":
-            kind = dict(message["headers"]).get(b"content-type", b"")
-            self._is_stream = kind.startswith(b"text/event-stream")
-            is_whole = message["status"] == 200 and kind.startswith(b"application/json")
-            if is_whole and not self._is_complete:
-                return self._hold(message)
-        elif self._start is not None:
-            return self._collect(message)
-        elif self._is_stream:
-            return self._stream.send(message)
-        return self._send(message)
-
-    async def _hold(self, start: Message) -> None:
-        self._start = start  # until the length of the body is known
-
-    async def _collect(self, message: Message) -> None:
-        assert self._start is not None
-        self._body += message.get("body", b"")
-        if message.get("more_body"):
-            return
-        body = completed(bytes(self._body), self._request)
-        headers = with_length(self._start["headers"], len(body))
-        await self._send({**self._start, "headers": headers})
-        await self._send({**message, "body": body})
-
-
 def _completed_events(events: bytes, request: RequestContext) -> bytes:
     lines = events.split(b"\n")
     for index, line in enumerate(lines):
         if line.startswith(_DATA):
-            lines[index] = b"data: " + completed(line[len(_DATA) - 1 :], request)
+            lines[index] = b"data: " + _completed(line[len(_DATA) - 1 :], request)
     return b"\n".join(lines)
 
 
-def completed(body: bytes, request: RequestContext) -> bytes:
-    """The JSON object `body` with the tokens of images in its usage, if it has one."""
-    if _USAGE not in body:
-        return body
+def _completed(event: bytes, request: RequestContext) -> bytes:
+    """The JSON object `event` with the tokens of images in its usage, if it has one."""
+    if _USAGE not in event:
+        return event
     try:
-        answer = msgspec.json.decode(body)
+        content = msgspec.json.decode(event)
     except ValueError:
-        return body
-    if not isinstance(answer, dict):
-        return body
-    holders = (answer, answer.get("response"), answer.get("message"))
+        return event
+    holders = (content, content.get("message"))
     changed = [isinstance(holder, dict) and complete(holder, request) for holder in holders]
-    return msgspec.json.encode(answer) if any(changed) else body
+    return msgspec.json.encode(content) if any(changed) else event
 
 
 def complete(answer: dict[str, Any], request: RequestContext) -> bool:

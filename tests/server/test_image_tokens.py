@@ -27,6 +27,7 @@ from tests.pictures import (
     text_part,
     user,
 )
+from tests.server.conftest import A
 from tests.starts import template
 
 MODEL = "saccade-tiny"
@@ -258,17 +259,36 @@ def test_responses_report_image_tokens(http: httpx.Client, stream: bool) -> None
     assert answer["image_details"][0]["width"] == 1600
 
 
-def test_messages_report_image_tokens(server: Server) -> None:
+def message_about_a_picture(server: Server, *, stream: bool) -> Any:
+    """The answer, or the event with the usage, of a picture that is capped at 16 tokens."""
     source = {"type": "base64", "media_type": "image/png", "data": base64.b64encode(SMALL).decode()}
     image: Any = {"type": "image", "source": source, "max_tokens": 16}
-    with anthropic.Anthropic(base_url=server.url, api_key="none") as client:
-        message = client.messages.create(
+    with anthropic.Anthropic(base_url=server.url, auth_token=A) as client:
+        answer: Any = client.messages.create(
             model=MODEL,
             max_tokens=3,
             messages=[{"role": "user", "content": [image, {"type": "text", "text": "What?"}]}],
+            extra_body={"include_image_details": True},
+            stream=stream,
         )
-    assert message.usage.model_extra is not None
-    assert message.usage.model_extra["image_tokens"] == 16
+        if stream:
+            *_, answer, _ = answer
+    return answer
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_messages_report_image_tokens(server: Server, stream: bool) -> None:
+    answer = message_about_a_picture(server, stream=stream)  # vLLM looks for tool calls in it
+    assert answer.usage.output_tokens == 3
+    assert answer.usage.model_extra["image_tokens"] == 16
+    assert answer.model_extra["image_details"][0]["tokens"] == 16
+
+
+def test_streams_of_messages_report_image_tokens(guarded: Server) -> None:
+    event = message_about_a_picture(guarded, stream=True)
+    assert event.usage.output_tokens == 3
+    assert event.usage.model_extra["image_tokens"] == 16
+    assert event.model_extra["image_details"][0]["tokens"] == 16
 
 
 def test_tokenize_counts_capped_images(http: httpx.Client) -> None:

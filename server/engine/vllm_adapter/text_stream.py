@@ -11,9 +11,10 @@ resume each layer between the socket and the engine, of which there are about tw
 """
 
 import asyncio
+import functools
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -23,10 +24,10 @@ from vllm.entrypoints.generate.base.serving import build_spec_decoding_metrics
 from vllm.entrypoints.openai.chat_completion import serving as chat
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
-from vllm.entrypoints.serve.engine.protocol import UsageInfo
+from vllm.entrypoints.serve.engine.protocol import PromptTokenUsageInfo, UsageInfo
 from vllm.entrypoints.serve.utils.api_utils import should_include_usage
 from vllm.exceptions import GenerationError
-from vllm.outputs import RequestOutput
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.parser.abstract_parser import DelegatingParser
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
@@ -35,20 +36,25 @@ from server.request import context as requests
 
 log = logging.getLogger("saccade.stream")
 
+_DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.Encoder().encode
 _vllms = OpenAIServingChat.chat_completion_stream_generator
 
 
-def install() -> None:
-    """Let chats be streamed here whose route says so in the `RequestContext`. Other routes
-    (`/invocations`, those of plugins) and the subclasses for other dialects read the events of
-    vLLM's generator."""
+Streams = dict[type[OpenAIServingChat], type["TextStream"]]
+
+
+def install(streams: Streams) -> None:
+    """Let chats be streamed here whose route says so in the `RequestContext`, by the class for
+    their serving class in `streams`. Other routes (`/invocations`, those of plugins) and other
+    serving classes read the events of vLLM's generator."""
     route: Any = OpenAIServingChat
-    route.chat_completion_stream_generator = _stream
+    route.chat_completion_stream_generator = functools.partialmethod(_stream, streams)
 
 
 def _stream(
     serving: OpenAIServingChat,
+    streams: Streams,
     request: ChatCompletionRequest,
     result_generator: AsyncIterator[RequestOutput],
     request_id: str,
@@ -60,8 +66,14 @@ def _stream(
     mm_token_counts: dict[str, int] | None = None,
 ) -> "AsyncGenerator[str, None] | TextStream":
     """In the place of the method of `OpenAIServingChat`."""
-    if requests.current().writes_text and is_text_alone(serving, request):
-        return TextStream(
+    stream = streams.get(type(serving))
+    if (
+        stream is not None
+        and requests.current().writes_text
+        and stream.fits(serving, request)
+        and is_text_alone(serving, request)
+    ):
+        return stream(
             serving,
             request,
             result_generator,
@@ -87,11 +99,9 @@ def _stream(
 def is_text_alone(serving: OpenAIServingChat, request: ChatCompletionRequest) -> bool:
     """Whether the chunks of the answer hold text and nothing else."""
     return (
-        type(serving) is OpenAIServingChat
-        and (serving.parser_cls is None or _passes_text(serving.parser_cls, request))
+        (serving.parser_cls is None or _passes_text(serving.parser_cls, request))
         and not serving.enable_log_outputs
         and not serving.enable_per_request_metrics
-        and not should_include_usage(request.stream_options, serving.enable_force_include_usage)[1]
         and not request.use_beam_search
         and not request.logprobs
         and not request.echo
@@ -138,15 +148,22 @@ class TextStream:
         )
         # vLLM's parsers leave out what has no text.
         self._without_empty = serving.parser_cls is not None
-        self._choices: list[_Choice] = []
+        self._choices: list[TextChoice] = []
         self._last: RequestOutput | None = None
         self._cached: tuple[int | None, int | None] = (None, None)
         self._write: Callable[[bytes, bool], Awaitable[None]]
+        self._complete: Callable[[dict[str, Any]], None]
         self._queue: RequestOutputCollector | None = None
         self._waits = False  # for an output; other outputs may be written meanwhile
         self._next: RequestOutput | None = None  # to be written in the callback
         self._unfinished: asyncio.Task[None] | None = None  # the writing, which waits for room
         self._failure: Exception | None = None  # of the writing in the callback
+
+    @staticmethod
+    def fits(serving: OpenAIServingChat, request: ChatCompletionRequest) -> bool:
+        """Whether the events have no more in them than the text: no running usage."""
+        forced = serving.enable_force_include_usage
+        return not should_include_usage(request.stream_options, forced)[1]
 
     async def write(
         self,
@@ -158,14 +175,14 @@ class TextStream:
         """Call `write` with one or several events as they come, and whether more follow. With
         `in_callback`, it may be called outside of the current task. `complete` may change the event
         with the usage before it is written."""
-        self._write = write
+        self._write, self._complete = write, complete
         context = requests.current()
         if in_callback and (self._request.n or 1) == 1:
             context.on_queue = self._follow
         last = b""  # events, when the engine has finished
         try:
             while True:
-                output, events = await self._next_events(complete)
+                output, events = await self._next_events()
                 if self._failure is not None:
                     raise self._failure
                 if self._unfinished is not None:
@@ -177,7 +194,7 @@ class TextStream:
                     last = events
                 elif events:
                     await write(events, True)
-            await write(last + events + b"data: [DONE]\n\n", False)
+            await write(last + events, False)
         finally:
             self._waits = False
             context.on_queue = None
@@ -187,9 +204,7 @@ class TextStream:
                 del self._queue.put  # else the two would refer to each other
             await self._outputs.aclose()
 
-    async def _next_events(
-        self, complete: Callable[[dict[str, Any]], None]
-    ) -> tuple[RequestOutput | None, bytes]:
+    async def _next_events(self) -> tuple[RequestOutput | None, bytes]:
         """The next output that is not written in the callback, and its events; None and the last
         events when there are no more outputs."""
         self._waits = True
@@ -197,7 +212,7 @@ class TextStream:
             output = await self._outputs.__anext__()
             return output, self._events(output)
         except StopAsyncIteration:
-            return None, self._end(complete)
+            return None, self._end()
         except GenerationError as error:
             failure = self._serving._convert_generation_error_to_streaming_response(error)
         except Exception as error:
@@ -206,7 +221,7 @@ class TextStream:
             failure = self._serving.create_streaming_error_response(error)
         finally:
             self._waits = False
-        return None, b"data: " + failure.encode() + b"\n\n"
+        return None, self._failed(b"data: " + failure.encode() + b"\n\n")
 
     # ------------------------------------------------------------------ outputs as they come
 
@@ -263,15 +278,18 @@ class TextStream:
             if not text and not tokens and not choice.tokens:
                 continue  # a part of the prompt was computed
             choice.tokens += tokens
-            is_left_out = self._without_empty and not text
-            delta = b"{}" if is_left_out else b'{"content":%b}' % _encode(text)
-            if part.finish_reason is not None:
-                choice.is_over = True
-                reasons = _encode(part.finish_reason), _encode(part.stop_reason)
-                events += (choice.head, delta, self._last_tail(*reasons))
-            elif not is_left_out:
-                events += (choice.head, delta, choice.tail)
+            choice.is_over = part.finish_reason is not None
+            events += self._events_of(choice, part)
         return b"".join(events)
+
+    def _events_of(self, choice: "TextChoice", part: CompletionOutput) -> Sequence[bytes]:
+        """The events, in pieces, that tell of the next part of a choice."""
+        is_left_out = self._without_empty and not part.text
+        delta = b"{}" if is_left_out else b'{"content":%b}' % _encode(part.text)
+        if part.finish_reason is not None:
+            reasons = _encode(part.finish_reason), _encode(part.stop_reason)
+            return choice.head, delta, self._last_tail(*reasons)
+        return () if is_left_out else (choice.head, delta, choice.tail)
 
     def _begin(self, output: RequestOutput) -> list[bytes]:
         """Prepare what is equal in all events; returns those that give the role."""
@@ -280,7 +298,7 @@ class TextStream:
             b'data: {"id":%b,"object":"chat.completion.chunk","created":%d,"model":%b,"choices":'
             b'[{"index":'
         ) % (_encode(self._id), self._created, _encode(self._model))
-        self._choices = [_Choice(head, index) for index in range(self._request.n or 1)]
+        self._choices = [TextChoice(head, index) for index in range(self._request.n or 1)]
         role = _encode(self._serving.get_chat_request_role(self._request))
         return [
             b'%b%d,"delta":{"role":%b,"content":""},"logprobs":null,"finish_reason":null}],'
@@ -300,10 +318,31 @@ class TextStream:
             of_server,
         )
 
-    def _end(self, complete: Callable[[dict[str, Any]], None]) -> bytes:
-        """The event with the usage, if it is asked for."""
-        last, serving = self._last, self._serving
-        prompt_tokens = 0
+    def _end(self) -> bytes:
+        """The last events: the usage, if it is asked for."""
+        usage = self._usage()
+        if not self._with_usage:
+            return _DONE
+        of_prompt = self._details_of_prompt()
+        event = {
+            "id": self._id,
+            "object": "chat.completion.chunk",
+            "created": self._created,
+            "model": self._model,
+            "choices": [],
+            "usage": usage | _given(prompt_tokens_details=_dumped(of_prompt)),
+            **_given(system_fingerprint=self._serving.system_fingerprint, metrics=self._metrics()),
+        }
+        self._complete(event)
+        return b"data: %b\n\n%b" % (_encode(event), _DONE)
+
+    def _failed(self, event: bytes) -> bytes:
+        """The last events, of which `event` tells of a failure."""
+        return event + _DONE
+
+    def _usage(self) -> dict[str, Any]:
+        """The tokens of the prompt and of the answer, of which vLLM is told, too."""
+        last, prompt_tokens = self._last, 0
         if last is not None:
             in_encoder = last.encoder_prompt_token_ids or ()
             prompt_tokens = len(last.prompt_token_ids or ()) + len(in_encoder)
@@ -314,22 +353,12 @@ class TextStream:
             "completion_tokens": completion_tokens,
         }
         self._metadata.final_usage_info = UsageInfo.model_construct(**usage)
-        if not self._with_usage:
-            return b""
-        of_prompt = chat._make_prompt_tokens_details(
-            serving.enable_prompt_tokens_details, *self._cached, self._mm_token_counts
+        return usage
+
+    def _details_of_prompt(self) -> PromptTokenUsageInfo | None:
+        return chat._make_prompt_tokens_details(
+            self._serving.enable_prompt_tokens_details, *self._cached, self._mm_token_counts
         )
-        event = {
-            "id": self._id,
-            "object": "chat.completion.chunk",
-            "created": self._created,
-            "model": self._model,
-            "choices": [],
-            "usage": usage | _given(prompt_tokens_details=_dumped(of_prompt)),
-            **_given(system_fingerprint=serving.system_fingerprint, metrics=self._metrics()),
-        }
-        complete(event)
-        return b"data: " + _encode(event) + b"\n\n"
 
     def _metrics(self) -> dict[str, Any] | None:
         """What vLLM tells of speculative decoding; None without it."""
@@ -350,7 +379,7 @@ def _dumped(model: BaseModel | None) -> dict[str, Any] | None:
     return None if model is None else model.model_dump(exclude_unset=True, exclude_none=True)
 
 
-class _Choice:
+class TextChoice:
     """What is known of one choice.
 
     Attributes:

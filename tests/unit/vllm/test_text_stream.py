@@ -231,6 +231,7 @@ def test_events_equal_vllms(
     server = serving_with(**serving, parser_cls=parser_class)
     asked = request_with(**request)
     assert is_text_alone(server, asked)
+    assert TextStream.fits(server, asked)
     written, expected = ours(server, asked, outputs), vllms(server, asked, outputs)
     assert parsed(written) == parsed(expected)
 
@@ -412,7 +413,8 @@ def test_a_failure_to_write_is_raised(more: bool, at_once: bool) -> None:
 def test_a_stream_with_more_than_text_is_left_to_vllm(
     serving: dict[str, Any], request_: dict[str, Any]
 ) -> None:
-    assert not is_text_alone(serving_with(**serving), request_with(**request_))
+    server, asked = serving_with(**serving), request_with(**request_)
+    assert not (is_text_alone(server, asked) and TextStream.fits(server, asked))
 
 
 def test_every_field_of_vllms_chunks_is_known() -> None:
