@@ -12,7 +12,6 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Sequence
@@ -28,6 +27,8 @@ _PROGRAM = (
     "import sys; sys.path[:] = {path!r}; from server.cli import resume; resume({file}, {started!r})"
 )
 _ROOM_BYTES = 4096
+# To inspect what is left at the end, and to skip the first line of a script.
+_OF_THE_PROGRAM = {ord("i"): None, ord("x"): None}
 _SECRET_FLAG = re.compile(
     r"--[a-z_-]*(?:key|keys|token|password|secret|headers?|url)(?:=|$)", re.IGNORECASE
 )
@@ -56,10 +57,33 @@ def restart(command: str, words: Sequence[str], started: float) -> None:
         file.write(json.dumps(given).encode("utf-8", "surrogateescape"))
         file.flush()
         program = _PROGRAM.format(path=sys.path, file=file.fileno(), started=started)
-        options = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        options = interpreter_options(sys.orig_argv)
         arguments = [sys.executable, *options, "-c", program, " " * _ROOM_BYTES]
         os.execve(sys.executable, arguments, variables)  # noqa: S606 - no client chooses any of it
     signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def interpreter_options(command_line: Sequence[str]) -> list[str]:
+    """The options of Python itself in a command line of Python, without those that only matter to
+    the program that follows them there."""
+    options: list[str] = []
+    words = iter(command_line[1:])
+    for word in words:
+        if word == "-" or not word.startswith("-"):
+            break
+        if word.startswith("--"):  # --check-hash-based-pycs MODE
+            options += [word, next(words, "")]
+            continue
+        flags = re.match(r"-[^cmWX]*", word)
+        assert flags is not None
+        plain = flags[0].translate(_OF_THE_PROGRAM)
+        options += [plain] if len(plain) > 1 else []
+        name, value = word[flags.end() :][:1], word[flags.end() + 1 :]
+        if name in ("W", "X"):
+            options += [f"-{name}", value or next(words, "")]
+        elif name:  # the program
+            break
+    return options
 
 
 def _memory_file() -> int:

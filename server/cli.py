@@ -202,6 +202,8 @@ def _end(status: int) -> NoReturn:
     tells such a thread to end, and the interpreter would wait for it for ever. vLLM has frozen its
     objects for the garbage collector, and libraries complain about those that live at the end.
     """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+        signal.signal(number, signal.SIG_IGN)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # the disk with the log is full
@@ -375,7 +377,13 @@ def _interruptible() -> None:
     signal handler. So a timer repeats the interruption while the process is still in `poll`.
     """
 
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
+    is_interrupted = False
+
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        nonlocal is_interrupted
+        if is_interrupted and number != signal.SIGALRM:
+            return  # a second exception would cut short what the first one has begun to end
+        is_interrupted = True
         signal.setitimer(signal.ITIMER_REAL, _REPEAT_S)
         raise _Interrupted
 

@@ -341,7 +341,8 @@ def _kill(child: _Child) -> None:
 
 
 class _Signals:
-    """Signals as a file to be waited for, while its `with` block is open."""
+    """Signals as a file to be waited for, while its `with` block is open. After it they are
+    ignored: the process is about to end."""
 
     def __init__(self) -> None:
         self._reader, self._writer = socket.socketpair()
@@ -356,14 +357,15 @@ class _Signals:
         return [number for number in self._reader.recv(64) if number in _SIGNALS]
 
     def __enter__(self) -> "_Signals":
-        self._before = {number: signal.signal(number, _ignore) for number in _SIGNALS}
+        for number in _SIGNALS:
+            signal.signal(number, _ignore)
         self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         return self
 
     def __exit__(self, *_: object) -> None:
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         signal.set_wakeup_fd(self._wakeup)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
         self._reader.close()
         self._writer.close()
 

@@ -31,6 +31,7 @@ def resume(file: int, started: float) -> None:
     command, words = clean_start.take(file)
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     told = [started, command, words, sys.argv, list(before), dict(os.environ), len(blocked)]
+    told += [sys._xoptions, getattr(sys.stdout, "write_through", False)]
     print(json.dumps(told), flush=True)
     forkserver = Forkserver(WorkerSpec("tests.extractors:load", b"payload", 5.0, 1 << 30, "off"))
     for _ in sys.stdin:

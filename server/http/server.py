@@ -259,14 +259,19 @@ async def serve(
     if supervisor is not None:
         loop.add_reader(supervisor, obey, supervisor)
     else:
-        loop.add_signal_handler(signal.SIGINT, stop, 0.0)
-        loop.add_signal_handler(signal.SIGTERM, stop, delay_s)
+        # Not handlers of the loop: when they are removed, a further signal would end the process.
+        for number, delay in ((signal.SIGINT, 0.0), (signal.SIGTERM, delay_s)):
+            later = functools.partial(loop.call_soon_threadsafe, stop, delay)
+            signal.signal(number, lambda *_, later=later: later())
     bound_messages()
     watch = asyncio.create_task(_watch(server, engine, app.state.restarts))
     try:
         await server.serve(sockets=[sock])
     finally:
         await cancel(watch)
+        if supervisor is None:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
     if engine.errored:
         return _ENGINE_DIED
     return _REQUESTS_CUT if server.cut_requests else 0

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from server.clean_start import interpreter_options
 from server.workers import environment, template
 from tests.forked import in_fork
 from tests.process_memory import memory_with
@@ -34,6 +35,7 @@ NAMES = ["VLLM_API_KEY", "HF_TOKEN", "SACCADE_ADMIN_KEY", "AWS_SECRET_ACCESS_KEY
 FLAG = "sk-of-a-flag-c7d9"
 MARKS = [FLAG, "redis-password-1d5c", *(VARIABLES[name] for name in NAMES)]
 WORDS = ["model", "--api-key", FLAG, "--port", "0"]
+OPTIONS = ["-uW", "ignore", "-Xint_max_str_digits=9000", "-X", "no_debug_ranges"]
 PROGRAM = "from tests.clean_program import start; start()"
 
 
@@ -60,7 +62,7 @@ class Server:
 @contextlib.contextmanager
 def running() -> Iterator[Server]:
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM, *WORDS],
+        [sys.executable, *OPTIONS, "-c", PROGRAM, *WORDS],
         env=os.environ | VARIABLES,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -94,14 +96,36 @@ def _files(pid: int) -> list[str]:
 
 def test_the_server_gets_its_variables_and_flags_back() -> None:
     with running() as server:
-        started, command, words, argv, before, after, blocked = server.told
+        started, command, words, argv, before, after, blocked, *python = server.told
         assert (started, command, words) == (1.5, "serve", WORDS)
         assert argv == ["-c", *WORDS]
         assert not (set(VARIABLES) - {"HF_TOKEN_PATH"}) & set(before)
         assert after == os.environ | VARIABLES | {"SET_BEFORE": "1"}
         assert blocked == 0
+        assert python == [{"int_max_str_digits": "9000", "no_debug_ranges": True}, True]
         title = psutil.Process(server.process.pid).cmdline()[0]
         assert title.endswith("model --api-key '***' --port 0")
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        ("-m server serve -u", ""),
+        ("/usr/bin/saccade serve -B", ""),
+        ("-u -B saccade serve", "-u -B"),
+        ("-uBm server serve", "-uB"),
+        ("-uBmserver serve", "-uB"),
+        ("-ixOO saccade", "-OO"),
+        ("-i saccade", ""),
+        ("-Wignore -W error -uWdefault saccade", "-W ignore -W error -u -W default"),
+        ("-Xdev -X importtime -c program", "-X dev -X importtime"),
+        ("--check-hash-based-pycs never -I saccade", "--check-hash-based-pycs never -I"),
+        ("-u - words", "-u"),
+        ("", ""),
+    ],
+)
+def test_pythons_own_options_are_told_from_those_of_the_program(words: str, options: str) -> None:
+    assert interpreter_options(["python", *words.split()]) == options.split()
 
 
 def test_a_forkserver_is_replaced_by_the_template_and_without_one_executed() -> None:

@@ -471,6 +471,9 @@ def test_a_signal_during_start_up_leaves_no_process(stage: str) -> None:
         time.sleep(2)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
+    while process.poll() is None:  # further signals neither hasten nor disturb the end
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.002)
     _, errors = process.communicate(timeout=STOP_TIMEOUT_S)
     assert "stopped during start-up" in errors
     assert "Traceback" not in errors

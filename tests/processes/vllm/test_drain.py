@@ -105,6 +105,16 @@ def test_requests_that_are_cut_off_get_an_error_and_the_exit_status_says_so(agai
         assert error["error"]["code"] == "server_busy"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_do_not_kill_a_server_that_ends(number: int) -> None:
+    server = start(free_port(), delay_s=LONG_S)
+    while server.process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            server.signal(number)
+        time.sleep(0.0005)
+    assert server.wait() == 0
+
+
 def test_a_request_whose_headers_are_incomplete_is_answered() -> None:
     server = start(free_port())
     body = json.dumps({"stream": False, "seconds": 0.0}).encode()
