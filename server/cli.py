@@ -5,6 +5,7 @@ import atexit
 import contextlib
 import importlib.util
 import logging
+import math
 import os
 import signal
 import sys
@@ -22,6 +23,8 @@ log = logging.getLogger("saccade")
 
 _STDOUT, _STDERR = 1, 2
 _REPEAT_S = 0.2
+# An interrupted start-up may take so long to end before a further signal interrupts that, too.
+_PATIENCE_S = 30.0
 _ZMQ_POLL = os.path.join("zmq", "sugar", "poll.py")
 
 # The server's own commands, with their descriptions; the others are the client's.
@@ -377,13 +380,14 @@ def _interruptible() -> None:
     signal handler. So a timer repeats the interruption while the process is still in `poll`.
     """
 
-    is_interrupted = False
+    interrupted_at = -math.inf
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
-        nonlocal is_interrupted
-        if is_interrupted and number != signal.SIGALRM:
+        nonlocal interrupted_at
+        now = time.monotonic()
+        if number != signal.SIGALRM and now - interrupted_at < _PATIENCE_S:
             return  # a second exception would cut short what the first one has begun to end
-        is_interrupted = True
+        interrupted_at = now
         signal.setitimer(signal.ITIMER_REAL, _REPEAT_S)
         raise _Interrupted
 
