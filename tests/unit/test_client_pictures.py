@@ -14,7 +14,7 @@ from PIL import Image, ImageCms
 
 from saccade_client import boxes, media, shrink
 from saccade_client.answers import ImageCost, ShownImage
-from saccade_client.boxes import Box
+from saccade_client.boxes import Box, Point
 from saccade_client.client import Client
 from saccade_client.errors import SaccadeError, UnusableMedia
 from saccade_client.flow import Flow, Work
@@ -309,7 +309,7 @@ def test_other_servers_get_only_what_the_api_has() -> None:
             '[{"label": "a", "bbox_2d": [1,2,3,4]}, {"label": "b", "bbox_2d": [5,6,7,8]}]',
             [Box(1, 2, 3, 4, "a"), Box(5, 6, 7, 8, "b")],
         ),
-        ("<box>(1,2),(3,4)</box>", [Box(1, 2, 3, 4)]),
+        ("<box>(1,2),(3,4)</box>", [Box(1, 2, 3, 4, scale=1000)]),
         ("[1, 2, 3] and [1, 2, 3, 4, 5]", []),
         ("[" * 50_000, []),
         ("{" * 50_000 + "[1,2,3,4]", [Box(1, 2, 3, 4)]),
@@ -327,6 +327,9 @@ def test_boxes_are_mapped_to_the_original() -> None:
     assert boxes.to_original(box, seen) == Box(300, 250, 500, 500, "x")
     assert boxes.to_original(Box(100, 125, 200, 250), seen, None) == Box(300, 250, 500, 500)
     assert boxes.to_original(Box(0, 0, 1, 1), seen, 1) == Box(100, 0, 900, 500)
+    assert boxes.to_original(Box(0, 0, 512, 1024, scale=1024), seen, 1) == Box(100, 0, 500, 500)
+    assert boxes.point_to_original(Point(50, 10, "x", 100), seen) == Point(500, 50, "x")
+    assert boxes.point_to_original(Point(200, 125), seen, None) == Point(500, 250)
 
 
 def test_boxes_are_drawn() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from saccade_client.answers import Answer, Chunk, ImageCost, ModelCard, ShownImage, Usage
-    from saccade_client.boxes import Box, draw
+    from saccade_client.boxes import Box, Point, draw
     from saccade_client.client import AsyncClient, Client
     from saccade_client.core import Conversation
     from saccade_client.errors import ApiError, SaccadeError
@@ -28,7 +28,7 @@ DEFAULT_URL = "http://127.0.0.1:8000/v1"
 # Imported when they are first used: the command line starts without most of them.
 _MODULES = {
     "answers": ("Answer", "Chunk", "ImageCost", "ModelCard", "ShownImage", "Usage"),
-    "boxes": ("Box", "draw"),
+    "boxes": ("Box", "Point", "draw"),
     "client": ("AsyncClient", "Client"),
     "core": ("Conversation",),
     "errors": ("ApiError", "SaccadeError"),
@@ -49,6 +49,7 @@ __all__ = [
     "ImageCost",
     "ModelCard",
     "Picture",
+    "Point",
     "SaccadeError",
     "ShownImage",
     "Usage",

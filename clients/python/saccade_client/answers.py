@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from saccade_client import boxes
-from saccade_client.boxes import Box
+from saccade_client.boxes import Box, Point
 
 
 class _Object(BaseModel):
@@ -103,6 +103,12 @@ class Answer(_Object):
         """
         shown = self.images[image]
         return [boxes.to_original(box, shown, scale) for box in boxes.find(self.text)]
+
+    def points(self, scale: float | None = 1000, image: int = 0) -> list[Point]:
+        """As `boxes`, for the points in the text."""
+        shown = self.images[image]
+        found = boxes.find_points(self.text)
+        return [boxes.point_to_original(point, shown, scale) for point in found]
 
 
 class Delta(_Object):

@@ -1,70 +1,88 @@
-"""Boxes in a model's answer: found in its text, mapped to the original picture, drawn on it."""
+"""Boxes and points in a model's answer: found in its text, mapped to the original picture, drawn on
+it."""
 
-import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image, ImageDraw
 
+from saccade_client import grounding
 from saccade_client.media import opened
 
 if TYPE_CHECKING:
     from saccade_client.answers import ShownImage
     from saccade_client.media import MediaSource
 
-_NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
-# [left, top, right, bottom], or Qwen-VL's (left, top),(right, bottom)
-_LIST = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
-_PAIRS = re.compile(rf"\({_NUMBER},{_NUMBER}\)\s*,?\s*\({_NUMBER},{_NUMBER}\)")
-_LABEL = re.compile(r'"label"\s*:\s*"([^"]*)"')
 _COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080")
 
 
 class Box(NamedTuple):
-    """A rectangle, and what the model says is in it, if it does."""
+    """A rectangle, and what the model says is in it, if it does.
+
+    `scale` is the range of the coordinates, if the answer's notation tells it; None also in pixels.
+    """
 
     left: float
     top: float
     right: float
     bottom: float
     label: str | None = None
+    scale: float | None = None
+
+
+class Point(NamedTuple):
+    """A point, and what the model says is there, if it does. `scale` is as in `Box`."""
+
+    x: float
+    y: float
+    label: str | None = None
+    scale: float | None = None
 
 
 def find(text: str) -> list[Box]:
-    """The boxes in `text`, in the model's coordinates, in the order of the text.
+    """The boxes in `text`, in the model's coordinates, in the order of the text. The notations are
+    those of `grounding`."""
+    return [
+        Box(*place.numbers, place.label, place.scale)
+        for place in grounding.find(text)
+        if len(place.numbers) == 4
+    ]
 
-    It finds `[left, top, right, bottom]`, also in JSON, where a "label" of the same object becomes
-    the label, and `(left, top),(right, bottom)`.
-    """
-    found = []
-    for match in sorted(
-        [*_LIST.finditer(text), *_PAIRS.finditer(text)], key=lambda match: match.start()
-    ):
-        left, top, right, bottom = map(float, match.groups())
-        start = text.rfind("{", 0, match.start())
-        end = text.find("}", match.end())
-        label = _LABEL.search(text, start, end) if 0 <= start < end else None
-        found.append(Box(left, top, right, bottom, label and label[1]))
-    return found
+
+def find_points(text: str) -> list[Point]:
+    """As `find`, for points."""
+    return [
+        Point(*place.numbers, place.label, place.scale)
+        for place in grounding.find(text)
+        if len(place.numbers) == 2
+    ]
 
 
 def to_original(box: Box, shown: "ShownImage", scale: float | None = 1000) -> Box:
     """`box` in pixels of the original picture.
 
-    `scale` is the range of the model's coordinates: 1000 for thousandths, 1 for fractions, None for
-    pixels of the processed picture, as Qwen2.5-VL gives them. `shown` tells which region of the
-    original the model saw, at which size.
+    `scale` is the range of the model's coordinates, unless the box has its own: 1000 for
+    thousandths, 1 for fractions, None for pixels of the processed picture, as Qwen2.5-VL gives
+    them. `shown` tells which region of the original the model saw, at which size.
     """
+    corners = [(box.left, box.top), (box.right, box.bottom)]
+    (left, top), (right, bottom) = _mapped(corners, shown, box.scale or scale)
+    return Box(left, top, right, bottom, box.label)
+
+
+def point_to_original(point: Point, shown: "ShownImage", scale: float | None = 1000) -> Point:
+    """As `to_original`, for a point."""
+    ((x, y),) = _mapped([(point.x, point.y)], shown, point.scale or scale)
+    return Point(x, y, point.label)
+
+
+def _mapped(
+    points: list[tuple[float, float]], shown: "ShownImage", scale: float | None
+) -> list[tuple[float, float]]:
     left, top, right, bottom = shown.region
     across = (right - left) / (scale or shown.processed_width or shown.width)
     down = (bottom - top) / (scale or shown.processed_height or shown.height)
-    return Box(
-        left + box.left * across,
-        top + box.top * down,
-        left + box.right * across,
-        top + box.bottom * down,
-        box.label,
-    )
+    return [(left + x * across, top + y * down) for x, y in points]
 
 
 def draw(source: "MediaSource", boxes: Iterable[Box]) -> Image.Image:
