@@ -199,6 +199,7 @@ def _haproxy(
         "LISTEN": f"127.0.0.1:{port}",
         "METRICS": f"127.0.0.1:{metrics_port}",
         "CERTIFICATE": str(pem),
+        "INNER": f"unix@{folder}/inner",
         "BACKEND_1": backends[0],
         "BACKEND_2": backends[1],
     }

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from saccade_client import Client
 from server.settings import HttpSettings
 from tests.conftest import Server
 from tests.pictures import encode
@@ -160,7 +161,7 @@ def test_the_body_limit_equals_the_servers(public: Proxy) -> None:
         "/v1/models/../../metrics",
         "/health",
         "/ready",
-        "/version",
+        "/version/x",
         "/tokenize",
         "/detokenize",
         "/invocations",
@@ -190,6 +191,22 @@ def test_public_routes_are_served_while_a_backend_is_down(public: Proxy) -> None
             assert client.post("/v1/completions", json=asked).status_code == 200
             sizes = {"images": [{"width": 400, "height": 300}]}
             assert client.post("/v1/images/tokens", json=sizes).status_code == 200
+
+
+def test_our_client_knows_the_server(public: Proxy) -> None:
+    """It resizes a picture before it sends it, and does not send it again."""
+    noise = np.random.default_rng(0).integers(0, 256, (2000, 2000, 3), dtype=np.uint8)
+    picture = encode(Image.fromarray(noise))
+    sent: list[int] = []
+    with public.client() as http, Client(f"{public.url}/v1") as client:
+        http.event_hooks["request"].append(lambda request: sent.append(len(request.read())))
+        client.__dict__["_http"] = http
+        for _ in range(2):
+            assert client.ask("What is in the image?", picture, max_tokens=2).images
+    version, models, first, again = sent
+    assert version == models == 0
+    assert 1000 < first < len(picture) / 4
+    assert again < 1000
 
 
 def test_the_request_id_is_returned(public: Proxy) -> None:
@@ -263,6 +280,18 @@ def test_a_post_that_reached_a_backend_is_not_retried(
     assert answer.headers["Retry-After"] == {"haproxy": "1", "nginx": "5"}[kind]
     assert answer.json()["error"]["code"] == "unavailable"
     assert len(one.requests + two.requests) == 1
+
+
+def test_a_backend_that_breaks_off_is_a_503_on_a_used_connection(
+    kind: str, start: MakeProxy, backends: tuple[Backend, Backend]
+) -> None:
+    one, two = backends
+    with start(kind, one.address, two.address).client() as client:
+        for hangs_up, status in ((False, 200), (True, 503), (False, 200), (True, 503)):
+            one.hangs_up = two.hangs_up = hangs_up
+            answer = client.post("/v1/chat/completions", json={})
+            assert answer.status_code == status
+            assert ("Retry-After" in answer.headers) is hangs_up
 
 
 def test_a_key_always_gets_the_same_backend(
