@@ -11,221 +11,43 @@ nothing here, since servers and clients share the machine; nothing is stubbed.
 
 import argparse
 import datetime
-import io
 import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
-from PIL import Image
 
-from benchmarks import environment, fleet_model
+from benchmarks import environment, fleet_load, fleet_model
+from benchmarks.fleet_load import Load
+from benchmarks.fleet_servers import cleared, entries, haproxy, server, stopped
 from benchmarks.processes import Server, free_port
-from saccade_client import Client
 from server.scale.routing import Rule
-from tests.services import program, running
+from tests.services import program
 
 _ROOT = Path(__file__).resolve().parent.parent
-_PICTURES, _ALPHA, _SIDE = 400, 0.6, 224
-_CLIENTS, _REQUESTS = 8, 1200
-_CACHE_GIB = 0.004
-_ADMIN_KEY = "benchmark"
-_HOT = 200
+_PICTURES, _ALPHA = 400, 0.6
+# As many clients as fill the batches of both servers.
+_CLIENTS, _REQUESTS = 32, 3000
+_HOT, _KILLED, _KEYS = 600, 800, 60
 _SALTS = 10
-_SERVED_BY = "X-Served-By"
-
-
-# ---------------------------------------------------------------------- servers and haproxy
-
-
-def _server(name: str, port: int, folder: Path) -> Server:
-    flags = ["--host", "127.0.0.1", "--port", str(port), "--no-files", "--admin-key", _ADMIN_KEY]
-    flags += ["--max-model-len", "2048", "--max-num-seqs", "16", "--max-num-batched-tokens", "512"]
-    flags += ["--mm-processor-cache-gb", "1", "--embedding-cache-gb", str(_CACHE_GIB)]
-    flags += ["--image-workers", "1"]
-    env = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    env |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    env |= {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75"}
-    command = [sys.executable, "-m", "server", "serve", *flags]
-    return Server(name, command, port, "/ready", {**os.environ, **env}, folder / f"{name}.log")
-
-
-def _stopped(servers: Sequence[Server]) -> None:
-    for server in servers:
-        server.stop()
-
-
-def _configuration(round_robin: bool) -> str:
-    """That of `deploy/haproxy`, without TLS, and with the server's name in each answer."""
-    text = (_ROOT / "deploy" / "haproxy" / "haproxy.cfg").read_text()
-    changes = {
-        'bind "${LISTEN}" ssl crt "${CERTIFICATE}"': 'bind "${LISTEN}"',
-        "    default_backend saccade\n": "    default_backend saccade\n"
-        f"    http-response set-header {_SERVED_BY} %s\n",
-    }
-    if round_robin:
-        changes["    balance hdr(X-Session-ID)\n"] = "    balance roundrobin\n"
-        changes["    hash-type consistent sdbm avalanche\n    hash-balance-factor 125\n"] = ""
-    for old, new in changes.items():
-        if old not in text:
-            raise ValueError(f"deploy/haproxy/haproxy.cfg has no {old!r}")
-        text = text.replace(old, new)
-    return text
-
-
-@contextmanager
-def _haproxy(servers: Sequence[Server], folder: Path, *, round_robin: bool) -> Iterator[str]:
-    """The URL of haproxy in front of the servers."""
-    port = free_port()
-    path = folder / f"haproxy-{port}.cfg"
-    path.write_text(_configuration(round_robin))
-    url = f"http://127.0.0.1:{port}"
-    env = os.environ | {"LISTEN": f"127.0.0.1:{port}", "METRICS": f"127.0.0.1:{free_port()}"}
-    for number, server in enumerate(servers, 1):
-        env[f"BACKEND_{number}"] = f"127.0.0.1:{server.port}"
-
-    def ready() -> bool:
-        return httpx.get(f"{url}/v1/models").status_code == httpx.codes.OK
-
-    command: list[str | Path] = [program("haproxy"), "-db", "-f", path]
-    with running(command, ready=ready, env=env, log=folder / "haproxy.log"):
-        yield url
-
-
-def _cleared(servers: Sequence[Server]) -> None:
-    for server in servers:
-        url = f"http://127.0.0.1:{server.port}/v1/cache"
-        headers = {"Authorization": f"Bearer {_ADMIN_KEY}"}
-        httpx.delete(url, headers=headers, timeout=30).raise_for_status()
-
-
-def _entries(server: Server) -> Any:
-    """What the host tier of the embedding cache holds."""
-    _, body = server.get("/v1/cache", key=_ADMIN_KEY)
-    return json.loads(body)
-
-
-# ---------------------------------------------------------------------- clients
-
-
-class _Counting(httpx.HTTPTransport):
-    """Notes how each attempt of a request ended."""
-
-    def __init__(self, noted: "Load") -> None:
-        super().__init__()
-        self._noted = noted
-
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        try:
-            response = super().handle_request(request)
-        except httpx.TransportError as error:
-            self._noted.failed_attempts[type(error).__name__] += 1
-            raise
-        # Behind haproxy there is no /version, which clients ask for first.
-        if response.status_code != httpx.codes.OK and request.method == "POST":
-            self._noted.failed_attempts[str(response.status_code)] += 1
-        return response
-
-
-@dataclass
-class Load:
-    """Clients that send requests about a list of pictures, in its order, each when it is free."""
-
-    url: str
-    files: Sequence[bytes]
-    order: Sequence[int]
-    clients: int = _CLIENTS
-    # (number in the order, server, how far the picture was cached, seconds) of each answer.
-    answers: list[tuple[int, str, str, float]] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
-    failed_attempts: Counter[str] = field(default_factory=Counter)
-    _next: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def run(self) -> "Load":
-        threads = [threading.Thread(target=self._client) for _ in range(self.clients)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return self
-
-    def _client(self) -> None:
-        with Client(f"{self.url}/v1", model="saccade-tiny", resize=False, reuse=False) as client:
-            transport = _Counting(self)
-            client.__dict__["_http"] = httpx.Client(transport=transport, timeout=120)
-            while (number := self._take()) is not None:
-                begun = time.monotonic()
-                try:
-                    picture = self.files[self.order[number]]
-                    answer = client.ask(
-                        "What is in the image?", picture, max_tokens=1, include_image_details=True
-                    )
-                except Exception as error:
-                    self.failures.append(repr(error))
-                    continue
-                (image,) = answer.images
-                took = time.monotonic() - begun
-                server = answer.headers[_SERVED_BY]
-                self.answers.append((number, server, str(image.cached), took))
-
-    def _take(self) -> int | None:
-        with self._lock:
-            if self._next == len(self.order):
-                return None
-            self._next += 1
-            return self._next - 1
-
-    def summary(self, since: int = 0) -> dict[str, Any]:
-        """Of the requests from `since` on: hit rate, and the load of the hottest server."""
-        counted = [answer for answer in self.answers if answer[0] >= since]
-        served = Counter(server for _, server, _, _ in counted)
-        hits = sum(cached == "embedding" for _, _, cached, _ in counted)
-        return {
-            "requests": len(counted),
-            "hit_rate": round(hits / len(counted), 4),
-            "hottest_over_mean": round(2 * max(served.values()) / len(counted), 3),
-            "failures": self.failures,
-            "failed_attempts": dict(self.failed_attempts),
-        }
-
-
-def _files() -> list[bytes]:
-    """Pictures of one size that differ."""
-    found = []
-    for seed in range(_PICTURES):
-        random = np.random.default_rng(seed)
-        coarse = random.integers(0, 256, (7, 7, 3), dtype=np.uint8)
-        image = Image.fromarray(coarse).resize((_SIDE, _SIDE))
-        file = io.BytesIO()
-        image.save(file, "PNG")
-        found.append(file.getvalue())
-    return found
-
-
-# ---------------------------------------------------------------------- what is measured
 
 
 def _modelled(
-    order: Sequence[int], since: int, policy: fleet_model.Choose, entries: int
+    order: Sequence[int], since: int, policy: fleet_model.Choose, room: int
 ) -> dict[str, float]:
     """The same requests in the model: each client sends the next when its last is answered. Which
     pictures fall to which replica differs from haproxy's ring, so this is the mean of several."""
     found = []
     for salt in range(_SALTS):
-        fleet = fleet_model.Fleet([1.0, 1.0], policy, entries=entries)
+        fleet = fleet_model.Fleet([1.0, 1.0], policy, entries=room)
         pictures = [f"{salt} picture {n}" for n in order]
         done = fleet_model.run_closed(fleet, pictures, _CLIENTS)
         counted = sorted(done, key=lambda each: each.came_s)[since:]
@@ -238,9 +60,9 @@ def _killed(
     servers: list[Server], url: str, files: Sequence[bytes], order: Sequence[int], folder: Path
 ) -> dict[str, Any]:
     """Kill the second server under load, start it again, and see whether its keys are back."""
-    few = list(dict.fromkeys(order))[:60]
+    few = list(dict.fromkeys(order))[:_KEYS]
     before = _homes(url, files, few)
-    load = Load(url, files, order)
+    load = Load(url, files, order, _CLIENTS)
     thread = threading.Thread(target=load.run)
     thread.start()
     while len(load.answers) < len(order) // 4:
@@ -250,7 +72,7 @@ def _killed(
     thread.join()
     servers[1].stop()
     away = _homes(url, files, few)
-    servers[1] = _server("two", servers[1].port, folder)
+    servers[1] = server("two", servers[1].port, folder)
     servers[1].wait_ready()
     time.sleep(5)  # haproxy's checks
     back = _homes(url, files, few)
@@ -273,45 +95,53 @@ def _killed(
 
 def _homes(url: str, files: Sequence[bytes], pictures: Sequence[int]) -> dict[int, str]:
     """The server of each picture, when there is no other load."""
-    load = Load(url, files, pictures, clients=1).run()
-    return {pictures[number]: server for number, server, _, _ in load.answers}
+    load = Load(url, files, pictures).run()
+    return {pictures[number]: home for number, home, _ in load.answers}
 
 
 def _measured(requests: int, folder: Path) -> dict[str, Any]:
     random = np.random.default_rng(1)
     shares = fleet_model.popularity(_PICTURES, _ALPHA)
     order: list[int] = random.choice(_PICTURES, requests, p=shares).tolist()
-    files, since = _files(), requests // 3
+    files, since = fleet_load.files(_PICTURES), requests // 3
     found: dict[str, Any] = {}
     with ExitStack() as stack:
         servers: list[Server] = []
-        stack.callback(_stopped, servers)
+        stack.callback(stopped, servers)
         for name in ("one", "two"):
-            servers.append(_server(name, free_port(), folder))
+            servers.append(server(name, free_port(), folder))
             servers[-1].wait_ready()
         for policy in ("round robin", "affinity"):
-            _cleared(servers)
-            with _haproxy(servers, folder, round_robin=policy == "round robin") as url:
-                found[policy] = Load(url, files, order).run().summary(since)
-                found[policy]["caches"] = [_entries(server) for server in servers]
+            cleared(servers)
+            with haproxy(servers, folder, round_robin=policy == "round robin") as url:
+                found[policy] = Load(url, files, order, _CLIENTS).run().summary(since)
+                found[policy]["caches"] = [entries(each) for each in servers]
                 print(policy, found[policy], flush=True)
                 if policy == "affinity":
-                    hot = Load(url, files, [0] * _HOT).run().summary()
+                    hot = Load(url, files, [0] * _HOT, _CLIENTS).run().summary()
                     found["one picture"] = hot
-                    found["killed"] = _killed(servers, url, files, order[:600], folder)
+                    found["killed"] = _killed(servers, url, files, order[:_KILLED], folder)
     found["order"] = {"pictures": _PICTURES, "alpha": _ALPHA, "requests": requests, "since": since}
-    entries = _held(found["affinity"]["caches"])
-    found["entries_of_each_cache"] = entries
+    room = found["entries_of_each_cache"] = _held(found["affinity"]["caches"])
     policies = {
         "round robin": fleet_model.round_robin,
         "affinity": fleet_model.by_rule(Rule(floor=1)),
     }
     found["model"] = {
-        name: _modelled(order, since, policy, entries) for name, policy in policies.items()
+        name: _modelled(order, since, policy, room) for name, policy in policies.items()
     }
-    ratios = [found[name]["hit_rate"] for name in ("affinity", "round robin")]
-    found["affinity_over_round_robin"] = round(ratios[0] / ratios[1], 3)
+    found["affinity_over_round_robin"] = {
+        "measured": _ratio(found["affinity"], found["round robin"]),
+        "model": _ratio(found["model"]["affinity"], found["model"]["round robin"]),
+    }
+    found["model_over_measured"] = {
+        name: _ratio(found["model"][name], found[name]) for name in policies
+    }
     return found
+
+
+def _ratio(one: Any, other: Any) -> float:
+    return round(float(one["hit_rate"]) / float(other["hit_rate"]), 3)
 
 
 def _held(caches: Sequence[Any]) -> int:
