@@ -17,13 +17,13 @@ trap 'rm -rf "$scratch"' EXIT
 resolve() {
     "$uv" pip compile --quiet --no-header --no-annotate --generate-hashes \
         --python-platform x86_64-manylinux_2_28 --index-strategy unsafe-best-match \
-        --no-emit-package saccade-client ${PIP_FIND_LINKS:+--find-links "$PIP_FIND_LINKS"} \
+        --extra video --extra replicas --no-emit-package saccade-client ${PIP_FIND_LINKS:+--find-links "$PIP_FIND_LINKS"} \
         pyproject.toml "$@"
 }
 
 # torchaudio and torchcodec are left out, as in install.sh: they are CUDA builds.
 resolve_cpu() {
-    echo "$torch_cpu" | resolve --extra cpu --extra video --python-version 3.11 --constraint - "$@" \
+    echo "$torch_cpu" | resolve --extra cpu --python-version 3.11 --constraint - "$@" \
         --no-emit-package torchaudio --no-emit-package torchcodec
 }
 {
@@ -33,10 +33,10 @@ resolve_cpu() {
 
 # vLLM's image has Python 3.12, vLLM and its dependencies. Only Saccade's other dependencies are
 # pinned, at versions that vLLM accepts.
-resolve --extra gpu --extra video --python-version 3.12 >"$scratch/all.txt"
+resolve --extra gpu --python-version 3.12 >"$scratch/all.txt"
 {
     echo "# Written by \`make lock\`: what Saccade needs besides vLLM."
-    resolve --extra video --python-version 3.12 --constraint "$scratch/all.txt"
+    resolve --python-version 3.12 --constraint "$scratch/all.txt"
 } >"$scratch/requirements-gpu.txt"
 
 {

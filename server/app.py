@@ -43,6 +43,7 @@ from server.ingest.fetch import Fetcher, FetchSettings
 from server.ingest.fetch_cache import FetchCache
 from server.ingest.files import FileReader, FileStore, Quota
 from server.ingest.load import MediaLoader
+from server.replica import Replica
 from server.request.admission import Admission
 from server.request.bounds import BodyBounds
 from server.request.read import RequestReader
@@ -104,7 +105,8 @@ async def run(
                 refresher = vllm_http.refresh_certificates(config, args)
 
             def announce() -> None:
-                report(_invitation(args, address, sock))
+                is_only = Replica.current() is None
+                report(_invitation(args, address, sock) if is_only else "ready")
 
             if mine is None:
                 server.on_started = announce
@@ -155,12 +157,13 @@ async def running(
         fetcher = await stack.enter_async_context(_fetcher(args, settings))
         store: FileStore | None = None
         files: FileStore | FileReader | None
-        if mine is None or mine.is_first:
+        peer = mine or Replica.current()
+        if peer is None or peer.is_first:
             files = store = await stack.enter_async_context(_file_store(settings, report))
-            if mine is not None:
-                _tell_of_files(mine, store is not None)
+            if peer is not None:
+                _tell_of_files(peer, store is not None)
         else:
-            files = _files_of_first(settings, mine)
+            files = _files_of_first(settings, peer)
         pool = None
         if prepared.workers is not None:
             share = max(settings.admission.max_group_share, _LEAST_WORKER_SHARE)
@@ -200,6 +203,10 @@ async def running(
             front_ends = mine.count
             lock = usage_lock(mine.folder)
             shared = SharedUsages(mine.usage, lock, mine.index, mine.count)
+        elif isinstance(peer, Replica):
+            lock = usage_lock(peer.folder)
+            shared = SharedUsages(peer.usage_memory(), lock, peer.index, peer.count)
+            shared.forget_mine()  # those of a replica that was killed
         admission = Admission(
             launch.admission_limits(engine, settings, front_ends, engines),
             engine_queue.why_full,
@@ -275,7 +282,7 @@ def _fetcher(args: Namespace, settings: Settings) -> Fetcher:
         raise CannotStart(str(error)) from None
 
 
-def _tell_of_files(mine: FrontEnd, has_files: bool) -> None:
+def _tell_of_files(mine: FrontEnd | Replica, has_files: bool) -> None:
     marker = mine.files_marker()
     if has_files:
         marker.touch()
@@ -283,7 +290,7 @@ def _tell_of_files(mine: FrontEnd, has_files: bool) -> None:
         marker.unlink(missing_ok=True)
 
 
-def _files_of_first(settings: Settings, mine: FrontEnd) -> FileReader | None:
+def _files_of_first(settings: Settings, mine: FrontEnd | Replica) -> FileReader | None:
     """The files that the first front end has, if its folder can be used."""
     if not settings.files.files:
         return None

@@ -49,7 +49,7 @@ def restart(command: str, words: Sequence[str], started: float) -> None:
             "command": command,
             "words": list(words),
             "argv": sys.argv,
-            "title": shlex.join(_shown(sys.orig_argv)),
+            "title": shlex.join(shown(sys.orig_argv)),
             "name": Path("/proc/self/comm").read_text().strip(),
             # Not those that imports have by now: they may change them.
             "withheld": {n: value for n, value in os.environ.items() if n not in variables},
@@ -106,7 +106,7 @@ def _is_for_cpu() -> bool:
         return True  # its package for CPUs has another name
 
 
-def _shown(words: Sequence[str]) -> list[str]:
+def shown(words: Sequence[str]) -> list[str]:
     """A command line without the values of secret flags."""
     shown = []
     is_secret = False

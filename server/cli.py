@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -16,8 +17,9 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from server import __version__, clean_start, front_ends
+from server import __version__, clean_start, concurrency, front_ends, replica
 from server.errors import CannotStart
+from server.replica import Replica
 
 log = logging.getLogger("saccade")
 
@@ -84,6 +86,8 @@ class Progress:
 
     def __call__(self, text: str) -> None:
         elapsed = time.monotonic() - self.started
+        if (mine := Replica.current()) is not None:
+            text = f"replica {mine.index}: {text}"
         if self.to_log:
             log.info(text, extra={"elapsed_s": round(elapsed, 1)})
         else:
@@ -124,6 +128,8 @@ def _begin(command: str, argv: list[str], progress: Progress, *, is_whole: bool)
     # All metrics are in this process; this variable would make the library write them to files.
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
     is_help = _is_help(argv)
+    if command == "serve" and not is_help and (count := replica.asked_for(argv)) > 1:
+        return _serve_replicas(argv, count, progress, is_whole=is_whole)
     if not is_help and "json" not in (os.environ.get("SACCADE_LOG_FORMAT"), *map(_value, argv)):
         progress(f"Saccade {__version__}: loading vLLM")
     if is_whole and not is_help:
@@ -146,6 +152,21 @@ def _load_and_run(file: int, progress: Progress) -> int:
     template.prepare(file)
     command, argv = clean_start.take(file)
     return _run(argv, progress, command)
+
+
+def _serve_replicas(argv: list[str], count: int, progress: Progress, *, is_whole: bool) -> int:
+    """Serve with several servers. This process only watches them."""
+    import setproctitle
+
+    from server.replicas.command import run
+
+    if is_whole:  # hides secret flags
+        setproctitle.setproctitle(shlex.join(clean_start.shown(sys.orig_argv)))
+
+    def log_json() -> None:
+        progress.to_log = True
+
+    return run(argv, count, progress, log_json)
 
 
 def _show_flags_of_plan() -> None:
@@ -267,6 +288,7 @@ def _run(argv: list[str], progress: Progress, command: str) -> int:
     plugin.ask(segments=scratch.id)
     if command == "serve" and not is_help and front_ends.asked_for(argv):
         return _supervise(argv, progress, scratch.path / "front-ends")
+    _share_machine()
     if not is_help:
         from server.engine.launch import fork_engine_core
 
@@ -276,6 +298,8 @@ def _run(argv: list[str], progress: Progress, command: str) -> int:
     if args.api_server_count > 1:
         flag = f"{front_ends.FLAG} {args.api_server_count}"
         raise CannotStart(f"write the flag for several front ends as {flag}")
+    if settings.replicas.replicas > 1:
+        raise CannotStart(f"write the flag as {replica.FLAG} {settings.replicas.replicas}")
     if command == "run-batch":
         from server.run_batch import run
     else:
@@ -283,6 +307,15 @@ def _run(argv: list[str], progress: Progress, command: str) -> int:
 
     keep_imported()
     return uvloop.run(run(args, settings, progress))
+
+
+def _share_machine() -> None:
+    """As one of several replicas, take a part of the machine by default."""
+    mine = Replica.current()
+    if mine is not None:
+        concurrency.share_memory(mine.count)
+        if not mine.has_cores:
+            concurrency.share_cores(mine.count)
 
 
 def _deploy(argv: list[str], progress: Progress) -> int:

@@ -223,11 +223,12 @@ _V1_FOLDERS = {"cpu": ("cpu,cpuacct", "cpu"), "memory": ("memory",)}
 
 
 def usable_cores(groups: Path = _GROUPS, root: Path = _ROOT) -> int:
-    """The number of cores, at least 1. The file `groups` lists the control groups of this process;
-    `root` is the folder where the control group file system is mounted."""
+    """The number of cores, at least 1: this process's part, if several share them. The file
+    `groups` lists the control groups of this process; `root` is the folder where the control group
+    file system is mounted."""
     cores = len(os.sched_getaffinity(0))
-    quotas = [quota for quota in _quotas(groups, root) if quota > 0]
-    return max(1, min(cores, *(math.ceil(quota) for quota in quotas))) if quotas else cores
+    quotas = [math.ceil(quota) for quota in _quotas(groups, root) if quota > 0]
+    return max(1, min([cores, *quotas]) // _sharing_cores)
 
 
 def _quotas(groups: Path, root: Path) -> Iterator[float]:
@@ -245,14 +246,21 @@ def _quotas(groups: Path, root: Path) -> Iterator[float]:
             continue
 
 
-# How many processes of this kind share what the server may use.
-_processes = 1
+# How many processes of this kind share the memory, and the cores.
+_sharing_memory = 1
+_sharing_cores = 1
 
 
 def share_memory(processes: int) -> None:
     """This process is one of so many that share the memory: `usable_memory` is its part."""
-    global _processes
-    _processes = processes
+    global _sharing_memory
+    _sharing_memory = processes
+
+
+def share_cores(processes: int) -> None:
+    """This process is one of so many that share the cores: `usable_cores` is its part."""
+    global _sharing_cores
+    _sharing_cores = processes
 
 
 def usable_memory(groups: Path = _GROUPS, root: Path = _ROOT) -> int:
@@ -267,7 +275,7 @@ def usable_memory(groups: Path = _GROUPS, root: Path = _ROOT) -> int:
                 continue
             if limit.isdigit():  # and not "max"
                 found = min(found, int(limit))
-    return found // _processes
+    return found // _sharing_memory
 
 
 def _folders(groups: Path, root: Path, controller: str) -> Iterator[Path]:

@@ -10,21 +10,18 @@ a few numbers, and a folder with a socket for each.
 
 import json
 import mmap
-import re
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from server import early_flags
+
 FLAG = "--api-server-count"
 MOST = 64
 # Names of sockets have at most 107 bytes, those in the folder up to 14.
 MOST_PATH_BYTES = 90
-_SPELLINGS = frozenset({FLAG, "-asc"})
-_CONFIG = "--config"
-# In a YAML file of flags.
-_IN_CONFIG = re.compile(r"^\s*[\"']?api[-_]server[-_]count[\"']?\s*:\s*(\S+)", re.MULTILINE)
 # The exit status of a front end whose engines have died.
 ENGINES_LOST = 4
 # The load of a front end that accepts no connections.
@@ -34,25 +31,8 @@ _MAX_MESSAGE_BYTES = 1 << 16
 
 def asked_for(words: Sequence[str]) -> bool:
     """Whether a command line of `serve` asks for several front ends, as far as can be told without
-    vLLM's parser: a wrong number is left to that. As there, a flag counts more than a file of
-    flags, whose name is a word of its own."""
-    given = in_file = None
-    for word, following in zip(words, [*words[1:], ""], strict=False):
-        name, equals, value = word.partition("=")
-        if name.replace("_", "-") in _SPELLINGS:
-            given = value if equals else following
-        elif word == _CONFIG:
-            in_file = _in_config(Path(following))
-    found = given or in_file or "1"
-    return found.isdigit() and int(found) > 1
-
-
-def _in_config(path: Path) -> str:
-    try:
-        found = _IN_CONFIG.findall(path.read_text())
-    except (OSError, ValueError):
-        return "1"
-    return found[-1].strip("\"'") if found else "1"
+    vLLM's parser."""
+    return early_flags.number(words, FLAG, "-asc") > 1
 
 
 class Link:

@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from server.concurrency import usable_cores
+from server.replica import MOST as MOST_REPLICAS
 
 PREFIX = "SACCADE_"
 
@@ -519,6 +520,19 @@ class PageSettings(_Group):
     )
 
 
+class ReplicaSettings(_Group):
+    """Replicas on this machine, for `saccade serve`."""
+
+    replicas: int = Field(
+        1,
+        ge=1,
+        le=MOST_REPLICAS,
+        description="Whole servers behind one address, each on GPUs of its own: pictures go to the "
+        "one that has them. Other settings are those of each; defaults that depend on the machine "
+        "are divided.",
+    )
+
+
 class DeploySettings(_Group):
     """Replicas on Ray Serve, for `saccade deploy`."""
 
@@ -578,6 +592,7 @@ class Settings(BaseSettings):
     access: AccessSettings = AccessSettings()
     observability: ObservabilitySettings = ObservabilitySettings()
     pages: PageSettings = PageSettings()
+    replicas: ReplicaSettings = ReplicaSettings()
     deploy: DeploySettings = DeploySettings()
 
     @classmethod

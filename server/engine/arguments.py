@@ -91,7 +91,9 @@ def parse(
             parser.error(f"{flag} is not supported: Saccade serves HTTP, from one machine")
     args.api_server_count = _front_ends(parser, args, command)
     if command != "deploy" and settings.deploy != DeploySettings():
-        parser.error(f"replicas: `saccade {command}` has none, but `saccade deploy`")
+        parser.error(f"`saccade {command}` has no fronts and engines, but `saccade deploy`")
+    if command != "serve" and settings.replicas.replicas > 1:
+        parser.error(f"--replicas: `saccade {command}` has none, but `saccade serve`")
     if settings.observability.log_format == "json":
         given = getattr(args, "logging_config", None) or LoggingConfig()
         args.logging_config = replace(given, formatter="json")

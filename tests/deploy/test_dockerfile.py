@@ -66,7 +66,7 @@ def test_the_python_version_of_the_cpu_target_matches_its_lock(
     dockerfile: dict[str, Stage],
 ) -> None:
     lock = (REPOSITORY / "deploy" / "lock.sh").read_text()
-    (version,) = re.findall(r"--extra cpu --extra video --python-version ([\d.]+)", lock)
+    (version,) = re.findall(r"--extra cpu --python-version ([\d.]+)", lock)
     for stage in ("wheel", "cpu-dependencies", "cpu"):
         assert dockerfile[stage].base == f"python:{version}-slim-bookworm"
 

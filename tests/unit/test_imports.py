@@ -10,7 +10,7 @@ SERVER = Path(__file__).parents[2] / "server"
 LAYERS = (
     ("cli", "clean_start", "__main__"),
     ("run_batch", "plan"),
-    ("app", "supervisor", "scale"),
+    ("app", "supervisor", "scale", "replicas"),
     ("http",),
     ("batches",),
     ("engine",),
@@ -22,7 +22,8 @@ LAYERS = (
     ("telemetry",),
     ("shares",),
     ("settings",),
-    ("concurrency", "scratch", "front_ends"),
+    ("concurrency", "scratch", "front_ends", "replica"),
+    ("early_flags",),
     ("errors",),
 )
 BELOW_THE_ENGINE = ("batches", "planner", "ingest", "request", "workers", "imaging", "telemetry")

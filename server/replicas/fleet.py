@@ -1,0 +1,211 @@
+"""Starts the replicas and haproxy, starts those again that end, and ends them."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+
+from server.errors import CannotStart
+from server.replica import Replica
+from server.replicas.child import Child, how
+from server.replicas.plan import Plan
+from server.replicas.together import Together
+from server.telemetry.service import notify
+
+log = logging.getLogger("saccade")
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_REQUESTS_CUT = 3
+_POLL_S = 0.25
+# As the liveness probes of `deploy/kubernetes`: a replica that hangs is killed.
+_CHECK_S, _MOST_FAILED_CHECKS = 10.0, 6
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
+# A process that has lived for so long is started again at once.
+_LONG_S = 300.0
+# Beyond the time that a replica gives its requests, until it is killed.
+_SPARE_S = 15.0
+_SECOND_SIGNAL_S = 0.2
+
+Report = Callable[[str], None]
+
+
+class Fleet:
+    """All processes. `run` returns when they have ended."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        replicas: Sequence[Replica],
+        start_replica: Callable[[Replica], Child],
+        start_proxy: Callable[[], Child],
+        report: Report,
+    ) -> None:
+        self._plan = plan
+        self._replicas = replicas
+        self._start_replica = start_replica
+        self._start_proxy = start_proxy
+        self._report = report
+        self._restarts = [0] * len(replicas)
+        self._running: dict[int, Child] = {}
+        self._ready: set[int] = set()
+        self._proxy: Child | None = None
+        self._has_begun = False
+        self._together = Together(replicas, self._restarts.__getitem__)
+        self._signals: asyncio.Queue[int] = asyncio.Queue()
+
+    async def run(self, listening: socket.socket, invitation: str) -> int:
+        """The exit status: 0, or 3 if requests were cut off.
+
+        Raises:
+            CannotStart: a process ended before all were ready.
+            KeyboardInterrupt: so did a signal.
+        """
+        folder = self._replicas[0].folder
+        try:
+            with _signals(self._signals):
+                async with self._together.answering(folder / "together"):
+                    return await self._serve(listening, invitation)
+        finally:
+            for child in (*self._running.values(), self._proxy):
+                if child is not None:
+                    child.kill()
+
+    async def _serve(self, listening: socket.socket, invitation: str) -> int:
+        keeping = [
+            asyncio.create_task(self._keep_proxy()),
+            *(asyncio.create_task(self._keep(each)) for each in self._replicas),
+        ]
+        try:
+            await self._begin(keeping)
+            self._report(invitation)
+            notify("READY=1")
+            number = await self._signals.get()
+        finally:
+            for task in keeping:
+                task.cancel()
+            await asyncio.wait(keeping)
+        return await self._end(number, listening)
+
+    async def _begin(self, keeping: Sequence["asyncio.Task[None]"]) -> None:
+        """Wait until all replicas are ready."""
+        while len(self._ready) < len(self._replicas):
+            await asyncio.wait(keeping, timeout=_POLL_S, return_when=asyncio.FIRST_COMPLETED)
+            for task in keeping:
+                if task.done():
+                    task.result()  # raises
+            if not self._signals.empty():
+                raise KeyboardInterrupt
+        self._has_begun = True
+
+    # ------------------------------------------------------------------ keeping
+
+    async def _keep(self, replica: Replica) -> None:
+        """Start a replica, again and again."""
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            replica.socket().unlink(missing_ok=True)
+            began = time.monotonic()
+            child = self._running[replica.index] = self._start_replica(replica)
+            watching = asyncio.create_task(self._watch(replica, child))
+            try:
+                status = await child.ended()
+            finally:
+                watching.cancel()
+            self._ready.discard(replica.index)
+            if not self._has_begun:
+                raise CannotStart(f"replica {replica.index} has ended with {how(status)}")
+            self._restarts[replica.index] += 1
+            log.error("replica %d has ended with %s; starting it again", replica.index, how(status))
+            pause_s = await _pause(began, pause_s)
+
+    async def _watch(self, replica: Replica, child: Child) -> None:
+        """Note when it is ready; kill it if it hangs after that."""
+        while not await self._together.is_ready(replica):  # noqa: ASYNC110 - it tells nobody
+            await asyncio.sleep(_POLL_S)
+        self._ready.add(replica.index)
+        failed = 0
+        while failed < _MOST_FAILED_CHECKS:
+            await asyncio.sleep(_CHECK_S)
+            is_alive = await self._together.is_ready(replica, "/health")
+            failed = 0 if is_alive else failed + 1
+        log.error("replica %d is not healthy; killing it", replica.index)
+        child.send(signal.SIGKILL)
+
+    async def _keep_proxy(self) -> None:
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            began = time.monotonic()
+            self._proxy = self._start_proxy()
+            status = await self._proxy.ended()
+            if not self._has_begun:
+                raise CannotStart(f"haproxy has ended with {how(status)}")
+            log.error("haproxy has ended with %s; starting it again", how(status))
+            pause_s = await _pause(began, pause_s)
+
+    # ------------------------------------------------------------------ the end
+
+    async def _end(self, number: int, listening: socket.socket) -> int:
+        """Let running requests finish, unless a second signal comes."""
+        notify("STOPPING=1")
+        self._together.drains = True
+        assert self._proxy is not None
+        if number == signal.SIGTERM:
+            await self._unless_signalled(asyncio.sleep(self._plan.drain_delay_s))
+        listening.close()
+        self._proxy.send(signal.SIGUSR1)  # it ends with its last request
+        await self._unless_signalled(_have_ended([self._proxy], self._plan.drain_timeout_s))
+        return await self._end_replicas(is_cut=not self._proxy.has_ended)
+
+    async def _end_replicas(self, *, is_cut: bool) -> int:
+        """They have nothing to do but batches, unless requests are cut off: then a second signal
+        tells them not to wait."""
+        children = list(self._running.values())
+        for child in children:
+            child.send(signal.SIGTERM)
+        if is_cut:
+            await asyncio.sleep(_SECOND_SIGNAL_S)
+        else:
+            limit_s = self._plan.drain_timeout_s + _SPARE_S
+            await self._unless_signalled(_have_ended(children, limit_s))
+        for child in children:
+            child.send(signal.SIGTERM)
+        have_ended = await _have_ended(children, _SPARE_S)
+        return _REQUESTS_CUT if is_cut or not have_ended else 0
+
+    async def _unless_signalled(self, work: Awaitable[object]) -> None:
+        """Wait for `work`, or for a signal, which stays in the queue."""
+        working = asyncio.ensure_future(work)
+        signalled = asyncio.ensure_future(self._signals.get())
+        await asyncio.wait([working, signalled], return_when=asyncio.FIRST_COMPLETED)
+        if signalled.done():
+            self._signals.put_nowait(signalled.result())
+        for task in (working, signalled):
+            task.cancel()
+
+
+async def _have_ended(children: Sequence[Child], seconds: float) -> bool:
+    """Wait until they have ended, but no longer."""
+    return all(await asyncio.gather(*(child.ends_within(seconds) for child in children)))
+
+
+async def _pause(began: float, pause_s: float) -> float:
+    """Wait before a process is started again, unless it has lived long; returns the next pause."""
+    if time.monotonic() - began >= _LONG_S:
+        return _FIRST_PAUSE_S
+    await asyncio.sleep(pause_s)
+    return min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+@contextlib.contextmanager
+def _signals(into: "asyncio.Queue[int]") -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, into.put_nowait, number)
+    try:
+        yield
+    finally:
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)
