@@ -1,5 +1,6 @@
 """Two real servers behind each router: a picture goes where it was before."""
 
+import asyncio
 import hashlib
 import signal
 import uuid
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from saccade_client import Client, affinity
-from tests import pictures
+from tests import loads, pictures, same_answers
 from tests.conftest import Server, serving
 from tests.routers import ALL, Router, router
 from tests.scrape import scrape
@@ -25,7 +26,8 @@ Start = Callable[[str], Router]
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[list[Server]]:
-    flags = ("--max-model-len", "2048", "--mm-processor-cache-gb", "1", "--max-num-seqs", "16")
+    flags = ("--max-model-len", "2048", "--mm-processor-cache-gb", "1", "--max-num-seqs", "64")
+    flags += same_answers.FLAGS
     with serving(*flags) as one, serving(*flags) as two:
         yield [one, two]
 
@@ -111,6 +113,37 @@ def test_requests_without_pictures_go_to_all_servers(
             headers = {"X-Request-Id": f"request-{n}"}
             assert http.post(CHAT, json=question(max_tokens=1), headers=headers).is_success
     assert min(now - then for now, then in zip(answered(pair), before, strict=True)) >= 2
+
+
+@pytest.fixture(scope="module")
+def direct(pair: list[Server]) -> dict[str, str]:
+    """The answers of both servers when they have the pictures."""
+    found = []
+    for server in (*pair, *pair):
+        with httpx.Client(base_url=server.url, timeout=120) as http:
+            found.append(same_answers.answers(http))
+    assert found[2] == found[3]
+    return found[3]
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_answers_through_a_router_equal_direct_ones(
+    kind: str, start: Start, direct: dict[str, str]
+) -> None:
+    with start(kind).client() as http:
+        assert same_answers.answers(http) == direct
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_a_body_of_50_mb_goes_through(kind: str, start: Start) -> None:
+    with start(kind).client() as http:
+        loads.ask_about_50_mb(http)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_200_streams_go_through_at_the_same_time(kind: str, start: Start) -> None:
+    router = start(kind)
+    asyncio.run(loads.run_200_streams(router.url, router.tls))
 
 
 @pytest.mark.ends_server
