@@ -1,6 +1,6 @@
 """Two servers with the demo model behind haproxy: what affinity gives, and what a death costs.
 
-    python -m benchmarks.fleet [--requests N] [--output FILE]
+    python -m benchmarks.fleet [--requests N] [--clients N] [--output FILE]
 
 Clients ask about pictures whose popularity follows Zipf's law, one request after the other, more
 pictures than the caches hold: with the configuration in `deploy/haproxy`, and with round robin in
@@ -34,14 +34,14 @@ from tests.services import program
 
 _ROOT = Path(__file__).resolve().parent.parent
 _PICTURES, _ALPHA = 400, 0.6
-# As many clients as fill the batches of both servers.
-_CLIENTS, _REQUESTS = 32, 3000
+# Twice as many clients as fill the batches of both servers: a part of them is busy with itself.
+_CLIENTS, _REQUESTS = 64, 3000
 _HOT, _KILLED, _KEYS = 600, 800, 60
 _SALTS = 10
 
 
 def _modelled(
-    order: Sequence[int], since: int, policy: fleet_model.Choose, room: int
+    order: Sequence[int], since: int, policy: fleet_model.Choose, room: int, clients: int
 ) -> dict[str, float]:
     """The same requests in the model: each client sends the next when its last is answered. Which
     pictures fall to which replica differs from haproxy's ring, so this is the mean of several."""
@@ -49,7 +49,7 @@ def _modelled(
     for salt in range(_SALTS):
         fleet = fleet_model.Fleet([1.0, 1.0], policy, entries=room)
         pictures = [f"{salt} picture {n}" for n in order]
-        done = fleet_model.run_closed(fleet, pictures, _CLIENTS)
+        done = fleet_model.run_closed(fleet, pictures, clients)
         counted = sorted(done, key=lambda each: each.came_s)[since:]
         found.append(fleet_model.summary(counted, 2))
     names = ("hit_rate", "hottest_over_mean")
@@ -57,12 +57,17 @@ def _modelled(
 
 
 def _killed(
-    servers: list[Server], url: str, files: Sequence[bytes], order: Sequence[int], folder: Path
+    servers: list[Server],
+    url: str,
+    files: Sequence[bytes],
+    order: Sequence[int],
+    clients: int,
+    folder: Path,
 ) -> dict[str, Any]:
     """Kill the second server under load, start it again, and see whether its keys are back."""
     few = list(dict.fromkeys(order))[:_KEYS]
     before = _homes(url, files, few)
-    load = Load(url, files, order, _CLIENTS)
+    load = Load(url, files, order, clients)
     thread = threading.Thread(target=load.run)
     thread.start()
     while len(load.answers) < len(order) // 4:
@@ -81,7 +86,6 @@ def _killed(
         "answered": len(load.answers),
         "visible_failures": load.failures,
         "failed_attempts": dict(load.failed_attempts),
-        "clients": _CLIENTS,
         "keys": len(few),
         "keys_of_the_killed": sum(home == "two" for home in before.values()),
         "moved_without_need": sum(
@@ -99,7 +103,7 @@ def _homes(url: str, files: Sequence[bytes], pictures: Sequence[int]) -> dict[in
     return {pictures[number]: home for number, home, _ in load.answers}
 
 
-def _measured(requests: int, folder: Path) -> dict[str, Any]:
+def _measured(requests: int, clients: int, folder: Path) -> dict[str, Any]:
     random = np.random.default_rng(1)
     shares = fleet_model.popularity(_PICTURES, _ALPHA)
     order: list[int] = random.choice(_PICTURES, requests, p=shares).tolist()
@@ -114,21 +118,27 @@ def _measured(requests: int, folder: Path) -> dict[str, Any]:
         for policy in ("round robin", "affinity"):
             cleared(servers)
             with haproxy(servers, folder, round_robin=policy == "round robin") as url:
-                found[policy] = Load(url, files, order, _CLIENTS).run().summary(since)
+                found[policy] = Load(url, files, order, clients).run().summary(since)
                 found[policy]["caches"] = [entries(each) for each in servers]
                 print(policy, found[policy], flush=True)
                 if policy == "affinity":
-                    hot = Load(url, files, [0] * _HOT, _CLIENTS).run().summary()
+                    hot = Load(url, files, [0] * _HOT, clients).run().summary()
                     found["one picture"] = hot
-                    found["killed"] = _killed(servers, url, files, order[:_KILLED], folder)
-    found["order"] = {"pictures": _PICTURES, "alpha": _ALPHA, "requests": requests, "since": since}
+                    found["killed"] = _killed(servers, url, files, order[:_KILLED], clients, folder)
+    found["order"] = {
+        "pictures": _PICTURES,
+        "alpha": _ALPHA,
+        "requests": requests,
+        "clients": clients,
+        "since": since,
+    }
     room = found["entries_of_each_cache"] = _held(found["affinity"]["caches"])
     policies = {
         "round robin": fleet_model.round_robin,
         "affinity": fleet_model.by_rule(Rule(floor=1)),
     }
     found["model"] = {
-        name: _modelled(order, since, policy, room) for name, policy in policies.items()
+        name: _modelled(order, since, policy, room, clients) for name, policy in policies.items()
     }
     found["affinity_over_round_robin"] = {
         "measured": _ratio(found["affinity"], found["round robin"]),
@@ -152,6 +162,7 @@ def _held(caches: Sequence[Any]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=_REQUESTS)
+    parser.add_argument("--clients", type=int, default=_CLIENTS)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     described = environment.describe()
@@ -159,7 +170,7 @@ def main() -> None:
         [str(program("haproxy")), "-v"], capture_output=True, text=True, check=True
     ).stdout.partition("\n")[0]
     with tempfile.TemporaryDirectory() as folder:
-        found = _measured(options.requests, Path(folder))
+        found = _measured(options.requests, options.clients, Path(folder))
     result = {"environment": described, "haproxy": version, "stubbed": "nothing", **found}
     today = datetime.datetime.now(tz=datetime.UTC).date()
     output = options.output or _ROOT / f"benchmarks/results/{today}-fleet.json"

@@ -23,6 +23,7 @@ SCHEMA = {
     "additionalProperties": False,
 }
 TOOL = {"type": "function", "function": {"name": "report", "strict": True, "parameters": SCHEMA}}
+LOOSE = {"type": "function", "function": {"name": "report", "parameters": SCHEMA}}
 # What differs between two equal requests, or two configurations of vLLM.
 IDS = re.compile(r'"(id|created|request_id|system_fingerprint)": ?("[^"]*"|\d+)')
 
@@ -40,14 +41,19 @@ def blank_tokens() -> dict[str, int]:
     return {str(token): -100 for token in every if not tokenizer.decode([token]).strip()}
 
 
-def answers(client: httpx.Client) -> dict[str, str]:
+def answers(client: httpx.Client, *, strict: bool = True) -> dict[str, str]:
     """The bodies of answers of all kinds, without what differs between two equal requests.
 
-    The server needs `FLAGS`.
+    `strict`: whether the tool is. The server needs `FLAGS`.
     """
     red, large = (image_part(encode(each)) for each in (shape("red"), photo((640, 480), 3)))
     named = {"type": "function", "function": {"name": "report"}}
-    call = {"tools": [TOOL], "tool_choice": named, "logit_bias": blank_tokens(), "max_tokens": 48}
+    call = {
+        "tools": [TOOL if strict else LOOSE],
+        "tool_choice": named,
+        "logit_bias": blank_tokens(),
+        "max_tokens": 48,
+    }
     usage = {"stream": True, "stream_options": {"include_usage": True}}
     kinds: dict[str, dict[str, Any]] = {
         "picture": {"parts": [red, WHAT], "include_image_details": True},

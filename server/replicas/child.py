@@ -52,6 +52,11 @@ class Child:
     def has_ended(self) -> bool:
         return self._ended.done()
 
+    @property
+    def status(self) -> int | None:
+        """As `ended` returns it; None if it has not ended."""
+        return self._ended.result() if self._ended.done() else None
+
     async def ended(self) -> int:
         """Wait for its end; the exit status, or minus the number of the signal that ended it."""
         return await asyncio.shield(self._ended)

@@ -15,12 +15,14 @@ from server.replicas.child import Child
 from server.replicas.fleet import Fleet
 from server.replicas.machine import core_groups
 from server.replicas.plan import Plan
+from server.replicas.together import PROBES
 from server.scratch import Scratch
 from server.telemetry.log import use_json
 
 _BACKLOG = 2048
 # Names of sockets have at most 107 bytes, those in the folder up to 11.
 _MOST_PATH_BYTES = 90
+_UNLOGGED = "--disable-access-log-for-endpoints"
 _ANYWHERE = "0.0.0.0"  # noqa: S104 - as of vLLM's servers
 
 Report = Callable[[str], None]
@@ -72,6 +74,8 @@ async def _serve(
         for name in ("NOTIFY_SOCKET", "SACCADE_REPLICAS"):
             env.pop(name, None)
         own = ["--replicas", "1", "--uds", str(replica.socket()), "--drain-delay-s", "0"]
+        if not any(word.replace("_", "-").startswith(_UNLOGGED) for word in words):
+            own += [_UNLOGGED, ",".join(PROBES)]  # haproxy asks each second
         command = [sys.executable, "-m", "server", "serve", *words, *own]
         return Child(command, env=env, cores=cores[replica.index] if cores else ())
 

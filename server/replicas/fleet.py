@@ -27,7 +27,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 _LONG_S = 300.0
 # Beyond the time that a replica gives its requests, until it is killed.
 _SPARE_S = 15.0
-_SECOND_SIGNAL_S = 0.2
+_FLUSH_S = 1.0
 
 Report = Callable[[str], None]
 
@@ -155,25 +155,18 @@ class Fleet:
         if number == signal.SIGTERM:
             await self._unless_signalled(asyncio.sleep(self._plan.drain_delay_s))
         listening.close()
-        self._proxy.send(signal.SIGUSR1)  # it ends with its last request
-        await self._unless_signalled(_have_ended([self._proxy], self._plan.drain_timeout_s))
-        return await self._end_replicas(is_cut=not self._proxy.has_ended)
-
-    async def _end_replicas(self, *, is_cut: bool) -> int:
-        """They have nothing to do but batches, unless requests are cut off: then a second signal
-        tells them not to wait."""
+        self._proxy.send(signal.SIGUSR1)  # it listens no longer
         children = list(self._running.values())
         for child in children:
             child.send(signal.SIGTERM)
-        if is_cut:
-            await asyncio.sleep(_SECOND_SIGNAL_S)
-        else:
-            limit_s = self._plan.drain_timeout_s + _SPARE_S
-            await self._unless_signalled(_have_ended(children, limit_s))
+        limit_s = self._plan.drain_timeout_s + _SPARE_S
+        await self._unless_signalled(_have_ended(children, limit_s))
         for child in children:
-            child.send(signal.SIGTERM)
-        have_ended = await _have_ended(children, _SPARE_S)
-        return _REQUESTS_CUT if is_cut or not have_ended else 0
+            child.send(signal.SIGTERM)  # the second one tells it not to wait
+        is_cut = not await _have_ended(children, _SPARE_S)
+        # It passes on what it has, but may also wait for more requests on a connection.
+        await _have_ended([self._proxy], _FLUSH_S)
+        return _REQUESTS_CUT if is_cut or _REQUESTS_CUT in _statuses(children) else 0
 
     async def _unless_signalled(self, work: Awaitable[object]) -> None:
         """Wait for `work`, or for a signal, which stays in the queue."""
@@ -189,6 +182,10 @@ class Fleet:
 async def _have_ended(children: Sequence[Child], seconds: float) -> bool:
     """Wait until they have ended, but no longer."""
     return all(await asyncio.gather(*(child.ends_within(seconds) for child in children)))
+
+
+def _statuses(children: Sequence[Child]) -> set[int | None]:
+    return {child.status for child in children}
 
 
 async def _pause(began: float, pause_s: float) -> float:

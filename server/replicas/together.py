@@ -14,7 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from server.replica import Replica
 
-_PROBES = ("/health", "/ready", "/ping")
+PROBES = ("/health", "/ready", "/ping")
 _METRICS = "/metrics"
 _CACHE = "/v1/cache"
 # Each replica has its own state: what changes it goes to all of them.
@@ -31,7 +31,7 @@ _CHANGES = (
     "/start_profile",
     "/stop_profile",
 )
-PATHS = (*_PROBES, _METRICS, _CACHE, *_CHANGES)
+PATHS = (*PROBES, _METRICS, _CACHE, *_CHANGES)
 _PROBE_S, _SCRAPE_S, _CHANGE_S = 5.0, 10.0, 300.0
 _MOST_BODY_BYTES = 1 << 20
 _OF_CONNECTION = frozenset(
@@ -83,7 +83,7 @@ class Together:
 
     async def _answer(self, request: web.Request) -> web.Response:
         path = request.path.rstrip("/")
-        if any(path.endswith(probe) for probe in _PROBES):
+        if any(path.endswith(probe) for probe in PROBES):
             if self.drains and path.endswith("/ready"):
                 return _unavailable()
             return await self._first_good(request)

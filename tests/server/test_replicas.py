@@ -38,15 +38,7 @@ AGAIN_S = 240
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, str]:
-    """The answers of one server that has the pictures; it has ended."""
-    with serving(*FLAGS) as server, httpx.Client(base_url=server.url, timeout=PATIENCE_S) as http:
-        same_answers.answers(http)
-        return same_answers.answers(http)
-
-
-@pytest.fixture(scope="module")
-def fleet(alone: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     keys = tmp_path_factory.mktemp("keys") / "keys.json"
     keys.write_text(json.dumps({**KEYS, "admin": [ADMIN]}))
     files = tmp_path_factory.mktemp("files")
@@ -110,10 +102,23 @@ def until(holds: Callable[[], bool], seconds: float = PATIENCE_S) -> None:
         time.sleep(0.1)
 
 
-def test_answers_equal_those_of_one_server(client: httpx.Client, alone: dict[str, str]) -> None:
-    for _ in range(4):  # by both, until they have the pictures
-        found = same_answers.answers(client)
-    assert found == alone
+def test_answers_equal_those_of_one_server(fleet: Server, client: httpx.Client) -> None:
+    """Of each replica, which is one, when it has the pictures."""
+    direct = []
+    for index in (0, 1, 0, 1):
+        words = replica(fleet, index).cmdline()
+        (path,) = (word for word in words if word.endswith(f"/replicas/replica-{index}"))
+        over, base = httpx.HTTPTransport(uds=path), "http://replica"
+        headers = {"Authorization": f"Bearer {A}"}
+        with httpx.Client(
+            transport=over, base_url=base, headers=headers, timeout=PATIENCE_S
+        ) as http:
+            direct.append(same_answers.answers(http))
+    assert direct[2] == direct[3]
+    before = answered(client)
+    for _ in range(2):
+        assert same_answers.answers(client) == direct[3]
+    assert all(now > then for now, then in zip(answered(client), before, strict=True))
 
 
 def test_a_picture_returns_to_the_replica_that_has_it(client: httpx.Client) -> None:
