@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,13 @@ from openai import OpenAI
 
 from saccade_client import Client, affinity
 from tests import loads, same_answers
-from tests.conftest import STOP_TIMEOUT_S, Server, assert_nothing_is_left, serving
+from tests.conftest import (
+    STOP_TIMEOUT_S,
+    Server,
+    assert_nothing_is_left,
+    command_line,
+    serving,
+)
 from tests.pictures import encode, image_part, photo, shape, text_part, user
 from tests.same_answers import CHAT, WHAT, ask
 from tests.scrape import scrape
@@ -44,7 +51,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     files = tmp_path_factory.mktemp("files")
     with serving(
         *("--replicas", "2", *FLAGS, "--api-keys-file", str(keys)),
-        *("--files", "--files-dir", str(files)),
+        *("--files", "--files-dir", str(files), "--drain-delay-s", "2"),
         executed=True,
         SACCADE_IMAGE_WORKERS="1",
     ) as running:
@@ -106,8 +113,8 @@ def test_answers_equal_those_of_one_server(fleet: Server, client: httpx.Client) 
     """Of each replica, which is one, when it has the pictures."""
     direct = []
     for index in (0, 1, 0, 1):
-        words = replica(fleet, index).cmdline()
-        (path,) = (word for word in words if word.endswith(f"/replicas/replica-{index}"))
+        title = command_line(replica(fleet, index))
+        (path,) = re.findall(rf"\S+/replicas/replica-{index}\b", title)
         over, base = httpx.HTTPTransport(uds=path), "http://replica"
         headers = {"Authorization": f"Bearer {A}"}
         with httpx.Client(
@@ -265,6 +272,8 @@ def test_a_signal_ends_all_after_their_answers(fleet: Server, client: httpx.Clie
         lines = answer.iter_lines()
         assert next(lines).startswith("data: ")
         fleet.process.send_signal(signal.SIGTERM)
+        until(lambda: httpx.get(f"{fleet.url}/ready").status_code == 503)
+        assert ask(client, text_part("Hello"), max_tokens=1).status_code == 200
         assert "data: [DONE]" in list(lines)
     assert fleet.process.wait(STOP_TIMEOUT_S) == 0, "".join(fleet.log[-20:])
     assert_nothing_is_left(children)
