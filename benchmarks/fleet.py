@@ -34,8 +34,8 @@ from tests.services import program
 
 _ROOT = Path(__file__).resolve().parent.parent
 _PICTURES, _ALPHA = 400, 0.6
-# Twice as many clients as fill the batches of both servers: a part of them is busy with itself.
-_CLIENTS, _REQUESTS = 64, 3000
+# As many clients as fill the batches of both servers.
+_CLIENTS, _REQUESTS = 32, 3000
 _HOT, _KILLED, _KEYS = 600, 800, 60
 _SALTS = 10
 

@@ -12,7 +12,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -279,15 +278,21 @@ def test_a_signal_ends_all_after_their_answers(fleet: Server, client: httpx.Clie
     assert_nothing_is_left(children)
 
 
-def test_a_replica_that_cannot_start_ends_all(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "server", "serve", str(tmp_path), "--replicas", "2"]
-    env = os.environ | ENGINES | {"SACCADE_FILES": "false"}
-    ended = subprocess.run(
-        [*command, "--port", "0", "--max-model-len", "512"],
-        capture_output=True,
-        text=True,
-        env=env,
-        timeout=PATIENCE_S,
+def test_a_signal_during_the_start_leaves_no_process() -> None:
+    command = [sys.executable, "-m", "server", "serve", "--port", "0", "--replicas", "2"]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | ENGINES
     )
-    assert ended.returncode == 1, ended.stderr
-    assert "Traceback" not in ended.stderr
+    assert process.stderr is not None
+    while "starting 2 replicas" not in process.stderr.readline():
+        assert process.poll() is None
+    starting = Server(process, [])  # type: ignore[arg-type]
+    until(lambda: len(starting.named("replica-1")) == 1)
+    time.sleep(1)
+    children = starting.children()
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=STOP_TIMEOUT_S)
+    assert "stopped during start-up" in errors
+    assert "Traceback" not in errors
+    assert process.returncode == 130
+    assert_nothing_is_left(children)
