@@ -1,7 +1,14 @@
 // What servers return, as typed objects.
 import type OpenAI from "openai";
 
-import { findBoxes, toOriginal, type Box } from "./boxes.js";
+import {
+  findBoxes,
+  findPoints,
+  pointToOriginal,
+  toOriginal,
+  type Box,
+  type Point,
+} from "./boxes.js";
 
 /** Tokens of a request and its answer. */
 export interface Usage extends OpenAI.CompletionUsage {
@@ -78,8 +85,19 @@ export class Answer {
    * this picture.
    */
   boxes(scale: number | null = 1000, image = 0): Box[] {
+    const shown = this.shown(image);
+    return findBoxes(this.text).map((box) => toOriginal(box, shown, scale));
+  }
+
+  /** As `boxes`, for the points in the text. */
+  points(scale: number | null = 1000, image = 0): Point[] {
+    const shown = this.shown(image);
+    return findPoints(this.text).map((point) => pointToOriginal(point, shown, scale));
+  }
+
+  private shown(image: number): ShownImage {
     const shown = this.images[image];
     if (shown === undefined) throw new RangeError(`nothing is known about picture ${image}`);
-    return findBoxes(this.text).map((box) => toOriginal(box, shown, scale));
+    return shown;
   }
 }

@@ -1,62 +1,81 @@
-// Boxes in a model's answer: found in its text, mapped to the original picture, drawn on it.
+// Boxes and points in a model's answer: found in its text, mapped to the original picture, drawn on it.
 import type { ShownImage } from "./answers.js";
+import { findPlaces } from "./grounding.js";
 
-/** A rectangle, and what the model says is in it, if it does. */
+/**
+ * A rectangle, and what the model says is in it, if it does. `scale` is the range of the
+ * coordinates, if the answer's notation tells it.
+ */
 export interface Box {
   left: number;
   top: number;
   right: number;
   bottom: number;
   label?: string;
+  scale?: number;
 }
 
-const NUMBER = String.raw`\s*(-?\d+(?:\.\d+)?)\s*`;
-// [left, top, right, bottom], or Qwen-VL's (left, top),(right, bottom)
-const BOX = new RegExp(
-  String.raw`\[${NUMBER},${NUMBER},${NUMBER},${NUMBER}\]` +
-    String.raw`|\(${NUMBER},${NUMBER}\)\s*,?\s*\(${NUMBER},${NUMBER}\)`,
-  "g",
-);
-const LABEL = /"label"\s*:\s*"([^"]*)"/;
+/** A point, and what the model says is there, if it does. `scale` is as in `Box`. */
+export interface Point {
+  x: number;
+  y: number;
+  label?: string;
+  scale?: number;
+}
+
 const COLORS = ["#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080"];
 
 /**
- * The boxes in `text`, in the model's coordinates, in the order of the text: `[left, top, right,
- * bottom]`, also in JSON, where a "label" of the same object becomes the label, and `(left,
- * top),(right, bottom)`.
+ * The boxes in `text`, in the model's coordinates, in the order of the text. The notations are those
+ * of Qwen-VL, InternVL, MiniCPM-V, DeepSeek-VL2, GLM-V, PaliGemma, Florence-2, Kosmos-2, Gemma and
+ * Gemini, JSON, and plain `[left, top, right, bottom]`.
  */
 export function findBoxes(text: string): Box[] {
-  return Array.from(text.matchAll(BOX), (match) => {
-    const numbers = match.slice(1).filter((group) => group !== undefined);
-    const [left, top, right, bottom] = numbers.map(Number) as [number, number, number, number];
-    const label = labelAround(text, match.index, match.index + match[0].length);
-    return { left, top, right, bottom, ...(label === undefined ? {} : { label }) };
+  return findPlaces(text).flatMap(({ numbers, ...rest }) => {
+    if (numbers.length !== 4) return [];
+    const [left, top, right, bottom] = numbers as [number, number, number, number];
+    return [{ left, top, right, bottom, ...rest }];
   });
 }
 
-/** The label in the JSON object that contains this part of the text. */
-function labelAround(text: string, from: number, to: number): string | undefined {
-  const start = text.lastIndexOf("{", from);
-  const end = text.indexOf("}", to);
-  return start < 0 || end < 0 ? undefined : LABEL.exec(text.slice(start, end))?.[1];
+/** As `findBoxes`, for points, which Molmo and others write. */
+export function findPoints(text: string): Point[] {
+  return findPlaces(text).flatMap(({ numbers, ...rest }) => {
+    if (numbers.length !== 2) return [];
+    const [x, y] = numbers as [number, number];
+    return [{ x, y, ...rest }];
+  });
 }
 
 /**
- * `box` in pixels of the original picture. `scale` is the range of the model's coordinates: 1000
- * for thousandths, 1 for fractions, null for pixels of the processed picture, as Qwen2.5-VL gives
- * them. `shown` tells which region of the original the model saw, at which size.
+ * `box` in pixels of the original picture. `scale` is the range of the model's coordinates, unless
+ * the box has its own: 1000 for thousandths, 1 for fractions, null for pixels of the processed
+ * picture, as Qwen2.5-VL gives them. `shown` tells which region of the original the model saw, at
+ * which size.
  */
 export function toOriginal(box: Box, shown: ShownImage, scale: number | null = 1000): Box {
+  const { scale: own, ...rest } = box;
+  const [left, top] = mapped(box.left, box.top, shown, own ?? scale);
+  const [right, bottom] = mapped(box.right, box.bottom, shown, own ?? scale);
+  return { ...rest, left, top, right, bottom };
+}
+
+/** As `toOriginal`, for a point. */
+export function pointToOriginal(
+  point: Point,
+  shown: ShownImage,
+  scale: number | null = 1000,
+): Point {
+  const { scale: own, ...rest } = point;
+  const [x, y] = mapped(point.x, point.y, shown, own ?? scale);
+  return { ...rest, x, y };
+}
+
+function mapped(x: number, y: number, shown: ShownImage, scale: number | null): [number, number] {
   const [left, top, right, bottom] = shown.region;
   const across = (right - left) / (scale ?? shown.processed_width ?? shown.width);
   const down = (bottom - top) / (scale ?? shown.processed_height ?? shown.height);
-  return {
-    ...box,
-    left: left + box.left * across,
-    top: top + box.top * down,
-    right: left + box.right * across,
-    bottom: top + box.bottom * down,
-  };
+  return [left + x * across, top + y * down];
 }
 
 /**

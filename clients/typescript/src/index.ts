@@ -6,8 +6,8 @@
 
 export { Answer } from "./answers.js";
 export type { Completion, ImageCost, Region, ShownImage, Usage } from "./answers.js";
-export { drawBoxes, findBoxes, toOriginal } from "./boxes.js";
-export type { Box } from "./boxes.js";
+export { drawBoxes, findBoxes, findPoints, pointToOriginal, toOriginal } from "./boxes.js";
+export type { Box, Point } from "./boxes.js";
 export { Client, Conversation, DEFAULT_URL } from "./client.js";
 export type { AskOptions, ClientOptions } from "./client.js";
 export { SaccadeError, UnexpectedAnswer, UnusableMedia } from "./errors.js";

@@ -3,10 +3,18 @@ import assert from "node:assert/strict";
 import { readFile } from "node:fs/promises";
 import { test } from "node:test";
 
-import { findBoxes, toOriginal, type Message } from "saccade-client";
+import {
+  findBoxes,
+  findPoints,
+  pointToOriginal,
+  toOriginal,
+  type Message,
+  type ShownImage,
+} from "saccade-client";
 import sharp from "sharp";
 
 import { formatOf } from "../dist/format.js";
+import { findPlaces, type Place } from "../dist/grounding.js";
 import { prepare } from "../dist/prepare.js";
 
 const SIZE = { width: 30, height: 20 };
@@ -73,6 +81,26 @@ test("boxes are found in the notations of models", () => {
     [{ ...box, label: "a" }, box],
   );
   assert.deepEqual(findBoxes("[1, 2, 3] and 4"), []);
+});
+
+test("places are found in each notation, as by the other client", async () => {
+  const file = new URL("../../grounding.json", import.meta.url);
+  const examples = JSON.parse(await readFile(file, "utf8")) as {
+    what: string;
+    text: string;
+    places: Place[];
+  }[];
+  assert.ok(examples.length > 10);
+  for (const { what, text, places } of examples) {
+    assert.deepEqual(findPlaces(text), places, what);
+    assert.deepEqual(findPlaces(`${text}\nThen\n${text}`), [...places, ...places], what);
+  }
+});
+
+test("a point is mapped to the original, in the range that its notation tells", () => {
+  const shown: ShownImage = { width: 500, height: 300, region: [100, 0, 300, 300] };
+  const [point] = findPoints('<point x="50" y="10" alt="x">x</point>');
+  assert.deepEqual(pointToOriginal(point!, shown), { x: 200, y: 30, label: "x" });
 });
 
 test("a box is mapped to the original by what was shown", () => {
