@@ -51,10 +51,8 @@ from server.request.shared_usage import SharedUsages
 from server.settings import GIB, HttpSettings, Settings
 from server.telemetry import metrics, tracing
 from server.workers.pool import ImagePool
-from server.workers.process import keep_freed_memory, return_regularly
+from server.workers.process import keep_freed_memory_in_one_heap, return_regularly
 
-# Freed heap that is kept between requests: the size of a request body with a few photos.
-_KEPT_HEAP_BYTES = 128 << 20
 # Disk space for files in a folder that the operator chose, and in the default folder, in GiB.
 _FILES_GB, _DEFAULT_FILES_GB = 10.0, 1.0
 # A group may have this share of the image workers, whatever its share of the engine is: a worker is
@@ -71,7 +69,7 @@ async def run(
 ) -> int:
     """Serve until a signal or the engine's death; returns the exit status. `mine` is this process,
     if it is one of several front ends."""
-    keep_freed_memory(_KEPT_HEAP_BYTES)
+    keep_freed_memory_in_one_heap()
     if mine is None:
         plugin.ask(die_with_parent=True, return_memory=True, quick_start=True)
     else:

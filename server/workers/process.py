@@ -17,7 +17,7 @@ from typing import Any
 import setproctitle
 
 _PR_SET_PDEATHSIG = 1
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _CPUCLOCK_SCHED = 2  # the clock of all threads of a process, with the kernel's precision
 # Added to the badness by which the kernel chooses what to kill; the greatest value is 1000.
 _OOM_SCORE = "500"
@@ -28,6 +28,8 @@ _OOM_SCORE = "500"
 _RETURN_INTERVAL_S = 20.0
 _WORTH_RETURNING_BYTES = 32 << 20
 _WORTH_RETURNING_IDLE_BYTES = 1 << 20
+# In which pieces it is returned, from large to small.
+_PIECES = tuple(kib << 10 for kib in (16384, 4096, 1024, 256))
 _IDLE_SHARE = 0.05  # of a processor
 
 # A process that got less of a processor than this was stopped, or waits for the machine.
@@ -91,6 +93,20 @@ def keep_freed_memory(limit_bytes: int) -> None:
         libc.mallopt(_M_MMAP_MAX, 0)
 
 
+def keep_freed_memory_in_one_heap() -> None:
+    """Let this process keep all freed heap until `return_in_pieces`, and all of its threads use one
+    heap. Does nothing without glibc.
+
+    To return a large buffer takes some 0.1 ms for each MiB, and so does to get it anew. The thread
+    that frees it has the GIL meanwhile. With a heap for each thread, a buffer that no thread's heap
+    can hold, or that leaves one empty, is returned however much may be kept.
+    """
+    if (libc := _libc()) is not None:
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_ARENA_MAX, 1)
+
+
 class FreedMemory:
     """Returns all freed heap to the system once the process has grown by `limit_bytes`."""
 
@@ -114,6 +130,38 @@ def return_freed_memory() -> None:
         libc.malloc_trim(0)
 
 
+def return_in_pieces() -> None:
+    """Return all freed heap to the system. Other threads can allocate meanwhile, unless they have
+    heaps of their own. Does nothing without glibc.
+
+    `malloc_trim` holds the heap's lock while it returns all of it. So pieces of the heap are
+    allocated first, which nobody else can use then, and their pages returned without the lock.
+    What is left for `malloc_trim` are pages between small allocations.
+    """
+    libc = _libc()
+    heap = _heap_info()
+    if libc is None or heap is None:
+        return_freed_memory()
+        return
+    libc.malloc.restype = ctypes.c_void_p
+    held = []
+    for nbytes in _PIECES:
+        while heap().fordblks > nbytes:
+            size = heap().arena
+            address = libc.malloc(ctypes.c_size_t(nbytes))
+            if not address:
+                break
+            held.append(address)
+            if heap().arena > size:  # nothing so large was free, so the heap has grown
+                break
+            first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+            whole = (address + nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+            libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(whole), mmap.MADV_DONTNEED)
+    for address in held:
+        libc.free(ctypes.c_void_p(address))
+    libc.malloc_trim(0)
+
+
 def return_regularly() -> None:
     """Return freed heap to the system from now on, in a thread of this process. Does nothing
     without glibc.
@@ -126,7 +174,7 @@ def return_regularly() -> None:
 
 
 def _return_regularly() -> None:
-    return_freed_memory()
+    return_in_pieces()
     least = _outside_of_heap_bytes()
     while True:
         used_s = time.process_time()
@@ -134,7 +182,7 @@ def _return_regularly() -> None:
         is_idle = time.process_time() - used_s < _IDLE_SHARE * _RETURN_INTERVAL_S
         worth = _WORTH_RETURNING_IDLE_BYTES if is_idle else _WORTH_RETURNING_BYTES
         if _outside_of_heap_bytes() > least + worth:
-            return_freed_memory()
+            return_in_pieces()
             least = _outside_of_heap_bytes()
         least = min(least, _outside_of_heap_bytes())
 
@@ -142,17 +190,24 @@ def _return_regularly() -> None:
 def _outside_of_heap_bytes() -> int:
     """Private memory that is in no allocation of the heap: what others have mapped, which hardly
     changes, and freed heap that has not been returned."""
-    heap_info: Any = getattr(_libc(), "mallinfo2", None)
-    if heap_info is None:  # glibc before 2.33
+    heap_info = _heap_info()
+    if heap_info is None:
         return private_bytes()
-    heap_info.restype = _HeapInfo
     heap = heap_info()
     return private_bytes() - int(heap.uordblks) - int(heap.hblkhd)
 
 
+def _heap_info() -> Any:
+    """The function that describes the heap; None without glibc 2.33 or later."""
+    found: Any = getattr(_libc(), "mallinfo2", None)
+    if found is not None:
+        found.restype = _HeapInfo
+    return found
+
+
 class _HeapInfo(ctypes.Structure):
-    """`struct mallinfo2` of the C library: `uordblks` bytes of the heap are allocated, and `hblkhd`
-    bytes in large allocations beside it."""
+    """`struct mallinfo2` of the C library: of the `arena` bytes of the heap, `uordblks` are
+    allocated and `fordblks` free; `hblkhd` bytes are in large allocations beside it."""
 
     _fields_ = (
         *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks")),

@@ -52,3 +52,47 @@ while process.private_bytes() > held - (15 << 20):
 
 def test_an_idle_process_returns_all_of_its_freed_heap() -> None:
     subprocess.run([sys.executable, "-c", IDLE], check=True, timeout=60)
+
+
+PIECES = """
+import random
+import threading
+from server.workers import process
+
+process.keep_freed_memory_in_one_heap()
+rng = random.Random(1)
+
+
+def use(most: int, held: list) -> None:
+    for number in range(400):
+        held.append(bytes([number % 251]) * rng.randrange(1000, most))
+        if len(held) > 40:
+            del held[rng.randrange(len(held))]
+
+
+least = process.private_bytes()
+held = [[] for _ in range(3)]
+threads = [threading.Thread(target=use, args=(most, each)) for most, each in
+           zip((5_000, 300_000, 5_000_000), held)]
+for thread in threads:
+    thread.start()
+while any(thread.is_alive() for thread in threads):
+    process.return_in_pieces()
+for each in held:
+    for data in each:
+        assert data == data[:1] * len(data)
+in_use = sum(len(data) for each in held for data in each)
+freed = [bytes(bytearray(30_000_000)) for _ in range(20)]
+pin = bytearray(100_000)
+freed.clear()
+assert process.private_bytes() > in_use + 500_000_000
+process.return_in_pieces()
+assert process.private_bytes() < least + in_use + 20_000_000, process.private_bytes() - in_use
+for each in held:
+    for data in each:
+        assert data == data[:1] * len(data)
+"""
+
+
+def test_the_heap_is_returned_in_pieces_while_threads_use_it() -> None:
+    subprocess.run([sys.executable, "-c", PIECES], check=True, timeout=120)
