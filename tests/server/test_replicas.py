@@ -278,7 +278,11 @@ def test_a_signal_ends_all_after_their_answers(fleet: Server, client: httpx.Clie
     assert_nothing_is_left(children)
 
 
-def test_a_signal_during_the_start_leaves_no_process() -> None:
+@pytest.mark.parametrize(
+    ("end", "status", "said"),
+    [("signal", 130, "stopped during start-up"), ("kill", 1, "replica 1 has ended with signal 9")],
+)
+def test_an_end_during_the_start_leaves_no_process(end: str, status: int, said: str) -> None:
     command = [sys.executable, "-m", "server", "serve", "--port", "0", "--replicas", "2"]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | ENGINES
@@ -286,13 +290,16 @@ def test_a_signal_during_the_start_leaves_no_process() -> None:
     assert process.stderr is not None
     while "starting 2 replicas" not in process.stderr.readline():
         assert process.poll() is None
-    starting = Server(process, [])  # type: ignore[arg-type]
-    until(lambda: len(starting.named("replica-1")) == 1)
+    parent = psutil.Process(process.pid)
+    until(lambda: len(parent.children()) == 3)  # haproxy and two replicas
     time.sleep(1)
-    children = starting.children()
-    process.send_signal(signal.SIGTERM)
+    children = parent.children(recursive=True)
+    if end == "kill":
+        parent.children()[-1].kill()
+    else:
+        process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=STOP_TIMEOUT_S)
-    assert "stopped during start-up" in errors
+    assert said in errors
     assert "Traceback" not in errors
-    assert process.returncode == 130
+    assert process.returncode == status
     assert_nothing_is_left(children)
