@@ -438,6 +438,11 @@ class CacheSettings(_Group):
         description="Longest time that a request waits for embeddings from disk or the shared "
         "store before its images are encoded again, in seconds.",
     )
+    encode_only: bool = Field(
+        False,
+        description="Run the vision encoder without the language model, to fill the lower tiers of "
+        "the embedding cache for other servers. Answers have no text.",
+    )
     encoder_cache_tokens: int | None = Field(
         None,
         ge=1,
@@ -540,7 +545,9 @@ class DeploySettings(_Group):
         1, ge=1, description="Fronts, or the fewest if there may be more: HTTP and images, on CPUs."
     )
     front_max_replicas: int | None = Field(
-        None, ge=1, description="Most fronts, by the requests in progress (default: as many)."
+        None,
+        ge=1,
+        description="Most fronts, by the requests in progress (default: as many).",
     )
     front_cpus: int = Field(
         1,

@@ -146,12 +146,14 @@ def configured(args: Namespace, settings: Settings, front_ends: int) -> Prepared
     """`prepare` without what image workers need.
 
     Raises:
-        CannotStart: these flags do not go with several front ends, or with `--restart-engine`.
+        CannotStart: these flags do not go with several front ends, with `--restart-engine`, or not
+            with each other.
     """
     os.environ["VLLM_MEDIA_CONNECTOR"] = connector.NAME
     RENDERER_REGISTRY.renderers["hf"] = ("server.engine.vllm_adapter.renderer", "PooledRenderer")
     engine_args = AsyncEngineArgs.from_cli_args(args)
     propagate_flash_late_interaction(args, engine_args)
+    setup.encode_only(engine_args, settings.caches)
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     clips.use_cpu_decoders(config)
     clips.keep_ffmpeg_out()
@@ -234,6 +236,8 @@ def _image_tokens(config: VllmConfig, engines: int) -> int:
     """The default for the image tokens of running requests in `engines`."""
     cache = config.cache_config
     tokens = (cache.num_gpu_blocks or 0) * cache.block_size
+    if config.is_mm_encoder_only:  # which has no KV cache
+        tokens = config.scheduler_config.encoder_cache_size
     return max(_KV_CACHES * tokens * engines, config.model_config.max_model_len)
 
 

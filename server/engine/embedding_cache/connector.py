@@ -33,6 +33,7 @@ from server.engine.embedding_cache.shared import SharedTier
 from server.engine.embedding_cache.store import READERS, WRITERS, EmbeddingStore
 from server.engine.embedding_cache.tier import Tier
 from server.engine.embedding_cache.worker import Orders, Report, Worker
+from server.engine.vllm_adapter import encode_only
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -89,6 +90,8 @@ class EmbeddingCacheConnector(ECConnectorBase):
         assert vllm_config.ec_transfer_config is not None
         if role is ECConnectorRole.WORKER:
             self._worker = Worker()
+            if not self.is_consumer:
+                encode_only.install()
             return
         options = CacheOptions(**vllm_config.ec_transfer_config.ec_connector_extra_config)
         arena = Arena(options.host_bytes, options.host_memory)
@@ -110,6 +113,10 @@ class EmbeddingCacheConnector(ECConnectorBase):
             self._store.arena.close()
 
     # ------------------------------------------------------------------ in the workers
+
+    def start_save_caches(self, **kwargs: Any) -> None:
+        if not self.is_consumer:  # nothing reads embeddings here, so vLLM loads none
+            self._worker.skip_loads(self._orders())
 
     def start_load_caches(self, encoder_cache: dict[str, torch.Tensor], **kwargs: Any) -> None:
         self._worker.load(self._orders(), encoder_cache)

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm.config import ECTransferConfig, EncoderCacheManagerConfig, VllmConfig
+from vllm.config.ec_transfer import ECRole
+from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 
 from server.concurrency import usable_memory
@@ -15,6 +17,7 @@ from server.engine.embedding_cache.connector import (
     CacheOptions,
     EmbeddingCacheConnector,
 )
+from server.errors import CannotStart
 from server.settings import GIB, MIB, CacheSettings
 
 log = logging.getLogger("saccade.embeddings")
@@ -34,19 +37,40 @@ _LEVELS = ("deepstack_layer_map", "spatial_target_layers")
 
 def is_wanted(config: VllmConfig, settings: CacheSettings) -> bool:
     """Whether to add an embedding cache: a tier is enabled, model and engine support it, and the
-    user has not configured another transfer of embeddings."""
+    user has not configured another transfer of embeddings.
+
+    Raises:
+        CannotStart: the server is to encode only, and there can be no embedding cache.
+    """
     on = (
         settings.embedding_cache_gb != 0
         or settings.embedding_cache_dir is not None
         or settings.embedding_cache_url is not None
     )
     model = config.model_config
+    if settings.encode_only and (why := _obstacle(config)) is not None:
+        raise CannotStart(f"--encode-only is not possible: {why}")
     if not on or not model.supports_multimodal_inputs or model.is_encoder_decoder:
         return False
     if (why := _obstacle(config)) is not None:
         log.warning("the embedding cache is off: %s", why)
         return False
-    return config.ec_transfer_config is None
+    return settings.encode_only or config.ec_transfer_config is None
+
+
+def encode_only(arguments: AsyncEngineArgs, settings: CacheSettings) -> None:
+    """Let the engine that is made by `arguments` have no language model, if `settings` say so.
+
+    Raises:
+        CannotStart: there is nothing that other servers could read, or another transfer.
+    """
+    if not settings.encode_only:
+        return
+    if settings.embedding_cache_url is None and settings.embedding_cache_dir is None:
+        raise CannotStart("--encode-only requires --embedding-cache-url or --embedding-cache-dir")
+    if arguments.ec_transfer_config is not None:
+        raise CannotStart("--encode-only and --ec-transfer-config exclude each other")
+    arguments.ec_transfer_config = _transfer("ec_producer", {})
 
 
 def _obstacle(config: VllmConfig) -> str | None:
@@ -97,11 +121,16 @@ def configure(
         announced = AnnouncedEncoderCache
         name = f"{announced.__module__}.{announced.__qualname__}"
         config.ec_manager_config = EncoderCacheManagerConfig(encoder_cache_manager_cls=name)
-    config.ec_transfer_config = ECTransferConfig(
+    role: ECRole = "ec_producer" if settings.encode_only else "ec_both"
+    config.ec_transfer_config = _transfer(role, options.extra_config())
+
+
+def _transfer(role: ECRole, options: dict[str, Any]) -> ECTransferConfig:
+    return ECTransferConfig(
         ec_connector=EmbeddingCacheConnector.__name__,
-        ec_role="ec_both",
+        ec_role=role,
         ec_connector_module_path=EmbeddingCacheConnector.__module__,
-        ec_connector_extra_config=options.extra_config(),
+        ec_connector_extra_config=options,
     )
 
 

@@ -68,6 +68,10 @@ class Worker:
                     encoder_cache[name] = self._tensor(orders.arena, extents, spec).to(_device())
             self._report.loaded.append(name)
 
+    def skip_loads(self, orders: Orders) -> None:
+        """Report the ordered loads without copying anything."""
+        self._report.loaded += orders.loads
+
     def save(self, orders: Orders, name: str, embedding: torch.Tensor) -> None:
         """Copy an output of the encoder to the arena if that was ordered and its shape is as
         expected."""

@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 from vllm.config import VllmConfig
-from vllm.engine.arg_utils import EngineArgs
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
 from server.concurrency import usable_memory
+from server.engine.arguments import DEMO_MODEL
 from server.engine.embedding_cache import setup
 from server.engine.embedding_cache.connector import AnnouncedEncoderCache, EmbeddingCacheConnector
+from server.errors import CannotStart
 from server.settings import GIB, CacheSettings
 
 
@@ -87,3 +89,18 @@ def test_the_gpu_encoder_cache_is_only_enlarged(repository: Path) -> None:
     assert config.scheduler_config.encoder_cache_size == planned
     setup.size_gpu_tier(config, CacheSettings(encoder_cache_tokens=planned + 100))
     assert config.scheduler_config.encoder_cache_size == planned + 100
+
+
+def test_an_engine_that_only_encodes_needs_a_tier_that_others_read() -> None:
+    url = CacheSettings(encode_only=True, embedding_cache_url="redis://cache")
+    arguments = AsyncEngineArgs(str(DEMO_MODEL))
+    setup.encode_only(arguments, CacheSettings())
+    assert arguments.ec_transfer_config is None
+    with pytest.raises(CannotStart, match="requires --embedding-cache-url"):
+        setup.encode_only(arguments, CacheSettings(encode_only=True))
+    setup.encode_only(arguments, url)
+    config = arguments.create_engine_config()
+    assert config.is_mm_encoder_only
+    assert setup.is_wanted(config, url)
+    with pytest.raises(CannotStart, match="exclude each other"):
+        setup.encode_only(arguments, url)
