@@ -1,6 +1,7 @@
 """deploy/kubernetes: the overlays for Ray Serve, and for llm-d's router."""
 
 import os
+import re
 import shlex
 from argparse import Namespace
 from pathlib import Path
@@ -11,7 +12,9 @@ import jsonschema
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from prometheus_client import REGISTRY
 
+import server.telemetry.metrics  # noqa: F401 - registers the metrics in REGISTRY
 from server.engine.arguments import parse
 from server.settings import Settings
 from tests import custom_kinds, manifests
@@ -214,3 +217,52 @@ def test_each_plugin_of_the_picker_is_declared_and_used(llm_d: list[Manifest]) -
     declared = [plugin["type"] for plugin in read["plugins"]]
     assert len(declared) == len(set(declared))
     assert used == {*declared} - {"single-profile-handler"}
+
+
+# ---------------------------------------------------------------------- encoders
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> list[Manifest]:
+    components = ["shared-cache", "encoders"]
+    return manifests.overlay_with("gpu", components, tmp_path_factory.mktemp("encoders"))
+
+
+def parsed(rendered: list[Manifest], name: str) -> tuple[Namespace, Settings]:
+    (container,) = one(rendered, "Deployment", name)["spec"]["template"]["spec"]["containers"]
+    with mock.patch.dict(os.environ, manifests.environment(container)):
+        return parse(container["args"])
+
+
+def test_encoders_store_what_decoders_read(encoders: list[Manifest]) -> None:
+    for manifest in encoders:
+        manifests.check_schema(manifest)
+    (args, settings), (theirs, decoders) = (
+        parsed(encoders, name) for name in ("saccade-encoder", "saccade")
+    )
+    assert settings.caches.encode_only
+    assert not decoders.caches.encode_only
+    assert settings.caches.embedding_cache_url == decoders.caches.embedding_cache_url is not None
+    for flag in ("model", "dtype", "quantization", "tensor_parallel_size", "mm_processor_kwargs"):
+        assert getattr(args, flag) == getattr(theirs, flag)
+    policy = one(encoders, "NetworkPolicy", "saccade-cache")["spec"]["ingress"][0]["from"]
+    labels = [
+        one(encoders, "Deployment", name)["spec"]["template"]["metadata"]["labels"]
+        for name in ("saccade", "saccade-encoder")
+    ]
+    assert policy == [{"podSelector": {"matchLabels": each}} for each in labels]
+
+
+def test_encoders_are_scaled_by_their_own_work(encoders: list[Manifest]) -> None:
+    labels = one(encoders, "Deployment", "saccade-encoder")["spec"]["template"]["metadata"][
+        "labels"
+    ]
+    monitor = one(encoders, "PodMonitor", "saccade-encoder")["spec"]
+    assert monitor["selector"]["matchLabels"] == labels
+    scaled = one(encoders, "ScaledObject", "saccade-encoder")["spec"]
+    assert scaled["scaleTargetRef"]["name"] == "saccade-encoder"
+    ours = {metric.name for metric in REGISTRY.collect()}
+    for trigger in scaled["triggers"]:
+        query = trigger["metadata"]["query"]
+        assert set(re.findall(r'job="([^"]+)"', query)) == {labels[monitor["jobLabel"]]}
+        assert set(re.findall(r"saccade_\w+", query)) <= ours
