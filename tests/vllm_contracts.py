@@ -534,6 +534,16 @@ CONTRACTS = [
         "EncoderRunner.timed_encoder_operation",
         ("self", "request_ids"),
     ),
+    Contract(
+        "v1.worker.gpu_model_runner",
+        "GPUModelRunner.execute_model",
+        calls=("return make_empty_encoder_model_runner_output(scheduler_output)",),
+    ),
+    Contract(
+        "v1.worker.ec_connector_model_runner_mixin",
+        "ECConnectorModelRunnerMixin._get_ec_connector_output",
+        ("scheduler_output", "encoder_cache"),
+    ),
     Contract("distributed.device_communicators.shm_broadcast", "sched_yield"),
     Contract(
         "distributed.device_communicators.shm_broadcast",
