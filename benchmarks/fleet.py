@@ -135,7 +135,7 @@ def _measured(requests: int, clients: int, folder: Path) -> dict[str, Any]:
     room = found["entries_of_each_cache"] = _held(found["affinity"]["caches"])
     policies = {
         "round robin": fleet_model.round_robin,
-        "affinity": fleet_model.by_rule(Rule(floor=1)),
+        "affinity": fleet_model.by_rule(Rule(bound=1.5, floor=1)),
     }
     found["model"] = {
         name: _modelled(order, since, policy, room, clients) for name, policy in policies.items()

@@ -46,7 +46,7 @@ def _configuration(round_robin: bool) -> str:
     }
     if round_robin:
         changes["    balance hdr(X-Session-ID)\n"] = "    balance roundrobin\n"
-        changes["    hash-type consistent sdbm avalanche\n    hash-balance-factor 125\n"] = ""
+        changes["    hash-type consistent sdbm avalanche\n    hash-balance-factor 150\n"] = ""
     for old, new in changes.items():
         if old not in text:
             raise ValueError(f"deploy/haproxy/haproxy.cfg has no {old!r}")

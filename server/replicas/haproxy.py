@@ -81,11 +81,11 @@ backend all
     default-server check inter 1s fall 2 rise 1
 {all}
 
-# A key always gets the same replica, unless that has more than 1.25 times the mean of requests.
+# A key always gets the same replica, unless that has more than 1.5 times the mean of requests.
 backend pictures
     balance hdr(X-Session-ID)
     hash-type consistent sdbm avalanche
-    hash-balance-factor 125
+    hash-balance-factor 150
     default-server weight 16 no-check
 {pictures}
 """
