@@ -230,11 +230,13 @@ async def serve(
     Returns the exit status: 1 if the engine has died, 3 if requests were cut off.
     """
 
+    state = app.state  # which vLLM removes from the app before its end
+
     def stop(delay_s: float) -> None:
-        if app.state.draining:
+        if state.draining:
             server.end_now()
             return
-        app.state.draining = True
+        state.draining = True
         notify("STOPPING=1")
         log.info("stopping: running requests may finish")
         server.begin_drain(delay_s)
@@ -250,9 +252,9 @@ async def serve(
         elif do == "announce":
             server.on_announced()
         elif do == "end":
-            app.state.draining = True
+            state.draining = True
             server.end_now()
-        elif not app.state.draining:
+        elif not state.draining:
             stop(delay_s if do == "drain" else 0.0)
 
     loop = asyncio.get_running_loop()
@@ -264,7 +266,7 @@ async def serve(
             later = functools.partial(loop.call_soon_threadsafe, stop, delay)
             signal.signal(number, lambda *_, later=later: later())
     bound_messages()
-    watch = asyncio.create_task(_watch(server, engine, app.state.restarts))
+    watch = asyncio.create_task(_watch(server, engine, state.restarts))
     try:
         await server.serve(sockets=[sock])
     finally:
