@@ -37,6 +37,12 @@ _MOST_BODY_BYTES = 1 << 20
 _OF_CONNECTION = frozenset(
     {"connection", "content-length", "host", "keep-alive", "te", "transfer-encoding", "upgrade"}
 )
+# Pages of metrics can be merged in one form only.
+_OF_FORM = frozenset({"accept", "accept-encoding"})
+_TOO_LARGE = (
+    b'{"error": {"message": "the request body has more than 1 MiB, which is the limit", "type": '
+    b'"invalid_request_error", "param": null, "code": "request_too_large"}}'
+)
 _UNAVAILABLE = (
     b'{"error": {"message": "no replica is ready", "type": "server_error", "param": null, '
     b'"code": "unavailable"}}'
@@ -83,6 +89,12 @@ class Together:
 
     async def _answer(self, request: web.Request) -> web.Response:
         path = request.path.rstrip("/")
+        try:
+            await request.read()  # which keeps it
+        except web.HTTPRequestEntityTooLarge:
+            return web.Response(
+                status=413, body=_TOO_LARGE, headers={"Content-Type": "application/json"}
+            )
         if any(path.endswith(probe) for probe in PROBES):
             if self.drains and path.endswith("/ready"):
                 return _unavailable()
@@ -99,7 +111,17 @@ class Together:
         return _passed(answers[0])
 
     async def _first_good(self, request: web.Request) -> web.Response:
-        answers = await self._ask_all(request)
+        """The first good answer, so that a replica that hangs delays none; else the best one."""
+        asking = await self._asked(request, _PROBE_S)
+        answers = []
+        try:
+            for answered in asyncio.as_completed(asking):
+                answers.append(await answered)
+                if answers[-1].status == web.HTTPOk.status_code:
+                    break
+        finally:
+            for task in asking:
+                task.cancel()
         return _passed(min(answers, key=lambda answer: answer.status))
 
     def _metrics(self, answers: Sequence[Answer], refused: Sequence[Answer]) -> web.Response:
@@ -131,19 +153,23 @@ class Together:
     # ------------------------------------------------------------------ asking replicas
 
     async def _ask_all(self, request: web.Request) -> list[Answer]:
+        timeout_s = _SCRAPE_S if request.method in ("GET", "HEAD") else _CHANGE_S
+        return await asyncio.gather(*await self._asked(request, timeout_s))
+
+    async def _asked(self, request: web.Request, timeout_s: float) -> "list[asyncio.Task[Answer]]":
+        """The answers of all replicas, in their order, each when it comes."""
         body = await request.read()
         headers = CIMultiDict(
             (name, value)
             for name, value in request.headers.items()
-            if name.lower() not in _OF_CONNECTION and name.lower() != "accept-encoding"
+            if name.lower() not in _OF_CONNECTION | _OF_FORM
         )
-        timeout_s = _SCRAPE_S if request.method in ("GET", "HEAD") else _CHANGE_S
-        return await asyncio.gather(
-            *(
-                self._ask(each, request.method, request.path_qs, headers, body, timeout_s)
-                for each in self._replicas
-            )
-        )
+        headers["Accept-Encoding"] = "identity"
+        method, path = request.method, request.path_qs
+        return [
+            asyncio.create_task(self._ask(each, method, path, headers, body, timeout_s))
+            for each in self._replicas
+        ]
 
     async def _ask(
         self,
