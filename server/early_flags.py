@@ -19,7 +19,7 @@ def number(words: Sequence[str], flag: str, short: str = "", default: str = "1")
         elif word == _CONFIG:
             in_file = _in_config(Path(following), flag)
     found = given or in_file or default
-    return int(found) if found.isdigit() else 1
+    return int(found) if found.isdecimal() else 1
 
 
 def _in_config(path: Path, flag: str) -> str | None:

@@ -43,6 +43,7 @@ PLAN = Plan(
         ("--replicas 2 --replicas 1", 1),
         ("--replicas", 1),
         ("--replicas many", 1),
+        ("--replicas ²", 1),
         ("--front-replicas 2", 1),
     ],
 )
