@@ -34,8 +34,7 @@ class _Counting(httpx.HTTPTransport):
         except httpx.TransportError as error:
             self._noted.failed_attempts[type(error).__name__] += 1
             raise
-        # Behind haproxy there is no /version, which clients ask for first.
-        if response.status_code != httpx.codes.OK and request.method == "POST":
+        if response.status_code != httpx.codes.OK:
             self._noted.failed_attempts[str(response.status_code)] += 1
         return response
 
