@@ -32,6 +32,7 @@ from server.request.context import RequestContext
 from server.telemetry.record import Record
 from server.workers.protocol import ArraySpec
 from server.workers.sandbox import Output
+from server.workers.spare_time import SpareTime
 from tests import encoded_videos, families
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl")
@@ -252,7 +253,7 @@ def test_a_large_frame_that_is_damaged_is_replaced() -> None:
     start, length = int(samples.offsets[3]), int(samples.sizes[3])
     data[start + 1 : start + length] = b"\xff" * (length - 1)
     small = VideoFeaturesJob((0, 1, 2, 3), size, (96, 64), {}, b"", 1 << 24)
-    frames = video_extractor._decoded(small, bytes(data))
+    frames = video_extractor._decoded(small, bytes(data), SpareTime())
     assert frames.shape == (4, 64, 96, 3)
     assert (frames[3] == frames[2]).all()
 
