@@ -547,7 +547,7 @@ class DeploySettings(_Group):
     front_max_replicas: int | None = Field(
         None,
         ge=1,
-        description="Most fronts, by the requests in progress (default: as many).",
+        description="Most fronts, by requests and images in progress (default: as many).",
     )
     front_cpus: int = Field(
         1,
@@ -561,6 +561,24 @@ class DeploySettings(_Group):
         None, ge=1, description="Most engines, by the requests in progress (default: as many)."
     )
     engine_cpus: int = Field(1, ge=1, description="CPUs that an engine reserves on its node.")
+    engine_surge: int = Field(
+        0,
+        ge=0,
+        description="Engines that an update may start, on GPUs of their own, before it ends as "
+        "many; 0: it ends one before it starts the next.",
+    )
+    scale_up_delay_s: float = Field(
+        30.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="How long more replicas must be needed before they are started, in seconds.",
+    )
+    scale_down_delay_s: float = Field(
+        600.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="How long fewer replicas must be needed before some are ended, in seconds.",
+    )
 
 
 class _LeafEnvironment(PydanticBaseSettingsSource):

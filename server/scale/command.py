@@ -17,7 +17,7 @@ from server.engine.arguments import parse
 from server.engine.vllm_adapter import plugin
 from server.errors import CannotStart
 from server.http.app import model_name
-from server.scale.deployment import NAME, deployments
+from server.scale.deployment import FRONT_SURGE, NAME, deployments
 from server.scale.replicas import Replicas
 from server.settings import GIB, Settings
 
@@ -76,8 +76,10 @@ def _cluster(settings: Settings, report: Report) -> Iterator[None]:
 
 
 def _reserved_cpus(settings: Settings) -> int:
+    """Of all replicas, and of those that an update starts in addition."""
     wanted, given = Replicas.of(settings.deploy), settings.deploy
-    return wanted.most_fronts * given.front_cpus + wanted.most_engines * given.engine_cpus
+    fronts, engines = wanted.most_fronts + FRONT_SURGE, wanted.most_engines + given.engine_surge
+    return fronts * given.front_cpus + engines * given.engine_cpus
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from server.engine.vllm_adapter import plugin
 from server.engine.vllm_adapter.remote_core import RemoteEngines
 from server.http import keys
 from server.http.app import batch_runner, build_app, inner_client, observed
+from server.scale import scaling
 from server.scale.entrance import Entrance
 from server.scale.features import store_share
 from server.scale.handles import Handles
@@ -63,6 +64,10 @@ class Front:
         of their own."""
         if self._running.done() or (self._pool is not None and not self._pool.ready):
             raise RuntimeError("no image worker is available")
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Ray Serve."""
+        return {scaling.IMAGES: self._pool.load if self._pool is not None else 0.0}
 
     async def __del__(self) -> None:
         self._stop.set()

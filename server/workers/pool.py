@@ -168,6 +168,12 @@ class ImagePool:
         return len(self._queue)
 
     @property
+    def load(self) -> float:
+        """Pictures in workers and waiting for them, for each worker."""
+        slots = self._slots.all
+        return (sum(bool(slot.task) for slot in slots) + self.queued) / max(1, len(slots))
+
+    @property
     def decode_pixels(self) -> int:
         """The pixels of all pictures that are in a worker, by their headers."""
         return self._queue.pixels

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,13 @@ from ray import serve  # noqa: E402
 from ray.exceptions import RayError  # noqa: E402
 from ray.serve.exceptions import RayServeException  # noqa: E402
 
+from server.scale.deployment import NAME, application  # noqa: E402
+
 FLAGS = ("--max-model-len", "4096", *same_answers.FLAGS)
+# The second front only reserves a CPU, for a test that starts it.
+TIERS = ("--engine-replicas", "2", "--front-max-replicas", "2")
 PATIENCE_S = 240
+ENVIRONMENT = OF_SERVERS | ENGINES | {"SACCADE_IMAGE_WORKERS": "1"}
 
 
 @contextlib.contextmanager
@@ -64,7 +70,7 @@ def deployed(*flags: str) -> Iterator[Server]:
     command = [sys.executable, "-m", "server", "deploy", "--host", "127.0.0.1"]
     process = subprocess.Popen(
         [*command, "--port", str(port), *FLAGS, *flags],
-        env=os.environ | OF_SERVERS | ENGINES | {"SACCADE_IMAGE_WORKERS": "1"},
+        env=os.environ | ENVIRONMENT,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
@@ -110,7 +116,7 @@ def alone() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def deployment(alone: dict[str, str]) -> Iterator[Server]:
-    with folder_of_ray(), deployed("--engine-replicas", "2") as running:
+    with folder_of_ray(), deployed(*TIERS) as running:
         yield running
 
 
@@ -119,7 +125,7 @@ def engines(deployment: Server) -> Iterator[Any]:
     """A handle to the engines."""
     ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
     try:
-        yield serve.get_deployment_handle("Engine", "saccade")
+        yield serve.get_deployment_handle("Engine", NAME)
     finally:
         ray.shutdown()
 
@@ -243,6 +249,84 @@ def test_requests_of_a_killed_engine_get_a_503_and_another_one_starts(
     until(have_started)
     until(lambda: client.get("/ready").status_code == 200)
     assert ask(client, text_part("Hello"), max_tokens=2).status_code == 200
+
+
+class Load:
+    """Clients in the body of `with` that ask for long answers, one after another.
+
+    Attributes:
+        outcomes: of each request: 200 if its answer was whole, else what went wrong.
+    """
+
+    def __init__(self, url: str, clients: int) -> None:
+        self.outcomes: list[int | str] = []
+        self._url = url
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._ask) for _ in range(clients)]
+
+    def __enter__(self) -> "Load":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(PATIENCE_S)
+
+    def _ask(self) -> None:
+        with httpx.Client(base_url=self._url, timeout=PATIENCE_S) as client:
+            while not self._stop.is_set():
+                try:
+                    answer = ask(client, text_part("Hello"), max_tokens=200, ignore_eos=True)
+                    tokens = answer.json().get("usage", {}).get("completion_tokens")
+                    is_whole = answer.status_code == 200 and tokens == 200
+                    self.outcomes.append(200 if is_whole else answer.text)
+                except httpx.HTTPError as error:
+                    self.outcomes.append(repr(error))
+
+
+def running(tier: str) -> int:
+    states = serve.status().applications[NAME].deployments[tier].replica_states
+    return sum(states.values()) if set(states) == {"RUNNING"} else -1
+
+
+def test_no_request_fails_while_tiers_are_updated_and_scaled(
+    client: httpx.Client, deployment: Server, engines: Any
+) -> None:
+    """From two engines and a front to one or two of each, by load."""
+    flags = (
+        *("--engine-max-replicas", "2", "--front-max-replicas", "2", "--max-num-seqs", "8"),
+        # Down after longer than it takes until the load is known after an update.
+        *("--scale-up-delay-s", "0", "--scale-down-delay-s", "20"),
+    )
+    with Load(deployment.url, 12) as load, pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        before = {each.pid for each in loads(engines)}
+        serve.run(application([*FLAGS, *flags]), name=NAME, route_prefix="/")
+        until(lambda: running("Front") == running("Engine") == 2)
+        assert not before & {each.pid for each in loads(engines)}
+    assert set(load.outcomes) == {200}
+    until(lambda: running("Front") == running("Engine") == 1)
+
+    pictures = [image_part(encode(photo((160, 120), seed), "JPEG")) for seed in range(200, 224)]
+    whence = [stage(client, picture) for _ in range(2) for picture in pictures]
+    assert whence[len(pictures) :] == ["embedding"] * len(pictures)
+    with Load(deployment.url, 12) as load:
+        until(lambda: running("Front") == running("Engine") == 2)
+        found = Counter(stage(client, picture) for picture in pictures)
+        # About one half went to the new engine, which has none of them.
+        assert 0 < found["embedding"] < len(pictures)
+    assert set(load.outcomes) == {200}
+    until(lambda: running("Front") == running("Engine") == 1)
+    assert ask(client, text_part("Hello"), max_tokens=2).status_code == 200
+
+
+def stage(client: httpx.Client, picture: dict[str, Any]) -> str:
+    """How far a picture was cached."""
+    answer = ask(client, picture, WHAT, include_image_details=True, max_tokens=1).json()
+    return str(answer["image_details"][0]["cached"])
 
 
 @pytest.mark.ends_server
