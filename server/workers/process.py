@@ -146,13 +146,13 @@ def return_in_pieces() -> None:
     libc.malloc.restype = ctypes.c_void_p
     held = []
     for nbytes in _PIECES:
-        while heap().fordblks > nbytes:
-            size = heap().arena
+        while (before := heap()).fordblks > nbytes:
             address = libc.malloc(ctypes.c_size_t(nbytes))
             if not address:
                 break
             held.append(address)
-            if heap().arena > size:  # nothing so large was free, so the heap has grown
+            now = heap()
+            if now.arena > before.arena or now.hblkhd > before.hblkhd:  # nothing so large was free
                 break
             first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
             whole = (address + nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE

@@ -42,6 +42,7 @@ for _ in range(300):
     chunks.append(bytes(bytearray(64_000)))
     pins.append(bytearray(1000))
 held = process.private_bytes()
+time.sleep(0.5)  # looks while all of it is in use
 chunks.clear()
 deadline = time.monotonic() + 30
 while process.private_bytes() > held - (15 << 20):
@@ -96,3 +97,26 @@ for each in held:
 
 def test_the_heap_is_returned_in_pieces_while_threads_use_it() -> None:
     subprocess.run([sys.executable, "-c", PIECES], check=True, timeout=120)
+
+
+SCATTERED = """
+from pathlib import Path
+from server.workers import process
+
+
+def most_mapped() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmPeak:"))
+
+
+chunks = [bytearray(100_000) for _ in range(600)]
+del chunks[::2]
+before = most_mapped()
+process.return_in_pieces()
+assert most_mapped() < before + (200 << 20), most_mapped() - before
+"""
+
+
+def test_no_piece_is_sought_again_and_again_in_scattered_free_memory() -> None:
+    """glibc maps a piece beside the heap where nothing so large is free in it."""
+    subprocess.run([sys.executable, "-c", SCATTERED], check=True, timeout=120)
