@@ -40,6 +40,7 @@ class Restarts:
         self._within_s = within_s
         self._most = most
         self._began: deque[float] = deque(maxlen=most)
+        self._starts_since: float | None = None  # None: it is not being started
         self._last_took_s = _UNKNOWN_S
 
     @property
@@ -53,8 +54,8 @@ class Restarts:
             return None
         error = Unavailable(MESSAGE)
         left_s = self._last_took_s
-        if self._began:
-            left_s -= self._clock() - self._began[-1]
+        if self._starts_since is not None:
+            left_s -= self._clock() - self._starts_since
         error.retry_after_s = round(min(_MAX_RETRY_AFTER_S, max(_OVERDUE_S, left_s)))
         return error
 
@@ -66,6 +67,7 @@ class Restarts:
             if len(self._began) == self._most and now - self._began[0] < self._within_s:
                 break
             self._began.append(now)
+            self._starts_since = now
             metrics.engine_restarts.inc()
             log.error("the engine has died; starting it again")
             try:
@@ -73,6 +75,8 @@ class Restarts:
             except Exception:
                 log.exception("failed to start the engine again")
                 continue
+            finally:
+                self._starts_since = None
             self._last_took_s = self._clock() - now
             log.warning("the engine runs again, after %.1f s", self._last_took_s)
             return True

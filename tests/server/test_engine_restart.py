@@ -139,10 +139,8 @@ def test_a_signal_while_the_engine_starts_again_ends_the_server() -> None:
         server.named("VLLM::EngineCore")[0].kill()
         until(lambda: bool(server.named("spawn_main")))  # the new one, before it has its name
         children, files = server.children(), left_behind(server)
-        began = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         server.process.wait(STOP_TIMEOUT_S)
-        assert time.monotonic() - began < STOP_TIMEOUT_S / 2
         assert_nothing_is_left(children)
         assert not [file for file in files if file.exists()]
 

@@ -44,6 +44,11 @@ def test_a_client_is_told_to_wait_as_long_as_the_last_restart_took() -> None:
     assert engine.told == [30, 25, 20, 15], "nothing was measured yet"
     assert engine.restarts.refusal() is None
     engine.told.clear()
+    engine.now += 100
+    engine.is_dead = True
+    refusal = engine.restarts.refusal()
+    assert refusal is not None
+    assert refusal.retry_after_s == 20, "nobody has noticed yet that it died"
     assert engine.dies()
     assert engine.told == [20, 15, 10, 5]
 
