@@ -287,6 +287,8 @@ class Admission:
             metrics.admission_wait.observe(time.monotonic() - since)
         if (away := self._engine_is_away()) is not None:
             self.slots.free(group)
+            if not self.slots.queue:
+                self._rate.pause()
             raise away
         shortest_s = self.service_times.quantile(_FEW)
         if deadline is not None and time.monotonic() + shortest_s > deadline:

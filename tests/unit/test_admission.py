@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from server.errors import RateLimited, ServerBusy
+from server.errors import RateLimited, ServerBusy, Unavailable
 from server.request import slots
 from server.request.admission import Admission, Turn
 from server.request.limits import Bucket, Limits, Quota
@@ -306,6 +306,30 @@ def test_a_turn_that_comes_too_late_for_the_deadline_is_not_taken() -> None:
         await holder
         assert not began
         assert gate.slots.taken == 0
+
+    asyncio.run(run())
+
+
+def test_without_an_engine_all_requests_are_refused_and_leave_nothing() -> None:
+    async def run() -> None:
+        away: Unavailable | None = None
+        gate = Admission(limits(1, 100, 1000.0, 100), engine_is_away=lambda: away)
+        release = asyncio.Event()
+        holder = asyncio.create_task(hold(gate, "", release.wait))
+        await settle()
+        waiters = [asyncio.create_task(hold(gate, "", release.wait)) for _ in range(100)]
+        await settle()
+        assert len(gate.slots.queue) == 100
+        away = Unavailable("there is no engine")
+        release.set()
+        refused = await asyncio.gather(holder, *waiters, return_exceptions=True)
+        assert sum(error is away for error in refused) == 100
+        with pytest.raises(Unavailable):
+            gate.check(Record(), [])
+        assert (gate.slots.taken, gate.engine_requests) == (0, 0)
+        assert not gate._rate._done, "the time without an engine does not count"
+        away = None
+        await hold(gate, "", settle)
 
     asyncio.run(run())
 
