@@ -32,6 +32,7 @@ def test_places_are_found_in_each_notation(example: dict[str, Any]) -> None:
         "<point x=" * 30_000,
         "<phrase>a" * 30_000,
         '"bbox_2d":[' * 20_000,
+        "(1,2)" + " " * 300_000,
     ],
 )
 def test_texts_that_only_look_like_notations_have_no_places(text: str) -> None:

@@ -189,5 +189,5 @@ _NOTATIONS: list[tuple[re.Pattern[str], _Read]] = [
         _keyed,
     ),
     # Any: [left, top, right, bottom], or (left, top),(right, bottom)
-    (re.compile(rf"\[{_FOUR}\]|{_PAIR}\s*,?\s*{_PAIR}"), _bare),
+    (re.compile(rf"\[{_FOUR}\]|{_PAIR}\s*(?:,\s*)?{_PAIR}"), _bare),
 ]

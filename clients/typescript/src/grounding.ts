@@ -178,5 +178,5 @@ const NOTATIONS: [RegExp, Read][] = [
     keyed,
   ],
   // Any: [left, top, right, bottom], or (left, top),(right, bottom)
-  [global(String.raw`\[${FOUR}\]|${PAIR}\s*,?\s*${PAIR}`), bare],
+  [global(String.raw`\[${FOUR}\]|${PAIR}\s*(?:,\s*)?${PAIR}`), bare],
 ];
