@@ -49,7 +49,8 @@ async def asking(folder: Path, *replicas: Answers) -> AsyncIterator[aiohttp.Clie
 def test_a_replica_that_hangs_does_not_delay_probes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(together, "_PROBE_S", None)
+    for limit in ("_PROBE_S", "_SCRAPE_S"):
+        monkeypatch.setattr(together, limit, None)
 
     async def run() -> None:
         may_answer = asyncio.Event()
