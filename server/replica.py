@@ -55,6 +55,10 @@ class Replica:
         return {_VARIABLE: json.dumps(given)}
 
     @property
+    def name(self) -> str:
+        return f"replica {self.index}"
+
+    @property
     def is_first(self) -> bool:
         return self.index == 0
 

@@ -22,7 +22,11 @@ class Child:
         cores: Collection[int] = (),
     ) -> None:
         """`files` are those that it inherits, beside the standard ones; `cores` are those that it
-        may use, or none for all."""
+        may use, or none for all.
+
+        Raises:
+            OSError: it cannot be started, as when there are too many processes or open files.
+        """
         parent = os.getpid()
 
         def prepare() -> None:
@@ -39,7 +43,12 @@ class Child:
             preexec_fn=prepare,
             process_group=0,
         )
-        self._file = os.pidfd_open(self._process.pid)
+        try:
+            self._file = os.pidfd_open(self._process.pid)
+        except OSError:
+            self._process.kill()
+            self._process.wait()
+            raise
         self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         asyncio.get_running_loop().add_reader(self._file, self._note_end)
 

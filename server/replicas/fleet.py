@@ -106,9 +106,9 @@ class Fleet:
         """Start a replica, again and again."""
         pause_s = _FIRST_PAUSE_S
         while True:
-            replica.socket().unlink(missing_ok=True)
             began = time.monotonic()
-            child = self._running[replica.index] = self._start_replica(replica)
+            child = await self._started(replica.name, lambda: self._start_anew(replica))
+            self._running[replica.index] = child
             watching = asyncio.create_task(self._watch(replica, child))
             try:
                 status = await child.ended()
@@ -116,10 +116,27 @@ class Fleet:
                 watching.cancel()
             self._ready.discard(replica.index)
             if not self._has_begun:
-                raise CannotStart(f"replica {replica.index} has ended with {how(status)}")
+                raise CannotStart(f"{replica.name} has ended with {how(status)}")
             self._restarts[replica.index] += 1
-            log.error("replica %d has ended with %s; starting it again", replica.index, how(status))
+            log.error("%s has ended with %s; starting it again", replica.name, how(status))
             pause_s = await _pause(began, pause_s)
+
+    def _start_anew(self, replica: Replica) -> Child:
+        replica.socket().unlink(missing_ok=True)
+        return self._start_replica(replica)
+
+    async def _started(self, name: str, start: Callable[[], Child]) -> Child:
+        """What `start` starts, sooner or later."""
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            try:
+                return start()
+            except OSError as error:
+                if not self._has_begun:
+                    raise CannotStart(f"{name} cannot be started: {error.strerror}") from None
+                log.error("%s cannot be started: %s; trying again", name, error.strerror)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     async def _watch(self, replica: Replica, child: Child) -> None:
         """Note when it is ready; kill it if it hangs after that."""
@@ -131,14 +148,14 @@ class Fleet:
             await asyncio.sleep(_CHECK_S)
             is_alive = await self._together.is_ready(replica, "/health")
             failed = 0 if is_alive else failed + 1
-        log.error("replica %d is not healthy; killing it", replica.index)
+        log.error("%s is not healthy; killing it", replica.name)
         child.send(signal.SIGKILL)
 
     async def _keep_proxy(self) -> None:
         pause_s = _FIRST_PAUSE_S
         while True:
             began = time.monotonic()
-            self._proxy = self._start_proxy()
+            self._proxy = await self._started("haproxy", self._start_proxy)
             status = await self._proxy.ended()
             if not self._has_begun:
                 raise CannotStart(f"haproxy has ended with {how(status)}")

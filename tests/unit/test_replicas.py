@@ -1,6 +1,8 @@
 """Replicas on one machine, as far as they need no engine: parts of the machine, flags, haproxy's
 configuration, metrics."""
 
+import asyncio
+import errno
 import re
 import subprocess
 from dataclasses import replace
@@ -13,7 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from server import replica
 from server.errors import CannotStart
 from server.replica import Replica
-from server.replicas import haproxy
+from server.replicas import fleet, haproxy
+from server.replicas.child import Child
 from server.replicas.machine import core_groups, gpu_groups
 from server.replicas.plan import Plan
 from server.replicas.together import merged
@@ -129,3 +132,25 @@ def test_metrics_are_merged_with_a_label() -> None:
         {"replica": "1", "path": 'a "b" {c}'},
     ]
     assert {each.labels["replica"] for each in families["times"].samples} == {"0", "1"}
+
+
+def test_a_process_that_cannot_be_started_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "_FIRST_PAUSE_S", 0.0)
+    failures = [OSError(errno.EAGAIN, "no more processes"), OSError(errno.EMFILE, "no more files")]
+
+    def start() -> Child:
+        if failures:
+            raise failures.pop(0)
+        return Child(["true"])
+
+    async def test() -> None:
+        first = Replica(0, 1, tmp_path, tmp_path / "usage", has_cores=False)
+        both = fleet.Fleet(PLAN, [first], lambda _: start(), start, print)
+        with pytest.raises(CannotStart, match="replica 0 cannot be started: no more processes"):
+            await both._started(first.name, start)
+        both._has_begun = True
+        assert await (await both._started(first.name, start)).ended() == 0
+
+    asyncio.run(test())
