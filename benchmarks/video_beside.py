@@ -53,8 +53,7 @@ class Bench:
         if clip is not None:
             clips = self._bodies(options.clips, clip)
             sources.append(Source("clips", "none", clips, options.seconds, clients=options.clients))
-        with self._watched():
-            printed = in_process("benchmarks.open_load", Plan(self._server.port, sources, 120.0))
+        printed = in_process("benchmarks.open_load", Plan(self._server.port, sources, 120.0))
         outcomes = [Outcome(**fields) for fields in json.loads(printed)]
         answered = [each.total_s for each in outcomes if each.source == "text" and each.complete]
         return {
@@ -65,8 +64,9 @@ class Bench:
             "ttft_p95_ms": milliseconds(answered, 0.95),
         }
 
-    def long(self, clip: bytes) -> dict[str, Any]:
-        """The memory of the process that decodes one clip."""
+    def memory(self, clip: bytes) -> dict[str, Any]:
+        """The memory of the process that decodes one clip. To look at it takes processor time, so
+        nothing else is measured meanwhile."""
         self.peak = 0
         (body,) = self._bodies(1, clip)
         with self._watched():
@@ -136,8 +136,8 @@ def main() -> None:
             "options": {key: value for key, value in vars(options).items() if key != "output"},
             **environment.describe(),
             "rounds": rounds,
-            "private_mib_of_a_short_clip": round(bench.peak / _MIB),
-            "ten_minutes": bench.long(long),
+            "half_a_minute": bench.memory(clip),
+            "ten_minutes": bench.memory(long),
             "summary": _summary(rounds),
         }
     print(json.dumps({key: result[key] for key in ("summary", "ten_minutes")}))
