@@ -74,19 +74,21 @@ backend together
     server together unix@{folder}/together
 
 backend first
-    server replica-0 unix@{folder}/replica-0 track all/replica-0
+    server replica-0 unix@{folder}/replica-0 track pictures/replica-0
 
 backend all
     balance leastconn
-    default-server check inter 1s fall 2 rise 1
+    default-server no-check
 {all}
 
-# A key always gets the same replica, unless that has more than 1.5 times the mean of requests.
+# A key always gets the same replica, unless that has more than 1.5 times the mean of requests. One
+# that cannot be reached is down at once: otherwise it is where a retry goes, too.
 backend pictures
     balance hdr(X-Session-ID)
     hash-type consistent sdbm avalanche
     hash-balance-factor 150
-    default-server weight 16 no-check
+    default-server weight 16
+    default-server check inter 1s fall 2 rise 1 observe layer4 error-limit 1 on-error mark-down
 {pictures}
 """
 
@@ -132,8 +134,8 @@ def configuration(plan: Plan, folder: Path, listening: int) -> str:
         root=re.escape(plan.root_path),
         together=_any_of(PATHS),
         files=_any_of(_FILES),
-        all=_servers(names, folder, ""),
-        pictures=_servers(names, folder, "track all/{name}"),
+        all=_servers(names, folder, "track pictures/{name}"),
+        pictures=_servers(names, folder, ""),
     )
 
 

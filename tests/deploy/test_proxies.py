@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -346,6 +347,33 @@ def test_the_keys_of_a_backend_that_is_down_go_to_the_other(
             answer = client.post("/v1/responses", json={}, headers={"X-Session-ID": key})
             assert answer.status_code == 200
     assert [got["X-Session-ID"] for _, got in one.requests] == keys
+
+
+def test_the_keys_of_a_backend_that_has_just_died_go_to_the_other(
+    kind: str, start: MakeProxy, backends: tuple[Backend, Backend]
+) -> None:
+    """Before a check has found it dead, while the other has requests."""
+    one, _ = backends
+    keys = [f"key {n}" for n in range(12)]
+    with backend() as dying:
+        running = start(kind, dying.address, one.address)
+        with running.client() as client:
+            for key in keys:
+                client.post("/v1/responses", json={}, headers={"X-Session-ID": key})
+        assert one.requests
+        assert dying.requests
+
+    def ask(client: int) -> set[int]:
+        with running.client() as used:
+            return {
+                used.post(
+                    "/v1/responses", content=b"x" * 20_000, headers={"X-Session-ID": f"key {n}"}
+                ).status_code
+                for n in range(client, client + 20)
+            }
+
+    with ThreadPoolExecutor(24) as pool:
+        assert set().union(*pool.map(ask, range(24))) == {200}
 
 
 def test_a_request_without_a_backend_gets_a_retryable_error(kind: str, start: MakeProxy) -> None:
