@@ -58,8 +58,12 @@ hypothesis.settings.load_profile("unhurried")
 START_TIMEOUT_S = 240
 # Fixtures of servers that several files share.
 SHARED = ("server", "guarded", "tight")
+# The group of files whose tests run several engines: two such files at once would need more memory
+# than a small machine has.
+SEVERAL_ENGINES = "several engines"
 # Groups of tests that take longest. They run first, so that all processes of pytest end together.
 FIRST = (
+    SEVERAL_ENGINES,
     "server",
     *("tests/server/test_demo_training.py", "tests/server/test_parity.py", "guarded"),
     *("tests/server/test_lifecycle.py", "tests/server/test_vllm_processes.py", "tight"),
@@ -102,8 +106,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         raise pytest.UsageError(f"several tests end a server: {', '.join(twice)}")
     places = {group: n for n, group in enumerate(dict.fromkeys((*FIRST, *groups.values())))}
 
-    def key(item: pytest.Item) -> tuple[int, bool]:
-        return places[groups[item]], _ends_server(item)
+    files = {path: n for n, path in enumerate(dict.fromkeys(item.path for item in items))}
+
+    def key(item: pytest.Item) -> tuple[int, int, bool]:
+        # A file of a group that shares no server has a server of its own.
+        file = 0 if groups[item] in SHARED else files[item.path]
+        return places[groups[item]], file, _ends_server(item)
 
     items.sort(key=key)
     for item, group in groups.items():

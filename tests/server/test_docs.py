@@ -31,6 +31,7 @@ FOREIGN_FLAGS = {
     "--cap-drop",
     "--dataset-name",
     "--device",
+    "--ec-connector",
     "--faults",
     "--fuzz-examples",
     "--goodput",

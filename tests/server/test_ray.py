@@ -23,7 +23,14 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests import same_answers
-from tests.conftest import OF_SERVERS, STOP_TIMEOUT_S, Server, assert_nothing_is_left, serving
+from tests.conftest import (
+    OF_SERVERS,
+    SEVERAL_ENGINES,
+    STOP_TIMEOUT_S,
+    Server,
+    assert_nothing_is_left,
+    serving,
+)
 from tests.pictures import encode, image_part, photo, text_part, user
 from tests.same_answers import CHAT, WHAT, answers, ask
 from tests.starts import ENGINES
@@ -38,6 +45,9 @@ from server.scale.deployment import NAME, application  # noqa: E402
 FLAGS = ("--max-model-len", "4096", *same_answers.FLAGS)
 # The second front only reserves a CPU, for a test that starts it.
 TIERS = ("--engine-replicas", "2", "--front-max-replicas", "2")
+
+pytestmark = pytest.mark.group(SEVERAL_ENGINES)
+
 PATIENCE_S = 240
 ENVIRONMENT = OF_SERVERS | ENGINES | {"SACCADE_IMAGE_WORKERS": "1"}
 

@@ -22,6 +22,7 @@ from openai import OpenAI
 from saccade_client import Client, affinity
 from tests import loads, same_answers
 from tests.conftest import (
+    SEVERAL_ENGINES,
     STOP_TIMEOUT_S,
     Server,
     assert_nothing_is_left,
@@ -38,6 +39,8 @@ KEYS = {"groups": {"team-a": [A], "few": [{"key": FEW, "requests_per_minute": 3}
 FLAGS = ("--max-model-len", "4096", "--max-num-seqs", "64", *same_answers.FLAGS)
 RED = encode(shape("red"))
 PICTURES = [encode(photo((160, 120), seed), "JPEG") for seed in range(300, 316)]
+pytestmark = pytest.mark.group(SEVERAL_ENGINES)
+
 PATIENCE_S = 120
 # A replica is started again after a second, and then loads its model.
 AGAIN_S = 240
