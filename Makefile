@@ -1,6 +1,7 @@
 # make serve   set everything up and serve the demo model on 127.0.0.1:8000
 # make test    set everything up and run all tests; SERVICES=required fails instead of skipping
 # make test-fast   run only the tests that start no servers and no workers
+# make test-nightly   run the tests that take minutes each, which `make test` leaves out
 # make check   run linters, type checker, audit and all tests
 # make audit   look up known vulnerabilities of what the images install; AUDIT=required fails offline
 # make vllm-next   report what the newest vLLM would break; never fails
@@ -29,7 +30,7 @@ FOLDERS = tests/unit
 # A process takes the next group of tests when it is free; see tests/conftest.py.
 GROUPS = --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: setup serve examples routers test test-fast without-vllm with-vllm lint types audit check benchmark vllm-next docs lock sbom image-check clean
+.PHONY: setup serve examples routers test test-fast test-nightly without-vllm with-vllm lint types audit check benchmark vllm-next docs lock sbom image-check clean
 .DEFAULT_GOAL := serve
 
 setup: $(VENV)/.installed
@@ -70,6 +71,9 @@ endif
 
 test-fast: setup
 	$(UNIT)
+
+test-nightly: setup
+	$(PYTEST) -m nightly tests
 
 without-vllm:
 	$(PYTEST) $(PARALLEL) $(FOLDERS) $(FOLDERS:%=--ignore %/vllm)

@@ -301,6 +301,7 @@ def running(tier: str) -> int:
     return sum(states.values()) if set(states) == {"RUNNING"} else -1
 
 
+@pytest.mark.nightly
 def test_no_request_fails_while_tiers_are_updated_and_scaled(
     client: httpx.Client, deployment: Server, engines: Any
 ) -> None:
