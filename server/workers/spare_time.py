@@ -27,15 +27,30 @@ class SpareTime:
     def __init__(self) -> None:
         self._began = time.monotonic()
         self._used = time.process_time()
-        self._thread = ThreadPoolExecutor(1, "SpareTime", _use_spare_time)
+        self._thread: ThreadPoolExecutor | None = None
+        self._has_begun = False
 
     def run(self, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """`step(*args, **kwargs)`, which should take some hundredths of a second at most. It runs
         at this thread's own priority if the job gets less than a third of a core."""
+        if not self._has_begun:
+            self._begin()
         used = time.process_time() - self._used
-        if used <= _MIN_SHARE * (time.monotonic() - self._began):
+        if self._thread is None or used <= _MIN_SHARE * (time.monotonic() - self._began):
             return step(*args, **kwargs)
         return self._thread.submit(step, *args, **kwargs).result()
+
+    def _begin(self) -> None:
+        """Start the thread before the job fills its memory: later, its stack may find no room."""
+        self._has_begun = True
+        thread = ThreadPoolExecutor(1, "SpareTime", _use_spare_time)
+        with contextlib.suppress(RuntimeError):  # there is none now
+            thread.submit(_nothing)
+            self._thread = thread
+
+
+def _nothing() -> None:
+    pass
 
 
 def _use_spare_time() -> None:

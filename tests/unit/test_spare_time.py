@@ -57,6 +57,18 @@ def test_where_the_class_is_refused_steps_run_all_the_same(monkeypatch: pytest.M
     assert class_ == os.sched_getscheduler(0)
 
 
+def test_without_memory_for_a_thread_steps_run_in_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    spare = SpareTime()
+    clock.pass_(wall=1.0, used=1.0)
+    for _ in range(2):
+        assert spare.run(threading.get_ident) == threading.get_ident()
+
+
 def test_a_step_gets_its_arguments_and_its_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     spare = SpareTime()
