@@ -84,9 +84,7 @@ def _decoded(job: VideoFeaturesJob, data: bytes, spare: SpareTime) -> npt.NDArra
     resize = functools.partial(resized, size=job.resize) if job.resize else None
     if (opener := _OPENERS.get(job.form)) is not None:
         decode_frame = opener(data, job.max_pixels, job.background)
-        return stills.frames(
-            lambda index: spare.run(decode_frame, index), job.indices, job.size, job.resize, resize
-        )
+        return stills.frames(decode_frame, job.indices, job.size, job.resize, resize)
     if header.read(data).size != job.size:
         raise InvalidVideo("the frames of the video do not have the size in its header")
     decode = importlib.import_module(_FRAMES).decode
