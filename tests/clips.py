@@ -25,6 +25,7 @@ from server.errors import InvalidVideo
 from server.ingest.video import VideoAnswer
 from server.workers import spare_time
 from server.workers.sandbox import Output
+from server.workers.spare_time import SpareTime
 from tests import intrusions
 
 # A session description: FFmpeg takes it for a live stream, opens sockets and waits for packets.
@@ -107,32 +108,34 @@ def sound(seconds: float = 0.1) -> bytes:
 # ---------------------------------------------------------------------- sandbox jobs
 
 
-def prepare(job: bytes) -> Callable[[bytes], Output]:
+def prepare(job: bytes, spare: SpareTime) -> Callable[[bytes], Output]:
     """Execute the file's command: "echo", "hang", "spin", "die", "grow 100", "open PATH", ..."""
 
     def work(data: bytes) -> Output:
         command, _, argument = data[:200].decode().partition(" ")
+        if command == "allowed":
+            return Output(str(spare.allowed).encode())
         return _COMMANDS[command](job, argument)
 
     return work
 
 
-def prepare_without_opencv(job: bytes) -> Callable[[bytes], Output]:
+def prepare_without_opencv(job: bytes, spare: SpareTime) -> Callable[[bytes], Output]:
     """As the server's, in a process that ends if OpenCV decodes a video."""
-    work = engine_clips().prepare(job)
+    work = engine_clips().prepare(job, spare)
     opencv: Any = cv2
     opencv.VideoCapture = lambda *_: os._exit(3)
     return work
 
 
-def prepare_without_av(job: bytes) -> Callable[[bytes], Output]:
+def prepare_without_av(job: bytes, spare: SpareTime) -> Callable[[bytes], Output]:
     """As the server's, where the package av is not installed."""
     modules: dict[str, Any] = sys.modules
     modules["av"] = None
-    return engine_clips().prepare(job)
+    return engine_clips().prepare(job, spare)
 
 
-def prepare_frames(job: bytes) -> Callable[[bytes], Output]:
+def prepare_frames(job: bytes, spare: SpareTime) -> Callable[[bytes], Output]:
     """Decode four frames, evenly spaced, each of which becomes fifteen times smaller."""
     frames = importlib.import_module("server.imaging.video.frames")
     header = importlib.import_module("server.imaging.video.header")
@@ -178,7 +181,7 @@ def _spin(job: bytes, argument: str) -> Output:
 def _spare(job: bytes, argument: str) -> Output:
     """Hang in a step that is run in spare time."""
     spare_time._MIN_SHARE = 0  # the machine may be busy
-    spare = spare_time.SpareTime()
+    spare = SpareTime(allowed=True)
     while spare.run(threading.get_ident) == threading.get_ident():
         pass
     spare.run(time.sleep, 600)

@@ -189,13 +189,13 @@ def _refuse_ffmpeg(*_: Any, **__: Any) -> Any:
 # ---------------------------------------------------------------------- decoding, in the child
 
 
-def prepare(job: bytes) -> Callable[[Data], Output]:
+def prepare(job: bytes, spare: SpareTime) -> Callable[[Data], Output]:
     """Import what a job needs and return the function that decodes; see `sandbox.Prepare`."""
-    work = _prepared(job)
+    work = _prepared(job, spare)
     return lambda data: work(data[:])  # libraries want bytes
 
 
-def _prepared(job: bytes) -> Callable[[bytes], Output]:
+def _prepared(job: bytes, spare: SpareTime) -> Callable[[bytes], Output]:
     wanted = msgspec.msgpack.decode(job, type=VideoJob | PicturesJob | AudioJob)
     if isinstance(wanted, AudioJob):
         return _prepare_audio(wanted)
@@ -204,11 +204,11 @@ def _prepared(job: bytes) -> Callable[[bytes], Output]:
     if isinstance(wanted, PicturesJob):
         warm_up()
         return functools.partial(_pictures, wanted)
-    _prepare_decoder(loader, wanted)
+    _prepare_decoder(loader, wanted, spare)
     return functools.partial(_video, loader, wanted)
 
 
-def _prepare_decoder(loader: Any, job: VideoJob) -> None:
+def _prepare_decoder(loader: Any, job: VideoJob, spare: SpareTime) -> None:
     """Import what the loader would import late, and let it decode with this project's decoder
     only."""
     try:
@@ -218,7 +218,7 @@ def _prepare_decoder(loader: Any, job: VideoJob) -> None:
             "this server decodes no videos, since the package av is not installed; "
             "pip install 'saccade[video]' adds it"
         ) from None
-    decode = functools.partial(frames.decode, run=SpareTime().run)
+    decode = functools.partial(frames.decode, run=spare.run)
     video_decoder.install(decode, job.max_pixels)
     opencv: Any = cv2
     opencv.VideoCapture = _refuse_opencv

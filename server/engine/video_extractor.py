@@ -38,7 +38,7 @@ _OPENERS: dict[Form, Callable[[bytes, int, tuple[int, int, int]], stills.DecodeF
 }
 
 
-def prepare(job: bytes) -> Callable[[Data], Output]:
+def prepare(job: bytes, spare: SpareTime) -> Callable[[Data], Output]:
     """Import what a job needs and return the function that does it; see `sandbox.Prepare`."""
     wanted = msgspec.msgpack.decode(job, type=VideoFeaturesJob)
     extractor: Any = preload.loaded()[1]
@@ -47,13 +47,15 @@ def prepare(job: bytes) -> Callable[[Data], Output]:
         extractor.warm_up_videos(decode_kwargs(wanted.kwargs))
     if wanted.form not in _OPENERS:
         importlib.import_module(_FRAMES)
-    return functools.partial(_process, extractor, wanted)
+    return functools.partial(_process, extractor, wanted, spare)
 
 
-def _process(extractor: ImageExtractor, job: VideoFeaturesJob, data: Data) -> Output:
+def _process(
+    extractor: ImageExtractor, job: VideoFeaturesJob, spare: SpareTime, data: Data
+) -> Output:
     started = time.perf_counter()
     try:
-        frames = _decoded(job, cast("bytes", data), SpareTime())
+        frames = _decoded(job, cast("bytes", data), spare)
         decoded = time.perf_counter()
         # At this thread's own priority: one long step would wait long where all cores are busy.
         outputs = extractor.video_features(frames, job.metadata, decode_kwargs(job.kwargs))

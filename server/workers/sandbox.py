@@ -45,6 +45,7 @@ from server.workers.process import (
     start_child,
 )
 from server.workers.shared_memory import ALIGNMENT
+from server.workers.spare_time import SpareTime
 
 # Limit for forking a child and for the imports that are left to it.
 _START_TIMEOUT_S = 120.0
@@ -83,8 +84,9 @@ class Output:
 # The data of a job in the child: a mapping, which reads as bytes do. `data[:]` is a copy.
 Data: TypeAlias = bytes | mmap.mmap
 # Takes an encoded job, imports modules and opens files for it, and returns the function that runs
-# it on the data. That function is called when the limits are in place and nothing can be opened.
-Prepare: TypeAlias = Callable[[bytes], Callable[[Data], Output]]
+# it on the data. That function is called when the limits are in place and nothing can be opened;
+# it may run steps of the job in spare time.
+Prepare: TypeAlias = Callable[[bytes, SpareTime], Callable[[Data], Output]]
 
 
 class JobTimedOut(Exception):
@@ -138,6 +140,7 @@ class _Call(msgspec.Struct, frozen=True):
     job: bytes
     timeout_s: float
     max_memory_bytes: int
+    spare_time: bool
 
 
 class Sandbox:
@@ -147,7 +150,7 @@ class Sandbox:
         self.limits = limits
         self._forkserver = forkserver
         self._slots = asyncio.Semaphore(limits.processes)
-        self._waiting = 0
+        self._waiting = self._running = 0
         self._threads = ThreadPoolExecutor(limits.processes, "sandbox")
 
     def close(self) -> None:
@@ -174,12 +177,16 @@ class Sandbox:
         finally:
             self._waiting -= 1
         began()
-        call = _Call(prepare, job, self.limits.timeout_s, self.limits.max_memory_bytes)
         try:
             ours, theirs = socket.socketpair()
         except OSError:  # no file is free
             self._slots.release()
             raise
+        self._running += 1
+        # Where jobs could use all cores, processes that wait actively would leave them no time.
+        spare = self._running < len(os.sched_getaffinity(0))
+        limits = self.limits
+        call = _Call(prepare, job, limits.timeout_s, limits.max_memory_bytes, spare)
         loop = asyncio.get_running_loop()
         work = loop.run_in_executor(self._threads, _run, self._forkserver, call, data, theirs)
         work.add_done_callback(self._free)
@@ -187,6 +194,7 @@ class Sandbox:
             return await asyncio.shield(work)
 
     def _free(self, work: asyncio.Future[Output]) -> None:
+        self._running -= 1
         self._slots.release()
         if not work.cancelled():
             work.exception()  # read it: else asyncio warns if the caller has left
@@ -317,7 +325,7 @@ def _main(fds: list[int]) -> None:
     reply: _Done | _Failed
     arrays: list[npt.NDArray[Any]] = []
     try:
-        work = prepare(call.job)
+        work = prepare(call.job, SpareTime(allowed=call.spare_time))
         os.write(ready, b"!")
         _confine(call)
         output = work(data)

@@ -22,9 +22,11 @@ _MIN_SHARE = 1 / 3
 
 class SpareTime:
     """Runs the steps of one job, which uses this process alone. The other thread starts with the
-    first step that it gets, and is confined as the thread from which that comes."""
+    first step, and is confined as the thread from which that comes. If not `allowed`, no step runs
+    there."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, allowed: bool) -> None:
+        self.allowed = allowed
         self._began = time.monotonic()
         self._used = time.process_time()
         self._thread: ThreadPoolExecutor | None = None
@@ -35,14 +37,19 @@ class SpareTime:
         at this thread's own priority if the job gets less than a third of a core."""
         if not self._has_begun:
             self._begin()
-        used = time.process_time() - self._used
-        if self._thread is None or used <= _MIN_SHARE * (time.monotonic() - self._began):
+        if self._thread is None or not self._gets_on():
             return step(*args, **kwargs)
         return self._thread.submit(step, *args, **kwargs).result()
+
+    def _gets_on(self) -> bool:
+        used = time.process_time() - self._used
+        return used > _MIN_SHARE * (time.monotonic() - self._began)
 
     def _begin(self) -> None:
         """Start the thread before the job fills its memory: later, its stack may find no room."""
         self._has_begun = True
+        if not self.allowed:
+            return
         thread = ThreadPoolExecutor(1, "SpareTime", _use_spare_time)
         with contextlib.suppress(RuntimeError):  # there is none now
             thread.submit(_nothing)

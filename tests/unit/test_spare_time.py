@@ -31,7 +31,7 @@ def test_steps_run_in_spare_time_while_the_job_gets_a_third_of_a_core(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = Clock(monkeypatch)
-    spare = SpareTime()
+    spare = SpareTime(allowed=True)
     own = thread_and_class()
     assert spare.run(thread_and_class) == own  # nothing is known of the machine yet
     clock.pass_(wall=1.0, used=0.5)
@@ -50,7 +50,7 @@ def test_where_the_class_is_refused_steps_run_all_the_same(monkeypatch: pytest.M
 
     clock = Clock(monkeypatch)
     monkeypatch.setattr(os, "sched_setscheduler", refuse)
-    spare = SpareTime()
+    spare = SpareTime(allowed=True)
     clock.pass_(wall=1.0, used=1.0)
     thread, class_ = spare.run(thread_and_class)
     assert thread != threading.get_ident()
@@ -63,15 +63,24 @@ def test_without_memory_for_a_thread_steps_run_in_this_one(monkeypatch: pytest.M
 
     clock = Clock(monkeypatch)
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    spare = SpareTime()
+    spare = SpareTime(allowed=True)
     clock.pass_(wall=1.0, used=1.0)
     for _ in range(2):
         assert spare.run(threading.get_ident) == threading.get_ident()
 
 
+def test_where_it_is_not_allowed_no_thread_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    count = threading.active_count()
+    spare = SpareTime(allowed=False)
+    clock.pass_(wall=1.0, used=1.0)
+    assert spare.run(threading.get_ident) == threading.get_ident()
+    assert threading.active_count() == count
+
+
 def test_a_step_gets_its_arguments_and_its_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    spare = SpareTime()
+    spare = SpareTime(allowed=True)
     for used in (0.0, 1.0):
         clock.pass_(wall=1.0, used=used)
         assert spare.run(int, "11", base=2) == 3

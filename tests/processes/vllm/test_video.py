@@ -365,6 +365,32 @@ def test_a_job_takes_the_time_that_no_other_process_wants() -> None:
     run(test)
 
 
+def test_jobs_that_could_use_all_cores_do_not_run_in_spare_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Some processes always want time while they wait, so such jobs would hardly get on."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+
+    async def test() -> None:
+        jobs = sandbox(processes=2)
+
+        async def is_allowed() -> bytes:
+            return (await jobs.run(COMMANDED, b"", b"allowed")).answer
+
+        assert await is_allowed() == b"True"
+        other = asyncio.create_task(jobs.run(COMMANDED, b"", b"hang"))
+        while not decoders():
+            await asyncio.sleep(0.01)
+        assert await is_allowed() == b"False"
+        other.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await other
+        while await is_allowed() == b"False":  # until the end of the other is known
+            await asyncio.sleep(0.01)
+
+    run(test)
+
+
 def threads(process: psutil.Process) -> list[Any]:
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.threads()

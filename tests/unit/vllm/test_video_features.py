@@ -36,6 +36,7 @@ from server.workers.spare_time import SpareTime
 from tests import encoded_videos, families
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl")
+NO_SPARE_TIME = SpareTime(allowed=False)
 FILE = encoded_videos.video("h264", "mp4", 60, (320, 200))
 
 video_loaders.install()
@@ -122,7 +123,7 @@ def test_a_video_whose_tokens_are_pruned_equals_vllms(
 def assert_equal_to_vllm(ours: VideoJob, extracting: ImageExtractor, io: VideoMediaIO) -> int:
     """The number of tokens of the video."""
     real = extracting._processor
-    output = video_extractor._process(extracting, ours.work, FILE)
+    output = video_extractor._process(extracting, ours.work, NO_SPARE_TIME, FILE)
     features = video_features._features(output, ours.work.size)
     item, updates = video_item(real, features, ours)
 
@@ -147,7 +148,9 @@ def tokens_of(updates: processors.Updates) -> int:
 
 def seconds(family: str, folder: Path, work: VideoJob) -> list[float]:
     """The times that the processor writes into the prompt."""
-    output = video_extractor._process(extractor(family, folder), work.work, work.video.data)
+    output = video_extractor._process(
+        extractor(family, folder), work.work, NO_SPARE_TIME, work.video.data
+    )
     features = video_features._features(output, work.work.size)
     _, updates = video_item(processor(family, folder), features, work)
     text = processor(family, folder).info.get_tokenizer().decode(updates[0].content.full)
@@ -180,7 +183,7 @@ def test_a_constant_rate_is_told_as_by_vllm(folder: Path, codec: str) -> None:
 
 def test_features_of_another_size_than_planned_are_refused(folder: Path) -> None:
     work = job("qwen3_vl", folder)
-    output = video_extractor._process(extractor("qwen3_vl", folder), work.work, FILE)
+    output = video_extractor._process(extractor("qwen3_vl", folder), work.work, NO_SPARE_TIME, FILE)
     features = video_features._features(output, work.work.size)
     grid = features.arrays(processors.tensor)["video_grid_thw"]  # over the shared memory
     pairs, rows, columns = grid[0].tolist()
@@ -200,7 +203,7 @@ def test_a_video_under_a_cap_has_the_tokens_of_its_plan(family: str, folder: Pat
         ours = job(family, folder, cap, num_frames=9)
         assert ours.allocation is not None
         assert ours.allocation.tokens <= cap
-        output = video_extractor._process(extractor(family, folder), ours.work, FILE)
+        output = video_extractor._process(extractor(family, folder), ours.work, NO_SPARE_TIME, FILE)
         features = video_features._features(output, ours.work.size)
         _, updates = video_item(processor(family, folder), features, ours)
         assert tokens_of(updates) == ours.allocation.tokens
@@ -219,14 +222,13 @@ def test_the_key_depends_on_frames_size_options_and_group(folder: Path) -> None:
 
 def test_a_damaged_file_and_a_wrong_size_are_refused(folder: Path) -> None:
     work = job("qwen3_vl", folder).work
+    other_size = msgspec.structs.replace(work, size=(64, 48))
     with pytest.raises(InvalidVideo, match="size in its header"):
-        video_extractor._process(
-            extractor("qwen3_vl", folder), msgspec.structs.replace(work, size=(64, 48)), FILE
-        )
+        video_extractor._process(extractor("qwen3_vl", folder), other_size, NO_SPARE_TIME, FILE)
     table = FILE.index(b"moov") - 4
     blank = FILE[:64] + bytes(table - 64) + FILE[table:]
     with pytest.raises(InvalidVideo):
-        video_extractor._process(extractor("qwen3_vl", folder), work, blank)
+        video_extractor._process(extractor("qwen3_vl", folder), work, NO_SPARE_TIME, blank)
 
 
 def test_options_are_tried_within_bounded_memory(
@@ -241,7 +243,7 @@ def test_options_are_tried_within_bounded_memory(
     loaded = (None, extractor("qwen3_vl", folder))
     monkeypatch.setattr(video_extractor.preload, "loaded", lambda: loaded)
     with pytest.raises(MemoryError):
-        video_extractor.prepare(msgspec.msgpack.encode(job("qwen3_vl", folder).work))
+        video_extractor.prepare(msgspec.msgpack.encode(job("qwen3_vl", folder).work), NO_SPARE_TIME)
     take_much(loaded[1], {})  # and no longer
 
 
@@ -253,7 +255,7 @@ def test_a_large_frame_that_is_damaged_is_replaced() -> None:
     start, length = int(samples.offsets[3]), int(samples.sizes[3])
     data[start + 1 : start + length] = b"\xff" * (length - 1)
     small = VideoFeaturesJob((0, 1, 2, 3), size, (96, 64), {}, b"", 1 << 24)
-    frames = video_extractor._decoded(small, bytes(data), SpareTime())
+    frames = video_extractor._decoded(small, bytes(data), NO_SPARE_TIME)
     assert frames.shape == (4, 64, 96, 3)
     assert (frames[3] == frames[2]).all()
 
