@@ -47,11 +47,10 @@ def web(restarting: Server) -> Iterator[httpx.Client]:
 
 
 def ask(web: httpx.Client, color: str) -> tuple[str, list[str]]:
-    """The answer to a question about a picture, and where its embedding came from. The question
-    differs each time and comes first, so that no prefix is cached."""
-    question = text_part(f"{time.monotonic_ns()}: What is in the image?")
+    """The answer to a question about a picture, and where its embedding came from."""
+    picture = image_part(pictures.encode(shape(color)))
     body = {
-        "messages": user(question, image_part(pictures.encode(shape(color)))),
+        "messages": user(text_part("What is in the image?"), picture),
         "temperature": 0,
         "max_tokens": 8,
         "include_image_details": True,
