@@ -46,6 +46,7 @@ from server.ingest.load import MediaLoader
 from server.replica import Replica
 from server.request.admission import Admission
 from server.request.bounds import BodyBounds
+from server.request.grounding import of_model
 from server.request.read import RequestReader
 from server.request.shared_usage import SharedUsages
 from server.settings import GIB, HttpSettings, Settings
@@ -211,7 +212,8 @@ async def running(
             shared,
             restarts.refusal if restarts is not None else lambda: None,
         )
-        reader = RequestReader(limits, embeds, body_bounds(settings.http))
+        grounding = of_model(engine.model_config.hf_config.model_type)
+        reader = RequestReader(limits, embeds, body_bounds(settings.http), grounding)
         loader = None
         if pool is not None and limits is not None:
             expander = Expander(pool, limits)

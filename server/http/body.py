@@ -34,6 +34,7 @@ from server.request import context as contexts
 from server.request.admission import Admission, Permit
 from server.request.context import RequestContext, RetainedMedia
 from server.request.dialects import Dialect, dialect_of
+from server.request.grounding import check_image
 from server.request.read import SMALL_BODY_BYTES, ReadRequest, RequestReader
 from server.settings import HttpSettings
 from server.telemetry.record import Record
@@ -171,6 +172,8 @@ class BodyReader:
             if permit is not None:
                 permit.is_loaded()
             context.retained = self._retained
+            if self._retained is None:  # else the answer may be about a picture of earlier turns
+                check_image(context.grounding, sum(len(ref.images) for ref in context.media))
             body = await self._body(read, scope)
             share.shrink(read.kept_bytes)
             read.release()

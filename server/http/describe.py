@@ -51,6 +51,25 @@ _REQUEST_FIELDS: dict[str, Any] = {
         "size of each image, the size that the encoder saw, the region that it shows, its tokens, "
         "and what was cached.",
     },
+    "include_grounding": {
+        "anyOf": [
+            {"type": "boolean"},
+            {
+                "type": "object",
+                "properties": {
+                    "scale": {
+                        "anyOf": [{"const": "pixels"}, {"type": "number", "exclusiveMinimum": 0}]
+                    },
+                    "image": {"type": "integer", "minimum": 0},
+                },
+                "additionalProperties": False,
+            },
+        ],
+        "default": False,
+        "description": "Saccade: the answer has `grounding`, the boxes and points in its text in "
+        "pixels of the original image. `scale` is the range of the model's numbers where its "
+        "notation does not tell it, or `pixels`; `image` is the index of the image.",
+    },
 }
 _IMAGE_FIELDS: dict[str, Any] = {
     "max_tokens": {

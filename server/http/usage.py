@@ -3,7 +3,7 @@
 vLLM writes the answers; this adds `image_tokens` and `video_tokens` next to its `cached_tokens`, in
 each of the three dialects. The routes call `complete` while they have the answer at hand. Streams
 of chats and messages that vLLM has serialised pass a `CompletingStream`, which finds the two events
-or so that have a usage.
+or so that have a usage. Where the places in an answer are asked for, they come with the usage.
 """
 
 from collections.abc import Awaitable
@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 from starlette.types import Message, Send
 
+from server.http.grounding import collect, places
 from server.imaging.tokens import View
 from server.request.context import RequestContext, ShownImage, ShownVideo
 
@@ -20,14 +21,16 @@ _USAGE = b'"usage":'
 
 
 class CompletingStream:
-    """Passes the body of a stream on, and parses only the events that have a usage."""
+    """Passes the body of a stream on, and parses only the events that have a usage; all events, if
+    places in their text are asked for."""
 
     def __init__(self, request: RequestContext, send: Send) -> None:
         self._request = request
         self._send = send
 
     def send(self, message: Message) -> Awaitable[None]:
-        if _USAGE in (body := message.get("body", b"")):
+        body = message.get("body", b"")
+        if _USAGE in body or self._request.grounding is not None:
             message = {**message, "body": _completed_events(body, self._request)}
         return self._send(message)
 
@@ -42,12 +45,14 @@ def _completed_events(events: bytes, request: RequestContext) -> bytes:
 
 def _completed(event: bytes, request: RequestContext) -> bytes:
     """The JSON object `event` with the tokens of images in its usage, if it has one."""
-    if _USAGE not in event:
+    if _USAGE not in event and request.grounding is None:
         return event
     try:
         content = msgspec.json.decode(event)
     except ValueError:
         return event
+    if request.grounding is not None:
+        collect(content, request)
     holders = (content, content.get("message"))
     changed = [isinstance(holder, dict) and complete(holder, request) for holder in holders]
     return msgspec.json.encode(content) if any(changed) else event
@@ -62,6 +67,8 @@ def complete(answer: dict[str, Any], request: RequestContext) -> bool:
         answer["image_details"] = details(request)
         if request.shown_videos:
             answer["video_details"] = video_details(request)
+    if (found := places(answer, request)) is not None:
+        answer["grounding"] = found
     return True
 
 

@@ -1,7 +1,7 @@
 // The page to ask: a conversation about pictures, with what they cost and how they are seen.
 import { getJson, streamChat, urlOf } from "./api.js";
 import { costsOf, isSeen, partOf, release } from "./attachments.js";
-import { boxesIn } from "./boxes.js";
+import { boxesOf } from "./boxes.js";
 import { LANGUAGES } from "./code.js";
 import { Composer } from "./composer.js";
 import { announce, copyText, duration, h, icon, iconButton, number, plural } from "./dom.js";
@@ -107,6 +107,7 @@ class AskPage {
       timing: null,
       usage: null,
       details: null,
+      grounding: null,
       error: null,
       stopped: false,
       began: performance.now(),
@@ -122,12 +123,14 @@ class AskPage {
         stream: true,
         stream_options: { include_usage: true },
         include_image_details: true,
+        include_grounding: true,
       };
       if (turn.choices.budget) body.max_image_tokens = turn.choices.budget;
       for await (const { chunk, timing } of streamChat(body, control.signal)) {
         if (timing) turn.timing = timing;
         if (chunk?.usage) turn.usage = chunk.usage;
         if (chunk?.image_details) turn.details = chunk.image_details;
+        if (chunk?.grounding) turn.grounding = chunk.grounding;
         const piece = chunk?.choices[0]?.delta?.content;
         if (!piece) continue;
         turn.firstAt ??= performance.now();
@@ -313,7 +316,7 @@ class AskPage {
       index += each.rowCount ?? 1;
     }
     const attachment = pictures.findLast((each) => each.width);
-    const boxes = boxesIn(turn.answer);
+    const boxes = boxesOf(turn.grounding);
     if (!attachment) return;
     if (boxes.length || turn.attachments.includes(attachment)) {
       attachment.boxes = boxes;

@@ -19,6 +19,7 @@ from server.imaging.tokens.video import VideoAllocation
 from server.imaging.video.encoded import EncodedVideo
 from server.request.admission import Permit
 from server.request.budgets import Holdings
+from server.request.grounding import GroundingOptions
 from server.request.media import MediaRef
 from server.telemetry.record import Record
 
@@ -104,6 +105,7 @@ class RequestContext:
         media: its media parts, in the order of the body.
         max_image_tokens: the budget of visual tokens for all its images together.
         include_image_details: whether the answer is to tell of each image.
+        grounding: how the boxes and points in the answer are read; None: they are not.
         constraint: the field of the body that constrains the output, if one does.
         is_constrained: whether a prompt was sent to the engine with a constraint on the output.
         shown: the images of its prompt, in order; filled when the prompt is rendered.
@@ -120,6 +122,7 @@ class RequestContext:
     media: list[MediaRef] = field(default_factory=list)
     max_image_tokens: int | None = None
     include_image_details: bool = False
+    grounding: GroundingOptions | None = None
     constraint: str = "structured_outputs"
     is_constrained: bool = False
     shown: list[ShownImage] = field(default_factory=list)
@@ -130,6 +133,7 @@ class RequestContext:
     writes_text: bool = False
     on_queue: Callable[[Any], None] | None = None
     _handles: dict[str, Resolved] = field(default_factory=dict)
+    _texts: dict[int, list[str]] = field(default_factory=dict)
 
     @property
     def holdings(self) -> Holdings:
@@ -146,6 +150,15 @@ class RequestContext:
     def group(self) -> str:
         """The group of API keys that the request belongs to; "" where keys are in no groups."""
         return self.record.key_group or ""
+
+    def keep_text(self, choice: int, text: str) -> None:
+        """Keep what an event of a stream adds to the text of a choice."""
+        self._texts.setdefault(choice, []).append(text)
+
+    @property
+    def texts(self) -> dict[int, str]:
+        """The text of each choice that was kept."""
+        return {choice: "".join(pieces) for choice, pieces in self._texts.items()}
 
     def bind(self, handle: str, ref: MediaRef, image: EncodedImage | None = None) -> None:
         """Let `handle` stand for `ref`; `image`, if given, is the one of `ref.images` it means."""

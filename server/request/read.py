@@ -16,6 +16,7 @@ from server.request.bounds import BodyBounds, check_items, check_text
 from server.request.context import RequestContext
 from server.request.dialects import Dialect, Found
 from server.request.dialects.base import counted_as
+from server.request.grounding import BY_DEFAULT, GroundingOptions, grounding_of
 from server.request.media import MediaLimits, MediaRef, Pictures
 from server.request.numbers import check_integers
 from server.request.options import is_positive
@@ -110,13 +111,18 @@ class RequestReader:
     """Reads bodies under the limits of the server and of the model."""
 
     def __init__(
-        self, limits: MediaLimits | None, embeddings: frozenset[str], bounds: BodyBounds
+        self,
+        limits: MediaLimits | None,
+        embeddings: frozenset[str],
+        bounds: BodyBounds,
+        grounding: GroundingOptions = BY_DEFAULT,
     ) -> None:
         """`limits` is None where the model takes no media at all. `embeddings` are the types of
-        parts with embeddings that the server takes."""
+        parts with embeddings that the server takes. `grounding` has the model's defaults."""
         self._limits = limits
         self._embeddings = embeddings
         self._bounds = bounds
+        self._grounding = grounding
 
     def read(self, body: bytes, dialect: Dialect, record: Record) -> ReadRequest:
         """Read a JSON body. Its time grows with the body.
@@ -137,7 +143,7 @@ class RequestReader:
         if isinstance(document, dict):
             check_model_name(document.get("model"))
             check_items(document, self._bounds.items)
-            changed = take_request_options(document, context)
+            changed = take_request_options(document, context, self._grounding)
             context.constraint = constraint_of(document)
             if dialect.complete is not None:
                 changed |= dialect.complete(document)
@@ -211,7 +217,9 @@ def check_frames(ref: MediaRef, limits: MediaLimits | None) -> None:
         )
 
 
-def take_request_options(document: MutableMapping[str, Any], context: RequestContext) -> bool:
+def take_request_options(
+    document: MutableMapping[str, Any], context: RequestContext, grounding: GroundingOptions
+) -> bool:
     """Move what asks about all images into `context`; returns whether there was any.
 
     Raises:
@@ -219,18 +227,20 @@ def take_request_options(document: MutableMapping[str, Any], context: RequestCon
     """
     budget = document.pop("max_image_tokens", None)
     details = document.pop("include_image_details", None)
+    places = document.pop("include_grounding", None)
     if budget is not None and not is_positive(budget):
         raise ClientError("max_image_tokens must be a positive integer", param="max_image_tokens")
     if details is not None and not isinstance(details, bool):
         raise ClientError("include_image_details must be a boolean", param="include_image_details")
     context.max_image_tokens = budget
     context.include_image_details = bool(details)
-    if details and document.get("stream") and "messages" in document:
-        # The details come with the usage, so a stream must end with it.
+    context.grounding = grounding_of(places, grounding)
+    if (details or places) and document.get("stream") and "messages" in document:
+        # Both come with the usage, so a stream must end with it.
         stream_options = document.get("stream_options") or {}
         if isinstance(stream_options, Mapping):
             document["stream_options"] = {**stream_options, "include_usage": True}
-    return budget is not None or details is not None
+    return any(option is not None for option in (budget, details, places))
 
 
 def constraint_of(document: Mapping[str, Any]) -> str:

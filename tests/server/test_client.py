@@ -177,8 +177,10 @@ def test_boxes_are_in_pixels_of_the_original(saccade: Client) -> None:
             small = Image.open(io.BytesIO(data))
             large = small.resize((small.width * 10, small.height * 10))
             file = pictures.encode(large.convert("RGB"), "JPEG")
-            answer = saccade.ask(question.text, file, temperature=0)
+            answer = saccade.ask(question.text, file, temperature=0, include_grounding=True)
             (box,) = answer.boxes()
+            assert answer.grounding is not None
+            assert answer.grounding[0].box == pytest.approx(box[:4], abs=0.2)
             (in_thousandths,) = boxes.find(answer.text)
             assert box.left == pytest.approx(in_thousandths.left * large.width / 1000)
             assert box.bottom == pytest.approx(in_thousandths.bottom * large.height / 1000)

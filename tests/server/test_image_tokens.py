@@ -219,6 +219,52 @@ def test_boxes_map_back_to_the_original_image(http: httpx.Client, repository: Pa
     assert boxes.to_original(per_mille, row, scale=1000) == pytest.approx((400, 300, 1200, 900))
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("route", ["chat/completions", "responses", "messages"])
+def test_boxes_of_an_answer_are_in_pixels_of_the_original(
+    http: httpx.Client, route: str, stream: bool
+) -> None:
+    """The demo model writes thousandths; the picture is shown at a quarter of its size."""
+    picture = shape("red", size=(1792, 896))
+    part = capped(encode(picture), max_tokens=98)
+    text = "Give the bounding box of the red circle."
+    body: dict[str, Any] = {"messages": user(part, text_part(text)), "max_tokens": 40}
+    if route == "responses":
+        parts = [{**part, "type": "input_image"}, {"type": "input_text", "text": text}]
+        body = {"input": [{"role": "user", "content": parts}], "max_output_tokens": 40}
+    elif route == "messages":
+        source = {"type": "base64", "data": base64.b64encode(encode(picture)).decode()}
+        image = {"type": "image", "source": source, "max_tokens": 98}
+        body["messages"] = user(image, text_part(text))
+    more = {"model": MODEL, "temperature": 0, "stream": stream, "include_grounding": True}
+    response = http.post(f"/v1/{route}", json={**body, **more})
+    assert response.status_code == 200, response.text
+    if stream:
+        lines = [line[6:] for line in response.text.split("\n") if line[:7] == "data: {"]
+        events = [event for event in map(json.loads, lines) if "grounding" in json.dumps(event)]
+        (answer,) = (event.get("response", event) for event in events)
+    else:
+        answer = response.json()
+    (place,) = answer["grounding"]
+    assert "image_details" not in answer
+    expected = picture.convert("L").point(lambda level: 255 * (level < 200)).getbbox()
+    assert place["box"] == pytest.approx(expected, abs=80)
+    assert place["box"] == pytest.approx(
+        [
+            number * side / 1000
+            for number, side in zip(place["numbers"], (1792, 896) * 2, strict=True)
+        ],
+        abs=0.01,
+    )
+
+
+def test_an_option_of_grounding_that_does_not_fit_is_named(http: httpx.Client) -> None:
+    for value, param in ((2, ""), ({"scale": "mm"}, ".scale"), ({"image": 1}, ".image")):
+        body = {"model": MODEL, "messages": user(image_part(SMALL), WHAT)}
+        error = refusal(http, "/v1/chat/completions", {**body, "include_grounding": value})
+        assert error["param"] == f"include_grounding{param}"
+
+
 def test_a_stream_ends_with_image_token_usage(client: OpenAI) -> None:
     stream = client.chat.completions.create(
         model=MODEL,

@@ -243,24 +243,18 @@ def test_boxes_are_drawn_on_the_picture(page: Page) -> None:
     assert [left, top, right, bottom] == pytest.approx(expected, abs=4)
 
 
-@pytest.mark.parametrize(
-    ("answer", "boxes"),
-    [
-        ("[210, 220, 740, 760]", [([210, 220, 740, 760], "")]),
-        ("It is at (536,509),(588,602).", [([536, 509, 588, 602], "")]),
-        ("<box>[[1, 2, 3, 4]]</box>", [([1, 2, 3, 4], "")]),
-        ("<loc0256><loc0128><loc0512><loc1024> cat", [([125, 250, 1000, 500], "")]),
-        (
-            '[{"bbox_2d": [1, 2, 3, 4], "label": "a"}, {"label": "b", "bbox_2d": [5, 6, 7.5, 8]}]',
-            [([1, 2, 3, 4], "a"), ([5, 6, 7.5, 8], "b")],
-        ),
-        ("[5, 5, 1, 1], [1, 2, 3] and 4", []),
-    ],
-)
-def test_boxes_are_found_in_the_notations_of_models(page: Page, answer: str, boxes: Any) -> None:
-    script = "async text => (await import('/playground/boxes.js')).boxesIn(text)"
-    found = page.evaluate(script, answer)
-    assert [(each["box"], each["label"]) for each in found] == boxes
+def test_boxes_of_an_answer_are_in_thousandths_or_pixels(page: Page) -> None:
+    def place(*numbers: float, scale: float | str = 1000, label: str | None = None) -> Any:
+        return {"numbers": numbers, "scale": scale, "label": label}
+
+    script = "async given => (await import('/playground/boxes.js')).boxesOf(given)"
+    given = [place(5, 5, 1, 1), place(3, 4), place(1, 2, 3, 4, scale=100, label="a")]
+    given.append(place(9, 9, 2000, 10, scale="pixels"))
+    found = [(each["box"], each["label"], each["unit"]) for each in page.evaluate(script, given)]
+    assert found == [
+        ([10, 20, 30, 40], "a", "thousandths"),
+        ([9, 9, 2000, 10], "", "pixels"),
+    ]
 
 
 def test_a_box_is_mapped_to_the_original_by_what_was_shown(page: Page) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from server.errors import ClientError, RequestTooComplex, RequestTooLarge, TooManyImages
 from server.request.bounds import BodyBounds, check_text
 from server.request.dialects import Found, Slot
+from server.request.grounding import GroundingOptions, check_image, of_model
 from server.request.media import Inline, MediaLimits
 from server.request.payloads import MIN_PAYLOAD_BYTES, Payloads, decode
 from server.request.read import ReadRequest
@@ -348,12 +349,54 @@ def test_the_servers_own_options_are_removed_from_the_body() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("max_image_tokens", 0), ("max_image_tokens", "9"), ("include_image_details", 1)],
+    [
+        ("max_image_tokens", 0),
+        ("max_image_tokens", "9"),
+        ("include_image_details", 1),
+        ("include_grounding", 1),
+        ("include_grounding", "yes"),
+        ("include_grounding", {"x": 1}),
+    ],
 )
 def test_the_error_for_an_invalid_request_option_names_it(name: str, value: object) -> None:
     with pytest.raises(ClientError, match=name) as refusal:
         read(chat(pictures.text_part("image"), **{name: value}))
     assert refusal.value.param == name
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("scale", 0),
+        ("scale", "mm"),
+        ("scale", True),
+        ("scale", None),
+        ("scale", 1e7),
+        ("image", -1),
+        ("image", 1.0),
+        ("image", True),
+        ("image", 10**18),
+    ],
+)
+def test_the_error_for_an_invalid_option_of_grounding_names_it(name: str, value: object) -> None:
+    with pytest.raises(ClientError) as refusal:
+        read(chat(pictures.text_part("image"), include_grounding={name: value}))
+    assert refusal.value.param == f"include_grounding.{name}"
+
+
+def test_grounding_is_read_and_removed_from_the_body() -> None:
+    part = pictures.image_part(SMALL)
+    given = {"scale": "pixels", "image": 3}
+    prepared = prepare(chat(part, include_grounding=given, stream=True))
+    assert prepared.context.grounding == GroundingOptions(None, 3)
+    assert prepared.document.keys() == {"messages", "stream", "stream_options"}
+    assert prepare(chat(part, include_grounding=True)).context.grounding == GroundingOptions(1000)
+    assert prepare(chat(part, include_grounding=False)).context.grounding is None
+    assert of_model("qwen2_5_vl").scale is None
+    with pytest.raises(ClientError) as refusal:
+        check_image(GroundingOptions(image=2), 2)
+    assert refusal.value.param == "include_grounding.image"
+    check_image(GroundingOptions(), 0)
 
 
 def test_texts_of_anthropic_documents_become_text() -> None:

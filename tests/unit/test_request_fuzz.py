@@ -40,7 +40,7 @@ TEXTS = (
 NUMBERS = (0, -1, 1, 7, 1.5, 10**18, 10**30, 10**400, -1e308)
 TOP = (
     "messages", "input", "inputs", "data_1", "queries", "documents", "images", "system",
-    "max_image_tokens", "include_image_details", "stream", "stream_options",
+    "max_image_tokens", "include_image_details", "include_grounding", "stream", "stream_options",
 )  # fmt: skip
 BODIES = 2000
 

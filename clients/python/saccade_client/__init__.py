@@ -11,7 +11,15 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from saccade_client.answers import Answer, Chunk, ImageCost, ModelCard, ShownImage, Usage
+    from saccade_client.answers import (
+        Answer,
+        Chunk,
+        Grounded,
+        ImageCost,
+        ModelCard,
+        ShownImage,
+        Usage,
+    )
     from saccade_client.boxes import Box, Point, draw
     from saccade_client.client import AsyncClient, Client
     from saccade_client.core import Conversation
@@ -27,7 +35,7 @@ DEFAULT_URL = "http://127.0.0.1:8000/v1"
 
 # Imported when they are first used: the command line starts without most of them.
 _MODULES = {
-    "answers": ("Answer", "Chunk", "ImageCost", "ModelCard", "ShownImage", "Usage"),
+    "answers": ("Answer", "Chunk", "Grounded", "ImageCost", "ModelCard", "ShownImage", "Usage"),
     "boxes": ("Box", "Point", "draw"),
     "client": ("AsyncClient", "Client"),
     "core": ("Conversation",),
@@ -46,6 +54,7 @@ __all__ = [
     "Client",
     "Conversation",
     "Document",
+    "Grounded",
     "ImageCost",
     "ModelCard",
     "Picture",

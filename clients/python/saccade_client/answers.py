@@ -1,7 +1,7 @@
 """What servers return, as typed objects. Unknown fields are kept: see pydantic's `model_extra`."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
@@ -51,6 +51,24 @@ class ShownImage(_Object):
     frame: int | None = None
 
 
+class Grounded(_Object):
+    """A box or a point that the server has read in an answer (`include_grounding`).
+
+    `box` (left, top, right, bottom) or `point` (x, y) is in pixels of the caller's picture with the
+    index `image`; both are None if the server does not know how the picture was processed.
+    `numbers` are the model's, in the range `scale`, or "pixels" of the processed picture. `choice`
+    is the index of the answer's choice.
+    """
+
+    choice: int = 0
+    image: int = 0
+    label: str | None = None
+    box: tuple[float, float, float, float] | None = None
+    point: tuple[float, float] | None = None
+    numbers: tuple[float, ...] = ()
+    scale: float | Literal["pixels"] | None = None
+
+
 class Message(_Object):
     """The model's message."""
 
@@ -69,13 +87,15 @@ class Choice(_Object):
 
 class Answer(_Object):
     """The answer to a question. `images` are the pictures as the model saw them, in the order of
-    the prompt; empty if they are unknown."""
+    the prompt; empty if they are unknown. `grounding` has what the server was asked to read; None
+    without `include_grounding`."""
 
     id: str = ""
     model: str = ""
     choices: list[Choice]
     usage: Usage | None = None
     images: list[ShownImage] = Field(default_factory=list, alias="image_details")
+    grounding: list[Grounded] | None = None
     _headers: Mapping[str, str] = PrivateAttr(default_factory=dict)
 
     @property

@@ -65,24 +65,19 @@ def to_original(box: Box, shown: "ShownImage", scale: float | None = 1000) -> Bo
     thousandths, 1 for fractions, None for pixels of the processed picture, as Qwen2.5-VL gives
     them. `shown` tells which region of the original the model saw, at which size.
     """
-    corners = [(box.left, box.top), (box.right, box.bottom)]
-    (left, top), (right, bottom) = _mapped(corners, shown, box.scale or scale)
-    return Box(left, top, right, bottom, box.label)
+    return Box(*_mapped(box[:4], shown, box.scale or scale), box.label)
 
 
 def point_to_original(point: Point, shown: "ShownImage", scale: float | None = 1000) -> Point:
     """As `to_original`, for a point."""
-    ((x, y),) = _mapped([(point.x, point.y)], shown, point.scale or scale)
-    return Point(x, y, point.label)
+    return Point(*_mapped(point[:2], shown, point.scale or scale), point.label)
 
 
 def _mapped(
-    points: list[tuple[float, float]], shown: "ShownImage", scale: float | None
-) -> list[tuple[float, float]]:
-    left, top, right, bottom = shown.region
-    across = (right - left) / (scale or shown.processed_width or shown.width)
-    down = (bottom - top) / (scale or shown.processed_height or shown.height)
-    return [(left + x * across, top + y * down) for x, y in points]
+    numbers: tuple[float, ...], shown: "ShownImage", scale: float | None
+) -> tuple[float, ...]:
+    size = shown.processed_width or shown.width, shown.processed_height or shown.height
+    return grounding.mapped(numbers, shown.region, size, scale)
 
 
 def draw(source: "MediaSource", boxes: Iterable[Box]) -> Image.Image:

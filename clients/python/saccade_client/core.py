@@ -26,7 +26,7 @@ from saccade_client.errors import (
 )
 from saccade_client.flow import Flow, Send, Work, delivered
 from saccade_client.media import Document, Media, MediaSource, Picture, media
-from saccade_client.prepare import Asked, MessageLike, Prepared, Preparer
+from saccade_client.prepare import Asked, MessageLike, Prepared, Preparer, in_original
 
 # Picture names that the server is known to have, and costs asked for at a time.
 _NAMES, _COSTS_AT_A_TIME = 100_000, 1000
@@ -89,7 +89,10 @@ class Started:
             answer = Answer.model_validate({**document, "image_details": details or []})
         except ValidationError as error:
             raise UnexpectedAnswer(f"the answer is no chat completion: {error}") from None
-        answer.images = self.prepared.images(answer.images if details is not None else None)
+        sent = answer.images
+        answer.images = self.prepared.images(sent if details is not None else None)
+        if answer.grounding and details is not None:
+            answer.grounding = in_original(answer.grounding, sent, answer.images)
         answer._headers = self.response.headers
         if self.conversation is not None:
             said: dict[str, Any] = {"role": "assistant", "content": answer.text}

@@ -6,7 +6,7 @@ places. Such tokens are in a text only if the request has `"skip_special_tokens"
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -53,6 +53,26 @@ def find(text: str) -> list[Place]:
         # What one notation explains is not read again by the next.
         text = notation.sub(lambda match: " " * len(match[0]), text)
     return [place for _, place in sorted(places, key=lambda each: each[0])][:MOST_PLACES]
+
+
+def mapped(
+    numbers: Sequence[float],
+    region: Sequence[float],
+    size: tuple[float, float],
+    scale: float | None,
+) -> tuple[float, ...]:
+    """`numbers` (x, y, ...) of a place in pixels of the original picture.
+
+    `scale` is their range; None: they are pixels of the processed picture, whose `size` is (width,
+    height). It shows `region` of the original: (left, top, right, bottom).
+    """
+    left, top, right, bottom = region
+    across, down = (right - left) / (scale or size[0]), (bottom - top) / (scale or size[1])
+    starts_and_steps = ((left, across), (top, down))
+    return tuple(
+        starts_and_steps[index % 2][0] + number * starts_and_steps[index % 2][1]
+        for index, number in enumerate(numbers)
+    )
 
 
 def _tagged(scale: float | None) -> _Read:

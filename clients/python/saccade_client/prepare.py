@@ -13,7 +13,7 @@ from cachetools import LRUCache
 from PIL import Image
 
 from saccade_client import affinity, shrink
-from saccade_client.answers import ImageCost, ShownImage
+from saccade_client.answers import Grounded, ImageCost, ShownImage
 from saccade_client.flow import Flow, Work
 from saccade_client.media import Detail, Document, Media, Picture, Video, media, rendered
 from saccade_client.shrink import Encoded, Size
@@ -272,6 +272,26 @@ def _in_original(shown: ShownImage, encoded: Encoded | None) -> ShownImage:
     left, top, right, bottom = shown.region
     region = (left * across, top * down, right * across, bottom * down)
     return shown.model_copy(update={"width": width, "height": height, "region": region})
+
+
+def in_original(
+    places: Sequence[Grounded], sent: Sequence[ShownImage], images: Sequence[ShownImage]
+) -> list[Grounded]:
+    """`places` in the pictures `sent`, in pixels of the caller's, `images`."""
+    return [
+        _scaled(place, sent[place.image], images[place.image]) if place.image < len(sent) else place
+        for place in places
+    ]
+
+
+def _scaled(place: Grounded, sent: ShownImage, image: ShownImage) -> Grounded:
+    across, down = image.width / sent.width, image.height / sent.height
+    box, point = place.box, place.point
+    if box is not None:
+        box = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
+    if point is not None:
+        point = (point[0] * across, point[1] * down)
+    return place.model_copy(update={"box": box, "point": point})
 
 
 def _data_url(kind: str, data: bytes) -> str:

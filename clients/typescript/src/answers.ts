@@ -36,6 +36,25 @@ export interface ShownImage {
   frame?: number | null;
 }
 
+/**
+ * A box or a point that the server has read in an answer (`include_grounding`). `box` or `point` is
+ * in pixels of the caller's picture with the index `image`, and null if the server does not know how
+ * the picture was processed.
+ */
+export interface Grounded {
+  /** The index of the answer's choice. */
+  choice: number;
+  image: number;
+  label: string | null;
+  /** Left, top, right, bottom. */
+  box?: Region | null;
+  /** x, y. */
+  point?: [number, number] | null;
+  /** As the model wrote them, in the range `scale`. */
+  numbers: number[];
+  scale: number | "pixels";
+}
+
 /** What a picture would cost: `tokens` of the prompt, and `kv_bytes` of the KV cache. */
 export interface ImageCost {
   width: number;
@@ -52,6 +71,8 @@ export interface ImageCost {
 export interface Completion extends Omit<OpenAI.ChatCompletion, "usage"> {
   usage?: Usage;
   image_details?: ShownImage[] | null;
+  /** In pixels of the pictures that were sent: `Answer.grounding` is in the caller's. */
+  grounding?: Grounded[] | null;
 }
 
 /** The answer to a question. */
@@ -63,6 +84,8 @@ export class Answer {
     readonly images: readonly ShownImage[],
     /** Of the response, such as `server-timing`. */
     readonly headers: Headers,
+    /** What the server was asked to read in the text (`include_grounding`). */
+    readonly grounding?: readonly Grounded[],
   ) {}
 
   /** The text of the first choice. */

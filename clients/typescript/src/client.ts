@@ -8,6 +8,7 @@ import { formatOf } from "./format.js";
 import { media, Pdf, Picture, Video, type MediaSource } from "./media.js";
 import {
   askedOf,
+  inOriginals,
   isPart,
   prepare,
   type ContentItem,
@@ -53,6 +54,11 @@ export interface AskOptions extends Partial<RequestFields> {
   model?: string;
   /** A budget for the tokens of all pictures. Only with Saccade. */
   max_image_tokens?: number;
+  /**
+   * The server reads boxes and points in the answer. `scale` is the range of the model's numbers
+   * where its notation does not tell it, `image` the index of the picture. Only with Saccade.
+   */
+  include_grounding?: boolean | { scale?: number | "pixels"; image?: number };
   /** Further fields, which only this server knows. */
   extra_body?: Record<string, unknown>;
   /** The question follows its messages, and is added to them with its answer. */
@@ -401,7 +407,8 @@ function answerOf(completion: Completion, response: Response, exchange: Exchange
     throw new UnexpectedAnswer("the answer is no chat completion");
   const details: ShownImage[] | null | undefined = completion.image_details;
   const images = exchange.prepared.images(details ?? undefined);
-  const answer = new Answer(completion, images, response.headers);
+  const grounding = inOriginals(completion.grounding ?? undefined, details ?? [], images);
+  const answer = new Answer(completion, images, response.headers, grounding);
   const { conversation, messages } = exchange;
   if (conversation !== undefined) {
     const { tool_calls } = completion.choices[0]?.message ?? {};

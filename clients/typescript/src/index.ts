@@ -5,7 +5,7 @@
 // console.log((await client.ask("What is in the picture?", "photo.jpg")).text);
 
 export { Answer } from "./answers.js";
-export type { Completion, ImageCost, Region, ShownImage, Usage } from "./answers.js";
+export type { Completion, Grounded, ImageCost, Region, ShownImage, Usage } from "./answers.js";
 export { drawBoxes, findBoxes, findPoints, pointToOriginal, toOriginal } from "./boxes.js";
 export type { Box, Point } from "./boxes.js";
 export { Client, Conversation, DEFAULT_URL } from "./client.js";

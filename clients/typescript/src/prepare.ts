@@ -6,7 +6,7 @@ import type OpenAI from "openai";
 import * as ours from "#platform";
 
 import { keyOf, sourceOf } from "./affinity.js";
-import type { Region, ShownImage } from "./answers.js";
+import type { Grounded, Region, ShownImage } from "./answers.js";
 import { dataUrl, sha256, type Bytes } from "./bytes.js";
 import { UnusableMedia } from "./errors.js";
 import { formatOf, type Format, type Size } from "./format.js";
@@ -257,6 +257,25 @@ function whole([width, height]: Size): ShownImage {
 }
 
 /** `shown` in pixels of the caller's picture. */
+/** `places` in the pictures `sent`, in pixels of the caller's, `images`. */
+export function inOriginals(
+  places: readonly Grounded[] | undefined,
+  sent: readonly ShownImage[],
+  images: readonly ShownImage[],
+): Grounded[] | undefined {
+  return places?.map((place) => {
+    const [from, to] = [sent[place.image], images[place.image]];
+    if (from === undefined || to === undefined) return place;
+    const [across, down] = [to.width / from.width, to.height / from.height];
+    const { box, point, ...rest } = place;
+    return {
+      ...rest,
+      ...(box && { box: [box[0] * across, box[1] * down, box[2] * across, box[3] * down] }),
+      ...(point && { point: [point[0] * across, point[1] * down] }),
+    };
+  });
+}
+
 function inOriginal(shown: ShownImage, encoded: Encoded | undefined): ShownImage {
   const { size, sentSize } = encoded ?? {};
   if (!size || !sentSize || (size[0] === sentSize[0] && size[1] === sentSize[1])) return shown;

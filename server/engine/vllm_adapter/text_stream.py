@@ -149,6 +149,7 @@ class TextStream:
         # vLLM's parsers leave out what has no text.
         self._without_empty = serving.parser_cls is not None
         self._choices: list[TextChoice] = []
+        self._keep_text: Callable[[int, str], None] | None = None
         self._last: RequestOutput | None = None
         self._cached: tuple[int | None, int | None] = (None, None)
         self._write: Callable[[bytes, bool], Awaitable[None]]
@@ -177,6 +178,8 @@ class TextStream:
         with the usage before it is written."""
         self._write, self._complete = write, complete
         context = requests.current()
+        if context.grounding is not None:
+            self._keep_text = context.keep_text
         if in_callback and (self._request.n or 1) == 1:
             context.on_queue = self._follow
         last = b""  # events, when the engine has finished
@@ -278,6 +281,8 @@ class TextStream:
             if not text and not tokens and not choice.tokens:
                 continue  # a part of the prompt was computed
             choice.tokens += tokens
+            if self._keep_text is not None:
+                self._keep_text(part.index, text)
             choice.is_over = part.finish_reason is not None
             events += self._events_of(choice, part)
         return b"".join(events)
