@@ -43,6 +43,7 @@ from server.ingest.fetch import Fetcher, FetchSettings
 from server.ingest.fetch_cache import FetchCache
 from server.ingest.files import FileReader, FileStore, Quota
 from server.ingest.load import MediaLoader
+from server.ingest.reduce import Reducer
 from server.replica import Replica
 from server.request.admission import Admission
 from server.request.bounds import BodyBounds
@@ -217,7 +218,10 @@ async def running(
         loader = None
         if pool is not None and limits is not None:
             expander = Expander(pool, limits)
-            loader = MediaLoader(fetcher, limits, args.allowed_local_media_path, files, expander)
+            tokens = launch.tokens_of_images(engine)
+            reducer = Reducer(pool, settings.images.auto_detail, tokens)
+            local = args.allowed_local_media_path
+            loader = MediaLoader(fetcher, limits, local, files, expander, reducer)
             clips = launch.clip_decoder(settings, pool.forkserver)
             stack.callback(clips.close)
             path = await launch.connect(engine, settings, pool, clips, embeddings)

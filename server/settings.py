@@ -96,6 +96,11 @@ class ImageSettings(_Group):
     max_image_tokens: int | None = Field(
         None, ge=1, description="Most tokens that one image may take; requests can lower it."
     )
+    auto_detail: Literal["whole", "trim", "salient"] = Field(
+        "whole",
+        description="How images with detail auto, or none, are shown. trim: without margins. "
+        "salient: a small view of the whole, and crops where there is detail.",
+    )
 
 
 class VideoSettings(_Group):

@@ -159,7 +159,8 @@ async def _decoded(pool: ImagePool, image: EncodedImage, io: DecodeIO) -> Image.
     if not image.data:
         raise UnknownImage("this model needs the data of an image each time", param=image.path)
     header, frame = image.header, image.options.frame
-    job = PixelsJob(format=header.format, size=image.size, frame=frame, io=io)
+    crop = image.options.crop.box if image.options.crop is not None else None
+    job = PixelsJob(format=header.format, size=header.size, frame=frame, io=io, crop=crop)
     key = f"pixels-{image.digest}-{blake3(encode_job(job)).hexdigest()}"
     try:
         found = await pool.process(key, image.data, job, contexts.current().record)

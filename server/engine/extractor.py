@@ -24,9 +24,11 @@ from PIL import Image
 from server.engine.vllm_adapter import plugin
 from server.errors import InvalidImage
 from server.imaging import pdf, sizing
+from server.imaging.convert import ArrayImage
 from server.imaging.decode import Decoded, DecodeOptions, OpenAnimation, TargetSize, decode
+from server.imaging.reduction import Box
 from server.imaging.tokens import TokenRule
-from server.workers.jobs import PictureJob, ProcessJob, decode_kwargs, encode_kwargs
+from server.workers.jobs import FindDetail, PictureJob, ProcessJob, decode_kwargs, encode_kwargs
 from server.workers.worker import Array, Extractor, Feature, WorkerSpec
 
 if TYPE_CHECKING:
@@ -140,13 +142,16 @@ class ImageExtractor:
         """
         resize = job.resize
         if job.format == "PDF":
-            resize = resize or job.size
-            decoded = Decoded(pdf.render(data, job.frame, resize), resize)
+            size = job.size if job.crop is not None else resize or job.size
+            decoded = Decoded(pdf.render(data, job.frame, size), size)
+            resize = resize or (size if job.crop is None else None)
         else:
             options, target = self._decode_options(job), self._target_size(job)
             decoded = decode(data, options, target, animation)
             if decoded.size != job.size:
                 raise InvalidImage("the image does not have the size in its header")
+        if job.crop is not None:
+            decoded = _cropped(decoded, job.crop)
         if resize is None:
             return decoded
         if self._fused(decoded.image, job) is not None:
@@ -158,7 +163,7 @@ class ImageExtractor:
 
     def _target_size(self, job: PictureJob) -> TargetSize | None:
         """How far decoding may shrink the picture; None: not at all."""
-        if not self._fast:
+        if job.crop is not None or not (self._fast or isinstance(job, FindDetail)):
             return None
         if job.resize is not None:
             return lambda width, height: job.resize
@@ -316,6 +321,21 @@ class _NativePatches:
             "pixel_values": Array("uint8", out.reshape(rows * columns, -1)),
             "image_grid_thw": Array("int64", grid),
         }
+
+
+def _cropped(decoded: Decoded, box: Box) -> Decoded:
+    """The part `box` of the picture, whose pixels may be smaller than those of `box`."""
+    image, (width, height) = decoded.image, decoded.size
+    across, down = image.width / width, image.height / height
+    scaled = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
+    left, top, right, bottom = map(round, scaled)
+    right, bottom = max(right, left + 1), max(bottom, top + 1)
+    if image.mode == "RGB":
+        pixels = np.ascontiguousarray(np.asarray(image)[top:bottom, left:right])
+        part: Image.Image = ArrayImage(pixels)
+    else:
+        part = image.crop((left, top, right, bottom))
+    return Decoded(part, (box[2] - box[0], box[3] - box[1]))
 
 
 def resized(frame: npt.NDArray[np.uint8], size: sizing.Size) -> npt.NDArray[np.uint8]:

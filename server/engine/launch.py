@@ -6,7 +6,7 @@ import importlib.util
 import io
 import os
 from argparse import Namespace
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -66,7 +66,8 @@ from server.engine.vllm_adapter.send import Gate, Sender
 from server.engine.vllm_adapter.stall import fail_requests
 from server.errors import CannotStart, ImageTokenCap
 from server.front_ends import FrontEnd, control_address
-from server.imaging.encoded import ImageLimits, encoded
+from server.imaging.encoded import ImageLimits, ImageOptions, encoded
+from server.imaging.sizing import Size
 from server.imaging.tokens import TokenRule
 from server.imaging.tokens.video import VideoRule
 from server.imaging.video.limits import VideoLimits
@@ -259,6 +260,17 @@ def media_limits(engine: AsyncLLM, settings: Settings) -> MediaLimits | None:
         max_shown_frames=settings.videos.max_video_frames_shown,
         video=video_limits(settings),
     )
+
+
+def tokens_of_images(engine: AsyncLLM) -> Callable[[Size, ImageOptions], int | None]:
+    """See `TokenAllocator.tokens`; gives None where the model's images are processed by vLLM."""
+    renderer: Any = engine.renderer  # vLLM types it as its base class
+
+    def tokens(size: Size, options: ImageOptions) -> int | None:
+        allocator: TokenAllocator | None = getattr(renderer, "allocator", None)
+        return None if allocator is None else allocator.tokens(size, options)
+
+    return tokens
 
 
 def accepted_embeddings(engine: AsyncLLM) -> frozenset[str]:

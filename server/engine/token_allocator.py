@@ -7,7 +7,7 @@ import asyncio
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from server.errors import ClientError, ImageAspectRatio, ImageTokenCap, InvalidImage
@@ -115,6 +115,18 @@ class TokenAllocator:
             return "request"
         return "server" if requested is None or requested > (self._cap or requested) else "image"
 
+    def tokens(self, size: Size, options: ImageOptions) -> int | None:
+        """The tokens of a picture whose tokens grow with its area, under the caps of its options
+        and of the server; None for families that have tiles, or must be measured.
+
+        Raises:
+            ImageAspectRatio: the model does not accept images of this shape.
+        """
+        rule = self.rule({})
+        if rule.least > 1 or isinstance(rule, MeasuredTokens):
+            return None
+        return rule.allocate(*size, self._cap_of(rule, size, options)).tokens
+
     async def costs(
         self, sized: Sized, paths: Sequence[str], budget: int | None
     ) -> list[TokenAllocation]:
@@ -170,6 +182,24 @@ def _limited(options: ImageOptions) -> bool:
     return options.detail != "auto" or options.max_tokens is not None
 
 
+def shown_image(
+    size: Size,
+    options: ImageOptions,
+    tokens: int,
+    allocation: TokenAllocation | None,
+    cached: bool = False,
+) -> ShownImage:
+    """What is shown of an image of `size`, which may be a part of a larger picture."""
+    return ShownImage(
+        size=options.original(size),
+        tokens=tokens,
+        processed=allocation.processed if allocation else None,
+        region=options.in_original(allocation.region) if allocation else None,
+        frame=options.frame,
+        cached=cached,
+    )
+
+
 # ---------------------------------------------------------------------- costs
 
 
@@ -220,15 +250,21 @@ def costs_of(
     bytes_per_token = kv_bytes_of_token(engine.vllm_config)
     return [
         ImageCost(
-            ShownImage(
-                size, allocation.tokens, allocation.processed, allocation.region, options.frame
-            ),
+            shown_image(size, options, allocation.tokens, allocation),
             allocation.prompt_tokens,
             allocation.prompt_tokens * bytes_per_token,
-            allocator.views(size, allocation) if with_views else [],
+            _views(allocator, size, options, allocation) if with_views else [],
         )
         for (size, options), allocation in zip(sized, allocations, strict=True)
     ]
+
+
+def _views(
+    allocator: TokenAllocator, size: Size, options: ImageOptions, allocation: TokenAllocation
+) -> list[View]:
+    """What the encoder sees, by regions of the original picture."""
+    views = allocator.views(size, allocation)
+    return [replace(view, region=options.in_original(view.region) or view.region) for view in views]
 
 
 def patch_size(engine: "AsyncLLM") -> int | None:

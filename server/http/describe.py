@@ -72,6 +72,13 @@ _REQUEST_FIELDS: dict[str, Any] = {
     },
 }
 _IMAGE_FIELDS: dict[str, Any] = {
+    "detail": {
+        "enum": ["auto", "low", "high", "original", "trim", "salient"],
+        "default": "auto",
+        "description": "A budget of tokens by the model's family. Saccade: trim shows the image "
+        "without its margins; salient shows a small view of the whole, and crops where there is "
+        "detail.",
+    },
     "max_tokens": {
         "type": "integer",
         "minimum": 1,
@@ -92,6 +99,7 @@ _FILE_FIELDS = {
         "description": 'Saccade: the pages of a PDF, such as "1-3,7"; without it, all.',
     },
     "max_tokens": _IMAGE_FIELDS["max_tokens"],
+    "detail": _IMAGE_FIELDS["detail"],
 }
 _UUID = {
     "uuid": {

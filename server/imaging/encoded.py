@@ -7,7 +7,10 @@ from blake3 import blake3
 from server.errors import ImageAspectRatio, ImageTooLarge, InvalidImage
 from server.imaging import header as headers
 from server.imaging.header import ImageHeader
+from server.imaging.reduction import Box, Reduction
+from server.imaging.sizing import Size
 from server.imaging.tokens import Detail
+from server.imaging.tokens.rule import Region
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,43 @@ def check_size(size: tuple[int, int], limits: ImageLimits) -> None:
 
 
 @dataclass(frozen=True)
+class Crop:
+    """The part `box` of an upright picture of the size `of`."""
+
+    box: Box
+    of: Size
+
+    @property
+    def size(self) -> Size:
+        left, top, right, bottom = self.box
+        return right - left, bottom - top
+
+
+@dataclass(frozen=True)
 class ImageOptions:
     """A request's options for one image. `max_tokens` is a cap, `detail` selects one of the model's
-    budgets; `frame` is the number, from 0, of a frame or of a PDF's page."""
+    budgets; `frame` is the number, from 0, of a frame or of a PDF's page.
+
+    `reduction` is the policy that `detail` names; None: the server's. `crop` is the part that it
+    chose to show; None: all.
+    """
 
     detail: Detail = "auto"
     max_tokens: int | None = None
     frame: int = 0
+    reduction: Reduction | None = None
+    crop: Crop | None = None
+
+    def original(self, size: Size) -> Size:
+        """The size of the picture that an image of `size` is, or is a part of."""
+        return size if self.crop is None else self.crop.of
+
+    def in_original(self, region: Region | None) -> Region | None:
+        """`region` of the image, as one of the picture that it is a part of."""
+        if self.crop is None or region is None:
+            return region
+        x, y = self.crop.box[:2]
+        return region[0] + x, region[1] + y, region[2] + x, region[3] + y
 
 
 @dataclass(frozen=True)
@@ -81,8 +114,9 @@ class EncodedImage:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Upright (width, height), in pixels."""
-        return self.header.size
+        """Upright (width, height) of what is shown of it, in pixels."""
+        crop = self.options.crop
+        return self.header.size if crop is None else crop.size
 
 
 def digest(data: bytes | memoryview) -> str:

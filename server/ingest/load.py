@@ -30,6 +30,7 @@ from server.ingest.expand import Expander, is_pdf
 from server.ingest.fetch import Fetcher
 from server.ingest.files import FileReader, FileStore
 from server.ingest.named import NamedImages, NamedVideos
+from server.ingest.reduce import Reducer
 from server.ingest.sources import SourceReader
 from server.ingest.videos import LoadedVideo, is_video, of_file, of_pictures
 from server.request import payloads
@@ -64,11 +65,14 @@ class MediaLoader:
         local_path: str | None,
         files: FileStore | FileReader | None,
         expander: Expander,
+        reducer: Reducer | None = None,
     ) -> None:
-        """`local_path` is the folder that `file:` URLs may point into; None refuses them."""
+        """`local_path` is the folder that `file:` URLs may point into; None refuses them. Without a
+        `reducer`, all pictures are whole."""
         self._sources = SourceReader(fetcher, local_path, files)
         self._limits = limits
         self._expander = expander
+        self._reducer = reducer
         self._named = NamedImages()
         self._named_videos = NamedVideos()
 
@@ -142,6 +146,9 @@ class MediaLoader:
                 ref.images = [replace(image, options=ref.options, path=ref.path)]
             else:
                 ref.images = await self._images(ref, context)
+            if ref.images and self._reducer is not None:
+                room = self._limits.max_images // (len(context.media) * len(ref.images))
+                ref.images = await self._reducer.reduce(ref.images, context, room)
         except SaccadeError as error:
             error.param = error.param or ref.path
             raise

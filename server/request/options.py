@@ -23,11 +23,15 @@ Frames = tuple[int, ...] | int | None
 
 
 def image_options(given: Mapping[str, Any], paths: Mapping[str, str]) -> ImageOptions:
-    """`detail` and `max_tokens` of `given`; `paths` has the place of each option in the request.
+    """`detail`, which may name a policy, and `max_tokens` of `given`; `paths` has the place of each
+    option in the request.
 
     Raises:
         ClientError: a value that the option does not take; `param` names it.
     """
+    policy = given.get("detail")
+    if policy in ("trim", "salient"):
+        return ImageOptions(max_tokens=_max_tokens(given, paths), reduction=policy)
     return ImageOptions(_detail(given, paths), _max_tokens(given, paths))
 
 
@@ -131,7 +135,8 @@ def _detail(given: Mapping[str, Any], paths: Mapping[str, str]) -> Detail:
         if value == detail:
             found: Detail = detail
             return found
-    raise _wrong("detail", "must be one of 'auto', 'low', 'high' and 'original'", paths)
+    must = "must be one of 'auto', 'low', 'high', 'original', 'trim' and 'salient'"
+    raise _wrong("detail", must, paths)
 
 
 def _max_tokens(given: Mapping[str, Any], paths: Mapping[str, str]) -> int | None:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from server.errors import ClientError, ImageFrameMissing
+from server.imaging.reduction import Box
 from server.imaging.sizing import Size
 
 MAX_INT32 = 2**31 - 1
@@ -56,8 +57,9 @@ class DecodeIO(msgspec.Struct, frozen=True):
 class PictureJob(msgspec.Struct, frozen=True):
     """Decode one picture. `format` and the upright `size` are what its header says.
 
-    `frame` counts frames of an animation or pages of a PDF from 0. `resize` is the exact size
-    to resize the picture to, if any. Sizes are (width, height) in pixels.
+    `frame` counts frames of an animation or pages of a PDF from 0. `crop` is the part that is
+    wanted, if not all: left, top, right, bottom. `resize` is the exact size to resize it to, if
+    any. Sizes are (width, height) in pixels.
     """
 
     format: str
@@ -65,6 +67,7 @@ class PictureJob(msgspec.Struct, frozen=True):
     frame: int = 0
     resize: Size | None = None
     io: DecodeIO = DecodeIO()
+    crop: Box | None = None
 
     def __post_init__(self) -> None:
         if not all(1 <= side <= MAX_INT32 for side in (*self.size, *(self.resize or ()))):
@@ -84,6 +87,11 @@ class ProcessJob(PictureJob, frozen=True, tag="process"):
     kwargs: bytes = b"{}"
 
 
+class FindDetail(PictureJob, frozen=True, tag="find_detail"):
+    """Returns the `blocks` with detail of the picture, as `imaging.detail.blocks` does. `resize` is
+    the size at which it is looked at."""
+
+
 class InspectPdf(msgspec.Struct, frozen=True, tag="inspect_pdf"):
     """Returns the `count` of all pages, and `sizes`, float64 (pages, 2): width and height of the
     first `max_pages` pages in points (1/72 inch)."""
@@ -95,7 +103,7 @@ class CountFrames(msgspec.Struct, frozen=True, tag="count_frames"):
     """Returns the `count` of frames or pages of an image."""
 
 
-Job: TypeAlias = PixelsJob | ProcessJob | InspectPdf | CountFrames
+Job: TypeAlias = PixelsJob | ProcessJob | FindDetail | InspectPdf | CountFrames
 
 
 def encode_job(job: Job) -> bytes:

@@ -43,8 +43,10 @@ from server.workers.jobs import (
     ANIMATED,
     MAX_INT32,
     CountFrames,
+    FindDetail,
     InspectPdf,
     Job,
+    PictureJob,
     PixelsJob,
     ProcessJob,
     encode_job,
@@ -221,6 +223,14 @@ class ImagePool:
         count: int = features.arrays(_numbers)["count"]
         return count
 
+    async def find_detail(
+        self, key: str, data: bytes, job: FindDetail, record: Record
+    ) -> list[tuple[int, int, int, int]]:
+        """The blocks with detail of a picture, left, top, right, bottom in pixels of `job.resize`.
+        `key` identifies data and job. Raises as `process`."""
+        found = (await self._run(key, data, job, record)).arrays(_numbers)["blocks"]
+        return [(left, top, right, bottom) for left, top, right, bottom in found]
+
     async def _run(self, key: str, data: bytes, job: Job, record: Record) -> Features:
         came = time.monotonic()
         task = self._tasks.get(key)
@@ -252,7 +262,7 @@ class ImagePool:
             )
         result = asyncio.get_running_loop().create_future()
         task = Task(key, data, encode_job(job), result, ImageWork(time.monotonic()), group)
-        if isinstance(job, PixelsJob | ProcessJob):
+        if isinstance(job, PictureJob):
             task.pixels = math.prod(job.size)
             if job.format in ANIMATED:
                 task.sequence, task.frame = id(data), job.frame

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from server.errors import ImageTooLarge, InvalidImage, PdfTooComplex, SaccadeError
-from server.imaging import pdf
+from server.imaging import detail, pdf
 from server.imaging.convert import array_of
 from server.imaging.decode import Decoded, OpenAnimation, frame_count
 from server.workers import protocol
@@ -36,6 +36,7 @@ from server.workers.confinement import (
 )
 from server.workers.jobs import (
     CountFrames,
+    FindDetail,
     InspectPdf,
     Job,
     PictureJob,
@@ -251,6 +252,8 @@ class Worker:
                 if decoded_at - started > _LONG_DECODE_S:
                     self._send(protocol.Decoded(id_))
                 outputs = self._extractor.features(decoded, job)
+            elif isinstance(job, FindDetail):
+                outputs = {"blocks": Array("int32", detail.blocks(decoded.image))}
             else:
                 outputs = _pixels(decoded, job)
         writer = ArrayWriter()

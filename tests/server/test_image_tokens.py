@@ -258,6 +258,62 @@ def test_boxes_of_an_answer_are_in_pixels_of_the_original(
     )
 
 
+def two_shapes() -> Any:
+    """A red circle and a blue square, far from each other on a white page."""
+    from PIL import Image
+
+    page = Image.new("RGB", (1600, 1200), "white")
+    page.paste(shape("red", size=(128, 128)), (100, 64))
+    page.paste(shape("blue", "square", size=(128, 128)), (1400, 1000))
+    return page
+
+
+def test_a_page_may_be_shown_without_its_margins(http: httpx.Client) -> None:
+    page = two_shapes().crop((0, 0, 1300, 1200))
+    for data in (encode(page), encode(page, "JPEG", quality=95)):
+        part = capped(data, detail="trim")
+        (before,) = cost(http, part, include_views=True)
+        answer = ask(http, part, WHAT, include_image_details=True, max_tokens=8)
+        (row,) = answer["image_details"]
+        assert {key: before[key] for key in row if key != "cached"} == {
+            key: row[key] for key in row if key != "cached"
+        }
+        assert (row["width"], row["height"]) == (1300, 1200)
+        left, top, right, bottom = row["region"]
+        assert 0 < left < 132 < 196 < right < 300
+        assert 0 < top < 96 < 160 < bottom < 300
+        assert row["tokens"] < 20
+        assert before["views"][0]["region"] == row["region"]
+        assert answer["choices"][0]["message"]["content"] == "a red circle"
+
+
+def test_a_page_may_be_shown_as_crops_after_the_whole(http: httpx.Client) -> None:
+    part = capped(encode(two_shapes()), detail="salient")
+    rows = ask(http, part, WHAT, include_image_details=True)["image_details"]
+    overview, circle, square = rows
+    assert {(row["width"], row["height"]) for row in rows} == {(1600, 1200)}
+    assert overview["region"] == [0, 0, 1600, 1200]
+    assert circle["region"][2] < 300
+    assert square["region"][0] > 1300
+    (whole,) = cost(http, capped(encode(two_shapes())))
+    assert sum(row["tokens"] for row in rows) < 0.4 * whole["tokens"]
+    low = cost(http, capped(encode(two_shapes()), detail="salient", max_tokens=30))
+    assert sum(row["tokens"] for row in low) <= 30
+    again = ask(http, part, WHAT, include_image_details=True)["image_details"]
+    assert {row["cached"] for row in again} == {"embedding"}
+    text = text_part("Give the bounding box of the blue square.")
+    body = {"include_grounding": {"image": 2}, "max_tokens": 40}
+    for place in ask(http, part, text, **body)["grounding"]:
+        assert place["box"][0] > 1300
+
+
+def test_blank_pages_of_a_pdf_take_few_tokens_where_asked(http: httpx.Client) -> None:
+    document = pdf((400, 300), (400, 300))
+    rows = cost(http, file_part(document, detail="trim"))
+    assert [row["tokens"] <= 16 for row in rows] == [True, True]
+    assert all(row["tokens"] > 100 for row in cost(http, file_part(document)))
+
+
 def test_an_option_of_grounding_that_does_not_fit_is_named(http: httpx.Client) -> None:
     for value, param in ((2, ""), ({"scale": "mm"}, ".scale"), ({"image": 1}, ".image")):
         body = {"model": MODEL, "messages": user(image_part(SMALL), WHAT)}

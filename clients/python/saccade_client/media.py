@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from saccade_client.shrink import Encoded
 
-Detail = Literal["auto", "low", "high"]
+Detail = Literal["auto", "low", "high", "trim", "salient"]
 PDF_DPI = 144.0
 
 _VIDEO_SUFFIXES = {
@@ -34,7 +34,8 @@ class Picture:
 
     `source` is an encoded file, pixels, or a URL; `file_id` names an upload instead. `max_tokens`
     caps the picture's tokens, `frames` selects frames of an animation: how many, or which, from 0.
-    `detail` works everywhere, the other two with Saccade only.
+    `detail` works everywhere, but the other two, "trim" (without margins) and "salient" (a small
+    view of the whole, and crops where there is detail) with Saccade only.
     """
 
     source: bytes | Image.Image | str | None
@@ -46,6 +47,11 @@ class Picture:
     files: "dict[tuple[tuple[int, int] | None, int], Encoded]" = field(
         default_factory=dict, repr=False
     )
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether the server chooses what the model sees, of all the detail that there is."""
+        return self.detail in ("trim", "salient")
 
     @property
     def url(self) -> str | None:

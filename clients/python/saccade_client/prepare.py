@@ -119,6 +119,7 @@ class Preparer:
         )
         # Otherwise it would be unclear which detail of an answer belongs to which picture.
         is_clear = sum(_is_several(medium) for _, _, medium in prepared.placed) <= 1
+        is_clear = is_clear and not any(medium.is_reduced for medium in pictures.values())
         targets: dict[int, Size | None] = {}
         if ask is not None and is_clear and any(map(_is_large, pictures.values())):
             asked = {
@@ -226,7 +227,9 @@ def _of_other_servers(part: Part) -> Part:
     holder = part.get("image_url")
     if holder is None:
         return part
-    own = ("max_tokens", "frames")
+    own: tuple[str, ...] = ("max_tokens", "frames")
+    if holder.get("detail") in ("trim", "salient"):
+        own = (*own, "detail")
     return {**part, "image_url": {key: holder[key] for key in holder if key not in own}}
 
 
@@ -240,7 +243,7 @@ def _is_large(picture: Picture) -> bool:
 def _is_several(medium: Media) -> bool:
     """Whether the medium may be several images to the model."""
     return isinstance(medium, Document) or (
-        isinstance(medium, Picture) and medium.frames is not None
+        isinstance(medium, Picture) and (medium.frames is not None or medium.detail == "salient")
     )
 
 

@@ -5,7 +5,9 @@ import { ascii, has, type Bytes } from "./bytes.js";
 import { UnusableMedia } from "./errors.js";
 import type { Encoded } from "./prepare.js";
 
-export type Detail = "auto" | "low" | "high";
+/** `trim` (without margins) and `salient` (a small view of the whole, and crops where there is
+ * detail) only with Saccade. */
+export type Detail = "auto" | "low" | "high" | "trim" | "salient";
 
 /**
  * A file: its bytes, a URL, which the server fetches, or in Node its path or `file:` URL object.

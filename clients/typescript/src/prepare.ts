@@ -116,7 +116,9 @@ export async function prepare(
     return [{ placed, medium, content, format: formatOf(content) }];
   });
   // Otherwise it would be unclear which detail of an answer belongs to which picture.
-  const isClear = prepared.placed.filter(({ medium }) => isSeveral(medium)).length <= 1;
+  const isClear =
+    prepared.placed.filter(({ medium }) => isSeveral(medium)).length <= 1 &&
+    !pictures.some(({ medium }) => isReduced(medium));
   const sizes = new Map<Placed, Size | undefined>();
   const { targets, budget } = options;
   const isLarge = ({ medium, content, format }: (typeof pictures)[number]): boolean =>
@@ -241,15 +243,23 @@ function ofOtherServers(part: Part, medium: Medium): Part {
   if (medium instanceof Pdf && medium.pages !== undefined)
     throw new UnusableMedia("only Saccade selects pages of a PDF");
   if (!(medium instanceof Picture)) return part;
-  const { max_tokens: _, frames: __, ...image } = part["image_url"] as Part;
-  return { ...part, image_url: image };
+  const { max_tokens: _, frames: __, detail, ...image } = part["image_url"] as Part;
+  const others = detail === undefined || isReduced(medium) ? {} : { detail };
+  return { ...part, image_url: { ...image, ...others } };
 }
 
 /** Whether the medium may be several images to the model. */
 function isSeveral(medium: Medium): boolean {
   return (
-    medium instanceof Pdf || (medium instanceof Picture && medium.options.frames !== undefined)
+    medium instanceof Pdf ||
+    (medium instanceof Picture &&
+      (medium.options.frames !== undefined || medium.options.detail === "salient"))
   );
+}
+
+/** Whether the server chooses what the model sees, of all the detail that there is. */
+function isReduced({ options: { detail } }: Picture): boolean {
+  return detail === "trim" || detail === "salient";
 }
 
 function whole([width, height]: Size): ShownImage {

@@ -29,7 +29,7 @@ from vllm.inputs import MultiModalInput
 from vllm.multimodal.inputs import MultiModalKwargsItem
 
 from server.concurrency import all_or_none
-from server.engine.token_allocator import TokenAllocator
+from server.engine.token_allocator import TokenAllocator, shown_image
 from server.engine.video_allocator import VideoAllocator
 from server.engine.vllm_adapter import processors
 from server.engine.vllm_adapter.conversation import ConversationRenderer
@@ -354,10 +354,11 @@ class PooledRenderer(ConversationRenderer):
         try:
             work = ProcessJob(
                 format=image.header.format,
-                size=image.size,
+                size=image.header.size,
                 frame=image.options.frame,
                 resize=allocation.resize if allocation else None,
                 io=io,
+                crop=image.options.crop.box if image.options.crop is not None else None,
                 kwargs=encode_kwargs(kwargs),
             )
         except ClientError as error:
@@ -466,14 +467,7 @@ class PooledRenderer(ConversationRenderer):
                 if capped and tokens > allocation.tokens:
                     raise ImageTokenCap("the model takes more tokens", param=job.image.path)
             shown.append(
-                ShownImage(
-                    size=job.image.size,
-                    tokens=tokens,
-                    processed=allocation.processed if allocation else None,
-                    region=allocation.region if allocation else None,
-                    frame=job.image.options.frame,
-                    cached=was_cached,
-                )
+                shown_image(job.image.size, job.image.options, tokens, allocation, was_cached)
             )
         return shown
 
@@ -494,7 +488,7 @@ class PooledRenderer(ConversationRenderer):
         if not job.image.data:
             return None
         work = job.work
-        pixels_only = PixelsJob(work.format, work.size, work.frame, work.resize, work.io)
+        pixels_only = PixelsJob(work.format, work.size, work.frame, work.resize, work.io, work.crop)
         features = await self._in_pool(f"pixels-{job.key}", job, pixels_only)
         pixels = features.arrays(processors.tensor)["pixels"]
         return await asyncio.to_thread(lambda: Image.fromarray(pixels.numpy().copy()))

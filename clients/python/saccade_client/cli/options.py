@@ -29,7 +29,7 @@ Model = Annotated[
 Timeout = Annotated[float, typer.Option(min=0.001, help="Longest time for an answer, in seconds.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DetailOption = Annotated[
-    Literal["auto", "low", "high"] | None,
+    Literal["auto", "low", "high", "trim", "salient"] | None,
     typer.Option("--detail", help="How much of each picture the model sees."),
 ]
 ImageTokens = Annotated[
