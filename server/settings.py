@@ -84,6 +84,9 @@ class ImageSettings(_Group):
         32, ge=1, description="Most frames of one animation that a request may select."
     )
     pdf_max_pages: int = Field(32, ge=1, description="Most pages of one PDF in a request.")
+    pdf_max_text_chars: int = Field(
+        8192, ge=1, description="Most characters of the text of one PDF page (include_text)."
+    )
     pdf_dpi: float = Field(
         144.0, gt=0, le=1200, description="Resolution of PDF pages, unless a token cap lowers it."
     )

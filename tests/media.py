@@ -31,6 +31,7 @@ LIMITS = MediaLimits(
     max_clips={"video": 2, "audio": 2},
     max_frames=5,
     max_pages=4,
+    max_page_characters=1000,
     pdf_dpi=144,
     image=ImageLimits(50 << 20, 100_000_000, 32_768, 200),
     max_clip_bytes=100_000,
@@ -51,6 +52,9 @@ class InProcess:
     ) -> tuple[Sequence[tuple[float, float]], int]:
         sizes, count = pdfs.page_sizes(data, max_pages)
         return [(width, height) for width, height in sizes], count
+
+    async def pdf_text(self, data: bytes, page: int, most: int, record: Record) -> str:
+        return pdfs.text(data, page, most)
 
     async def count_frames(self, data: bytes, record: Record) -> int:
         return frame_count(data)

@@ -254,6 +254,7 @@ def media_limits(engine: AsyncLLM, settings: Settings) -> MediaLimits | None:
         max_clips={kind: allowed[kind] for kind in ("video", "audio") if kind in allowed},
         max_frames=images.max_image_frames,
         max_pages=images.pdf_max_pages,
+        max_page_characters=images.pdf_max_text_chars,
         pdf_dpi=images.pdf_dpi,
         image=limits(settings),
         max_clip_bytes=settings.videos.max_video_bytes,

@@ -98,6 +98,11 @@ _FILE_FIELDS = {
         "type": "string",
         "description": 'Saccade: the pages of a PDF, such as "1-3,7"; without it, all.',
     },
+    "include_text": {
+        "type": "boolean",
+        "default": False,
+        "description": "Saccade: of a PDF, the text of each page stands before its picture.",
+    },
     "max_tokens": _IMAGE_FIELDS["max_tokens"],
     "detail": _IMAGE_FIELDS["detail"],
 }

@@ -1,9 +1,10 @@
-"""PDF files, read with PDFium: page count, page sizes and rendering.
+"""PDF files, read with PDFium: page count, page sizes, rendering and text.
 
 Used in image workers only: PDFium is a large parser that runs on untrusted bytes.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ from server.imaging.sizing import Size
 if TYPE_CHECKING:
     import pypdfium2
 
+# Characters that PDFium returns for places without one, such as U+FFFE for a hyphen, among them.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 # The least side of a page, in points. PDFium assumes US Letter if a page has no size.
 _MIN_POINTS = 1.0
 # A narrow page may need more pixels than asked for to be wide enough: up to four times as many, or
@@ -56,6 +59,22 @@ def render(data: bytes, page: int, size: Size) -> Image.Image:
                 return Image.new("RGB", size, "white")
             scale = _scale(_size(points), size)
             return ArrayImage(shown.render(scale=scale, rev_byteorder=True).to_numpy())
+
+
+def text(data: bytes, page: int, most: int) -> str:
+    """The text layer of page `page` (from 0), at most `most` characters, without control characters
+    but line breaks and tabs; "" if it has none. Raises as `render` does."""
+    with _opened(data) as document:
+        if page >= len(document):
+            raise ImageFrameMissing(f"the file has {len(document)} pages, and no page {page + 1}")
+        with (
+            _translated(),
+            closing(document[page]) as shown,
+            closing(shown.get_textpage()) as layer,
+        ):
+            found: str = layer.get_text_bounded()
+    lines = _CONTROLS.sub("", found[: 2 * most].replace("\r\n", "\n")).strip()
+    return lines[:most]
 
 
 def _scale(points: tuple[float, float], size: Size) -> float:

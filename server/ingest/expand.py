@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from server.concurrency import copied, in_thread
+from server.concurrency import all_or_none, copied, in_thread
 from server.errors import ImageFrameMissing, InvalidFile, TooManyImages
 from server.imaging.encoded import EncodedImage, check_bytes, check_size, digest, encoded
 from server.imaging.header import ImageHeader
@@ -26,6 +26,10 @@ class Inspector(Protocol):
     ) -> tuple[Sequence[tuple[float, float]], int]:
         """(width, height) in points of each of the first `max_pages` pages, and the number of all
         pages."""
+        ...
+
+    async def pdf_text(self, data: bytes, page: int, most: int, record: Record) -> str:
+        """The text of page `page` (from 0) of a PDF, of at most `most` characters."""
         ...
 
     async def count_frames(self, data: bytes, record: Record) -> int:
@@ -126,6 +130,20 @@ class Expander:
             self._at(EncodedImage(data, name, self._page_header(sizes[page])), ref, page)
             for page in wanted
         ]
+
+    async def texts(
+        self, data: bytes, images: Sequence[EncodedImage], record: Record
+    ) -> dict[int, str]:
+        """The text of each page in `images` that has one, with the number of the page before it."""
+        most = self._limits.max_page_characters
+        pages = list(dict.fromkeys(image.options.frame for image in images))
+        read = self._inspector.pdf_text
+        found = await all_or_none([read(data, page, most, record) for page in pages])
+        return {
+            page: f"Text of page {page + 1}:\n{text}\n"
+            for page, text in zip(pages, found, strict=True)
+            if text
+        }
 
     def _page_header(self, points: tuple[float, float]) -> ImageHeader:
         """The header of a page of this size in points, at the resolution for PDFs, or at a lower

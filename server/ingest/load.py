@@ -167,6 +167,10 @@ class MediaLoader:
         metrics.image_bytes.observe(len(data))
         if is_pdf(data):
             images = await self._expander.pages(data, ref, context.record)
+            if ref.include_text:
+                ref.texts = await self._expander.texts(data, images, context.record)
+        elif ref.include_text:
+            raise InvalidFile("the file is an image and has no text layer")
         else:
             limits = self._limits.image
             image = encoded(data, limits) if is_small else await in_thread(encoded, data, limits)
@@ -187,7 +191,7 @@ class MediaLoader:
 
     async def _found_video(self, ref: MediaRef, data: bytes, context: RequestContext) -> None:
         """Let a file part be the video that its file is."""
-        if ref.frames is not None:
+        if ref.frames is not None or ref.include_text:
             raise InvalidFile("the file is a video and has no pages")
         ref.kind = "video"
         if not self._limits.max_clips.get("video"):

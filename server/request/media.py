@@ -49,6 +49,7 @@ class MediaLimits:
             by the model.
         max_frames: frames of an animation.
         max_pages: pages of a PDF.
+        max_page_characters: characters of a page's text.
         pdf_dpi: the resolution of pages in dots per inch.
         image: what one image or file may be.
         max_clip_bytes: the file of a video or an audio clip, in bytes.
@@ -60,6 +61,7 @@ class MediaLimits:
     max_clips: Mapping[str, int]
     max_frames: int
     max_pages: int
+    max_page_characters: int
     pdf_dpi: float
     image: ImageLimits
     max_clip_bytes: int
@@ -93,6 +95,8 @@ class MediaRef:
             spread over all of them; None: the first frame, all pages.
         uuid: the client's own name for the image, under which it may be sent again without data.
         role: that of the message that it stands in, where it has one.
+        include_text: whether the text of a PDF's pages stands before their pictures.
+        texts: the text of each page that has one, by its number from 0.
         images: what was loaded: one image, or one for each page or frame.
         data: what was loaded of a video or an audio clip: its file, or what `pictures.pack` makes
             of a video's pictures; empty if it was only named by its uuid.
@@ -108,8 +112,15 @@ class MediaRef:
     frames: tuple[int, ...] | int | None = None
     uuid: str | None = None
     role: str | None = None
+    include_text: bool = False
+    texts: dict[int, str] = field(default_factory=dict)
     images: list[EncodedImage] = field(default_factory=list)
     data: bytes = field(default=b"", repr=False)
     digest: str = ""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     video: VideoHeader | None = None
+
+    def texts_before(self) -> list[str | None]:
+        """For each image, or for the clip, the text that stands before it in the prompt."""
+        texts = dict(self.texts)
+        return [texts.pop(image.options.frame, None) for image in self.images] or [None]

@@ -1,7 +1,7 @@
 """What a media part asks for beside its bytes.
 
-An image: `detail`, `max_tokens`, `frames`; a file: `pages`; a video: `fps`, `num_frames`,
-`max_frames`, `start`, `end`, `max_tokens`.
+An image: `detail`, `max_tokens`, `frames`; a file: `pages`, `include_text`; a video: `fps`,
+`num_frames`, `max_frames`, `start`, `end`, `max_tokens`.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from server.imaging.encoded import ImageOptions
 from server.imaging.sampling import SamplingOptions
 from server.imaging.tokens import Detail
 
-OPTIONS = ("detail", "max_tokens", "frames", "pages")
+OPTIONS = ("detail", "max_tokens", "frames", "pages", "include_text")
 VIDEO_OPTIONS = ("fps", "num_frames", "max_frames", "start", "end", "max_tokens")
 _MAX_PAGES = 10_000
 _MAX_FRAMES = 1 << 16
@@ -73,6 +73,18 @@ def pages_of(given: Mapping[str, Any], paths: Mapping[str, str]) -> tuple[int, .
         if len(pages) > _MAX_PAGES:
             raise _wrong("pages", f"must name at most {_MAX_PAGES} pages", paths)
     return tuple(pages)
+
+
+def includes_text(given: Mapping[str, Any], paths: Mapping[str, str]) -> bool:
+    """`include_text`: whether the text of a PDF's pages is shown too.
+
+    Raises:
+        ClientError: it is not a boolean; `param` names it.
+    """
+    value = given.get("include_text", False)
+    if not isinstance(value, bool):
+        raise _wrong("include_text", "must be a boolean", paths)
+    return value
 
 
 def sampling_options(given: Mapping[str, Any], paths: Mapping[str, str]) -> SamplingOptions:

@@ -99,11 +99,19 @@ class InspectPdf(msgspec.Struct, frozen=True, tag="inspect_pdf"):
     max_pages: int
 
 
+class PdfText(msgspec.Struct, frozen=True, tag="pdf_text"):
+    """Returns the `text` of page `page` (from 0) of a PDF, UTF-8 as uint8, of at most
+    `max_characters`."""
+
+    page: int
+    max_characters: int
+
+
 class CountFrames(msgspec.Struct, frozen=True, tag="count_frames"):
     """Returns the `count` of frames or pages of an image."""
 
 
-Job: TypeAlias = PixelsJob | ProcessJob | FindDetail | InspectPdf | CountFrames
+Job: TypeAlias = PixelsJob | ProcessJob | FindDetail | InspectPdf | PdfText | CountFrames
 
 
 def encode_job(job: Job) -> bytes:

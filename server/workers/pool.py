@@ -46,6 +46,7 @@ from server.workers.jobs import (
     FindDetail,
     InspectPdf,
     Job,
+    PdfText,
     PictureJob,
     PixelsJob,
     ProcessJob,
@@ -216,6 +217,13 @@ class ImagePool:
         features = await self._run(f"pdf-{max_pages}-{id(data)}", data, job, record)
         found = features.arrays(_numbers)
         return [(width, height) for width, height in found["sizes"]], found["count"]
+
+    async def pdf_text(self, data: bytes, page: int, most: int, record: Record) -> str:
+        """The text layer of page `page` (from 0) of a PDF, of at most `most` characters. Raises as
+        `process`."""
+        features = await self._run(f"text-{page}-{id(data)}", data, PdfText(page, most), record)
+        found: bytes = features.arrays(_numbers)["text"].tobytes()
+        return found.decode()
 
     async def count_frames(self, data: bytes, record: Record) -> int:
         """The number of frames or pages of an image. Raises as `process`."""

@@ -39,6 +39,7 @@ from server.workers.jobs import (
     FindDetail,
     InspectPdf,
     Job,
+    PdfText,
     PictureJob,
     PixelsJob,
     ProcessJob,
@@ -241,7 +242,7 @@ class Worker:
     def _answer(self, id_: int, job: Job, data: bytes, animation: OpenAnimation | None) -> None:
         started = decoded_at = time.perf_counter()
         size = None
-        if isinstance(job, InspectPdf | CountFrames):
+        if isinstance(job, InspectPdf | PdfText | CountFrames):
             with self._limited(id_, job):
                 outputs = inspect(data, job)
         else:
@@ -276,7 +277,7 @@ class Worker:
 
     def _limited(self, id_: int, job: Job) -> AbstractContextManager[None]:
         """Limits time and memory for a PDF, which no header tells in advance."""
-        if isinstance(job, InspectPdf):
+        if isinstance(job, InspectPdf | PdfText):
             bitmap_bytes = 0
         elif isinstance(job, PictureJob) and job.format == "PDF":
             bitmap_bytes = 3 * math.prod(job.resize or job.size)
@@ -299,11 +300,14 @@ class Worker:
         self._connection.sendmsg([data], ancillary)
 
 
-def inspect(data: bytes, job: InspectPdf | CountFrames) -> dict[str, Feature]:
-    """Count the pages or frames of a file without decoding them; see the two jobs."""
+def inspect(data: bytes, job: InspectPdf | PdfText | CountFrames) -> dict[str, Feature]:
+    """Tell what is in a file without decoding its pictures; see the three jobs."""
     if isinstance(job, InspectPdf):
         sizes, count = pdf.page_sizes(data, job.max_pages)
         return {"sizes": Array("float64", np.array(sizes, np.float64)), "count": count}
+    if isinstance(job, PdfText):
+        text = pdf.text(data, job.page, job.max_characters).encode()
+        return {"text": Array("uint8", np.frombuffer(text, np.uint8))}
     return {"count": frame_count(data)}
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from server.errors import ClientError, InvalidFile, InvalidImageUrl
 from server.request.media import Inline, Kind, MediaRef, Remote, SentBefore, Source, Uploaded
-from server.request.options import OPTIONS, frames_of, image_options, pages_of
+from server.request.options import OPTIONS, frames_of, image_options, includes_text, pages_of
 from server.request.payloads import Payloads
 
 MAX_UUID_CHARS = 1024
@@ -65,11 +65,13 @@ def counted_as(ref: MediaRef) -> str:
 @dataclass
 class Found:
     """The slots of a document, inner ones before those around them. `changed`: something else was
-    changed in it. `most` media parts of each kind are read, and one more: `is_over` then."""
+    changed in it. `most` media parts of each kind are read, and one more: `is_over` then. Parts
+    with the text of media have the type `text_type`."""
 
     slots: list[Slot] = field(default_factory=list)
     changed: bool = False
     most: Mapping[str, int] = field(default_factory=dict)
+    text_type: str = "text"
     is_over: bool = False
     _counts: Counter[str] = field(default_factory=Counter)
 
@@ -93,10 +95,12 @@ class Found:
             slots.append(slot)
             by_list[id(slot.parts)] = slots
         for slots in by_list.values():
-            _fill_list(slots, handles)
+            _fill_list(slots, handles, self.text_type)
 
 
-def _fill_list(slots: Sequence[Slot], handles: Callable[[MediaRef], Sequence[str]]) -> None:
+def _fill_list(
+    slots: Sequence[Slot], handles: Callable[[MediaRef], Sequence[str]], text_type: str
+) -> None:
     """Fill all slots of one list, in the order of the list, by building it anew once."""
     parts = slots[0].parts
     filled: list[Any] = []
@@ -104,7 +108,10 @@ def _fill_list(slots: Sequence[Slot], handles: Callable[[MediaRef], Sequence[str
     for slot in slots:
         filled += parts[done : slot.index]
         if slot.ref is not None and slot.write is not None:
-            filled += map(slot.write, handles(slot.ref))
+            for handle, text in zip(handles(slot.ref), slot.ref.texts_before(), strict=True):
+                if text is not None:
+                    filled.append({"type": text_type, "text": text})
+                filled.append(slot.write(handle))
         else:
             filled += slot.nodes()
         done = slot.index + 1
@@ -125,6 +132,7 @@ class Dialect:
         special: turns a part into slots by itself, where it is not simply one of these; returns
             whether it did.
         complete: adds to a document what clients may leave out; returns whether it did.
+        text_type: the type of a part with a text of the user.
     """
 
     lists: Callable[[Mapping[str, Any]], Iterator[ContentList]]
@@ -135,6 +143,7 @@ class Dialect:
     refuse: Callable[[Part], None] | None = None
     special: Callable[[Part, ContentList, int, "Dialect", Found], bool] | None = None
     complete: Callable[[dict[str, Any]], bool] | None = None
+    text_type: str = "text"
 
     def find(
         self,
@@ -149,7 +158,7 @@ class Dialect:
         Raises:
             ClientError: a part that the dialect does not know, or a value in one that is wrong.
         """
-        found = Found(most=most)
+        found = Found(most=most, text_type=self.text_type)
         for content in self.lists(document):
             self.read_list(content, payloads, embeddings, found)
         return found
@@ -304,7 +313,8 @@ def reference(
         raise ClientError(
             f"a part with a uuid is one image: it cannot have {key}", param=paths[key]
         )
-    return MediaRef(kind, path, source, options, frames, uuid, part.role)
+    with_text = includes_text(given, paths)
+    return MediaRef(kind, path, source, options, frames, uuid, part.role, with_text)
 
 
 def given_options(

@@ -130,4 +130,4 @@ _MEDIA: Mapping[str, Read] = {
     "input_file": _read_file,
     **dict.fromkeys(VIDEO_KEYS, _read_video),
 }
-RESPONSES = Dialect(_lists, _MEDIA, _TEXTS, type_of, complete=complete)
+RESPONSES = Dialect(_lists, _MEDIA, _TEXTS, type_of, complete=complete, text_type="input_text")
