@@ -65,12 +65,14 @@ def to_original(box: Box, shown: "ShownImage", scale: float | None = 1000) -> Bo
     thousandths, 1 for fractions, None for pixels of the processed picture, as Qwen2.5-VL gives
     them. `shown` tells which region of the original the model saw, at which size.
     """
-    return Box(*_mapped(box[:4], shown, box.scale or scale), box.label)
+    left, top, right, bottom = _mapped(box[:4], shown, box.scale or scale)
+    return Box(left, top, right, bottom, box.label)
 
 
 def point_to_original(point: Point, shown: "ShownImage", scale: float | None = 1000) -> Point:
     """As `to_original`, for a point."""
-    return Point(*_mapped(point[:2], shown, point.scale or scale), point.label)
+    x, y = _mapped(point[:2], shown, point.scale or scale)
+    return Point(x, y, point.label)
 
 
 def _mapped(
