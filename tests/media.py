@@ -24,7 +24,7 @@ from server.request.dialects import dialect_of
 from server.request.media import MediaLimits
 from server.request.read import ReadRequest, RequestReader
 from server.telemetry.record import Record
-from tests import pictures
+from tests import hostile_pdfs, pictures
 
 LIMITS = MediaLimits(
     max_images=8,
@@ -125,6 +125,14 @@ def pdf(*sizes: tuple[int, int], color: str = "white") -> bytes:
     file = io.BytesIO()
     pages[0].save(file, "PDF", save_all=True, append_images=pages[1:], resolution=72)
     return file.getvalue()
+
+
+def lettered(text: str) -> bytes:
+    """A PDF of one page with a text layer."""
+    entries = b"/MediaBox [0 0 200 80] /Resources << /Font << /F1 5 0 R >> >>"
+    font = b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>"
+    content = f"BT /F1 12 Tf 10 40 Td ({text}) Tj ET".encode()
+    return hostile_pdfs.page(entries, content=content, o5=font)
 
 
 def gif(frames: int) -> bytes:

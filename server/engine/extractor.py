@@ -26,7 +26,7 @@ from server.errors import InvalidImage
 from server.imaging import pdf, sizing
 from server.imaging.convert import ArrayImage
 from server.imaging.decode import Decoded, DecodeOptions, OpenAnimation, TargetSize, decode
-from server.imaging.reduction import Box
+from server.imaging.reduction import Box, size_of
 from server.imaging.tokens import TokenRule
 from server.workers.jobs import FindDetail, PictureJob, ProcessJob, decode_kwargs, encode_kwargs
 from server.workers.worker import Array, Extractor, Feature, WorkerSpec
@@ -144,7 +144,7 @@ class ImageExtractor:
         if job.format == "PDF":
             size = job.size if job.crop is not None else resize or job.size
             decoded = Decoded(pdf.render(data, job.frame, size), size)
-            resize = resize or (size if job.crop is None else None)
+            resize = resize or (job.size if job.crop is None else size_of(job.crop))
         else:
             options, target = self._decode_options(job), self._target_size(job)
             decoded = decode(data, options, target, animation)
@@ -335,7 +335,7 @@ def _cropped(decoded: Decoded, box: Box) -> Decoded:
         part: Image.Image = ArrayImage(pixels)
     else:
         part = image.crop((left, top, right, bottom))
-    return Decoded(part, (box[2] - box[0], box[3] - box[1]))
+    return Decoded(part, size_of(box))
 
 
 def resized(frame: npt.NDArray[np.uint8], size: sizing.Size) -> npt.NDArray[np.uint8]:

@@ -7,7 +7,7 @@ from blake3 import blake3
 from server.errors import ImageAspectRatio, ImageTooLarge, InvalidImage
 from server.imaging import header as headers
 from server.imaging.header import ImageHeader
-from server.imaging.reduction import Box, Reduction
+from server.imaging.reduction import Box, Reduction, size_of
 from server.imaging.sizing import Size
 from server.imaging.tokens import Detail
 from server.imaging.tokens.rule import Region
@@ -60,8 +60,7 @@ class Crop:
 
     @property
     def size(self) -> Size:
-        left, top, right, bottom = self.box
-        return right - left, bottom - top
+        return size_of(self.box)
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def _with_overview(crops: list[Box], budget: int, tokens: Tokens) -> list[Shown]
     """A view of the whole and `crops`, within `budget` tokens; None if that is too little."""
     overview = min(max(budget // _OVERVIEW_PART, _OVERVIEW_LEAST), _OVERVIEW_MOST)
     left = budget - overview
-    wanted = [tokens(_size(box)) for box in crops]
+    wanted = [tokens(size_of(box)) for box in crops]
     if sum(wanted) > left:
         total = _areas(crops)
         wanted = [
@@ -131,7 +131,8 @@ def _side(start: int, end: int, most: int) -> tuple[int, int]:
     return start, start + length
 
 
-def _size(box: Box) -> Size:
+def size_of(box: Box) -> Size:
+    """Width and height."""
     return box[2] - box[0], box[3] - box[1]
 
 

@@ -222,8 +222,7 @@ class ImagePool:
         """The text layer of page `page` (from 0) of a PDF, of at most `most` characters. Raises as
         `process`."""
         features = await self._run(f"text-{page}-{id(data)}", data, PdfText(page, most), record)
-        found: bytes = features.arrays(_numbers)["text"].tobytes()
-        return found.decode()
+        return bytes(features.arrays(_numbers)["text"]).decode()
 
     async def count_frames(self, data: bytes, record: Record) -> int:
         """The number of frames or pages of an image. Raises as `process`."""

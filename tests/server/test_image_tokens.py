@@ -16,7 +16,7 @@ from openai import OpenAI
 
 from tests import families
 from tests.conftest import Server
-from tests.media import file_part, gif, pdf
+from tests.media import file_part, gif, lettered, pdf
 from tests.pictures import (
     TOKEN_PIXELS,
     data_url,
@@ -312,6 +312,23 @@ def test_blank_pages_of_a_pdf_take_few_tokens_where_asked(http: httpx.Client) ->
     rows = cost(http, file_part(document, detail="trim"))
     assert [row["tokens"] <= 16 for row in rows] == [True, True]
     assert all(row["tokens"] > 100 for row in cost(http, file_part(document)))
+
+
+def test_the_text_of_a_page_is_in_the_prompt_where_asked(http: httpx.Client) -> None:
+    prompts = []
+    for file in (lettered("Hamburgefonts"), pdf((200, 80))):
+        for asked in (False, True):
+            messages = user(file_part(file, include_text=asked), WHAT)
+            body = {"model": MODEL, "messages": messages, "return_token_strs": True}
+            response = http.post("/tokenize", json=body)
+            assert response.status_code == 200, response.text
+            prompts.append(response.json()["token_strs"])
+    without, with_text, blank, blank_with_text = prompts
+    assert len(with_text) > len(without)
+    assert any("f" in token for token in with_text[: with_text.index("<|image_pad|>")])
+    assert blank == blank_with_text
+    answer = ask(http, file_part(lettered("Hamburgefonts"), include_text=True), WHAT)
+    assert answer["usage"]["prompt_tokens"] == len(with_text)
 
 
 def test_an_option_of_grounding_that_does_not_fit_is_named(http: httpx.Client) -> None:

@@ -52,16 +52,8 @@ def test_a_page_that_cannot_be_reached_means_a_damaged_file(name: str) -> None:
         _rendered(ODD[name])
 
 
-def _lettered(text: str) -> bytes:
-    """A PDF of one page with a text layer."""
-    entries = b"/MediaBox [0 0 200 80] /Resources << /Font << /F1 5 0 R >> >>"
-    font = b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>"
-    content = f"BT /F1 12 Tf 10 40 Td ({text}) Tj ET".encode()
-    return hostile_pdfs.page(entries, content=content, o5=font)
-
-
 def test_the_text_of_a_page_is_read_up_to_a_limit() -> None:
-    data = _lettered("Hamburgefonts")
+    data = media.lettered("Hamburgefonts")
     assert pdf.text(data, 0, 100) == "Hamburgefonts"
     assert pdf.text(data, 0, 6) == "Hambur"
     assert pdf.text(media.pdf((100, 100)), 0, 100) == ""
@@ -72,22 +64,22 @@ def test_the_text_of_a_page_is_read_up_to_a_limit() -> None:
 
 
 def test_the_text_of_a_page_stands_before_its_picture() -> None:
-    part = media.file_part(_lettered("Hamburgefonts"), include_text=True)
+    part = media.file_part(media.lettered("Hamburgefonts"), include_text=True)
     text, image = media.prepare(media.chat(part)).content()
     assert text == {"type": "text", "text": "Text of page 1:\nHamburgefonts\n"}
     assert image["type"] == "image_url"
-    (alone,) = media.prepare(media.chat(media.file_part(_lettered("Hamburgefonts")))).content()
+    (alone,) = media.prepare(media.chat(media.file_part(media.lettered("Hamburgefonts")))).content()
     assert alone["type"] == "image_url"
     blank = media.file_part(media.pdf((100, 100), (100, 100)), include_text=True)
     assert len(media.prepare(media.chat(blank)).content()) == 2
-    file = media.file_part(_lettered("a"), include_text=True)["file"]
+    file = media.file_part(media.lettered("a"), include_text=True)["file"]
     body = {"input": [{"role": "user", "content": [{"type": "input_file", **file}]}]}
     content = media.prepare(body, "/v1/responses").document["input"][0]["content"]
     assert [each["type"] for each in content] == ["input_text", "input_image"]
 
 
 def test_text_that_cannot_be_included_is_refused() -> None:
-    wrong = media.file_part(_lettered("a"), include_text=1)
+    wrong = media.file_part(media.lettered("a"), include_text=1)
     with pytest.raises(ClientError) as refusal:
         media.prepare(media.chat(wrong))
     assert refusal.value.param == "messages[0].content[0].file.include_text"

@@ -90,7 +90,7 @@ def test_the_number_of_blocks_is_limited_and_all_detail_is_in_one() -> None:
     found = detail.blocks(page(*boxes, size=(1024, 1024)))
     assert 0 < len(found) <= detail.MAX_BLOCKS
     for box in boxes:
-        assert any(_covers(tuple(np.add(each, (-3, -3, 3, 3))), box) for each in found.tolist())
+        assert any(_covers(tuple(np.add(each, (-8, -8, 8, 8))), box) for each in found.tolist())
 
 
 def test_a_photo_is_one_block() -> None:
