@@ -5,6 +5,7 @@
 Only the formats in `_OPENERS` are opened.
 """
 
+import codecs
 import struct
 import zlib
 from collections.abc import Callable
@@ -159,6 +160,7 @@ def warm_up() -> None:
 
     from server.imaging.codecs import jpeg, kernels  # noqa: F401
 
+    codecs.lookup("utf-16-le")  # in which PDFium gives texts
     Image.init()  # the plugins of all formats
     opencv()
     libvips()

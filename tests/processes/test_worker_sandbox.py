@@ -27,7 +27,7 @@ from server.workers import pool as pools
 from server.workers.jobs import ProcessJob
 from server.workers.pool import ImagePool
 from server.workers.worker import WorkerSpec
-from tests import hostile_pdfs, intrusions, pictures
+from tests import hostile_pdfs, intrusions, media, pictures
 from tests.corpus.make import all_cases
 from tests.forked import SharedForkserver, in_fork
 from tests.fuzz import media_mutations
@@ -125,6 +125,15 @@ def test_a_worker_still_has_memory_threads_and_time(shared_forkserver: None) -> 
             assert (await answered(pool, "large 1000000"))["floats"] == ("float32", (2, 1_000_000))
             page = ProcessJob("PDF", (300, 200))  # a thread watches the time of a page
             await pool.process("page", hostile_pdfs.page(), page, Record())
+
+    asyncio.run(test())
+
+
+def test_a_worker_reads_the_text_of_a_page(shared_forkserver: None) -> None:
+    async def test() -> None:
+        async with pool_of("require") as pool:
+            assert await pool.pdf_text(media.lettered("Hamburg"), 0, 100, Record()) == "Hamburg"
+            assert await pool.pdf_text(media.pdf((20, 20)), 0, 100, Record()) == ""
 
     asyncio.run(test())
 
