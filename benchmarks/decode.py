@@ -37,7 +37,7 @@ from benchmarks import environment, photos
 from server.engine.vllm_adapter import plugin
 from server.imaging.decode import DecodeOptions, decode
 from server.imaging.sizing import FixedSize
-from server.workers.process import keep_freed_memory
+from server.workers.memory import keep_freed_memory
 
 Pixels = NDArray[np.uint8]
 Size = tuple[int, int]

@@ -28,7 +28,7 @@ from server.imaging import header
 from server.imaging.convert import array_of
 from server.imaging.decode import warm_up
 from server.workers.jobs import DecodeIO, ProcessJob
-from server.workers.process import keep_freed_memory
+from server.workers.memory import keep_freed_memory
 from server.workers.worker import Extractor
 
 # Modes to convert to, besides RGB, which clients can ask for.

@@ -447,6 +447,16 @@ def error_body(
     return {"error": {"message": message, "type": type_, "param": param, "code": code}}
 
 
+# OpenCV, torch and libvips have no classes for this.
+_RAN_OUT = ("allocate", "insufficient memory", "not enough memory", "out of memory")
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether memory ran out in a library."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in text for words in _RAN_OUT)
+
+
 # Codes for the errors of vLLM and of the framework, by HTTP status.
 STATUS_CODES = {
     400: "invalid_request",

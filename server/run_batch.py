@@ -24,7 +24,6 @@ from prometheus_client import start_http_server
 
 from saccade_client.errors import OutputLocked
 from saccade_client.lock import locked
-from server.app import Report, running
 from server.batches.items import Answer, ItemLoop
 from server.batches.lines import Item, LineLimits, Lines, scan
 from server.batches.results import Results, request_id
@@ -34,8 +33,10 @@ from server.errors import CannotStart
 from server.http.app import ADMITTED, Parts, build_app, inner_client, observed
 from server.http.batches import InnerClient
 from server.http.keys import KeyRing
+from server.parts import running
 from server.request.admission import Admission, Turn
 from server.settings import FileSettings, Settings
+from server.upload_folder import Report
 
 _URLS = ("http://", "https://")
 _CHUNK_BYTES = 1 << 20

@@ -25,12 +25,11 @@ from vllm.multimodal.video_decoders import VideoSourceMetadata, VideoTargetMetad
 
 from server.engine.vllm_adapter import video_decoder
 from server.errors import (
-    AudioTooLarge,
     ClientError,
     InvalidAudio,
     InvalidVideo,
-    SaccadeError,
     VideoTooLarge,
+    ran_out,
 )
 from server.imaging.containers import AudioContainer, refuse_references
 from server.imaging.decode import DecodeOptions, warm_up
@@ -293,11 +292,11 @@ def _plain(value: Any) -> Any:
     raise NotImplementedError
 
 
-def _video_error(error: Exception) -> SaccadeError:
+def _video_error(error: Exception) -> Exception:
     if isinstance(error, ClientError):
         return error
-    if isinstance(error, MemoryError):
-        return VideoTooLarge("the frames of the video take more memory than the limit allows")
+    if ran_out(error):
+        return MemoryError()
     return InvalidVideo("the video could not be decoded with the requested options")
 
 
@@ -324,8 +323,8 @@ def _audio(io: AudioMediaIO, data: bytes) -> Output:
     except ImportError:
         raise ClientError("this server has no decoder for audio clips") from None
     except Exception as error:
-        if isinstance(error, MemoryError):
-            raise AudioTooLarge("the audio clip takes more memory than the limit allows") from error
+        if ran_out(error):
+            raise MemoryError from error
         raise InvalidAudio("the audio clip is damaged or too long") from error
     answer = msgspec.msgpack.encode(AudioAnswer(rate), enc_hook=_plain)
     return Output(answer, [np.asarray(waveform, np.float32)])

@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from server.engine.extractor import ImageExtractor, resized
-from server.errors import InvalidVideo, SaccadeError, VideoTooLarge
+from server.errors import InvalidVideo, SaccadeError, ran_out
 from server.imaging.video import header, stills
 from server.imaging.video.header import Form
 from server.ingest.video_features import VideoFeaturesAnswer, VideoFeaturesJob
 from server.workers import preload
 from server.workers.jobs import decode_kwargs
-from server.workers.process import bounded_memory
+from server.workers.memory import bounded_memory
 from server.workers.sandbox import Data, Output
 from server.workers.shared_memory import ArrayWriter
 from server.workers.spare_time import SpareTime
@@ -62,10 +62,8 @@ def _process(
     except SaccadeError:
         raise
     except Exception as error:
-        if _ran_out(error):
-            raise VideoTooLarge(
-                "the frames of the video take more memory than the limit allows"
-            ) from None
+        if ran_out(error):
+            raise MemoryError from error
         raise InvalidVideo("the model's processor cannot process this video") from error
     writer = ArrayWriter()
     specs = {name: describe(value, writer) for name, value in outputs.items()}
@@ -74,11 +72,6 @@ def _process(
     preprocess_s = time.perf_counter() - decoded
     answer = VideoFeaturesAnswer(specs, decoded - started, preprocess_s)
     return Output(msgspec.msgpack.encode(answer), [buffer])
-
-
-def _ran_out(error: Exception) -> bool:
-    """Whether memory ran out; OpenCV and torch have no classes for it."""
-    return isinstance(error, MemoryError) or "memory" in str(error) or "allocate" in str(error)
 
 
 def _decoded(job: VideoFeaturesJob, data: bytes, spare: SpareTime) -> npt.NDArray[np.uint8]:

@@ -29,6 +29,7 @@ from server.workers.forkserver import Forkserver
 from server.workers.sandbox import (
     JobDied,
     JobLost,
+    JobRanOut,
     JobRefused,
     JobTimedOut,
     Output,
@@ -53,6 +54,7 @@ _JOB_ERRORS: dict[str, type[SaccadeError]] = {
         VideoTooLarge,
     )
 }
+_TOO_LARGE = {"video": VideoTooLarge, "audio clip": AudioTooLarge}
 
 
 class VideoOptions(msgspec.Struct, frozen=True):
@@ -223,6 +225,10 @@ class ClipDecoder:
             ) from None
         except JobDied:
             raise MediaProcessingFailed(f"the {kind} could not be processed") from None
+        except JobRanOut:
+            raise _TOO_LARGE[kind](
+                f"decoding the {kind} takes more memory than the limit allows"
+            ) from None
         except JobRefused as error:
             raise _JOB_ERRORS.get(error.code, SaccadeError)(error.message) from None
 

@@ -10,13 +10,13 @@ from typing import Any, cast
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
-from server import app
 from server.engine import vllm_http
 from server.engine.arguments import parse
 from server.engine.vllm_adapter import plugin
 from server.engine.vllm_adapter.remote_core import RemoteEngines
 from server.http import keys
 from server.http.app import batch_runner, build_app, inner_client, observed
+from server.parts import running
 from server.scale import scaling
 from server.scale.entrance import Entrance
 from server.scale.features import store_share
@@ -80,7 +80,7 @@ class Front:
         remote: RemoteEngines,
         started: "asyncio.Future[ASGIApp]",
     ) -> None:
-        async with app.running(args, settings, _report, remote=remote) as parts:
+        async with running(args, settings, _report, remote=remote) as parts:
             self._pool = parts.pool
             keeps_responses = bool(vllm_http.paths_that_keep_bodies())
             ring = keys.key_ring(

@@ -35,11 +35,10 @@ from server.workers import preload
 from server.workers.confinement import confine, lower_limit
 from server.workers.forked_process import ForkedProcess
 from server.workers.forkserver import Forkserver, ForkserverLost
+from server.workers.memory import keep_freed_memory, mapped_bytes
 from server.workers.process import (
     KILLED,
     has_worked,
-    keep_freed_memory,
-    mapped_bytes,
     out_of_memory_kills,
     processor_seconds,
     start_child,
@@ -106,6 +105,10 @@ class JobLost(Exception):
         self.ran_out = ran_out
 
 
+class JobRanOut(Exception):
+    """The job took more memory than its limit."""
+
+
 class JobRefused(Exception):
     """The job raised an error of `server.errors`, with this `code` and `message`."""
 
@@ -131,6 +134,10 @@ class _Done(msgspec.Struct, frozen=True, tag="done"):
 class _Failed(msgspec.Struct, frozen=True, tag="failed"):
     code: str
     message: str
+
+
+class _RanOut(msgspec.Struct, frozen=True, tag="ran_out"):
+    pass
 
 
 class _Call(msgspec.Struct, frozen=True):
@@ -167,7 +174,7 @@ class Sandbox:
 
         Raises:
             ServerBusy: too many jobs wait, or no process can be started.
-            JobRefused, JobTimedOut, JobDied, JobLost
+            JobRefused, JobRanOut, JobTimedOut, JobDied, JobLost
         """
         if self._waiting >= self.limits.queue:
             raise ServerBusy(f"{self._waiting} videos wait to be decoded, which is the limit")
@@ -265,7 +272,7 @@ def _read(fd: int) -> Output | None:
     """The result of a child that has exited; None if it exited before it had one.
 
     Raises:
-        JobRefused, JobDied
+        JobRefused, JobRanOut, JobDied
     """
     # Another holder of the descriptor could truncate the file under the mapping.
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
@@ -278,9 +285,11 @@ def _read(fd: int) -> Output | None:
         if length == 0:
             return None
         head = memory[_LENGTH.size : _LENGTH.size + length]
-        reply = msgspec.msgpack.decode(head, type=_Done | _Failed)
+        reply = msgspec.msgpack.decode(head, type=_Done | _Failed | _RanOut)
         if isinstance(reply, _Failed):
             raise JobRefused(reply.code, reply.message)
+        if isinstance(reply, _RanOut):
+            raise JobRanOut
         return Output(reply.answer, [_array(memory, each) for each in reply.arrays])
     except (ValueError, struct.error, msgspec.MsgspecError):
         raise JobDied("the result is damaged") from None
@@ -322,7 +331,7 @@ def _main(fds: list[int]) -> None:
     call, data = _received(source)
     module, _, name = call.prepare.partition(":")
     prepare: Prepare = getattr(importlib.import_module(module), name)
-    reply: _Done | _Failed
+    reply: _Done | _Failed | _RanOut
     arrays: list[npt.NDArray[Any]] = []
     try:
         work = prepare(call.job, SpareTime(allowed=call.spare_time))
@@ -333,6 +342,8 @@ def _main(fds: list[int]) -> None:
         reply = _Done(output.answer, [])
     except SaccadeError as error:
         reply = _Failed(error.code, error.message)
+    except MemoryError:
+        reply = _RanOut()
     _put(result, reply, arrays)
 
 
@@ -366,7 +377,7 @@ def _confine(call: _Call) -> None:
         raise RuntimeError(f"cannot confine this process: {', '.join(confinement.refused)}")
 
 
-def _put(fd: int, reply: _Done | _Failed, arrays: list[npt.NDArray[Any]]) -> None:
+def _put(fd: int, reply: _Done | _Failed | _RanOut, arrays: list[npt.NDArray[Any]]) -> None:
     """Write the result: the length of the head, the head, and then the arrays. The length is
     written last, so an incomplete result has none."""
     placed: list[_Placed] = []

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from server.workers.process import private_bytes
+from server.workers.memory import private_bytes
 
 # A job can touch about 100 MB between two checks.
 _POLL_S = 0.05

@@ -44,13 +44,13 @@ from server.workers.jobs import (
     PixelsJob,
     ProcessJob,
 )
-from server.workers.process import (
+from server.workers.memory import (
     FreedMemory,
     allocated_bytes,
     keep_freed_memory,
     return_freed_memory,
-    start_child,
 )
+from server.workers.process import start_child
 from server.workers.shared_memory import ArrayWriter, Segment
 from server.workers.work_limit import WorkLimit
 

@@ -5,24 +5,24 @@ import sys
 
 SCRIPT = """
 import time
-from server.workers import process
+from server.workers import memory
 
-process._RETURN_INTERVAL_S = 0.1
-process.return_regularly()
-least = process.private_bytes()
+memory._RETURN_INTERVAL_S = 0.1
+memory.return_regularly()
+least = memory.private_bytes()
 for _ in range(2):  # also what is used again after it was returned
     chunks, pins = [], []
     for _ in range(2000):
         chunks.append(bytes(bytearray(64_000)))
         pins.append(bytearray(1000))  # what is freed before it is not at the end of the heap
     end = [bytes(bytearray(64_000)) for _ in range(4000)]
-    assert process.private_bytes() > least + (300 << 20)
+    assert memory.private_bytes() > least + (300 << 20)
     time.sleep(0.5)  # looks while all of it is in use
     end.clear()  # glibc returns the end of the heap by itself
     chunks.clear()
     deadline = time.monotonic() + 30
-    while process.private_bytes() > least + (20 << 20):
-        assert time.monotonic() < deadline, process.private_bytes() - least
+    while memory.private_bytes() > least + (20 << 20):
+        assert time.monotonic() < deadline, memory.private_bytes() - least
         time.sleep(0.05)
 """
 
@@ -33,20 +33,20 @@ def test_freed_heap_below_live_objects_is_returned() -> None:
 
 IDLE = """
 import time
-from server.workers import process
+from server.workers import memory
 
-process._RETURN_INTERVAL_S = 0.1
-process.return_regularly()
+memory._RETURN_INTERVAL_S = 0.1
+memory.return_regularly()
 chunks, pins = [], []
 for _ in range(300):
     chunks.append(bytes(bytearray(64_000)))
     pins.append(bytearray(1000))
-held = process.private_bytes()
+held = memory.private_bytes()
 time.sleep(0.5)  # looks while all of it is in use
 chunks.clear()
 deadline = time.monotonic() + 30
-while process.private_bytes() > held - (15 << 20):
-    assert time.monotonic() < deadline, held - process.private_bytes()
+while memory.private_bytes() > held - (15 << 20):
+    assert time.monotonic() < deadline, held - memory.private_bytes()
     time.sleep(0.5)  # reading the memory is work too, and a process that works is not idle
 """
 
@@ -58,9 +58,9 @@ def test_an_idle_process_returns_all_of_its_freed_heap() -> None:
 PIECES = """
 import random
 import threading
-from server.workers import process
+from server.workers import memory
 
-process.keep_freed_memory_in_one_heap()
+memory.keep_freed_memory_in_one_heap()
 rng = random.Random(1)
 
 
@@ -71,14 +71,14 @@ def use(most: int, held: list) -> None:
             del held[rng.randrange(len(held))]
 
 
-least = process.private_bytes()
+least = memory.private_bytes()
 held = [[] for _ in range(3)]
 threads = [threading.Thread(target=use, args=(most, each)) for most, each in
            zip((5_000, 300_000, 5_000_000), held)]
 for thread in threads:
     thread.start()
 while any(thread.is_alive() for thread in threads):
-    process.return_in_pieces()
+    memory.return_in_pieces()
 for each in held:
     for data in each:
         assert data == data[:1] * len(data)
@@ -86,9 +86,9 @@ in_use = sum(len(data) for each in held for data in each)
 freed = [bytes(bytearray(30_000_000)) for _ in range(20)]
 pin = bytearray(100_000)
 freed.clear()
-assert process.private_bytes() > in_use + 500_000_000
-process.return_in_pieces()
-assert process.private_bytes() < least + in_use + 20_000_000, process.private_bytes() - in_use
+assert memory.private_bytes() > in_use + 500_000_000
+memory.return_in_pieces()
+assert memory.private_bytes() < least + in_use + 20_000_000, memory.private_bytes() - in_use
 for each in held:
     for data in each:
         assert data == data[:1] * len(data)
@@ -101,7 +101,7 @@ def test_the_heap_is_returned_in_pieces_while_threads_use_it() -> None:
 
 SCATTERED = """
 from pathlib import Path
-from server.workers import process
+from server.workers import memory
 
 
 def most_mapped() -> int:
@@ -112,7 +112,7 @@ def most_mapped() -> int:
 chunks = [bytearray(100_000) for _ in range(600)]
 del chunks[::2]
 before = most_mapped()
-process.return_in_pieces()
+memory.return_in_pieces()
 assert most_mapped() < before + (200 << 20), most_mapped() - before
 """
 

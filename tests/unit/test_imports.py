@@ -11,6 +11,8 @@ LAYERS = (
     ("cli", "clean_start", "__main__"),
     ("run_batch", "plan"),
     ("app", "supervisor", "scale", "replicas"),
+    ("parts",),
+    ("upload_folder",),
     ("http",),
     ("batches",),
     ("engine",),

@@ -70,7 +70,7 @@ def register() -> None:
     if changes.die_with_parent:
         _die_with_parent()
     if changes.return_memory and multiprocessing.parent_process() is not None:
-        from server.workers.process import return_regularly
+        from server.workers.memory import return_regularly
 
         return_regularly()
     if changes.quick_start:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageChops
 
-from server.errors import ImageFrameMissing, InvalidImage
+from server.errors import ImageFrameMissing, InvalidImage, ran_out
 from server.imaging.sizing import Size
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
@@ -171,6 +171,8 @@ def load_large(reader: str, data: bytes, size: Size, factor: int) -> Pixels:
             image = _shrunk(image, width, height)
         pixels = np.frombuffer(image.write_to_memory(), np.uint8)
     except vips.Error as error:
+        if ran_out(error):
+            raise MemoryError from error
         raise damaged() from error
     return pixels.reshape(image.height, image.width, image.bands)
 

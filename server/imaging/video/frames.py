@@ -33,6 +33,8 @@ must not matter."""
 Run: TypeAlias = Callable[..., Any]
 """Calls a function, its first argument, with the others. Steps of some milliseconds get there."""
 
+# What a decoder may need at once, in frames, and in bytes per pixel.
+_SPARE_FRAMES, _MOST_FRAME_BYTES = 4, 3
 # Bytes that FFmpeg may read beyond the end of its input.
 _PADDING = 64
 _HDR: dict[int, hdr.Transfer] = {ColorTrc.SMPTE2084: "pq", ColorTrc.ARIB_STD_B67: "hlg"}
@@ -64,6 +66,7 @@ def decode(
 
     Raises:
         InvalidVideo: none of the frames can be decoded.
+        MemoryError
         IndexError: the video has no frame of such a number.
         UnsupportedVideoFormat, VideoTooLarge: as `header.read` does.
     """
@@ -108,6 +111,8 @@ def _frames(
         for sample, frame in _decoded(context, data, track, frozenset(missing), run):
             missing.discard(sample)
             yield sample, frame
+        if missing:
+            _check_memory(track)
         if not missing or track.codec != "h264":
             return
 
@@ -122,6 +127,13 @@ def _decoded(
             yield from run(_chosen, context, _packet(data, track, sample), wanted)
         yield from run(_chosen, context, None, wanted)
         context.flush_buffers()
+
+
+def _check_memory(track: Track) -> None:
+    """Raises MemoryError if there is no room for some frames more: a decoder that got none may say
+    that its input is damaged, or nothing."""
+    width, height = track.coded_size
+    np.empty(_SPARE_FRAMES * _MOST_FRAME_BYTES * width * height, np.uint8)
 
 
 def _decoder(track: Track, max_pixels: int, reordered: int) -> av.VideoCodecContext:
@@ -154,7 +166,9 @@ def _chosen(
 ) -> list[tuple[int, av.VideoFrame]]:
     try:
         frames = context.decode(packet)
-    except av.FFmpegError:
+    except av.FFmpegError as error:
+        if isinstance(error, MemoryError):
+            raise
         return []  # a damaged frame; later ones may be whole
     return [(frame.pts, frame) for frame in frames if frame.pts in wanted]
 

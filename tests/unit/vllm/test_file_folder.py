@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from server.app import _file_store
 from server.errors import CannotStart
 from server.settings import FileSettings, Settings
+from server.upload_folder import file_store
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def stores(*given: FileSettings) -> tuple[list[bool], list[str]]:
 
     async def run() -> list[bool]:
         async with contextlib.AsyncExitStack() as stack:
-            opened = [_file_store(Settings(files=each), reports.append) for each in given]
+            opened = [file_store(Settings(files=each), reports.append) for each in given]
             return [await stack.enter_async_context(each) is not None for each in opened]
 
     return asyncio.run(run()), reports
