@@ -281,14 +281,14 @@ class HttpSettings(_Group):
         120.0,
         gt=0,
         description="Longest time without a sign of life from the engine, in seconds; then "
-        "`/health` and `/ready` return a 503, and so do running and new requests. Longer than any "
-        "step of the engine. One of several front ends that is silent for so long is killed and "
-        "started again.",
+        "`/health` and `/ready` return a 503, and so do running and new requests; with "
+        "`--restart-engine`, it is killed and started again. Longer than any step of the engine. "
+        "One of several front ends that is silent for so long is killed and started again.",
     )
     restart_engine: bool = Field(
         False,
-        description="Start the engine again in the same server when it has died, instead of ending "
-        "the server: running requests get a 503, and embeddings in host memory stay.",
+        description="Start the engine again in the same server when it has died or hangs, instead "
+        "of ending the server: running requests get a 503, and embeddings in host memory stay.",
     )
     max_engine_restarts: int = Field(
         3,

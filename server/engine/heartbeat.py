@@ -58,8 +58,8 @@ class Heartbeat:
             await asyncio.sleep(_INTERVAL_S)
 
     async def _wait_for(self, answer: asyncio.Future[object]) -> None:
-        """Count the silence until `answer` is there. An engine that is dead answers with an error;
-        others notice that."""
+        """Count the silence until `answer` is there. An engine that is dead, or was given up,
+        answers with an error; others notice that."""
         last = time.monotonic()
         while not (await asyncio.wait([answer], timeout=_INTERVAL_S))[0]:
             was_stalled, now = self.stalled, time.monotonic()
@@ -71,7 +71,7 @@ class Heartbeat:
                     await self._on_stall()
                 except Exception:
                     log.exception("failed to end the requests of the engine")
-        answer.exception()  # read it: else asyncio warns
-        if self.stalled:
+        is_dead = answer.exception() is not None  # read it: else asyncio warns
+        if self.stalled and not is_dead:
             log.warning("the engine answers again")
         self._silent_s = 0.0

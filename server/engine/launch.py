@@ -1,7 +1,6 @@
 """Starts vLLM inside this process, with Saccade's renderer, media connector and send pipeline."""
 
 import copy
-import functools
 import importlib.util
 import io
 import os
@@ -321,7 +320,7 @@ async def running(
 ) -> AsyncIterator[tuple[AsyncLLM, Heartbeat, Restarts | None]]:
     """Run the engine, from start to shutdown. `outcomes` follows its requests, which pass `gate`
     before they are sent. Starting blocks the event loop, as in vLLM. With `--restart-engine`, the
-    third result starts it again when it has died.
+    third result starts it again when it has died or hangs.
 
     With `mine`, the engine was started by another process, and is only reached from here."""
     torch.set_num_threads(1)  # this process only moves data; workers and engine use the cores
@@ -334,8 +333,12 @@ async def running(
             await several_clients.join(engine, mine)
         await engine.reset_mm_cache()  # waits for the warm-up, and drops its items
         outcomes.follow(engine)
-        fail = functools.partial(fail_requests, engine)
-        heartbeat = Heartbeat(engine.is_sleeping, settings.http.engine_stall_timeout_s, fail)
+        starter = None
+        heartbeat = Heartbeat(
+            engine.is_sleeping,
+            settings.http.engine_stall_timeout_s,
+            lambda: _end_stalled(engine, starter),
+        )
         Parameters(engine, settings.constraints, heartbeat)
         sender = Sender(engine, _processor_cache(engine), outcomes, gate)
         item_encoder.install(engine)
@@ -346,7 +349,8 @@ async def running(
         enable_envs_cache()  # as in vLLM's other processes: each request reads many of them
         restarts = None
         if before is not None:
-            restarts = _restarts(engine, before, settings.http, sender)
+            starter = _starter(engine, before, sender)
+            restarts = _restarts(engine, starter, settings.http)
         async with heartbeat:
             yield engine, heartbeat, restarts
     finally:
@@ -373,14 +377,24 @@ def _started(prepared: PreparedEngine, mine: FrontEnd | None) -> AsyncLLM:
         raise CannotStart(reason) from None
 
 
-def _restarts(
-    engine: AsyncLLM, config: VllmConfig, settings: HttpSettings, sender: Sender
-) -> Restarts:
+async def _end_stalled(engine: AsyncLLM, starter: core_restart.CoreStarter | None) -> None:
+    """The engine does not answer: end its requests. If it can be started again, it will be."""
+    if starter is not None:
+        starter.give_up_core()
+    await fail_requests(engine)
+
+
+def _starter(engine: AsyncLLM, config: VllmConfig, sender: Sender) -> core_restart.CoreStarter:
     def attach(engine: AsyncLLM) -> None:
         item_encoder.install(engine)
         sender.attach()
 
-    starter = core_restart.CoreStarter(engine, config, attach)
+    return core_restart.CoreStarter(engine, config, attach)
+
+
+def _restarts(
+    engine: AsyncLLM, starter: core_restart.CoreStarter, settings: HttpSettings
+) -> Restarts:
     return Restarts(
         lambda: engine.errored,
         starter.start_again,

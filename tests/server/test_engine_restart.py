@@ -27,14 +27,17 @@ from tests.server.test_lifecycle import (
     until,
 )
 
-MOST = 2
+MOST = 3
+# An engine that has been silent for so long is killed.
+STALL_S = 10
 START_TIMEOUT_S = 300
 RESTARTS = "saccade_engine_restarts_total"
 
 
 @pytest.fixture(scope="module")
 def restarting() -> Iterator[Server]:
-    flags = ("--restart-engine", "--max-engine-restarts", str(MOST), "--max-model-len", "4096")
+    flags = ["--restart-engine", "--max-engine-restarts", str(MOST), "--max-model-len", "4096"]
+    flags += ["--engine-stall-timeout-s", str(STALL_S)]
     with serving(*flags, "--api-key", "sk-secret-of-flag") as server:
         yield server
 
@@ -68,17 +71,23 @@ def await_ready(web: httpx.Client) -> None:
         time.sleep(0.2)
 
 
-@pytest.mark.parametrize("victim", ["VLLM::EngineCore", "VLLM::Worker"])
+@pytest.mark.parametrize(
+    ("victim", "number", "color"),
+    [
+        ("VLLM::EngineCore", signal.SIGKILL, "red"),
+        ("VLLM::Worker", signal.SIGKILL, "green"),
+        ("VLLM::EngineCore", signal.SIGSTOP, "blue"),  # it hangs
+    ],
+)
 def test_a_dead_engine_comes_back_with_the_embeddings_in_host_memory(
-    restarting: Server, web: httpx.Client, victim: str
+    restarting: Server, web: httpx.Client, victim: str, number: signal.Signals, color: str
 ) -> None:
-    color = "red" if victim.endswith("Core") else "green"
     before, segments = ask(web, color), left_behind(restarting)
     restarts = value(scrape(web), RESTARTS)
     others = set(restarting.children()) - set(restarting.named("VLLM::"))
     with sent_until_ready(restarting, web) as answers, requests_running(web) as running:
         killed = restarting.named(victim)[0]
-        killed.kill()
+        killed.send_signal(number)
         until(lambda: web.get("/ready").status_code == 503)
         assert web.get("/health").status_code == 200
         refused = web.post("/v1/chat/completions", json={**LONG, "max_tokens": 2})

@@ -1,4 +1,4 @@
-"""Starts vLLM's engine core again in the place of one that has died.
+"""Starts vLLM's engine core again in the place of one that has died or hangs.
 
 The `AsyncLLM` stays, and with it all that was made for it: the renderer, the serving classes of the
 routes, the metrics. It gets the client of another core. What the dead core knew is gone: requests,
@@ -25,6 +25,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.utils import EngineZmqAddresses, launch_core_engines
 from vllm.v1.executor import Executor
 
+from server.concurrency import cancel
 from server.engine.vllm_adapter import plugin, shared_segments
 from server.engine.vllm_adapter.stall import fail_requests
 from server.errors import CannotStart
@@ -75,6 +76,11 @@ class CoreStarter:
         core: Any = engine.engine_core
         self._workers = _descendants(core.resources.engine_manager)
 
+    def give_up_core(self) -> None:
+        """The core hangs: from now on it counts as dead, and will not come back."""
+        core: Any = self._engine.engine_core
+        core.resources.engine_dead = True
+
     async def start_again(self) -> None:
         """End what is left of the dead core, fail its requests, and start another. The engine
         counts as dead until that takes requests.
@@ -93,8 +99,10 @@ class CoreStarter:
         engine._run_output_handler()
 
     async def _clear_away(self) -> None:
+        self.give_up_core()
         core: Any = self._engine.engine_core
-        core.resources.engine_dead = True
+        if (handler := self._engine.output_handler) is not None:
+            await cancel(handler)  # later, it would fail the requests of the next core
         for answer in core.utility_results.values():
             if not answer.done():
                 answer.set_exception(EngineDeadError())
