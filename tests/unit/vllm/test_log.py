@@ -7,7 +7,8 @@ import logging
 from collections.abc import Iterator
 
 import pytest
-from vllm.logger import init_logger
+from vllm.config.logging import LoggingConfig
+from vllm.logger import configure_logging_if_needed, init_logger
 
 from server.telemetry.log import RequestLog, bound_messages, bounded
 from server.telemetry.record import Record, Times
@@ -15,6 +16,7 @@ from server.telemetry.record import Record, Times
 
 @pytest.fixture
 def bounded_logs() -> Iterator[None]:
+    configure_logging_if_needed(LoggingConfig())
     before = logging.getLogRecordFactory()
     bound_messages()
     yield

@@ -2,9 +2,8 @@
 write."""
 
 import asyncio
-import copy
 import json
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any
 
 import pytest
@@ -27,15 +26,17 @@ from server.engine.vllm_adapter import messages_stream, text_stream
 from server.engine.vllm_adapter.messages_stream import MessagesStream
 from server.request.context import RequestContext, entered
 from server.telemetry.record import Record
-from tests.unit.vllm.test_text_stream import (
+from tests.streams import (
     COUNTS,
     REASONS,
     STEPS,
     TEXT,
     TOKENIZER,
     Engine,
+    events_of,
     output,
     serving_with,
+    vllms_chunks,
 )
 
 TOOL = {"name": "f", "input_schema": {"type": "object"}}
@@ -98,29 +99,7 @@ def vllms(
     outputs: Sequence[RequestOutput | Exception],
 ) -> list[str]:
     """The events that vLLM makes."""
-
-    async def given() -> AsyncIterator[RequestOutput]:
-        for each in copy.deepcopy(list(outputs)):
-            if isinstance(each, Exception):
-                raise each
-            yield each
-
-    async def run() -> list[str]:
-        chunks: Any = text_stream._vllms(
-            serving,
-            chat,
-            given(),
-            "chatcmpl-1",
-            "m",
-            [],
-            TOKENIZER,
-            RequestResponseMetadata(request_id="r"),
-            mm_token_counts=COUNTS,
-        )
-        events = messages_stream._vllms(serving, chunks)
-        return [event.removesuffix("\n\n") async for event in events]
-
-    return asyncio.run(run())
+    return events_of(lambda: messages_stream._vllms(serving, vllms_chunks(serving, chat, outputs)))
 
 
 def parsed(events: list[str]) -> list[tuple[str, Any]]:
