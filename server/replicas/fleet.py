@@ -66,12 +66,27 @@ class Fleet:
         folder = self._replicas[0].folder
         try:
             with _signals(self._signals):
-                async with self._together.answering(folder / "together"):
-                    return await self._serve(listening, invitation)
+                try:
+                    async with self._together.answering(folder / "together"):
+                        return await self._serve(listening, invitation)
+                finally:
+                    await self._end_started()
         finally:
-            for child in (*self._running.values(), self._proxy):
-                if child is not None:
-                    child.kill()
+            for child in self._started_now():
+                child.kill()
+
+    def _started_now(self) -> list[Child]:
+        children = [*self._running.values(), self._proxy]
+        return [child for child in children if child is not None and not child.has_ended]
+
+    async def _end_started(self) -> None:
+        """End what runs after a start that has failed or was interrupted. Replicas remove their
+        temporary files, unless another signal comes."""
+        children = self._started_now()
+        for child in children:
+            child.send(signal.SIGTERM)
+        if children:
+            await self._unless_signalled(_have_ended(children, _SPARE_S))
 
     async def _serve(self, listening: socket.socket, invitation: str) -> int:
         keeping = [
@@ -97,6 +112,7 @@ class Fleet:
                 if task.done():
                     task.result()  # raises
             if not self._signals.empty():
+                self._signals.get_nowait()
                 raise KeyboardInterrupt
         self._has_begun = True
 

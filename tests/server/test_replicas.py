@@ -8,10 +8,12 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -285,10 +287,18 @@ def test_a_signal_ends_all_after_their_answers(fleet: Server, client: httpx.Clie
     ("end", "status", "said"),
     [("signal", 130, "stopped during start-up"), ("kill", 1, "replica 1 has ended with signal 9")],
 )
-def test_an_end_during_the_start_leaves_no_process(end: str, status: int, said: str) -> None:
+def test_an_end_during_the_start_leaves_nothing(end: str, status: int, said: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        end_during_start(end, status, said, folder)
+        left = [file.name for file in Path(folder).iterdir() if file.name.startswith("saccade-run")]
+    assert len(left) <= (end == "kill"), "only a replica that was killed removes nothing"
+
+
+def end_during_start(end: str, status: int, said: str, folder: str) -> None:
     command = [sys.executable, "-m", "server", "serve", "--port", "0", "--replicas", "2"]
+    env = {**os.environ, **ENGINES, "TMPDIR": folder}
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | ENGINES
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=env
     )
     assert process.stderr is not None
     while "starting 2 replicas" not in process.stderr.readline():
