@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import math
 import os
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -18,6 +19,8 @@ T = TypeVar("T")
 _threads = ThreadPoolExecutor(4, "media")
 # Calls that keep the GIL get so many bytes at a time.
 SLICE_BYTES = 256 * 1024
+# While other work comes in each iteration of the event loop, one task in turn goes on this often.
+_LONGEST_WAY_S = 0.005
 
 
 async def in_thread(work: Callable[..., T], *args: Any) -> T:
@@ -121,22 +124,32 @@ class Turns:
         self._most = self._left = most
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._renews = self._gives_way = False
+        self._next_at = 0.0
 
     def give_way(self) -> None:
-        """There is other work: only one task passes in the next iteration."""
-        self._left = min(self._left, 1)
+        """There is other work: no task passes in the next iteration, or one if none has for
+        `_LONGEST_WAY_S`."""
         self._gives_way = True
+        self._left = min(self._left, self._most_now())
 
     async def next(self) -> None:
         """Wait for a turn."""
         if not self._renews:
             self._renew_soon()
         if self._left and not self._waiting:
-            self._left -= 1
+            self._note_pass()
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         await turn
+
+    def _most_now(self) -> int:
+        return int(time.monotonic() >= self._next_at) if self._gives_way else self._most
+
+    def _note_pass(self) -> None:
+        self._left -= 1
+        if self._gives_way:
+            self._next_at = time.monotonic() + _LONGEST_WAY_S
 
     def _renew_soon(self) -> None:
         self._renews = True
@@ -144,13 +157,13 @@ class Turns:
 
     def _renew(self) -> None:
         self._renews = False
-        self._left = 1 if self._gives_way else self._most
-        self._gives_way = False
+        self._left = self._most_now()
         while self._left and self._waiting:
             turn = self._waiting.popleft()
             if not turn.done():  # and its task was not cancelled
                 turn.set_result(None)
-                self._left -= 1
+                self._note_pass()
+        self._gives_way = False
         if self._waiting:
             self._renew_soon()
 

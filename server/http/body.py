@@ -217,7 +217,9 @@ class BodyReader:
         announced = length_in(value_of(scope, b"content-length"))
         _check(announced, max_bytes)
         if announced > SMALL_BODY_BYTES:
-            await share.grow(announced)
+            connection = connection_of(scope)
+            was_let_in = connection is not None and connection.body_begins()
+            await share.grow(announced, was_let_in=was_let_in)
         chunks: list[bytes] = []
         received = 0
         begin = time.monotonic()

@@ -1,7 +1,9 @@
 """Bounds the bytes of request bodies that the whole server holds at the same time.
 
 A body takes its share before it is read, so a client whose body has no place is not read from, and
-its socket pushes back. Small bodies take no share: the limit on connections bounds them.
+its socket pushes back. Small bodies take no share: the limit on connections bounds them. What was
+let in by its head counts from then on (`Expected`), since it may begin only after hundreds of other
+heads.
 
 A body may wait for its share, unless as many bytes wait already as there are, or it would wait too
 long at the rate at which bytes became free lately. Then its request is refused at once. While the
@@ -12,6 +14,7 @@ Bodies of batches take a quarter of the bytes at most, or one body, and none whi
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 
 from server.concurrency import Turns
 from server.errors import BodyMemoryFull
@@ -41,6 +44,7 @@ class ByteBudget:
         self._wait_timeout_s = wait_timeout_s
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._waiting_bytes = 0
+        self._expected_bytes = 0
         self._rate = Rate(_MEASURED)
         metrics.admission_limit.labels("body_bytes").set(total)
         metrics.admission_held.labels("body_bytes").set_function(lambda: self.held)
@@ -50,8 +54,16 @@ class ByteBudget:
         """How many bodies wait for their shares."""
         return len(self._waiting)
 
-    async def take(self, nbytes: int) -> None:
-        """Take `nbytes`, which the caller must give back.
+    def expect(self, nbytes: int) -> "Expected":
+        """A body of `nbytes` will be taken, which was let in by its head."""
+        self._expected_bytes += nbytes
+        return Expected(self._end_expected, nbytes)
+
+    def _end_expected(self, nbytes: int) -> None:
+        self._expected_bytes -= nbytes
+
+    async def take(self, nbytes: int, *, was_let_in: bool = False) -> None:
+        """Take `nbytes`, which the caller must give back. If they `was_let_in`, they may wait.
 
         Raises:
             BodyMemoryFull: they did not become free in time, or would not.
@@ -59,7 +71,7 @@ class ByteBudget:
         if not self._waiting and self.held + nbytes <= self.total:
             self.held += nbytes
             return
-        if (full := self.refusal(nbytes)) is not None:
+        if not was_let_in and (full := self.refusal(nbytes)) is not None:
             raise full
         granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         entry = (nbytes, granted)
@@ -78,8 +90,8 @@ class ByteBudget:
                 raise self._full(1.0) from None
             raise
 
-    async def take_background(self, nbytes: int) -> None:
-        """As `take`, for the body of a request of a batch, which does not wait."""
+    async def take_background(self, nbytes: int, *, was_let_in: bool = False) -> None:
+        """As `take`, for the body of a request of a batch, which does not wait and has no head."""
         others = self._in_background
         if self._waiting or (others and others + nbytes > self.total // 4):
             raise self._full(1.0)
@@ -96,20 +108,20 @@ class ByteBudget:
     def refusal(self, nbytes: int) -> BodyMemoryFull | None:
         """The refusal of a body of `nbytes` that is not worth waiting: they would not become free
         in time."""
-        needed = self.held + self._waiting_bytes + nbytes - self.total
+        needed = self.held + self._waiting_bytes + self._expected_bytes + nbytes - self.total
         if needed <= 0:
             return None
         rate = self._rate.per_second()
         late_s = needed / rate - self._wait_timeout_s if rate else 0.0
         most = self.total if rate else max(self.total // 4, nbytes)
-        if late_s > 0 or self._waiting_bytes + nbytes > most:
+        if late_s > 0 or needed > most:
             return self._full(max(1.0, late_s))
         return None
 
     def _full(self, seconds: float) -> BodyMemoryFull:
         error = BodyMemoryFull(
             f"the bodies of other requests take {self.held} bytes, the limit is {self.total}, and "
-            f"{self._waiting_bytes} bytes wait; try again later"
+            f"{self._waiting_bytes + self._expected_bytes} bytes wait; try again later"
         )
         error.retry_after_s = whole_seconds(seconds)
         return error
@@ -132,6 +144,19 @@ class ByteBudget:
             granted.set_result(None)
 
 
+class Expected:
+    """What a body will take that was let in by its head, until `end`."""
+
+    def __init__(self, on_end: Callable[[int], None], nbytes: int) -> None:
+        self._on_end = on_end
+        self._nbytes = nbytes
+
+    def end(self) -> None:
+        """The body takes its share, or will not come. Further calls do nothing."""
+        self._on_end(self._nbytes)
+        self._nbytes = 0
+
+
 class Share:
     """What one body holds of the budget. Use it as a context manager: the share ends with it."""
 
@@ -148,14 +173,14 @@ class Share:
         if self._nbytes:
             self._give_back(self._nbytes)
 
-    async def grow(self, nbytes: int) -> None:
-        """Hold at least `nbytes`.
+    async def grow(self, nbytes: int, *, was_let_in: bool = False) -> None:
+        """Hold at least `nbytes`; see `ByteBudget.take`.
 
         Raises:
             BodyMemoryFull: they did not become free in time, or would not.
         """
         if nbytes > self._nbytes:
-            await self._take(nbytes - self._nbytes)
+            await self._take(nbytes - self._nbytes, was_let_in=was_let_in)
             self._nbytes = nbytes
 
     def shrink(self, nbytes: int) -> None:

@@ -2,7 +2,7 @@
 
 A flood of large bodies is a flood of heads first. All layers of the app would take most of a
 millisecond for each, in which the event loop does nothing else. So the connection itself refuses a
-body that would find no room.
+body that would find no room, and those that are let in begin when no more heads come.
 """
 
 import json
@@ -12,7 +12,7 @@ from server.concurrency import Turns
 from server.errors import SaccadeError, error_body
 from server.http import errors
 from server.http.answer import request_id
-from server.http.byte_budget import ByteBudget
+from server.http.byte_budget import ByteBudget, Expected
 from server.http.headers import length_in
 from server.request.read import SMALL_BODY_BYTES
 from server.telemetry import metrics
@@ -42,15 +42,19 @@ class HeadCheck:
         self._begun = begun
 
     def note_arrival(self) -> None:
-        """Somebody has connected, and is to be heard before many others begin or more of the bodies
-        is read: others wait for a refusal."""
+        """Somebody has connected, and is to be heard before others begin or more of the bodies is
+        read: others wait for a refusal."""
+        self._give_way()
+
+    def _give_way(self) -> None:
         self._bodies.turns.give_way()
         if self._begun is not None:
             self._begun.give_way()
 
-    def refusal(self, method: bytes, url: bytes, headers: Headers) -> SaccadeError | None:
-        """Why a request is refused; None if it goes to the app. That also answers pages of other
-        sites, since browsers show them no error without the headers for it."""
+    def decide(self, method: bytes, url: bytes, headers: Headers) -> SaccadeError | Expected | None:
+        """Why a request is refused; else, what its body will take. None: the app decides. That also
+        answers pages of other sites, since browsers show them no error without the headers for
+        it."""
         if method not in _WITH_BODY:
             return None
         length = 0
@@ -59,10 +63,13 @@ class HeadCheck:
                 length = length_in(value)
             elif name == b"origin":
                 return None
-        if not SMALL_BODY_BYTES < length <= self._max_bytes:
+        if not SMALL_BODY_BYTES < length <= self._max_bytes or self._is_passed_on(_path_of(url)):
             return None
         refused = self._bodies.refusal(length)
-        return None if refused is None or self._is_passed_on(_path_of(url)) else refused
+        if refused is None:
+            return self._bodies.expect(length)
+        self._give_way()
+        return refused
 
 
 def note(error: SaccadeError) -> None:

@@ -30,7 +30,7 @@ from server.http.scope import (
 )
 from server.telemetry import log, metrics, tracing
 from server.telemetry.record import OUTCOMES, Record, Times
-from server.telemetry.stages import Stage
+from server.telemetry.stages import Stage, Timeline
 
 _log = logging.getLogger("saccade.observe")
 
@@ -91,8 +91,10 @@ class Observed:
             await self._app(scope, receive, send)
             return
         connection = take_connection(scope)
-        record = self._record(scope)
-        is_work = record.method == "POST"
+        is_work = scope["method"] == "POST"
+        came, came_ns = time.monotonic(), time.time_ns()
+        was_cut = is_work and await self._is_cut_before_turn()
+        record = self._record(scope, came, came_ns)
         scope = self._scope(scope, record, is_work=is_work)
         if connection is not None:
             set_connection(scope, connection)
@@ -107,8 +109,8 @@ class Observed:
         if is_work:
             metrics.requests_in_flight.inc()
         try:
-            if is_work:
-                await self.turns.next()
+            if was_cut:
+                raise asyncio.CancelledError
             await self._app(scope, receive, answer.send)
             if answer.was_cancelled:
                 await answer.fail(_reason(connection))
@@ -133,7 +135,16 @@ class Observed:
             except Exception:
                 _log.exception("failed to record request %s", record.id)
 
-    def _record(self, scope: Scope) -> Record:
+    async def _is_cut_before_turn(self) -> bool:
+        """Wait for the request's turn: nothing was done for it yet that takes time. Returns whether
+        it was cancelled meanwhile."""
+        try:
+            await self.turns.next()
+        except asyncio.CancelledError:
+            return True
+        return False
+
+    def _record(self, scope: Scope, came: float, came_ns: int) -> Record:
         path = scope["path"].removeprefix(self._root_path)[:_PATH_LENGTH]
         client = scope.get("client")
         return Record(
@@ -143,6 +154,8 @@ class Observed:
             route=path if path in self._routes else None,
             client=client[0] if client else None,
             background=item_of(scope) is not None,
+            timeline=Timeline(came),
+            epoch_ns=came_ns,
         )
 
     def _scope(self, scope: Scope, record: Record, *, is_work: bool) -> Scope:

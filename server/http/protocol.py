@@ -30,6 +30,7 @@ from server.errors import (
     UrlTooLong,
 )
 from server.http import head_check
+from server.http.byte_budget import Expected
 from server.http.head_check import HeadCheck
 from server.http.large_body import LargeBody
 from server.http.scope import set_connection
@@ -128,6 +129,7 @@ class Connection(HttpToolsProtocol):
         self._body_bytes = self._wire_bytes = 0
         self._unsent, self._unsent_since = 0, 0.0
         self._large_body: LargeBody | None = None
+        self._expected: Expected | None = None
         # So many bytes of the body are left when a part of it was read past the parser.
         self._past_parser = 0
 
@@ -151,6 +153,7 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
         if self._large_body is not None:
             self._large_body.stop()
+        self.body_begins()
         if self._refused_at is not None:
             self.server_state.lingering -= 1
         if self.on_leaving is not None:
@@ -194,6 +197,14 @@ class Connection(HttpToolsProtocol):
         self.server_state.read_later(self)
 
     # ------------------------------------------------------------------ large bodies
+
+    def body_begins(self) -> bool:
+        """The body takes its share of the memory, or never will. Returns whether it was let in by
+        its head."""
+        expected, self._expected = self._expected, None
+        if expected is not None:
+            expected.end()
+        return expected is not None
 
     def rest_of_body(self, nbytes: int) -> LargeBody | None:
         """Let the caller read the rest of the body, `nbytes`, past uvicorn. None if it cannot be
@@ -329,14 +340,16 @@ class Connection(HttpToolsProtocol):
 
     def _is_refused(self) -> bool:
         """Whether the request is refused by its head."""
-        if self._refused_at is None and self._heads is not None:
-            is_next = self.cycle is None or self.cycle.response_complete
-            error = self._heads.refusal(self.parser.get_method(), self.url, self.headers)
-            if is_next and error is not None:
-                head_check.note(error)
-                self._refuse(error)
+        is_next = self.cycle is None or self.cycle.response_complete
+        if self._refused_at is None and self._heads is not None and is_next:
+            decided = self._heads.decide(self.parser.get_method(), self.url, self.headers)
+            if isinstance(decided, SaccadeError):
+                head_check.note(decided)
+                self._refuse(decided)
                 if not self.transport.is_closing():
                     self._pause_lingering()
+            else:
+                self._expected = decided
         return self._refused_at is not None
 
     def on_body(self, body: bytes) -> None:
@@ -354,6 +367,7 @@ class Connection(HttpToolsProtocol):
             self.flow.resume_reading()  # to notice when the client leaves
 
     def on_response_complete(self) -> None:
+        self.body_begins()
         super().on_response_complete()
         if self._large_body is not None:
             self.flow.pause_reading()

@@ -133,6 +133,10 @@ class Connection(Protocol):
     def engine_has_died(self) -> bool:
         """Whether the server stops for this reason."""
 
+    def body_begins(self) -> bool:
+        """The body takes its share of the memory now. Returns whether it was let in by its head, so
+        that it may wait for it."""
+
     def rest_of_body(self, nbytes: int) -> LargeBody | None:
         """To read the rest of the request's body, `nbytes`, of which nothing has been received;
         None if it has to come as messages."""

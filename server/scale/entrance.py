@@ -58,6 +58,10 @@ class _Connection:
     def __init__(self) -> None:
         self.on_leaving: Callable[[], None] | None = None
 
+    def body_begins(self) -> bool:
+        """None was let in by its head."""
+        return False
+
     def rest_of_body(self, nbytes: int) -> LargeBody | None:
         """Bodies come as messages."""
         return None
