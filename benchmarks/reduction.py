@@ -2,11 +2,11 @@
 
     python -m benchmarks.reduction --output FILE [--url http://HOST:PORT]
 
-The demo model reads, counts and finds objects on pages that are white but for one or two cards: a
-text, a note, a crowd or objects, as the evaluation of the model draws them. A page of 640 x 480
-pixels fits into the 300 tokens of the model; one of 1600 x 1200 is shrunk to them, by 2.5. Boxes
-are compared in pixels of the page, as `include_grounding` gives them. All policies get the same
-pages.
+The demo model reads, counts and finds objects on pages that are white but for one or two places: a
+text, a note, a crowd or objects, drawn anew as in its training on white, within 256 x 192 pixels. A
+page of 640 x 480 pixels fits into the 300 tokens of the model; one of 1600 x 1200 is shrunk to
+them, by 2.5. Boxes are compared in pixels of the page, as `include_grounding` gives them. All
+policies get the same pages.
 """
 
 import argparse
@@ -17,27 +17,36 @@ import random
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 from PIL import Image
 
 from benchmarks import environment
 from benchmarks.processes import Server, free_port
 from server.demo.media import image_part, png
 from server.demo.scoring import score
-from server.demo.training.examples import single
+from server.demo.training.objects import crowd, objects
 from server.demo.training.scene import Question, Scene
-from server.demo.training.texts import text
+from server.demo.training.texts import note, text
 
 _SEED = 20261130
 _PAGES = {"640x480": (640, 480), "1600x1200": (1600, 1200)}
 _CARD = (256, 192)
 _GLYPH = 24.0  # pixels: the least height of texts, as in the evaluation
-_SCENES = {"read": "text", "read_label": "note", "count": "crowd", "box": "objects"}
+_LENGTHS = range(2, 7)  # of the texts that are read, as in the evaluation
+_MAKERS: dict[str, Callable[[random.Random], Scene]] = {
+    "read": lambda rng: text(rng, _CARD, False, _GLYPH),
+    "read_label": lambda rng: note(rng, _CARD, False),
+    "count": lambda rng: crowd(rng, _CARD, False),
+    "box": lambda rng: objects(rng, _CARD, False),
+}
+_WRITTEN = ["read", "read_label"]  # the second place of a page is of the other sort
 # By name, the options of the image.
 _POLICIES: dict[str, dict[str, Any]] = {
     "whole": {},
@@ -67,13 +76,13 @@ class Page:
 def page(kind: str, size: tuple[int, int], cards: int, task: str, index: int) -> Page:
     """A page with `cards` cards, of which the question is about the first."""
     rng = random.Random(f"{_SEED}/{kind}/{task}/{index}")
-    scene, question = _asked(rng, task)
+    card, question = _asked(rng, task)
     places = _places(rng, size, cards)
     image = Image.new("RGB", size, "white")
-    image.paste(scene.image, places[0])
-    others = [other for other in _SCENES if other != task]
+    image.paste(card, places[0])
+    others = _WRITTEN if task not in _WRITTEN else [it for it in _MAKERS if it not in _WRITTEN]
     for place in places[1:]:
-        image.paste(_asked(rng, rng.choice(others))[0].image, place)
+        image.paste(_asked(rng, rng.choice(others))[0], place)
     expected = question.answer
     if task == "box":
         numbers = json.loads(expected)
@@ -88,18 +97,30 @@ def page(kind: str, size: tuple[int, int], cards: int, task: str, index: int) ->
     return Page(kind, task, png(image, fast=True), question.text, expected)
 
 
-def _asked(rng: random.Random, task: str) -> tuple[Any, Question]:
-    """The picture of a card, and a question of this task about it."""
+def _asked(rng: random.Random, task: str) -> tuple[Image.Image, Question]:
+    """A white card, and a question of this task about it."""
     while True:
-        if task == "read":
-            scene: Scene = text(rng, _CARD, True, _GLYPH)
-            picture, questions = scene.picture, scene.questions
-        else:
-            made = single(rng, _SCENES[task], _CARD, held_out=True)
-            (picture,), questions = made.pictures, made.questions
-        fitting = [each for each in questions if each.task == task]
-        if fitting:
-            return picture, rng.choice(fitting)
+        scene = _MAKERS[task](rng)
+        fitting = [
+            each
+            for each in scene.questions
+            if each.task == task and (task != "read" or len(each.answer) in _LENGTHS)
+        ]
+        if fitting and (image := _whitened(scene)) is not None:
+            return image, rng.choice(fitting)
+
+
+def _whitened(scene: Scene) -> Image.Image | None:
+    """The card with pure white as its background; None unless it is plain and nearly white."""
+    if scene.picture.facts["background"] != "white":
+        return None
+    pixels = np.array(scene.picture.image)
+    behind = pixels[0, 0]
+    edges = np.concatenate((pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]))
+    if (edges != behind).any():
+        return None
+    pixels[(pixels == behind).all(axis=2)] = 255
+    return Image.fromarray(pixels)
 
 
 def _places(rng: random.Random, size: tuple[int, int], cards: int) -> list[tuple[int, int]]:
@@ -148,7 +169,7 @@ async def measured(url: str, samples: int) -> list[dict[str, Any]]:
         for name, size in _PAGES.items():
             for cards in (1, 2):
                 kind = f"{name}, {cards} card{'s' * (cards > 1)}"
-                for task in _SCENES:
+                for task in _MAKERS:
                     pages = [page(kind, size, cards, task, index) for index in range(samples)]
                     for policy, options in _POLICIES.items():
                         found = await asyncio.gather(*[answered(each, options) for each in pages])
