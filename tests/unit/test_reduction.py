@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 from server.errors import UnknownImage
 from server.imaging import detail
@@ -93,8 +93,29 @@ def test_the_number_of_blocks_is_limited_and_all_detail_is_in_one() -> None:
         assert any(_covers(tuple(np.add(each, (-8, -8, 8, 8))), box) for each in found.tolist())
 
 
-def test_a_photo_is_one_block() -> None:
-    assert len(detail.blocks(photo((800, 600), 3))) <= 3
+@pytest.mark.parametrize("seed", range(4))
+def test_soft_photos_are_whole_and_not_blank(seed: int) -> None:
+    size = (800, 600)
+    soft = photo(size, seed).filter(ImageFilter.GaussianBlur(8))
+    for image in (photo(size, seed), soft):
+        blocks = [tuple(box) for box in detail.blocks(image).tolist()]
+        left, top, right, bottom = (
+            pick(sides)
+            for pick, sides in zip((min, min, max, max), zip(*blocks, strict=True), strict=True)
+        )
+        assert (right - left) * (bottom - top) > 0.8 * 800 * 600
+    page = Image.new("RGB", PAGE, "white")
+    page.paste(soft.resize((400, 300)), (1000, 200))
+    (view,) = plan("trim", PAGE, [tuple(box) for box in detail.blocks(page).tolist()], 1, None)
+    assert view.box is not None
+    assert _covers(view.box, (1010, 210, 1390, 490))
+
+
+def test_shapes_that_are_as_bright_as_the_background_are_detail() -> None:
+    page = Image.new("RGB", (800, 600), (128, 128, 128))
+    page.paste((128, 100, 222), (200, 200, 300, 300))
+    ((left, top, right, bottom),) = detail.blocks(page).tolist()
+    assert (left, top, right, bottom) == (200, 200, 300, 300)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (7, 3)])
