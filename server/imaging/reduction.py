@@ -26,8 +26,11 @@ _MARGIN, _LEAST_MARGIN = 0.006, 8
 _STEP = 32
 # A picture is trimmed if less than this of its area is left.
 _WORTH_TRIMMING = 0.9
-# Crops are used if they have less than this of the area of the box around them.
+# Crops are used if they have less than this of the area of the box around them, and with the view
+# of the whole less than this of its tokens, unless it would be shrunk.
 _WORTH_CROPPING = 0.7
+# A box is shrunk if it has less than this of the tokens for a pixel that crops have.
+_SHRUNK = 0.8
 # Blocks are merged while that adds no more than this share to their area.
 _CHEAP_GROWTH = 0.25
 # The view of the whole takes this part of the tokens, within bounds.
@@ -58,7 +61,7 @@ def plan(
         crops = [_fitted(box, size) for box in _merged(blocks, min(MAX_CROPS, room - 1), size)]
         if len(crops) > 1 and _areas(crops) < _WORTH_CROPPING * _area(fitted):
             found = _with_overview(crops, tokens(size), tokens)
-            if found is not None:
+            if found is not None and _are_better(found, fitted, tokens):
                 return found
     if _area(fitted) >= _WORTH_TRIMMING * size[0] * size[1]:
         return [Shown(None)]
@@ -79,6 +82,17 @@ def _with_overview(crops: list[Box], budget: int, tokens: Tokens) -> list[Shown]
         return None
     views = [Shown(box, most) for box, most in zip(crops, wanted, strict=True)]
     return [Shown(None, overview), *sorted(views, key=_reading_order)]
+
+
+def _are_better(views: list[Shown], box: Box, tokens: Tokens) -> bool:
+    """Whether views take clearly fewer tokens than `box` alone, or show more pixels for each."""
+    crops = [view for view in views if view.box is not None]
+    of_crops = sum(view.max_tokens or 0 for view in crops)
+    area = _areas(view.box for view in crops if view.box is not None)
+    is_shrunk = tokens(size_of(box)) * area < _SHRUNK * of_crops * _area(box)
+    return is_shrunk or sum(view.max_tokens or 0 for view in views) < _WORTH_CROPPING * tokens(
+        size_of(box)
+    )
 
 
 def _reading_order(view: Shown) -> tuple[int, int]:
