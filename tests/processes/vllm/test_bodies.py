@@ -67,6 +67,12 @@ def budget() -> ByteBudget:
 
 
 @pytest.fixture
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body that may wait is given up after 1 s."""
+    monkeypatch.setattr("server.http.byte_budget._PATIENCE", 2)
+
+
+@pytest.fixture
 def port(budget: ByteBudget) -> Iterator[int]:
     with serving(app_of(budget), SETTINGS) as port:
         yield port
@@ -105,6 +111,7 @@ def until(condition: Callable[[], bool]) -> None:
     assert condition()
 
 
+@pytest.mark.usefixtures("_impatient")
 def test_bodies_beyond_the_budget_are_refused_and_small_ones_are_not(
     port: int, budget: ByteBudget
 ) -> None:
@@ -172,6 +179,7 @@ def test_a_body_without_a_place_is_not_read_until_it_has_one() -> None:
         until(lambda: budget.held == 0)
 
 
+@pytest.mark.usefixtures("_impatient")
 def test_chunked_bodies_take_shares_as_they_grow(port: int, budget: ByteBudget) -> None:
     chunk = b"10000\r\n" + bytes(0x10000) + b"\r\n"
     with begun(port, 3 * MIB):
