@@ -315,7 +315,26 @@ CONTRACTS = [
             "self._tokenize_prompt_async(prompt, params)",
         ),
     ),
-    Contract("renderers.hf", "HfRenderer.use_unified_vision_chunk"),
+    Contract("renderers.mistral", "MistralRenderer.__init__", ("self", "config", "tokenizer")),
+    Contract("renderers.kimi_k3", "KimiK3Renderer.__init__", ("self", "config", "tokenizer")),
+    Contract(
+        "renderers.deepseek_v4", "DeepseekV4Renderer.__init__", ("self", "config", "tokenizer")
+    ),
+    Contract(
+        "renderers.mistral",
+        "MistralRenderer.render_messages_async",
+        ("self", "messages", "params"),
+        calls=(
+            "self._apply_chat_template_async(tokenizer, messages, "
+            "**params.get_apply_chat_template_kwargs())",
+        ),
+    ),
+    *_in("multimodal.parse", "MultiModalDataParser._parse_vision_chunk_data"),
+    Contract(
+        "renderers.chat_utils",
+        "_resolve_vision_chunk_items",
+        calls=("hasattr(data, 'media')", "processed_chunks.append(data)"),
+    ),
     Contract(
         "renderers.base",
         "BaseRenderer.render_chat_async",

@@ -23,6 +23,7 @@ from vllm.multimodal.video import get_video_loader_backend_for_processor
 from server.concurrency import in_thread
 from server.engine.clips import check_options, video_options
 from server.engine.video_sampling import encoded_video
+from server.engine.vllm_adapter.levels import Modality, as_item
 from server.engine.vllm_adapter.processors import tensor
 from server.engine.vllm_adapter.video_loaders import LoaderUnsupported
 from server.errors import (
@@ -52,6 +53,7 @@ class HandleConnector(MediaConnector):
     Attributes:
         pool: where images are decoded, for a renderer that takes pixels; None: they stay encoded,
             for a renderer that takes them so.
+        modality: what the model's processor calls an image.
         clips: where videos and audio clips are decoded.
         encodes_videos: whether videos stay encoded, for a renderer that takes them so.
         max_shown_frames: frames of a video that the model may get.
@@ -59,6 +61,7 @@ class HandleConnector(MediaConnector):
     """
 
     pool: ClassVar[ImagePool | None] = None
+    modality: ClassVar[Modality] = "image"
     clips: ClassVar[ClipDecoder | None] = None
     encodes_videos: ClassVar[bool] = False
     max_shown_frames: ClassVar[int] = 1
@@ -76,7 +79,7 @@ class HandleConnector(MediaConnector):
         if ref.kind == "video":
             raise ClientError("this model takes no video here", param=ref.path)
         if self.pool is None or image is None:
-            return image
+            return as_item(self.modality, image)
         given = {"image_mode": image_mode, **(self.media_io_kwargs.get("image") or {})}
         return await _decoded(self.pool, image, DecodeIO.of(given))
 

@@ -33,7 +33,7 @@ from server.engine.embedding_cache.control import ControlServer
 from server.engine.extractor import worker_spec
 from server.engine.heartbeat import Heartbeat
 from server.engine.restarts import Restarts
-from server.engine.token_allocator import TokenAllocator
+from server.engine.token_allocator import Crowd, TokenAllocator
 from server.engine.token_rules import measured_rule, token_rule
 from server.engine.video_allocator import VideoAllocator
 from server.engine.video_token_rules import measured_video_rule, metadata_of, video_rule
@@ -43,6 +43,7 @@ from server.engine.vllm_adapter import (
     core_sockets,
     item_encoder,
     item_tracker,
+    other_renderers,
     processor_cache,
     quick_start,
     remote_core,
@@ -52,15 +53,13 @@ from server.engine.vllm_adapter import (
     video_loaders,
 )
 from server.engine.vllm_adapter.engine_caches import EngineCaches, keep_item_limit
+from server.engine.vllm_adapter.group_names import keep_groups_apart
+from server.engine.vllm_adapter.levels import images_apart, modality_of, takes_images
 from server.engine.vllm_adapter.outcomes import Outcomes
 from server.engine.vllm_adapter.parameters import Parameters
 from server.engine.vllm_adapter.processor_cache import ProcessorCache
-from server.engine.vllm_adapter.processors import (
-    is_image_by_image,
-    keep_groups_apart,
-)
 from server.engine.vllm_adapter.remote_core import RemoteEngines
-from server.engine.vllm_adapter.renderer import PooledRenderer
+from server.engine.vllm_adapter.renderer import MediaRenderer, PooledRenderer
 from server.engine.vllm_adapter.send import Gate, Sender
 from server.engine.vllm_adapter.stall import fail_requests
 from server.errors import CannotStart, ImageTokenCap
@@ -151,6 +150,7 @@ def configured(args: Namespace, settings: Settings, front_ends: int) -> Prepared
     """
     os.environ["VLLM_MEDIA_CONNECTOR"] = connector.NAME
     RENDERER_REGISTRY.renderers["hf"] = ("server.engine.vllm_adapter.renderer", "PooledRenderer")
+    other_renderers.install()
     engine_args = AsyncEngineArgs.from_cli_args(args)
     propagate_flash_late_interaction(args, engine_args)
     setup.encode_only(engine_args, settings.caches)
@@ -246,10 +246,11 @@ def media_limits(engine: AsyncLLM, settings: Settings) -> MediaLimits | None:
     model takes no media."""
     if engine.renderer.mm_processor is None:
         return None
-    allowed = engine.renderer.get_mm_processor().info.allowed_mm_limits
+    processor = engine.renderer.get_mm_processor()
+    allowed = processor.info.allowed_mm_limits
     images = settings.images
     return MediaLimits(
-        max_images=min(images.max_request_images, allowed.get("image", 0)),
+        max_images=min(images.max_request_images, allowed.get(modality_of(processor), 0)),
         max_clips={kind: allowed[kind] for kind in ("video", "audio") if kind in allowed},
         max_frames=images.max_image_frames,
         max_pages=images.pdf_max_pages,
@@ -405,7 +406,7 @@ def _restarts(
 
 def _processor_cache(engine: AsyncLLM) -> ProcessorCache | None:
     renderer: Any = engine.renderer  # vLLM types it as its base class
-    return renderer.processor_cache if isinstance(renderer, PooledRenderer) else None
+    return renderer.processor_cache if isinstance(renderer, MediaRenderer) else None
 
 
 @dataclass(frozen=True)
@@ -438,14 +439,16 @@ async def connect(
     audio clips to `decoder`.
 
     vLLM preprocesses images itself if the model's processor needs the whole prompt, or if the
-    pool's result differs from vLLM's for a test picture. Models with another renderer, or with one
-    modality for images and videos, get decoded pictures.
+    pool's result differs from vLLM's for a test picture. A renderer that is not vLLM's gets decoded
+    pictures.
 
     Raises:
         CannotStart: the model cannot keep images within `max_image_tokens`.
     """
     renderer: Any = engine.renderer  # vLLM types it as its base class
-    takes_encoded = isinstance(renderer, PooledRenderer) and not renderer.use_unified_vision_chunk
+    takes_encoded = isinstance(renderer, MediaRenderer) and takes_images(renderer.mm_processor)
+    if renderer.mm_processor is not None:
+        connector.HandleConnector.modality = modality_of(renderer.mm_processor)
     connector.HandleConnector.pool = None if takes_encoded else pool
     connector.HandleConnector.clips = decoder
     connector.HandleConnector.max_shown_frames = settings.videos.max_video_frames_shown
@@ -455,7 +458,7 @@ async def connect(
     if not takes_encoded:
         return ImagePath(encoded=False, pooled=False)
     allocator = _token_allocator(renderer, settings)
-    fits = is_image_by_image(renderer.mm_processor)
+    fits = images_apart(type(renderer.mm_processor)) != 0
     renderer.attach(settings, pool, allocator, pooled=fits)
     if fits and not await _agrees(renderer):
         logger.warning("the image pool does not support this model; using vLLM's preprocessing")
@@ -473,7 +476,7 @@ async def connect(
 
 
 async def _takes_videos(
-    renderer: PooledRenderer, images: TokenAllocator, decoder: ClipDecoder, settings: Settings
+    renderer: MediaRenderer, images: TokenAllocator, decoder: ClipDecoder, settings: Settings
 ) -> bool:
     """Attach the path of videos to `renderer`, if the model takes videos, and a child process and
     vLLM give a test video the same tokens, placeholders and features."""
@@ -497,7 +500,7 @@ async def _takes_videos(
     return False
 
 
-async def _agrees_on_videos(renderer: PooledRenderer) -> bool:
+async def _agrees_on_videos(renderer: MediaRenderer) -> bool:
     """The same as `_agrees`, of a video."""
     processor = renderer.get_mm_processor()
     text = processor.dummy_inputs.get_dummy_text({"video": 1})
@@ -518,14 +521,19 @@ async def _agrees_on_videos(renderer: PooledRenderer) -> bool:
 _USUAL_SIZE = (640, 480)
 
 
-def _token_allocator(renderer: PooledRenderer, settings: Settings) -> TokenAllocator:
+def _token_allocator(renderer: MediaRenderer, settings: Settings) -> TokenAllocator:
     """Raises CannotStart if the model cannot meet the server's cap."""
     processor, cap = renderer.get_mm_processor(), settings.images.max_image_tokens
+    apart = images_apart(type(processor))
 
     def make_rule(options: Mapping[str, Any]) -> TokenRule:
         return token_rule(processor, options) or measured_rule(processor, options)
 
-    allocator = TokenAllocator(make_rule, cap)
+    def make_crowd_rule(options: Mapping[str, Any]) -> TokenRule:
+        return measured_rule(processor, options, copies=max(apart or 0, 1) + 1)
+
+    crowd = None if apart is None else Crowd(max(apart, 1), make_crowd_rule)
+    allocator = TokenAllocator(make_rule, cap, crowd)
     try:
         allocator.rule({}).allocate(*_USUAL_SIZE, cap)
     except ImageTokenCap as error:
@@ -533,10 +541,10 @@ def _token_allocator(renderer: PooledRenderer, settings: Settings) -> TokenAlloc
     return allocator
 
 
-async def _agrees(renderer: PooledRenderer) -> bool:
+async def _agrees(renderer: MediaRenderer) -> bool:
     """Whether pool and vLLM give one picture the same tokens, placeholders and features."""
     processor = renderer.get_mm_processor()
-    text = processor.dummy_inputs.get_dummy_text({"image": 1})
+    text = processor.dummy_inputs.get_dummy_text({modality_of(processor): 1})
     prompt = renderer.get_tokenizer().encode(text, add_special_tokens=False)
     noise = np.random.default_rng(0).integers(0, 256, (222, 333, 3), dtype=np.uint8)
     picture, file = Image.fromarray(noise), io.BytesIO()
@@ -550,7 +558,7 @@ async def _agrees(renderer: PooledRenderer) -> bool:
         return False
     finally:
         renderer.clear_mm_cache()
-    return _equal(ours, theirs, "image")
+    return _equal(ours, theirs, modality_of(processor))
 
 
 def _equal(ours: MultiModalInput, theirs: MultiModalInput, modality: str) -> bool:

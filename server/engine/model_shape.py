@@ -19,6 +19,7 @@ from server.engine.token_allocator import patch_side
 from server.engine.token_rules import measured_rule, token_rule
 from server.engine.vllm_adapter import meta_model
 from server.engine.vllm_adapter.kv_plan import KvPlan
+from server.engine.vllm_adapter.levels import modality_of
 from server.errors import CannotPlan
 from server.imaging.tokens import TokenRule
 from server.planner.shape import Attention, Encoder, Experts, Language, ModelShape
@@ -90,7 +91,7 @@ def _token_rule(model: "ModelConfig") -> TokenRule | None:
         processor = MULTIMODAL_REGISTRY.create_processor(model)
     except Exception as error:
         raise CannotPlan(f"vLLM cannot build the model's processor: {_reason(error)}") from error
-    if "image" not in processor.info.allowed_mm_limits:
+    if modality_of(processor) not in processor.info.allowed_mm_limits:
         return None
     return token_rule(processor, {}) or measured_rule(processor, {})
 

@@ -6,6 +6,7 @@ size from the header + options -> cap of the image -> share of the request's bud
 import asyncio
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -45,6 +46,15 @@ MakeRule = Callable[[Mapping[str, Any]], TokenRule]
 Sized = Sequence[tuple[Size, ImageOptions]]
 
 
+@dataclass(frozen=True)
+class Crowd:
+    """A model that treats pictures in another way if a prompt has more than `more_than`:
+    `make_rule` is for these."""
+
+    more_than: int
+    make_rule: MakeRule
+
+
 class TokenAllocator:
     """Allocates tokens to the images of a request, under their caps and the request's budget.
 
@@ -52,17 +62,27 @@ class TokenAllocator:
     is done only if a cap applies.
     """
 
-    def __init__(self, make_rule: MakeRule, cap: int | None) -> None:
+    def __init__(self, make_rule: MakeRule, cap: int | None, crowd: Crowd | None = None) -> None:
         """`cap`: the server's limit for the tokens of one image."""
         self._cap = cap
-        self._rule_of = functools.lru_cache(_RULES)(lambda text: make_rule(json.loads(text)))
+        self._most_apart = crowd.more_than if crowd else math.inf
 
-    def rule(self, options: Mapping[str, Any]) -> TokenRule:
-        """The model's rule for the processor options of a request. May block."""
-        return self._rule_of(json.dumps(dict(options), sort_keys=True) if options else "{}")
+        def made(text: str, crowded: bool) -> TokenRule:
+            make = crowd.make_rule if crowd and crowded else make_rule
+            return make(json.loads(text))
 
-    async def _rule(self, options: Mapping[str, Any]) -> TokenRule:
-        return self.rule(options) if not options else await asyncio.to_thread(self.rule, options)
+        self._rule_of = functools.lru_cache(_RULES)(made)
+
+    def rule(self, options: Mapping[str, Any], images: int = 1) -> TokenRule:
+        """The model's rule for the processor options of a request with so many images. May
+        block."""
+        text = json.dumps(dict(options), sort_keys=True) if options else "{}"
+        return self._rule_of(text, images > self._most_apart)
+
+    async def _rule(self, options: Mapping[str, Any], images: int) -> TokenRule:
+        if not options:
+            return self.rule(options, images)
+        return await asyncio.to_thread(self.rule, options, images)
 
     async def allocate(
         self, images: Sequence[EncodedImage], budget: int | None, options: Mapping[str, Any]
@@ -73,7 +93,7 @@ class TokenAllocator:
             ImageTokenCap: one image, or all together, need more tokens than allowed.
             ImageAspectRatio, InvalidImage: the model does not accept images of this shape.
         """
-        rule = await self._rule(options)
+        rule = await self._rule(options, len(images))
         sized = [(image.size, image.options) for image in images]
         if isinstance(rule, MeasuredTokens) and not self.limited(images, budget):
             return [None] * len(images)
@@ -82,7 +102,7 @@ class TokenAllocator:
 
     def asking(self, sized: Sized, options: Mapping[str, Any]) -> list[Asking]:
         """What each image asks of a budget that it shares with videos. May block."""
-        rule = self.rule(options)
+        rule = self.rule(options, len(sized))
         return [asking(rule, size, self._cap_of(rule, size, asked)) for size, asked in sized]
 
     def limited(self, images: Sequence[EncodedImage], budget: int | None) -> bool:
@@ -132,7 +152,7 @@ class TokenAllocator:
     ) -> list[TokenAllocation]:
         """An allocation for each picture, given by its size. `paths` are their places in the
         request. Raises as `allocate` does."""
-        return await self._allocated(self.rule({}), sized, paths, budget)
+        return await self._allocated(self.rule({}, len(sized)), sized, paths, budget)
 
     def views(self, size: Size, allocation: TokenAllocation) -> list[View]:
         """What the encoder sees of a picture with this allocation."""

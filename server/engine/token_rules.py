@@ -35,7 +35,7 @@ _CHECK_SIZES = ((347, 251), (130, 411), (61, 59), (790, 160))
 def token_rule(processor: "BaseMultiModalProcessor[Any]", options: Options) -> TokenRule | None:
     """The rule for requests with `options` (`mm_processor_kwargs`); None if the family is unknown
     or the processor differs from its family. Runs the processor about ten times."""
-    builder = _BUILDERS.get((type(processor.info).__name__, type(processor).__name__))
+    builder = builder_of(type(processor.info), type(processor))
     if builder is None:
         return None
     try:
@@ -49,12 +49,20 @@ def token_rule(processor: "BaseMultiModalProcessor[Any]", options: Options) -> T
     return None
 
 
-def measured_rule(processor: "BaseMultiModalProcessor[Any]", options: Options) -> MeasuredTokens:
-    """The rule for other families: it measures the tokens of each size."""
+def builder_of(info: type, processor: type) -> "_Builder | None":
+    """What makes the rule of a family, by vLLM's classes; None if the family is unknown."""
+    return _BUILDERS.get((info.__name__, processor.__name__))
+
+
+def measured_rule(
+    processor: "BaseMultiModalProcessor[Any]", options: Options, copies: int = 1
+) -> MeasuredTokens:
+    """The rule for other families: it measures the tokens of each size. `copies`: for a picture
+    that is one of so many in a prompt."""
 
     def measured(width: int, height: int) -> Count:
         try:
-            return count(processor, width, height, options)
+            return count(processor, width, height, options, copies)
         except ValueError as error:
             raise InvalidImage(
                 f"the model does not accept an image of {width}x{height} pixels"
@@ -64,12 +72,17 @@ def measured_rule(processor: "BaseMultiModalProcessor[Any]", options: Options) -
 
 
 def count(
-    processor: "BaseMultiModalProcessor[Any]", width: int, height: int, options: Options
+    processor: "BaseMultiModalProcessor[Any]",
+    width: int,
+    height: int,
+    options: Options,
+    copies: int = 1,
 ) -> Count:
-    """Count the tokens of a blank picture by running the processor."""
+    """Count the tokens of a blank picture by running the processor. `copies`: of one of so many
+    equal ones."""
     image = Image.new("RGB", (width, height))
-    outputs, _ = processors.processed(processor, image, options)
-    _, updates = processors.item(processor, outputs, image, options)
+    outputs, _ = processors.processed(processor, image, options, copies)
+    _, updates = processors.item(processor, outputs, image, options, copies)
     content = updates[0].content
     length = len(content.full)
     tokens = length if content.is_embed is None else int(content.is_embed(content.full).sum())
@@ -105,6 +118,13 @@ def _qwen(processor: Any, options: Options) -> TokenRule:
 def _pixtral(processor: Any, options: Options) -> TokenRule:
     encoder = processor.info.get_vision_encoder_info()
     return PixtralTokens(encoder.get_patch_size(), encoder.get_image_size())
+
+
+def _mistral_format(processor: Any, options: Options) -> TokenRule:
+    """Pixtral and Mistral 3 in Mistral's format."""
+    config = processor.info.get_image_processor().mm_encoder.image_config
+    patch = config.image_patch_size * config.spatial_merge_size
+    return PixtralTokens(patch, config.max_image_size, rounds_down=False)
 
 
 def _mistral3(processor: Any, options: Options) -> TokenRule:
@@ -294,8 +314,18 @@ _BUILDERS: dict[tuple[str, str], _Builder] = {
     ("Qwen3VLMoeProcessingInfo", _QWEN3): _qwen,
     ("Qwen3_5ProcessingInfo", _QWEN3): _qwen,
     ("Qwen3_5MoeProcessingInfo", _QWEN3): _qwen,
+    ("Cosmos3ProcessingInfo", _QWEN3): _qwen,
+    ("InternS1ProProcessingInfo", _QWEN3): _qwen,
+    ("InternS2MobiusProcessingInfo", _QWEN3): _qwen,
+    ("InternS2PreviewProcessingInfo", _QWEN3): _qwen,
+    ("Qwen4ExpProcessingInfo", _QWEN3): _qwen,
+    ("Qwen2_5OmniThinkerProcessingInfo", "Qwen2_5OmniThinkerMultiModalProcessor"): _qwen,
+    ("Qwen3OmniMoeThinkerProcessingInfo", "Qwen3OmniMoeThinkerMultiModalProcessor"): _qwen,
+    ("DotsOCRProcessingInfo", _QWEN2): _qwen,
+    ("Exaone4_5_ProcessingInfo", "Exaone4_5_MultiModalProcessor"): _qwen,
     ("PixtralHFProcessingInfo", "PixtralHFMultiModalProcessor"): _pixtral,
     ("Mistral3ProcessingInfo", "Mistral3MultiModalProcessor"): _mistral3,
+    ("PixtralProcessingInfo", "PixtralMultiModalProcessor"): _mistral_format,
     ("LlavaProcessingInfo", "LlavaMultiModalProcessor"): _fixed,
     ("PaliGemmaProcessingInfo", "PaliGemmaMultiModalProcessor"): _fixed,
     ("Blip2ProcessingInfo", "Blip2MultiModalProcessor"): _fixed,
@@ -303,6 +333,9 @@ _BUILDERS: dict[tuple[str, str], _Builder] = {
     ("LlavaOnevisionProcessingInfo", "LlavaOnevisionMultiModalProcessor"): _llava_onevision,
     ("InternS1ProcessingInfo", "InternS1MultiModalProcessor"): _internvl,
     ("InternVLProcessingInfo", "InternVLMultiModalProcessor"): _internvl_chat,
+    ("SkyworkR1VProcessingInfo", "BaseInternVLMultiModalProcessor"): _internvl_chat,
+    ("QianfanOCRProcessingInfo", "BaseInternVLMultiModalProcessor"): _internvl_chat,
+    ("NemotronVLProcessingInfo", "BaseInternVLMultiModalProcessor"): _internvl_chat,
     ("Idefics3ProcessingInfo", "Idefics3MultiModalProcessor"): _idefics,
     ("SmolVLMProcessingInfo", "Idefics3MultiModalProcessor"): _idefics,
     ("Gemma3ProcessingInfo", "Gemma3MultiModalProcessor"): _gemma3,

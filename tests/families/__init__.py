@@ -22,8 +22,36 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from tests.families import blip, gemma, idefics, internvl, llava, mistral, qwen
+from tests.families import (
+    blip,
+    deepseek,
+    documents,
+    gemma,
+    idefics,
+    internvl,
+    llava,
+    mistral,
+    omni,
+    qwen,
+    slices,
+    tiles,
+)
+from tests.families.architectures import ARCHITECTURES
 from tests.families.parts import Maker
+
+__all__ = [
+    "ARCHITECTURES",
+    "ENGINE",
+    "ENVIRONMENT",
+    "FAMILIES",
+    "FLAGS",
+    "MEASURED",
+    "NIGHTLY",
+    "NO_ENGINE",
+    "PREPROCESSED",
+    "build",
+    "import_stubs",
+]
 
 FAMILIES: dict[str, Maker] = {
     **qwen.FAMILIES,
@@ -35,11 +63,50 @@ FAMILIES: dict[str, Maker] = {
 """Each family's maker, which writes a checkpoint into an existing, empty folder."""
 
 PREPROCESSED: dict[str, Maker] = {
+    **qwen.PREPROCESSED,
     **mistral.PREPROCESSED,
     **blip.PREPROCESSED,
     **internvl.PREPROCESSED,
+    **omni.PREPROCESSED,
+    **documents.PREPROCESSED,
 }
-"""Families whose checkpoints have no weights."""
+"""Families whose checkpoints have no weights: the engine has to draw them
+(`--load-format dummy`). The server has a token rule for each."""
+
+MEASURED: dict[str, Maker] = {
+    **deepseek.MEASURED,
+    **documents.MEASURED,
+    **gemma.MEASURED,
+    **internvl.MEASURED,
+    **slices.MEASURED,
+    **tiles.MEASURED,
+}
+"""The same, without a rule: their tokens are measured."""
+
+NO_ENGINE = {
+    "deepseek_vl2": "vLLM's vision tower needs the package timm",
+}
+"""Those that do not run through the engine, and why."""
+
+ENGINE = [*FAMILIES, "pixtral_mistral", "qwen2_5_omni", "kimi_k25"]
+"""Those that run through the engine in each run of the tests."""
+
+NIGHTLY = [name for name in (*PREPROCESSED, *MEASURED) if name not in (*ENGINE, *NO_ENGINE)]
+"""Those that do so nightly."""
+
+FLAGS: dict[str, list[str]] = {
+    "internvl_chat": ["--trust-remote-code"],
+    "skywork_r1v": ["--trust-remote-code"],
+    "h2ovl": ["--trust-remote-code"],
+    "dots_ocr": ["--trust-remote-code"],
+    "pixtral_mistral": ["--config-format", "mistral", "--tokenizer-mode", "mistral"],
+}
+"""What the server needs to be told of a checkpoint."""
+
+
+ENVIRONMENT = {"kimi_k25": {"VLLM_MLA_DISABLE": "1"}}
+"""Variables that a checkpoint needs on a CPU: vLLM's latent attention there takes only heads of the
+published size."""
 
 
 def build(family: str, directory: Path) -> Path:
@@ -48,9 +115,9 @@ def build(family: str, directory: Path) -> Path:
     Safe to call from several processes at once: the folder appears complete or not at all.
     """
     target = directory / family
-    if (target / "config.json").exists():
+    if target.exists():
         return target
-    make = {**FAMILIES, **PREPROCESSED}[family]
+    make = {**FAMILIES, **PREPROCESSED, **MEASURED}[family]
     directory.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{family}-", dir=directory))
     try:
@@ -58,7 +125,7 @@ def build(family: str, directory: Path) -> Path:
         scratch.chmod(0o755)
         os.rename(scratch, target)
     except OSError:
-        if not (target / "config.json").exists():  # else another process was faster
+        if not target.exists():  # else another process was faster
             raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -7,8 +7,10 @@ from tests.families.parts import (
     BILINEAR,
     HALF,
     HIDDEN,
+    VISION_HIDDEN,
     Maker,
     language_model,
+    save_dummy_config,
     save_image_processor,
     save_json,
     save_model,
@@ -110,7 +112,71 @@ def _gemma3(directory: Path) -> None:
     )
 
 
+def _gemma4(directory: Path) -> None:
+    """Any shape, in at most 70 tokens."""
+    names = {
+        "boi_token": "<|image>",
+        "eoi_token": "<image|>",
+        "image_token": "<|image|>",
+        "boa_token": "<|audio>",
+        "eoa_token": "<audio|>",
+        "audio_token": "<|audio|>",
+        "video_token": "<|video|>",
+    }
+    vocabulary = save_tokenizer(
+        directory,
+        image="<|image|>",
+        video="<|video|>",
+        special=list(names.values()),
+        named=names,
+    )
+    save_dummy_config(
+        directory,
+        "Gemma4ForConditionalGeneration",
+        "gemma4",
+        text_config=language_model(
+            vocabulary,
+            head_dim=32,
+            global_head_dim=32,
+            sliding_window=1024,
+            layer_types=["sliding_attention", "full_attention"],
+            tie_word_embeddings=True,
+            vocab_size_per_layer_input=len(vocabulary),
+            hidden_size_per_layer_input=0,
+        ),
+        vision_config={
+            "hidden_size": VISION_HIDDEN,
+            "intermediate_size": 2 * VISION_HIDDEN,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "position_embedding_size": 1024,
+            "default_output_length": 70,
+        },
+        audio_config=None,
+        boi_token_id=vocabulary["<|image>"],
+        eoi_token_id=vocabulary["<image|>"],
+        image_token_id=vocabulary["<|image|>"],
+        video_token_id=vocabulary["<|video|>"],
+        audio_token_id=vocabulary["<|audio|>"],
+        **special_ids(vocabulary),
+    )
+    save_json(
+        directory / "processor_config.json",
+        processor_class="Gemma4Processor",
+        image_seq_length=70,
+        image_processor={"image_processor_type": "Gemma4ImageProcessor", "max_soft_tokens": 70},
+        video_processor={"video_processor_type": "Gemma4VideoProcessor"},
+        feature_extractor={"feature_extractor_type": "Gemma4AudioFeatureExtractor"},
+    )
+
+
 FAMILIES: dict[str, Maker] = {
     "paligemma": _paligemma,
     "gemma3": _gemma3,
+}
+
+MEASURED: dict[str, Maker] = {
+    "gemma4": _gemma4,
 }

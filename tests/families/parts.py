@@ -109,6 +109,16 @@ def _chat_template(image: str, video: str) -> str:
     )
 
 
+def experts(**settings: Any) -> dict[str, Any]:
+    """Settings of a language model for four experts, two of which each token goes to."""
+    return {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": HIDDEN,
+        **settings,
+    }
+
+
 def language_model(vocabulary: dict[str, int], **settings: Any) -> dict[str, Any]:
     """The `text_config` of a two-layer language model over `vocabulary`."""
     return {
@@ -206,13 +216,22 @@ def save_image_processor(directory: Path, kind: str, processor: str, **settings:
         directory / "preprocessor_config.json",
         image_processor_type=kind,
         processor_class=processor,
-        do_resize=True,
-        do_rescale=True,
-        do_normalize=True,
-        do_convert_rgb=True,
-        rescale_factor=1 / 255,
-        **settings,
+        **{
+            "do_resize": True,
+            "do_rescale": True,
+            "do_normalize": True,
+            "do_convert_rgb": True,
+            "rescale_factor": 1 / 255,
+            **settings,
+        },
     )
+
+
+def save_dummy_config(directory: Path, architecture: str, model_type: str, **settings: Any) -> None:
+    """Write config.json for a checkpoint without weights, whose model is not made here."""
+    config = AutoConfig.for_model(model_type, dtype="float32", **settings)
+    config.architectures = [architecture]
+    config.save_pretrained(directory)
 
 
 def save_config(directory: Path, model_type: str, **settings: Any) -> None:

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from server.engine.token_allocator import Cap, TokenAllocator
+from server.engine.token_allocator import Cap, Crowd, TokenAllocator
 from server.errors import InvalidImage
 from server.imaging.encoded import EncodedImage, ImageOptions
 from server.imaging.header import ImageHeader
@@ -80,3 +80,12 @@ def test_an_image_that_cannot_be_measured_is_named() -> None:
     with pytest.raises(InvalidImage) as refused:
         asyncio.run(allocator.allocate(images, None, {}))
     assert refused.value.param == "second"
+
+
+def test_the_images_of_a_crowd_have_a_rule_of_their_own() -> None:
+    crowded = MeasuredTokens(lambda width, height: Count(50, 50))
+    allocator = TokenAllocator(lambda _: MEASURED, 200, Crowd(2, lambda _: crowded))
+    for count, tokens in ((1, 100), (2, 100), (3, 50)):
+        images = [image(ImageOptions())] * count
+        allocated = asyncio.run(allocator.allocate(images, None, {}))
+        assert [each and each.tokens for each in allocated] == [tokens] * count

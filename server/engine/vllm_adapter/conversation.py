@@ -1,10 +1,11 @@
 """From a conversation to tokens: vLLM's Hugging Face renderer, with typed placeholders as text."""
 
 import asyncio
+import contextlib
 import functools
 import logging
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -101,17 +102,11 @@ class ConversationRenderer(HfRenderer):
         Raises:
             ClientError: vLLM or the chat template cannot read the messages.
         """
-        try:
+        with unfit_messages():
             return await self._rendered(messages, params)
-        except SaccadeError:
-            raise
-        except Exception as error:
-            if isinstance(error, VLLMError) and error.__cause__ is None:
-                raise
-            raise _unfit(error) from error
 
     async def _rendered(self, messages: Any, params: ChatParams) -> Any:
-        messages = _with_videos(messages)
+        messages = with_videos(messages)
         marked = self._typed.mark(messages)
         options = self._typed.mark(params.chat_template_kwargs)
         if marked is messages and options is params.chat_template_kwargs:
@@ -173,7 +168,7 @@ class ConversationRenderer(HfRenderer):
         return tokens
 
 
-def _with_videos(messages: Any) -> Any:
+def with_videos(messages: Any) -> Any:
     """`messages` with parts of videos in the place of those images that are videos: vLLM takes none
     on some routes, and of a file only its bytes may tell that it is one."""
     context = requests.current()
@@ -197,6 +192,19 @@ def _as_video(part: Any, context: RequestContext) -> Any:
     named = {} if found.ref.uuid is None else {"uuid": found.ref.uuid}
     others = {key: value for key, value in part.items() if key not in ("image_url", "detail")}
     return {**others, **named, "type": "video_url", "video_url": {"url": url}}
+
+
+@contextlib.contextmanager
+def unfit_messages() -> Iterator[None]:
+    """Raise a ClientError for messages that vLLM or the chat template cannot read."""
+    try:
+        yield
+    except SaccadeError:
+        raise
+    except Exception as error:
+        if isinstance(error, VLLMError) and error.__cause__ is None:
+            raise
+        raise _unfit(error) from error
 
 
 def _unfit(error: Exception) -> ClientError:

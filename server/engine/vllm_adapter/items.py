@@ -23,6 +23,7 @@ from vllm.multimodal.inputs import (
 
 from server.engine.vllm_adapter import processors
 from server.engine.vllm_adapter.item_encoder import Element, encoded_field
+from server.engine.vllm_adapter.levels import Modality, modality_of
 from server.engine.vllm_adapter.processor_cache import PooledItem
 from server.engine.vllm_adapter.processors import (
     DTYPES,
@@ -44,6 +45,7 @@ class ItemMaker:
 
     def __init__(self, processor: Processor) -> None:
         self._processor = processor
+        self._modality = modality_of(processor)
         self._known: cachetools.LRUCache[Hashable, _Layout]
         self._known = cachetools.LRUCache(_REMEMBERED)
 
@@ -69,8 +71,9 @@ class ItemMaker:
         fields = processors.fields_of(self._processor, outputs, options)
         items = processors.divided(outputs, fields)
         updates = processors.updates_of(self._processor, blank(size), options, items)
-        self._known[key] = _Layout(fields, updates, _shapes(outputs, items["image"][0]))
-        return PooledItem(items["image"][0]), updates
+        item = items[self._modality][0]
+        self._known[key] = _Layout(self._modality, fields, updates, _shapes(outputs, item))
+        return PooledItem(item), updates
 
 
 class _Shape(NamedTuple):
@@ -91,6 +94,7 @@ class _Layout:
     """What items with equal outlines have in common. `shapes` is None unless each element is one
     whole feature in another shape."""
 
+    modality: Modality
     fields: Fields
     updates: Updates
     shapes: _Shapes | None
@@ -98,7 +102,8 @@ class _Layout:
     def item(self, features: Features) -> PooledItem:
         """The item of another picture."""
         if self.shapes is None:
-            return PooledItem(processors.divided(features.arrays(tensor), self.fields)["image"][0])
+            items = processors.divided(features.arrays(tensor), self.fields)
+            return PooledItem(items[self.modality][0])
         memory, elements = memoryview(features.buffer), []
         for name, shape, nbytes, _, encoded in self.shapes:
             spec = features.specs[name]

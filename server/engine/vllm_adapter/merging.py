@@ -15,6 +15,7 @@ from vllm.multimodal.inputs import MultiModalKwargsItem, MultiModalKwargsItems, 
 from vllm.multimodal.processing import BaseMultiModalProcessor
 from vllm.multimodal.processing.processor import MultiModalProcessingResult, UpdateMode
 
+from server.engine.vllm_adapter.levels import is_placed_by_tokenizer
 from server.engine.vllm_adapter.processors import Processor, Updates
 
 Items = Sequence[tuple[MultiModalKwargsItem | None, Updates]]
@@ -40,7 +41,9 @@ def merged(
     """What the engine gets of a prompt. `keys` and `media` are those of its images and videos, in
     order."""
     tokens = processor._postprocess_prompt(prompt)
-    placed = replaced(tokens, media) if _is_plain(type(processor)) else None
+    kind = type(processor)
+    plain = _is_plain(kind) or is_placed_by_tokenizer(kind)
+    placed = replaced(tokens, media) if plain else None
     tokens, placeholders = planned(processor, tokens, keys, media) if placed is None else placed
     return mm_input(
         prompt_token_ids=tokens,

@@ -10,13 +10,14 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, cast, get_args
 from weakref import WeakValueDictionary
 
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from server.engine.embedding_cache.scheduler import ENCODED
+from server.engine.vllm_adapter.levels import Modality
 from server.engine.vllm_adapter.parameters import impossible
 from server.request.budgets import Item
 from server.request.context import RequestContext
@@ -155,6 +156,10 @@ def _advance(
         record.finish_reason = str(output.finish_reason or FinishReason.STOP)
 
 
+# What processors call an image.
+_IMAGES = get_args(Modality)
+
+
 def _answer_id(record: Record, name: str) -> str:
     """The id of the answer that the client sees, of the engine's name for one of its prompts."""
     if record.path == "/v1/completions":
@@ -163,9 +168,9 @@ def _answer_id(record: Record, name: str) -> str:
 
 
 def _prompt(request: EngineCoreRequest) -> Prompt:
-    media = [each for each in request.mm_features or () if each.modality in ("image", "video")]
+    media = [each for each in request.mm_features or () if each.modality in (*_IMAGES, "video")]
     tokens = sum(each.mm_position.get_num_embeds() for each in media)
-    images = sum(each.modality == "image" for each in media)
+    images = sum(each.modality in _IMAGES for each in media)
     return Prompt(len(request.prompt_token_ids or ()), images, tokens)
 
 

@@ -6,11 +6,10 @@ placeholders into the prompt. Its class is one of a model's family; what is used
 """
 
 import contextlib
-import contextvars
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,12 @@ from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from vllm.config import ModelConfig
 from vllm.multimodal.inputs import MultiModalKwargsItem, MultiModalKwargsItems
-from vllm.multimodal.processing import BaseMultiModalProcessor, EncDecMultiModalProcessor
+from vllm.multimodal.processing import BaseMultiModalProcessor
 from vllm.multimodal.processing.processor import ResolvedPromptUpdate
 from vllm.transformers_utils.repo_utils import get_non_weight_snapshot_path
 
+from server.engine.vllm_adapter.levels import as_item, is_placed_by_tokenizer, modality_of
 from server.imaging.sizing import Size
-from server.request import context as requests
-from server.request.groups import prefixed
 
 Processor = BaseMultiModalProcessor[Any]
 Options = Mapping[str, Any]
@@ -36,15 +34,6 @@ Updates = Sequence[ResolvedPromptUpdate]
 Fields = Mapping[str, Any]
 """How vLLM divides the outputs of a processor among images, by name."""
 
-# A processor that overrides one of these does more than look at one image at a time.
-_WHOLE_PROMPT_METHODS = (
-    "apply",
-    "_apply_hf_processor",
-    "_cached_apply_hf_processor",
-    "_merge_mm_kwargs",
-    "_maybe_apply_prompt_updates",
-)
-
 # The files of a model besides its weights, and how many of them are looked at.
 _CONFIGURATION = (".bpe", ".jinja", ".json", ".model", ".py", ".tiktoken", ".txt")
 _MOST_FILES = 256
@@ -52,22 +41,13 @@ _MOST_FILES = 256
 # ---------------------------------------------------------------------- one image
 
 
-def is_image_by_image(processor: Processor | None) -> bool:
-    """Whether `processor` treats each image of a prompt for itself, as vLLM's base class does."""
-    if processor is None or isinstance(processor, EncDecMultiModalProcessor):
-        return False
-    return all(
-        getattr(type(processor), name) is getattr(BaseMultiModalProcessor, name)
-        for name in _WHOLE_PROMPT_METHODS
-    )
-
-
 def processed(
-    processor: Processor, image: Image.Image, options: Options
+    processor: Processor, image: Image.Image, options: Options, copies: int = 1
 ) -> tuple[BatchFeature, Mapping[str, Any]]:
     """What the Hugging Face processor makes of one picture under `options`
-    (`mm_processor_kwargs`), and how vLLM divides it into fields, by name."""
-    items = processor.info.parse_mm_data({"image": [image]})
+    (`mm_processor_kwargs`), and how vLLM divides it into fields, by name. `copies`: of the same
+    picture so many times."""
+    items = processor.info.parse_mm_data(_data(processor, image, copies))
     outputs = BatchFeature(dict(processor._apply_hf_processor_main(items, options)))
     return outputs, processor._get_mm_fields_config(outputs, options)
 
@@ -107,12 +87,18 @@ def configuration_files(config: ModelConfig) -> list[str]:
 
 
 def item(
-    processor: Processor, outputs: Mapping[str, Any], image: Image.Image, options: Options
+    processor: Processor,
+    outputs: Mapping[str, Any],
+    image: Image.Image,
+    options: Options,
+    copies: int = 1,
 ) -> tuple[MultiModalKwargsItem, Updates]:
     """The features of one picture as vLLM's item, and what they put into the prompt. `outputs` are
-    those of the Hugging Face processor, by name; `image` may be `blank`."""
+    those of the Hugging Face processor, by name; `image` may be `blank`; `copies` as for
+    `processed`, of which this is the first."""
     items = divided(outputs, fields_of(processor, outputs, options))
-    return items["image"][0], updates_of(processor, image, options, items)
+    updates = updates_of(processor, image, options, items, copies)
+    return items[modality_of(processor)][0], updates
 
 
 def fields_of(processor: Processor, outputs: Mapping[str, Any], options: Options) -> Fields:
@@ -129,12 +115,47 @@ def divided(outputs: Mapping[str, Any], fields: Fields) -> MultiModalKwargsItems
 
 
 def updates_of(
-    processor: Processor, image: Image.Image, options: Options, items: MultiModalKwargsItems
+    processor: Processor,
+    image: Image.Image,
+    options: Options,
+    items: MultiModalKwargsItems,
+    copies: int = 1,
 ) -> Updates:
     """What one picture puts into the prompt. `items` has its features."""
-    sized = processor.info.parse_mm_data({"image": [image]}, validate=False)
-    updates: Updates = processor._get_mm_prompt_updates(sized, options, items)["image"][0]
+    updates = _updates_of(processor, image, options, items, copies)
+    if not is_placed_by_tokenizer(type(processor)):
+        return updates
+    return [replace(update, target=standing_for_a_picture(processor)) for update in updates]
+
+
+def standing_for_a_picture(processor: Processor) -> list[int]:
+    """The tokens of a picture of one pixel, for a model whose tokenizer writes the placeholders:
+    where it gets such a picture, the tokens of the real one are put later."""
+    return placeholder_of(processor, (1, 1))
+
+
+def placeholder_of(processor: Processor, size: Size) -> list[int]:
+    """The tokens of a picture whose features they do not depend on."""
+    updates = _updates_of(processor, blank(size), {}, MultiModalKwargsItems(), 1)
+    return list(updates[0].content.full)
+
+
+def _updates_of(
+    processor: Processor,
+    image: Image.Image,
+    options: Options,
+    items: MultiModalKwargsItems,
+    copies: int,
+) -> Updates:
+    sized = processor.info.parse_mm_data(_data(processor, image, copies), validate=False)
+    found = processor._get_mm_prompt_updates(sized, options, items)
+    updates: Updates = found[modality_of(processor)][0]
     return updates
+
+
+def _data(processor: Processor, image: Image.Image, copies: int) -> Any:
+    modality = modality_of(processor)
+    return {modality: [as_item(modality, image)] * copies}
 
 
 def qwen_video_pixels(info: Any, options: Options) -> dict[str, int]:
@@ -219,35 +240,3 @@ def blank(size: Size) -> Image.Image:
 def blank_frames(frames: int, size: Size) -> npt.NDArray[np.uint8]:
     """Black frames that take no memory: uint8 (frames, height, width, 3)."""
     return np.broadcast_to(np.uint8(0), (frames, size[1], size[0], 3))
-
-
-# ---------------------------------------------------------------------- of a renderer
-
-
-def keep_groups_apart(renderer: Any) -> None:
-    """Let vLLM's `renderer` name items by the group of the current request, also in its thread."""
-    if renderer.mm_processor is not None:
-        name_by_group(renderer.mm_processor)
-        carry_context(renderer._mm_executor)
-
-
-def name_by_group(processor: Any) -> None:
-    """Let the names that vLLM's `processor` gives to items be those of the group of API keys that
-    the current request belongs to (see `send.keep_in_group`)."""
-    hashes_of = processor._get_mm_hashes
-
-    def named(inputs: Any) -> dict[str, list[str]]:
-        hashes, group = hashes_of(inputs), requests.current().group
-        return {kind: [prefixed(name, group) for name in names] for kind, names in hashes.items()}
-
-    processor._get_mm_hashes = named
-
-
-def carry_context(executor: Executor) -> None:
-    """Let what is submitted to `executor` run in the context of its caller."""
-    submit: Any = executor.submit
-
-    def submit_in_context(work: Any, /, *args: Any, **kwargs: Any) -> Any:
-        return submit(contextvars.copy_context().run, work, *args, **kwargs)
-
-    executor.submit = submit_in_context  # type: ignore[method-assign]

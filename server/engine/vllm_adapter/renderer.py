@@ -8,8 +8,8 @@ What vLLM does in one thread for a whole prompt is done here image by image:
 
 Videos take the same way, with a child process for each instead of the pool.
 
-Models whose processor looks at the prompt as a whole (`processors.is_image_by_image`) get decoded
-pictures from the pool, and keep vLLM's own preprocessing.
+Models whose processor looks at the prompt as a whole (`levels.images_apart`) get decoded pictures
+from the pool, and keep vLLM's own preprocessing.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 from blake3 import blake3
@@ -27,11 +27,12 @@ from vllm import __version__ as vllm_version
 from vllm.config import VllmConfig
 from vllm.inputs import MultiModalInput
 from vllm.multimodal.inputs import MultiModalKwargsItem
+from vllm.renderers.base import BaseRenderer
 
 from server.concurrency import all_or_none
 from server.engine.token_allocator import TokenAllocator, shown_image
 from server.engine.video_allocator import VideoAllocator
-from server.engine.vllm_adapter import processors
+from server.engine.vllm_adapter import levels, processors
 from server.engine.vllm_adapter.conversation import ConversationRenderer
 from server.engine.vllm_adapter.items import ItemMaker
 from server.engine.vllm_adapter.merging import merged
@@ -81,9 +82,15 @@ class ImageJob(msgspec.Struct, frozen=True):
     kwargs: Mapping[str, Any]
 
 
-class PooledRenderer(ConversationRenderer):
-    """Registered in the place of `HfRenderer`. Without `attach` it is vLLM's, with the cache
-    order settled at sending. `announce`, if set, is told of images before they are processed."""
+class MediaRenderer(BaseRenderer[Any]):
+    """To be put before a renderer of vLLM's. Without `attach` it is that renderer, with the cache
+    order settled at sending. `announce`, if set, is told of images before they are processed.
+
+    Attributes:
+        image_io: what this renderer of vLLM's has as defaults for `media_io_kwargs["image"]`.
+    """
+
+    image_io: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, config: VllmConfig, tokenizer: Any) -> None:
         super().__init__(config, tokenizer)
@@ -91,6 +98,8 @@ class PooledRenderer(ConversationRenderer):
             self._mm_processor_cache = ProcessorCache(self._mm_processor_cache)
         self._pool: ImagePool | None = None
         self._pooled = False
+        self._modality: levels.Modality = "image"
+        self._apart: int | None = None
         self._items: ItemMaker | None = None
         self.allocator: Any = None
         self._fingerprint = b""
@@ -117,7 +126,10 @@ class PooledRenderer(ConversationRenderer):
         vLLM's own processor."""
         self._pool = pool
         self._pooled = pooled
-        self._items = ItemMaker(self.get_mm_processor()) if pooled else None
+        processor = self.get_mm_processor()
+        self._modality = levels.modality_of(processor)
+        self._apart = levels.images_apart(type(processor))
+        self._items = ItemMaker(processor) if pooled else None
         self.allocator = allocator
         model = self.model_config
         parts = (
@@ -157,8 +169,16 @@ class PooledRenderer(ConversationRenderer):
     ) -> tuple[MultiModalInput, MultiModalInput]:
         """What the engine gets of `prompt` with one image: as it is made here, and as vLLM makes it
         of the same image when it is decoded."""
-        ours = await self._process_images(prompt, {"image": [image]}, None, None)
-        return ours, self._process_multimodal(prompt, {"image": [picture]}, None, None)
+        modality, processor = self._modality, self.get_mm_processor()
+        theirs = prompt
+        if levels.is_placed_by_tokenizer(type(processor)):
+            prompt = processors.standing_for_a_picture(processor)
+            theirs = processors.placeholder_of(processor, picture.size)
+        ours = await self._process_images(
+            prompt, {modality: [levels.as_item(modality, image)]}, None, None
+        )
+        decoded: dict[str, Any] = {modality: [levels.as_item(modality, picture)]}
+        return ours, self._process_multimodal(theirs, decoded, None, None)
 
     # ------------------------------------------------------------------ one prompt
 
@@ -190,7 +210,9 @@ class PooledRenderer(ConversationRenderer):
             return await self._process_videos(
                 prompt, mm_data, mm_processor_kwargs, media_io_kwargs, skip_mm_cache=skip_mm_cache
             )
-        images = mm_data.get("image")  # a list, or a tensor of embeddings
+        modality = self._modality
+        # A list, or a tensor of embeddings.
+        images = levels.pictures_of(modality, mm_data.get(modality))
         if self._pool is None or not _are(images, EncodedImage):
             return await self._vllm_process_multimodal(
                 prompt, mm_data, mm_uuids, mm_processor_kwargs, media_io_kwargs,
@@ -199,17 +221,19 @@ class PooledRenderer(ConversationRenderer):
         context = requests.current()
         kwargs = dict(mm_processor_kwargs or {})
         encode_kwargs(kwargs)  # refuses what is not JSON, before the allocator reads it
-        io = DecodeIO.of((media_io_kwargs or {}).get("image") or {})
+        io = self._decode_io(media_io_kwargs)
         allocations = await self.allocator.allocate(images, context.max_image_tokens, kwargs)
         tokens = sum(allocation.tokens for allocation in allocations if allocation is not None)
         if self._pooled and not skip_mm_cache:
             self._check_length(tokens)
         await context.holdings.take(Item.IMAGE_TOKENS, tokens)
-        pooled = self._pooled and set(mm_data) == {"image"}
+        crowded = self._apart is not None and len(images) > max(self._apart, 1)
+        pooled = self._pooled and set(mm_data) == {modality} and not crowded
         if not pooled:
             kwargs = _common_options(images, allocations, kwargs)
         jobs = [
-            self._job(context, *pair, kwargs, io) for pair in zip(images, allocations, strict=True)
+            self._job(context, *pair, kwargs, io, crowded=crowded)
+            for pair in zip(images, allocations, strict=True)
         ]
         if pooled:
             rendered, cached = await self._render(prompt, jobs, skip_mm_cache=skip_mm_cache)
@@ -217,13 +241,13 @@ class PooledRenderer(ConversationRenderer):
             cached = [False] * len(jobs)
             rendered = await self._vllm_process_multimodal(
                 prompt,
-                {**mm_data, "image": await all_or_none(map(self._decode_image, jobs))},
-                {**(mm_uuids or {}), "image": [job.key for job in jobs]},
+                {**mm_data, modality: await all_or_none(map(self._decode_image, jobs))},
+                {**(mm_uuids or {}), modality: [job.key for job in jobs]},
                 kwargs or None,
                 media_io_kwargs,
                 skip_mm_cache=skip_mm_cache,
             )
-        placeholders = _placeholders(rendered)
+        placeholders = _placeholders(rendered, modality)
         if len(placeholders) == len(jobs):
             capped = self.allocator.limited(images, context.max_image_tokens)
             context.shown = self._shown(jobs, placeholders, cached, capped=capped)
@@ -240,7 +264,8 @@ class PooledRenderer(ConversationRenderer):
         process = self._process_here if skip_mm_cache else self._process_image
         items = await all_or_none(map(process, jobs))
         keys = [job.key for job in jobs]
-        rendered = merged(self.get_mm_processor(), prompt, {"image": keys}, {"image": items})
+        kind = self._modality
+        rendered = merged(self.get_mm_processor(), prompt, {kind: keys}, {kind: items})
         self.update_mm_cache_stats()
         return rendered, [not item and not skip_mm_cache for item, _ in items]
 
@@ -258,7 +283,7 @@ class PooledRenderer(ConversationRenderer):
         images, videos = mm_data.get("image") or [], mm_data["video"]
         kwargs = dict(mm_processor_kwargs or {})
         encode_kwargs(kwargs)
-        io = DecodeIO.of((media_io_kwargs or {}).get("image") or {})
+        io = self._decode_io(media_io_kwargs)
         assert self._videos is not None
         sized = [(image.size, image.options) for image in images]
         paths = [each.path for each in (*images, *videos)]
@@ -321,7 +346,7 @@ class PooledRenderer(ConversationRenderer):
         if images:
             pictures = [job.image for job in images]
             capped = self.allocator.limited(pictures, context.max_image_tokens)
-            places = _placeholders(rendered)
+            places = _placeholders(rendered, "image")
             context.shown = self._shown(images, places, cached[: len(images)], capped=capped)
             self._measure(images, context, kwargs)
         capped = self.video_allocator.limited(
@@ -347,9 +372,12 @@ class PooledRenderer(ConversationRenderer):
         allocation: TokenAllocation | None,
         kwargs: Mapping[str, Any],
         io: DecodeIO,
+        *,
+        crowded: bool = False,
     ) -> ImageJob:
         """What a worker has to do for `image`. Its key is the hash of the image's bytes, of what
-        is done with them, and of the model, prefixed with the group of the request."""
+        is done with them, and of the model, prefixed with the group of the request. `crowded`: the
+        model treats it in another way, since it is one of many."""
         kwargs = {**kwargs, **(allocation.options if allocation else {})}
         try:
             work = ProcessJob(
@@ -367,6 +395,7 @@ class PooledRenderer(ConversationRenderer):
         hasher = blake3(self._fingerprint)
         hasher.update(encode_job(work))
         hasher.update(image.digest.encode())
+        hasher.update(b"crowded" * crowded)
         key = prefixed(hasher.hexdigest(), context.group)
         return ImageJob(context, image, allocation, key, work, kwargs)
 
@@ -483,7 +512,10 @@ class PooledRenderer(ConversationRenderer):
 
     # ------------------------------------------------------------------ vLLM's own way
 
-    async def _decode_image(self, job: ImageJob) -> Image.Image | None:
+    def _decode_io(self, media_io_kwargs: Mapping[str, Mapping[str, object]] | None) -> DecodeIO:
+        return DecodeIO.of({**self.image_io, **((media_io_kwargs or {}).get("image") or {})})
+
+    async def _decode_image(self, job: ImageJob) -> Any:
         """The picture for vLLM's own processor; None if the client has not sent it this time."""
         if not job.image.data:
             return None
@@ -491,7 +523,12 @@ class PooledRenderer(ConversationRenderer):
         pixels_only = PixelsJob(work.format, work.size, work.frame, work.resize, work.io, work.crop)
         features = await self._in_pool(f"pixels-{job.key}", job, pixels_only)
         pixels = features.arrays(processors.tensor)["pixels"]
-        return await asyncio.to_thread(lambda: Image.fromarray(pixels.numpy().copy()))
+        picture = await asyncio.to_thread(lambda: Image.fromarray(pixels.numpy().copy()))
+        return levels.as_item(self._modality, picture)
+
+
+class PooledRenderer(MediaRenderer, ConversationRenderer):
+    """Registered in the place of `HfRenderer`."""
 
 
 def _most_bytes(job: ImageJob, work: PixelsJob | ProcessJob) -> int:
@@ -527,7 +564,7 @@ def _are(items: Any, kind: type) -> bool:
     return isinstance(items, list) and bool(items) and all(isinstance(it, kind) for it in items)
 
 
-def _placeholders(rendered: Any, modality: str = "image") -> Sequence[Any]:
+def _placeholders(rendered: Any, modality: str) -> Sequence[Any]:
     """Where the images are in a prompt; nowhere, if they went into an encoder of its own."""
     ranges: Sequence[Any] = rendered.get("mm_placeholders", {}).get(modality, ())
     return ranges

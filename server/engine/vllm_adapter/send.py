@@ -115,7 +115,7 @@ def keep_in_group(request: EngineCoreRequest, group: str) -> None:
 
     Two kinds of cached work outlive a request: prompts, by their tokens and a salt, and items
     (images, videos, audio), by a hash or by the name that a client gave. Both get the group into
-    their key. Most items have it already, from the processor (`processors.name_by_group`), so that
+    their key. Most items have it already, from the processor (`group_names.name_by_group`), so that
     all of vLLM's caches see the same name; features with names of the client's own get it here.
     Without groups nothing changes.
     """

@@ -108,7 +108,7 @@ class QwenTokens:
 
 @dataclass(frozen=True)
 class PixtralTokens:
-    """Pixtral and Mistral 3 in the Hugging Face format.
+    """Pixtral and Mistral 3, in the Hugging Face format and in Mistral's.
 
     A picture whose longer side exceeds `longest_edge` is shrunk to it; then both sides are rounded
     up to multiples of `patch` (16 pixels; 28 for Mistral 3, which merges 2 x 2 patches of 14), and
@@ -118,10 +118,14 @@ class PixtralTokens:
     A cap acts like a smaller `longest_edge`. vLLM ignores that option when it counts tokens, so the
     cap is met by resizing the picture to whole squares, which the processor does not change. 256
     tokens are 256 x 256 pixels for Pixtral, 448 x 448 for Mistral 3.
+
+    Sides are rounded down when a picture shrinks (`rounds_down`), but to the nearest pixel, and
+    never to none, in Mistral's format (`ImageEncoder` of mistral-common).
     """
 
     patch: int
     longest_edge: int
+    rounds_down: bool = True
 
     family = "pixtral"
     least = 1
@@ -164,7 +168,7 @@ class PixtralTokens:
         return [View("whole", allocation.region, size, self._grid(size), allocation.tokens)]
 
     def _natural(self, width: int, height: int) -> Size:
-        size = _fitted(width, height, self.longest_edge)
+        size = self._fitted(width, height, self.longest_edge)
         if min(size) < 1:
             raise ImageAspectRatio("the image is too narrow for the model")
         return size
@@ -173,12 +177,22 @@ class PixtralTokens:
         """The largest size by the family's rule that takes at most `cap` squares."""
 
         def size(edge: int) -> Size:
-            fitted = _fitted(width, height, edge)
+            fitted = self._fitted(width, height, edge)
             return max(fitted[0], 1), max(fitted[1], 1)
 
         edges = range(1, min(self.longest_edge, max(width, height)) + 1)
         fitting = bisect.bisect_right(edges, cap, key=lambda edge: self._tokens(size(edge)))
         return size(edges[fitting - 1])
+
+    def _fitted(self, width: int, height: int, edge: int) -> Size:
+        """The size after shrinking so that neither side exceeds `edge`, with the processor's
+        rounding."""
+        ratio = max(width / edge, height / edge)
+        if ratio <= 1:
+            return width, height
+        if self.rounds_down:
+            return math.floor(width / ratio), math.floor(height / ratio)
+        return max(round(width / ratio), 1), max(round(height / ratio), 1)
 
     def _grid(self, size: Size) -> Size:
         """The (columns, rows) of squares that cover a size."""
@@ -191,12 +205,3 @@ class PixtralTokens:
     def _tokens(self, size: Size) -> int:
         columns, rows = self._grid(size)
         return columns * rows
-
-
-def _fitted(width: int, height: int, edge: int) -> Size:
-    """The size after shrinking so that neither side exceeds `edge`, with the processor's
-    rounding."""
-    ratio = max(width / edge, height / edge)
-    if ratio <= 1:
-        return width, height
-    return math.floor(width / ratio), math.floor(height / ratio)

@@ -2,9 +2,12 @@
 
 import pytest
 from vllm.renderers.hf import HfRenderer
+from vllm.renderers.registry import RENDERER_REGISTRY
+from vllm.utils.import_utils import resolve_obj_by_qualname
 
+from server.engine.vllm_adapter import other_renderers
 from server.engine.vllm_adapter.conversation import ConversationRenderer
-from server.engine.vllm_adapter.renderer import PooledRenderer, _common_options
+from server.engine.vllm_adapter.renderer import MediaRenderer, PooledRenderer, _common_options
 from server.errors import ImageTokenCap
 from server.imaging.encoded import EncodedImage
 from server.imaging.header import ImageHeader
@@ -21,9 +24,20 @@ MEANT = {
 
 def test_no_method_of_vllm_is_replaced_by_accident() -> None:
     """A method of ours with the name of one of vLLM's would be called in its place."""
-    for ours in (ConversationRenderer, PooledRenderer):
+    for ours in (ConversationRenderer, MediaRenderer, PooledRenderer):
         replaced = {name for name in vars(ours) if hasattr(HfRenderer, name)}
         assert {name for name in replaced - MEANT if not name.startswith(("__", "_abc"))} == set()
+
+
+def test_every_renderer_that_shows_pictures_has_the_image_path() -> None:
+    before = dict(RENDERER_REGISTRY.renderers)
+    try:
+        other_renderers.install()
+        for mode, place in RENDERER_REGISTRY.renderers.items():
+            if mode not in other_renderers._LEFT:
+                assert issubclass(resolve_obj_by_qualname(".".join(place)), MediaRenderer)
+    finally:
+        RENDERER_REGISTRY.renderers.update(before)
 
 
 def test_the_image_whose_cap_differs_from_the_first_one_is_named() -> None:

@@ -21,9 +21,9 @@ from vllm.multimodal.inputs import (
     PlaceholderRange,
 )
 
+from server.engine.vllm_adapter.group_names import carry_context, name_by_group
 from server.engine.vllm_adapter.outcomes import Outcomes
 from server.engine.vllm_adapter.processor_cache import PooledItem, ProcessorCache, copied
-from server.engine.vllm_adapter.processors import carry_context, name_by_group
 from server.engine.vllm_adapter.send import Gate, Sender, keep_in_group
 from server.request.admission import Admission
 from server.request.context import RequestContext, entered

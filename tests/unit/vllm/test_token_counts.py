@@ -38,6 +38,7 @@ from server.workers.protocol import Features
 from server.workers.shared_memory import ArrayWriter, Segment
 from server.workers.worker import describe
 from tests import families
+from tests.processors import created
 
 Options = Mapping[str, Any]
 
@@ -91,18 +92,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @functools.cache
 def processor(model: str, checkpoints: Path) -> Any:
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.multimodal import MULTIMODAL_REGISTRY
-
     family, options = MODELS[model]
-    args = AsyncEngineArgs(
-        model=str(families.build(family, checkpoints)),
-        dtype="float32",
-        max_model_len=4096,
-        mm_processor_kwargs=dict(options),
-        trust_remote_code=family == "internvl_chat",
-    )
-    return MULTIMODAL_REGISTRY.create_processor(args.create_model_config())
+    return created(family, checkpoints, options)
 
 
 @functools.cache
