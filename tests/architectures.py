@@ -77,7 +77,7 @@ def _rows(architecture: str) -> Iterator[Row]:
     model = _loaded(module, name)
     if model is None:
         if _shows_pictures(module):
-            yield Row(architecture, "needs a GPU", "", "", tested)
+            yield Row(architecture, "not in this build", "", "", tested)
         return
     for info, processor in _classes(model):
         if set(_IMAGES) & set(_modalities(info)):

@@ -322,7 +322,7 @@ _BUILDERS: dict[tuple[str, str], _Builder] = {
     ("Qwen2_5OmniThinkerProcessingInfo", "Qwen2_5OmniThinkerMultiModalProcessor"): _qwen,
     ("Qwen3OmniMoeThinkerProcessingInfo", "Qwen3OmniMoeThinkerMultiModalProcessor"): _qwen,
     ("DotsOCRProcessingInfo", _QWEN2): _qwen,
-    ("Exaone4_5_ProcessingInfo", "Exaone4_5_MultiModalProcessor"): _qwen,
+    ("Exaone4_5_ProcessingInfo", _QWEN2): _qwen,
     ("PixtralHFProcessingInfo", "PixtralHFMultiModalProcessor"): _pixtral,
     ("Mistral3ProcessingInfo", "Mistral3MultiModalProcessor"): _mistral3,
     ("PixtralProcessingInfo", "PixtralMultiModalProcessor"): _mistral_format,

@@ -113,7 +113,7 @@ def _qwen3_omni_moe(directory: Path) -> None:
     rope = qwen_rope([6, 5, 5], mrope_interleaved=True)
     thinker = {
         "text_config": language_model(vocabulary, head_dim=32, rope_parameters=rope, **experts()),
-        "vision_config": QWEN3_VISION,
+        "vision_config": {**QWEN3_VISION, "image_size": 768},
         "audio_config": _audio(downsample_hidden_size=32),
         **_ids(vocabulary, "_id"),
     }

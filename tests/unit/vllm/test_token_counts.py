@@ -27,7 +27,7 @@ from vllm.v1.serial_utils import MsgpackEncoder
 from server.engine import token_rules
 from server.engine.extractor import _export
 from server.engine.launch import same_data
-from server.engine.vllm_adapter import item_encoder, processors
+from server.engine.vllm_adapter import item_encoder, levels, processors
 from server.engine.vllm_adapter.items import ItemMaker, _outline, _TooLarge
 from server.engine.vllm_adapter.merging import _is_plain, planned, replaced
 from server.engine.vllm_adapter.processor_cache import _Metadata
@@ -175,6 +175,8 @@ def test_placeholders_in_a_prompt_match_the_rule(model: str, checkpoints: Path) 
     for cap in (None, max(chosen.fewest(width, height), chosen.allocate(width, height).tokens - 1)):
         got = chosen.allocate(width, height, cap)
         image = Image.new("RGB", got.resize or (width, height))
+        if levels.is_placed_by_tokenizer(type(real)):
+            tokens = processors.placeholder_of(real, image.size)
         inputs = ProcessorInputs(
             list(tokens),
             real.info.parse_mm_data({"image": [image]}),
@@ -301,11 +303,12 @@ def _elements(data: Any) -> int:
 def seen(model: str, item: Any, got: TokenAllocation) -> Size:
     """(width, height) of the encoder's input, from the features."""
     family = model.partition(",")[0]
-    if family.startswith("qwen"):
-        patch = 16 if family == "qwen3_vl" else 14
+    if "image_grid_thw" in item:
+        patch = 16 if family.startswith("qwen3") else 14
         _, rows, columns = item["image_grid_thw"].data.tolist()
         return columns * patch, rows * patch
-    pixels = item["pixel_values_flat" if family == "internvl_chat" else "pixel_values"].data
+    names = ("pixel_values", "pixel_values_flat", "images")
+    pixels = next(item[name].data for name in names if name in item)
     if family in ("llava_next", "llava_onevision"):
         return white(pixels, got)
     height, width = pixels.shape[-2:]
