@@ -47,7 +47,6 @@ __all__ = [
     "FLAGS",
     "MEASURED",
     "NIGHTLY",
-    "NO_ENGINE",
     "PREPROCESSED",
     "build",
     "import_stubs",
@@ -83,16 +82,26 @@ MEASURED: dict[str, Maker] = {
 }
 """The same, without a rule: their tokens are measured."""
 
-NO_ENGINE = {
-    "deepseek_vl2": "vLLM's vision tower needs the package timm",
-}
-"""Those that do not run through the engine, and why."""
-
 ENGINE = [*FAMILIES, "pixtral_mistral", "qwen2_5_omni", "kimi_k25"]
 """Those that run through the engine in each run of the tests."""
 
-NIGHTLY = [name for name in (*PREPROCESSED, *MEASURED) if name not in (*ENGINE, *NO_ENGINE)]
-"""Those that do so nightly."""
+NIGHTLY = [
+    "mistral3",
+    "internvl_chat",
+    "skywork_r1v",
+    "qianfan_ocr",
+    "glm4v",
+    "glm_ocr",
+    "paddleocr_vl",
+    "dots_ocr",
+    "gemma4",
+    "llama4",
+    "aria",
+    "granite4_vision",
+    "exaone4_5",
+]
+"""Those that do so nightly. The engine has not run the others: some need settings of their language
+models that are still missing, DeepSeek-VL2 the package timm."""
 
 FLAGS: dict[str, list[str]] = {
     "internvl_chat": ["--trust-remote-code"],

@@ -82,6 +82,7 @@ def _glm4v_moe(directory: Path) -> None:
         directory,
         "Glm4vMoeForConditionalGeneration",
         "glm4v_moe",
+        head_dim=32,
         n_routed_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=HIDDEN,

@@ -114,6 +114,7 @@ def experts(**settings: Any) -> dict[str, Any]:
     return {
         "num_experts": 4,
         "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
         "moe_intermediate_size": HIDDEN,
         **settings,
     }

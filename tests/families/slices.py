@@ -37,6 +37,7 @@ def _lfm2_vl(directory: Path) -> None:
             vocabulary,
             model_type="lfm2",
             layer_types=["conv", "full_attention"],
+            conv_dim=HIDDEN,
             block_auto_adjust_ff_dim=False,
         ),
         vision_config={

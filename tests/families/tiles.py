@@ -128,7 +128,7 @@ def _step3_vl(directory: Path) -> None:
             "moe_intermediate_size": HIDDEN,
             "moe_num_experts": 4,
             "moe_top_k": 2,
-            "moe_layers_enum": [1],
+            "moe_layers_enum": "1",
             "max_position_embedding": 8192,
         },
         vision_config={
