@@ -98,6 +98,9 @@ NIGHTLY = [
     "llama4",
     "aria",
     "granite4_vision",
+    "qwen3_vl_moe",
+    "step3_vl",
+    "h2ovl",
     "exaone4_5",
 ]
 """Those that do so nightly. The engine has not run the others: some need settings of their language
