@@ -474,6 +474,13 @@ CONTRACTS = [
         ("self", "cached_update", "new_item_idx"),
     ),
     Contract(_PROCESSOR, f"{_BASE}._postprocess_prompt", ("self", "prompt")),
+    # What the families of `engine/models/` override.
+    Contract(_PROCESSOR, f"{_BASE}._call_hf_processor", ("self", "hf_data", "hf_kwargs")),
+    Contract(
+        _PROCESSOR,
+        f"{_BASE}._get_prompt_updates",
+        ("self", "mm_items", "hf_processor_mm_kwargs", "out_mm_kwargs"),
+    ),
     Contract(_PROCESSOR, f"{_BASE}._maybe_apply_prompt_updates", ("self", "mm_items", "mm_res")),
     Contract(
         _PROCESSOR,

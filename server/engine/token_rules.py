@@ -329,6 +329,7 @@ _BUILDERS: dict[tuple[str, str], _Builder] = {
     ("LlavaProcessingInfo", "LlavaMultiModalProcessor"): _fixed,
     ("PaliGemmaProcessingInfo", "PaliGemmaMultiModalProcessor"): _fixed,
     ("Blip2ProcessingInfo", "Blip2MultiModalProcessor"): _fixed,
+    ("InstructBlipProcessingInfo", "InstructBlipMultiModalProcessor"): _fixed,
     ("LlavaNextProcessingInfo", "LlavaNextMultiModalProcessor"): _llava_next,
     ("LlavaOnevisionProcessingInfo", "LlavaOnevisionMultiModalProcessor"): _llava_onevision,
     ("InternS1ProcessingInfo", "InternS1MultiModalProcessor"): _internvl,

@@ -29,6 +29,7 @@ from tests.families import (
     gemma,
     idefics,
     internvl,
+    literature,
     llava,
     mistral,
     omni,
@@ -45,6 +46,7 @@ __all__ = [
     "ENVIRONMENT",
     "FAMILIES",
     "FLAGS",
+    "LITERATURE",
     "MEASURED",
     "NIGHTLY",
     "PREPROCESSED",
@@ -120,6 +122,10 @@ ENVIRONMENT = {"kimi_k25": {"VLLM_MLA_DISABLE": "1"}}
 """Variables that a checkpoint needs on a CPU: vLLM's latent attention there takes only heads of the
 published size."""
 
+LITERATURE: dict[str, Maker] = literature.LITERATURE
+"""Systems of the literature, whose answers `tests/server/test_literature.py` compares with those of
+transformers."""
+
 
 def build(family: str, directory: Path) -> Path:
     """Return the checkpoint of `family` below `directory`; creates it if it does not exist.
@@ -129,7 +135,7 @@ def build(family: str, directory: Path) -> Path:
     target = directory / family
     if target.exists():
         return target
-    make = {**FAMILIES, **PREPROCESSED, **MEASURED}[family]
+    make = {**FAMILIES, **PREPROCESSED, **MEASURED, **LITERATURE}[family]
     directory.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{family}-", dir=directory))
     try:

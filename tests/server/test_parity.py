@@ -100,17 +100,17 @@ async def rig(model: Path, more: Sequence[str] = (), decode: str = "exact") -> A
     flags = ["--image-workers", "2", "--image-decode", decode, "--max-model-len", "4096"]
     args, settings = parse([str(model), *flags, *more, "--mm-processor-cache-gb", "0.1"])
     renderers = dict(RENDERER_REGISTRY.renderers)
-    prepared = launch.prepare(args, settings)
-    assert prepared.workers is not None
+    plan = launch.prepare(args, settings)
+    assert plan.workers is not None
     async with contextlib.AsyncExitStack() as stack:
-        pool = ImagePool(prepared.workers, settings.images)
+        pool = ImagePool(plan.workers, settings.images)
         stack.callback(pool.stop_preload)
         pool.preload()
-        embeddings = launch.add_embedding_cache(prepared, settings)
-        assert embeddings is not None
-        await stack.enter_async_context(embeddings)
+        embeddings = launch.add_embedding_cache(plan, settings)
+        if embeddings is not None:  # the model has no cross-attention
+            await stack.enter_async_context(embeddings)
         engine, *_ = await stack.enter_async_context(
-            launch.running(prepared, settings, Outcomes(), Gate())
+            launch.running(plan, settings, Outcomes(), Gate())
         )
         envs.disable_envs_cache()  # `render` changes an environment variable
         await stack.enter_async_context(pool)
@@ -121,9 +121,9 @@ async def rig(model: Path, more: Sequence[str] = (), decode: str = "exact") -> A
         decoder = launch.clip_decoder(settings, pool.forkserver)
         stack.callback(decoder.close)
         used = await launch.connect(engine, settings, pool, decoder, embeddings)
-        mode, *_ = tokenizer_args_from_config(prepared.config.model_config)
+        mode, *_ = tokenizer_args_from_config(plan.config.model_config)
         kind = resolve_obj_by_qualname(".".join(renderers[mode]))
-        theirs = kind(prepared.config, engine.renderer.tokenizer)
+        theirs = kind(plan.config, engine.renderer.tokenizer)
         assert used.encoded
         yield Rig(engine, theirs, used.pooled, loader)
 
@@ -213,19 +213,24 @@ async def check_family(family: str, directory: Path) -> None:
 
 def check(family: str, directory: str, stubs: str) -> None:
     """Runs in a fork of the template."""
+    sys.path.insert(0, stubs)
+    os.environ["PYTHONPATH"] = stubs  # for an executed forkserver
+    os.environ.update(families.ENVIRONMENT.get(family, {}))
+    prepared()
+    asyncio.run(check_family(family, Path(directory)))
+
+
+def prepared() -> None:
+    """Start what must be started before an engine, in a fork of the template."""
     from vllm.model_executor.models import registry
 
     from server.engine.vllm_adapter import core_fork
     from server.workers import template as workers
 
-    sys.path.insert(0, stubs)
-    os.environ["PYTHONPATH"] = stubs  # for an executed forkserver
-    os.environ.update(families.ENVIRONMENT.get(family, {}))
     # Otherwise vLLM starts a process to inspect each model class that is new to it.
     registry._run_in_subprocess = lambda look: look()
     workers.prepare()
     core_fork.prepare()
-    asyncio.run(check_family(family, Path(directory)))
 
 
 @pytest.fixture(scope="module")

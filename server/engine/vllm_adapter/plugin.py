@@ -2,7 +2,7 @@
 
 The server asks for what it wants changed there with `ask`, before it starts the engine. The wishes
 reach vLLM's processes in one environment variable. A plain vLLM in the same environment has no such
-variable, and stays what it is.
+variable, and stays what it is, except that it also knows the families of `server.engine.models`.
 """
 
 import ctypes
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+
+from server.engine import models
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +68,7 @@ def forget() -> None:
 
 def register() -> None:
     """Entry point of the group `vllm.general_plugins`."""
+    models.register()
     changes = asked()
     if changes.die_with_parent:
         _die_with_parent()
