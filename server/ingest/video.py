@@ -122,9 +122,15 @@ class ClipDecoder:
     """Decodes videos and audio clips. `close` ends it."""
 
     def __init__(
-        self, prepare: str, settings: VideoSettings, max_pixels: int, forkserver: Forkserver
+        self,
+        prepare: str,
+        settings: VideoSettings,
+        max_pixels: int,
+        forkserver: Forkserver,
+        note_work: Callable[[], None] = lambda: None,
     ) -> None:
-        """`prepare` is the "module:function" that prepares for a job; see `sandbox.Prepare`."""
+        """`prepare` is the "module:function" that prepares for a job; see `sandbox.Prepare`.
+        `note_work` is called again and again while clips are decoded."""
         self._prepare = prepare
         self._settings = settings
         self._max_pixels = max_pixels
@@ -136,6 +142,7 @@ class ClipDecoder:
                 max_memory_bytes=settings.video_max_memory_mb * _MIB,
             ),
             forkserver,
+            note_work,
         )
 
     @property

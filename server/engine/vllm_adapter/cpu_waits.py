@@ -29,7 +29,7 @@ _RECENT_S = 1.0
 _SPIN_S = 5e-3  # the longest time without a sleep
 _SLEEP_S = 1e-4
 
-# When an image worker last got an image, on the system's monotonic clock.
+# When an image worker last got an image, or a clip was decoded, on the system's monotonic clock.
 _last_work: Any = None  # a memoryview of doubles
 
 
@@ -55,7 +55,7 @@ def join(path: str) -> None:
 
 
 def note_work() -> None:
-    """Tell the engine's processes that an image worker is at work."""
+    """Tell the engine's processes that an image or a clip is being decoded."""
     if _last_work is not None:
         _last_work[0] = time.monotonic()
 
