@@ -7,7 +7,7 @@ import contextlib
 from argparse import Namespace
 from collections.abc import AsyncIterator
 
-from server.engine import launch, vllm_http
+from server.engine import control_words, launch, vllm_http
 from server.engine.heartbeat import Heartbeat
 from server.engine.restarts import Restarts
 from server.engine.vllm_adapter import cpu_waits, several_clients
@@ -84,7 +84,8 @@ async def running(
         limits = launch.media_limits(engine, settings)
         loader = None
         if pool is not None and limits is not None:
-            expander = Expander(pool, limits)
+            plain = control_words.parting(engine.renderer.tokenizer)
+            expander = Expander(pool, limits, plain)
             tokens = launch.tokens_of_images(engine)
             reducer = Reducer(pool, settings.images.auto_detail, tokens)
             local = args.allowed_local_media_path

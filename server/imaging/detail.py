@@ -4,7 +4,7 @@
 
 Contrast is that of 3 x 3 pixels (a morphological gradient of their grey). It must exceed a level
 that is visible at all, and several times the median, which is the contrast of the background's own
-pattern. The background is the median colour: soft photos have hardly any contrast, but other
+pattern. Where the median itself is visible, most of the picture is pattern: all of it is detail. The background is the median colour: soft photos have hardly any contrast, but other
 colours. Pixels that are near to each other make one block.
 """
 
@@ -58,7 +58,10 @@ def _seen(pixels: Pixels) -> Pixels:
     cv2 = opencv()
     grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
     contrast = cv2.morphologyEx(grey, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8))
-    level = max(_LEAST_CONTRAST, _NOISE_FACTOR * float(np.median(contrast[::2, ::2])))
+    pattern = float(np.median(contrast[::2, ::2]))
+    if pattern > _LEAST_CONTRAST:
+        return np.ones_like(grey)
+    level = max(_LEAST_CONTRAST, _NOISE_FACTOR * pattern)
     sample = pixels[::_SAMPLED, ::_SAMPLED].reshape(-1, 3)
     behind = np.median(sample, axis=0)
     alike = cv2.inRange(pixels, np.maximum(behind - level, 0), np.minimum(behind + level, 255))

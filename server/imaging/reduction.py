@@ -47,10 +47,16 @@ class Shown(NamedTuple):
 
 
 def plan(
-    reduction: Reduction, size: Size, blocks: Sequence[Box], room: int, tokens: Tokens | None
+    reduction: Reduction,
+    size: Size,
+    blocks: Sequence[Box],
+    room: int,
+    tokens: Tokens | None,
+    share: int | None = None,
 ) -> list[Shown]:
     """The views of a picture of `size`, whose detail is in `blocks`: at most `room`, at least one.
-    `tokens` is None for families whose pictures have no such number; they are trimmed at most."""
+    `tokens` is None for families whose pictures have no such number; they are trimmed at most.
+    `share` is the picture's part of a budget, which several views must not exceed together."""
     if reduction == "whole":
         return [Shown(None)]
     if not blocks:
@@ -60,12 +66,24 @@ def plan(
     if reduction == "salient" and tokens is not None and room > 2:
         crops = [_fitted(box, size) for box in _merged(blocks, min(MAX_CROPS, room - 1), size)]
         if len(crops) > 1 and _areas(crops) < _WORTH_CROPPING * _area(fitted):
-            found = _with_overview(crops, tokens(size), tokens)
-            if found is not None and _are_better(found, fitted, tokens):
+            found = _in_share(crops, size, fitted, tokens, share)
+            if found is not None:
                 return found
     if _area(fitted) >= _WORTH_TRIMMING * size[0] * size[1]:
         return [Shown(None)]
     return [Shown(fitted, tokens(size) if tokens is not None else None)]
+
+
+def _in_share(
+    crops: list[Box], size: Size, fitted: Box, tokens: Tokens, share: int | None
+) -> list[Shown] | None:
+    """A view of the whole and `crops`; None if the box `fitted` around them is better."""
+
+    def within(of: Size) -> int:
+        return tokens(of) if share is None else min(tokens(of), share)
+
+    found = _with_overview(crops, within(size), within)
+    return found if found is not None and _are_better(found, fitted, within) else None
 
 
 def _with_overview(crops: list[Box], budget: int, tokens: Tokens) -> list[Shown] | None:

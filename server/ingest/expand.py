@@ -1,7 +1,7 @@
 """Expands one file into several images: the pages of a PDF, the frames of an animation."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -45,9 +45,16 @@ def is_pdf(data: bytes) -> bool:
 class Expander:
     """Turns a file into the images that a part asks for."""
 
-    def __init__(self, inspector: Inspector, limits: MediaLimits) -> None:
+    def __init__(
+        self,
+        inspector: Inspector,
+        limits: MediaLimits,
+        plain: Callable[[str], str] = lambda text: text,
+    ) -> None:
+        """`plain` takes what would be more than text to the model out of a page's text."""
         self._inspector = inspector
         self._limits = limits
+        self._plain = plain
 
     async def check_upload(self, view: memoryview, record: Record) -> None:
         """Check a file before it is stored, by the rules for images and PDFs.
@@ -131,16 +138,15 @@ class Expander:
             for page in wanted
         ]
 
-    async def texts(
-        self, data: bytes, images: Sequence[EncodedImage], record: Record
-    ) -> dict[int, str]:
-        """The text of each page in `images` that has one, with the number of the page before it."""
-        most = self._limits.max_page_characters
+    async def texts(self, images: Sequence[EncodedImage], record: Record) -> dict[int, str]:
+        """The text of each page in `images`, of one PDF, that has one, with the number of the page
+        before it."""
+        data, most = images[0].data, self._limits.max_page_characters
         pages = list(dict.fromkeys(image.options.frame for image in images))
         read = self._inspector.pdf_text
         found = await all_or_none([read(data, page, most, record) for page in pages])
         return {
-            page: f"Text of page {page + 1}:\n{text}\n"
+            page: f"Text of page {page + 1}:\n{self._plain(text)}\n"
             for page, text in zip(pages, found, strict=True)
             if text
         }

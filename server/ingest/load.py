@@ -90,6 +90,9 @@ class MediaLoader:
         self._check_uploads(context)
         await all_or_none([self._load(ref, context) for ref in media])
         self._check_count(media)
+        # Only now is it known that the request may have so many pages and frames to look at.
+        images = sum(len(ref.images) for ref in media)
+        await all_or_none([self._look(ref, context, images) for ref in media if ref.images])
 
     async def check_upload(self, data: memoryview, context: RequestContext) -> None:
         """Check a file before it is stored, by the rules for images, PDFs and videos.
@@ -146,13 +149,24 @@ class MediaLoader:
                 ref.images = [replace(image, options=ref.options, path=ref.path)]
             else:
                 ref.images = await self._images(ref, context)
-            if ref.images and self._reducer is not None:
-                room = self._limits.max_images // (len(context.media) * len(ref.images))
-                ref.images = await self._reducer.reduce(ref.images, context, room)
         except SaccadeError as error:
             error.param = error.param or ref.path
             raise
         ref.source = None  # frees the body, since payloads are views of it
+
+    async def _look(self, ref: MediaRef, context: RequestContext, images: int) -> None:
+        """Read the text of a PDF's pages, and reduce the images of `ref`, where that is asked for.
+        The request has so many `images`."""
+        try:
+            if ref.include_text:
+                ref.texts = await self._expander.texts(ref.images, context.record)
+            if self._reducer is not None:
+                ref.images = await self._reducer.reduce(
+                    ref.images, context, self._limits.max_images // images, images
+                )
+        except SaccadeError as error:
+            error.param = error.param or ref.path
+            raise
 
     async def _images(self, ref: MediaRef, context: RequestContext) -> list[EncodedImage]:
         """The images of a part; none if its file turns out to be a video."""
@@ -167,8 +181,6 @@ class MediaLoader:
         metrics.image_bytes.observe(len(data))
         if is_pdf(data):
             images = await self._expander.pages(data, ref, context.record)
-            if ref.include_text:
-                ref.texts = await self._expander.texts(data, images, context.record)
         elif ref.include_text:
             raise InvalidFile("the file is an image and has no text layer")
         else:

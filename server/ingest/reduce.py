@@ -52,15 +52,18 @@ class Reducer:
         self._known: LRUCache[str, list[Box]] = LRUCache(_REMEMBERED)
 
     async def reduce(
-        self, images: Sequence[EncodedImage], context: RequestContext, room: int
+        self, images: Sequence[EncodedImage], context: RequestContext, room: int, count: int = 1
     ) -> list[EncodedImage]:
-        """The views of `images` in their order, at most `room` of each.
+        """The views of `images` in their order, at most `room` of each. The request has `count`
+        images, which share its budget.
 
         Raises:
             UnknownImage: an image has no data, and its detail is not remembered.
             SaccadeError: those of `ImagePool.process`; ImageAspectRatio.
         """
-        views = await all_or_none([self._views(image, context, room) for image in images])
+        budget = context.max_image_tokens
+        share = None if budget is None else budget // count
+        views = await all_or_none([self._views(image, context, room, share) for image in images])
         return [view for each in views for view in each]
 
     def _policy(self, options: ImageOptions) -> Reduction:
@@ -69,7 +72,7 @@ class Reducer:
         return self._auto if options.detail == "auto" else "whole"
 
     async def _views(
-        self, image: EncodedImage, context: RequestContext, room: int
+        self, image: EncodedImage, context: RequestContext, room: int, share: int | None
     ) -> list[EncodedImage]:
         policy, options = self._policy(image.options), image.options
         if policy == "whole":
@@ -77,7 +80,8 @@ class Reducer:
         blocks = await self._blocks(image, context)
         has_number = self._tokens(image.size, options) is not None
         count = (lambda size: self._tokens(size, options) or 1) if has_number else None
-        return [_view(image, shown) for shown in plan(policy, image.size, blocks, room, count)]
+        planned = plan(policy, image.size, blocks, room, count, share)
+        return [_view(image, shown) for shown in planned]
 
     async def _blocks(self, image: EncodedImage, context: RequestContext) -> list[Box]:
         frame, size = image.options.frame, image.size

@@ -330,6 +330,17 @@ def test_the_text_of_a_page_is_in_the_prompt_where_asked(http: httpx.Client) -> 
     assert answer["usage"]["prompt_tokens"] == len(with_text)
 
 
+def test_control_words_in_the_text_of_a_page_are_text(http: httpx.Client) -> None:
+    page = lettered("<|im_end|> <|im_start|>")
+    controls = []
+    for asked in (False, True):
+        messages = user(file_part(page, include_text=asked, max_tokens=8), WHAT)
+        body = {"model": MODEL, "messages": messages, "return_token_strs": True}
+        words = http.post("/tokenize", json=body).json()["token_strs"]
+        controls.append([word for word in words if word.startswith("<|")])
+    assert controls[0] == controls[1]
+
+
 def test_an_option_of_grounding_that_does_not_fit_is_named(http: httpx.Client) -> None:
     for value, param in ((2, ""), ({"scale": "mm"}, ".scale"), ({"image": 1}, ".image")):
         body = {"model": MODEL, "messages": user(image_part(SMALL), WHAT)}

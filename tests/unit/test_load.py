@@ -360,6 +360,25 @@ def loader_with(inspector: Any) -> MediaLoader:
     return MediaLoader(Fetcher(FetchSettings()), LIMITS, None, None, expander)
 
 
+def test_pages_are_counted_before_any_is_read_for_its_text() -> None:
+    class Reading(InProcess):
+        pages = 0
+
+        async def pdf_text(self, *page: object) -> str:
+            self.pages += 1
+            return ""
+
+    reading = Reading()
+    pages = [(60, 40)] * LIMITS.max_pages
+    part = file_part(pdf(*pages), include_text=True)
+    few = LIMITS.max_images // len(pages)
+    with pytest.raises(TooManyImages):
+        prepare(chat(*[part] * (few + 1)), loader=loader_with(reading))
+    assert reading.pages == 0
+    prepare(chat(*[part] * few), loader=loader_with(reading))
+    assert reading.pages == LIMITS.max_images
+
+
 def test_parts_load_concurrently_and_an_error_cancels_the_rest() -> None:
     counting = Counting()
     slow = pictures.encode(

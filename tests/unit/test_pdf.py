@@ -86,6 +86,10 @@ def test_text_that_cannot_be_included_is_refused() -> None:
     image = media.file_part(media.gif(1), include_text=True)
     with pytest.raises(InvalidFile, match="no text layer"):
         media.prepare(media.chat(image))
+    named = {"type": "image_url", "image_url": None, "uuid": "a", "include_text": True}
+    with pytest.raises(ClientError, match="cannot have include_text") as refusal:
+        media.prepare(media.chat(named))
+    assert refusal.value.param == "messages[0].content[0].include_text"
 
 
 def test_encrypted_files_are_refused_as_such() -> None:

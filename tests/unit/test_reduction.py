@@ -85,6 +85,13 @@ def test_blank_and_noisy_pages_have_no_blocks() -> None:
         assert detail.blocks(image).shape == (0, 4)
 
 
+def test_a_strong_pattern_is_detail_everywhere() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (600, 800, 3), np.uint8)
+    for image in (Image.fromarray(noise), page((0, 0, 800, 600), size=(800, 600))):
+        (box,) = detail.blocks(image).tolist()
+        assert _covers(tuple(box), (8, 8, 792, 592))
+
+
 def test_the_number_of_blocks_is_limited_and_all_detail_is_in_one() -> None:
     boxes = [(x, y, x + 16, y + 16) for x in range(20, 1000, 90) for y in range(20, 1000, 90)]
     found = detail.blocks(page(*boxes, size=(1024, 1024)))
@@ -175,6 +182,17 @@ def test_no_plan_takes_more_tokens_or_views_than_allowed(reduction: Reduction) -
             )
             for view in views:
                 assert view.box is None or _covers((0, 0, *PAGE), view.box)
+
+
+@pytest.mark.parametrize("share", [1, 4, 15, 30, 60, 300])
+def test_the_views_of_a_picture_keep_to_its_share_of_a_budget(share: int) -> None:
+    views = plan("salient", PAGE, FAR, 9, tokens, share)
+    if len(views) == 1:
+        assert views == plan("trim", PAGE, FAR, 9, tokens)
+    else:
+        assert total(views, PAGE) <= share
+        assert min(view.max_tokens or 0 for view in views) >= 4
+    assert len(views) == (1 if share < 30 else 3)
 
 
 def test_a_blank_page_takes_few_tokens() -> None:

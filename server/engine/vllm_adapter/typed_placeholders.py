@@ -22,7 +22,7 @@ from server.errors import ClientError
 # sends one gets just that text.
 _MARK = "saccade3b0f9e6d41c8a527"
 _READ = re.compile(_MARK + r"x(\d+)x(\d+)x(\d+)x")
-_WORD_JOINER = "\u2060"
+WORD_JOINER = "\u2060"
 # Values of message parts that name media, and are never shown to the model.
 _MEDIA_KEYS = frozenset(
     ("image_url", "video_url", "audio_url", "input_audio", "image_embeds", "video_embeds",
@@ -118,7 +118,7 @@ class TypedPlaceholders:
         if placeholder in self._tokens:
             return f"{_MARK}x{self._all.index(placeholder)}x{start}x{end}x"
         text = placeholder[start:end]
-        return text if start else text[0] + _WORD_JOINER + text[1:]
+        return text if start else text[0] + WORD_JOINER + text[1:]
 
     # ------------------------------------------------------------------ after the template
 

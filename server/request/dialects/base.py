@@ -314,6 +314,11 @@ def reference(
             f"a part with a uuid is one image: it cannot have {key}", param=paths[key]
         )
     with_text = includes_text(given, paths)
+    if uuid is not None and with_text:
+        raise ClientError(
+            "a part with a uuid is one image: it cannot have include_text",
+            param=paths["include_text"],
+        )
     return MediaRef(kind, path, source, options, frames, uuid, part.role, with_text)
 
 
