@@ -4,8 +4,9 @@
 
 Contrast is that of 3 x 3 pixels (a morphological gradient of their grey). It must exceed a level
 that is visible at all, and several times the median, which is the contrast of the background's own
-pattern. Where the median itself is visible, most of the picture is pattern: all of it is detail. The background is the median colour: soft photos have hardly any contrast, but other
-colours. Pixels that are near to each other make one block.
+pattern. Where the median itself is visible, most of the picture is pattern: all of it is detail.
+The background is the median colour: soft photos have hardly any contrast, but other colours. Pixels
+that are near to each other make one block.
 """
 
 import itertools
