@@ -19,11 +19,10 @@ from server.imaging.tokens import (
     TokenAllocation,
     TokenRule,
     View,
-    allocate_together,
     detail_cap,
     kv_bytes_per_token,
 )
-from server.imaging.tokens.budget import Asking, asking
+from server.imaging.tokens.budget import Asking, allocate_all, asking
 from server.request.context import ShownImage
 
 if TYPE_CHECKING:
@@ -173,8 +172,15 @@ class TokenAllocator:
             raise
 
     def _allocate(self, rule: TokenRule, sized: Sized, budget: int | None) -> list[TokenAllocation]:
-        caps = [self._cap_of(rule, size, options) for size, options in sized]
-        return allocate_together(rule, [size for size, _ in sized], budget, caps)
+        return allocate_all([self._asking(rule, size, asked) for size, asked in sized], budget)
+
+    def _asking(self, rule: TokenRule, size: Size, options: ImageOptions) -> Asking:
+        cap = self._cap_of(rule, size, options)
+        each = asking(rule, size, cap)
+        if options.least is None:
+            return each
+        least = min(options.least, cap or options.least)
+        return each._replace(fewest=lambda: max(least, each.fewest()))
 
     def _cap_of(self, rule: TokenRule, size: Size, options: ImageOptions) -> int | None:
         return _least(self._cap, _requested_cap(rule, size, options))

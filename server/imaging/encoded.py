@@ -69,7 +69,7 @@ class ImageOptions:
     budgets; `frame` is the number, from 0, of a frame or of a PDF's page.
 
     `reduction` is the policy that `detail` names; None: the server's. `crop` is the part that it
-    chose to show; None: all.
+    chose to show; None: all. Where images share a budget, it keeps `least` tokens.
     """
 
     detail: Detail = "auto"
@@ -77,6 +77,7 @@ class ImageOptions:
     frame: int = 0
     reduction: Reduction | None = None
     crop: Crop | None = None
+    least: int | None = None
 
     def original(self, size: Size) -> Size:
         """The size of the picture that an image of `size` is, or is a part of."""

@@ -161,9 +161,11 @@ class MediaLoader:
             if ref.include_text:
                 ref.texts = await self._expander.texts(ref.images, context.record)
             if self._reducer is not None:
-                ref.images = await self._reducer.reduce(
-                    ref.images, context, self._limits.max_images // images, images
-                )
+                has_video = any(each.kind == "video" for each in context.media)
+                # What crops would get of a budget beside a video is not known here.
+                has_no_crops = has_video and context.max_image_tokens is not None
+                room = 1 if has_no_crops else self._limits.max_images // images
+                ref.images = await self._reducer.reduce(ref.images, context, room, images)
         except SaccadeError as error:
             error.param = error.param or ref.path
             raise

@@ -81,7 +81,7 @@ class Reducer:
         has_number = self._tokens(image.size, options) is not None
         count = (lambda size: self._tokens(size, options) or 1) if has_number else None
         planned = plan(policy, image.size, blocks, room, count, share)
-        return [_view(image, shown) for shown in planned]
+        return [_view(image, shown, len(planned) > 1) for shown in planned]
 
     async def _blocks(self, image: EncodedImage, context: RequestContext) -> list[Box]:
         frame, size = image.options.frame, image.size
@@ -111,8 +111,12 @@ def _scaled(block: Box, resize: Size, size: Size) -> Box:
     )
 
 
-def _view(image: EncodedImage, shown: Shown) -> EncodedImage:
+def _view(image: EncodedImage, shown: Shown, is_one_of_several: bool) -> EncodedImage:
+    """One of several views keeps its tokens where images share a budget: views are planned within
+    the picture's part of it, and a crop has too little area for a fair one."""
     caps = [cap for cap in (image.options.max_tokens, shown.max_tokens) if cap is not None]
     crop = Crop(shown.box, image.size) if shown.box is not None else None
-    options = replace(image.options, max_tokens=min(caps, default=None), crop=crop)
+    cap = min(caps, default=None)
+    least = cap if is_one_of_several else None
+    options = replace(image.options, max_tokens=cap, crop=crop, least=least)
     return replace(image, options=options)

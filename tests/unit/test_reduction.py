@@ -249,6 +249,7 @@ def test_views_are_crops_of_the_same_file() -> None:
     assert overview.size == PAGE
     assert {image.digest for image in images} == {overview.digest}
     assert all(image.options.max_tokens is not None for image in images)
+    assert all(image.options.least == image.options.max_tokens for image in images)
     for image, block in zip((first, second), FAR, strict=True):
         crop = image.options.crop
         assert crop is not None

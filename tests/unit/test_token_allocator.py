@@ -6,7 +6,7 @@ import pytest
 
 from server.engine.token_allocator import Cap, Crowd, TokenAllocator
 from server.errors import InvalidImage
-from server.imaging.encoded import EncodedImage, ImageOptions
+from server.imaging.encoded import Crop, EncodedImage, ImageOptions
 from server.imaging.header import ImageHeader
 from server.imaging.sizing import NativeResolution
 from server.imaging.tokens import Count, MeasuredTokens, TokenRule
@@ -63,6 +63,20 @@ def test_the_tightest_of_several_caps_is_reported(
     (got,) = asyncio.run(allocator.allocate([shown], budget, {}))
     assert got is not None
     assert allocator.effective_cap(shown, got, budget, {}) == named
+
+
+def test_one_of_several_views_keeps_its_tokens_in_a_budget() -> None:
+    """A small crop would get next to nothing beside a whole picture, by their areas."""
+    allocator = TokenAllocator(lambda _: NATIVE, None)
+    tokens = []
+    for least in (None, 6):
+        crop = ImageOptions(max_tokens=6, crop=Crop((0, 0, 84, 56), (SIDE, SIDE)), least=least)
+        images = [image(crop), image(ImageOptions())]
+        allocated = asyncio.run(allocator.allocate(images, 60, {}))
+        tokens.append([each.tokens for each in allocated if each is not None])
+    (few, _), (kept, rest) = tokens
+    assert few < kept == 6
+    assert 40 < rest <= 54
 
 
 def test_an_image_that_cannot_be_measured_is_named() -> None:
