@@ -11,6 +11,7 @@ compromised child can return wrong numbers but cannot inject code.
 import asyncio
 import contextlib
 import ctypes
+import errno
 import fcntl
 import importlib
 import math
@@ -344,20 +345,24 @@ def _main(fds: list[int]) -> None:
     call, data = _received(source)
     module, _, name = call.prepare.partition(":")
     prepare: Prepare = getattr(importlib.import_module(module), name)
-    reply: _Done | _Failed | _RanOut
-    arrays: list[npt.NDArray[Any]] = []
+    reply: _Failed | _RanOut
     try:
         work = prepare(call.job, SpareTime(allowed=call.spare_time))
         os.write(ready, b"!")
         _confine(call)
         output = work(data)
         arrays = [np.ascontiguousarray(array) for array in output.arrays]
-        reply = _Done(output.answer, [])
+        _put(result, _Done(output.answer, []), arrays)
+        return
     except SaccadeError as error:
         reply = _Failed(error.code, error.message)
     except MemoryError:
         reply = _RanOut()
-    _put(result, reply, arrays)
+    except OSError as error:
+        if error.errno != errno.EFBIG:
+            raise
+        reply = _RanOut()  # memory that was free before held more than the limit
+    _put(result, reply, [])
 
 
 def _received(source: int) -> tuple[_Call, Data]:
