@@ -376,6 +376,7 @@ class Connection(HttpToolsProtocol):
 
     def handle_websocket_upgrade(self) -> None:
         """Begin a websocket, unless the request was refused."""
+        self.body_begins()  # the websocket hears of the end of the connection, not this one
         if self._refused_at is None:
             super().handle_websocket_upgrade()
 

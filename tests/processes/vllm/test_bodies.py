@@ -484,9 +484,11 @@ def test_a_body_that_was_let_in_may_wait_for_its_share(budget: ByteBudget) -> No
 
 @pytest.mark.parametrize("end", ["answer", "leave"])
 def test_a_body_that_is_never_read_is_expected_no_longer(budget: ByteBudget, end: str) -> None:
-    asked = threading.Event()
+    asyncio.run(budget.take(4 * MIB))  # one body may wait, and no other then
+    asked, refused = threading.Event(), []
 
     async def inner(scope: Any, receive: Any, send: Any) -> None:
+        refused.append(budget.refusal(2 * MIB))
         asked.set()
         if end == "answer":
             await answer_ok(scope, _nothing, send)
@@ -494,11 +496,30 @@ def test_a_body_that_is_never_read_is_expected_no_longer(budget: ByteBudget, end
             await asyncio.sleep(0.01)
 
     with serving(inner, SETTINGS, budget) as port:
-        with begun(port, 3 * MIB) as client:
+        with begun(port, 2 * MIB) as client:
             assert asked.wait(PATIENCE_S)
             if end == "answer":
                 assert answer(client)[0] == 200
-        until(lambda: budget.refusal(4 * MIB) is None)
+        until(lambda: budget.refusal(2 * MIB) is None)
+        assert refused[0] is not None
+
+
+def test_the_body_of_a_websocket_is_expected_no_longer(
+    budget: ByteBudget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The websocket takes over the connection, which never hears of its end."""
+    asyncio.run(budget.take(4 * MIB))
+    expected, expect = [], budget.expect
+
+    def noted(nbytes: int) -> Expected:
+        expected.append(expect(nbytes))
+        return expected[-1]
+
+    monkeypatch.setattr(budget, "expect", noted)
+    upgrade = (b"Connection", b"upgrade"), (b"Upgrade", b"websocket")
+    with serving(app_of(budget), SETTINGS, budget) as port, begun(port, 2 * MIB, b"", *upgrade):
+        until(lambda: len(expected) == 1)
+        until(lambda: budget.refusal(2 * MIB) is None)
 
 
 async def _nothing() -> dict[str, Any]:
