@@ -180,7 +180,8 @@ class TokenAllocator:
         if options.least is None:
             return each
         least = min(options.least, cap or options.least)
-        return each._replace(fewest=lambda: max(least, each.fewest()))
+        fewest = each.fewest
+        return Asking(each.area, each.low, lambda: max(least, fewest()), each.allocate, each.cap)
 
     def _cap_of(self, rule: TokenRule, size: Size, options: ImageOptions) -> int | None:
         return _least(self._cap, _requested_cap(rule, size, options))

@@ -22,6 +22,7 @@ NEED_WALL_CLOCK = {
     "batches/store.py BatchStore.change": "a client learns when its batch began and ended",
     "batches/runner.py BatchRunner._run": "until when a batch may run, after a restart as well",
     "telemetry/log.py _second": "a line of the log says when a request ended",
+    "http/observe.py Observed.__call__": "as `Record`, which is made after the request's turn",
     "telemetry/record.py Record": "a trace says when a request began; spans count from there",
     "engine/vllm_adapter/conversation.py ConversationRenderer.render_chat_async": "vLLM's "
     "`arrival_time`, by which it orders requests",

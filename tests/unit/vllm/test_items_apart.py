@@ -1,13 +1,11 @@
 """Pictures processed one by one give what vLLM makes of all pictures of a prompt at once."""
 
 import functools
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 from vllm.multimodal.cache import MultiModalProcessorOnlyCache
 
@@ -27,18 +25,6 @@ PROMPTS = {
     "twice": [WIDE, WIDE],
     "three": [WIDE, PHOTO, WIDE],
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Stubs for missing packages, and one thread, as in the workers."""
-    path = str(families.import_stubs(tmp_path_factory.mktemp("stubs")))
-    sys.path.insert(0, path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    sys.path.remove(path)
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,7 @@ import functools
 import inspect
 import json
 import shutil
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -71,18 +70,6 @@ MODELS: dict[str, tuple[str, Options]] = {
     "qwen2_5_vl, smaller": ("qwen2_5_vl", {"size": {"shortest_edge": 9, "longest_edge": 60_000}}),
     "mistral3, smaller": ("mistral3", {"size": {"longest_edge": 299}}),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Stubs for missing packages, and one thread, as in the workers."""
-    path = str(families.import_stubs(tmp_path_factory.mktemp("stubs")))
-    sys.path.insert(0, path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    sys.path.remove(path)
 
 
 @pytest.fixture(scope="module")
