@@ -375,8 +375,11 @@ class Connection(HttpToolsProtocol):
             self._head_since = self.loop.time()
 
     def handle_websocket_upgrade(self) -> None:
-        """Begin a websocket, unless the request was refused."""
+        """Begin a websocket, unless the request was refused. Of one with a body, nobody would limit
+        how long the connection stays."""
         self.body_begins()  # the websocket hears of the end of the connection, not this one
+        if self.scope["method"] != "GET":
+            self._refuse(ClientError("a websocket begins with a GET request"))
         if self._refused_at is None:
             super().handle_websocket_upgrade()
 

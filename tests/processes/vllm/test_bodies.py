@@ -504,10 +504,10 @@ def test_a_body_that_is_never_read_is_expected_no_longer(budget: ByteBudget, end
         assert refused[0] is not None
 
 
-def test_the_body_of_a_websocket_is_expected_no_longer(
+def test_a_post_request_begins_no_websocket_and_its_body_is_expected_no_longer(
     budget: ByteBudget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The websocket takes over the connection, which never hears of its end."""
+    """A websocket would take over the connection, whose limits in time are not for it."""
     asyncio.run(budget.take(4 * MIB))
     expected, expect = [], budget.expect
 
@@ -517,9 +517,14 @@ def test_the_body_of_a_websocket_is_expected_no_longer(
 
     monkeypatch.setattr(budget, "expect", noted)
     upgrade = (b"Connection", b"upgrade"), (b"Upgrade", b"websocket")
-    with serving(app_of(budget), SETTINGS, budget) as port, begun(port, 2 * MIB, b"", *upgrade):
+    with (
+        serving(app_of(budget), SETTINGS, budget) as port,
+        begun(port, 2 * MIB, b"", *upgrade) as client,
+    ):
         until(lambda: len(expected) == 1)
         until(lambda: budget.refusal(2 * MIB) is None)
+        status, _, body = answer(client)
+        assert (status, body["error"]["code"]) == (400, "invalid_request")
 
 
 async def _nothing() -> dict[str, Any]:
