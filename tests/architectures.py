@@ -73,17 +73,17 @@ def _multimodal() -> list[str]:
 
 def _rows(architecture: str) -> Iterator[Row]:
     module, name = _place(architecture)
-    tested = _tested(architecture)
     model = _loaded(module, name)
     if model is None:
         if _shows_pictures(module):
-            yield Row(architecture, "not in this build", "", "", tested)
+            yield Row(architecture, "not in this build", "", "", _tested(architecture, ""))
         return
     for info, processor in _classes(model):
         if set(_IMAGES) & set(_modalities(info)):
             builder = token_rules.builder_of(info, processor)
             rule = "measured" if builder is None else _RULES[builder.__name__]
-            yield Row(architecture, processor.__name__, _level(processor), rule, tested)
+            own = processor.__name__
+            yield Row(architecture, own, _level(processor), rule, _tested(architecture, own))
 
 
 def _loaded(module: str, name: str) -> Any:
@@ -153,9 +153,11 @@ def _texts(code: CodeType | tuple[Any, ...]) -> Iterator[str]:
             yield from _texts(constant)
 
 
-def _tested(architecture: str) -> str:
-    """The most that a checkpoint of it goes through."""
+def _tested(architecture: str, processor: str) -> str:
+    """The most that a checkpoint of it goes through. Where families share an architecture, one that
+    the processor is named after counts alone."""
     names = [name for name, of in families.ARCHITECTURES.items() if of == architecture]
+    names = [name for name in names if processor.lower().startswith(name)] or names
     if any(name in families.ENGINE for name in names):
         return "engine"
     if any(name in families.NIGHTLY for name in names):

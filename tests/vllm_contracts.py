@@ -573,12 +573,6 @@ CONTRACTS = [
     Contract("distributed.device_communicators.shm_broadcast", "sched_yield"),
     Contract(
         "distributed.device_communicators.shm_broadcast",
-        "SpinCondition.wait",
-        ("self", "timeout_ms"),
-    ),
-    Contract("distributed.device_communicators.shm_broadcast", "SpinCondition.busy_loop_s"),
-    Contract(
-        "distributed.device_communicators.shm_broadcast",
         "check_shm_free_space",
         ("required_bytes",),
     ),
