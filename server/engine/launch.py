@@ -41,7 +41,6 @@ from server.engine.vllm_adapter import (
     core_fork,
     core_restart,
     core_sockets,
-    cpu_waits,
     item_encoder,
     item_tracker,
     other_renderers,
@@ -196,7 +195,7 @@ def video_limits(settings: Settings) -> VideoLimits:
 def clip_decoder(settings: Settings, forkserver: Forkserver) -> ClipDecoder:
     """The decoder of videos and audio clips, which runs in forks of the workers' forkserver."""
     most = video_limits(settings).max_pixels
-    return ClipDecoder(clips.PREPARE, settings.videos, most, forkserver, cpu_waits.note_work)
+    return ClipDecoder(clips.PREPARE, settings.videos, most, forkserver)
 
 
 def admission_limits(

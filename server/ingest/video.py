@@ -122,15 +122,9 @@ class ClipDecoder:
     """Decodes videos and audio clips. `close` ends it."""
 
     def __init__(
-        self,
-        prepare: str,
-        settings: VideoSettings,
-        max_pixels: int,
-        forkserver: Forkserver,
-        note_work: Callable[[], None] = lambda: None,
+        self, prepare: str, settings: VideoSettings, max_pixels: int, forkserver: Forkserver
     ) -> None:
-        """`prepare` is the "module:function" that prepares for a job; see `sandbox.Prepare`.
-        `note_work` is called again and again while clips are decoded."""
+        """`prepare` is the "module:function" that prepares for a job; see `sandbox.Prepare`."""
         self._prepare = prepare
         self._settings = settings
         self._max_pixels = max_pixels
@@ -142,7 +136,6 @@ class ClipDecoder:
                 max_memory_bytes=settings.video_max_memory_mb * _MIB,
             ),
             forkserver,
-            note_work,
         )
 
     @property

@@ -51,8 +51,6 @@ from server.workers.spare_time import SpareTime
 _START_TIMEOUT_S = 120.0
 # Most bytes of one write.
 _WRITE_BYTES = 1 << 30
-# How often work is noted while a job runs.
-_NOTE_INTERVAL_S = 0.5
 _LENGTH = struct.Struct("<Q")
 _M_ARENA_MAX = -8
 # A child gets a quarter of a processor that the server or the engine wants too.
@@ -156,15 +154,8 @@ class _Call(msgspec.Struct, frozen=True):
 class Sandbox:
     """Runs each job in a separate process. Call `close` at the end."""
 
-    def __init__(
-        self,
-        limits: SandboxLimits,
-        forkserver: Forkserver,
-        note_work: Callable[[], None] = lambda: None,
-    ) -> None:
-        """`note_work` is called again and again while jobs run."""
+    def __init__(self, limits: SandboxLimits, forkserver: Forkserver) -> None:
         self.limits = limits
-        self._note_work = note_work
         self._forkserver = forkserver
         self._slots = asyncio.Semaphore(limits.processes)
         self._waiting = self._running = 0
@@ -208,11 +199,7 @@ class Sandbox:
         work = loop.run_in_executor(self._threads, _run, self._forkserver, call, data, theirs)
         work.add_done_callback(self._free)
         with ours:  # closing it tells the thread that the caller has left
-            while True:
-                self._note_work()
-                await asyncio.wait({work}, timeout=_NOTE_INTERVAL_S)
-                if work.done():
-                    return work.result()
+            return await asyncio.shield(work)
 
     def _free(self, work: asyncio.Future[Output]) -> None:
         self._running -= 1

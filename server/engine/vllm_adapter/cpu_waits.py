@@ -29,7 +29,7 @@ _SLEEP_S = 1e-4
 _RECENT_S = 1.0
 _SPIN_S = 5e-3  # the longest time without a sleep
 
-# When an image worker last got an image, or a clip was decoded, on the system's monotonic clock.
+# When an image worker last got an image, on the system's monotonic clock.
 _last_work: Any = None  # a memoryview of doubles
 
 
@@ -55,7 +55,7 @@ def join(path: str) -> None:
 
 
 def note_work() -> None:
-    """Tell the engine's processes that an image or a clip is being decoded."""
+    """Tell the engine's processes that an image worker is at work."""
     if _last_work is not None:
         _last_work[0] = time.monotonic()
 

@@ -34,7 +34,6 @@ from server.imaging.containers import audio_container, refuse_references, video_
 from server.imaging.video.pictures import pack
 from server.ingest.video import ClipDecoder, VideoJob, VideoOptions
 from server.settings import VideoSettings
-from server.workers import sandbox as sandboxes
 from server.workers.forkserver import Forkserver
 from server.workers.sandbox import (
     JobDied,
@@ -414,27 +413,6 @@ def test_jobs_that_could_use_all_cores_do_not_run_in_spare_time(
             await other
         while await is_allowed() == b"False":  # until the end of the other is known
             await asyncio.sleep(0.01)
-
-    run(test)
-
-
-def test_work_is_noted_while_a_job_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandboxes, "_NOTE_INTERVAL_S", 0.01)
-    notes: list[int] = []
-
-    async def test() -> None:
-        limits = SandboxLimits(1, 8, 60.0, 256 * MIB)
-        jobs = Sandbox(limits, FORKSERVER, lambda: notes.append(1))
-        work = asyncio.create_task(jobs.run(COMMANDED, b"", b"hang"))
-        while len(notes) < 3:
-            await asyncio.sleep(0.01)
-        assert len(decoders()) <= 1
-        work.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await work
-        count = len(notes)
-        await asyncio.sleep(0.1)
-        assert len(notes) == count
 
     run(test)
 
