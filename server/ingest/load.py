@@ -92,7 +92,9 @@ class MediaLoader:
         self._check_count(media)
         # Only now is it known that the request may have so many pages and frames to look at.
         images = sum(len(ref.images) for ref in media)
-        await all_or_none([self._look(ref, context, images) for ref in media if ref.images])
+        looked_at = [ref for ref in media if self._is_looked_at(ref)]
+        if looked_at:
+            await all_or_none([self._look(ref, context, images) for ref in looked_at])
 
     async def check_upload(self, data: memoryview, context: RequestContext) -> None:
         """Check a file before it is stored, by the rules for images, PDFs and videos.
@@ -153,6 +155,11 @@ class MediaLoader:
             error.param = error.param or ref.path
             raise
         ref.source = None  # frees the body, since payloads are views of it
+
+    def _is_looked_at(self, ref: MediaRef) -> bool:
+        if ref.include_text and ref.images:
+            return True
+        return self._reducer is not None and any(map(self._reducer.reduces, ref.images))
 
     async def _look(self, ref: MediaRef, context: RequestContext, images: int) -> None:
         """Read the text of a PDF's pages, and reduce the images of `ref`, where that is asked for.

@@ -66,6 +66,10 @@ class Reducer:
         views = await all_or_none([self._views(image, context, room, share) for image in images])
         return [view for each in views for view in each]
 
+    def reduces(self, image: EncodedImage) -> bool:
+        """Whether the policy of `image` is another than to show it whole."""
+        return self._policy(image.options) != "whole"
+
     def _policy(self, options: ImageOptions) -> Reduction:
         if options.reduction is not None:
             return options.reduction
